@@ -1,0 +1,51 @@
+"""Options and fixtures that every test room shares."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from reference_cases import ...` in every room
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reference",
+        default=str(ROOT / "tests" / "reference"),
+        help="folder of reference cases to compare with (same format as tests/reference)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Two test processes share few cores: torch must not start a thread per core in each of them."""
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def reference_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder of reference cases (`--reference DIR`, by default tests/reference)."""
+    return Path(request.config.getoption("--reference"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data files that are never committed; tests that read them skip when the folder is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.exists():
+        pytest.skip("the shared data folder is not beside this checkout")
+    return folder
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`@pytest.mark.parametrize`-like: a test with an argument `<group>_case` runs once per reference case of that group."""
+    from reference_cases import GROUPS, iter_cases
+
+    for name in metafunc.fixturenames:
+        group = name.removesuffix("_case")
+        if name.endswith("_case") and group in GROUPS:
+            cases = list(iter_cases(Path(metafunc.config.getoption("--reference")), group))
+            metafunc.parametrize(name, cases, ids=[case.name for case in cases])
