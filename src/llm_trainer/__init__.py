@@ -1,0 +1,46 @@
+"""llm_trainer: the LLM training framework that a learner can read, an engineer can trust and a cluster can run."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_trainer.optim import configure_optimizer, create_optimizer, get_parameter_groups
+    from llm_trainer.trainers import create_trainer, get_trainer_class
+    from llm_trainer.trainers.base import BaseTrainer
+    from llm_trainer.trainers.language import PretrainTrainer, SFTTrainer, Trainer
+
+__version__ = "0.1.0"
+
+_WHERE = {  # public name -> its module; imported on first use (PEP 562), so that `import llm_trainer` costs nothing
+    "BaseTrainer": "llm_trainer.trainers.base",
+    "Trainer": "llm_trainer.trainers.language",
+    "SFTTrainer": "llm_trainer.trainers.language",
+    "PretrainTrainer": "llm_trainer.trainers.language",
+    "configure_optimizer": "llm_trainer.optim",
+    "create_optimizer": "llm_trainer.optim",
+    "get_parameter_groups": "llm_trainer.optim",
+    "get_trainer_class": "llm_trainer.trainers",
+    "create_trainer": "llm_trainer.trainers",
+}
+
+__all__ = [
+    "BaseTrainer",
+    "PretrainTrainer",
+    "SFTTrainer",
+    "Trainer",
+    "configure_optimizer",
+    "create_optimizer",
+    "create_trainer",
+    "get_parameter_groups",
+    "get_trainer_class",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'llm_trainer' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""How a step is executed: the only room with ranks, sharding and precision."""

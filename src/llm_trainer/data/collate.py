@@ -1,0 +1,115 @@
+"""Samples of different lengths become one batch: padded on the right, or laid flat without any padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+
+IGNORE = -100  # the label that no loss counts (torch's own convention)
+
+
+class LanguageSample(TypedDict):
+    """One row of language modelling.
+
+    Attributes:
+        input_ids: `[T]` token ids.
+        trained: `[T]` True where the token is to be predicted.
+        document_lengths: lengths of the documents that the row consists of, in order; their sum is T.
+    """
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+    document_lengths: Sequence[int]
+
+
+class LanguageBatch(TypedDict):
+    """A micro-batch of language modelling; `labels[t]` is the token AT t, position 0 of a document never counts.
+
+    Attributes:
+        input_ids: `[B, T]`, or `[1, N]` when laid flat.
+        labels: like `input_ids`, -100 where not trained on.
+        attention_mask: `[B, T]`, 1 on tokens and 0 on padding; absent when flat.
+        position_ids: `[1, N]`, restarting at 0 in every document; only when flat.
+        document_lengths: `[number of documents]`; only when flat.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: NotRequired[torch.Tensor]
+    position_ids: NotRequired[torch.Tensor]
+    document_lengths: NotRequired[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Filler:
+    """A micro-batch that weighs nothing: it only keeps a rank without rows in step with the others."""
+
+    batch: Any
+
+
+def pad_right(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
+    """Rows of `[T_i]` as one int64 tensor `[B, max T_i]`, filled up with `value` on the right."""
+    out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(out)
+
+
+def _labels(sample: LanguageSample) -> np.ndarray:
+    """`[T]` labels: the ids where trained, -100 elsewhere and on the first token of every document."""
+    labels = np.where(sample["trained"], sample["input_ids"].astype(np.int64), IGNORE)  # unsigned ids hold no -100
+    starts = np.cumsum([0, *sample["document_lengths"][:-1]])
+    labels[starts] = IGNORE
+    return labels
+
+
+def collate_padded(samples: Sequence[LanguageSample], pad_id: int = 0) -> LanguageBatch:
+    """One row per sample, padded on the right to the longest; padding is masked by length, never by token id."""
+    return LanguageBatch(
+        input_ids=pad_right([s["input_ids"] for s in samples], pad_id),
+        labels=pad_right([_labels(s) for s in samples], IGNORE),
+        attention_mask=pad_right([np.ones(len(s["input_ids"]), dtype=np.int64) for s in samples], 0),
+    )
+
+
+def collate_flat(samples: Sequence[LanguageSample]) -> LanguageBatch:
+    """All samples end to end in one row `[1, N]`: no padding, attention inside documents only."""
+    lengths = np.concatenate([np.asarray(s["document_lengths"], dtype=np.int64) for s in samples])
+    return LanguageBatch(
+        input_ids=torch.from_numpy(np.concatenate([s["input_ids"] for s in samples]).astype(np.int64))[None],
+        labels=torch.from_numpy(np.concatenate([_labels(s) for s in samples]))[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+        document_lengths=torch.from_numpy(lengths),
+    )
+
+
+def row_lengths(batch: dict[str, torch.Tensor]) -> list[int]:
+    """True length of each row of a padded batch: up to its last attended token, the full width without a mask."""
+    ids = batch["input_ids"]
+    if "attention_mask" not in batch:
+        return [ids.shape[1]] * ids.shape[0]
+    positions = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return (batch["attention_mask"].bool() * positions).amax(dim=1).clamp(min=1).tolist()
+
+
+def take_rows(batches: Sequence[dict[str, torch.Tensor]], rows: Sequence[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
+    """Build one padded batch from rows of several.
+
+    Args:
+        batches: padded batches with the same keys, every tensor `[B, T]` or `[B]`, padded on the right.
+        rows: (batch, row in it, true length) of each wanted row.
+    """
+    width = max(length for _, _, length in rows)
+    out: dict[str, torch.Tensor] = {}
+    for key, like in batches[rows[0][0]].items():
+        pieces = [batches[b][key][r] for b, r, _ in rows]
+        if like.dim() == 1:
+            out[key] = torch.stack(pieces)
+            continue
+        table = like.new_full((len(rows), width), IGNORE if key == "labels" else 0)
+        for target, piece in zip(table, pieces, strict=True):
+            target[: min(width, len(piece))] = piece[:width]
+        out[key] = table
+    return out

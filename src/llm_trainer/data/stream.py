@@ -1,0 +1,256 @@
+"""The order of samples: a pure function of (seed, epoch) that can be entered anywhere.
+
+Position is one global count of samples. Step k consumes the same samples whatever the number of ranks, workers or
+accumulation steps; resume is a seek, and a changed number of ranks loses and repeats nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from llm_trainer.data.collate import Filler, row_lengths, take_rows
+from llm_trainer.data.packing import cut_by_tokens
+
+Batch = Any
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64 (Steele et al. 2014)
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed 63-bit number out of several (SplitMix64, Steele et al. 2014): a seed per (seed, step, rank)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + _GOLDEN) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+class Permutation:
+    """A shuffled order of `range(size)` that is evaluated at any index without a table.
+
+    A Feistel network over the next even power of two, walked until it lands inside the range (Black & Rogaway 2002,
+    "Ciphers with Arbitrary Finite Domains").
+    """
+
+    ROUNDS = 4
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self._half = np.uint64(max(1, math.ceil(max(1, size - 1).bit_length() / 2)))
+        self._mask = np.uint64((1 << int(self._half)) - 1)
+        self._keys = [np.uint64(mix(seed, size, i)) for i in range(self.ROUNDS)]
+
+    def _encrypt(self, x: np.ndarray) -> np.ndarray:
+        left, right = x >> self._half, x & self._mask
+        for key in self._keys:
+            noise = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
+            noise = (noise ^ (noise >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((noise >> np.uint64(32)) & self._mask)
+        return (left << self._half) | right
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        """Samples at the positions `index` `[n]`, int64 `[n]`."""
+        x = self._encrypt(index.astype(np.uint64))
+        while (outside := x >= self.size).any():
+            x[outside] = self._encrypt(x[outside])
+        return x.astype(np.int64)
+
+
+class StepSource(Protocol):
+    """What the loop pulls optimizer steps from. `position` counts whatever the source counts, from 0 in every epoch."""
+
+    def num_steps(self) -> int | None:
+        """Optimizer steps of one epoch; None when unknown."""
+
+    def steps(self, epoch: int, position: int) -> Iterator[tuple[list[Batch], int]]:
+        """Each step's micro-batches for this rank, and the position after it."""
+
+
+class SampleDataset(Protocol):
+    """A map from index to sample with known lengths."""
+
+    lengths: np.ndarray  # [number of samples], tokens
+    file_sizes: Sequence[int]  # samples of each file; files are visited one after another
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class _Groups(torch.utils.data.Dataset):
+    """Lets a DataLoader fetch whole micro-batches: its "index" is a list of sample indices."""
+
+    def __init__(self, dataset: SampleDataset, collate: Callable[[list], Batch]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __getitem__(self, group: Sequence[int]) -> Batch:
+        return self.collate([self.dataset[int(i)] for i in group])
+
+
+class SampleStream:
+    """Steps over a dataset of known lengths, cut into micro-batches by rows or by a token budget.
+
+    Args:
+        dataset: the samples.
+        collate: samples of one micro-batch -> batch.
+        rows_per_step: rows of one optimizer step over all ranks (micro-batch x accumulation x ranks).
+        batch_size: rows of a micro-batch when there is no token budget.
+        rank: this process, of `world_size`.
+        micro_batch_tokens: token budget of a micro-batch instead of `batch_size`; counts padding unless `flat`.
+        flat: whether `collate` lays rows end to end.
+        shuffle: visit each file's samples in an order drawn from (seed, epoch).
+    """
+
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        collate: Callable[[list], Batch],
+        *,
+        rows_per_step: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_tokens: int | None = None,
+        flat: bool = False,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.collate = dataset, collate
+        self.rows_per_step, self.batch_size = rows_per_step, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.micro_batch_tokens, self.flat = micro_batch_tokens, flat
+        self.shuffle, self.seed = shuffle, seed
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+
+    def __len__(self) -> int:
+        return sum(self.dataset.file_sizes)
+
+    def num_steps(self) -> int:
+        return math.ceil(len(self) / self.rows_per_step)
+
+    def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Indices of the samples at the global positions `[start, stop)` of an epoch."""
+        pieces, first = [], 0
+        for number, size in enumerate(self.dataset.file_sizes):
+            begin, end = max(start, first), min(stop, first + size)
+            if begin < end:
+                local = np.arange(begin - first, end - first)
+                local = Permutation(size, mix(self.seed, epoch, number))(local) if self.shuffle else local
+                pieces.append(local + first)
+            first += size
+        return np.concatenate(pieces)
+
+    def _cut(self, rows: np.ndarray) -> list[list[int]]:
+        if self.micro_batch_tokens is None:
+            return [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
+        groups = cut_by_tokens(self.dataset.lengths[rows].tolist(), self.micro_batch_tokens, self.flat)
+        return [rows[group].tolist() for group in groups]
+
+    def _plan(self, epoch: int, position: int) -> Iterator[tuple[list[list[int]], bool, int]]:
+        """For each step: this rank's micro-batches as sample indices, whether they are filler, the position after it."""
+        while position < len(self):
+            stop = min(position + self.rows_per_step, len(self))
+            rows = self.order(epoch, position, stop)
+            mine = rows[self.rank :: self.world_size]
+            yield self._cut(mine if len(mine) else rows[:1]), len(mine) == 0, stop
+            position = stop
+
+    def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Batch], int]]:
+        groups = (group for step, _, _ in self._plan(epoch, position) for group in step)
+        loader: DataLoader = DataLoader(
+            _Groups(self.dataset, self.collate),
+            batch_size=None,
+            sampler=groups,  # type: ignore[arg-type]  # any iterable of "indices" serves
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+        batches = iter(loader)
+        for step, is_filler, stop in self._plan(epoch, position):
+            pulled = [next(batches) for _ in step]
+            yield ([Filler(batch) for batch in pulled] if is_filler else pulled), stop
+
+
+class LoaderSteps:
+    """Steps over any iterable of ready micro-batches: a DataLoader, a list, a generator-like object.
+
+    Position counts micro-batches over all ranks. Rank r takes micro-batches r, r + world size, ... of each step, unless
+    the loader's own DistributedSampler already deals samples out. A plain map-style DataLoader is entered at a
+    position without loading what comes before it; other iterables are read up to there.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Batch],
+        *,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.loader, self.accumulation, self.seed = loader, accumulation, seed
+        self.micro_batch_tokens = micro_batch_tokens
+        sampler = loader.sampler if isinstance(loader, DataLoader) else None
+        self._distributed = sampler if isinstance(sampler, DistributedSampler) else None
+        self.rank, self.world_size = (0, 1) if self._distributed else (rank, world_size)
+        owners = [sampler, loader] if isinstance(loader, DataLoader) else []
+        generators = [o.generator for o in owners if isinstance(o, DataLoader | RandomSampler)]
+        self._generators = [(g, g.initial_seed()) for g in dict.fromkeys(generators) if g is not None]
+
+    def num_steps(self) -> int | None:
+        try:
+            size = len(self.loader)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+        return math.ceil(size / (self.accumulation * self.world_size))
+
+    def _entered_at(self, epoch: int, position: int) -> Iterator[Batch]:
+        """The loader's batches from `position` on, in an order that depends on (seed, epoch) alone."""
+        if self._distributed is not None:
+            self._distributed.set_epoch(epoch)
+        torch.manual_seed(mix(self.seed, epoch))  # a shuffling sampler without a generator draws its order from here
+        for generator, seed in self._generators:
+            generator.manual_seed(mix(seed, epoch) if epoch else seed)
+        loader = self.loader
+        if position == 0 or not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+            return islice(iter(loader), position, None)
+        if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            return islice(iter(loader), position, None)
+        rest = islice(iter(loader.batch_sampler), position, None)
+        return iter(
+            DataLoader(
+                loader.dataset,
+                batch_sampler=rest,  # type: ignore[arg-type]
+                collate_fn=loader.collate_fn,
+                num_workers=loader.num_workers,
+                pin_memory=loader.pin_memory,
+                worker_init_fn=loader.worker_init_fn,
+                generator=loader.generator,
+            )
+        )
+
+    def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Batch], int]]:
+        batches = self._entered_at(epoch, position)
+        while step := list(islice(batches, self.accumulation * self.world_size)):
+            position += len(step)
+            mine = step[self.rank :: self.world_size]
+            yield (self._recut(mine) if mine else [Filler(step[0])]), position
+
+    def _recut(self, batches: list[Batch]) -> list[Batch]:
+        """The rows of a step cut into micro-batches of at most `micro_batch_tokens`; the optimisation does not notice."""
+        if self.micro_batch_tokens is None:
+            return batches
+        rows = [(b, r, n) for b, batch in enumerate(batches) for r, n in enumerate(row_lengths(batch))]
+        groups = cut_by_tokens([n for _, _, n in rows], self.micro_batch_tokens, False)
+        return [take_rows(batches, [rows[i] for i in group]) for group in groups]
+
+
+def as_step_source(loader: Any, **options: Any) -> StepSource:
+    """`loader` itself when it already yields steps, else steps over its micro-batches (options of `LoaderSteps`)."""
+    return loader if isinstance(loader, SampleStream) else LoaderSteps(loader, **options)

@@ -1,0 +1,89 @@
+"""Collectives that are no-ops in one process, so that nothing else asks whether it runs alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llm_trainer.config.env import environment
+
+T = TypeVar("T")
+
+
+def start(device: torch.device, timeout_s: float = 600) -> None:
+    """Join the process group that torchrun describes; nothing happens in one process or when it is already joined."""
+    if environment().world_size == 1 or dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 for the main one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True in the one process that prints and saves."""
+    return rank() == 0
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of `tensor` (any shape) over the processes; the tensor itself in one process."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: object) -> list:
+    """The `value` of every process, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T) -> T:
+    """The main process's `value`, everywhere."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The main process runs the block first (it may write files); the others wait and then find its files.
+
+    If the main process fails, the others fail too instead of waiting for ever.
+    """
+    failure: BaseException | None = None
+    if is_main():
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+    message = broadcast_object(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RuntimeError(f"the main process failed: {message}")
+    if not is_main():
+        yield

@@ -1,0 +1,107 @@
+"""The plain PyTorch engine: one process, or DistributedDataParallel over gloo or NCCL."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from llm_trainer.config.env import environment
+from llm_trainer.engine import dist
+from llm_trainer.engine.base import Engine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def detect_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best one of this process: its own GPU under torchrun, else any GPU, else the CPU."""
+    if name is not None:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", environment().local_rank)
+    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """True where bf16 matrix products have hardware of their own: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Resolve 'auto': bf16 where it is fast, fp16 (with a loss scaler) on older GPUs, fp32 elsewhere.
+
+    Raises:
+        ValueError: `name` is unknown, or fp16 is asked for on a device other than a GPU.
+    """
+    if name == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    if name not in DTYPES:
+        raise ValueError(f"precision: got {name!r}, expected one of auto, {', '.join(DTYPES)}")
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision: fp16 needs a GPU, this run is on {device}; use bf16 or fp32")
+    return name
+
+
+class TorchEngine(Engine):
+    """One process or DDP; fp32, bf16 autocast, or fp16 autocast with a loss scaler."""
+
+    def __init__(self, device: torch.device, precision: str = "fp32", ddp: bool = False) -> None:
+        self.device = device
+        self.precision_name = precision
+        self.ddp = ddp
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self._module: nn.Module
+        self._optimizer: torch.optim.Optimizer
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        module.to(self.device)
+        self._optimizer = optimizer
+        if self.ddp:
+            index = [self.device.index] if self.device.type == "cuda" else None
+            module = DistributedDataParallel(
+                module, device_ids=index, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self._module = module
+        return module
+
+    def precision(self) -> AbstractContextManager[None]:
+        if self.precision_name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision_name])
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        # DDP decides in its forward whether this backward will reduce, so the context has to begin before the forward.
+        quiet = isinstance(self._module, DistributedDataParallel) and not last
+        with self._module.no_sync() if quiet else nullcontext(), self.precision():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DDP averages gradients over ranks; a step's loss is a sum of shares, so the average is multiplied back.
+        self._scaler.scale(loss * dist.world_size() if self.ddp else loss).backward()
+
+    def step(self, max_grad_norm: float) -> torch.Tensor:
+        self._scaler.unscale_(self._optimizer)
+        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grad_norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
+        finite = bool(grad_norm.isfinite())  # the one place in a step where the host waits for the device
+        if finite:
+            if max_grad_norm > 0:
+                parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+                clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+            self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("scaler"):
+            self._scaler.load_state_dict(state["scaler"])

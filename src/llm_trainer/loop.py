@@ -1,0 +1,152 @@
+"""The one training loop. It drives any trainer on any engine and knows neither."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_trainer.data.collate import Filler
+from llm_trainer.data.stream import Batch, mix
+from llm_trainer.engine import dist
+
+if TYPE_CHECKING:
+    from llm_trainer.run import Run
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", so that a scheduler requeues the job
+
+
+class TrainingInterrupted(SystemExit):
+    """A signal stopped the run after its state was saved; the process exits with code 75."""
+
+
+class NonFiniteError(ArithmeticError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Signals:
+    """Remembers that SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator["Signals"]:
+        """Listen while the block runs (only the main thread can)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+def fit(run: "Run") -> None:
+    """Train from where `run.progress` stands to the end of the last epoch or step."""
+    progress, settings = run.progress, run.settings
+    with run.signals.listening():
+        while not run.finished():
+            steps = run.trainer._train_steps(run.source, progress.epoch, progress.position)
+            for micro_batches, position in steps:
+                # The noise of a step is a function of (seed, step, rank): a resumed run continues bit for bit.
+                torch.manual_seed(mix(settings.seed, progress.step, dist.rank()))
+                train_step(run, micro_batches)
+                progress.step, progress.position = progress.step + 1, position
+                run.after_step()
+                if run.finished():
+                    return
+            progress.epoch, progress.position = progress.epoch + 1, 0
+            run.after_epoch()
+
+
+def train_step(run: "Run", micro_batches: list[Batch]) -> None:
+    """One optimizer step: the gradient of the mean over ALL terms of all micro-batches on all ranks.
+
+    Raises:
+        NonFiniteError: `max_bad_steps` steps in a row were not finite. Nothing was updated by any of them.
+    """
+    trainer, engine, started = run.trainer, run.engine, time.perf_counter()
+    weights = [0.0 if isinstance(batch, Filler) else float(trainer._loss_weight(batch)) for batch in micro_batches]
+    tokens = sum(0 if isinstance(batch, Filler) else trainer._count_tokens(batch) for batch in micro_batches)
+    shared = torch.tensor([sum(weights), float(tokens), float(run.signals.received is not None)])
+    total, tokens_of_all, stop = dist.all_reduce(shared.to(engine.device)).tolist()
+    step_loss = torch.zeros((), device=engine.device)
+    for i, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+        with engine.micro_step(last=i == len(micro_batches) - 1):
+            run.recording = not isinstance(batch, Filler)
+            batch = trainer._prepare_batch(batch.batch if isinstance(batch, Filler) else batch)
+            loss = trainer._compute_loss(trainer._forward(batch), batch) * (weight / max(total, 1.0))
+            engine.backward(loss)
+        step_loss += loss.detach()
+    learning_rate = run.learning_rate()
+    grad_norm = engine.step(run.max_grad_norm)
+    finite = math.isfinite(grad_norm.item())
+    if finite:
+        run.step_schedule()
+    run.metrics.add("loss", step_loss, 1 / dist.world_size())
+    run.metrics.add("grad_norm", grad_norm / dist.world_size(), 1 / dist.world_size())
+    run.note_step(tokens_of_all, time.perf_counter() - started, learning_rate, stop_requested=stop > 0)
+    guard(run, finite, micro_batches)
+
+
+def guard(run: "Run", finite: bool, micro_batches: list[Batch]) -> None:
+    """Count steps that are not finite, keep their batches for inspection, and stop after too many in a row."""
+    if finite:
+        run.progress.bad_steps = 0
+        return
+    run.progress.bad_steps += 1
+    kept = run.keep_batches(micro_batches)
+    message = f"step {run.progress.step + 1}: the gradient is not finite; the update was skipped, batch kept in {kept}"
+    run.warn(message)
+    limit = run.settings.max_bad_steps + (20 if run.engine.state_dict()["scaler"] else 0)  # fp16 finds its scale so
+    if run.progress.bad_steps >= limit:
+        raise NonFiniteError(
+            f"{message}. {run.progress.bad_steps} steps in a row were not finite, so the run stops. Nothing was updated "
+            f"by them. Likely causes: a learning rate that is too high, a missing warm-up, broken rows (see the kept "
+            f"batches), or weights that were not finite from the start. Last valid checkpoint: {run.last_checkpoint()}"
+        )
+
+
+@torch.no_grad()
+def validate(run: "Run") -> dict[str, float]:
+    """Metrics of the validation set, `eval_loss` among them: means over all its terms on all ranks.
+
+    An interrupt ends it early on every rank; the caller then saves and stops, and a resumed run evaluates again.
+    """
+    trainer, engine = run.trainer, run.engine
+    assert run.val_source is not None
+    module = trainer.model
+    was_training = module.training
+    module.eval()
+    run.metrics, train_metrics = type(run.metrics)(), run.metrics
+    try:
+        for micro_batches, _ in run.val_source.steps(0, 0):
+            for batch in micro_batches:
+                if isinstance(batch, Filler):  # nothing is exchanged here, so a rank without rows just waits
+                    continue
+                run.recording, weight = True, float(trainer._loss_weight(batch))
+                with engine.precision():
+                    batch = trainer._prepare_batch(batch)
+                    loss = trainer._compute_loss(trainer._forward(batch), batch)
+                run.metrics.add("loss", loss * weight, weight)
+            if run.signals.received is not None:
+                break
+        run.metrics.add("interrupted", float(run.signals.received is not None), 1.0)
+        values = run.metrics.reduce(dist.all_reduce)
+    finally:
+        run.metrics = train_metrics
+        module.train(was_training)
+    run.stop_requested = run.stop_requested or values.pop("interrupted") > 0
+    return {f"eval_{name}": value for name, value in values.items()}

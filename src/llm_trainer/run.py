@@ -1,0 +1,390 @@
+"""A run: one trainer, its engine, where it stands, and everything that happens around its steps."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llm_trainer import checkpoint, hooks, loop
+from llm_trainer.checkpoint import CheckpointError, CheckpointManager
+from llm_trainer.config.env import environment
+from llm_trainer.data.stream import LoaderSteps, as_step_source
+from llm_trainer.engine import dist
+from llm_trainer.engine.torch import TorchEngine, choose_precision, detect_device
+from llm_trainer.metrics import ConsoleWriter, Metrics, Writer, open_writers
+
+if TYPE_CHECKING:
+    from llm_trainer.trainers.base import BaseTrainer
+    from llm_trainer.trainers.settings import Settings
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: epochs done.
+        position: position of the next sample in the current epoch, in the units of the step source.
+        tokens: tokens seen on all ranks.
+        train_seconds: time spent in steps.
+        best_loss: lowest validation loss, and the step it was measured at.
+        evals_without_progress: evaluations since then.
+        stopped_early: early stopping ended the run.
+        bad_steps: steps in a row that were not finite.
+        hooks_done: step at which each hook was called last.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evals_without_progress: int = 0
+    stopped_early: bool = False
+    bad_steps: int = 0
+    hooks_done: dict[str, int] = field(default_factory=dict)
+
+
+class Run:
+    """See `BaseTrainer` for the arguments."""
+
+    def __init__(
+        self,
+        trainer: "BaseTrainer",
+        settings: "Settings",
+        *,
+        train_loader: Any,
+        val_loader: Any,
+        device: str | None,
+        max_epochs: int,
+        grad_accum_steps: int,
+        max_grad_norm: float,
+        use_amp: bool,
+        use_ddp: bool | None,
+        log_interval: int,
+        save_dir: str,
+        save_interval: int,
+        hooks: Sequence[hooks.Hook],
+    ) -> None:
+        _check_numbers(max_epochs=max_epochs, grad_accum_steps=grad_accum_steps, log_interval=log_interval)
+        self.trainer, self.settings = trainer, settings
+        self.max_epochs, self.max_grad_norm, self.accumulation = max_epochs, max_grad_norm, grad_accum_steps
+        self.log_interval, self.save_interval = log_interval, save_interval
+        ddp = environment().world_size > 1 if use_ddp is None else use_ddp
+        place = detect_device(device)
+        if ddp:
+            dist.start(place, settings.ddp_timeout_s)
+        precision = choose_precision(settings.precision, place) if use_amp else "fp32"
+        self.engine = TorchEngine(place, precision, ddp=ddp and dist.world_size() > 1)
+        ranks = {"rank": dist.rank(), "world_size": dist.world_size()} if ddp else {}
+        self.source = as_step_source(
+            train_loader,
+            accumulation=grad_accum_steps,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            seed=settings.seed,
+            **ranks,
+        )
+        self.val_source = None if val_loader is None else as_step_source(val_loader, **ranks)
+        self.save_dir = Path(save_dir)
+        self.log_dir = Path(settings.log_dir) if settings.log_dir else self.save_dir / "log"
+        self.progress = Progress()
+        self.metrics = Metrics()
+        self.signals = loop.Signals()
+        self.stop_requested = self.new_best = False
+        self.recording = True
+        self._writers: Sequence[Writer] = ()
+        self._manager: CheckpointManager | None = None
+        self._user_hooks = list(hooks)
+        self._window = [0.0, 0.0]  # tokens and seconds since the last log line
+
+    # Setting up.
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Place and wrap the trained module; switch on what the settings ask of it."""
+        model = self.trainer.base_model
+        if self.settings.gradient_checkpointing:
+            if not isinstance(model, _pretrained_model()):
+                raise ValueError(f"gradient_checkpointing needs a transformers model, this is {type(model).__name__}")
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.settings.compile:
+            from llm_trainer.models.scored import ScoredModel
+
+            if isinstance(module, ScoredModel):
+                module.compile_backbone()
+            else:
+                module.compile()
+        return self.engine.prepare(module, self.trainer.optimizer)
+
+    @property
+    def manager(self) -> CheckpointManager:
+        """The checkpoints in `save_dir` (made at first use, on the main process only)."""
+        if self._manager is None:
+            self._manager = CheckpointManager(self.save_dir, self.settings.checkpoints_to_keep, self.warn)
+        return self._manager
+
+    # Running.
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end: see `BaseTrainer.train`."""
+        self._resume()
+        self._open()
+        try:
+            self.after_step()  # whatever a signal left undone
+            self.trainer.model.train()
+            loop.fit(self)
+            self.after_step()
+            return dict(self._last_values)
+        finally:
+            for writer in self._writers:
+                writer.close()
+            self._writers = ()
+
+    def _open(self) -> None:
+        from llm_trainer.preflight import screen
+
+        self._last_values: dict[str, float] = {}
+        if dist.is_main():
+            _ = self.manager  # a folder that cannot be written shows before the first step, not after it
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            if self.settings.description:
+                (self.save_dir / "config.yaml").write_text(self.settings.description, encoding="utf-8")
+        self.say(screen(self))
+        self._writers = open_writers(
+            self.log_dir,
+            is_main=dist.is_main(),
+            total_steps=self.total_steps(),
+            last_step=self.progress.step or -1,
+            extra=self.settings.writers,
+            live=self.settings.progress,
+            config=asdict(self.settings),
+        )
+        self._hooks = [*hooks.built_in(self, self.log_interval, self.save_interval), *self._user_hooks]
+
+    def _resume(self) -> None:
+        wanted = self.settings.resume
+        if wanted == "never" or self.progress.step:
+            return
+        path: str | None = wanted
+        if wanted == "auto":
+            with_checkpoints = dist.is_main() and self.save_dir.is_dir()
+            newest = self.manager.latest() if with_checkpoints else None
+            path = dist.broadcast_object(None if newest is None else str(newest))
+        if path is not None:
+            self.load(path)
+            self.say(f"continuing from {path}: step {self.progress.step}, epoch {self.progress.epoch + 1}")
+
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None when the loader does not say."""
+        per_epoch = self.source.num_steps()
+        total = None if per_epoch is None else per_epoch * self.max_epochs
+        limits = [n for n in (total, self.settings.max_steps) if n is not None]
+        return min(limits) if limits else None
+
+    def finished(self) -> bool:
+        """Whether the last step has been done."""
+        limit = self.settings.max_steps
+        p = self.progress
+        return p.epoch >= self.max_epochs or (limit is not None and p.step >= limit) or p.stopped_early
+
+    def after_step(self) -> None:
+        """Call the hooks that are due; after a signal, save and stop the process with exit code 75."""
+        for hook in self._hooks:
+            if not self.stop_requested and hook.is_due(self):
+                self.progress.hooks_done[hook.name] = self.progress.step
+                hook.call(self)
+        if self.stop_requested:
+            path = self.save(may_fail=False)
+            self.say(f"interrupted at step {self.progress.step}: saved {path}; start the same command again to go on")
+            raise loop.TrainingInterrupted(loop.EXIT_INTERRUPTED)
+
+    after_epoch = after_step
+
+    def note_step(self, tokens: float, seconds: float, learning_rate: float, stop_requested: bool) -> None:
+        """Count a finished step."""
+        self.progress.tokens += int(tokens)
+        self.progress.train_seconds += seconds
+        self._window[0] += tokens
+        self._window[1] += seconds
+        self._learning_rate = learning_rate
+        self.stop_requested = self.stop_requested or stop_requested
+
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self.trainer.optimizer.param_groups[0]["lr"])
+
+    def step_schedule(self) -> None:
+        """Advance the schedule by one update."""
+        if self.trainer.scheduler is not None:
+            self.trainer.scheduler.step()
+
+    def observe_loss(self, loss: float) -> None:
+        """Tell a schedule that watches the validation loss."""
+        from llm_trainer.schedule import Scheduler
+
+        if isinstance(self.trainer.scheduler, Scheduler):
+            self.trainer.scheduler.observe(loss)
+
+    @contextmanager
+    def pause_clock(self) -> Iterator[None]:
+        """Evaluation, sampling and saving do not count as training time (steps are timed one by one)."""
+        was_training = self.trainer.model.training
+        try:
+            yield
+        finally:
+            self.trainer.model.train(was_training)
+
+    # Saying.
+
+    def say(self, message: str) -> None:
+        """Print on the main process, above any progress bar."""
+        if not dist.is_main():
+            return
+        console = next((writer for writer in self._writers if isinstance(writer, ConsoleWriter)), None)
+        if console is not None:
+            console.say(message)
+        else:
+            print(message, flush=True)
+
+    def warn(self, message: str) -> None:
+        """Print a warning on the main process."""
+        self.say(f"WARNING: {message}")
+
+    def write(self, values: dict[str, float]) -> None:
+        """Give metrics to all writers."""
+        self._last_values.update(values)
+        for writer in self._writers:
+            writer.write(self.progress.step, values)
+
+    def speed(self) -> dict[str, float]:
+        """Learning rate, epoch, tokens, tokens/s, and MFU where the device's peak is known; starts a new window."""
+        from llm_trainer.preflight import flops_per_token, peak_flops
+
+        (tokens, seconds), self._window = self._window, [0.0, 0.0]
+        per_epoch = self.source.num_steps()
+        values = {
+            "learning_rate": self._learning_rate,
+            "epoch": self.progress.step / per_epoch if per_epoch else float(self.progress.epoch),
+            "num_tokens": float(self.progress.tokens),
+        }
+        if seconds:
+            values["tokens_per_second"] = tokens / seconds
+            flops = flops_per_token(self)
+            if flops is not None:
+                values["mfu"] = tokens / seconds * flops / (peak_flops(self.engine) * dist.world_size())
+        return values
+
+    def encode_prompt(self, chat: Any, text: str) -> list[int]:
+        """Ids that a sample is generated from: a user turn after SFT, plain text after pretraining."""
+        if self.trainer.config_section == "pretrain_config":
+            return chat.encode_text(text).input_ids[:-1]
+        return chat.encode_prompt([{"role": "user", "content": text}])
+
+    def keep_batches(self, micro_batches: Sequence[Any]) -> Path:
+        """Write the micro-batches of a step that was not finite, for inspection."""
+        path = self.save_dir / "bad_steps" / f"step-{self.progress.step + 1}-rank-{dist.rank()}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(list(micro_batches), path)
+        return path
+
+    # Saving and loading.
+
+    def last_checkpoint(self) -> str:
+        """The newest valid checkpoint, for messages."""
+        newest = self.manager.latest("sizes") if dist.is_main() else None
+        return "none" if newest is None else str(newest)
+
+    def _state(self) -> dict[str, Any]:
+        trainer = self.trainer
+        scheduler = {} if trainer.scheduler is None else {"scheduler": trainer.scheduler.state_dict()}
+        return scheduler | {
+            "progress": asdict(self.progress),
+            "optimizer": checkpoint.optimizer_state_by_name(trainer.base_model, trainer.optimizer),
+            "engine": self.engine.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "random": checkpoint.random_state(),
+            "trainer": trainer._get_extra_checkpoint_state() or {},
+            "data": self._data_facts(),
+            "versions": {"torch": torch.__version__, "world_size": dist.world_size()},
+            "ledger": [ledger.as_dict() for ledger in self.settings.ledgers],
+            "config": self.settings.description,
+        }
+
+    def _data_facts(self) -> dict[str, Any]:
+        source = self.source
+        size = (source.num_steps() or 0) * source.accumulation if isinstance(source, LoaderSteps) else len(source)  # type: ignore[arg-type]
+        return {"kind": type(source).__name__, "size": size, "seed": self.settings.seed}
+
+    def save(self, is_best: bool = False, path: str | None = None, may_fail: bool = False) -> str:
+        """Save on the main process; every rank learns how it ended. See `BaseTrainer.save_checkpoint`.
+
+        Args:
+            may_fail: a full disk is a warning, not an error.
+        """
+        result: str = ""
+        failure: str | None = None
+        if dist.is_main():
+            try:
+                result = self._save_here(is_best, path)
+            except CheckpointError as error:
+                failure = str(error)
+        result, failure = dist.broadcast_object((result, failure))
+        if failure is not None and not may_fail:
+            raise CheckpointError(failure)
+        if failure is not None:
+            self.warn(f"{failure}. Training goes on; the next save is tried as planned")
+        elif path is None:
+            self.new_best = False
+            self.progress.hooks_done["save"] = self.progress.step
+        return result
+
+    def _save_here(self, is_best: bool, path: str | None) -> str:
+        trainer, state = self.trainer, self._state()
+        if path is not None:
+            state.pop("scheduler", None), state.pop("optimizer")
+            kept = {"optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
+            return str(checkpoint.save_checkpoint(path, model=trainer.base_model, **kept, **state))
+        write = partial(checkpoint.write_model, trainer.base_model, tokenizer=trainer.tokenizer)
+        loss = self.progress.best_loss if is_best else None
+        saved = self.manager.save(self.progress.step, write, state, metric=loss, is_best=is_best)
+        if is_best and self.settings.best_file:
+            self._save_here(False, str(self.save_dir / "best_model.pt"))
+        return str(saved)
+
+    def load(self, path: str) -> None:
+        """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
+        trainer = self.trainer
+        kept = {"optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
+        state = checkpoint.load_checkpoint(path, model=trainer.base_model, **kept)
+        facts = self._data_facts()
+        if state["data"] != facts:
+            raise CheckpointError(
+                f"{path} was made with other data ({state['data']}, now {facts}): its position in the data means "
+                f"nothing here. Restore the data, or start a new run in another save_dir from these weights "
+                f"(init_weights_path)"
+            )
+        self.progress = Progress(**state["progress"])
+        self.engine.load_state_dict(state["engine"])
+        self.metrics.load_state_dict(state["metrics"])
+        checkpoint.set_random_state(state["random"])
+        trainer._load_extra_checkpoint_state(state["trainer"])
+
+
+def _check_numbers(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected an integer of at least 1")
+
+
+def _pretrained_model() -> type:
+    from transformers import PreTrainedModel
+
+    return PreTrainedModel

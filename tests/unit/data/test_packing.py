@@ -1,0 +1,90 @@
+"""Properties of packings and of micro-batches that hold for any lengths."""
+
+import time
+
+import numpy as np
+import pytest
+
+from llm_trainer.data.packing import cut_by_tokens, pack_bfd, pack_bfd_split, pack_wrapped
+
+
+@pytest.fixture
+def lengths() -> list[int]:
+    return np.random.default_rng(0).integers(0, 60, 500).tolist()
+
+
+def covered(rows: list, lengths: list[int]) -> list[int]:
+    """How many tokens of each document the pieces hold; no token twice."""
+    seen = [set() for _ in lengths]
+    for row in rows:
+        for document, start, stop in row:
+            tokens = set(range(start, stop))
+            assert tokens and not tokens & seen[document]
+            seen[document] |= tokens
+    return [len(tokens) for tokens in seen]
+
+
+@pytest.mark.parametrize("capacity", [1, 17, 40, 1000])
+def test_every_token_once_and_no_row_too_long(lengths: list[int], capacity: int) -> None:
+    for pack in (pack_bfd, pack_bfd_split, pack_wrapped):
+        rows = pack(lengths, capacity)
+        assert max(sum(stop - start for _, start, stop in row) for row in rows) <= capacity
+        expected = [min(length, capacity) for length in lengths] if pack is pack_bfd else lengths
+        assert covered(rows, lengths) == expected
+
+
+def test_best_fit_takes_the_fullest_row(lengths: list[int]) -> None:
+    assert [[piece.document for piece in row] for row in pack_bfd([6, 7, 3, 4], 10)] == [[1, 2], [0, 3]]
+    needed = -(-sum(lengths) // 240)
+    assert len(pack_bfd(lengths, 240)) == len(pack_wrapped(lengths, 240)) == needed
+
+
+def test_the_same_as_a_scan_over_all_rows(lengths: list[int]) -> None:
+    """Best fit by its definition, in quadratic time; of equally full rows the one that became so first."""
+    rooms: list[list[int]] = []  # [space, when it became so, row]
+    rows: list[list[int]] = []
+    for clock, document in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        if not lengths[document]:
+            continue
+        fitting = [room for room in rooms if room[0] >= lengths[document]]
+        if not fitting:
+            rooms.append(fitting_room := [64, clock, len(rows)])
+            rows.append([])
+            fitting = [fitting_room]
+        room = min(fitting)
+        rows[room[2]].append(document)
+        room[:2] = [room[0] - lengths[document], clock]
+    assert [[piece.document for piece in row] for row in pack_bfd(lengths, 64)] == rows
+
+
+def test_many_documents_take_little_time() -> None:
+    lengths = np.random.default_rng(1).integers(1, 4097, 100_000)
+    start = time.process_time()
+    rows = pack_bfd(lengths, 4096)
+    assert time.process_time() - start < 5  # a scan over rows would take minutes
+    assert len(rows) * 4096 < 1.01 * lengths.sum()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("max_tokens", [30, 200, 100_000])
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], flat: bool, max_tokens: int) -> None:
+    batches = cut_by_tokens(lengths, max_tokens, flat)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert lengths.index(max(lengths)) in batches[0]
+    for batch in batches:
+        sizes = [lengths[row] for row in batch]
+        assert batch == sorted(batch)
+        assert len(batch) == 1 or (sum(sizes) if flat else max(sizes) * len(sizes)) <= max_tokens
+    assert batches == cut_by_tokens(lengths, max_tokens, flat)
+
+
+def test_micro_batches_are_few() -> None:
+    assert cut_by_tokens([5, 9, 5, 1, 20], 10, flat=False) == [[4], [1], [0, 2], [3]]
+    assert cut_by_tokens([5, 9, 5, 1, 20], 10, flat=True) == [[4], [1, 3], [0, 2]]
+    assert cut_by_tokens([], 10, flat=False) == []
+
+
+def test_a_row_must_have_room() -> None:
+    for call in (pack_bfd, pack_bfd_split, pack_wrapped, lambda lengths, limit: cut_by_tokens(lengths, limit, True)):
+        with pytest.raises(ValueError, match="token limit of a row is 0"):
+            call([1], 0)

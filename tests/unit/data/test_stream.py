@@ -1,0 +1,157 @@
+"""The order of samples: complete, resumable anywhere, and the same however a step is cut."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from llm_trainer.data.collate import Filler
+from llm_trainer.data.stream import LoaderSteps, Permutation, SampleStream
+
+
+@dataclass
+class Numbers:
+    """Sample i is the number i, and it has a length."""
+
+    file_sizes: list[int]
+    lengths: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.lengths = 1 + np.arange(sum(self.file_sizes)) % 7
+
+    def __getitem__(self, index):
+        return index
+
+
+def stream(sizes=(10, 1, 12), rows_per_step=4, **options):
+    return SampleStream(Numbers(list(sizes)), list, rows_per_step=rows_per_step, **{"batch_size": 2, **options})
+
+
+def steps_of(source, epoch=0, position=0):
+    """Each step as a sorted list of its samples; filler left out."""
+    return [
+        sorted(sample for batch in step if not isinstance(batch, Filler) for sample in batch)
+        for step, _ in source.steps(epoch, position)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 1000, 4097])
+def test_permutation_visits_everything_once_and_in_another_order_for_another_seed(size):
+    order = Permutation(size, 1)(np.arange(size))
+    assert sorted(order) == list(range(size))
+    if size > 10:
+        assert (order != np.arange(size)).mean() > 0.8
+        assert (order != Permutation(size, 2)(np.arange(size))).any()
+
+
+def test_permutation_is_evaluated_at_any_index_of_a_huge_range():
+    order = Permutation(10**12, 3)
+    assert order(np.array([10**11])) == order(np.array([5, 10**11]))[1]
+
+
+def test_an_epoch_has_every_sample_once_and_files_one_after_another():
+    rows = stream().order(0, 0, 23)
+    assert sorted(rows) == list(range(23))
+    assert sorted(rows[:10]) == list(range(10)) and rows[10] == 10
+    assert list(rows) != list(stream().order(1, 0, 23))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 9}, {"micro_batch_tokens": 9, "flat": True}])
+def test_a_step_has_the_same_samples_however_it_is_cut(world_size, options):
+    together = [sorted(rows) for rows in zip(*_by_rank(world_size, options), strict=True)]
+    assert [sorted(sum(rows, [])) for rows in together] == steps_of(stream())
+
+
+def _by_rank(world_size, options):
+    return [steps_of(stream(rank=rank, world_size=world_size, **options)) for rank in range(world_size)]
+
+
+def test_a_rank_without_rows_gets_filler():
+    last = [list(stream(rank=rank, world_size=4).steps(0, 0))[-1][0] for rank in range(4)]  # 23 rows: 3 in the last step
+    assert [isinstance(step[0], Filler) for step in last] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("position", [0, 3, 11, 22])
+def test_resume_is_a_seek(position):
+    rest = sum(steps_of(stream(rows_per_step=1), 2, position), [])
+    assert rest == stream().order(2, position, 23).tolist()
+
+
+def test_workers_change_nothing():
+    assert steps_of(stream(num_workers=2)) == steps_of(stream())
+
+
+def test_token_budget_is_kept():
+    for step, _ in stream(rows_per_step=12, micro_batch_tokens=14).steps(0, 0):
+        for batch in step:
+            lengths = [1 + i % 7 for i in batch]
+            assert len(batch) == 1 or len(batch) * max(lengths) <= 14
+
+
+def loader(**options):
+    return DataLoader(TensorDataset(torch.arange(21)), batch_size=2, **options)
+
+
+def numbers(source, epoch=0, position=0):
+    return [[batch[0].tolist() for batch in step] for step, _ in source.steps(epoch, position)]
+
+
+@pytest.mark.parametrize("generator", [False, True])
+def test_a_shuffling_loader_resumes_in_the_middle_of_an_epoch(generator):
+    def fresh():
+        seeded = torch.Generator().manual_seed(5) if generator else None
+        return LoaderSteps(loader(shuffle=True, generator=seeded), accumulation=2, seed=7)
+
+    whole = numbers(fresh(), epoch=3)
+    assert numbers(fresh(), epoch=3, position=6) == whole[3:]
+    assert numbers(fresh(), epoch=4) != whole
+    assert sorted(sum(sum(whole, []), [])) == list(range(21))
+
+
+def test_resume_of_a_loader_does_not_load_what_came_before():
+    class Counting(TensorDataset):
+        loaded = 0
+
+        def __getitem__(self, index):
+            Counting.loaded += 1
+            return super().__getitem__(index)
+
+    source = LoaderSteps(DataLoader(Counting(torch.arange(100)), batch_size=1))
+    assert len(numbers(source, position=98)) == 2 and Counting.loaded == 2
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_micro_batches_of_a_plain_loader(world_size):
+    ranks = [LoaderSteps(loader(), accumulation=2, rank=r, world_size=world_size) for r in range(world_size)]
+    seen = [step for rank in ranks for step, _ in rank.steps(0, 0)]
+    samples = [s for step in seen for batch in step if not isinstance(batch, Filler) for s in batch[0].tolist()]
+    assert sorted(samples) == list(range(21))
+    assert len({len(list(rank.steps(0, 0))) for rank in ranks}) == 1
+
+
+def test_a_distributed_sampler_is_left_to_deal():
+    sampler = DistributedSampler(range(21), num_replicas=2, rank=1, shuffle=False)
+    source = LoaderSteps(DataLoader(torch.arange(21), batch_size=1, sampler=sampler), rank=1, world_size=2)
+    assert [step[0].item() for step, _ in source.steps(0, 0)][:3] == [1, 3, 5]
+
+
+def test_padded_batches_are_cut_anew_by_a_token_budget():
+    lengths = torch.tensor([3, 9, 2, 8])
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    batch = {"input_ids": mask * torch.arange(1, 10), "labels": torch.where(mask == 1, 5, -100), "attention_mask": mask}
+    halves = [{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}]
+    ((step, _),) = LoaderSteps(halves, accumulation=2, micro_batch_tokens=18).steps(0, 0)
+    assert sorted(tuple(b["input_ids"].shape) for b in step) == [(2, 3), (2, 9)]
+    assert sum(int((b["labels"] != -100).sum()) for b in step) == int(lengths.sum())
+
+
+def test_an_iterator_without_length_is_fine():
+    class Endless:
+        def __iter__(self):
+            return iter([torch.zeros(1)] * 3)
+
+    source = LoaderSteps(Endless())
+    assert source.num_steps() is None and len(list(source.steps(0, 1))) == 2

@@ -1,0 +1,215 @@
+"""Decoding: against transformers' own `generate`, alone against in a batch, and the sampling distribution."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from llm_trainer.generation import generate, stream
+from llm_trainer.generation.sampler import Decoding
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [3], [11, 12, 13], [20, 1, 20, 1]]
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,  # far from uniform, so that an error shows
+}
+
+
+def build_qwen3(**more: object) -> nn.Module:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **more)).eval()
+
+
+def build_moe() -> nn.Module:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def build_gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=12, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
+    return GPT2LMHeadModel(config).eval()
+
+
+class Whole(nn.Module):
+    """A module that maps ids to logits and knows no cache, over a transformers model."""
+
+    def __init__(self, model: nn.Module, form: str = "tensor") -> None:
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, ids: Tensor) -> object:
+        output = self.model(ids, use_cache=False)
+        return {"tensor": output.logits, "dict": {"logits": output.logits}, "object": output}[self.form]
+
+
+MODELS = {
+    "qwen3": build_qwen3,
+    "sliding": lambda: build_qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "moe": build_moe,
+    "gpt2": build_gpt2,
+    "whole": lambda: Whole(build_qwen3()),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_depend_on_its_batch(name: str, temperature: float) -> None:
+    model = MODELS[name]()
+    settings = {"max_new_tokens": 12, "pad_token_id": 0, "temperature": temperature, "seed": 3}
+    together = generate(model, PROMPTS, **settings)
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], row_numbers=[row], **settings)
+        assert alone.ids[0] == together.ids[row]
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[row], rtol=1e-4, atol=1e-4)
+    assert len({tuple(ids) for ids in together.ids}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "sliding", "moe"])
+def test_greedy_is_what_transformers_generates(name: str) -> None:
+    model = MODELS[name]()
+    ours = generate(model, PROMPTS, max_new_tokens=10, pad_token_id=0, temperature=0)
+    for prompt, ids in zip(PROMPTS, ours.ids, strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=10, do_sample=False
+        )
+        assert ids == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("form", ["tensor", "dict", "object"])
+def test_a_module_without_cache_gives_the_same_completions(form: str) -> None:
+    model = build_qwen3()
+    settings = {"max_new_tokens": 8, "pad_token_id": 0, "seed": 1}
+    cached, whole = generate(model, PROMPTS, **settings), generate(Whole(model, form), PROMPTS, **settings)
+    assert whole.ids == cached.ids
+    torch.testing.assert_close(whole.logprobs, cached.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_logprobs_are_those_a_trainer_recomputes() -> None:
+    model = build_qwen3()
+    settings = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "suppress_tokens": [4], "seed": 0}
+    made = generate(model, PROMPTS, max_new_tokens=6, pad_token_id=0, **settings)
+    for prompt, ids, logprobs in zip(PROMPTS, made.ids, made.logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_stop_at_a_stop_token_and_the_others_go_on() -> None:
+    model = build_qwen3()
+    free = generate(model, PROMPTS, max_new_tokens=10, pad_token_id=0, seed=0)
+    stop = free.ids[0][2]
+    stopped = generate(model, PROMPTS, max_new_tokens=10, pad_token_id=0, seed=0, stop_token_ids=[stop])
+    for before, after, finished in zip(free.ids, stopped.ids, stopped.finished, strict=True):
+        end = before.index(stop) + 1 if stop in before else len(before)
+        assert after == before[:end] and finished == (stop in before)
+    assert len(stopped.ids[0]) <= 3 and not all(stopped.finished)
+
+
+def test_suppressed_tokens_never_appear() -> None:
+    model = build_qwen3()
+    suppressed = list(range(30))
+    for temperature in (0.0, 2.0):
+        made = generate(
+            model,
+            PROMPTS,
+            max_new_tokens=12,
+            pad_token_id=0,
+            temperature=temperature,
+            suppress_tokens=suppressed,
+            seed=0,
+        )
+        assert {token for ids in made.ids for token in ids} <= set(range(30, 40))
+
+
+def test_rows_end_where_the_context_ends() -> None:
+    model = build_gpt2()  # 12 learned positions: one step too far would raise inside the model
+    for module in (model, Whole(model)):
+        made = generate(module, PROMPTS, max_new_tokens=50, pad_token_id=0, seed=0, context_length=12)
+        assert [len(prompt) + len(ids) for prompt, ids in zip(PROMPTS, made.ids, strict=True)] == [12] * 4
+        assert made.finished == [False] * 4
+    with pytest.raises(ValueError, match=r"prompt 1 has 12 tokens, but the model's context is 12"):
+        generate(model, [[1], [1] * 12], max_new_tokens=1, pad_token_id=0)
+
+
+def test_stream_yields_what_generate_returns() -> None:
+    model = build_qwen3().train()
+    settings = {"max_new_tokens": 9, "temperature": 0.9, "top_p": 0.9, "seed": 5}
+    tokens = stream(model, PROMPTS[0], **settings)
+    first = next(tokens)
+    assert torch.is_grad_enabled() and not model.training
+    assert [first, *tokens] == generate(model, [PROMPTS[0]], pad_token_id=0, **settings).ids[0]
+    assert model.training
+
+
+def test_modes_gradients_and_random_state_are_left_alone() -> None:
+    model = build_qwen3().train()
+    model.model.layers[0].eval()
+    before = torch.get_rng_state()
+    generate(model, PROMPTS, max_new_tokens=2, pad_token_id=0, seed=0)
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+    assert torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed_torch_decides() -> None:
+    model = build_qwen3()
+    torch.manual_seed(1)
+    made = [generate(model, PROMPTS, max_new_tokens=8, pad_token_id=0).ids for _ in range(2)]
+    torch.manual_seed(1)
+    assert generate(model, PROMPTS, max_new_tokens=8, pad_token_id=0).ids == made[0] != made[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({}, 300), ({"top_k": 3}, 3), ({"top_p": 0.5}, None), ({"top_p": 0.99}, None), ({"top_k": 9, "top_p": 0.6}, None)],
+)
+def test_the_distribution_is_the_filtered_softmax(settings: dict, kept: int | None) -> None:
+    """Every probability of the inverse CDF, measured on an even grid of noise, against a full sort."""
+    torch.manual_seed(0)
+    logits, temperature = torch.randn(300) * 2, 1.3
+    grid = (torch.arange(100_000) + 0.5) / 100_000
+    decoding = Decoding(max_new_tokens=1, temperature=temperature, **settings)
+    ids, _ = decoding.choose(logits.expand(len(grid), -1), grid)
+    expected, order = (logits / temperature).softmax(-1).sort(descending=True)
+    if settings.get("top_k"):
+        expected[settings["top_k"] :] = 0
+        expected /= expected.sum()
+    expected[expected.cumsum(0) - expected >= settings.get("top_p", 1.0)] = 0
+    expected = torch.zeros(300).scatter(0, order, expected / expected.sum())
+    assert kept is None or (expected > 0).sum() == kept
+    torch.testing.assert_close(ids.bincount(minlength=300) / len(grid), expected, rtol=0, atol=3e-5)
+
+
+def test_noise_of_one_never_picks_a_token_of_probability_zero() -> None:
+    logits = torch.tensor([[2.0, 1.0, -torch.inf]])
+    ids, _ = Decoding(max_new_tokens=1).choose(logits, torch.ones(1))
+    assert ids.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
+)
+def test_settings_out_of_range_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Decoding(**{"max_new_tokens": 1, **bad})
+
+
+def test_bad_input_is_named() -> None:
+    model = build_qwen3()
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(model, [[1], []], max_new_tokens=1, pad_token_id=0)
+    with pytest.raises(ValueError, match="row_numbers has 1 entries for 2 prompts"):
+        generate(model, [[1], [2]], max_new_tokens=1, pad_token_id=0, row_numbers=[0])
+    assert generate(model, [], max_new_tokens=1, pad_token_id=0).ids == []
+    nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(ValueError, match="not finite at new token 0 of prompt 0"):
+        generate(model, PROMPTS, max_new_tokens=1, pad_token_id=0)
