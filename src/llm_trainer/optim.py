@@ -1,0 +1,277 @@
+"""Optimizers: one visible table from names to builders, and which parameters decay.
+
+`OPTIMIZERS` lists what `create_optimizer` knows; a new optimizer is one function and one line there.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
+Closure: TypeAlias = Callable[[], float]
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion: the sign of an interpolated momentum, one state tensor per parameter (Chen et al. 2023, arXiv 2302.06675).
+
+    With momentum m and gradient g of the parameter's shape, and sign(0) = 0::
+
+        p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g)
+        m <- b2 m + (1 - b2) g
+
+    Every entry moves by `lr`, so a good `lr` is 3 to 10 times smaller than AdamW's and `weight_decay` as much larger.
+    """
+
+    def __init__(
+        self, params: Params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; `closure`, if given, recomputes the loss that is returned."""
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                momentum = state["momentum"]
+                direction = momentum.lerp(param.grad, 1 - beta1).sign_()
+                param.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr)
+                momentum.lerp_(param.grad, 1 - beta2)
+        return loss
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for hidden matrices and AdamW for the rest, as one optimizer with one `state_dict`.
+
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix. Its update is scaled
+    by 0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one
+    `lr` and one `weight_decay`, tuned for AdamW, serve both halves.
+
+    A parameter goes to Muon if it has two dimensions and its group does not say `"use_muon": False`, as
+    `configure_optimizer` does for embeddings and the LM head.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        fused: bool = False,
+    ) -> None:
+        matrices, rest = _split_for_muon(params)
+        inner: list[torch.optim.Optimizer] = []
+        if matrices:
+            inner.append(
+                torch.optim.Muon(matrices, lr, weight_decay, momentum, nesterov, adjust_lr_fn="match_rms_adamw")
+            )
+        if rest:
+            inner.append(torch.optim.AdamW(rest, lr, betas, eps, weight_decay, fused=fused))
+        super().__init__([group for half in inner for group in half.param_groups], {})
+        self._halves = [(half, len(half.param_groups)) for half in inner]
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; `closure`, if given, recomputes the loss that is returned."""
+        loss = _evaluate(closure)
+        start = 0
+        for half, num_groups in self._halves:
+            # Groups and state live here and are only lent: loading a state or re-pointing parameters replaces them.
+            half.param_groups = self.param_groups[start : start + num_groups]
+            half.state = self.state
+            half.step()
+            start += num_groups
+        return loss
+
+
+def _evaluate(closure: Closure | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _split_for_muon(params: Params) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Cut parameters or groups into (groups of matrices for Muon, groups of everything else)."""
+    matrices, rest = [], []
+    for group in _as_groups(params):
+        wanted = group.get("use_muon", True)
+        chosen = [param for param in group["params"] if wanted and param.ndim == 2]
+        others = [param for param in group["params"] if not (wanted and param.ndim == 2)]
+        if chosen:
+            matrices.append({**group, "params": chosen, "use_muon": True})
+        if others:
+            rest.append({**group, "params": others, "use_muon": False})
+    return matrices, rest
+
+
+def _as_groups(params: Params) -> list[dict[str, Any]]:
+    """Parameters, or groups of them, as a list of groups whose `params` are lists."""
+    entries = list(params)
+    groups = [entry for entry in entries if isinstance(entry, dict)]
+    if not groups:
+        return [{"params": entries}]
+    return [
+        {**group, "params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
+        for group in groups
+    ]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one optimizer is built: its class, what it takes besides `lr` and `weight_decay`, and its vetted defaults.
+
+    `uses` are arguments that `create_optimizer` names; `options` are the ones that only this optimizer understands.
+    """
+
+    build: Callable[..., torch.optim.Optimizer]
+    uses: tuple[str, ...] = ()
+    options: frozenset[str] = frozenset()
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.0
+
+
+OPTIMIZERS: dict[str, Recipe] = {
+    "adamw": Recipe(torch.optim.AdamW, ("betas", "eps", "fused"), frozenset({"amsgrad"})),
+    "adam": Recipe(torch.optim.Adam, ("betas", "eps", "fused"), frozenset({"amsgrad"})),
+    # Not fused: sharded tensors (DTensor) have the fused kernels of Adam only.
+    "sgd": Recipe(torch.optim.SGD, ("momentum",), frozenset({"nesterov", "dampening"})),
+    "lion": Recipe(Lion, ("betas",), betas=(0.9, 0.99)),
+    "muon": Recipe(Muon, ("betas", "eps", "momentum", "fused"), frozenset({"nesterov"}), momentum=0.95),
+    "adafactor": Recipe(torch.optim.Adafactor, (), frozenset({"beta2_decay", "d"})),
+}
+
+_FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+
+
+def create_optimizer(
+    params: Params,
+    optimizer_type: str = "adamw",
+    lr: float = 1e-3,
+    betas: tuple[float, float] | None = None,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    momentum: float | None = None,
+    fused: bool | None = None,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """Build the optimizer called `optimizer_type` (a key of `OPTIMIZERS`, in any case).
+
+    Args:
+        params: parameters, or parameter groups such as `get_parameter_groups` returns.
+        optimizer_type: `adamw`, `adam` (the decay is added to the gradient), `sgd`, `lion`, `muon`, or `adafactor` (row
+            and column statistics in place of the second moment: least memory; Shazeer & Stern, arXiv 1804.04235).
+        lr: learning rate.
+        betas: decay rates of the moments; `None`: (0.9, 0.999), and (0.9, 0.99) for lion.
+        eps: added to the denominator of Adam's update.
+        weight_decay: for groups that do not state their own.
+        momentum: of sgd and muon; `None`: 0 for sgd, 0.95 for muon.
+        fused: one kernel per update of adam and adamw; `None`: wherever the parameters' device has it.
+        **options: `amsgrad` (adam, adamw), `nesterov` (sgd, muon), `dampening` (sgd), `beta2_decay`, `d` (adafactor).
+
+    Raises:
+        ValueError: for an unknown name or option, a number out of its range, or no parameters at all.
+    """
+    recipe = OPTIMIZERS.get(optimizer_type.lower())
+    if recipe is None:
+        raise ValueError(f"unknown optimizer {optimizer_type!r}; known optimizers: {', '.join(sorted(OPTIMIZERS))}")
+    if unknown := options.keys() - recipe.options:
+        known = ", ".join(sorted(recipe.options)) or "none of its own"
+        raise ValueError(f"{optimizer_type!r} has no option {', '.join(sorted(unknown))}; its options: {known}")
+    groups = _as_groups(params)
+    tensors = [param for group in groups for param in group["params"]]
+    if not tensors:
+        raise ValueError("there is no parameter to optimize: is every parameter of the model frozen?")
+    if fused is None:
+        fused = all(param.device.type in _FUSED_DEVICES and param.is_floating_point() for param in tensors)
+    hyper: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "betas": betas or recipe.betas,
+        "eps": eps,
+        "momentum": recipe.momentum if momentum is None else momentum,
+        "fused": fused,
+    }
+    _check(hyper)
+    return recipe.build(groups, **{name: hyper[name] for name in ("lr", "weight_decay", *recipe.uses)}, **options)
+
+
+def _check(hyper: dict[str, Any]) -> None:
+    """Raise ValueError for the first number that is out of its range (also for NaN, which no comparison accepts)."""
+    for name in ("lr", "weight_decay", "eps", "momentum"):
+        if not hyper[name] >= 0:
+            raise ValueError(f"{name} is {hyper[name]!r}, expected a number >= 0")
+    if len(hyper["betas"]) != 2 or not all(0 <= beta < 1 for beta in hyper["betas"]):
+        raise ValueError(f"betas is {hyper['betas']!r}, expected two numbers in [0, 1), such as (0.9, 0.999)")
+
+
+def get_parameter_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Two groups: what decays and what does not. Matrices decay; biases and norm weights (1-D) do not.
+
+    Embeddings and the LM head are matrices and decay, as in transformers. Frozen parameters are left out, tied ones
+    come once, and a group without parameters is left out.
+
+    Args:
+        model: the model whose trainable parameters are grouped.
+        weight_decay: of the first group; the second has 0.
+        no_decay: pieces of parameter names that must not decay either, such as `("embed",)`.
+    """
+    decaying: list[Tensor] = []
+    plain: list[Tensor] = []
+    for name, param in model.named_parameters():  # yields a tied parameter once
+        if param.requires_grad:
+            exempt = param.ndim < 2 or any(piece in name for piece in no_decay)
+            (plain if exempt else decaying).append(param)
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def configure_optimizer(
+    model: nn.Module,
+    optimizer_type: str = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    no_decay: Sequence[str] = (),
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """Build an optimizer for `model` with the groups of `get_parameter_groups`.
+
+    `muon` gets the hidden matrices; embeddings and the LM head are tables of vectors, which its post says to leave to
+    AdamW. `options` are those of `create_optimizer`.
+    """
+    groups = get_parameter_groups(model, weight_decay, no_decay)
+    if optimizer_type.lower() == "muon":
+        tables = _vocabulary_tables(model)
+        groups = [part for group in groups for part in _separate(group, tables)]
+    return create_optimizer(groups, optimizer_type, lr=lr, weight_decay=weight_decay, **options)
+
+
+def _vocabulary_tables(model: nn.Module) -> set[Tensor]:
+    """Embedding weights, and linear weights shaped [V, D] like the tallest of them: the LM head when it is not tied."""
+    tables: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not tables:
+        return set()
+    shape = max((table.shape for table in tables), key=lambda shape: shape[0])
+    heads = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == shape]
+    return {*tables, *heads}
+
+
+def _separate(group: dict[str, Any], tables: set[Tensor]) -> list[dict[str, Any]]:
+    """Cut one group into (tables, for AdamW) and (the rest), dropping an empty part."""
+    parts = [
+        {**group, "params": [p for p in group["params"] if (p in tables) == is_table], "use_muon": not is_table}
+        for is_table in (False, True)
+    ]
+    return [part for part in parts if part["params"]]
