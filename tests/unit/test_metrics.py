@@ -77,6 +77,20 @@ def test_names_that_share_a_slot_are_told_apart(monkeypatch):
     assert calls[0] == calls[1] > 1
 
 
+def test_a_resumed_interval_is_the_same_whatever_the_ranks():
+    interrupted = Metrics()
+    interrupted.add("loss", torch.tensor(1 / 3, dtype=torch.float64), 1)
+    state = json.loads(json.dumps(interrupted.state_dict()))
+    resumed = [Metrics(), Metrics()]
+    for metrics in resumed:
+        metrics.load_state_dict(state, share=1 / 2)
+        metrics.add("loss", 1.0, 1)
+    interrupted.add("loss", 2.0, 2)
+    totals, counts = zip(*(metrics.state_dict()["loss"] for metrics in resumed), strict=True)
+    assert [sum(totals), sum(counts)] == pytest.approx(interrupted.state_dict()["loss"], rel=1e-15)
+    assert interrupted.reduce() == {"loss": (1 / 3 + 2.0) / 3}
+
+
 def test_non_finite_values_touch_only_their_own_name():
     metrics = Metrics()
     metrics.add("loss", math.nan)
@@ -156,8 +170,10 @@ def test_console_in_a_terminal_keeps_one_live_line():
     writer = ConsoleWriter(None, console=screen)
     writer.write(1, {"loss": 1.0})
     writer.write(2, {"loss": 0.5, "eval_loss": 0.75})
+    writer.say("saved [2]")
     writer.close()
     text = screen.file.getvalue()
+    assert "saved [2]" in text
     assert "loss 0.5000" in text and "step 2  eval_loss 0.7500" in text
     quiet = console(terminal=True)
     ConsoleWriter(None, live=False, console=quiet).write(1, {"loss": 1.0})

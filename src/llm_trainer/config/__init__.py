@@ -1,0 +1,1 @@
+"""What a run is made of, described. A leaf: pydantic and the standard library only."""

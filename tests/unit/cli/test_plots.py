@@ -19,7 +19,13 @@ def run(tmp_path):
         for writer in (TextLog(folder), JsonLines(folder)):
             for step in (10, 20, 30):
                 writer.write(
-                    step, {"loss": scale / step, "learning_rate": 1e-3, "reward": math.nan if step == 20 else 1.0}
+                    step,
+                    {
+                        "loss": scale / step,
+                        "learning_rate": 1e-3,
+                        "epoch": 0.5,
+                        "reward": math.nan if step == 20 else 1.0,
+                    },
                 )
             writer.write(30, {"eval_loss": 0.5})
             writer.close()

@@ -74,8 +74,9 @@ def test_wrong_overrides(write, override, message):
             "model_config: m\nfile_dataset: a\noptim_config: {initail_lr: 1}",
             "optim_config.initail_lr is not a known key",
         ),
-        ("batch_size: 1\nbatch_size: 2", "key 'batch_size' stands twice"),
-        ("a: [", "not readable as YAML"),
+        ("batch_size: 1\nbatch_size: 2", "not readable as YAML, line 2: key 'batch_size' stands twice"),
+        ("a: [", "not readable as YAML, line 1: expected the node content"),
+        ("a: \x01", "not readable as YAML: unacceptable character #x0001"),
         ("", "got None, expected a mapping of keys to values"),
         ("- a", "got ['a'], expected a mapping of keys to values"),
         (

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,15 @@ def test_model_shape_is_completed():
     assert (model.intermediate_size, model.head_dim, model.num_key_value_heads) == (192, 16, 4)
 
 
+def test_a_section_can_be_copied_with_changes():
+    model = replace(ModelConfig(**SHAPE | {"architecture": "qwen3_moe"}, moe=MoeConfig(**MOE)), vocab_size=100)
+    assert (model.vocab_size, model.moe.num_experts, model.intermediate_size) == (100, 4, 192)
+    config = TrainConfig(model_config=model, file_dataset=["a"])
+    assert replace(config, n_epochs=2).file_dataset is config.file_dataset
+    with pytest.raises(ConfigError, match="ModelConfig: vocab_size: got 0"):
+        replace(model, vocab_size=0)
+
+
 @pytest.mark.parametrize(
     ("hidden_size", "multiple_of", "width"),
     [(4096, 64, 10944), (4096, 256, 11008), (3, 1, 8), (24, 64, 64), (768, 64, 2048), (4096, 1, 10923)],
@@ -88,7 +97,7 @@ def test_file_dataset_takes_paths_lists_and_objects():
     assert given([Path("a"), "b"]) == ["a", "b"]
     assert given(Named()) == ["part-0.npy", "part-1.npy"]
     for wrong in (3, [], [3], {"a": 1}, b"a"):
-        with pytest.raises(ConfigError, match="file_dataset: got .* expected a path, a list of paths, or an object"):
+        with pytest.raises(ConfigError, match=r"file_dataset: got .* expected a path, a list of paths, or an object"):
             given(wrong)
 
 
@@ -96,7 +105,7 @@ def test_file_dataset_takes_paths_lists_and_objects():
     ("make", "message"),
     [
         (lambda: OptimConfig(initail_lr=1), "OptimConfig: initail_lr is not a known key; did you mean initial_lr?"),
-        (lambda: SFTConfig(zzz=1), "zzz is not a known key; known here: mask_prompt, train_on, gradient_accumulation"),
+        (lambda: SFTConfig(zzz=1), "zzz is not a known key; known here: mask_prompt, train_on, thinking"),
         (
             lambda: TrainConfig(model_config="m", file_dataset="a", batch_size=0),
             "TrainConfig: batch_size: got 0, expected an integer of at least 1",

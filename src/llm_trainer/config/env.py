@@ -1,0 +1,86 @@
+"""The only place that reads or writes environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llm_trainer.config.errors import ConfigError
+
+PARALLEL_TYPES = ("ds", "ddp", "fsdp", "none")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the environment says, with the values of a plain single process where it says nothing.
+
+    Attributes:
+        token_dir: `TOKEN_DIR`, the tokenizer's folder.
+        log_dir: `LOG_DIR`, the folder of log.txt, lr.txt and metrics.jsonl.
+        checkpoint_dir: `CHECKPOINT_DIR`, else `DIST_CHECKPOINT_DIR`.
+        checkpoints_to_keep: `CKPT_MAX_TO_KEEP`.
+        parallel_type: `PARALLEL_TYPE`, one of ds, ddp, fsdp, none; None lets the machine decide.
+        rank: `RANK` of this process among all.
+        local_rank: `LOCAL_RANK`, its number on this node, and so its device.
+        world_size: `WORLD_SIZE`, the number of processes.
+        local_world_size: `LOCAL_WORLD_SIZE`, the number of processes on this node.
+        master_addr: `MASTER_ADDR`, where the processes meet.
+        master_port: `MASTER_PORT`.
+        launched: whether torchrun (or another launcher) started this process: `RANK` and `WORLD_SIZE` are set.
+    """
+
+    token_dir: str | None = None
+    log_dir: str | None = None
+    checkpoint_dir: str | None = None
+    checkpoints_to_keep: int = 2
+    parallel_type: str | None = None
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    launched: bool = False
+
+
+def environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Reads the variables afresh, so that a launcher or a test may change them at any time.
+
+    Args:
+        variables: read instead of the process's own.
+
+    Raises:
+        ConfigError: when a variable has a value that cannot be meant.
+    """
+    given = {name: value for name, value in (os.environ if variables is None else variables).items() if value}
+
+    def number(name: str, default: int, least: int = 0) -> int:
+        text = given.get(name, str(default))
+        if not text.isdecimal() or int(text) < least:
+            raise ConfigError(f"environment variable {name}: got {text!r}, expected an integer of at least {least}")
+        return int(text)
+
+    parallel_type = given.get("PARALLEL_TYPE")
+    if parallel_type not in (None, *PARALLEL_TYPES):
+        expected = ", ".join(PARALLEL_TYPES)
+        raise ConfigError(f"environment variable PARALLEL_TYPE: got {parallel_type!r}, expected one of {expected}")
+    return Environment(
+        token_dir=given.get("TOKEN_DIR"),
+        log_dir=given.get("LOG_DIR"),
+        checkpoint_dir=given.get("CHECKPOINT_DIR", given.get("DIST_CHECKPOINT_DIR")),
+        checkpoints_to_keep=number("CKPT_MAX_TO_KEEP", Environment.checkpoints_to_keep, least=1),
+        parallel_type=parallel_type,
+        rank=number("RANK", Environment.rank),
+        local_rank=number("LOCAL_RANK", Environment.local_rank),
+        world_size=number("WORLD_SIZE", Environment.world_size, least=1),
+        local_world_size=number("LOCAL_WORLD_SIZE", Environment.local_world_size, least=1),
+        master_addr=given.get("MASTER_ADDR", Environment.master_addr),
+        master_port=number("MASTER_PORT", Environment.master_port, least=1),
+        launched="RANK" in given and "WORLD_SIZE" in given,
+    )
+
+
+def set_default(name: str, value: str) -> None:
+    """Sets a variable for this process and its children unless the user already did (`TOKENIZERS_PARALLELISM`, ...)."""
+    os.environ.setdefault(name, value)

@@ -1,0 +1,125 @@
+"""What a user is told about a wrong configuration: which key, what was found, what was expected, and the likely fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import reprlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+_NOUNS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
+}
+_NOUNS_OF_MANY: dict[Any, str] = {int: "integers", float: "numbers", str: "strings"}
+_BOUNDS: dict[type, tuple[str, str]] = {
+    Ge: ("ge", "of at least"),
+    Gt: ("gt", "above"),
+    Le: ("le", "of at most"),
+    Lt: ("lt", "below"),
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line per mistake."""
+
+
+def fields_of(section: type) -> Mapping[str, FieldInfo]:
+    """The fields of a configuration class by name, with their types, bounds and descriptions."""
+    return section.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
+
+
+def _is_section(annotation: Any) -> bool:
+    return dataclasses.is_dataclass(annotation)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """`(X, Y)` for `X | Y`, else the annotation alone; bare types without what annotates them."""
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    return tuple(typing.get_args(member)[0] if typing.get_origin(member) is Annotated else member for member in members)
+
+
+def _noun(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin is tuple:
+        return f"a list of {len(arguments)} {_NOUNS_OF_MANY[_members(arguments[0])[0]]}"
+    if origin is list:
+        (member,) = _members(arguments[0])
+        return f"a list of {_NOUNS_OF_MANY.get(member) or ' or '.join(typing.get_args(member))}"
+    if _is_section(annotation):
+        return "a section (mapping)"
+    return _NOUNS.get(origin or annotation, "a value")
+
+
+def expectation(field: FieldInfo) -> str:
+    """What a field accepts, in words: `an integer of at least 1`, `one of auto, fp32, bf16`, `a string or null`."""
+    bounds = [
+        f"{words} {bound:g}"
+        for rule in field.metadata
+        for kind, (name, words) in _BOUNDS.items()
+        if isinstance(rule, kind) and isinstance(bound := getattr(rule, name), int | float)
+    ]
+    nouns = [_noun(member) for member in _members(field.annotation)]
+    nouns[0] = " ".join([nouns[0], " and ".join(bounds)]).rstrip()
+    return " or ".join(nouns)
+
+
+def explain(error: ValidationError, section: type, where: str) -> ConfigError:
+    """Pydantic's list of mistakes as lines like `run.yaml: batch_size: got 0, expected an integer of at least 1`.
+
+    Args:
+        error: what pydantic found while building `section`.
+        section: the configuration class the keys are looked up in.
+        where: the origin of the values, a file name or the name of the class that was called.
+    """
+    lines = []
+    for mistake in error.errors(include_url=False):
+        if mistake["loc"][-1:] == ("str",) and isinstance(mistake["input"], Mapping):
+            continue  # `section or string` was given a section: what is wrong inside it is reported beside this
+        lines.append(f"{where}: {_explain_one(section, mistake)}")
+    return ConfigError("\n".join(dict.fromkeys(lines)))  # both members of a union report the same mistake
+
+
+def _explain_one(section: type, mistake: ErrorDetails) -> str:
+    kind, location, found = mistake["type"], mistake["loc"], reprlib.repr(mistake["input"])
+    path: list[str] = []
+    field: FieldInfo | None = None
+    for part in location:  # beside keys, a location has the names of union members, which no user wrote
+        fields = fields_of(section)
+        if part in fields:
+            field = fields[str(part)]
+            path.append(str(part))
+            section = next((member for member in _members(field.annotation) if _is_section(member)), section)
+    key = ".".join(path)
+    if kind == "unexpected_keyword_argument":
+        return _unknown_key(".".join([*path, str(location[-1])]), str(location[-1]), list(fields_of(section)))
+    if kind == "value_error":
+        return ": ".join([*filter(None, [key]), str(mistake["ctx"]["error"])])
+    if field is None:
+        return f"got {found}, expected a mapping of keys to values"
+    if kind == "missing" and location[-1] == path[-1]:
+        return f"{key} is missing: {field.description}"
+    return f"{key}: got {found}, expected {expectation(field)}"
+
+
+def _unknown_key(path: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"{path} is not a known key; {advice}"

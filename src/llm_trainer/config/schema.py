@@ -1,0 +1,328 @@
+"""Every configuration class: the keys of a YAML file, their types, their bounds and their defaults.
+
+A leaf of the package: pydantic and the standard library only. A `Field`'s description is the comment that
+`llm-trainer config` writes beside the key. A new section is its class and one field of `TrainConfig`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
+from pydantic_core import ArgsKwargs
+
+from llm_trainer.config.env import environment
+from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.files import Files
+from llm_trainer.config.section import config_section
+
+
+def intermediate_size(hidden_size: int, multiple_of: int = 64) -> int:
+    """Width of a SwiGLU layer with as many parameters as a plain one of width `4 * hidden_size`.
+
+    Three matrices instead of two, so 2/3 of the width (Shazeer 2020, https://arxiv.org/abs/2002.05202, section 3),
+    rounded up to a multiple that suits matrix kernels: `ceil(2/3 * 4 * hidden_size / multiple_of) * multiple_of`.
+
+    Raises:
+        ConfigError: when an argument is below 1.
+    """
+    for name, value in (("hidden_size", hidden_size), ("multiple_of", multiple_of)):
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, expected an integer of at least 1")
+    return -(-8 * hidden_size // (3 * multiple_of)) * multiple_of
+
+
+@config_section
+class MoeConfig:
+    """A mixture of experts in place of each feed-forward layer."""
+
+    num_experts: StrictInt = Field(ge=2, description="experts per layer")
+    num_experts_per_tok: StrictInt = Field(ge=1, description="experts that each token is sent to")
+    moe_intermediate_size: StrictInt = Field(ge=1, description="width of one expert")
+    norm_topk_prob: StrictBool = Field(default=True, description="the chosen experts' weights sum to 1")
+
+    def __post_init__(self) -> None:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok: got {self.num_experts_per_tok}, expected at most num_experts, {self.num_experts}"
+            )
+
+
+@config_section
+class ModelConfig:
+    """The shape of a model that is trained from scratch."""
+
+    architecture: Literal["qwen3", "llama", "qwen3_moe"] = Field(default="qwen3", description="the family of the model")
+    vocab_size: StrictInt | None = Field(default=None, ge=1, description="number of token ids; null: the tokenizer's")
+    hidden_size: StrictInt = Field(ge=1, description="width of the residual stream")
+    intermediate_size: StrictInt | None = Field(
+        default=None, ge=1, description="width of the feed-forward layers; null: 8/3 of hidden_size"
+    )
+    num_hidden_layers: StrictInt = Field(ge=1, description="number of blocks")
+    num_attention_heads: StrictInt = Field(ge=1, description="query heads")
+    num_key_value_heads: StrictInt | None = Field(
+        default=None, ge=1, description="key and value heads; null: as many as query heads"
+    )
+    head_dim: StrictInt | None = Field(
+        default=None, ge=1, description="width of a head; null: hidden_size / num_attention_heads"
+    )
+    max_position_embeddings: StrictInt = Field(default=1024, ge=1, description="longest sequence, in tokens")
+    rope_theta: StrictFloat = Field(default=10000.0, gt=0, description="base of the rotary position embedding")
+    rope_scaling: dict[str, Any] | None = Field(
+        default=None, description="how positions are stretched, as in transformers"
+    )
+    rms_norm_eps: StrictFloat = Field(default=1e-6, gt=0, description="epsilon of the norms")
+    tie_word_embeddings: StrictBool = Field(default=True, description="the head is the embedding matrix")
+    attention_dropout: StrictFloat = Field(default=0.0, ge=0, lt=1, description="dropout of attention weights")
+    initializer_range: StrictFloat = Field(default=0.02, gt=0, description="standard deviation of initial weights")
+    moe: MoeConfig | None = Field(default=None, description="mixture of experts (qwen3_moe)")
+
+    def __post_init__(self) -> None:
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ConfigError(
+                f"hidden_size: got {self.hidden_size}, expected a multiple of num_attention_heads, {heads}"
+            )
+        self.intermediate_size = self.intermediate_size or intermediate_size(self.hidden_size)
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        if heads % self.num_key_value_heads:
+            found = self.num_key_value_heads
+            raise ConfigError(f"num_key_value_heads: got {found}, expected a divisor of num_attention_heads, {heads}")
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head_dim: got {self.head_dim}, expected an even number, as rotary embeddings turn pairs"
+            )
+        if (self.moe is None) == (self.architecture == "qwen3_moe"):
+            expected = "a moe section" if self.moe is None else "no moe section, or architecture: qwen3_moe"
+            raise ConfigError(f"moe: architecture {self.architecture} expects {expected}")
+
+
+@config_section
+class DataLoaderConfig:
+    """How files become batches."""
+
+    data_loader_num_workers: StrictInt = Field(
+        default=0, ge=0, description="processes that collate ahead of the training step"
+    )
+    data_loader_pin_memory: StrictBool = Field(default=False, description="copy batches through page-locked memory")
+    data_loader_shuffle: StrictBool = Field(default=True, description="a new order of samples each epoch")
+    schema: str | None = Field(default=None, description="the rows' schema; null: recognised from the rows")
+    packing: Literal["none", "flat", "bfd", "bfd_split", "wrapped"] | None = Field(
+        default=None, description="several documents per row; null: wrapped for pretraining, none for SFT"
+    )
+    micro_batch_tokens: StrictInt | None = Field(
+        default=None, ge=1, description="cut micro-batches by this many tokens; null: by batch_size rows"
+    )
+    truncation: Literal["error", "drop", "keep_start", "keep_end"] = Field(
+        default="keep_start", description="what happens to samples that are too long"
+    )
+    bad_rows: Literal["error", "drop"] = Field(default="error", description="what happens to rows that cannot be read")
+    text_unit: Literal["auto", "file", "line", "paragraph"] = Field(
+        default="auto", description="what one document of a plain text file is"
+    )
+    cache_dir: str | None = Field(default=None, description="folder of tokenized data; null: chosen beside the run")
+
+
+@config_section
+class LossConfig:
+    """What is minimised, beside cross-entropy."""
+
+    aux_loss_coef: StrictFloat = Field(default=0.001, ge=0, description="weight of the experts' load-balance loss")
+    critical_tokens: list[StrictInt] = Field(
+        default_factory=list, description="token ids that count more or less than others"
+    )
+    critical_alpha: StrictFloat = Field(default=1.0, ge=0, description="weight of the critical tokens in the loss")
+    label_smoothing: StrictFloat = Field(
+        default=0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary"
+    )
+    z_loss_coef: StrictFloat = Field(default=0.0, ge=0, description="weight of log(Z)^2, which keeps logits small")
+    dft: StrictBool = Field(default=False, description="weight each token by its own probability (dynamic fine-tuning)")
+
+
+@config_section
+class OptimConfig:
+    """The optimizer, its learning rate over time, and gradient clipping."""
+
+    optim_type: str = Field(default="adam", description="adam (AdamW), lion, sgd, ...")
+    enable_lr_scheduler: StrictBool = Field(default=False, description="false: the learning rate stays at initial_lr")
+    initial_lr: StrictFloat = Field(default=1e-3, gt=0, description="the top of the learning rate, after warm-up")
+    min_lr: StrictFloat = Field(default=0.0, ge=0, description="where the decay ends")
+    max_lr: StrictFloat | None = Field(default=None, gt=0, description="another name of initial_lr")
+    lr_scheduler: Literal[
+        "cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial", "cosine_restarts", "reduce_on_plateau"
+    ] = Field(default="cosine", description="shape of the decay")
+    warmup_iters: StrictInt = Field(default=0, ge=0, description="steps from 0 to initial_lr")
+    weight_decay: StrictFloat = Field(
+        default=0.01, ge=0, description="decoupled weight decay of matrices; norms and biases have none"
+    )
+    betas: tuple[StrictFloat, StrictFloat] = Field(default=(0.9, 0.999), description="decay rates of the moments")
+    eps: StrictFloat = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    momentum: StrictFloat = Field(default=0.0, ge=0, lt=1, description="momentum (sgd)")
+    cosine_annealing_period: StrictInt | None = Field(
+        default=None, ge=1, description="steps of the first cosine; null: the whole run"
+    )
+    cosine_annealing_period_mul: StrictInt = Field(
+        default=0, ge=0, description="each next period is this many times longer; 0: one period"
+    )
+    wsd_decay_fraction: StrictFloat = Field(default=0.2, ge=0, le=1, description="share of the steps that decay (wsd)")
+    polynomial_power: StrictFloat = Field(default=1.0, gt=0, description="power of the decay (polynomial)")
+    plateau_patience: StrictInt = Field(
+        default=2, ge=0, description="evaluations without progress before a cut (reduce_on_plateau)"
+    )
+    plateau_factor: StrictFloat = Field(
+        default=0.5, gt=0, lt=1, description="what a cut multiplies by (reduce_on_plateau)"
+    )
+    max_grad_norm: StrictFloat = Field(
+        default=1.0, ge=0, description="gradients are scaled down to this norm; 0: never"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _top_of_the_schedule(cls, given: Any) -> Any:
+        """Two names for one number: the one that was given counts."""
+        values = given.kwargs if isinstance(given, ArgsKwargs) else given
+        if not isinstance(values, dict) or values.get("max_lr") is None:
+            return given
+        top = values["max_lr"]
+        if (other := values.get("initial_lr", top)) != top:
+            raise ConfigError(f"max_lr: got {top}, but initial_lr is {other}; both name the top, give one of them")
+        return values | {"initial_lr": top}
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.initial_lr:
+            raise ConfigError(f"min_lr: got {self.min_lr}, expected at most initial_lr, {self.initial_lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas: got {list(self.betas)}, expected numbers of at least 0 and below 1")
+
+
+@config_section
+class EvalConfig:
+    """When the model is evaluated, how samples are drawn, and when to stop early."""
+
+    eval_batch_interval: StrictInt = Field(default=100, ge=1, description="steps between evaluations")
+    eval_batch_size: StrictInt | None = Field(
+        default=None, ge=1, description="rows per evaluation batch; null: batch_size"
+    )
+    max_seq_len: StrictInt = Field(default=128, ge=1, description="new tokens of a sample")
+    temperature: StrictFloat = Field(default=1.0, ge=0, description="0: the likeliest token")
+    top_p: StrictFloat = Field(
+        default=1.0, gt=0, le=1, description="sample from the likeliest tokens that hold this much probability"
+    )
+    top_k: StrictInt = Field(default=0, ge=0, description="sample from this many likeliest tokens; 0: all")
+    early_stopping_patience: StrictInt | None = Field(
+        default=None, ge=1, description="evaluations without progress before stopping; null: never"
+    )
+    early_stopping_min_delta: StrictFloat = Field(
+        default=0.0, ge=0, description="a smaller fall of the loss is no progress"
+    )
+
+
+@config_section
+class RunConfig:
+    """Where a run writes, how long it goes on, and what it runs on."""
+
+    save_dir: str = Field(
+        default_factory=lambda: environment().checkpoint_dir or "./checkpoints",
+        description="folder of checkpoints (CHECKPOINT_DIR)",
+    )
+    log_dir: str | None = Field(
+        default_factory=lambda: environment().log_dir, description="folder of logs (LOG_DIR); null: <save_dir>/log"
+    )
+    max_steps: StrictInt | None = Field(
+        default=None, ge=1, description="stop after this many steps; null: after n_epochs"
+    )
+    seed: StrictInt = Field(default=0, ge=0, description="seed of weights, order and dropout")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="what matrices are multiplied in"
+    )
+    compile: StrictBool = Field(default=False, description="torch.compile the model")
+    attention: str = Field(default="auto", description="attention implementation, as in transformers")
+    device: str | None = Field(default=None, description="cpu, cuda, mps; null: the best there is")
+    log_interval: StrictInt = Field(default=10, ge=1, description="steps between lines of the log")
+    save_interval_steps: StrictInt | None = Field(
+        default=None, ge=1, description="steps between checkpoints; null: each epoch"
+    )
+    checkpoints_to_keep: StrictInt = Field(
+        default_factory=lambda: environment().checkpoints_to_keep,
+        ge=1,
+        description="older checkpoints are removed (CKPT_MAX_TO_KEEP)",
+    )
+    resume: str = Field(
+        default="auto", description="auto: go on from save_dir's newest checkpoint; never; or a checkpoint's path"
+    )
+    max_bad_steps: StrictInt = Field(default=3, ge=1, description="non-finite steps in a row before the run stops")
+    gradient_checkpointing: StrictBool = Field(
+        default=False, description="recompute activations: less memory, more time"
+    )
+    writers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="more places for metrics")
+    progress: StrictBool = Field(default=True, description="a live progress bar in terminals")
+    ddp_timeout_s: StrictInt = Field(default=600, ge=1, description="seconds before a silent process counts as lost")
+
+    def __post_init__(self) -> None:
+        self.log_dir = self.log_dir or os.path.join(self.save_dir, "log")
+
+
+@config_section
+class PretrainConfig:
+    """Plain language modelling."""
+
+    gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
+
+
+@config_section
+class SFTConfig:
+    """Supervised fine-tuning on conversations."""
+
+    mask_prompt: StrictBool = Field(
+        default=True, description="false: also train on what the user wrote, as train_on: all"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant", description="every answer, the last answer, or everything"
+    )
+    thinking: Literal["template", "last", "all", "none"] = Field(
+        default="template", description="turns that keep their reasoning; template: as the chat template decides"
+    )
+    gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
+
+    def __post_init__(self) -> None:
+        if not self.mask_prompt and self.train_on == "last":
+            raise ConfigError("mask_prompt: false trains on everything, but train_on is last; remove one of them")
+        self.train_on = self.train_on if self.mask_prompt else "all"
+        self.mask_prompt = self.train_on != "all"
+
+
+@config_section
+class TrainConfig:
+    """A whole run."""
+
+    model_config: ModelConfig | str = Field(
+        description="a shape to train from scratch, or the path or name of a Hugging Face model"
+    )
+    tokenizer: str | None = Field(
+        default_factory=lambda: environment().token_dir, description="tokenizer folder (TOKEN_DIR); null: the model's"
+    )
+    file_dataset: Files = Field(description="training data: a path or a list of paths")
+    eval_dataset: Files | None = Field(default=None, description="evaluation data, in the same form")
+    n_epochs: StrictInt = Field(default=1, ge=1, description="passes over the data")
+    batch_size: StrictInt = Field(default=4, ge=1, description="rows per micro-batch and device")
+    dataset_block_size: StrictInt | None = Field(
+        default=None, ge=2, description="tokens per row; null: the model's longest sequence"
+    )
+    init_state_dict: Any = Field(default=None, description="initial weights as an object (Python only)")
+    init_weights_path: str | None = Field(default=None, description="initial weights as a file or folder")
+    eval_prompts: list[str] = Field(default_factory=list, description="prompts answered at each evaluation")
+    data_loader_config: DataLoaderConfig = Field(default_factory=DataLoaderConfig, description="files to batches")
+    loss_config: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
+    optim_config: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and learning rate")
+    eval_config: EvalConfig = Field(default_factory=EvalConfig, description="evaluation, samples, early stopping")
+    run_config: RunConfig = Field(default_factory=RunConfig, description="folders, length, device")
+    pretrain_config: PretrainConfig | None = Field(default=None, description="plain language modelling")
+    sft_config: SFTConfig | None = Field(default=None, description="supervised fine-tuning")
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and isinstance(self.model_config, str):
+            self.tokenizer = self.model_config
+        if self.init_state_dict is not None and self.init_weights_path is not None:
+            raise ConfigError("init_weights_path: init_state_dict already gives initial weights; give one of them")
