@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_cases import Case
 
 from llm_trainer.losses.distill import chunked_divergence, divergence, mix_with_task
+from reference_cases import Case
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 

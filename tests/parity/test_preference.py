@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference_cases import Case
 
 from llm_trainer.losses.preference import (
     Pairs,
@@ -14,6 +13,7 @@ from llm_trainer.losses.preference import (
     pairs_from_tokens,
     sequence_logps,
 )
+from reference_cases import Case, load_case
 
 OPTIONS = {  # reference name -> ours, where they differ
     "kind": "loss_type",
@@ -122,9 +122,7 @@ def test_reference_numbers(pref_case: Case, dtype: torch.dtype) -> None:
 
 
 def test_a_mix_is_the_weighted_sum_of_its_losses(reference_dir) -> None:
-    """MPO's mix equals the single reference losses on the same pairs, each loss's reference value being its own test."""
-    from reference_cases import load_case
-
+    """MPO's mix, of losses that the cases above hold to their own reference values."""
     tensors = load_case(reference_dir / "pref" / "sigmoid_0").inputs
     pairs = Pairs(
         *(sequence_logps(tensors[f"policy_{side}_logps"], tensors[f"{side}_mask"]) for side in ("chosen", "rejected")),

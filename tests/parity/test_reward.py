@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference_cases import Case
 
 from llm_trainer.losses.reward import bradley_terry
+from reference_cases import Case
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -10,7 +10,7 @@ BETAS = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 
 
 def parts(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """Hidden `[N, D]` and head `[V, D]` of a student, hidden `[N, 3]` and head `[PADDED, 3]` of a teacher, mask `[N]`."""
+    """Student hidden `[N, D]` and head `[V, D]`, teacher hidden `[N, 3]` and head `[PADDED, 3]`, mask `[N]`."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (N, D), (V, D), (N, 3), (PADDED, 3)
     hidden, head, *teacher = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes)
@@ -36,9 +36,11 @@ def test_chunks_equal_whole_logits_in_value_and_gradient(beta: float, chunk_size
 def test_gradcheck(beta: float) -> None:
     hidden, head, teacher_hidden, teacher_weight, mask = parts(1)
     teacher = teacher_head(teacher_hidden, teacher_weight)
-    assert torch.autograd.gradcheck(
-        lambda h, w: chunked_divergence(h, w, teacher, mask, beta, 2.0, 4)[0], (hidden, head)
-    )
+
+    def total(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return chunked_divergence(hidden, head, teacher, mask, beta, temperature=2.0, chunk_size=4)[0]
+
+    assert torch.autograd.gradcheck(total, (hidden, head), fast_mode=True)
 
 
 def test_only_needed_gradients_and_none_under_no_grad() -> None:
@@ -102,7 +104,7 @@ def test_jsd_is_symmetric_and_bounded_by_log_two() -> None:
 def test_mixing_with_the_task() -> None:
     task, kd = torch.tensor(3.0), torch.tensor(1.0)
     assert mix_with_task(task, kd, 0.25) == 2.5 and mix_with_task(task, kd, 0.0) == 3.0
-    with pytest.raises(ValueError, match="kd_coef=1.2"):
+    with pytest.raises(ValueError, match="kd_coef"):
         mix_with_task(task, kd, 1.2)
 
 
@@ -117,5 +119,5 @@ def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
 
 
 def test_a_teacher_with_a_smaller_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 tokens, the student 4"):
+    with pytest.raises(ValueError, match="has 3 tokens"):
         divergence(torch.zeros(1, 4), torch.zeros(1, 3))
