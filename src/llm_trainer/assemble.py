@@ -148,7 +148,7 @@ def make_streams(
         text_unit=loader.text_unit,
         workers=loader.data_loader_num_workers,
     )
-    chat = ChatFormat(tokenizer, train_on=sft.train_on if sft is not None else "assistant")
+    chat = ChatFormat(tokenizer) if sft is None else ChatFormat(tokenizer, train_on=sft.train_on, thinking=sft.thinking)
     cache = Path(loader.cache_dir or Path(config.run_config.save_dir) / "data")
     flat = packing in ("flat", "bfd", "bfd_split")
     collate = collate_flat if flat else partial(collate_padded, pad_id=tokenizer.pad_token_id)

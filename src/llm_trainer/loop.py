@@ -13,6 +13,7 @@ import torch
 from llm_trainer.data.collate import Filler
 from llm_trainer.data.stream import Batch, mix
 from llm_trainer.engine import dist
+from llm_trainer.metrics import Metrics
 
 if TYPE_CHECKING:
     from llm_trainer.run import Run
@@ -130,7 +131,7 @@ def validate(run: "Run") -> dict[str, float]:
     module = trainer.model
     was_training = module.training
     module.eval()
-    run.metrics, train_metrics = type(run.metrics)(), run.metrics
+    run.metrics, train_metrics = Metrics(engine.device), run.metrics
     try:
         for micro_batches, _ in run.val_source.steps(0, 0):
             for batch in micro_batches:

@@ -97,7 +97,7 @@ class Run:
         self.save_dir = Path(save_dir)
         self.log_dir = Path(settings.log_dir) if settings.log_dir else self.save_dir / "log"
         self.progress = Progress()
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.engine.device)
         self.signals = loop.Signals()
         self.stop_requested = self.new_best = False
         self.recording = True
@@ -142,6 +142,7 @@ class Run:
             self.trainer.model.train()
             loop.fit(self)
             self.after_step()
+            self._publish()
             return dict(self._last_values)
         finally:
             for writer in self._writers:
@@ -302,14 +303,14 @@ class Run:
         newest = self.manager.latest("sizes") if dist.is_main() else None
         return "none" if newest is None else str(newest)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, metrics: dict[str, Any]) -> dict[str, Any]:
         trainer = self.trainer
         scheduler = {} if trainer.scheduler is None else {"scheduler": trainer.scheduler.state_dict()}
         return scheduler | {
             "progress": asdict(self.progress),
             "optimizer": checkpoint.optimizer_state_by_name(trainer.base_model, trainer.optimizer),
             "engine": self.engine.state_dict(),
-            "metrics": self.metrics.state_dict(),
+            "metrics": metrics,
             "random": checkpoint.random_state(),
             "trainer": trainer._get_extra_checkpoint_state() or {},
             "data": self._data_facts(),
@@ -331,9 +332,10 @@ class Run:
         """
         result: str = ""
         failure: str | None = None
+        metrics = self.metrics.state_dict(dist.all_reduce)  # every rank's share of the window that is not logged yet
         if dist.is_main():
             try:
-                result = self._save_here(is_best, path)
+                result = self._save_here(self._state(metrics), is_best, path)
             except CheckpointError as error:
                 failure = str(error)
         result, failure = dist.broadcast_object((result, failure))
@@ -346,18 +348,29 @@ class Run:
             self.progress.hooks_done["save"] = self.progress.step
         return result
 
-    def _save_here(self, is_best: bool, path: str | None) -> str:
-        trainer, state = self.trainer, self._state()
+    def _save_here(self, state: dict[str, Any], is_best: bool, path: str | None) -> str:
+        trainer = self.trainer
         if path is not None:
-            state.pop("scheduler", None), state.pop("optimizer")
+            rest = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")}
             kept = {"optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
-            return str(checkpoint.save_checkpoint(path, model=trainer.base_model, **kept, **state))
+            return str(checkpoint.save_checkpoint(path, model=trainer.base_model, **kept, **rest))
         write = partial(checkpoint.write_model, trainer.base_model, tokenizer=trainer.tokenizer)
         loss = self.progress.best_loss if is_best else None
         saved = self.manager.save(self.progress.step, write, state, metric=loss, is_best=is_best)
         if is_best and self.settings.best_file:
-            self._save_here(False, str(self.save_dir / "best_model.pt"))
+            self._save_here(state, False, str(self.save_dir / "best_model.pt"))
         return str(saved)
+
+    def _publish(self) -> None:
+        """Point `save_dir`/model at the model to use: the best checkpoint's where there was an evaluation, else the last."""
+        if not dist.is_main():
+            return
+        chosen = self.manager.best("sizes") or self.manager.latest("sizes")
+        if chosen is None:
+            return
+        link = self.save_dir / "model"
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(chosen.name) / "model", target_is_directory=True)
 
     def load(self, path: str) -> None:
         """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
@@ -373,7 +386,7 @@ class Run:
             )
         self.progress = Progress(**state["progress"])
         self.engine.load_state_dict(state["engine"])
-        self.metrics.load_state_dict(state["metrics"])
+        self.metrics.load_state_dict(state["metrics"], share=1 / dist.world_size())
         checkpoint.set_random_state(state["random"])
         trainer._load_extra_checkpoint_state(state["trainer"])
 

@@ -1,0 +1,33 @@
+# Two commands do everything: `make demo` and `make test`. Both make the virtual environment if need be.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: install demo test lint test-slow clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: install ## Train a small model end to end on text that is already on this machine.
+	$(BIN)/python examples/demo.py
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint ## Style, types and all tests but the slow ones.
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install ## Hundreds of kills and long learning runs; results belong in docs/results.md.
+	$(BIN)/python -m pytest -m slow --timeout=3600
+
+clean:
+	rm -rf $(VENV) build dist runs

@@ -1,0 +1,139 @@
+"""One table of ways to run the same optimization. Every cell must give the same losses and gradient norms.
+
+`torchrun ... table.py OUT` runs the cells of several processes and writes their curves.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+STEPS = 3
+ROWS_PER_STEP = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A way to run: `batch_size` x `accumulation` x `ranks` rows per step, padded or flat, with or without a token budget."""
+
+    trainer: str
+    batch_size: int
+    accumulation: int
+    ranks: int = 1
+    flat: bool = False
+    micro_batch_tokens: int | None = None
+
+    def __str__(self) -> str:
+        layout = "flat" if self.flat else "padded"
+        budget = f"-{self.micro_batch_tokens}tokens" if self.micro_batch_tokens else ""
+        return f"{self.trainer}-{self.batch_size}x{self.accumulation}x{self.ranks}-{layout}{budget}"
+
+
+def cells(trainer: str, ranks: int) -> list[Cell]:
+    """All ways to cut steps of eight rows among `ranks`."""
+    per_rank = ROWS_PER_STEP // ranks
+    splits = [(n, per_rank // n) for n in (1, 2, 4, 8) if n <= per_rank]
+    table = [Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in (False, True)]
+    return table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in (False, True)]
+
+
+class Rows:
+    """Ragged rows of random ids; answers of uneven length, and in 'sft' one step's second half has a single trained token."""
+
+    def __init__(self, trainer: str, vocab_size: int) -> None:
+        noise = np.random.default_rng(0)
+        self.lengths = noise.integers(4, 30, STEPS * ROWS_PER_STEP)
+        self.file_sizes = [len(self.lengths)]
+        self._ids = [noise.integers(3, vocab_size, n) for n in self.lengths]
+        prompts = noise.integers(1, 4, len(self.lengths)) if trainer == "sft" else np.zeros(len(self.lengths), dtype=int)
+        if trainer == "sft":
+            prompts[ROWS_PER_STEP : 2 * ROWS_PER_STEP : 2] = self.lengths[ROWS_PER_STEP : 2 * ROWS_PER_STEP : 2] - 1
+        self._trained = [np.arange(n) >= prompt for n, prompt in zip(self.lengths, prompts, strict=True)]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        length = int(self.lengths[index])
+        return {"input_ids": self._ids[index], "trained": self._trained[index], "document_lengths": [length]}
+
+
+def tiny_model(attention: str = "sdpa") -> Any:
+    """A two-layer Qwen3-shaped model with 512 ids, the same at every call."""
+    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.models.build import build_model
+
+    torch.manual_seed(0)
+    shape = ModelConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return build_model(shape, attention=attention)
+
+
+def run(cell: Cell) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    from llm_trainer import configure_optimizer, get_trainer_class
+    from llm_trainer.data.collate import collate_flat, collate_padded
+    from llm_trainer.data.stream import SampleStream
+    from llm_trainer.engine import dist
+    from llm_trainer.hooks import Hook
+
+    model = tiny_model()
+    stream = SampleStream(
+        Rows(cell.trainer, 512),
+        collate_flat if cell.flat else collate_padded,
+        rows_per_step=ROWS_PER_STEP,
+        batch_size=cell.batch_size,
+        rank=dist.rank(),
+        world_size=cell.ranks,
+        micro_batch_tokens=cell.micro_batch_tokens,
+        flat=cell.flat,
+    )
+    curve: list[tuple[float, float]] = []
+
+    def watch(run: Any) -> None:
+        curve.append((run._last_values["loss"], run._last_values["grad_norm"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        get_trainer_class(cell.trainer)(
+            model=model,
+            optimizer=configure_optimizer(model=model, lr=1e-2),
+            train_loader=stream,
+            device="cpu",
+            max_epochs=1,
+            grad_accum_steps=cell.accumulation,
+            use_amp=False,
+            log_interval=1,
+            save_dir=folder,
+            save_interval=0,
+            hooks=[Hook("watch", watch, every_steps=1)],
+        ).train()
+    assert len(curve) == STEPS
+    return curve
+
+
+def differences(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> tuple[float, float]:
+    """Largest difference of losses and of gradient norms (relative)."""
+    losses = max(abs(x[0] - y[0]) for x, y in zip(a, b, strict=True))
+    norms = max(abs(x[1] - y[1]) / y[1] for x, y in zip(a, b, strict=True))
+    return losses, norms
+
+
+def main(out: str, make_cells: Callable[[str, int], list[Cell]] = cells) -> None:
+    """Run every cell of this world size in one process group; the main process writes the curves."""
+    from llm_trainer.config.env import environment
+    from llm_trainer.engine import dist
+
+    torch.set_num_threads(1)
+    dist.start(torch.device("cpu"), 60)
+    curves = {str(c): run(c) for name in ("pretrain", "sft") for c in make_cells(name, environment().world_size)}
+    if dist.is_main():
+        Path(out).write_text(json.dumps(curves))
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
