@@ -1,0 +1,64 @@
+"""Where a piece of data is, and the errors that name the place, what was found there, what was expected and the fix."""
+
+import reprlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlevel = 3
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place in the data: a file, a row of it, and a key inside that row.
+
+    Attributes:
+        path: the file (or whatever the user would recognise the source by).
+        row: 1-based; the line number in text formats, the element number elsewhere; None for the file as a whole.
+        key: the path inside the row, such as `messages[2].role`.
+    """
+
+    path: Path | str
+    row: int | None = None
+    key: str = ""
+
+    def at(self, key: str | int) -> "Location":
+        """The same place, one step deeper: a key of an object or an index of a list."""
+        step = f"[{key}]" if isinstance(key, int) else f".{key}" if self.key else key
+        return replace(self, key=self.key + step)
+
+    def __str__(self) -> str:
+        return str(self.path) if self.row is None else f"{self.path}:{self.row}"
+
+
+class DataError(ValueError):
+    """Data that cannot be used, with everything needed to repair it.
+
+    Attributes:
+        location: where; `location.row is None` when the whole file is unusable, so a caller that counts and drops bad
+            rows knows which errors it may survive.
+        reason: a short machine-readable word for counting.
+    """
+
+    def __init__(self, location: Location, found: str, expected: str, fix: str, reason: str = "malformed") -> None:
+        key = f" key '{location.key}':" if location.key else ""
+        super().__init__(f"{location}:{key} found {found}; expected {expected}; fix: {fix}")
+        self.location = location
+        self.reason = reason
+        self._said = (location, found, expected, fix, reason)
+
+    def __reduce__(self) -> tuple[type["DataError"], tuple[Location, str, str, str, str]]:
+        """Errors cross process borders, where `Exception` would rebuild them from the message alone."""
+        return type(self), self._said
+
+
+class DroppedRow(DataError):
+    """A row that is well formed but has nothing to teach (a tie, an empty answer): count `reason`, go on."""
+
+
+def show(value: object) -> str:
+    """A short description of a value for an error message: its type and the start of it."""
+    if value is None:
+        return "null"
+    return f"{type(value).__name__} {_REPR.repr(value)}"
