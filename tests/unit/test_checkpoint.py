@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Mo
 from llm_trainer.checkpoint import (
     CheckpointError,
     CheckpointManager,
+    _write_manifest,
     load_checkpoint,
     load_folder,
     load_optimizer_state_by_name,
@@ -194,7 +196,7 @@ def test_optimizer_state_goes_by_name_not_by_position() -> None:
         "inner.bias",
     }  # the tied head has no entry of its own
     wrapped = copy.deepcopy(model)
-    wrapped.inner = torch.compile(wrapped.inner)  # type: ignore[assignment]
+    wrapped.inner = torch.compile(wrapped.inner, backend="eager")  # type: ignore[assignment]
     backwards = torch.optim.AdamW(list(wrapped.parameters())[::-1])
     load_optimizer_state_by_name(wrapped, backwards, saved)
     assert torch.equal(backwards.state[wrapped.embed.weight]["exp_avg"], saved["state"]["embed.weight"]["exp_avg"])
@@ -244,7 +246,7 @@ def test_the_state_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_random_state_repeats_the_same_numbers(tmp_path: Path) -> None:
     state = random_state()
     drawn = [random.random(), np.random.normal(), torch.rand(2).tolist()]
-    save_checkpoint(tmp_path / "a.pt", model=nn.Linear(1, 1), random=state)
+    save_checkpoint(tmp_path / "a.pt", model=nn.Linear(1, 1), random=state, version=torch.__version__)
     set_random_state(load_checkpoint(tmp_path / "a.pt", model=nn.Linear(1, 1))["random"])
     assert [random.random(), np.random.normal(), torch.rand(2).tolist()] == drawn
 
@@ -277,19 +279,26 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
+WEIGHTS, PLAIN, TENSORS, MANIFEST = (
+    "model/model.safetensors",
+    "trainer_state.json",
+    "tensors/.metadata",
+    "manifest.json",
+)
+
+
 @pytest.mark.parametrize(
-    "file", ["model/model.safetensors", "trainer_state.json", "tensors/.metadata", "manifest.json"]
+    ("how", "file"),
+    [("truncated", file) for file in (WEIGHTS, PLAIN, TENSORS, MANIFEST)]
+    + [("flipped", file) for file in (WEIGHTS, PLAIN, TENSORS, MANIFEST)],
 )
 def test_a_damaged_checkpoint_is_reported_and_skipped(how: str, file: str, tmp_path: Path) -> None:
-    if (how, file) == ("flipped", "manifest.json"):
-        pytest.skip("what the manifest says is compared with the files, not itself hashed")
     reported: list[str] = []
     manager = CheckpointManager(tmp_path, warn=reported.append)
     first, second = save_number(manager, 1), save_number(manager, 2)
     damage(second / file, how)
     assert manager.latest() == first and len(reported) == 1 and str(second / file) in reported[0]
-    if how == "flipped":
+    if how == "flipped" and file != MANIFEST:
         assert manager.latest(verify="sizes") == second
     with pytest.raises(CheckpointError, match=rf"{file}' is damaged.*newest valid checkpoint there is '{first}'"):
         manager.load(second)
@@ -390,7 +399,8 @@ for kill in range(kills):
     warned = []
     loaded = CheckpointManager(folder, warn=warned.append).load()
     assert not warned, warned
-    assert loaded.step >= newest and loaded.state["step"] == loaded.step and not any("." in p.name for p in folder.iterdir())
+    assert loaded.step >= newest and loaded.state["step"] == loaded.step
+    assert not any("." in path.name for path in folder.iterdir())
     assert loaded.state["tensor"].tolist() == [loaded.step] * 3000
     newest = loaded.step
 print(newest, during)
@@ -400,21 +410,21 @@ print(newest, during)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its victims")
 def test_a_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), "14"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", KILLED, str(tmp_path), "10"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     newest, during = map(int, done.stdout.split())
-    assert newest > 3 and during > 3  # it made progress, and several kills did hit a save
+    assert newest > 2 and during > 2  # it made progress, and several kills did hit a save
 
 
 def test_misfits_are_listed(tmp_path: Path) -> None:
     write_model(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), tmp_path)
     other = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(3, 2))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(
-        CheckpointError,
-        match=r"2 missing: 2.weight, 2.bias; 2 unexpected: 1.bias, 1.weight; 2 of another shape: 0.bias \(\[3\] instead of \[4\]",
-    ):
+    listed = (
+        r"2 missing: 2.weight, 2.bias; 2 unexpected: 1.bias, 1.weight; 2 of .* shape: 0.bias \(\[3\] instead of \[4\]"
+    )
+    with pytest.raises(CheckpointError, match=listed):
         read_model(other, tmp_path)
     assert_same(dict(other.state_dict()), dict(before))
     with pytest.raises(CheckpointError, match=r"has no model.safetensors"):
@@ -446,7 +456,7 @@ def test_forms_that_load_checkpoint_accepts(tmp_path: Path) -> None:
         CheckpointManager(tmp_path / "run").save(step, partial(write_model, model), {"step": step})
     assert load_checkpoint(tmp_path / "run", model=other) == {"step": 2}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="'.*empty' is not a complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"'.*empty' is not a complete checkpoint"):
         load_checkpoint(tmp_path / "empty", model=other)
 
 
@@ -455,14 +465,10 @@ def test_a_foreign_pickle_is_not_executed(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
             return os.system, (f"touch {tmp_path / 'executed'}",)
 
-    import hashlib
-    import pickle
-
     path = save_number(CheckpointManager(tmp_path), 1)
-    poison, manifest = pickle.dumps(Attack()), json.loads((path / "manifest.json").read_text())
-    (path / "tensors" / ".metadata").write_bytes(poison)
-    manifest["files"]["tensors/.metadata"] = {"size": len(poison), "sha256": hashlib.sha256(poison).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="asks for posix.system"):
+    (path / "tensors" / ".metadata").write_bytes(pickle.dumps(Attack()))
+    (path / "manifest.json").unlink()
+    _write_manifest(path, {"step": 1, "metric": None, "is_best": False})
+    with pytest.raises(CheckpointError, match=r"asks for \w+\.system"):
         load_folder(path)
     assert not (tmp_path / "executed").exists()
