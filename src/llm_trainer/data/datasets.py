@@ -33,6 +33,12 @@ def _trained_counts(trained: Ragged | None, starts: np.ndarray, stops: np.ndarra
     return counts
 
 
+def note_dropped(ledger: Ledger, store: TokenStore) -> None:
+    """Enter the rows that were left out when `store` was made."""
+    for reason, rows in store.meta["dropped"].items():
+        ledger.drop(reason, store.meta["dropped_tokens"].get(reason, 0), rows)
+
+
 class Documents:
     """The rows of a store, at most `max_length` tokens each; a row without a trained token is never used.
 
@@ -51,8 +57,7 @@ class Documents:
         offsets = np.asarray(self.ids.offsets)
         starts, stops = offsets[:-1].copy(), offsets[1:].copy()
         self.ledger = ledger = Ledger(name=name)
-        for reason, rows in store.meta["dropped"].items():
-            ledger.drop(reason, store.meta["dropped_tokens"].get(reason, 0), rows)
+        note_dropped(ledger, store)
         too_long = stops - starts > max_length if max_length is not None else np.zeros(len(starts), dtype=bool)
         if too_long.any() and truncation == "error":
             row = int(too_long.argmax())

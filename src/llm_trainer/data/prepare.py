@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_trainer.data.chat import ChatFormat, EncodedChat, spans_from_ids
-from llm_trainer.data.datasets import Blocks, Documents, Joined, Packed
+from llm_trainer.data.datasets import Blocks, Documents, Joined, Packed, note_dropped
 from llm_trainer.data.errors import DataError, DroppedRow, Location
 from llm_trainer.data.formats import Schema, get_schema, recognise
 from llm_trainer.data.sources import TOKEN_SUFFIXES, TokenFile, data_files, open_tokens, read_rows
@@ -83,7 +83,7 @@ class RowEncoder:
 
     def _encode(self, kind: str, samples: list[tuple[Location, dict[str, Any]]], part: Part) -> Iterable[EncodedChat]:
         if kind == "text":
-            return self.chat.encode_texts([sample["text"] for _, sample in samples])
+            return [self.chat.encode_text(sample["text"]) for _, sample in samples]
         if kind == "completion":
             return [self.chat.encode_completion(sample["prompt"], sample["completion"]) for _, sample in samples]
         try:
@@ -215,7 +215,9 @@ def _rows_of(store: TokenStore, path: Path, options: DataOptions) -> Documents |
     """Training rows of a store, in the packing that was asked for."""
     if options.packing == "wrapped":
         assert options.block_size is not None
-        return Blocks(store["input_ids"].values, str(path), options.block_size)
+        blocks = Blocks(store["input_ids"].values, str(path), options.block_size)
+        note_dropped(blocks.ledger, store)
+        return blocks
     limit = None if options.packing == "bfd_split" else options.block_size
     documents = Documents(store, str(path), limit, options.truncation)
     if options.packing in ("bfd", "bfd_split"):
