@@ -29,9 +29,13 @@ class Case:
     def assert_close(self, actual: Any, expected: Any, dtype: torch.dtype = torch.float64, what: str = "") -> None:
         """`actual` equals `expected` within the tolerance that the case states for `dtype`."""
         limits = self.tolerance[str(dtype).removeprefix("torch.")]
-        actual = actual.detach().double().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual, np.float64)
+        actual = (
+            actual.detach().double().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual, np.float64)
+        )
         expected = expected.double().numpy() if isinstance(expected, torch.Tensor) else np.asarray(expected, np.float64)
-        np.testing.assert_allclose(actual, expected, rtol=limits["rtol"], atol=limits["atol"], err_msg=f"{self.name} {what}")
+        np.testing.assert_allclose(
+            actual, expected, rtol=limits["rtol"], atol=limits["atol"], err_msg=f"{self.name} {what}"
+        )
 
 
 def load_case(path: Path) -> Case:

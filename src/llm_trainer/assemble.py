@@ -1,4 +1,4 @@
-"""The door of the config style: a `TrainConfig` becomes the objects that a trainer takes. Nothing below it knows configs."""
+"""The door of the config style: a `TrainConfig` becomes the objects that a trainer takes. Below it there are no configs."""
 
 from dataclasses import replace
 from functools import partial
@@ -112,7 +112,7 @@ def section_of(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> str:
     return own
 
 
-def make_model(config: TrainConfig, tokenizer: Any, device: torch.device) -> nn.Module:
+def make_model(config: TrainConfig, tokenizer: Any, device: torch.device) -> Any:
     """Build or load the model with the weights that the run starts from; the same on every rank."""
     torch.manual_seed(config.run_config.seed)
     attention = resolve_attention(config.run_config.attention, device)
@@ -214,5 +214,3 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total_
         shape = {"factor": options.plateau_factor, "patience": options.plateau_patience}
     common = {"warmup_steps": options.warmup_iters, "total_steps": total_steps, "min_lr": options.min_lr}
     return create_scheduler(optimizer, name, **common, **shape)
-
-

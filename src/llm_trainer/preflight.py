@@ -89,7 +89,7 @@ def expected_memory(run: "Run") -> dict[str, float]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     slots = 2 if {"betas"} <= run.trainer.optimizer.defaults.keys() else 1
-    memory = {"weights": weights, "gradients": trained, "optimizer": slots * trained}
+    memory: dict[str, float] = {"weights": weights, "gradients": trained, "optimizer": slots * trained}
     length = _mean_row_length(run)
     config = getattr(model, "config", None)
     if length is not None and config is not None and isinstance(run.source, SampleStream):

@@ -1,6 +1,5 @@
 """A run: one trainer, its engine, where it stands, and everything that happens around its steps."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -114,7 +113,9 @@ class Run:
         if self.settings.gradient_checkpointing:
             if not isinstance(model, _pretrained_model()):
                 raise ValueError(f"gradient_checkpointing needs a transformers model, this is {type(model).__name__}")
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         if self.settings.compile:
             from llm_trainer.models.scored import ScoredModel
 
@@ -242,6 +243,16 @@ class Run:
             yield
         finally:
             self.trainer.model.train(was_training)
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the validation set.
+
+        Raises:
+            ValueError: there is no validation set.
+        """
+        if self.val_source is None:
+            raise ValueError("nothing to evaluate: give a val_loader (or eval_dataset)")
+        return loop.validate(self)
 
     # Saying.
 

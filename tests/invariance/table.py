@@ -51,7 +51,9 @@ class Rows:
         self.lengths = noise.integers(4, 30, STEPS * ROWS_PER_STEP)
         self.file_sizes = [len(self.lengths)]
         self._ids = [noise.integers(3, vocab_size, n) for n in self.lengths]
-        prompts = noise.integers(1, 4, len(self.lengths)) if trainer == "sft" else np.zeros(len(self.lengths), dtype=int)
+        prompts = (
+            noise.integers(1, 4, len(self.lengths)) if trainer == "sft" else np.zeros(len(self.lengths), dtype=int)
+        )
         if trainer == "sft":
             prompts[ROWS_PER_STEP : 2 * ROWS_PER_STEP : 2] = self.lengths[ROWS_PER_STEP : 2 * ROWS_PER_STEP : 2] - 1
         self._trained = [np.arange(n) >= prompt for n, prompt in zip(self.lengths, prompts, strict=True)]
@@ -63,8 +65,9 @@ class Rows:
 
 def tiny_model(attention: str = "sdpa") -> Any:
     """A two-layer Qwen3-shaped model with 512 ids, the same at every call."""
-    from llm_trainer.config.schema import ModelConfig
     from llm_trainer.models.build import build_model
+
+    from llm_trainer.config.schema import ModelConfig
 
     torch.manual_seed(0)
     shape = ModelConfig(

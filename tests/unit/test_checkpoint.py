@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Mo
 from llm_trainer.checkpoint import (
     CheckpointError,
     CheckpointManager,
-    _write_manifest,
     load_checkpoint,
     load_folder,
     load_optimizer_state_by_name,
@@ -36,6 +35,7 @@ from llm_trainer.checkpoint import (
     set_random_state,
     write_model,
 )
+from llm_trainer.checkpoint.valid import write_manifest
 from llm_trainer.optim import create_optimizer
 
 SIZES = {
@@ -468,7 +468,7 @@ def test_a_foreign_pickle_is_not_executed(tmp_path: Path) -> None:
     path = save_number(CheckpointManager(tmp_path), 1)
     (path / "tensors" / ".metadata").write_bytes(pickle.dumps(Attack()))
     (path / "manifest.json").unlink()
-    _write_manifest(path, {"step": 1, "metric": None, "is_best": False})
+    write_manifest(path, {"step": 1, "metric": None, "is_best": False})
     with pytest.raises(CheckpointError, match=r"asks for \w+\.system"):
         load_folder(path)
     assert not (tmp_path / "executed").exists()

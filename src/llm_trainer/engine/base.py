@@ -12,6 +12,7 @@ class Engine(ABC):
     """Executes the steps of one trainer on some machinery (one process, DDP, ...)."""
 
     device: torch.device
+    precision_name: str  # 'fp32', 'bf16' or 'fp16'
 
     @abstractmethod
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ class TrainerMeta(ABCMeta):
         if train_config is not None:
             from llm_trainer.assemble import assemble
 
-            kwargs = {**assemble(train_config, cls, given=kwargs), **kwargs}  # explicit keywords win
+            described = assemble(train_config, cast("type[BaseTrainer]", cls), given=kwargs)
+            kwargs = {**described, **kwargs}  # explicit keywords win
         return super().__call__(*args, **kwargs)
 
 

@@ -70,7 +70,9 @@ def _by_rank(world_size, options):
 
 
 def test_a_rank_without_rows_gets_filler():
-    last = [list(stream(rank=rank, world_size=4).steps(0, 0))[-1][0] for rank in range(4)]  # 23 rows: 3 in the last step
+    last = [
+        list(stream(rank=rank, world_size=4).steps(0, 0))[-1][0] for rank in range(4)
+    ]  # 23 rows: 3 in the last step
     assert [isinstance(step[0], Filler) for step in last] == [False, False, False, True]
 
 

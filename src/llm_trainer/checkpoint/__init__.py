@@ -1,0 +1,58 @@
+"""Checkpoints that survive a kill at any moment, a full disk and a flipped byte.
+
+A folder per step. Everything is written into `checkpoint-<step>.partial-<pid>`, then a manifest with the size and hash
+of every file, then all of it is flushed to the disk, and only then renamed into place:
+
+    checkpoint-00000100/
+      model/               whatever `model_writer` wrote: a Hugging Face folder, or model.safetensors
+      tensors/             the tensors of the state (optimizer, random state) by `torch.distributed.checkpoint`
+      tensors.json         the parts of the state that hold tensors, with names in their place
+      trainer_state.json   the rest of the state, plain and readable
+      manifest.json        written last
+
+So a folder with the final name is complete, or was damaged afterwards, which the manifest shows.
+Optimizer state is kept by parameter *name*: it means the same in one process, under DDP and under FSDP2.
+"""
+
+from llm_trainer.checkpoint.manager import (
+    CheckpointManager,
+    LoadedCheckpoint,
+    load_checkpoint,
+    load_folder,
+    save_checkpoint,
+)
+from llm_trainer.checkpoint.state import read_tensors, write_tensors
+from llm_trainer.checkpoint.valid import CheckpointError, find_damage, valid_checkpoints
+from llm_trainer.checkpoint.weights import (
+    load_optimizer_state_by_name,
+    load_weights,
+    optimizer_state_by_name,
+    plain_name,
+    random_state,
+    read_model,
+    set_random_state,
+    unwrap,
+    write_model,
+)
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointManager",
+    "LoadedCheckpoint",
+    "find_damage",
+    "load_checkpoint",
+    "load_folder",
+    "load_optimizer_state_by_name",
+    "load_weights",
+    "optimizer_state_by_name",
+    "plain_name",
+    "random_state",
+    "read_model",
+    "read_tensors",
+    "save_checkpoint",
+    "set_random_state",
+    "unwrap",
+    "valid_checkpoints",
+    "write_model",
+    "write_tensors",
+]

@@ -1,0 +1,256 @@
+"""The checkpoints of one run: a folder per step, or a single `.pt` file."""
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llm_trainer.checkpoint.atomic import clear_left_behind, partial_path, remove, whole_or_nothing
+from llm_trainer.checkpoint.state import (
+    JSON_FILES,
+    read_tensors,
+    restore,
+    set_tensors_aside,
+    write_state,
+    write_tensors,
+)
+from llm_trainer.checkpoint.valid import (
+    CheckpointError,
+    find_damage,
+    flush,
+    is_damaged_zip,
+    name_valid_neighbour,
+    read_manifest,
+    step_folders,
+    step_of,
+    valid_checkpoints,
+    write_manifest,
+)
+from llm_trainer.checkpoint.weights import (
+    load_optimizer_state_by_name,
+    load_weights,
+    optimizer_state_by_name,
+    plain_name,
+    read_model,
+    unwrap,
+)
+
+WARN: Callable[[str], object] = logging.getLogger(__name__).warning
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A verified checkpoint: the folder of its weights (for `read_model`) and its state, the tensors on the CPU."""
+
+    path: Path
+    step: int
+    metric: float | None
+    model_folder: Path
+    state: dict[str, Any]
+
+
+class CheckpointManager:
+    """The checkpoints of one run: saves, rotates, and finds the newest one that is whole.
+
+    Args:
+        folder: Where the checkpoints are; created if needed. One process writes.
+        keep: How many of the newest are kept; the best one and the last whole one are never deleted.
+        warn: Called with a message when a damaged checkpoint is skipped.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, warn: Callable[[str], object] = WARN) -> None:
+        if keep < 1:
+            raise CheckpointError(f"keep is {keep}; at least the newest checkpoint must be kept: use keep >= 1")
+        self.folder, self.keep, self.warn = Path(folder), keep, warn
+        probe = self.folder / f".write-test-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints cannot be written to '{self.folder}': {error.strerror}. "
+                "Choose another output folder, or make this one writable"
+            ) from error
+        clear_left_behind(self.folder)
+
+    def save(
+        self,
+        step: int,
+        model_writer: Callable[[Path], object],
+        state: Mapping[str, Any],
+        *,
+        metric: float | None = None,
+        is_best: bool = False,
+        tensor_writer: Callable[[Path, dict[str, Tensor]], object] | None = None,
+    ) -> Path:
+        """Write the checkpoint of `step` (replacing one of the same step) and rotate; nothing is lost if it fails.
+
+        Args:
+            model_writer: Writes the weights into the folder it is given, e.g. `partial(write_model, model)`.
+            state: Nested dicts, lists and tuples of numbers, strings and tensors.
+            metric: The validation metric of this step, kept in the manifest.
+            is_best: This is the best checkpoint so far: rotation spares it until a newer best one is saved.
+            tensor_writer: Writes `{name: tensor}` into a folder; default `write_tensors`. A sharded engine passes one
+                in which all ranks take part.
+
+        Raises:
+            CheckpointError: The disk is full or read-only, or `state` holds something that cannot be restored.
+        """
+        target = self.folder / f"checkpoint-{step:08d}"
+        partial = partial_path(target)
+        with whole_or_nothing(partial, target):
+            (partial / "model").mkdir(parents=True)
+            model_writer(partial / "model")
+            write_state(partial, state, tensor_writer or write_tensors)
+            write_manifest(partial, {"step": step, "metric": metric, "is_best": is_best})
+            if target.exists():  # a folder cannot be renamed over another: set it aside; the constructor puts it back
+                os.rename(target, target.with_name(f"{target.name}.replaced-{os.getpid()}"))
+            os.rename(partial, target)
+            flush(self.folder)
+        self._rotate(target)
+        return target
+
+    def latest(self, verify: str = "full") -> Path | None:
+        """The newest checkpoint whose manifest holds; damaged ones are reported and skipped.
+
+        Args:
+            verify: `"full"` compares sizes and hashes, `"sizes"` only sizes.
+        """
+        return next(self._valid(verify), None)
+
+    def best(self, verify: str = "full") -> Path | None:
+        """The newest valid checkpoint that was saved with `is_best=True`."""
+        return next((path for path in self._valid(verify) if read_manifest(path)["is_best"]), None)
+
+    def load(self, path: str | Path | None = None, verify: str = "full") -> LoadedCheckpoint:
+        """Read the checkpoint `path`, by default the newest valid one.
+
+        Raises:
+            CheckpointError: It is damaged (the message names the newest valid one), or there is none.
+        """
+        path = Path(path) if path is not None else self.latest(verify)
+        if path is None:
+            raise CheckpointError(f"no valid checkpoint in '{self.folder}': expected a folder checkpoint-<step>")
+        return load_folder(path, verify)
+
+    def _valid(self, verify: str) -> Iterator[Path]:
+        return valid_checkpoints(self.folder, verify, self.warn)
+
+    def _rotate(self, just_saved: Path) -> None:
+        """Delete what is older than `just_saved` and neither among the newest whole ones nor the best."""
+        whole = list(valid_checkpoints(self.folder, "sizes"))
+        best = [path for path in whole if read_manifest(path)["is_best"]][:1]
+        for path in step_folders(self.folder):
+            if step_of(path) < step_of(just_saved) and path not in [*whole[: self.keep], *best]:
+                doomed = partial_path(path)  # under a name that is cleared at the next start, should we die half-way
+                os.rename(path, doomed)
+                remove(doomed)
+
+
+def load_folder(path: str | Path, verify: str = "full") -> LoadedCheckpoint:
+    """Read and verify one checkpoint folder; nothing in it is executed.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; the message names it and the newest valid checkpoint beside it.
+    """
+    path = Path(path)
+    if problem := find_damage(path, verify):
+        raise CheckpointError(f"{problem}. {name_valid_neighbour(path)}")
+    manifest = read_manifest(path)
+    plain, with_tensors = (json.loads((path / name).read_text()) for name in JSON_FILES)
+    tensors = read_tensors(path / "tensors") if (path / "tensors").exists() else {}
+    state = {name: restore(part, tensors) for name, part in {**plain, **with_tensors}.items()}
+    return LoadedCheckpoint(path, manifest["step"], manifest["metric"], path / "model", state)
+
+
+def save_checkpoint(
+    path: str | Path, *, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None, **state: Any
+) -> Path:
+    """Write one `.pt` file: it appears complete or not at all.
+
+    Args:
+        scheduler: Anything with `state_dict()` and `load_state_dict(state)`.
+        **state: More to keep (epoch, step, ...): numbers, strings, tensors, and lists, tuples and dicts of them.
+
+    Raises:
+        CheckpointError: The disk is full or read-only, or the state holds something that cannot be restored.
+    """
+    path = Path(path)
+    content: dict[str, Any] = {"model": {plain_name(k): v for k, v in unwrap(model).state_dict().items()}, **state}
+    if optimizer is not None:
+        content["optimizer"] = optimizer_state_by_name(model, optimizer)
+    if scheduler is not None:
+        content["scheduler"] = scheduler.state_dict()
+    for name in content.keys() - {"model"}:
+        tensors: dict[str, Tensor] = {}
+        content[name] = restore(set_tensors_aside(content[name], name, tensors), tensors)  # only what will load
+    partial = partial_path(path)
+    with whole_or_nothing(partial, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(content, file)
+        flush(partial)
+        os.replace(partial, path)
+        flush(path.parent)
+    return path
+
+
+def load_checkpoint(
+    path: str | Path, *, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
+) -> dict[str, Any]:
+    """Load a checkpoint into `model` and, where given, `optimizer` and `scheduler`; returns the rest of its state.
+
+    Args:
+        path: A `.pt` file (of `save_checkpoint`, or a plain state dict), a checkpoint folder, or the folder of a run,
+            whose newest valid checkpoint is taken.
+
+    Raises:
+        CheckpointError: The file is missing or damaged (the message names the newest valid checkpoint beside it), does
+            not fit the model, or lacks the state of an optimizer or scheduler that was asked for.
+    """
+    path = Path(path)
+    weights: Path | dict[str, Tensor]
+    if path.is_dir():
+        newest = path if (path / "manifest.json").exists() else next(valid_checkpoints(path, warn=WARN), path)
+        loaded = load_folder(newest)
+        weights, state = loaded.model_folder, loaded.state
+    else:
+        state = _load_file(path)
+        weights, state = (state.pop("model"), state) if "model" in state else (state, {})
+    for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if wanted is not None and name not in state:
+            raise CheckpointError(f"'{path}' holds no {name} state: pass {name}=None to load the weights alone")
+    if isinstance(weights, Path):
+        read_model(model, weights)
+    else:
+        load_weights(model, weights, path)
+    if optimizer is not None:
+        load_optimizer_state_by_name(model, optimizer, state.pop("optimizer"))
+    if scheduler is not None:
+        scheduler.load_state_dict(state.pop("scheduler"))
+    return state
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"'{path}' does not exist. {name_valid_neighbour(path)}")
+    if is_damaged_zip(path):
+        raise CheckpointError(f"'{path}' is truncated or damaged. {name_valid_neighbour(path)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"'{path}' holds more than tensors and plain values, which is never unpickled: save only those ({error})"
+        ) from error

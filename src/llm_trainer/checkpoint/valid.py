@@ -1,0 +1,118 @@
+"""What is whole: the manifest of a checkpoint folder, and the newest checkpoint that it vouches for."""
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, read or applied; the message says which, why and what is still valid."""
+
+
+def valid_checkpoints(
+    folder: Path, verify: str = "full", warn: Callable[[str], object] = lambda problem: None
+) -> Iterator[Path]:
+    """The checkpoint folders whose manifest holds, newest step first; `warn` hears about the others on the way."""
+    for path in step_folders(folder):
+        if problem := find_damage(path, verify):
+            warn(f"checkpoint skipped: {problem}")
+        else:
+            yield path
+
+
+def find_damage(path: Path, verify: str = "full") -> str | None:
+    """What is wrong with a checkpoint folder, or None: every file is compared with the manifest.
+
+    Args:
+        verify: `"full"` compares sizes and hashes, `"sizes"` only sizes.
+    """
+    try:
+        files = read_manifest(path)["files"]
+    except FileNotFoundError:
+        return f"'{path}' is not a complete checkpoint: it has no manifest.json"
+    except ValueError as error:
+        return f"'{path / 'manifest.json'}' is damaged ({error})"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"'{file}' is missing"
+        if (size := file.stat().st_size) != expected["size"]:
+            return f"'{file}' is damaged: {size} bytes instead of {expected['size']}"
+        if verify == "full" and _sha256(file) != expected["sha256"]:
+            return f"'{file}' is damaged: its hash differs from the manifest"
+    return None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest step first."""
+    found = [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, which vouches for itself too."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _json_hash(manifest):
+        raise ValueError("its own hash differs")
+    return manifest
+
+
+def _json_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """List and flush everything under `folder`: first the files, then the manifest, then the folders that name them."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    listed = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files
+    }
+    content = {**facts, "files": listed}
+    sealed = json.dumps({"sha256": _json_hash(content), **content}, indent=1)
+    (folder / "manifest.json").write_text(sealed, encoding="utf-8")
+    for path in [*files, folder / "manifest.json", *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        flush(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def name_valid_neighbour(path: Path) -> str:
+    """One sentence that names the newest whole checkpoint in the folder of `path`."""
+    if path.parent.is_dir():
+        files = sorted(path.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime, reverse=True)
+        whole = (file for file in files if not is_damaged_zip(file))
+        if valid := next(valid_checkpoints(path.parent), None) or next(whole, None):
+            return f"The newest valid checkpoint there is '{valid}'"
+    return "There is no valid checkpoint beside it"
+
+
+def is_damaged_zip(path: Path) -> bool:
+    """torch.load does not notice a flipped byte; the checksums inside the zip file do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except zipfile.BadZipFile:
+        return True
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,210 @@
+"""Model weights, optimizer state by parameter name, and the state of random generators."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from llm_trainer.checkpoint.valid import CheckpointError
+
+IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}  # of this machine, not of the run
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and `torch.compile`, whose names are those of a single process."""
+    while isinstance(model, DistributedDataParallel) or "_orig_mod" in dict(model.named_children()):
+        model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
+    return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what compiled or checkpointed layers insert into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def write_model(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
+    """Write the weights: a transformers model as a Hugging Face folder, any other module as `model.safetensors`.
+
+    Each tensor keeps its dtype; tied weights are written once. A tokenizer is written beside them.
+    """
+    folder, model = Path(folder), unwrap(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    if _is_pretrained(model):
+        model.save_pretrained(folder)  # type: ignore[operator]
+    else:
+        save_model(model, str(folder / "model.safetensors"))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def read_model(model: nn.Module, folder: str | Path) -> None:
+    """Load what `write_model` wrote into `model`, in place, bit for bit; dtypes and devices stay as they are.
+
+    Non-persistent buffers (rotary frequencies) are not in a checkpoint: they keep what the model was built with.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    folder, model = Path(folder), unwrap(model)
+    if not _is_pretrained(model):
+        if not (folder / "model.safetensors").is_file():
+            raise CheckpointError(f"'{folder}' has no model.safetensors to load into a {type(model).__name__}")
+        load_weights(model, load_file(folder / "model.safetensors"), folder)
+        return
+    # transformers renames and merges weights while loading (experts), so its own loader has to do it. It loads all
+    # weights in one dtype: the widest of the model, which holds the others exactly.
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else max([torch.float32, *dtypes], key=lambda dtype: dtype.itemsize)
+    loaded, report = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+    problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(problems.values()):
+        raise CheckpointError(f"the weights in '{folder}' do not fit a {type(model).__name__}: {first_few(problems)}")
+    load_weights(model, loaded.state_dict(), folder)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy named tensors into `model`; of tied parameters one name is enough.
+
+    Args:
+        source: Where they come from, for the message.
+
+    Raises:
+        CheckpointError: Names or shapes differ; the model is unchanged.
+    """
+    model, weights = unwrap(model), {plain_name(name): tensor for name, tensor in weights.items()}
+    names = {plain_name(name): name for name in model.state_dict()}
+    own = dict(zip(names, model.state_dict().values(), strict=True))
+    given = {_memory(own[name]) for name in weights if name in own}
+    problems = {
+        "missing": [name for name in own if name not in weights and _memory(own[name]) not in given],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{name} ({list(tensor.shape)} instead of {list(own[name].shape)})"
+            for name, tensor in weights.items()
+            if name in own and tensor.shape != own[name].shape
+        ],
+    }
+    if any(problems.values()):
+        raise CheckpointError(f"the weights in '{source}' do not fit a {type(model).__name__}: {first_few(problems)}")
+    model.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, strict=False)
+
+
+def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def first_few(problems: Mapping[str, list[str]], num: int = 3) -> str:
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:num])}{', ...' if len(names) > num else ''}"
+        for kind, names in problems.items()
+        if names
+    )
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    """Whether this is a transformers model; transformers (seconds to import) is not imported to say no."""
+    return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
+
+
+def optimizer_state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state with parameter names where `Optimizer.state_dict` has positions.
+
+    Returns:
+        `{"state": {name: {key: tensor or number}}, "param_groups": [{"params": [name], "lr": ..., ...}]}`.
+        Parameters that were never stepped have no entry; a tied parameter goes by its first name.
+
+    Raises:
+        CheckpointError: The optimizer holds a parameter that the model does not have.
+    """
+    names = _parameter_names(model)
+    groups, state = [], {}
+    for group in optimizer.param_groups:
+        members = {_name_of(parameter, names): parameter for parameter in group["params"]}
+        groups.append({**{k: v for k, v in group.items() if k not in IMPLEMENTATION}, "params": list(members)})
+        state.update({name: dict(optimizer.state[p]) for name, p in members.items() if optimizer.state.get(p)})
+    return {"state": state, "param_groups": groups}
+
+
+def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state_by_name` returned, bit for bit (torch would cast to the parameter's dtype).
+
+    Hyper-parameters of the groups (lr, betas, ...) are restored too. Tensors go to their parameter's device, and are
+    cut where the parameter is sharded (FSDP2).
+
+    Raises:
+        CheckpointError: The groups hold other parameters than those saved; the optimizer is unchanged.
+    """
+    names = _parameter_names(model)
+    groups, old_groups = optimizer.param_groups, saved["param_groups"]
+    if len(groups) != len(old_groups):
+        raise CheckpointError(
+            f"the checkpoint's optimizer has {len(old_groups)} parameter groups, this has {len(groups)}"
+        )
+    members = [{_name_of(parameter, names): parameter for parameter in group["params"]} for group in groups]
+    for index, (own, old) in enumerate(zip(members, old_groups, strict=True)):
+        problems = {
+            "missing": [name for name in own if name not in old["params"]],
+            "unexpected": [name for name in old["params"] if name not in own],
+        }
+        if any(problems.values()):
+            raise CheckpointError(f"the checkpoint's optimizer differs in group {index}: {first_few(problems)}")
+    for group, own, old in zip(groups, members, old_groups, strict=True):
+        group.update({key: value for key, value in old.items() if key != "params"})
+        host_step = not (group.get("fused") or group.get("capturable"))  # where torch's kernels read it
+        for name, parameter in own.items():
+            optimizer.state.pop(parameter, None)
+            if entry := saved["state"].get(name):
+                optimizer.state[parameter] = {
+                    key: _place(value, parameter, on_host=host_step and key == "step") for key, value in entry.items()
+                }
+
+
+def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: plain_name(name) for name, parameter in unwrap(model).named_parameters()}
+
+
+def _name_of(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]) -> str:
+    if parameter not in names:
+        raise CheckpointError(
+            f"the optimizer holds a parameter of shape {list(parameter.shape)} that is not the model's: "
+            "build the optimizer from this model's parameters, after the model took its final form"
+        )
+    return names[parameter]
+
+
+def _place(value: Any, parameter: nn.Parameter, on_host: bool) -> Any:
+    """A copy of a state tensor where its parameter is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+    return value.detach().to("cpu" if on_host else parameter.device, copy=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all global random generators: Python, numpy, torch, and torch's on every CUDA device."""
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    numpy_state["state"] = {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` returned; states of CUDA devices that are not here are left out."""
+    random.setstate(state["python"])
+    inner = state["numpy"]["state"]
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}})
+    torch.set_rng_state(state["torch"].cpu())
+    for device, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(generator.cpu(), device)
