@@ -8,11 +8,10 @@ import torch
 from llm_trainer.losses.preference import (
     Pairs,
     PreferenceLoss,
-    UnpairedLoss,
-    kto_kl,
     pairs_from_tokens,
     sequence_logps,
 )
+from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl
 from reference_cases import Case, load_case
 
 OPTIONS = {  # reference name -> ours, where they differ

@@ -65,7 +65,3 @@ def test_trajectory(name: str, reference_dir: Path, tmp_path: Path) -> None:
         value = model.get_parameter(parameter).detach()
         assert math.isclose(value.double().norm(), expected["l2"], rel_tol=1e-5), parameter
         assert torch.allclose(value.flatten()[:4], torch.tensor(expected["first4"]), atol=1e-4), parameter
-    inputs = tensors["probe.input_ids"].long() if "probe.input_ids" in tensors else None
-    if inputs is not None:
-        logits = model.eval()(inputs).logits[..., : tensors["probe.final_logits"].shape[-1]]
-        assert torch.allclose(logits, tensors["probe.final_logits"], atol=1e-3)

@@ -1,0 +1,117 @@
+"""A description or a folder becomes a transformers model; a model becomes a Hugging Face folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from llm_trainer.config.schema import ModelConfig
+
+ARCHITECTURES = {  # name -> transformers configuration class
+    "qwen3": "Qwen3Config",
+    "llama": "LlamaConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
+}
+
+
+def build_config(model_config: "ModelConfig") -> "PretrainedConfig":
+    """The transformers configuration that `model_config` describes."""
+    import transformers
+
+    c = model_config
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta, **(c.rope_scaling or {})}
+    values: dict[str, Any] = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_position_embeddings,
+        "rope_parameters": rope,
+        "rms_norm_eps": c.rms_norm_eps,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "attention_dropout": c.attention_dropout,
+        "initializer_range": c.initializer_range,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if c.moe is not None:
+        values |= {
+            "num_experts": c.moe.num_experts,
+            "num_experts_per_tok": c.moe.num_experts_per_tok,
+            "moe_intermediate_size": c.moe.moe_intermediate_size,
+            "norm_topk_prob": c.moe.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "output_router_logits": True,
+        }
+    return getattr(transformers, ARCHITECTURES[c.architecture])(**values)
+
+
+def build_model(
+    source: "ModelConfig | str", attention: str = "sdpa", dtype: torch.dtype = torch.float32
+) -> "PreTrainedModel":
+    """A model with random weights from a `ModelConfig`, or the weights of a Hugging Face folder or name.
+
+    Args:
+        source: what to build or load; nothing is downloaded for a `ModelConfig`.
+        attention: attention implementation (see `models.attention`).
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: the folder is not there or holds no model, or its weights are not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not isinstance(source, str):
+        return AutoModelForCausalLM.from_config(build_config(source), attn_implementation=attention, dtype=dtype)
+    folder = Path(source)
+    looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not (folder / "config.json").exists():
+        raise ValueError(
+            f"model_config: {source!r} holds no model: expected a Hugging Face folder with config.json and "
+            f"model.safetensors (or a name of the hub); a run's model is in its save_dir, under model/"
+        )
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, dtype=dtype)
+    check_finite(model, source)
+    return model
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Raise ValueError naming the tensors of `model` that hold NaN or infinity."""
+    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(
+            f"{source}: weights that are not finite (NaN or infinity) in {', '.join(broken[:3])}{more}; expected finite "
+            f"numbers. Load an earlier checkpoint: training cannot mend these"
+        )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of `model`, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
+    """Training FLOPs of one token: 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+
+    N counts the parameters that take part in matrix products for a token: the input embedding is left out (it is
+    counted as the head where the two are tied), and of a mixture of experts only the chosen ones count.
+    """
+    c = model.config
+    embedding = model.get_input_embeddings().weight.numel()
+    count = num_parameters(model) - (0 if c.tie_word_embeddings else embedding)
+    experts = getattr(c, "num_experts", 0)
+    if experts:
+        one = 3 * c.hidden_size * c.moe_intermediate_size
+        count -= c.num_hidden_layers * (experts - c.num_experts_per_tok) * one
+    heads = c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+    return 6.0 * count + 12.0 * c.num_hidden_layers * heads * head_dim * seq_len
