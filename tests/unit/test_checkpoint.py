@@ -472,3 +472,19 @@ def test_a_foreign_pickle_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"asks for \w+\.system"):
         load_folder(path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_published_model_is_a_copy_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path, target_is_directory: bool = False) -> None:
+        raise OSError("no links here")
+
+    manager = CheckpointManager(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "symlink_to", refuse)
+        for step in (1, 2):
+            manager.save(step, lambda folder, step=step: (folder / "weights").write_text(str(step)), {})
+            model = manager.publish()
+            assert model is not None and (model.is_symlink(), (model / "weights").read_text()) == (False, str(step))
+    manager.save(1, lambda folder: (folder / "weights").write_text("best"), {}, is_best=True)
+    model = manager.publish()
+    assert model is not None and (model.is_symlink(), (model / "weights").read_text()) == (True, "best")

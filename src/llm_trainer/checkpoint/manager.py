@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,26 @@ class CheckpointManager:
     def best(self, verify: str = "full") -> Path | None:
         """The newest valid checkpoint that was saved with `is_best=True`."""
         return next((path for path in self._valid(verify) if read_manifest(path)["is_best"]), None)
+
+    def publish(self) -> Path | None:
+        """Make `model` in the folder lead to the weights to use, the best checkpoint's or else the newest's: a stable path.
+
+        Returns:
+            That path; None when there is no checkpoint.
+        """
+        chosen = self.best("sizes") or self.latest("sizes")
+        if chosen is None:
+            return None
+        link = self.folder / "model"
+        partial = partial_path(link)
+        try:
+            partial.symlink_to(Path(chosen.name) / "model", target_is_directory=True)
+        except OSError:  # a file system without links
+            shutil.copytree(chosen / "model", partial)
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        partial.replace(link)
+        return link
 
     def load(self, path: str | Path | None = None, verify: str = "full") -> LoadedCheckpoint:
         """Read the checkpoint `path`, by default the newest valid one.

@@ -74,16 +74,14 @@ def main_process_first() -> Iterator[None]:
 
     If the main process fails, the others fail too instead of waiting for ever.
     """
-    failure: BaseException | None = None
+    failure: Exception | None = None
     if is_main():
         try:
             yield
-        except BaseException as error:
+        except Exception as error:
             failure = error
-    message = broadcast_object(None if failure is None else f"{type(failure).__name__}: {failure}")
+    failure = broadcast_object(failure)
     if failure is not None:
         raise failure
-    if message is not None:
-        raise RuntimeError(f"the main process failed: {message}")
     if not is_main():
         yield

@@ -1,0 +1,161 @@
+"""`llm-trainer chat`: talk to a model that a run has saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from llm_trainer.data.chat import ChatFormat
+
+QUOTES = '"""'
+
+
+def model_folder(path: Path) -> Path:
+    """The Hugging Face folder that a path stands for: itself, a checkpoint's, or a run's final or newest one.
+
+    Raises:
+        ValueError: there is no model.
+    """
+    from llm_trainer.checkpoint import valid_checkpoints
+
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder, expected a model, a checkpoint or the save_dir of a run")
+    inside = (checkpoint / "model" for checkpoint in valid_checkpoints(path, "sizes"))
+    for folder in (path, path / "model", *inside):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(
+        f"{path}: no model in it (found {', '.join(sorted(entry.name for entry in path.iterdir())[:8]) or 'nothing'}); "
+        "expected config.json and weights, or a run's checkpoint-... folders. Has the run saved its first checkpoint?"
+    )
+
+
+class Speaker:
+    """A model that answers, piece by piece.
+
+    Args:
+        folder: a Hugging Face folder.
+        raw: continue plain text; False: a conversation in the tokenizer's chat template.
+        system: the first message of every conversation.
+        settings: those of `generation.sampler.Decoding`.
+    """
+
+    def __init__(self, folder: Path, raw: bool = False, system: str | None = None, **settings: Any) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        from llm_trainer.data.chat import ChatFormat
+        from llm_trainer.data.tokenizer import load_tokenizer
+        from llm_trainer.engine.torch import detect_device
+
+        disable_progress_bar()  # of loading weights
+        tokenizer = load_tokenizer(folder)
+        self.raw = raw or tokenizer.chat_template is None
+        if self.raw and system is not None:
+            raise ValueError(
+                "--system: plain text has no system message; leave it away, or give the tokenizer a chat template"
+            )
+        self.format: ChatFormat = ChatFormat(tokenizer)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        self.model.to(detect_device(None))  # type: ignore[arg-type]
+        self.settings = settings
+        self.start = [] if system is None else [{"role": "system", "content": system}]
+        self.turns: list[dict[str, str]] = []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """What the model writes after `text`; a conversation remembers it, as far as it was written."""
+        from tokenizers.decoders import DecodeStream
+
+        from llm_trainer.generation.sampler import stream
+
+        ids = self.format.encode_text(text).input_ids[:-1] if self.raw else self._prompt_ids(text)
+        tokenizer, written = self.format.tokenizer, []
+        decoder = DecodeStream(skip_special_tokens=True)
+        stops, pad = self.format.stop_token_ids(), int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        try:
+            for token in stream(self.model, ids, stop_token_ids=stops, pad_token_id=pad, **self.settings):
+                if piece := decoder.step(
+                    tokenizer.backend_tokenizer, token
+                ):  # None inside a character of several bytes
+                    written.append(piece)
+                    yield piece
+        finally:
+            if not self.raw:
+                self.turns.append({"role": "assistant", "content": "".join(written)})
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        """The conversation and the new turn; the oldest turns are forgotten when the context is full."""
+        context = self.model.config.get_text_config().max_position_embeddings
+        self.turns.append({"role": "user", "content": text})
+        while True:
+            ids = self.format.encode_prompt([*self.start, *self.turns])
+            if len(ids) < context or len(self.turns) == 1:
+                return ids
+            del self.turns[:2]
+
+
+def _read_turn() -> str:
+    """A line, or several between lines that begin and end with three quotes.
+
+    Raises:
+        EOFError: Ctrl-D, or the end of a pipe.
+    """
+    text = input("> ")
+    if not text.startswith(QUOTES):
+        return text
+    lines = [text.removeprefix(QUOTES)]
+    while not lines[-1].endswith(QUOTES):
+        lines.append(input("  "))
+    return "\n".join(lines).removesuffix(QUOTES).strip("\n")
+
+
+def _say(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def chat(
+    folder: Annotated[Path, typer.Argument(help="a model, a checkpoint, or the save_dir of a run", metavar="DIR")],
+    prompt: Annotated[str | None, typer.Option(help="answer this and stop")] = None,
+    system: Annotated[str | None, typer.Option(help="the system message")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens with this much probability")] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="keep this many likeliest tokens; 0: all")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="the same seed gives the same answer")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="continue plain text, as a pretrained model does")] = False,
+) -> None:
+    """Talk to a saved model. Ctrl-C ends an answer, Ctrl-D the conversation; several lines go between triple quotes."""
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    speaker = Speaker(model_folder(folder), raw, system, seed=seed, **settings)
+    if prompt is not None:
+        _say(speaker.answer(prompt))
+        return
+    with contextlib.suppress(ImportError):  # line editing, where the platform has it
+        import readline  # noqa: F401
+    what = "continues your text" if speaker.raw else "answers"
+    print(f"The model {what}. Ctrl-C ends an answer, Ctrl-D the conversation; {QUOTES} begins and ends several lines.")
+    while True:
+        try:
+            text = _read_turn()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # what was typed is thrown away, as in a shell
+            print()
+            continue
+        if not text.strip():
+            continue
+        answer = speaker.answer(text)
+        try:
+            _say(answer)
+        except KeyboardInterrupt:
+            print(" ...")
+        finally:
+            answer.close()  # type: ignore[attr-defined]

@@ -1,0 +1,202 @@
+"""`llm-trainer data check` and `llm-trainer data prepare`: look at data before training, and turn it into tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from llm_trainer.data.chat import ChatFormat
+    from llm_trainer.data.check import FileReport, Piece
+    from llm_trainer.data.ledger import Ledger
+    from llm_trainer.data.store import TokenStore
+
+PROBLEMS_SHOWN = 10
+_BAR = 40  # characters of the longest bar
+
+app = typer.Typer(help="Look at training data, and turn it into tokens.", rich_markup_mode=None, no_args_is_help=True)
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="files or folders of them")]
+
+
+def _chat_format(tokenizer: str) -> ChatFormat:
+    from llm_trainer.data.chat import ChatFormat
+    from llm_trainer.data.tokenizer import load_tokenizer
+
+    return ChatFormat(load_tokenizer(tokenizer))
+
+
+@app.command()
+def check(
+    files: Files,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer folder: count tokens, show what is trained on")
+    ] = None,
+    schema: Annotated[str | None, typer.Option(help="the rows' schema, instead of recognising it")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain, sft, preference, unpaired or prompt")] = None,
+    block_size: Annotated[int | None, typer.Option(min=2, help="tokens of the context")] = None,
+) -> None:
+    """Show what files hold: schema, lengths, duplicates, broken rows. Exits with 1 if training on them would stop."""
+    from llm_trainer.data.check import check_file
+    from llm_trainer.data.prepare import files_of
+
+    if block_size is not None and tokenizer is None:
+        raise typer.BadParameter("is counted in tokens and needs --tokenizer", param_hint="--block-size")
+    chat = None if tokenizer is None else _chat_format(tokenizer)
+    stops = False
+    for path in (file for given in files for file in files_of(given)):
+        report = check_file(path, chat, schema=schema, stage=stage, block_size=block_size)
+        _show(report)
+        stops = stops or report.stops_training
+    if stops:
+        raise typer.Exit(1)
+
+
+def _show(report: FileReport) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(text: str | Text) -> None:
+        console.print(text, markup=False)
+
+    say(f"{report.path}")
+    for name, text in _facts(report).items():
+        say(f"{name:>12}  {text}")
+    largest = max((count for *_, count in report.histogram()), default=1)
+    for first, last, count in report.histogram():
+        say(f"{first:>12,} - {last:<9,} {'█' * -(-_BAR * count // largest):{_BAR}} {count:,}")
+    for error in report.problems[:PROBLEMS_SHOWN]:
+        say(f"{'problem':>12}  {error}")
+    if len(report.problems) > PROBLEMS_SHOWN:
+        say(f"{'':>12}  ... and {len(report.problems) - PROBLEMS_SHOWN:,} more")
+    for number, pieces in enumerate(report.examples, 1):
+        say(f"{f'example {number}':>12}  (what is trained on is {'green' if console.is_terminal else 'in [[ ]]'})")
+        say(_colour(pieces) if console.is_terminal else _mark(pieces))
+
+
+def _facts(report: FileReport) -> dict[str, str]:
+    """The lines of the screen, by their labels."""
+    facts = {"schema": f"{report.schema or 'none'} (rows of kind '{report.kind}', for {', '.join(report.stages)})"}
+    if not report.schema:
+        return {"schema": "not recognised"}
+    if report.kind == "vision":
+        facts["images"] = "the text of these rows is checked, their images are not opened"
+    facts["rows"] = f"{report.rows:,}, {len(report.lengths):,} samples, {report.duplicates:,} exact duplicates"
+    for reason, rows in report.dropped.items():
+        facts[f"rows left out ({reason})"] = f"{rows:,}"
+    if report.lengths:
+        parts = ", ".join(f"{name} {value:,}" for name, value in report.percentiles().items())
+        facts[report.unit] = f"{sum(report.lengths):,}; {parts}"
+    if report.unit == "tokens":
+        facts["trained on"] = f"{report.trained:,} tokens; {report.untrained:,} samples have none"
+    if report.too_long[0]:
+        facts["too long"] = f"{report.too_long[0]:,} samples; truncation would cut {report.too_long[1]:,} tokens"
+    facts["problems"] = f"{len(report.problems):,}"
+    return facts
+
+
+def _mark(pieces: list[Piece]) -> str:
+    return "".join(f"[[{text}]]" if trained else text for text, trained in pieces)
+
+
+def _colour(pieces: list[Piece]) -> Text:
+    from rich.text import Text
+
+    return Text.assemble(*((text, "bold green" if trained else "dim") for text, trained in pieces))
+
+
+@app.command()
+def prepare(
+    files: Files,
+    tokenizer: Annotated[str, typer.Option(help="tokenizer folder")],
+    out: Annotated[Path, typer.Option(help="folder of the token files")],
+    stage: Annotated[str, typer.Option(help="pretrain (flat .npy) or sft (.pkl of id lists)")] = "pretrain",
+    workers: Annotated[int, typer.Option(min=1, help="processes that tokenize large files")] = 1,
+    drop_bad_rows: Annotated[bool, typer.Option("--drop-bad-rows", help="count and leave out rows that fail")] = False,
+) -> None:
+    """Tokenize files once, ahead of training. A run that was killed goes on where it stopped when started again."""
+    import shutil
+
+    from llm_trainer.data.datasets import Documents
+    from llm_trainer.data.prepare import KINDS, DataOptions, files_of, store_of
+
+    if stage not in KINDS:
+        raise typer.BadParameter(f"got {stage!r}, expected {' or '.join(KINDS)}", param_hint="--stage")
+    paths, stores = [file for given in files for file in files_of(given)], out / ".stores"
+    targets = {path: out / f"{path.name.split('.')[0]}{'.npy' if stage == 'pretrain' else '.pkl'}" for path in paths}
+    if len(set(targets.values())) < len(targets):
+        raise ValueError(
+            f"several files would be written to the same name in {out}: prepare them into separate folders"
+        )
+    options = DataOptions(stage, bad_rows="drop" if drop_bad_rows else "error", workers=workers)
+    chat, total = _chat_format(tokenizer), None
+    for path, target in targets.items():
+        store = store_of(path, chat, options, stores)
+        if stage == "pretrain":
+            _write_flat(store, target)
+        else:
+            _write_lists(store, target, chat)
+        ledger = Documents(store, str(path), None).ledger
+        _print_ledger(f"{path} -> {target}", ledger)
+        total = ledger if total is None else total.merge(ledger)
+    shutil.rmtree(stores)
+    if total is not None and len(paths) > 1:
+        _print_ledger("all files", total)
+    typer.echo(f"train with file_dataset: [{', '.join(map(str, targets.values()))}] and {stage}_config")
+    if stage == "sft":
+        typer.echo("the mask of trained tokens is not in the files: training finds it again from the ids")
+
+
+def _print_ledger(title: str, ledger: Ledger) -> None:
+    typer.echo("\n  ".join([title, *ledger.lines()]))
+
+
+def _write_flat(store: TokenStore, target: Path) -> None:
+    """The ids of all documents end to end, as one memory-mappable array: the store's own file under another name."""
+    import os
+    import shutil
+
+    partial = target.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    source = store.folder / "input_ids.values.npy"
+    try:
+        os.link(source, partial)  # nothing is copied where the file system can do this
+    except OSError:
+        shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+def _write_lists(store: TokenStore, target: Path, chat: ChatFormat) -> None:
+    """A pickled list of id lists.
+
+    Raises:
+        ValueError: what is trained on in a row cannot be told from its ids.
+    """
+    import pickle
+
+    from llm_trainer.data.chat import ChatTemplateError, spans_from_ids
+
+    lists, differing = [], 0
+    for row in range(len(store)):
+        ids = store["input_ids"][row].tolist()
+        try:
+            differing += spans_from_ids(ids, chat) != store["trained"][row].astype(bool).tolist()
+        except ChatTemplateError as error:
+            raise ValueError(
+                f"{store.meta['source']}: sample {row + 1} cannot be kept as ids alone: {error}; train on the text file"
+            ) from error
+        lists.append(ids)
+    if differing:
+        typer.echo(
+            f"WARNING: in {differing:,} of {len(store):,} rows of {store.meta['source']} the mask that is found "
+            "again differs from that of the text (loss weights, cut turns); train on the text to keep it"
+        )
+    partial = target.with_suffix(".partial")
+    with partial.open("wb") as file:
+        pickle.dump(lists, file)
+    partial.replace(target)

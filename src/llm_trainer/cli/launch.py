@@ -1,0 +1,234 @@
+"""`smart_train`, `ds_train`, `ddp_train`, `py_train`: start a script (or a YAML) on all devices of this machine.
+
+Exit codes: 0, the code of the first process that failed, or 75 when the run was interrupted and can be started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from signal import SIGTERM
+from typing import NoReturn
+
+from llm_trainer.config.env import environment, set_default
+from llm_trainer.config.errors import ConfigError
+
+SAVE_SECONDS = 3600  # torchrun kills what has not ended this long after a signal; its own 30 s are short for a save
+NAMES = {"py": "plain python", "ddp": "DDP through torchrun", "ds": "DeepSpeed through torchrun"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found here.
+
+    Attributes:
+        num_gpus: GPUs that this process can see.
+        num_cores: CPU cores.
+        deepspeed: whether the DeepSpeed package is installed.
+    """
+
+    num_gpus: int
+    num_cores: int
+    deepspeed: bool
+
+    @classmethod
+    def look(cls) -> Machine:
+        """This machine."""
+        import torch
+
+        return cls(torch.cuda.device_count(), os.cpu_count() or 1, find_spec("deepspeed") is not None)
+
+    def __str__(self) -> str:
+        gpus = f"{self.num_gpus} GPU(s)" if self.num_gpus else "no GPU"
+        return f"{gpus}, {self.num_cores} CPU cores, DeepSpeed {'' if self.deepspeed else 'not '}installed"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """How many processes, and where; None leaves it to the machine or to torchrun."""
+
+    nproc: int | None = None
+    nnodes: str | None = None
+    node_rank: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+
+    def is_several(self) -> bool:
+        """Whether more than one machine takes part."""
+        return self.nnodes not in (None, "1", "1:1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be started.
+
+    Attributes:
+        kind: a key of `NAMES`.
+        reason: why this kind.
+        command: the exact command.
+        variables: environment variables that it runs with, unless the user has set them.
+    """
+
+    kind: str
+    reason: str
+    command: list[str]
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{name}={value}" for name, value in self.variables.items()), shlex.join(self.command)])
+
+
+def make_plan(target: Sequence[str], machine: Machine, nodes: Nodes, forced: str | None = None) -> Plan:
+    """Decide how `target` is run.
+
+    Args:
+        target: what follows `python`: a script with its arguments, or `-m module ...`.
+        machine: what there is.
+        nodes: what the user asked for.
+        forced: a key of `NAMES`; None: PARALLEL_TYPE decides, else the machine.
+
+    Raises:
+        ConfigError: what is asked for contradicts itself, PARALLEL_TYPE or the machine.
+    """
+    several = (nodes.nproc or machine.num_gpus) > 1 or nodes.is_several()
+    kind, reason = _choose(machine, several, forced)
+    if kind == "ds" and not machine.deepspeed:
+        raise ConfigError(f"{reason}, but DeepSpeed is not installed: pip install deepspeed, or use ddp_train")
+    if kind == "py":
+        if (nodes.nproc or 1) > 1 or nodes.is_several():
+            raise ConfigError(f"several processes were asked for, but {reason}: use ddp_train")
+        return Plan(kind, reason, [sys.executable, *target], {"PARALLEL_TYPE": "none"})
+    processes = nodes.nproc or machine.num_gpus or 1
+    variables = {
+        "PARALLEL_TYPE": kind,
+        "OMP_NUM_THREADS": str(max(1, machine.num_cores // processes)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *_meeting_point(nodes)]
+    return Plan(kind, reason, [*torchrun, *target], variables)
+
+
+def _choose(machine: Machine, several: bool, forced: str | None) -> tuple[str, str]:
+    wanted = environment().parallel_type
+    meant = {None: None, "none": "py", "fsdp": "ddp"}.get(wanted, wanted)  # FSDP is started as DDP is
+    if forced is not None:
+        if meant not in (None, forced):
+            raise ConfigError(
+                f"environment variable PARALLEL_TYPE: got {wanted!r}, but {forced}_train was asked for; unset the one, "
+                f"or use smart_train"
+            )
+        return forced, f"{forced}_train was asked for"
+    if meant is not None:
+        return meant, f"PARALLEL_TYPE is {wanted}"
+    if not several:
+        return "py", "there is one device"
+    if machine.deepspeed and machine.num_gpus > 1:
+        return "ds", "there are several GPUs and DeepSpeed is installed"
+    return "ddp", "there are several processes and no DeepSpeed" if machine.num_gpus else "there are several processes"
+
+
+def _meeting_point(nodes: Nodes) -> list[str]:
+    """Where the processes find each other; on one machine torchrun takes a free port."""
+    if not nodes.is_several():
+        return ["--standalone"] if nodes.master_port is None else [f"--master-port={nodes.master_port}"]
+    if nodes.master_addr is None or nodes.node_rank is None:
+        raise ConfigError(
+            f"--nnodes {nodes.nnodes}: expected --node-rank (0 on the first machine) and --master-addr (the first "
+            f"machine's address, the same on all)"
+        )
+    place = {"nnodes": nodes.nnodes, "node-rank": nodes.node_rank, "master-addr": nodes.master_addr}
+    return [f"--{name}={value}" for name, value in (place | {"master-port": nodes.master_port or 29500}).items()]
+
+
+def start(plan: Plan) -> NoReturn:
+    """Run the plan and exit with its code. Signals reach the training processes, which save and stop."""
+    for name, value in plan.variables.items():
+        set_default(name, value)
+    sys.stdout.flush()
+    if plan.kind == "py":
+        os.execv(plan.command[0], plan.command)  # becomes the script: its signals, its terminal, its exit code
+    sys.exit(_run_workers(plan.command[plan.command.index("torch.distributed.run") + 1 :]))
+
+
+def _run_workers(arguments: list[str]) -> int:
+    """torchrun in this process, as only here its workers' exit codes can be seen: its own code is always 1."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    from llm_trainer.loop import EXIT_INTERRUPTED
+
+    try:
+        run(parse_args(arguments))
+    except SignalException:  # was passed on to the workers, and they have ended
+        return EXIT_INTERRUPTED
+    except ChildFailedError as error:
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        codes = [failure.exitcode for failure in failures]
+        if EXIT_INTERRUPTED in codes and set(codes) <= {EXIT_INTERRUPTED, -SIGTERM}:  # torchrun ends the slower ones
+            return EXIT_INTERRUPTED
+        return codes[0] if codes[0] > 0 else 128 - codes[0]
+    return 0
+
+
+def _target(script: str, arguments: list[str]) -> list[str]:
+    """What follows `python`; a mistake in a YAML is told here once, not by every process."""
+    if not Path(script).is_file():
+        raise ConfigError(f"{script}: no such file, expected a python script or the YAML of a run")
+    if Path(script).suffix not in (".yaml", ".yml"):
+        return [script, *arguments]
+    from llm_trainer.config.load import load_config
+
+    load_config(script, [argument for argument in arguments if not argument.startswith("--")])
+    return ["-m", "llm_trainer.cli.main", "train", script, *arguments]
+
+
+def _command(name: str, forced: str | None, arguments: Sequence[str] | None) -> None:
+    what = "on whatever this machine has" if forced is None else f"with {NAMES[forced]}"
+    parser = argparse.ArgumentParser(prog=name, description=f"Run a training script {what}.", allow_abbrev=False)
+    parser.add_argument("--nproc", "--nproc-per-node", type=int, metavar="N", help="processes here; default: the GPUs")
+    parser.add_argument("--nnodes", help="machines, such as 2")
+    parser.add_argument("--node-rank", type=int, metavar="I", help="number of this machine, from 0")
+    parser.add_argument("--master-addr", help="address of machine 0")
+    parser.add_argument("--master-port", type=int, help="a port of machine 0; default: a free one, or 29500")
+    parser.add_argument("--dry-run", action="store_true", help="print the exact command and stop")
+    parser.add_argument("script", help="a python script, or the YAML of a run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on")
+    given = parser.parse_args(arguments)
+    nodes = Nodes(given.nproc, given.nnodes, given.node_rank, given.master_addr, given.master_port)
+    try:
+        machine = Machine.look()
+        plan = make_plan(_target(given.script, given.arguments), machine, nodes, forced)
+    except ConfigError as error:
+        parser.exit(2, f"{name}: {error}\n")
+    print(f"{name}: found {machine}\n{name}: {NAMES[plan.kind]}, because {plan.reason}", file=sys.stderr)
+    if given.dry_run:
+        print(plan)
+        return
+    start(plan)
+
+
+def smart_train(arguments: Sequence[str] | None = None) -> None:
+    """Runs a script the way that suits this machine."""
+    _command("smart_train", None, arguments)
+
+
+def ds_train(arguments: Sequence[str] | None = None) -> None:
+    """Runs a script with DeepSpeed."""
+    _command("ds_train", "ds", arguments)
+
+
+def ddp_train(arguments: Sequence[str] | None = None) -> None:
+    """Runs a script with DDP."""
+    _command("ddp_train", "ddp", arguments)
+
+
+def py_train(arguments: Sequence[str] | None = None) -> None:
+    """Runs a script in one process."""
+    _command("py_train", "py", arguments)

@@ -1,0 +1,266 @@
+"""What a data file holds before anything is trained on it: its schema, lengths, duplicates, and what is wrong where."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_trainer.data.chat import ChatFormat, EncodedChat, spans_from_ids
+from llm_trainer.data.errors import DataError, DroppedRow, Location
+from llm_trainer.data.formats import STAGES, Schema, get_schema, recognise
+from llm_trainer.data.prepare import KINDS, ROWS_LOOKED_AT, DataOptions, find_schema
+from llm_trainer.data.sources import TOKEN_SUFFIXES, Rows, data_files, open_tokens, read_rows
+from llm_trainer.data.templates import ChatTemplateError
+
+Sample = dict[str, Any]
+Piece = tuple[str, bool]  # some text, and whether it is trained on
+NUM_EXAMPLES = 2
+EXAMPLE_TOKENS = 400  # of an example that are shown
+_STAGES = {"sequences": ("pretrain", "sft"), "preference": ("preference",), "prompt": ("prompt",)}
+
+
+@dataclass
+class FileReport:
+    """What was found in one file.
+
+    Attributes:
+        path: the file.
+        schema: name of the schema of its rows; '' when it has none.
+        kind: canonical kind of its samples.
+        stages: training stages that can use them.
+        unit: what lengths are counted in, 'tokens' or 'characters'.
+        rows: rows that were read.
+        lengths: length of each sample; of a preference pair, the longer of both conversations.
+        trained: samples' tokens that a loss would count (only with a tokenizer).
+        untrained: samples without any such token, as far as `block_size` keeps them.
+        duplicates: samples that are exactly equal to an earlier one.
+        too_long: samples longer than `block_size`, and the units that truncation would cut from them.
+        dropped: rows that are well formed but have nothing to teach, by reason; training leaves them out.
+        problems: rows, or the file as a whole, that would stop training.
+        examples: the first samples, cut into what is trained on and what is only read.
+    """
+
+    path: Path
+    schema: str = ""
+    kind: str = ""
+    stages: Sequence[str] = ()
+    unit: str = "characters"
+    rows: int = 0
+    lengths: list[int] = field(default_factory=list)
+    trained: int = 0
+    untrained: int = 0
+    duplicates: int = 0
+    too_long: tuple[int, int] = (0, 0)
+    dropped: Counter[str] = field(default_factory=Counter)
+    problems: list[DataError] = field(default_factory=list)
+    examples: list[list[Piece]] = field(default_factory=list)
+
+    @property
+    def stops_training(self) -> bool:
+        """Whether a run on this file would end with an error."""
+        return bool(self.problems) or self.untrained >= len(self.lengths)
+
+    def percentiles(self) -> dict[str, int]:
+        """Shortest, median, 95 % and longest length."""
+        values = np.percentile(self.lengths, [0, 50, 95, 100], method="lower")
+        return dict(zip(("shortest", "median", "95 %", "longest"), values.astype(int).tolist(), strict=True))
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """`(first, last, samples)` for lengths between powers of two, the empty ones at both ends left out."""
+        bins = Counter(max(length - 1, 0).bit_length() for length in self.lengths)  # n: 2^(n-1) < length <= 2^n
+        return [((1 << n >> 1) + (n > 0), 1 << n, bins[n]) for n in range(min(bins), max(bins) + 1)] if bins else []
+
+
+def texts_of(kind: str, sample: Sample) -> Iterator[str]:
+    """Everything in a sample that a model reads or writes."""
+    if kind in ("text", "completion"):
+        yield from (sample[key] for key in ("text", "prompt", "completion") if key in sample)
+        return
+    for key in ("messages", "prompt", "completion", "chosen", "rejected"):
+        for message in sample.get(key, ()):
+            yield from (str(message[part]) for part in ("reasoning_content", "content") if message.get(part))
+
+
+def read_texts(path: Path | str) -> Iterator[str]:
+    """Everything that models read or write in a file or a folder of files, for training a tokenizer.
+
+    Raises:
+        DataError: a row cannot be read, or is of no known schema.
+    """
+    for file in data_files(path):
+        rows = read_rows(file)
+        head = list(islice(rows, ROWS_LOOKED_AT))
+        schema = recognise(head)
+        for location, row in chain(head, rows):
+            with suppress(DroppedRow):
+                for sample in schema.samples(row, location):
+                    yield from texts_of(schema.kind, sample)
+
+
+def check_file(
+    path: Path | str,
+    chat: ChatFormat | None = None,
+    *,
+    schema: str | None = None,
+    stage: str | None = None,
+    block_size: int | None = None,
+) -> FileReport:
+    """Read a whole file as training would and report instead of stopping.
+
+    Args:
+        path: a text file or a token file.
+        chat: tokenizer and template; None: lengths are in characters and nothing is said about what is trained on.
+        schema: forced schema name; None: recognised from the rows.
+        stage: a key of `STAGES` that the rows are meant for; None: any.
+        block_size: tokens of the context, to count what truncation would do.
+
+    Raises:
+        ValueError: `schema` or `stage` is unknown.
+    """
+    report = FileReport(Path(path), unit="characters" if chat is None else "tokens")
+    inspector = _Inspector(report, chat, block_size)
+    try:
+        if report.path.suffix in TOKEN_SUFFIXES:
+            inspector.read_tokens(stage)
+        else:
+            inspector.read_text(schema, stage)
+    except DataError as error:
+        report.problems.append(error)
+    return report
+
+
+class _Inspector:
+    """Fills in the report of one file."""
+
+    def __init__(self, report: FileReport, chat: ChatFormat | None, block_size: int | None) -> None:
+        self.report, self.chat, self.block_size = report, chat, block_size
+        self._seen: set[bytes] = set()
+
+    def read_text(self, schema: str | None, stage: str | None) -> None:
+        report = self.report
+        rows = read_rows(report.path, on_error=report.problems.append)
+        head = list(islice(rows, ROWS_LOOKED_AT))
+        if not head:
+            return  # every row is broken, and is reported as such
+        found = _schema_of(report.path, head, schema, stage)
+        report.schema, report.kind = found.name, found.kind
+        report.stages = [name for name, kinds in STAGES.items() if found.kind in KINDS.get(name, kinds)]
+        if found.kind == "text":
+            self.block_size = None  # documents are laid end to end and cut into blocks: nothing is lost
+        for location, sample in self._samples(found, chain(head, rows)):
+            if self.chat is None:
+                report.lengths.append(sum(map(len, texts_of(found.kind, sample))))
+                continue
+            try:
+                encoded = _encode(self.chat, found.kind, sample)
+            except ChatTemplateError as error:
+                what = f"a conversation the chat template cannot render ({error})"
+                fix = "mend the row, or choose another chat template"
+                report.problems.append(DataError(location, what, "turns the template knows", fix, "template"))
+            else:
+                self._count(encoded)
+
+    def _samples(self, schema: Schema, rows: Rows) -> Iterator[tuple[Location, Sample]]:
+        for location, row in rows:
+            self.report.rows += 1
+            try:
+                samples = schema.samples(row, location)
+            except DroppedRow as nothing_to_teach:
+                self.report.dropped[nothing_to_teach.reason] += 1
+                continue
+            except DataError as error:
+                self.report.problems.append(error)
+                continue
+            for sample in samples:
+                self._note_duplicate(json.dumps(sample, sort_keys=True, default=repr).encode())
+                yield location, sample
+
+    def read_tokens(self, stage: str | None) -> None:
+        report, tokens = self.report, open_tokens(self.report.path)
+        report.schema, report.kind, report.unit, report.stages = "token_ids", "tokens", "tokens", _STAGES[tokens.kind]
+        if stage is not None and stage not in report.stages:
+            fits = " or ".join(report.stages)
+            found = f"token rows of kind '{tokens.kind}'"
+            raise DataError(Location(report.path), found, f"rows for {stage}", f"use them for {fits}")
+        if stage != "sft":
+            self.block_size = None
+        for row in range(len(tokens)):
+            report.rows += 1
+            try:
+                columns = tokens[row]
+                self._note_duplicate(b"|".join(ids.tobytes() for ids in columns.values()))
+                encoded = [self._from_ids(ids, Location(report.path, row + 1), stage) for ids in columns.values()]
+            except DataError as error:
+                report.problems.append(error)
+            else:
+                self._count(encoded)
+
+    def _from_ids(self, ids: np.ndarray, location: Location, stage: str | None) -> EncodedChat:
+        """A row of ids as the stage would train on it; without a tokenizer only its length is known."""
+        if self.chat is None:
+            return EncodedChat(range(len(ids)), [True] * len(ids), "")  # type: ignore[arg-type]
+        if len(ids) and int(ids.max()) >= (size := len(self.chat.tokenizer)):
+            fix = "use the tokenizer that made the file, or make the file again"
+            raise DataError(location, f"token id {int(ids.max())}", f"ids below {size}, the vocabulary's size", fix)
+        values = ids.tolist()
+        try:
+            trained = spans_from_ids(values, self.chat) if stage == "sft" else [True] * len(values)
+        except ChatTemplateError as error:
+            fix = "store text, or set sft_config.mask_prompt: false to train on every token"
+            raise DataError(location, str(error), "ids of a conversation in the chat template", fix) from error
+        return EncodedChat(values, trained, "")
+
+    def _note_duplicate(self, content: bytes) -> None:
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        self.report.duplicates += digest in self._seen
+        self._seen.add(digest)
+
+    def _count(self, encoded: list[EncodedChat]) -> None:
+        """Add a sample, which is several sequences when they are compared."""
+        report = self.report
+        length = max(len(one.input_ids) for one in encoded)
+        report.lengths.append(length)
+        if self.block_size is not None and length > self.block_size:
+            report.too_long = (report.too_long[0] + 1, report.too_long[1] + length - self.block_size)
+        trained = sum(sum(one.trained[1 : self.block_size]) for one in encoded)  # nothing predicts the first token
+        report.trained += trained
+        report.untrained += not trained and report.kind not in ("prompt", "vision")
+        if self.chat is not None and len(report.examples) < NUM_EXAMPLES:
+            report.examples.append(_pieces(self.chat, encoded[0]))
+
+
+def _schema_of(path: Path, head: list[tuple[Location, Any]], schema: str | None, stage: str | None) -> Schema:
+    if stage in STAGES:
+        return find_schema(path, DataOptions(stage=stage, schema=schema))
+    return get_schema(schema) if schema else recognise(head, stage)
+
+
+def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:
+    """The sequences that training would make of a sample, with what it would train on."""
+    if kind == "text":
+        return [chat.encode_text(sample["text"])]
+    if kind == "completion":
+        return [chat.encode_completion(sample["prompt"], sample["completion"])]
+    if kind == "tokens":
+        return [EncodedChat(sample["input_ids"], [True] * len(sample["input_ids"]), "")]
+    if kind == "prompt":
+        ids = chat.encode_prompt(sample["prompt"])
+        return [EncodedChat(ids, [False] * len(ids), "")]
+    if "messages" in sample:
+        return [chat.encode(sample["messages"], sample.get("tools"))]
+    asked = [{**message, "loss_weight": 0} for message in sample["prompt"]]
+    return [chat.encode([*asked, *sample[key]]) for key in ("completion", "chosen", "rejected") if key in sample]
+
+
+def _pieces(chat: ChatFormat, encoded: EncodedChat) -> list[Piece]:
+    pairs = list(zip(encoded.input_ids, encoded.trained, strict=True))[:EXAMPLE_TOKENS]
+    runs = groupby(pairs, key=itemgetter(1))
+    return [(str(chat.tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]

@@ -1,0 +1,136 @@
+"""`llm-trainer data check` and `llm-trainer data prepare`."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from llm_trainer.cli.main import main
+from llm_trainer.data import store
+from llm_trainer.data.chat import ChatFormat
+from llm_trainer.data.prepare import DataOptions, load_language_data
+from llm_trainer.data.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(request):
+    return str(request.config.rootpath / "tests" / "reference" / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer):
+    return ChatFormat(load_tokenizer(tokenizer))
+
+
+def run(*arguments):
+    """The exit code of a command."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    return exit.value.code
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def conversation(question, answer, **extra):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]}
+
+
+def test_check_shows_facts_and_marks_what_is_trained_on(tmp_path, tokenizer, capsys):
+    path = write(tmp_path / "a.jsonl", [conversation("hello", "good day")] * 2)
+    assert run("data", "check", path, "--tokenizer", tokenizer, "--block-size", 8) == 1  # not a row fits
+    assert run("data", "check", path, "--tokenizer", tokenizer) == 0
+    shown = capsys.readouterr().out
+    assert "messages (rows of kind 'chat', for sft)" in shown
+    assert "2, 2 samples, 1 exact duplicates" in shown
+    assert "[[good day<|im_end|>]]" in shown
+    assert "█" in shown
+
+
+def test_check_names_the_first_problems_and_fails(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [*[{"text": 3}] * 12, *[{"text": "fine"}] * 13])
+    assert run("data", "check", path) == 1
+    shown = capsys.readouterr().out
+    assert f"{path}:10: key 'text': found int 3" in shown
+    assert f"{path}:11:" not in shown
+    assert "... and 2 more" in shown
+
+
+def test_prepare_pretraining_data_is_one_flat_memory_mapped_array(tmp_path, tokenizer, chat, capsys):
+    texts = ["First line", "Second, longer line", "third"]
+    path, out = write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path / "out"
+    assert run("data", "prepare", path, "--tokenizer", tokenizer, "--out", out) == 0
+    ids = np.load(out / "a.npy", mmap_mode="r")
+    expected = [chat.encode_text(text).input_ids for text in texts]
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == sum(expected, [])
+    assert [entry.name for entry in out.iterdir()] == ["a.npy"]
+    assert f"3 rows, {len(ids)} tokens read = {len(ids) - 3} trained on" in capsys.readouterr().out
+    blocks = load_language_data(
+        [str(out / "a.npy")], chat, DataOptions("pretrain", block_size=4, packing="wrapped"), tmp_path
+    )
+    assert blocks[0]["input_ids"].tolist() == ids[:4].tolist()
+
+
+def test_prepare_sft_data_trains_on_the_same_tokens_as_the_text(tmp_path, tokenizer, chat, capsys):
+    rows = [conversation("hello", "good day"), conversation("and?", "that is all")]
+    path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    assert run("data", "prepare", path, "--tokenizer", tokenizer, "--out", out, "--stage", "sft") == 0
+    assert "finds it again from the ids" in capsys.readouterr().out
+    expected = [chat.encode(row["messages"]) for row in rows]
+    assert pickle.loads((out / "a.pkl").read_bytes()) == [one.input_ids for one in expected]
+    loaded = load_language_data([str(out / "a.pkl")], chat, DataOptions("sft", block_size=64), tmp_path)
+    assert [loaded[i]["trained"].tolist() for i in range(2)] == [one.trained for one in expected]
+
+
+def test_prepare_says_where_ids_alone_do_not_suffice(tmp_path, tokenizer, capsys):
+    twice = conversation("q", "a", loss_weight=0)["messages"] + conversation("r", "b")["messages"]
+    path, out = write(tmp_path / "a.jsonl", [{"messages": twice}, conversation("q", "a")]), tmp_path / "out"
+    sft = ("--tokenizer", tokenizer, "--out", out, "--stage", "sft")
+    assert run("data", "prepare", path, *sft) == 0
+    assert "WARNING: in 1 of 2 rows" in capsys.readouterr().out
+    assert run("data", "prepare", write(tmp_path / "b.jsonl", [{"prompt": "1+1=", "completion": "2"}]), *sft) == 2
+    assert "sample 1 cannot be kept as ids alone" in capsys.readouterr().err
+
+
+def test_prepare_goes_on_after_a_kill(tmp_path, tokenizer, chat, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(9)])
+    command = ("data", "prepare", path, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    monkeypatch.setattr(store, "ROWS_PER_PART", 2)
+    save_part, saved = store._save_part, []
+
+    def save_until_killed(target, part):
+        if len(saved) == 3:
+            raise SystemExit("killed")
+        saved.append(target.name)
+        save_part(target, part)
+
+    monkeypatch.setattr(store, "_save_part", save_until_killed)
+    assert run(*command) == "killed"
+    assert not (tmp_path / "out" / "a.npy").exists()
+    monkeypatch.setattr(store, "_save_part", lambda target, part: (saved.append(target.name), save_part(target, part)))
+    assert run(*command) == 0
+    assert saved == [f"part-{i:06d}.npz" for i in range(5)]  # nothing twice
+    ids = np.load(tmp_path / "out" / "a.npy").tolist()
+    assert ids == [token for i in range(9) for token in chat.encode_text(f"document {i}").input_ids]
+
+
+def test_prepare_counts_bad_rows_only_when_told_to(tmp_path, tokenizer, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "fine"}] * 3 + [{"text": 3}])
+    command = ("data", "prepare", path, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    assert run(*command) == 2
+    assert f"error: {path}:4: key 'text'" in capsys.readouterr().err
+    assert run(*command, "--drop-bad-rows") == 0
+    assert "1 rows dropped: wrong_type" in capsys.readouterr().out
+
+
+def test_prepare_refuses_what_it_cannot_write(tmp_path, tokenizer, capsys):
+    for name in ("a.jsonl", "a.txt"):
+        write(tmp_path / name, [{"text": "fine"}])
+    both = (tmp_path / "a.jsonl", tmp_path / "a.txt", "--tokenizer", tokenizer, "--out", tmp_path)
+    assert run("data", "prepare", *both) == 2
+    assert "several files would be written to the same name" in capsys.readouterr().err
+    assert run("data", "prepare", *both, "--stage", "dpo") == 2
