@@ -53,7 +53,7 @@ def test_train_leaves_a_model_at_a_stable_path(run_yaml, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("train", run_yaml) == 0
     shown = capsys.readouterr().out
-    assert f"model  {out}/model (the newest checkpoint, checkpoint-00000002)" in shown
+    assert f"model  {out}/model (of checkpoint-00000002)" in shown
     assert f"chat   llm-trainer chat {out}/model --raw" in shown
     assert (out / "model").readlink() == Path("checkpoint-00000002/model")
     assert (out / "model" / "config.json").is_file()
