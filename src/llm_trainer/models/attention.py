@@ -1,8 +1,308 @@
-"""Which attention a model runs with."""
+"""Causal attention in which documents of a packed batch never see each other, on every backend.
+
+A flat batch `[1, N]` of several documents carries `position_ids` that restart at 0 in each. Every backend of
+transformers recognises that (when it gets no attention mask); sdpa and eager then build a dense `[N, N]` mask.
+`"blocked"`, ours for the CPU, makes no mask: it runs the flash kernel on one document after the other, and a backward
+of our own, in row blocks of matrix products. It is one operator to `torch.compile`, so lengths never recompile a model.
+
+Padding on the right needs no mask under causal attention: no real token looks at what comes after it.
+"""
+
+import importlib.util
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+
+from llm_trainer.losses.chunked import CompiledKernel, add_product
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Plain causal attention with `position_ids` handed down to it; all others run on sdpa with the mask they ask for.
+BLOCKED_ARCHITECTURES = frozenset({"llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+BACKENDS = ("auto", "blocked", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+# Rows of queries per block of the backward; the scores of one block stay in the cache. Measured: benchmarks/head.py.
+BLOCK_ROWS = 128
+
+# `(query, key, value, dropout, is_causal, *, scale) -> (output, log normaliser)`; takes fewer key than query heads.
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def resolve_attention(name: str, device: torch.device) -> str:
-    """The transformers name of the attention called `name`; 'auto' is sdpa."""
-    return "sdpa" if name == "auto" else name
+def resolve_attention(name: str = "auto", device: str | torch.device = "cpu") -> str:
+    """The attention implementation to give to transformers.
+
+    Args:
+        name: one of `BACKENDS`; `auto` is `blocked` on the CPU, flash attention on CUDA where it is installed, else sdpa.
+        device: where the model will train.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention is {name!r}; expected one of {', '.join(BACKENDS)}")
+    kind = torch.device(device).type
+    if name == "auto" and kind == "cuda":
+        name = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+    elif name == "auto":
+        name = "blocked" if kind == "cpu" else "sdpa"
+    if name == "blocked":
+        register()
+    return name
+
+
+def register() -> None:
+    """Make `attn_implementation="blocked"` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("blocked", blocked_attention)
+    AttentionMaskInterface.register("blocked", blocked_mask)
+
+
+def blocked_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: "PretrainedConfig",
+    **rest: Any,
+) -> Tensor | None:
+    """The mask of a layer: None where `blocked_attention` needs none, else the dense mask of sdpa `[B, 1, q, kv]`.
+
+    transformers calls it with the lengths, the `attention_mask [B, T]` of padding and what the architecture asks for.
+    """
+    plain = attention_mask is None and not use_vmap and (local_size is None or local_size >= q_length)
+    whole = q_length == kv_length and q_offset == 0 and kv_offset == 0
+    known = config.model_type in BLOCKED_ARCHITECTURES and not config.to_dict().get("attention_dropout")
+    if plain and whole and known and torch.device(device).type == "cpu":
+        return None
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        device=device,
+        **rest,
+    )
+
+
+def blocked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: `query [B, H, T, D]`, `key` and `value [B, K, T, D]` -> `[B, T, H, D]`."""
+    whole = query.shape[2] == key.shape[2]
+    if attention_mask is not None or not whole or query.device.type != "cpu" or dropout > 0.0:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, position_ids=position_ids, **kwargs
+        )
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if position_ids is None:
+        position_ids = torch.arange(query.shape[2])[None]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output, _ = document_attention(query, key, value, position_ids, scale)
+    return output.transpose(1, 2), None
+
+
+@torch.library.custom_op("llm_trainer::document_attention", mutates_args=(), device_types="cpu")
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each document.
+
+    Args:
+        query: `[B, H, T, D]`.
+        key: `[B, K, T, D]`; H is a multiple of K.
+        value: `[B, K, T, D]`.
+        position_ids: `[B, T]` or `[1, T]`; a document ends where they do not go up by one.
+        scale: of the scores.
+
+    Returns:
+        Output `[B, H, T, D]` and the log normaliser of each row of scores `[B, H, T]`.
+    """
+    parts = _documents(position_ids, *query.shape[::2])
+    if len(parts) == 1:
+        output, log_normaliser = flash(query, key, value, 0.0, True, scale=scale)
+        return _heads_inside(output), log_normaliser.contiguous()
+    output, log_normaliser = _empty_outputs(query)
+    for part in parts:
+        output[part], log_normaliser[part] = flash(query[part], key[part], value[part], 0.0, True, scale=scale)
+    return output, log_normaliser
+
+
+@document_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(query)
+
+
+def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised output `[B, H, T, D]` and log normaliser `[B, H, T]`."""
+    precise = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return _empty(query), query.new_empty(query.shape[:3], dtype=precise)
+
+
+def _empty(like: Tensor) -> Tensor:
+    """Uninitialised `[B, H, T, D]`, in memory `[B, T, H, D]` as the projections around attention have it."""
+    rows, heads, length, width = like.shape
+    return like.new_empty(rows, length, heads, width).transpose(1, 2)
+
+
+def _heads_inside(tensor: Tensor) -> Tensor:
+    """`[B, H, T, D]` in the memory order of `_empty`, which the compiler is promised; a copy only where it differs."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+Part = tuple[slice, slice, slice]
+
+
+def _documents(position_ids: Tensor, num_rows: int, length: int) -> list[Part]:
+    """Where documents lie, as indices of `[B, H, T, ...]`; one part for all rows when no row holds several."""
+    every = slice(None)
+    restarts = position_ids.diff(dim=-1) != 1  # (B or 1, T - 1)
+    if not restarts.any():
+        return [(every, every, every)]
+    parts = []
+    for row in range(num_rows):
+        inner = restarts[row % len(restarts)].nonzero().flatten() + 1
+        bounds = [0, *inner.tolist(), length]
+        parts += [(slice(row, row + 1), every, slice(a, b)) for a, b in pairwise(bounds)]
+    return parts
+
+
+def _probabilities(
+    scores: Tensor, on_probs: Tensor, log_normaliser: Tensor, mean: Tensor, mask: Tensor, scale: float
+) -> None:
+    """Overwrites `scores` with the attention weights, `on_probs` (the gradient of the weights) with that of the scores.
+
+    `[G, q, kv]` the two, `[G, q, 1]` log normaliser and mean of `on_probs` under the weights, `[q, kv]` the mask of 0
+    and 1. d s = p * (d p - sum(p * d p)): the softmax of a row, as in FlashAttention (Dao et al. 2022, appendix B.2).
+    """
+    probs = (scores.float() * scale - log_normaliser).clamp(max=0.0).exp() * mask
+    on_scores = probs * (on_probs.float() - mean) * scale
+    scores.copy_(probs)
+    on_probs.copy_(on_scores)
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Scalar product of the last dimension in float32. `[..., D]` twice -> `[...]`."""
+    return (left.float() * right.float()).sum(-1)
+
+
+probabilities = CompiledKernel(_probabilities)
+row_products = CompiledKernel(_row_products)
+
+
+def _backward(ctx: Any, on_output: Tensor, on_log_normaliser: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value, document by document."""
+    tensors = document_attention_backward(on_output, *ctx.saved_tensors, ctx.scale)
+    return *tensors, None, None
+
+
+@torch.library.custom_op("llm_trainer::document_attention_backward", mutates_args=(), device_types="cpu")
+def document_attention_backward(
+    on_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_ids: Tensor,
+    output: Tensor,
+    log_normaliser: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query `[B, H, T, D]`, key and value `[B, K, T, D]`; `on_output [B, H, T, D]`, the rest as above."""
+    # Saved tensors still carry their graph, which the compiler of the kernels would ask about.
+    on_output, query, key, value = on_output.detach(), query.detach(), key.detach(), value.detach()
+    output, log_normaliser = output.detach(), log_normaliser.detach()
+    gradients = _empty(query), _empty(key), _empty(value)
+    parts = _documents(position_ids, *query.shape[::2])
+    for part in parts:
+        inputs = (on_output[part], query[part], key[part], value[part], output[part], log_normaliser[part])
+        # The kernel of torch is good in float32 and on short rows; in bfloat16 products are several times faster.
+        blocked = query.dtype == torch.bfloat16 and inputs[0].shape[2] > BLOCK_ROWS
+        results = _blocked_backward(*inputs, scale) if blocked else _flash_backward(*inputs, scale)
+        if len(parts) == 1:
+            return _heads_inside(results[0]), _heads_inside(results[1]), _heads_inside(results[2])
+        for gradient, result in zip(gradients, results, strict=True):
+            gradient[part] = result
+    return gradients
+
+
+@document_attention_backward.register_fake
+def _(on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(query), _empty(key), _empty(value)
+
+
+def _flash_backward(
+    on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_normaliser: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel of torch, which wants as many key heads as query heads. Shapes as in `document_attention`."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    results = flash_backward(on_output, query, keys, values, output, log_normaliser, 0.0, True, scale=scale)
+    on_query, *folded = results
+    on_key, on_value = (x.unflatten(1, (-1, groups)).sum(2) for x in folded)
+    return on_query, on_key, on_value
+
+
+def _blocked_backward(
+    on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_normaliser: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row blocks of queries against all keys before them; the query heads of a key head are further rows of the block.
+
+    Shapes as in `document_attention`.
+    """
+    rows, heads, length, width = query.shape
+    key_heads = key.shape[1]
+    mean = row_products(on_output, output)  # (B, H, T): sum of p * d p over the keys
+    keys, values = key.reshape(-1, length, width), value.reshape(-1, length, width)  # (B * K, T, D)
+    on_query = _empty(query)
+    on_key, on_value = keys.new_zeros(keys.shape, dtype=torch.float32), keys.new_zeros(keys.shape, dtype=torch.float32)
+
+    def folded(tensor: Tensor, rows_of: slice) -> Tensor:
+        """`[B, H, T, ...]` -> `[B * K, H / K * rows, ...]`."""
+        return tensor[:, :, rows_of].reshape(rows * key_heads, -1, *tensor.shape[3:])
+
+    for start in range(0, length, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, length)
+        block = slice(start, stop)
+        queries, on_outputs = folded(query, block), folded(on_output, block)
+        scores = queries @ keys[:, :stop].transpose(1, 2)  # (B * K, H / K * rows, stop)
+        on_probs = on_outputs @ values[:, :stop].transpose(1, 2)
+        mask = torch.ones(stop - start, stop).tril(start).repeat(heads // key_heads, 1)
+        statistics = folded(log_normaliser, block)[..., None], folded(mean, block)[..., None]
+        probabilities(scores, on_probs, *statistics, mask, scale)
+        on_query[:, :, block] = (on_probs @ keys[:, :stop]).view(rows, heads, -1, width)
+        add_product(on_key[:, :stop], on_probs.transpose(1, 2) @ queries)
+        add_product(on_value[:, :stop], scores.transpose(1, 2) @ on_outputs)
+    return on_query, on_key.to(key.dtype).view(key.shape), on_value.to(value.dtype).view(value.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+document_attention.register_autograd(_backward, setup_context=_save_for_backward)

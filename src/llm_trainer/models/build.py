@@ -1,13 +1,17 @@
 """A description or a folder becomes a transformers model; a model becomes a Hugging Face folder."""
 
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_trainer.config.schema import ModelConfig
 
@@ -55,29 +59,32 @@ def build_config(model_config: "ModelConfig") -> "PretrainedConfig":
 
 
 def build_model(
-    source: "ModelConfig | str", attention: str = "sdpa", dtype: torch.dtype = torch.float32
+    source: "ModelConfig | str | Path", attention: str = "auto", dtype: torch.dtype | str = torch.float32
 ) -> "PreTrainedModel":
     """A model with random weights from a `ModelConfig`, or the weights of a Hugging Face folder or name.
 
     Args:
         source: what to build or load; nothing is downloaded for a `ModelConfig`.
-        attention: attention implementation (see `models.attention`).
+        attention: attention implementation (see `models.attention`); `auto` is the CPU's, as models are built there.
         dtype: of the parameters.
 
     Raises:
         ValueError: the folder is not there or holds no model, or its weights are not finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not isinstance(source, str):
+    attention = resolve_attention(attention)
+    if not isinstance(source, str | Path):
         return AutoModelForCausalLM.from_config(build_config(source), attn_implementation=attention, dtype=dtype)
-    folder = Path(source)
+    folder, source = Path(source), str(source)
     looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not (folder / "config.json").exists():
         raise ValueError(
             f"model_config: {source!r} holds no model: expected a Hugging Face folder with config.json and "
             f"model.safetensors (or a name of the hub); a run's model is in its save_dir, under model/"
         )
+    if attention == "blocked" and AutoConfig.from_pretrained(source).model_type not in BLOCKED_ARCHITECTURES:
+        attention = "sdpa"
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, dtype=dtype)
     check_finite(model, source)
     return model
@@ -94,6 +101,31 @@ def check_finite(model: nn.Module, source: str) -> None:
         )
 
 
+def save_model(
+    model: "PreTrainedModel",
+    folder: str | Path,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stop_token_ids: Sequence[int] = (),
+) -> None:
+    """Write a Hugging Face folder that any tool opens: safetensors, and the tokenizer with its chat template.
+
+    Args:
+        model: what to write.
+        folder: made where it is missing.
+        tokenizer: written beside the model.
+        stop_token_ids: where generation ends, written to generation_config.json; by default what the model says.
+    """
+    generation = deepcopy(model.generation_config)
+    if stop_token_ids:
+        generation.eos_token_id = list(stop_token_ids)
+    if tokenizer is not None and generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
 def num_parameters(model: nn.Module) -> int:
     """Parameters of `model`, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -106,7 +138,7 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
     counted as the head where the two are tied), and of a mixture of experts only the chosen ones count.
     """
     c = model.config
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding = cast(Tensor, model.get_input_embeddings().weight).numel()
     count = num_parameters(model) - (0 if c.tie_word_embeddings else embedding)
     experts = getattr(c, "num_experts", 0)
     if experts:

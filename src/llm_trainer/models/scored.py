@@ -1,27 +1,37 @@
-"""The model's forward ends in per-token scores: every algorithm is then arithmetic on `[B, T]`."""
+"""A language model whose forward ends in per-token scores instead of logits.
+
+`scored(model)` wraps any causal language model. Where the model is a transformers backbone followed by nothing but a
+linear head, the head runs in chunks and `[B, T, V]` logits never exist; every other model is called as it is and its
+logits are scored. Both give the same numbers.
+"""
 
 import inspect
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.losses.chunked import HeadScores, chunked_logprobs, chunked_loss
-from llm_trainer.losses.language import IGNORE, LanguageLoss, load_balancing_loss, token_losses
+from llm_trainer.losses.chunked import HeadScores, chunked_logprobs, chunked_loss, compiled
+from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses, load_balancing_loss
+from llm_trainer.models.attention import BLOCKED_ARCHITECTURES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-@dataclass
-class TokenScores:
-    """What a model says about the labels of a batch.
+class TokenScores(NamedTuple):
+    """What a model says about the labels of a batch. Supervised: a label other than -100, after position 0.
 
     Attributes:
-        loss_sum: scalar, sum of the supervised tokens' losses; differentiable unless log-probabilities are.
-        num_tokens: scalar, supervised tokens.
-        logprobs: `[B, T]`, position t holds log p(labels[t]); 0 where nothing is supervised.
-        correct: `[B, T]` bool, the label is the likeliest token.
-        entropy: `[B, T]` in nats, or None when not asked for.
-        aux_loss: scalar load-balancing loss of a mixture of experts, else None.
+        loss_sum: scalar, the token losses summed over the supervised tokens; differentiable.
+        num_tokens: scalar int64, the number of supervised tokens.
+        logprobs: `[B, T]`, log-probability of the token AT each position, 0 where unsupervised; differentiable only when
+            asked for.
+        correct: `[B, T]` bool, the label is the most probable token.
+        entropy: `[B, T]` in nats of the distribution that predicts each position, or None; differentiable as `logprobs`.
+        aux_loss: scalar, load balancing of a mixture of experts without its coefficient, or None.
+        distance: scalar, what `distance` made of the states before the supervised labels, or None.
     """
 
     loss_sum: Tensor
@@ -30,31 +40,43 @@ class TokenScores:
     correct: Tensor
     entropy: Tensor | None
     aux_loss: Tensor | None
+    distance: Tensor | None = None
+
+
+# A scalar of the states that predict N tokens and the head that reads them; see `ScoredModel.states`.
+Distance = Callable[[Tensor, nn.Linear | None], Tensor]
+
+
+class _Split(NamedTuple):
+    """A causal language model taken apart: logits are exactly `head(backbone(...).last_hidden_state)`."""
+
+    backbone: "PreTrainedModel"
+    head: nn.Linear
 
 
 class ScoredModel(nn.Module):
-    """See `scored`."""
+    """Wraps a causal language model so that its forward returns `TokenScores`.
 
-    def __init__(self, base: nn.Module, loss: LanguageLoss) -> None:
+    Attributes:
+        base: the user's module, untouched: its parameter names, its `generate`, its `save_pretrained`.
+        loss: what a token contributes to `loss_sum`.
+        with_entropy: whether entropies are computed.
+    """
+
+    def __init__(self, model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> None:
         super().__init__()
-        self.base = base
-        self.loss = loss
-        accepted = inspect.signature(base.forward).parameters
-        everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-        names = ("attention_mask", "position_ids")
-        self._accepts = {name for name in names if everything or name in accepted}
+        self.base = model
+        self.loss = loss or LanguageLoss()
+        self.with_entropy = with_entropy
+        self._split = _split(model)  # a tuple, so that no parameter gets a second name
+        self._experts = _experts(model)
+        self._causal = self._split is not None and self._split.backbone.config.model_type in BLOCKED_ARCHITECTURES
+        self._accepted = _accepted_inputs(model)
+        self._run: Callable[..., Any] = self._call
 
     def compile_backbone(self) -> None:
-        """Compile everything but the head."""
-        self.base.compile()
-
-    def _logits(self, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
-        output = self.base(input_ids, **{name: value for name, value in inputs.items() if name in self._accepts})
-        if isinstance(output, Tensor):
-            return output, None
-        if isinstance(output, dict):
-            return output["logits"], output
-        return output.logits, output
+        """Compile everything but the head, whose kernels compile themselves. `base` itself stays as it is."""
+        self._run = compiled(self._call)
 
     def forward(
         self,
@@ -64,20 +86,225 @@ class ScoredModel(nn.Module):
         document_lengths: Tensor | None = None,
         labels: Tensor | None = None,
         differentiable_logprobs: bool = False,
+        temperature: float = 1.0,
+        distance: Distance | None = None,
+        **model_inputs: Any,
     ) -> TokenScores:
-        """Scores of `labels [B, T]` (un-shifted, by default `input_ids`) under the model."""
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        logits, _ = self._logits(input_ids, **{name: value for name, value in given.items() if value is not None})
-        labels = input_ids if labels is None else labels
-        supervised = labels[:, 1:] != IGNORE
-        nll = token_losses(logits, labels)
-        losses = token_losses(logits, labels, self.loss)
-        correct = torch.zeros_like(labels, dtype=torch.bool)
-        correct[:, 1:] = supervised & (logits[:, :-1].argmax(-1) == labels[:, 1:])
-        logprobs = -nll if differentiable_logprobs else -nll.detach()
-        return TokenScores(losses.sum(), supervised.sum(), logprobs, correct, None, None)
+        """Score `labels` under the model.
+
+        Args:
+            input_ids: `[B, T]`; documents laid flat: `[1, N]`.
+            attention_mask: `[B, T]`, 0 on padding; None for flat batches.
+            position_ids: `[B, T]`, restarting at 0 in every document of a flat batch.
+            document_lengths: of a flat batch; read only when there are no `position_ids`.
+            labels: `[B, T]` un-shifted, -100 where nothing counts; by default `input_ids` without padding.
+            differentiable_logprobs: `logprobs` and `entropy` carry gradients; `loss_sum` is then the plain negative
+                log-likelihood. Costs one more run of the head in the backward.
+            temperature: the logits are divided by it.
+            distance: a further differentiable scalar of what the head is given, such as how far it is from a teacher.
+            model_inputs: handed to the model as they are, such as `pixel_values`.
+        """
+        if labels is None:
+            labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORE)
+        supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
+        chosen = labels[:, 1:][supervised]  # (N,)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, **model_inputs}
+        states, output = self.states(input_ids, supervised, document_lengths=document_lengths, **given)
+        if self._split is None:
+            scores = self._scores_of_logits(states / temperature, chosen, differentiable_logprobs)
+        else:
+            scores = self._scores_of_hidden(states, chosen, differentiable_logprobs, temperature)
+        return TokenScores(
+            loss_sum=scores.loss_sum,
+            num_tokens=supervised.sum(),
+            logprobs=_spread(scores.logprobs, supervised),
+            correct=_spread(scores.correct, supervised),
+            entropy=None if scores.entropy is None else _spread(scores.entropy, supervised),
+            aux_loss=self._aux_loss(output, attention_mask),
+            distance=None if distance is None else distance(states, self.head),
+        )
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The layer that makes logits of `states`, or None where these are the logits."""
+        return None if self._split is None else self._split.head
+
+    def states(
+        self,
+        input_ids: Tensor,
+        supervised: Tensor,
+        position_ids: Tensor | None = None,
+        document_lengths: Tensor | None = None,
+        **model_inputs: Any,
+    ) -> tuple[Tensor, Any]:
+        """What the head is given to predict the labels after position 0 that are `supervised [B, T - 1]`.
+
+        Returns:
+            Hidden states `[N, D]`, or logits `[N, V]` where the model does not come apart; and what the model returned.
+        """
+        if position_ids is None and document_lengths is not None:
+            position_ids = restarting_positions(document_lengths).to(input_ids.device)
+        given = {"position_ids": position_ids, **model_inputs}
+        output = self._run(input_ids, **self._inputs(given, document_lengths is not None))
+        whole = output.last_hidden_state if self._split else _logits_of(output, type(self.base).__name__)
+        return whole[:, :-1][supervised], output
+
+    def _call(self, input_ids: Tensor, **inputs: Any) -> Any:
+        """The part of the model that is called as a module: all of it, or all but the head."""
+        return (self.base if self._split is None else self._split.backbone)(input_ids, **inputs)
+
+    def _inputs(self, given: dict[str, Any], packed: bool) -> dict[str, Any]:
+        """What of `given` the model is called with."""
+        inputs = {name: value for name, value in given.items() if value is not None}
+        if packed and not self._accepts("position_ids"):
+            raise ValueError(
+                f"{type(self.base).__name__}.forward takes no position_ids, so documents laid flat in one row would see "
+                "each other; train it on padded batches (packing off), or give it the argument"
+            )
+        if self._causal and "attention_mask" in inputs and _padded_on_the_right(inputs["attention_mask"]):
+            del inputs["attention_mask"]  # no token looks at what comes after it, and no mask has to be made
+        if self._accepted is not None:
+            inputs = {name: value for name, value in inputs.items() if name in self._accepted}
+        if self._split is not None:
+            inputs["use_cache"] = False
+        if self._experts is not None:
+            inputs["output_router_logits"] = True
+        return inputs
+
+    def _accepts(self, name: str) -> bool:
+        return self._accepted is None or name in self._accepted
+
+    def _scores_of_hidden(self, hidden: Tensor, chosen: Tensor, differentiable: bool, temperature: float) -> HeadScores:
+        """`hidden [N, D]`, `chosen [N]`."""
+        assert self._split is not None
+        head = self._split.head
+        bias: Tensor | None = head.bias
+        if temperature != 1.0:  # (x / t) W + b / t, without touching the logits
+            hidden, bias = hidden / temperature, None if bias is None else bias / temperature
+        if differentiable:
+            return chunked_logprobs(hidden, head.weight, bias, chosen, self.with_entropy)
+        return chunked_loss(hidden, head.weight, bias, chosen, self.loss, self.with_entropy)
+
+    def _scores_of_logits(self, logits: Tensor, chosen: Tensor, differentiable: bool) -> HeadScores:
+        """`logits [N, V]`, `chosen [N]`: the same scores by autograd."""
+        values, logprobs = flat_losses(logits, chosen, self.loss)
+        correct = logits.argmax(-1) == chosen
+        entropy = None
+        if self.with_entropy:
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                log_probs = at_least_float32(logits).log_softmax(-1)
+                entropy = -(log_probs.exp() * log_probs).sum(-1)
+        if differentiable:
+            return HeadScores(-logprobs.sum(), logprobs, correct, entropy)
+        return HeadScores(values.sum(), logprobs.detach(), correct, entropy)
+
+    def _aux_loss(self, output: Any, attention_mask: Tensor | None) -> Tensor | None:
+        if self._experts is None:
+            return None
+        num_experts, top_k = self._experts
+        return load_balancing_loss(output.router_logits, num_experts, top_k, attention_mask)
 
 
-def scored(model: nn.Module, loss: LanguageLoss | None = None) -> ScoredModel:
-    """`model` with a forward that ends in scores."""
-    return ScoredModel(model, loss or LanguageLoss())
+def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> ScoredModel:
+    """`model` with a forward that ends in per-token scores.
+
+    Args:
+        model: any causal language model whose forward takes `input_ids [B, T]` (and, where it has them,
+            `attention_mask` and `position_ids`) and returns logits `[B, T, V]` as a tensor, as `.logits`, or as
+            `["logits"]`.
+        loss: what a token contributes to `loss_sum`.
+        with_entropy: compute the entropy of every prediction (nearly free).
+    """
+    return ScoredModel(model, loss, with_entropy)
+
+
+def restarting_positions(document_lengths: Tensor) -> Tensor:
+    """`document_lengths [K]` -> `[1, N]`: 0, 1, 2, ... in every document."""
+    starts = document_lengths.cumsum(0) - document_lengths
+    total = torch.arange(int(document_lengths.sum()), device=document_lengths.device)
+    return (total - starts.repeat_interleave(document_lengths))[None]
+
+
+def _spread(values: Tensor, supervised: Tensor) -> Tensor:
+    """`values [N]`, `supervised [B, T - 1]` -> `[B, T]`, each at the position of its label and 0 elsewhere."""
+    rows, length = supervised.shape
+    full = values.new_zeros(rows, length).masked_scatter(supervised, values)
+    return torch.cat([full.new_zeros(rows, 1), full], dim=1)
+
+
+def _padded_on_the_right(attention_mask: Tensor) -> bool:
+    """Every row of `[B, T]` is ones, then zeros. The host waits for the device."""
+    mask = attention_mask.bool()
+    return bool(mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all())
+
+
+def _logits_of(output: Any, name: str) -> Tensor:
+    """Logits `[B, T, V]` from what a model returned."""
+    if isinstance(output, Tensor):
+        return output
+    try:
+        return output["logits"] if isinstance(output, dict) else output.logits  # transformers' outputs are dicts too
+    except (KeyError, AttributeError):
+        raise ValueError(
+            f"{name}.forward returned {type(output).__name__}; expected logits [B, T, V] as a tensor, an object with "
+            ".logits, or a dict with 'logits'"
+        ) from None
+
+
+def _accepted_inputs(model: nn.Module) -> frozenset[str] | None:
+    """The names that `model.forward` takes, or None when it takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
+
+
+def _experts(model: nn.Module) -> tuple[int, int] | None:
+    """(experts, experts per token) of a transformers mixture of experts, else None."""
+    from transformers import PreTrainedModel
+
+    pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    settings = {} if pretrained is None else pretrained.config.to_dict()
+    num_experts = settings.get("num_experts") or settings.get("num_local_experts")
+    if not num_experts or "output_router_logits" not in settings:
+        return None
+    return num_experts, settings["num_experts_per_tok"]
+
+
+def _split(model: nn.Module) -> _Split | None:
+    """Backbone and head, when the logits are exactly the head of the backbone's last hidden state.
+
+    Tried out rather than read from the class: the head's output is replaced by large numbers, so that soft-capping, a
+    scale or a second head would show, on two tokens in evaluation mode.
+    """
+    from transformers import PreTrainedModel
+
+    pretrained = (m for m in model.modules() if isinstance(m, PreTrainedModel))
+    outer = next((m for m in pretrained if type(m.get_output_embeddings()) is nn.Linear), None)
+    if outer is None or outer.base_model is outer or outer.config.is_encoder_decoder:
+        return None
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    split = _Split(cast("PreTrainedModel", outer.base_model), outer.get_output_embeddings())
+    seen: dict[str, Tensor] = {}
+
+    def replace_logits(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen["hidden"] = args[0]
+        seen["logits"] = output + torch.linspace(-100, 100, output.shape[-1], dtype=output.dtype, device=output.device)
+        return seen["logits"]
+
+    modes = [(module, module.training) for module in model.modules()]
+    hook = split.head.register_forward_hook(replace_logits)
+    try:
+        model.eval()
+        with torch.no_grad():
+            input_ids = torch.tensor([[0, 1]], device=split.head.weight.device)
+            logits = _logits_of(model(input_ids), type(model).__name__)
+            hidden = split.backbone(input_ids, use_cache=False).last_hidden_state
+    finally:
+        hook.remove()
+        for module, training in modes:
+            module.training = training
+    same = "logits" in seen and logits.shape == seen["logits"].shape and hidden.shape == seen["hidden"].shape
+    close = same and torch.allclose(logits, seen["logits"], 1e-4) and torch.allclose(hidden, seen["hidden"], 1e-3, 1e-4)
+    return split if close else None

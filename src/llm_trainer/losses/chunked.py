@@ -1,0 +1,336 @@
+"""The language-model head and its loss without ever holding the logits of all tokens.
+
+Two ways through the head, both over N supervised tokens laid flat, a few rows of logits `[n, V]` at a time:
+
+* `chunked_loss`: the sum of token losses. The gradient of a sum is known before the backward up to one factor, so the
+  forward computes it chunk by chunk, in place of the logits, and the backward only multiplies.
+* `chunked_logprobs`: one differentiable log-probability (and entropy) per token, for losses that are not a sum known
+  beforehand (DPO, policy gradients). The backward computes the logits a second time.
+
+The weight is used as a whole however many tokens there are, so ranks of a sharded engine stay in step.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm_trainer.losses.language import LanguageLoss, at_least_float32
+
+# One chunk of logits, in bytes. Fewer chunks mean fewer passes over the weight's gradient; measured on 2 CPU cores at
+# V = 151,936 (benchmarks/head.py).
+CHUNK_BYTES = 128 * 2**20
+# Below this many elements a compiled kernel saves less time than its compilation takes.
+COMPILE_ELEMENTS = 2**18
+# A half-precision weight gradient of a chunk is added to the float32 sum in slices of this many bytes.
+PRODUCT_BYTES = 32 * 2**20
+
+
+class HeadScores(NamedTuple):
+    """What the head says about N tokens.
+
+    Attributes:
+        loss_sum: scalar, the sum of the token losses; differentiable from `chunked_loss`.
+        logprobs: `[N]` log-probability of each label; differentiable from `chunked_logprobs`.
+        correct: `[N]` bool, the label has the largest logit (the first such token, as argmax).
+        entropy: `[N]` of the predicted distribution in nats, or None when not asked for; differentiable from
+            `chunked_logprobs`.
+    """
+
+    loss_sum: Tensor
+    logprobs: Tensor
+    correct: Tensor
+    entropy: Tensor | None
+
+
+def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
+    """`torch.compile`, without the warnings of the parts of torch that the compiler imports and torch deprecates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.compile(function, dynamic=dynamic)
+
+
+class CompiledKernel:
+    """An element-wise function that is compiled on its first large input, and stays eager where nothing can compile."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.can_compile = True
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, first: Tensor, *rest: Any) -> Any:
+        worthwhile = first.numel() >= COMPILE_ELEMENTS and first.dtype in (torch.float32, torch.bfloat16)
+        if not (self.can_compile and worthwhile and first.device.type in ("cpu", "cuda")):
+            return self.function(first, *rest)
+        # Imported here: the compiler takes a second to import.
+        from torch._dynamo.exc import BackendCompilerFailed
+        from torch._inductor.exc import InductorError
+
+        try:
+            if self.compiled is None:
+                # The number of rows differs from batch to batch: one kernel for all of them.
+                self.compiled = compiled(self.function, dynamic=True)
+            return self.compiled(first, *rest)
+        except (BackendCompilerFailed, InductorError) as error:
+            self.can_compile = False
+            warnings.warn(
+                f"{self.function.__name__} runs uncompiled, 2-3 times slower: torch.compile failed with "
+                f"{str(error).splitlines()[0]!r}. A C++ compiler (g++) is what is usually missing.",
+                stacklevel=2,
+            )
+            return self.function(first, *rest)
+
+
+def _statistics(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
+    """`logits [n, V]`, `labels [n]` -> label's log-probability, log normaliser, mean log-probability, correct, entropy.
+
+    All `[n]`; the entropy is 0 when not wanted.
+    """
+    values = at_least_float32(logits)
+    largest = values.amax(-1, keepdim=True)
+    shifted = values - largest
+    exps = shifted.exp()
+    total = exps.sum(-1)
+    chosen = shifted.gather(-1, labels[:, None])
+    # argmax takes the first of equal logits, and in bfloat16 there are many equal ones. Token ids are compared as
+    # floats, exact up to 2^24, because integers are not vectorised next to floats.
+    ids = torch.arange(logits.shape[-1], dtype=values.dtype, device=logits.device)
+    best_before = torch.where(ids < labels[:, None].to(values.dtype), shifted, -torch.inf).amax(-1)
+    correct = (chosen.squeeze(-1) == 0) & (best_before < 0)
+    # H = log Z - E[logit], of logits shifted so that no large numbers are subtracted.
+    entropy = total.log() - (exps * shifted).sum(-1) / total if with_entropy else torch.zeros_like(total)
+    logprobs, mean_logprobs = chosen.squeeze(-1) - total.log(), shifted.mean(-1) - total.log()
+    return logprobs, largest.squeeze(-1) + total.log(), mean_logprobs, correct, entropy
+
+
+def _softmax_gradient(
+    logits: Tensor, log_normaliser: Tensor, on_prob: Tensor, on_surprise: Tensor, everywhere: Tensor, out: Tensor
+) -> None:
+    """Writes p * (on_prob + on_surprise * log p) + everywhere into `out [n, V]`; the coefficients are `[n]`."""
+    log_probs = at_least_float32(logits) - log_normaliser[:, None]
+    out.copy_(log_probs.exp() * (on_prob[:, None] + on_surprise[:, None] * log_probs) + everywhere[:, None])
+
+
+def _add_product(total: Tensor, product: Tensor) -> None:
+    """`total [v, D]` float32 += `product [v, D]` in half precision, without a float32 copy of the product."""
+    total.add_(product)
+
+
+statistics = CompiledKernel(_statistics)
+softmax_gradient = CompiledKernel(_softmax_gradient)
+add_product = CompiledKernel(_add_product)
+
+
+class LogitCoefficients(NamedTuple):
+    """A gradient of logits: p_v * (on_prob + on_surprise * log p_v) + everywhere + on_label * [v = label], all `[n]`."""
+
+    on_prob: Tensor
+    on_surprise: Tensor
+    everywhere: Tensor
+    on_label: Tensor
+
+
+def _loss_coefficients(
+    stats: list[Tensor], weights: Tensor, loss: LanguageLoss, num_tokens: int
+) -> tuple[Tensor, LogitCoefficients]:
+    """Token losses `[n]` and the gradient of their sum, from the statistics of n tokens and V = `num_tokens`.
+
+    With f and c = `weights` as in `LanguageLoss`:
+    d loss / d logit_v = c * (p_v * (f + 2 z log Z) - f * (1 - e) * [v = y] - f * e / V).
+    """
+    logprobs, log_normaliser, mean_logprobs = stats[:3]
+    smoothing = loss.label_smoothing
+    factor = logprobs.exp() if loss.dft else torch.ones_like(logprobs)
+    losses = -factor * ((1 - smoothing) * logprobs + smoothing * mean_logprobs)
+    losses = weights * (losses + loss.z_loss_coef * log_normaliser.square())
+    scaled = weights * factor
+    return losses, LogitCoefficients(
+        on_prob=scaled + 2 * loss.z_loss_coef * weights * log_normaliser,
+        on_surprise=torch.zeros_like(scaled),
+        everywhere=scaled * (-smoothing / num_tokens),
+        on_label=scaled * (smoothing - 1),
+    )
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Head:
+    """The matrix products of the head, a chunk of rows at a time, in one reused buffer.
+
+    `hidden [N, D]` and `weight [V, D]` are in the dtype of the products; gradients of the weight and the bias add up
+    in float32 (float64 for float64).
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        num_rows = max(16, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+        num_chunks = max(1, -(-len(hidden) // num_rows))
+        self.rows = -(-len(hidden) // num_chunks)  # equal chunks: no small last one
+        self.buffer = hidden.new_empty(self.rows, weight.shape[0])
+        self.gradient = torch.empty_like(self.buffer)  # takes no memory before it is written to
+
+    def chunks(self) -> list[slice]:
+        """Slices of the N rows."""
+        return [slice(i, min(i + self.rows, len(self.hidden))) for i in range(0, len(self.hidden), self.rows or 1)]
+
+    def logits(self, rows: slice) -> Tensor:
+        """-> `[n, V]`, a view of the buffer: valid until the next call."""
+        out = self.buffer[: rows.stop - rows.start]
+        torch.mm(self.hidden[rows], self.weight.t(), out=out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def gradient_buffers(self, wanted: tuple[bool, ...]) -> Gradients:
+        """Zeros for the gradients of hidden, weight and bias that are `wanted`."""
+        precise = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        hidden = torch.zeros_like(self.hidden) if wanted[0] else None
+        weight = torch.zeros_like(self.weight, dtype=precise) if wanted[1] else None
+        bias = None if self.bias is None or not wanted[2] else torch.zeros_like(self.bias, dtype=precise)
+        return hidden, weight, bias
+
+    def backward(
+        self, rows: slice, logits: Tensor, labels: Tensor, stats: list[Tensor], to: LogitCoefficients, into: Gradients
+    ) -> None:
+        """Adds what n tokens, `labels [n]` and `stats` of `[n]`, give to the gradients of hidden, weight and bias."""
+        gradient = self.gradient[: len(logits)]
+        logprobs, log_normaliser = stats[:2]
+        softmax_gradient(logits, log_normaliser, to.on_prob, to.on_surprise, to.everywhere, gradient)
+        # p_y - 1 in one rounding: in bfloat16 a p_y of 0.999 would be 1.
+        at_label = logprobs.exp() * (to.on_prob + to.on_surprise * logprobs) + to.everywhere + to.on_label
+        gradient[torch.arange(len(labels), device=labels.device), labels] = at_label.to(gradient.dtype)
+        hidden, weight, bias = into
+        if hidden is not None:
+            torch.mm(gradient, self.weight, out=hidden[rows])
+        if weight is not None and weight.dtype == gradient.dtype:
+            weight.addmm_(gradient.t(), self.hidden[rows])
+        elif weight is not None:
+            # A product into float32 does not exist for half-precision factors; slices keep the detour small.
+            size = max(1, PRODUCT_BYTES // (weight.shape[1] * gradient.element_size()))
+            for part, columns in zip(weight.split(size), gradient.split(size, dim=-1), strict=True):
+                add_product(part, columns.t() @ self.hidden[rows])
+        if bias is not None:
+            bias.add_(gradient.sum(0, dtype=bias.dtype))
+
+
+def _product_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the dtype in which autocast would multiply them (the weight's, without autocast)."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return hidden.detach().to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+
+
+class _LossSum(torch.autograd.Function):
+    """Sum of token losses, its gradients computed in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        hidden, weight, _, labels, loss, with_entropy, with_gradient = inputs
+        wanted = tuple(with_gradient and needed for needed in ctx.needs_input_grad[:3])
+        columns: list[list[Tensor]] = []
+        operands = _product_operands(*inputs[:3])  # asks autocast, so before it is switched off
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _Head(*operands)
+            buffers = head.gradient_buffers(wanted)
+            for rows in head.chunks():
+                logits = head.logits(rows)
+                stats = list(statistics(logits, labels[rows], with_entropy))
+                token_weights = loss.token_weights(labels[rows])
+                losses, coefficients = _loss_coefficients(stats, token_weights, loss, len(weight))
+                if any(wanted):
+                    head.backward(rows, logits, labels[rows], stats, coefficients, buffers)
+                columns.append([losses, *stats])
+        losses, logprobs, _, _, correct, entropy = _joined(columns, 6, head.buffer)
+        ctx.gradients = [None if g is None else g.to(x.dtype) for g, x in zip(buffers, inputs, strict=False)]
+        ctx.mark_non_differentiable(logprobs, correct, entropy)
+        return losses.sum(), logprobs, correct, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("chunked_loss was run backward twice: its gradients are given away by the first time")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(upstream[0]) for g in gradients), None, None, None, None
+
+
+class _Logprobs(torch.autograd.Function):
+    """Log-probability and entropy of each label; the backward computes the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        hidden, weight, bias, labels, with_entropy = inputs
+        operands = _product_operands(hidden, weight, bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _Head(*operands)
+            columns = [statistics(head.logits(rows), labels[rows], with_entropy) for rows in head.chunks()]
+        logprobs, log_normaliser, _, correct, entropy = _joined(columns, 5, head.buffer)
+        ctx.dtype = operands[0].dtype
+        ctx.save_for_backward(hidden, weight, bias, labels, logprobs, log_normaliser, entropy)
+        ctx.mark_non_differentiable(*(correct,) if with_entropy else (correct, entropy))
+        return logprobs, correct, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        """d log p_y / d logit_v = [v = y] - p_v and d H / d logit_v = -p_v * (log p_v + H)."""
+        *inputs, labels, logprobs, log_normaliser, entropy = ctx.saved_tensors
+        on_logprob, _, on_entropy = upstream
+        to = LogitCoefficients(
+            on_prob=-on_logprob - on_entropy * entropy,
+            on_surprise=-on_entropy,
+            everywhere=torch.zeros_like(on_logprob),
+            on_label=on_logprob,
+        )
+        with torch.autocast(labels.device.type, enabled=False):
+            bias = None if inputs[2] is None else inputs[2].to(ctx.dtype)
+            head = _Head(inputs[0].to(ctx.dtype), inputs[1].to(ctx.dtype), bias)
+            buffers = head.gradient_buffers(ctx.needs_input_grad)
+            for rows in head.chunks():
+                stats = [logprobs[rows], log_normaliser[rows]]
+                part = LogitCoefficients(*(x[rows] for x in to))
+                head.backward(rows, head.logits(rows), labels[rows], stats, part, buffers)
+        gradients = [None if g is None else g.to(x.dtype) for g, x in zip(buffers, inputs, strict=True)]
+        return *gradients, None, None
+
+
+def _joined(columns: Sequence[Sequence[Tensor]], num_columns: int, like: Tensor) -> list[Tensor]:
+    """Per-chunk columns -> `num_columns` tensors `[N]`, empty when there was no chunk; the last but one is bool."""
+    if columns:
+        return [torch.cat(parts) for parts in zip(*columns, strict=True)]
+    empty = [at_least_float32(like.new_empty(0)) for _ in range(num_columns)]
+    return [*empty[:-2], empty[-2].bool(), empty[-1]]
+
+
+def chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    loss: LanguageLoss | None = None,
+    with_entropy: bool = False,
+) -> HeadScores:
+    """The sum of token losses of `softmax(hidden @ weight.T + bias)`, one chunk of tokens at a time.
+
+    Runs backward once: the gradients are computed in the forward and handed over.
+
+    Args:
+        hidden: `[N, D]`, what the head sees of the position before each label.
+        weight: `[V, D]`.
+        bias: `[V]` or None.
+        labels: `[N]`, every one a token id.
+        loss: what a token contributes.
+        with_entropy: also return the entropies.
+    """
+    loss = loss or LanguageLoss()
+    # Inside `forward` gradients always look switched off, so it is told.
+    options = (loss, with_entropy, torch.is_grad_enabled())
+    loss_sum, logprobs, correct, entropy = _LossSum.apply(hidden, weight, bias, labels, *options)
+    return HeadScores(loss_sum, logprobs, correct, entropy if with_entropy else None)
+
+
+def chunked_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_entropy: bool = False
+) -> HeadScores:
+    """Differentiable log-probabilities of `labels`; arguments as in `chunked_loss`; `loss_sum` is their negative sum."""
+    logprobs, correct, entropy = _Logprobs.apply(hidden, weight, bias, labels, with_entropy)
+    return HeadScores(-logprobs.sum(), logprobs, correct, entropy if with_entropy else None)

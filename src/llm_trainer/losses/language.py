@@ -1,0 +1,171 @@
+"""Language-modelling losses: pure functions of logits and labels.
+
+Conventions. `labels` are un-shifted: the label of position t is the token AT t, and the logits of position t - 1
+predict it, so the label of position 0 never counts. Positions that do not count hold `IGNORE`. A mean is taken over
+the supervised tokens; over no tokens it is 0 with zero gradients, not NaN.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class LanguageLoss:
+    """What one token contributes to the loss.
+
+    With p the model's distribution, y the label, and f = p_y held constant for `dft` (else f = 1):
+    `c * (f * ((1 - e) * -log p_y + e * mean_v(-log p_v)) + z * logsumexp(logits)^2)`.
+
+    Attributes:
+        label_smoothing: e, the share of the target spread evenly over the vocabulary (Szegedy et al. 2016).
+        z_loss_coef: z, keeps the softmax normaliser near 1 (PaLM, Chowdhery et al. 2022, section 5).
+        critical_tokens: token ids whose losses are multiplied by `critical_alpha`; the mean's denominator stays the
+            number of tokens.
+        critical_alpha: c for the critical tokens; 1 for all others.
+        dft: dynamic fine-tuning, the loss weighted by the probability of the label (arXiv 2508.05629).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss_coef: float = 0.0
+    critical_tokens: tuple[int, ...] = ()
+    critical_alpha: float = 1.0
+    dft: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1), e.g. 0.1")
+        if self.z_loss_coef < 0.0:
+            raise ValueError(f"z_loss_coef is {self.z_loss_coef}; it must not be negative, e.g. 1e-4")
+
+    def token_weights(self, labels: Tensor) -> Tensor:
+        """The factor c of every label. `labels [...]` -> `[...]` float32."""
+        weights = torch.ones(labels.shape, device=labels.device)
+        if self.critical_tokens:
+            critical = torch.isin(labels, torch.tensor(self.critical_tokens, device=labels.device))
+            weights = weights.masked_fill(critical, self.critical_alpha)
+        return weights
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision raised to float32; float32 and float64 as they are. Any shape."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def num_supervised(labels: Tensor) -> Tensor:
+    """How many tokens of `labels [B, T]` are predicted from a position before them. -> scalar int64."""
+    return (labels[:, 1:] != IGNORE).sum()
+
+
+def token_losses(logits: Tensor, labels: Tensor, loss: LanguageLoss | None = None) -> Tensor:
+    """The loss of every token, 0 where there is none.
+
+    Args:
+        logits: `[B, T, V]`; position t predicts the label of t + 1.
+        labels: `[B, T]`, un-shifted, `IGNORE` where nothing is to be learnt.
+        loss: what a token contributes; by default its negative log-likelihood.
+
+    Returns:
+        `[B, T]` aligned with `labels`, in float32 (float64 for float64 logits), differentiable.
+    """
+    labels = labels[:, 1:]
+    supervised = labels != IGNORE
+    # The last logits predict nothing and masked positions may hold anything: they are cut off before the softmax.
+    values, _ = flat_losses(logits[:, :-1][supervised], labels[supervised], loss or LanguageLoss())
+    return F.pad(values.new_zeros(labels.shape).masked_scatter(supervised, values), (1, 0))
+
+
+def flat_losses(logits: Tensor, labels: Tensor, loss: LanguageLoss) -> tuple[Tensor, Tensor]:
+    """Losses and log-probabilities of N tokens. `logits [N, V]`, `labels [N]` all token ids -> `[N]` twice."""
+    logits = at_least_float32(logits)
+    log_normaliser = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, labels[:, None]).squeeze(-1) - log_normaliser
+    values = -(1 - loss.label_smoothing) * logprobs
+    if loss.label_smoothing:
+        values = values + loss.label_smoothing * (log_normaliser - logits.mean(-1))
+    if loss.dft:
+        values = values * logprobs.detach().exp()
+    if loss.z_loss_coef:
+        values = values + loss.z_loss_coef * log_normaliser.square()
+    return values * loss.token_weights(labels), logprobs
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, loss: LanguageLoss | None = None, num_tokens: Tensor | int | None = None
+) -> Tensor:
+    """Mean token loss. `logits [B, T, V]`, `labels [B, T]` un-shifted -> scalar.
+
+    Args:
+        logits: `[B, T, V]`.
+        labels: `[B, T]`.
+        loss: what a token contributes.
+        num_tokens: the denominator; by default the supervised tokens of this batch. Under gradient accumulation pass
+            the number of the whole optimizer step, and the losses of the micro-batches add up to the loss of the step.
+    """
+    count = num_supervised(labels) if num_tokens is None else torch.as_tensor(num_tokens)
+    return token_losses(logits, labels, loss).sum() / count.clamp(min=1)
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Tensor],
+    num_experts: int,
+    top_k: int,
+    attention_mask: Tensor | None = None,
+    per_layer: bool = False,
+    divide_by_top_k: bool = False,
+) -> Tensor:
+    """Auxiliary loss of a mixture of experts: E * sum_e f_e P_e, smallest when every expert is used equally.
+
+    f_e is the number of top-k assignments to expert e per token (no gradient), P_e the mean router probability
+    (Switch Transformers, Fedus et al. 2021, arXiv 2101.03961, eq. 4-6). The coefficient is not included.
+
+    Args:
+        router_logits: one `[B * T, E]` per layer.
+        num_experts: E.
+        top_k: experts per token.
+        attention_mask: `[B, T]`, 0 on padding, which is left out of both averages.
+        per_layer: average the layers' losses; by default the tokens of all layers are pooled first, as
+            transformers does.
+        divide_by_top_k: the balanced value is 1 (Megatron, DeepSeek) instead of `top_k` (transformers).
+
+    Returns:
+        scalar.
+    """
+    groups = list(router_logits) if per_layer else [torch.cat(list(router_logits))]
+    losses = []
+    for logits in groups:
+        keep = _unpadded(logits, attention_mask)  # (n,)
+        num_tokens = keep.sum().clamp(min=1)
+        probs = at_least_float32(logits).softmax(-1)  # (n, E)
+        chosen = F.one_hot(probs.topk(top_k, dim=-1).indices, num_experts).sum(1)  # (n, E)
+        assigned = (chosen * keep[:, None]).sum(0) / num_tokens
+        mean_prob = (probs * keep[:, None]).sum(0) / num_tokens
+        losses.append(num_experts * (assigned * mean_prob).sum())
+    return torch.stack(losses).mean() / (top_k if divide_by_top_k else 1)
+
+
+def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens and layers of logsumexp(router logits)^2 (ST-MoE, Zoph et al. 2022, eq. 5), no coefficient.
+
+    Args:
+        router_logits: one `[B * T, E]` per layer.
+        attention_mask: `[B, T]`, 0 on padding.
+
+    Returns:
+        scalar.
+    """
+    logits = torch.cat(list(router_logits))
+    keep = _unpadded(logits, attention_mask)
+    return (at_least_float32(logits).logsumexp(-1).square() * keep).sum() / keep.sum().clamp(min=1)
+
+
+def _unpadded(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """1 for every row of `logits [n, E]` that is a real token, 0 for padding. -> `[n]`; n is a multiple of B * T."""
+    if attention_mask is None:
+        return logits.new_ones(len(logits))
+    return attention_mask.reshape(-1).repeat(len(logits) // attention_mask.numel()).to(logits.dtype)

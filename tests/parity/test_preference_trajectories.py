@@ -1,0 +1,132 @@
+"""Whole preference and reward runs of TRL, reproduced: ten optimizer steps from the same weights on the same batches."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import pad
+
+from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, configure_optimizer
+from llm_trainer.hooks import Hook
+from llm_trainer.models.rewarding import reward_model
+
+Batch = dict[str, torch.Tensor]
+
+
+class MicroBatchNLL(DPOTrainer):
+    """TRL's NLL term: a mean per micro-batch, where ours is one over the whole step."""
+
+    def _prepare_batch(self, batch: Batch) -> Batch:
+        self._begin_step([batch], [self._loss_weight(batch)], lambda numbers: numbers)
+        return super()._prepare_batch(batch)
+
+
+# run -> trainer, its options (TRL's ORPO also counts the prompt in its NLL term)
+RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "trl_dpo_sigmoid": (DPOTrainer, {}),
+    "trl_dpo_ipo": (DPOTrainer, {"loss_type": "ipo"}),
+    "trl_dpo_rpo": (MicroBatchNLL, {"loss_type": {"sigmoid": 1.0, "sft": 0.5}}),
+    "trl_orpo": (DPOTrainer, {"loss_type": "orpo", "mask_prompt": False}),
+    "trl_cpo": (DPOTrainer, {"loss_type": "cpo"}),
+    "trl_simpo": (DPOTrainer, {"loss_type": "simpo", "simpo_gamma": 0.5}),
+    "trl_kto": (KTOTrainer, {}),
+    "trl_reward": (RewardTrainer, {}),
+    "trl_reward_margin_center": (RewardTrainer, {"center_coef": 0.01}),
+}
+
+
+def labelled(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return ids.where(mask.bool(), -100)
+
+
+def ours(raw: Batch) -> Batch:
+    """A batch as TRL's trainers consumed it, as a joined batch."""
+    if "chosen_input_ids" in raw:  # ORPO and CPO keep the sides apart, each with its prompt
+        sides = [
+            {k.removeprefix(f"{s}_"): v for k, v in raw.items() if k.startswith(s)} for s in ("chosen", "rejected")
+        ]
+        width = max(side["input_ids"].shape[1] for side in sides)
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        return {
+            name: torch.cat([pad(side[name], (0, width - side[name].shape[1]), value=value) for side in sides])
+            for name, value in fill.items()
+        }
+    batch = {name: raw[name] for name in ("input_ids", "attention_mask", "margin") if name in raw}
+    batch["labels"] = labelled(raw["input_ids"], raw.get("completion_mask", raw["attention_mask"]))
+    if "label" in raw:
+        kl = {name: raw[f"KL_{name}"] for name in ("input_ids", "attention_mask")}
+        kl["labels"] = labelled(raw["KL_input_ids"], raw["KL_completion_mask"])
+        batch |= {f"kl_{name}": value for name, value in kl.items()} | {"desirable": raw["label"].bool()}
+    return batch
+
+
+def batches_of(tensors: Batch) -> list[Batch]:
+    numbers = sorted({int(name.split(".")[0].removeprefix("batch")) for name in tensors if name.startswith("batch")})
+    return [
+        ours(
+            {
+                name.split(".")[1]: value if value.is_floating_point() else value.long()
+                for name, value in tensors.items()
+                if name.startswith(f"batch{number}.")
+            }
+        )
+        for number in numbers
+    ]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trajectory(name: str, reference_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = reference_dir / "e2e"
+    case = json.loads((folder / f"{name}.json").read_text())
+    hyper, trainer_class, options = case["hyper"], *RUNS[name]
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy", attn_implementation="eager")
+    if trainer_class is RewardTrainer:
+        model = reward_model(model, pad_token_id=0)
+        head = load_file(folder / "reward_score_head.safetensors")
+        model.score.weight.data.copy_(next(iter(head.values())))
+    else:
+        options = options | {"beta": hyper["beta"]}
+        if name.startswith(("trl_dpo", "trl_kto")):
+            reference = AutoModelForCausalLM.from_pretrained(folder / "ref", attn_implementation="eager")
+            options = options | {"ref_model": reference}
+    tensors = load_file(folder / f"{name}.safetensors")
+    seen: list[dict[str, float]] = []
+    trainer_class(
+        model=model,
+        optimizer=configure_optimizer(
+            model=model,
+            lr=hyper["learning_rate"],
+            betas=(hyper["adam_beta1"], hyper["adam_beta2"]),
+            eps=hyper["adam_epsilon"],
+            weight_decay=hyper["weight_decay"],
+        ),
+        train_loader=batches_of(tensors),
+        device="cpu",
+        max_epochs=1,
+        grad_accum_steps=case["gradient_accumulation_steps"],
+        max_grad_norm=hyper["max_grad_norm"],
+        use_amp=False,
+        log_interval=1,
+        save_dir=str(tmp_path),
+        save_interval=0,
+        progress=False,
+        hooks=[Hook("watch", lambda run: seen.append(dict(run._last_values)), every_steps=1)],
+        **options,
+    ).train()
+    limit = case["tolerance"]["loss_abs_float32"]
+    assert len(seen) == hyper["max_steps"]
+    for found, expected in zip(seen, case["logged"], strict=True):
+        assert math.isclose(found["loss"], expected["loss"], abs_tol=limit)
+        assert math.isclose(found["grad_norm"], expected["grad_norm"], rel_tol=1e-3)
+        for metric in set(found) & set(expected) - {"loss", "grad_norm", "num_tokens"}:
+            assert math.isclose(found[metric], expected[metric], rel_tol=1e-4, abs_tol=1e-3), metric
+    for parameter, expected in case["final_params"].items():
+        value = model.get_parameter(parameter).detach()
+        assert math.isclose(value.double().norm(), expected["l2"], rel_tol=1e-5), parameter
+        assert torch.allclose(value.flatten()[:4], torch.tensor(expected["first4"]), atol=1e-4), parameter

@@ -1,0 +1,188 @@
+"""Both ways through the head give the same scores, and the wrapper leaves the user's model as it was."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import LENGTHS, VOCAB, flat_batch, padded_batch, tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+
+from llm_trainer.losses.language import IGNORE, LanguageLoss, cross_entropy, load_balancing_loss
+from llm_trainer.models.scored import ScoredModel, restarting_positions, scored
+
+
+class Plain(nn.Module):
+    """A user's module: logits of a model in one of the three forms, and only the inputs it knows."""
+
+    def __init__(self, model: nn.Module, form: str = "tensor") -> None:
+        super().__init__()
+        self.inner, self.form = nn.ModuleList([model])[0], form
+
+    def forward(self, input_ids: Tensor) -> Any:
+        logits = self.inner(input_ids).logits * 1.5
+        return {"tensor": logits, "object": SimpleNamespace(logits=logits), "dict": {"logits": logits}}[self.form]
+
+
+def as_plain(model: nn.Module) -> ScoredModel:
+    """The same model, not taken apart."""
+    wrapped = scored(model, LanguageLoss(label_smoothing=0.1, critical_tokens=(5,), critical_alpha=3.0))
+    wrapped._split = None
+    return wrapped
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_and_plain_agree(differentiable: bool, temperature: float) -> None:
+    loss = LanguageLoss(label_smoothing=0.1, critical_tokens=(5,), critical_alpha=3.0)
+    ours, plain = scored(tiny_model(), loss), as_plain(tiny_model())
+    assert ours._split is not None
+    batch = padded_batch() | {"differentiable_logprobs": differentiable, "temperature": temperature}
+    a, b = ours(**batch), plain(**batch)
+    for name in ("loss_sum", "num_tokens", "logprobs", "correct", "entropy"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-5)
+    for scores in (a, b):
+        assert scores.logprobs.requires_grad == differentiable
+        value = (scores.logprobs.square() + 0.3 * scores.entropy).sum() if differentiable else scores.loss_sum
+        value.backward()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_scores_stand_at_their_labels() -> None:
+    model, batch = tiny_model(), padded_batch()
+    scores = scored(model)(**batch)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = logits[1, 3].log_softmax(-1)[batch["labels"][1, 4]]
+    assert scores.logprobs[1, 4].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert not scores.logprobs[batch["labels"] == IGNORE].any()
+    assert scores.num_tokens.item() == (batch["labels"][:, 1:] != IGNORE).sum().item()
+    assert scores.loss_sum.item() == pytest.approx(
+        cross_entropy(logits, batch["labels"]).item() * scores.num_tokens.item(), rel=1e-5
+    )
+
+
+def test_labels_are_the_unpadded_inputs_by_default() -> None:
+    batch = padded_batch()
+    del batch["labels"]
+    assert scored(tiny_model())(**batch).num_tokens.item() == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_position_ids_follow_from_document_lengths() -> None:
+    assert restarting_positions(torch.tensor([2, 3])).tolist() == [[0, 1, 0, 1, 2]]
+    batch, model = flat_batch(), scored(tiny_model())
+    expected = model(**batch).logprobs
+    del batch["position_ids"]
+    assert torch.equal(model(**batch).logprobs, expected)
+
+
+@pytest.mark.parametrize("form", ["tensor", "object", "dict"])
+def test_any_module_that_gives_logits(form: str) -> None:
+    model = tiny_model()
+    wrapped, batch = scored(Plain(model, form)), padded_batch()
+    assert wrapped._split is None  # its logits are scaled
+    scores = wrapped(**batch)
+    logits = model(batch["input_ids"]).logits * 1.5
+    assert scores.loss_sum.item() / scores.num_tokens.item() == pytest.approx(
+        cross_entropy(logits, batch["labels"]).item(), rel=1e-5
+    )
+    with pytest.raises(ValueError, match="position_ids"):
+        wrapped(**flat_batch())
+
+
+def test_a_module_without_logits_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Embedding.*expected logits|Tuple.*tuple"):
+        scored(_Tuple())(torch.zeros(1, 3, dtype=torch.long))
+
+
+class _Tuple(nn.Module):
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        return (input_ids,)
+
+
+def small(config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def test_soft_capped_logits_take_the_plain_path_and_gpt2_the_chunked_one() -> None:
+    gemma = Gemma2Config(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=30.0, attn_logit_softcapping=None,
+    )  # fmt: skip
+    gpt2 = small(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    assert scored(small(gemma))._split is None
+    wrapped = scored(gpt2.eval())
+    assert wrapped._split is not None
+    torch.testing.assert_close(wrapped(**padded_batch()).logprobs, as_plain(gpt2)(**padded_batch()).logprobs)
+
+
+def test_wrapping_leaves_the_model_as_it_was() -> None:
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    names, modes = list(model.state_dict()), [module.training for module in model.modules()]
+    wrapped = scored(model)
+    assert wrapped.base is model
+    assert list(model.state_dict()) == names and [module.training for module in model.modules()] == modes
+    assert [name.removeprefix("base.") for name in wrapped.state_dict()] == names
+    assert not model.lm_head._forward_hooks
+    twin = copy.deepcopy(wrapped)
+    with torch.no_grad():
+        twin.base.get_parameter("model.embed_tokens.weight").zero_()
+    assert twin(**padded_batch()).loss_sum != wrapped(**padded_batch()).loss_sum  # and not the head of the original
+
+
+def test_experts_are_balanced_over_real_tokens() -> None:
+    model, batch = tiny_model(architecture="qwen3_moe"), padded_batch()
+    scores = scored(model)(**batch)
+    output = model(batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True)
+    expected = load_balancing_loss(output.router_logits, 4, 2, batch["attention_mask"])
+    assert scores.aux_loss is not None
+    assert scores.aux_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert scores.aux_loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-5)  # transformers' own
+    assert scored(tiny_model())(**batch).aux_loss is None
+
+
+def test_nothing_supervised_is_zero_with_zero_gradients() -> None:
+    model, batch = scored(tiny_model()), padded_batch()
+    batch["labels"].fill_(IGNORE)
+    scores = model(**batch)
+    scores.loss_sum.backward()
+    assert scores.loss_sum.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_inside_ddp(tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(scored(tiny_model()))
+        scores = model(**padded_batch())
+        scores.loss_sum.backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_backbone_gives_the_same_scores_on_every_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    compiler = partial(torch.compile, backend=backend)
+    monkeypatch.setattr("llm_trainer.models.scored.compiled", compiler)
+    ours, compiled = scored(tiny_model()), scored(tiny_model())
+    names = list(compiled.state_dict())
+    compiled.compile_backbone()
+    for batch in (flat_batch(), padded_batch()):
+        a, b = ours(**batch), compiled(**batch)
+        torch.testing.assert_close(b.logprobs, a.logprobs, rtol=1e-4, atol=1e-4)
+        a.loss_sum.backward()
+        b.loss_sum.backward()
+    for p, q in zip(ours.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-4)
+    assert list(compiled.state_dict()) == names
