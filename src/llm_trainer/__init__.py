@@ -7,7 +7,11 @@ if TYPE_CHECKING:
     from llm_trainer.optim import configure_optimizer, create_optimizer, get_parameter_groups
     from llm_trainer.trainers import create_trainer, get_trainer_class
     from llm_trainer.trainers.base import BaseTrainer
+    from llm_trainer.trainers.distill import Distillation
     from llm_trainer.trainers.language import PretrainTrainer, SFTTrainer, Trainer
+    from llm_trainer.trainers.preference import DPOTrainer
+    from llm_trainer.trainers.reward import RewardTrainer
+    from llm_trainer.trainers.unpaired import KTOTrainer
 
 __version__ = "0.1.0"
 
@@ -16,6 +20,10 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "Trainer": "llm_trainer.trainers.language",
     "SFTTrainer": "llm_trainer.trainers.language",
     "PretrainTrainer": "llm_trainer.trainers.language",
+    "Distillation": "llm_trainer.trainers.distill",
+    "DPOTrainer": "llm_trainer.trainers.preference",
+    "KTOTrainer": "llm_trainer.trainers.unpaired",
+    "RewardTrainer": "llm_trainer.trainers.reward",
     "configure_optimizer": "llm_trainer.optim",
     "create_optimizer": "llm_trainer.optim",
     "get_parameter_groups": "llm_trainer.optim",
@@ -25,7 +33,11 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
 
 __all__ = [
     "BaseTrainer",
+    "DPOTrainer",
+    "Distillation",
+    "KTOTrainer",
     "PretrainTrainer",
+    "RewardTrainer",
     "SFTTrainer",
     "Trainer",
     "configure_optimizer",

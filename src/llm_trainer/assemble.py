@@ -1,33 +1,50 @@
 """The door of the config style: a `TrainConfig` becomes the objects that a trainer takes. Below it there are no configs."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from llm_trainer.checkpoint import load_checkpoint, load_weights
 from llm_trainer.config.load import dump_config
-from llm_trainer.config.schema import ModelConfig, TrainConfig
+from llm_trainer.config.schema import DPOConfig, ModelConfig, PretrainConfig, SFTConfig, TrainConfig
 from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.datasets import Joined
+from llm_trainer.data.pairs import PairRows, collate_pairs, collate_unpaired, load_answers
 from llm_trainer.data.prepare import DataOptions, load_language_data
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.data.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.engine import dist
-from llm_trainer.engine.torch import detect_device
+from llm_trainer.engine.torch import DTYPES, TorchEngine, choose_precision, detect_device
+from llm_trainer.losses.preference import PreferenceLoss, resolve_loss_type
+from llm_trainer.losses.unpaired import mismatched_order
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.build import build_model
+from llm_trainer.models.frozen import fingerprint, freeze, frozen_copy
+from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.scored import scored
 from llm_trainer.optim import configure_optimizer
 from llm_trainer.schedule import create_scheduler
+from llm_trainer.trainers.completions import as_rows, placed, score
+from llm_trainer.trainers.distill import Distillation, check_same_tokenizer
 from llm_trainer.trainers.settings import Sampling
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.base import BaseTrainer
 
+STAGES = {  # section of the configuration -> what its rows are
+    "pretrain_config": "pretrain",
+    "sft_config": "sft",
+    "dpo_config": "preference",
+    "reward_config": "preference",
+    "kto_config": "unpaired",
+}
 OPTIMIZER_NAMES = {"adam": "adamw"}  # the configuration's 'adam' decouples its weight decay
 
 
@@ -49,6 +66,8 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
         raise ValueError("tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR")
     tokenizer = load_tokenizer(config.tokenizer)
     model = given["model"] if "model" in given else make_model(config, tokenizer, device)
+    if "model" not in given and trainer_class.config_section == "reward_config":
+        model = reward_model(model, tokenizer.pad_token_id)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
     train, evaluation = make_streams(config, trainer_class, tokenizer, model)
     optimizer = given["optimizer"] if "optimizer" in given else make_optimizer(config, model.to(device))
@@ -69,6 +88,8 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
         "eval_prompts": config.eval_prompts,
         **_settings(config, [*train.dataset.ledgers]),  # type: ignore[attr-defined]
         **trainer_class._from_config(config),
+        **make_distillation(config, trainer_class, tokenizer, given),
+        **({} if "ref_model" in given else make_reference(config, trainer_class, model, (train, evaluation))),
     }
 
 
@@ -94,8 +115,18 @@ def _settings(config: TrainConfig, ledgers: list[Any]) -> dict[str, Any]:
         "best_file": False,
         "sampling": Sampling(evaluation.max_seq_len, evaluation.temperature, evaluation.top_p, evaluation.top_k),
         "ledgers": ledgers,
-        "description": dump_config(config),
+        "description": describe(config),
     }
+
+
+def describe(config: TrainConfig) -> str:
+    """The configuration as YAML, without the functions that no text can hold."""
+    for name in ("pretrain_config", "sft_config"):
+        section = getattr(config, name)
+        if section is not None and section.kd_config is not None:
+            kd = replace(section.kd_config, teacher_logits_provider=None)
+            config = replace(config, **{name: replace(section, kd_config=kd)})
+    return dump_config(config)
 
 
 def accumulation(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> int:
@@ -132,7 +163,7 @@ def make_streams(
 ) -> tuple[SampleStream, SampleStream | None]:
     """Training and validation data as streams of micro-batches for this rank."""
     loader, sft = config.data_loader_config, config.sft_config
-    stage = "pretrain" if section_of(config, trainer_class) == "pretrain_config" else "sft"
+    stage = STAGES.get(section_of(config, trainer_class), "sft")
     packing = loader.packing or ("wrapped" if stage == "pretrain" else "none")
     context = model.config.max_position_embeddings
     block_size = config.dataset_block_size or context
@@ -151,12 +182,18 @@ def make_streams(
     chat = ChatFormat(tokenizer) if sft is None else ChatFormat(tokenizer, train_on=sft.train_on, thinking=sft.thinking)
     cache = Path(loader.cache_dir or Path(config.run_config.save_dir) / "data")
     flat = packing in ("flat", "bfd", "bfd_split")
-    collate = collate_flat if flat else partial(collate_padded, pad_id=tokenizer.pad_token_id)
+    collate: Any = collate_flat if flat else partial(collate_padded, pad_id=tokenizer.pad_token_id)
+    load: Any = load_language_data
+    if stage in ("preference", "unpaired"):
+        if flat and trainer_class.config_section == "reward_config":
+            raise ValueError("data_loader_config.packing: got 'flat', but reward models read padded rows; use 'none'")
+        collate = partial(collate_pairs if stage == "preference" else collate_unpaired, collate=collate)
+        load = partial(load_answers, pair_up=mismatched_order)
     world = dist.world_size()
 
     def stream(paths: Any, batch_size: int, rows_per_step: int, shuffle: bool) -> SampleStream:
         with dist.main_process_first():
-            dataset: Joined = load_language_data([str(paths[i]) for i in range(len(paths))], chat, options, cache)
+            dataset: Joined = load([str(paths[i]) for i in range(len(paths))], chat, options, cache)
         return SampleStream(
             dataset,
             collate,
@@ -178,6 +215,87 @@ def make_streams(
         return train, None
     eval_rows = config.eval_config.eval_batch_size or config.batch_size
     return train, stream(config.eval_dataset, eval_rows, eval_rows * world, False)
+
+
+def make_distillation(
+    config: TrainConfig, trainer_class: "type[BaseTrainer]", tokenizer: Any, given: dict[str, Any]
+) -> dict[str, Any]:
+    """The `kd` of a language trainer, its teacher loaded and its tokenizer compared; nothing without a `kd_config`."""
+    section = getattr(config, section_of(config, trainer_class))
+    if not isinstance(section, PretrainConfig | SFTConfig) or section.kd_config is None or "kd" in given:
+        return {}
+    kd, run, teacher = section.kd_config, config.run_config, None
+    if kd.teacher_model is not None and "teacher_model" not in given:
+        theirs = load_tokenizer(kd.teacher_model)
+        check_same_tokenizer(tokenizer.get_vocab(), theirs.get_vocab(), kd.teacher_model)
+        device = detect_device(run.device)
+        dtype = DTYPES[choose_precision(run.precision, device)]  # it is only read: no need for more
+        teacher = build_model(kd.teacher_model, attention=resolve_attention(run.attention, device), dtype=dtype)
+    stops = tuple(ChatFormat(tokenizer).stop_token_ids())
+    return {"kd": Distillation(**vars(kd) | {"teacher_model": teacher, "stop_token_ids": stops})}
+
+
+def make_reference(
+    config: TrainConfig, trainer_class: "type[BaseTrainer]", model: Any, streams: Iterable[SampleStream | None]
+) -> dict[str, Any]:
+    """What the policy is compared with, as keywords of the trainer; none: the trainer makes a copy, or needs none."""
+    own = trainer_class.config_section
+    section = config.dpo_config if own == "dpo_config" else config.kto_config if own == "kto_config" else None
+    source = None if section is None else section.ref_model_checkpoint
+    reference = None if source is None else freeze(load_reference(config, source, model))
+    if isinstance(section, DPOConfig) and section.precompute_ref_log_probs:
+        if not PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo)).needs_reference:
+            return {}
+        for stream in streams:
+            if stream is not None:
+                precompute_reference(config, stream, model if reference is None else reference)
+        return {"ref_log_probs_given": True, "starts_at_reference": reference is None}
+    return {} if reference is None else {"ref_model": reference}
+
+
+def load_reference(config: TrainConfig, source: Any, model: Any) -> nn.Module:
+    """The model of a Hugging Face folder, or one like `model` with the weights of a checkpoint or state dict."""
+    if isinstance(source, str) and (Path(source) / "config.json").exists():
+        device = detect_device(config.run_config.device)
+        return build_model(source, attention=resolve_attention(config.run_config.attention, device))
+    reference = frozen_copy(model)
+    if isinstance(source, str):
+        load_checkpoint(source, model=reference)
+    else:
+        load_weights(reference, source, "ref_model_checkpoint")
+    return reference
+
+
+@torch.no_grad()
+def precompute_reference(config: TrainConfig, stream: SampleStream, reference: nn.Module) -> None:
+    """Give every pair the reference's summed log-probs, from a file beside the pairs' tokens or computed now.
+
+    All ranks score their share, the main process writes the file.
+    """
+    device = detect_device(config.run_config.device)
+    precision = TorchEngine(device, choose_precision(config.run_config.precision, device)).precision
+    model, was_training, key = scored(reference).to(device), reference.training, fingerprint(reference)
+    model.eval()
+    for rows in stream.dataset.parts:  # type: ignore[attr-defined]
+        assert isinstance(rows, PairRows)
+        path = rows.store.folder / f"ref_logps-{key}-{rows.how.block_size}-{rows.how.truncation}.npy"
+        if not dist.broadcast_object(path.exists()):
+            table = torch.zeros(len(rows.lengths), 2, device=device)
+            mine = np.argsort(-rows.lengths)[dist.rank() :: dist.world_size()]  # of similar lengths together
+            for first in range(0, len(mine), stream.batch_size):
+                group = mine[first : first + stream.batch_size].tolist()
+                batch = placed(stream.collate([rows[i] for i in group]), device)
+                with precision():
+                    sums = as_rows(score(model, batch).logprobs, batch).sum(1)  # [2B], chosen first
+                table[group] = sums.view(2, -1).T
+            table = dist.all_reduce(table)
+            if dist.is_main():
+                partial_path = path.with_suffix(".tmp.npy")
+                np.save(partial_path, table.cpu().numpy())
+                partial_path.rename(path)
+            dist.broadcast_object(None)  # nobody reads before it is written
+        rows.ref_logps = np.load(path)
+    model.train(was_training)
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hook:
-    """A function that the loop calls, at most once per step count.
+    """A function that the loop calls, at most once per step count unless `when` asks for more.
 
     Attributes:
         name: under which the run remembers when it was called last.
@@ -24,7 +24,7 @@ class Hook:
         every_steps: after each n-th optimizer step; None: not by steps.
         every_epochs: after each n-th epoch; None: not by epochs.
         at_end: also after the last step.
-        when: a further reason to call it now.
+        when: a further reason to call it, even again at the same step.
     """
 
     name: str
@@ -37,13 +37,15 @@ class Hook:
     def is_due(self, run: "Run") -> bool:
         """Whether it is to be called where the run stands now."""
         progress = run.progress
+        if self.when is not None and self.when(run):
+            return True
         if progress.hooks_done.get(self.name) == progress.step:
             return False
         by_steps = self.every_steps is not None and progress.step > 0 and progress.step % self.every_steps == 0
         at_epoch_end = progress.position == 0 and progress.epoch > 0
         by_epochs = bool(self.every_epochs) and at_epoch_end and progress.epoch % (self.every_epochs or 1) == 0
         at_end = self.at_end and run.finished()
-        return by_steps or by_epochs or at_end or (self.when is not None and self.when(run))
+        return by_steps or by_epochs or at_end
 
 
 def built_in(run: "Run", log_interval: int, save_interval: int) -> list[Hook]:
@@ -76,7 +78,8 @@ def evaluate(run: "Run") -> None:
         return
     run.write(values)
     progress, settings, loss = run.progress, run.settings, values.get("eval_loss", math.nan)
-    if progress.best_loss is None or loss < progress.best_loss - settings.early_stopping_min_delta:
+    best = math.inf if progress.best_loss is None else progress.best_loss
+    if loss < best - settings.early_stopping_min_delta:
         progress.best_loss, progress.best_step, progress.evals_without_progress = loss, progress.step, 0
         run.new_best = True
     else:
@@ -86,7 +89,7 @@ def evaluate(run: "Run") -> None:
     if patience is not None and progress.evals_without_progress >= patience:
         progress.stopped_early = True
         run.say(
-            f"stopped early: {patience} evaluations without progress, best eval_loss {progress.best_loss:.4f} at step "
+            f"stopped early: {patience} evaluations without progress, best eval_loss {progress.best_loss} at step "
             f"{progress.best_step}"
         )
 
@@ -95,8 +98,8 @@ def sample(run: "Run") -> None:
     """Answer `eval_prompts` with the model as it is now."""
     if not dist.is_main() or run.stop_requested:
         return
-    from llm_trainer.generation.sampler import generate
     from llm_trainer.data.chat import ChatFormat
+    from llm_trainer.generation.sampler import generate
 
     trainer, how = run.trainer, run.settings.sampling
     chat = ChatFormat(trainer.tokenizer)

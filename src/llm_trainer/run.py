@@ -1,5 +1,6 @@
 """A run: one trainer, its engine, where it stands, and everything that happens around its steps."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,8 @@ from torch import nn
 from llm_trainer import checkpoint, hooks, loop
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
 from llm_trainer.config.env import environment
-from llm_trainer.data.stream import LoaderSteps, as_step_source
+from llm_trainer.data.collate import Filler
+from llm_trainer.data.stream import as_step_source
 from llm_trainer.engine import dist
 from llm_trainer.engine.torch import TorchEngine, choose_precision, detect_device
 from llm_trainer.metrics import ConsoleWriter, Metrics, Writer, open_writers
@@ -37,7 +39,10 @@ class Progress:
         evals_without_progress: evaluations since then.
         stopped_early: early stopping ended the run.
         bad_steps: steps in a row that were not finite.
+        skipped_steps: all steps that were not finite.
+        learning_rate: of the last step.
         hooks_done: step at which each hook was called last.
+        lines: the metrics written since the last step; a resumed run writes them again, so that no line is lost or double.
     """
 
     step: int = 0
@@ -50,7 +55,10 @@ class Progress:
     evals_without_progress: int = 0
     stopped_early: bool = False
     bad_steps: int = 0
+    skipped_steps: int = 0
+    learning_rate: float = 0.0
     hooks_done: dict[str, int] = field(default_factory=dict)
+    lines: list[dict[str, float]] = field(default_factory=list)
 
 
 class Run:
@@ -136,26 +144,38 @@ class Run:
 
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
-        self._resume()
-        self._open()
-        try:
-            self.after_step()  # whatever a signal left undone
-            self.trainer.model.train()
-            loop.fit(self)
-            self.after_step()
-            self._publish()
-            return dict(self._last_values)
-        finally:
-            for writer in self._writers:
-                writer.close()
-            self._writers = ()
+        with self.signals.listening():
+            self._resume()
+            self.stop_requested = False
+            self._last_values: dict[str, float] = {}
+            self._hooks = [*hooks.built_in(self, self.log_interval, self.save_interval), *self._user_hooks]
+            if self.finished() and not any(hook.is_due(self) for hook in self._hooks):
+                self._publish()
+                why = "stopped early" if self.progress.stopped_early else "raise n_epochs (or max_steps) to go on"
+                self.say(f"already finished at step {self.progress.step}, nothing to do: {why}")
+                return {name: value for values in self.progress.lines for name, value in values.items()}
+            self._open()
+            try:
+                self.after_step()  # whatever a signal left undone
+                self.trainer.model.train()
+                loop.fit(self)
+                self._publish()
+                return dict(self._last_values)
+            finally:
+                for writer in self._writers:
+                    writer.close()
+                self._writers = ()
 
     def _open(self) -> None:
         from llm_trainer.preflight import screen
 
-        self._last_values: dict[str, float] = {}
+        if (broken := loop.broken_tensor(self.trainer.base_model)) is not None:
+            raise loop.NonFiniteError(
+                f"the weights are broken before the first step: {broken}. Expected finite numbers: load other weights, or "
+                f"mend what made these"
+            )
         if dist.is_main():
-            _ = self.manager  # a folder that cannot be written shows before the first step, not after it
+            self._set_aside()
             self.log_dir.mkdir(parents=True, exist_ok=True)
             if self.settings.description:
                 (self.save_dir / "config.yaml").write_text(self.settings.description, encoding="utf-8")
@@ -164,12 +184,26 @@ class Run:
             self.log_dir,
             is_main=dist.is_main(),
             total_steps=self.total_steps(),
-            last_step=self.progress.step or -1,
+            last_step=self.progress.step - 1,
             extra=self.settings.writers,
             live=self.settings.progress,
             config=asdict(self.settings),
         )
-        self._hooks = [*hooks.built_in(self, self.log_interval, self.save_interval), *self._user_hooks]
+        written, self.progress.lines = self.progress.lines, []
+        for values in written:
+            self.write(values)
+
+    def _set_aside(self) -> None:
+        """Move checkpoints that are ahead of this run out of the way: they are of another run, or damaged."""
+        folder = self.manager.folder  # one that cannot be written shows here, before the first step
+        ahead = [path for path in folder.glob("checkpoint-*[0-9]") if int(path.name.split("-")[1]) > self.progress.step]
+        if not ahead:
+            return
+        aside = next(p for n in itertools.count(1) if not (p := folder / f"set-aside-{n}").exists())
+        aside.mkdir()
+        for path in sorted(ahead):
+            path.rename(aside / path.name)
+        self.warn(f"this run starts at step {self.progress.step}; {len(ahead)} later checkpoints are now in {aside}")
 
     def _resume(self) -> None:
         wanted = self.settings.resume
@@ -204,7 +238,7 @@ class Run:
                 self.progress.hooks_done[hook.name] = self.progress.step
                 hook.call(self)
         if self.stop_requested:
-            path = self.save(may_fail=False)
+            path = self.save(is_best=self.new_best)
             self.say(f"interrupted at step {self.progress.step}: saved {path}; start the same command again to go on")
             raise loop.TrainingInterrupted(loop.EXIT_INTERRUPTED)
 
@@ -216,7 +250,8 @@ class Run:
         self.progress.train_seconds += seconds
         self._window[0] += tokens
         self._window[1] += seconds
-        self._learning_rate = learning_rate
+        self.progress.learning_rate = learning_rate
+        self.progress.lines, self.new_best = [], False
         self.stop_requested = self.stop_requested or stop_requested
 
     def learning_rate(self) -> float:
@@ -273,6 +308,7 @@ class Run:
     def write(self, values: dict[str, float]) -> None:
         """Give metrics to all writers."""
         self._last_values.update(values)
+        self.progress.lines.append(values)
         for writer in self._writers:
             writer.write(self.progress.step, values)
 
@@ -281,12 +317,14 @@ class Run:
         from llm_trainer.preflight import flops_per_token, peak_flops
 
         (tokens, seconds), self._window = self._window, [0.0, 0.0]
-        per_epoch = self.source.num_steps()
+        progress, size = self.progress, self.source.size()
         values = {
-            "learning_rate": self._learning_rate,
-            "epoch": self.progress.step / per_epoch if per_epoch else float(self.progress.epoch),
-            "num_tokens": float(self.progress.tokens),
+            "learning_rate": progress.learning_rate,
+            "epoch": progress.epoch + (progress.position / size if size else 0.0),
+            "num_tokens": float(progress.tokens),
         }
+        if progress.skipped_steps:
+            values["skipped_steps"] = float(progress.skipped_steps)
         if seconds:
             values["tokens_per_second"] = tokens / seconds
             flops = flops_per_token(self)
@@ -300,12 +338,15 @@ class Run:
             return chat.encode_text(text).input_ids[:-1]
         return chat.encode_prompt([{"role": "user", "content": text}])
 
-    def keep_batches(self, micro_batches: Sequence[Any]) -> Path:
-        """Write the micro-batches of a step that was not finite, for inspection."""
+    def keep_batches(self, micro_batches: Sequence[Any]) -> str:
+        """Write this rank's micro-batches of a step that was not finite, for inspection; says where they are."""
         path = self.save_dir / "bad_steps" / f"step-{self.progress.step + 1}-rank-{dist.rank()}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(list(micro_batches), path)
-        return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save([batch for batch in micro_batches if not isinstance(batch, Filler)], path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+            return f"its batch could not be kept ({error})"
+        return f"its batch is kept in {path}"
 
     # Saving and loading.
 
@@ -331,9 +372,7 @@ class Run:
         }
 
     def _data_facts(self) -> dict[str, Any]:
-        source = self.source
-        size = (source.num_steps() or 0) * source.accumulation if isinstance(source, LoaderSteps) else len(source)  # type: ignore[arg-type]
-        return {"kind": type(source).__name__, "size": size, "seed": self.settings.seed}
+        return {"kind": type(self.source).__name__, "size": self.source.size(), "seed": self.settings.seed}
 
     def save(self, is_best: bool = False, path: str | None = None, may_fail: bool = False) -> str:
         """Save on the main process; every rank learns how it ended. See `BaseTrainer.save_checkpoint`.
@@ -367,27 +406,24 @@ class Run:
             return str(checkpoint.save_checkpoint(path, model=trainer.base_model, **kept, **rest))
         write = partial(checkpoint.write_model, trainer.base_model, tokenizer=trainer.tokenizer)
         loss = self.progress.best_loss if is_best else None
-        saved = self.manager.save(self.progress.step, write, state, metric=loss, is_best=is_best)
-        if is_best and self.settings.best_file:
+        if is_best and self.settings.best_file:  # first: a run that is killed in between writes it again
             self._save_here(state, False, str(self.save_dir / "best_model.pt"))
-        return str(saved)
+        return str(self.manager.save(self.progress.step, write, state, metric=loss, is_best=is_best))
 
     def _publish(self) -> None:
-        """Point `save_dir`/model at the model to use: the best checkpoint's where there was an evaluation, else the last."""
-        if not dist.is_main():
-            return
-        chosen = self.manager.best("sizes") or self.manager.latest("sizes")
-        if chosen is None:
-            return
-        link = self.save_dir / "model"
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path(chosen.name) / "model", target_is_directory=True)
+        if dist.is_main():
+            self.manager.publish()
 
     def load(self, path: str) -> None:
         """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
         trainer = self.trainer
         kept = {"optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
         state = checkpoint.load_checkpoint(path, model=trainer.base_model, **kept)
+        if "progress" not in state:
+            raise CheckpointError(
+                f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
+                f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
+            )
         facts = self._data_facts()
         if state["data"] != facts:
             raise CheckpointError(

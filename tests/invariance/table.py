@@ -8,12 +8,20 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
+    "pretrain": {},
+    "sft": {},
+    "dpo": {"loss_type": {"sigmoid": 1.0, "sft": 0.5}},  # pairs and tokens: two denominators
+    "kto": {},
+    "reward": {"center_coef": 0.01},
+}
 STEPS = 3
 ROWS_PER_STEP = 8
 
@@ -39,15 +47,16 @@ def cells(trainer: str, ranks: int) -> list[Cell]:
     """All ways to cut steps of eight rows among `ranks`."""
     per_rank = ROWS_PER_STEP // ranks
     splits = [(n, per_rank // n) for n in (1, 2, 4, 8) if n <= per_rank]
-    table = [Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in (False, True)]
-    return table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in (False, True)]
+    layouts = (False,) if trainer == "reward" else (False, True)
+    table = [Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in layouts]
+    return table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in layouts]
 
 
 class Rows:
     """Ragged rows of random ids; answers of uneven length, and in 'sft' one step's second half has a single trained token."""
 
-    def __init__(self, trainer: str, vocab_size: int) -> None:
-        noise = np.random.default_rng(0)
+    def __init__(self, trainer: str, vocab_size: int, seed: int = 0) -> None:
+        noise = np.random.default_rng(seed)
         self.lengths = noise.integers(4, 30, STEPS * ROWS_PER_STEP)
         self.file_sizes = [len(self.lengths)]
         self._ids = [noise.integers(3, vocab_size, n) for n in self.lengths]
@@ -63,13 +72,41 @@ class Rows:
         return {"input_ids": self._ids[index], "trained": self._trained[index], "document_lengths": [length]}
 
 
-def tiny_model(attention: str = "sdpa") -> Any:
+class Answers:
+    """Pairs of such rows, or rows that are judged and have a mismatched one beside them."""
+
+    def __init__(self, trainer: str, vocab_size: int) -> None:
+        self.trainer = trainer
+        self.rows, self.others = Rows("sft", vocab_size), Rows("sft", vocab_size, seed=1)
+        self.lengths = self.rows.lengths if trainer == "kto" else self.rows.lengths + self.others.lengths
+        self.file_sizes = self.rows.file_sizes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, other = self.rows[index], self.others[index]
+        if self.trainer == "kto":
+            return {"row": row, "mismatched": other, "desirable": index % 3 == 0}
+        return {"chosen": row, "rejected": other, "margin": index / 10}
+
+
+def data_of(cell: Cell) -> tuple[Any, Any]:
+    """The rows of a trainer, and how they become batches."""
+    from llm_trainer.data.collate import collate_flat, collate_padded
+    from llm_trainer.data.pairs import collate_pairs, collate_unpaired
+
+    collate: Any = collate_flat if cell.flat else collate_padded
+    if cell.trainer in ("pretrain", "sft"):
+        return Rows(cell.trainer, 512), collate
+    return Answers(cell.trainer, 512), partial(
+        collate_unpaired if cell.trainer == "kto" else collate_pairs, collate=collate
+    )
+
+
+def tiny_model(attention: str = "sdpa", seed: int = 0) -> Any:
     """A two-layer Qwen3-shaped model with 512 ids, the same at every call."""
+    from llm_trainer.config.schema import ModelConfig
     from llm_trainer.models.build import build_model
 
-    from llm_trainer.config.schema import ModelConfig
-
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = ModelConfig(
         vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
@@ -79,15 +116,20 @@ def tiny_model(attention: str = "sdpa") -> Any:
 def run(cell: Cell) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
     from llm_trainer import configure_optimizer, get_trainer_class
-    from llm_trainer.data.collate import collate_flat, collate_padded
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
     from llm_trainer.hooks import Hook
+    from llm_trainer.models.rewarding import reward_model
 
-    model = tiny_model()
+    model, options = tiny_model(), dict(TRAINERS[cell.trainer])
+    if cell.trainer in ("dpo", "kto"):
+        options["ref_model"] = tiny_model(seed=1)
+    elif cell.trainer == "reward":
+        model = reward_model(model)
+    dataset, collate = data_of(cell)
     stream = SampleStream(
-        Rows(cell.trainer, 512),
-        collate_flat if cell.flat else collate_padded,
+        dataset,
+        collate,
         rows_per_step=ROWS_PER_STEP,
         batch_size=cell.batch_size,
         rank=dist.rank(),
@@ -103,7 +145,7 @@ def run(cell: Cell) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder:
         get_trainer_class(cell.trainer)(
             model=model,
-            optimizer=configure_optimizer(model=model, lr=1e-2),
+            optimizer=configure_optimizer(model=model, lr=1e-3 if cell.trainer == "reward" else 1e-2),
             train_loader=stream,
             device="cpu",
             max_epochs=1,
@@ -113,6 +155,7 @@ def run(cell: Cell) -> list[tuple[float, float]]:
             save_dir=folder,
             save_interval=0,
             hooks=[Hook("watch", watch, every_steps=1)],
+            **options,
         ).train()
     assert len(curve) == STEPS
     return curve
@@ -132,7 +175,7 @@ def main(out: str, make_cells: Callable[[str, int], list[Cell]] = cells) -> None
 
     torch.set_num_threads(1)
     dist.start(torch.device("cpu"), 60)
-    curves = {str(c): run(c) for name in ("pretrain", "sft") for c in make_cells(name, environment().world_size)}
+    curves = {str(c): run(c) for name in TRAINERS for c in make_cells(name, environment().world_size)}
     if dist.is_main():
         Path(out).write_text(json.dumps(curves))
     dist.stop()

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from table import Cell, cells, differences, run
+from table import TRAINERS, Cell, cells, differences, run
 
 TOLERANCE = 1e-5
-TRAINERS = ("pretrain", "sft")
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,9 @@ def row_lengths(batch: dict[str, torch.Tensor]) -> list[int]:
     return (batch["attention_mask"].bool() * positions).amax(dim=1).clamp(min=1).tolist()
 
 
-def take_rows(batches: Sequence[dict[str, torch.Tensor]], rows: Sequence[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
+def take_rows(
+    batches: Sequence[dict[str, torch.Tensor]], rows: Sequence[tuple[int, int, int]]
+) -> dict[str, torch.Tensor]:
     """Build one padded batch from rows of several.
 
     Args:

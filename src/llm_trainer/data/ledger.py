@@ -65,6 +65,8 @@ class Ledger:
             f" + {self.context:,} context only + {self.truncated:,} truncated + {sum(self.dropped.values()):,} dropped"
         ]
         if self.truncated_rows:
-            lines.append(f"{self.truncated_rows:,} rows were longer than the context and lost {self.truncated:,} tokens")
+            lines.append(
+                f"{self.truncated_rows:,} rows were longer than the context and lost {self.truncated:,} tokens"
+            )
         lines += [f"{rows:,} rows dropped: {reason}" for reason, rows in sorted(self.dropped_rows.items())]
         return lines

@@ -3,18 +3,19 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from llm_trainer.data.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.datasets import Blocks, Documents, Joined, Packed, note_dropped
 from llm_trainer.data.errors import DataError, DroppedRow, Location
-from llm_trainer.data.formats import Schema, get_schema, recognise
+from llm_trainer.data.formats import STAGES, Schema, get_schema, recognise
+from llm_trainer.data.messages import Message
 from llm_trainer.data.sources import TOKEN_SUFFIXES, TokenFile, data_files, open_tokens, read_rows
 from llm_trainer.data.store import Part, TokenStore, build_store
 from llm_trainer.data.templates import ChatTemplateError
@@ -22,6 +23,8 @@ from llm_trainer.data.templates import ChatTemplateError
 VERSION = 1  # part of every cache key: raise it when the same rows are encoded differently
 ROWS_LOOKED_AT = 50  # to recognise a schema
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
+
+Located = tuple[Location, dict[str, Any]]  # a sample and where it stands
 
 KINDS = {"pretrain": ("text",), "sft": ("chat", "completion")}
 
@@ -31,7 +34,7 @@ class DataOptions:
     """How files become rows.
 
     Attributes:
-        stage: 'pretrain' or 'sft'.
+        stage: 'pretrain' or 'sft' here; 'preference' or 'unpaired' in `pairs`.
         schema: forced schema name; None: recognised from the rows.
         block_size: tokens of the context.
         packing: 'none', 'flat', 'bfd', 'bfd_split' or 'wrapped'.
@@ -55,14 +58,16 @@ class DataOptions:
 class RowEncoder:
     """Rows of one schema -> ids and which of them are trained on. Picklable, so that several processes can encode."""
 
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "trained")
+
     schema: str
     chat: ChatFormat
     bad_rows: str
 
     def __call__(self, rows: list[tuple[Location, Any]]) -> Part:
-        part = Part({"input_ids": [], "trained": []})
+        part = Part({name: [] for name in self.columns})
         schema = get_schema(self.schema)
-        samples: list[tuple[Location, dict[str, Any]]] = []
+        samples: list[Located] = []
         for location, row in rows:
             try:
                 samples += [(location, sample) for sample in schema.samples(row, location)]
@@ -70,37 +75,56 @@ class RowEncoder:
                 part.dropped[nothing_to_teach.reason] += 1
             except DataError as error:
                 self._drop(error, part)
-        dtype = np.uint16 if len(self.chat.tokenizer) <= 1 << 16 else np.uint32
-        for encoded in self._encode(schema.kind, samples, part):
-            part.columns["input_ids"].append(np.asarray(encoded.input_ids, dtype=dtype))
-            part.columns["trained"].append(np.asarray(encoded.trained, dtype=np.uint8))
+        self._add(schema.kind, samples, part)
         return part
+
+    def _add(self, kind: str, samples: list[Located], part: Part) -> None:
+        """Encode samples of a kind and append them to the columns of `part`."""
+        for encoded in self._encode(kind, samples, part):
+            part.columns["input_ids"].append(self.ids(encoded))
+            part.columns["trained"].append(np.asarray(encoded.trained, dtype=np.uint8))
+
+    def ids(self, encoded: EncodedChat) -> np.ndarray:
+        """The ids in the smallest type that holds the vocabulary."""
+        return np.asarray(encoded.input_ids, dtype=np.uint16 if len(self.chat.tokenizer) <= 1 << 16 else np.uint32)
 
     def _drop(self, error: DataError, part: Part) -> None:
         if self.bad_rows == "error":
             raise error
         part.dropped[error.reason] += 1
 
-    def _encode(self, kind: str, samples: list[tuple[Location, dict[str, Any]]], part: Part) -> Iterable[EncodedChat]:
+    def _encode(self, kind: str, samples: list[Located], part: Part) -> Iterable[EncodedChat]:
         if kind == "text":
             return [self.chat.encode_text(sample["text"]) for _, sample in samples]
         if kind == "completion":
             return [self.chat.encode_completion(sample["prompt"], sample["completion"]) for _, sample in samples]
-        try:
-            conversations = [sample["messages"] for _, sample in samples]
-            return self.chat.encode_many(conversations, [sample.get("tools") for _, sample in samples])
-        except ChatTemplateError:
-            return self._encode_one_by_one(samples, part)
+        groups = self.encode_groups(samples, lambda sample: [sample["messages"]], part)
+        return [encoded for _, group in groups for encoded in group]
 
-    def _encode_one_by_one(self, samples: list[tuple[Location, dict[str, Any]]], part: Part) -> Iterator[EncodedChat]:
-        """A conversation among these does not fit the template: find it, and name its row."""
+    def encode_groups(
+        self, samples: list[Located], conversations: Callable[[dict[str, Any]], list[list[Message]]], part: Part
+    ) -> list[tuple[dict[str, Any], list[EncodedChat]]]:
+        """Each sample with its conversations encoded; those that the template cannot render are dropped or an error."""
+
+        def encode(some: list[Located]) -> list[tuple[dict[str, Any], list[EncodedChat]]]:
+            groups = [conversations(sample) for _, sample in some]
+            tools = [sample.get("tools") for (_, sample), group in zip(some, groups, strict=True) for _ in group]
+            encoded = iter(self.chat.encode_many([one for group in groups for one in group], tools))
+            return [(sample, [next(encoded) for _ in g]) for (_, sample), g in zip(some, groups, strict=True)]
+
+        try:
+            return encode(samples)
+        except ChatTemplateError:
+            pass  # a conversation among these does not fit the template: find it, and name its row
+        found = []
         for location, sample in samples:
             try:
-                yield self.chat.encode(sample["messages"], sample.get("tools"))
+                found += encode([(location, sample)])
             except ChatTemplateError as error:
-                found = f"a conversation the chat template cannot render ({error})"
+                what = f"a conversation the chat template cannot render ({error})"
                 fix = "mend the row, choose another chat template, or set data_loader_config.bad_rows: drop"
-                self._drop(DataError(location, found, "turns that the template knows", fix, "template"), part)
+                self._drop(DataError(location, what, "turns that the template knows", fix, "template"), part)
+        return found
 
 
 def find_schema(path: Path, options: DataOptions) -> Schema:
@@ -111,18 +135,19 @@ def find_schema(path: Path, options: DataOptions) -> Schema:
     """
     rows = islice(read_rows(path, options.text_unit, on_error=lambda error: None), ROWS_LOOKED_AT)
     schema = get_schema(options.schema) if options.schema else recognise(list(rows), options.stage)
-    if schema.kind not in KINDS[options.stage]:
+    usable = KINDS.get(options.stage, STAGES[options.stage])
+    if schema.kind not in usable:
         stages = [stage for stage, kinds in KINDS.items() if schema.kind in kinds]
         raise DataError(
             Location(path),
             f"schema '{schema.name}' with rows of kind '{schema.kind}'",
-            f"rows of kind {' or '.join(KINDS[options.stage])}",
+            f"rows of kind {' or '.join(usable)}",
             f"train on it with {stages[0]}_config" if stages else "force another schema with data_loader_config.schema",
         )
     return schema
 
 
-def _key(path: Path, facts: list[Any], chat: ChatFormat) -> str:
+def cache_key(path: Path, facts: list[Any], chat: ChatFormat) -> str:
     """Hash of everything that the encoding of a file depends on."""
     stat = path.stat()
     tokenizer = hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
@@ -131,11 +156,13 @@ def _key(path: Path, facts: list[Any], chat: ChatFormat) -> str:
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
 
-def store_of(path: Path, chat: ChatFormat, options: DataOptions, cache: Path) -> TokenStore:
-    """The token store of a text file, made now or found in `cache`."""
+def store_of(
+    path: Path, chat: ChatFormat, options: DataOptions, cache: Path, encoder: type[RowEncoder] = RowEncoder
+) -> TokenStore:
+    """The token store of a text file, made by `encoder` now or found in `cache`."""
     schema = find_schema(path, options)
     facts = [schema.name, options.stage, options.bad_rows, options.text_unit]
-    folder = cache / f"{path.stem}-{_key(path, facts, chat)}"
+    folder = cache / f"{path.stem}-{cache_key(path, facts, chat)}"
     if TokenStore.exists(folder):
         return TokenStore(folder)
     unreadable: Counter[str] = Counter()
@@ -148,8 +175,8 @@ def store_of(path: Path, chat: ChatFormat, options: DataOptions, cache: Path) ->
     return build_store(
         folder,
         read_rows(path, options.text_unit, on_error=note),
-        RowEncoder(schema.name, chat, options.bad_rows),
-        ("input_ids", "trained"),
+        encoder(schema.name, chat, options.bad_rows),
+        encoder.columns,
         workers=options.workers if path.stat().st_size >= PARALLEL_FROM else 1,
         meta={"source": str(path), "schema": schema.name},
         unreadable=unreadable,
@@ -183,9 +210,9 @@ def _token_rows(tokens: TokenFile) -> Iterator[tuple[Location, np.ndarray]]:
         yield Location(tokens.path, i + 1), tokens[i]["input_ids"]
 
 
-def _check_ids(tokens: TokenFile, vocab_size: int) -> None:
+def check_ids(tokens: TokenFile, vocab_size: int) -> None:
     """Look at the first and last million ids: ids outside the vocabulary come from another tokenizer."""
-    for row in (tokens[0]["input_ids"], tokens[len(tokens) - 1]["input_ids"]):
+    for row in (*tokens[0].values(), *tokens[len(tokens) - 1].values()):
         for piece in (row[: 1 << 20], row[-(1 << 20) :]):
             if len(piece) and int(piece.max()) >= vocab_size:
                 raise DataError(
@@ -198,13 +225,13 @@ def _check_ids(tokens: TokenFile, vocab_size: int) -> None:
 
 def _from_tokens(path: Path, chat: ChatFormat, options: DataOptions, cache: Path) -> Documents | Packed | Blocks:
     tokens = open_tokens(path)
-    _check_ids(tokens, len(chat.tokenizer))
+    check_ids(tokens, len(chat.tokenizer))
     if tokens.kind != "sequences":
         found = f"token rows of kind '{tokens.kind}'"
         raise DataError(Location(path), found, f"id lists for {options.stage}", "use the matching trainer")
     if options.stage == "pretrain" and isinstance(tokens.rows, np.ndarray) and options.block_size:
         return Blocks(tokens.rows.reshape(-1), str(path), options.block_size)
-    folder = cache / f"{path.stem}-{_key(path, ['tokens', options.stage, options.bad_rows], chat)}"
+    folder = cache / f"{path.stem}-{cache_key(path, ['tokens', options.stage, options.bad_rows], chat)}"
     everything = options.stage == "pretrain"
     encode = _TokenRows(ChatFormat(chat.tokenizer, train_on="all") if everything else chat, options.bad_rows)
     store = build_store(folder, _token_rows(tokens), encode, ("input_ids", "trained"), meta={"source": str(path)})
@@ -239,7 +266,7 @@ def load_language_data(paths: Iterable[str], chat: ChatFormat, options: DataOpti
             "'bfd_split' for fine-tuning"
         )
     parts = []
-    for path in (file for given in paths for file in _files(Path(given))):
+    for path in (file for given in paths for file in files_of(Path(given))):
         if path.suffix in TOKEN_SUFFIXES:
             parts.append(_from_tokens(path, chat, options, cache))
         else:
@@ -249,5 +276,5 @@ def load_language_data(paths: Iterable[str], chat: ChatFormat, options: DataOpti
     return Joined(parts)
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     return [path] if path.suffix in TOKEN_SUFFIXES else data_files(path)

@@ -5,6 +5,7 @@ accumulation steps; resume is a seek, and a changed number of ranks loses and re
 """
 
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
@@ -68,6 +69,9 @@ class StepSource(Protocol):
     def num_steps(self) -> int | None:
         """Optimizer steps of one epoch; None when unknown."""
 
+    def size(self) -> int | None:
+        """The position at the end of an epoch, whatever the number of ranks; None when unknown."""
+
     def steps(self, epoch: int, position: int) -> Iterator[tuple[list[Batch], int]]:
         """Each step's micro-batches for this rank, and the position after it."""
 
@@ -76,7 +80,7 @@ class SampleDataset(Protocol):
     """A map from index to sample with known lengths."""
 
     lengths: np.ndarray  # [number of samples], tokens
-    file_sizes: Sequence[int]  # samples of each file; files are visited one after another
+    file_sizes: list[int]  # samples of each file; files are visited one after another
 
     def __getitem__(self, index: int) -> Any: ...
 
@@ -89,6 +93,21 @@ class _Groups(torch.utils.data.Dataset):
 
     def __getitem__(self, group: Sequence[int]) -> Batch:
         return self.collate([self.dataset[int(i)] for i in group])
+
+
+class IgnoreSignals:
+    """Starts a worker of a DataLoader so that SIGTERM and SIGINT, which schedulers and terminals send to every process,
+    do not end it: the training process has a step to finish and a checkpoint to write, and dismisses it afterwards.
+    """
+
+    def __init__(self, then: Callable[[int], object] | None = None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker)
 
 
 class SampleStream:
@@ -131,6 +150,8 @@ class SampleStream:
     def __len__(self) -> int:
         return sum(self.dataset.file_sizes)
 
+    size = __len__
+
     def num_steps(self) -> int:
         return math.ceil(len(self) / self.rows_per_step)
 
@@ -169,6 +190,7 @@ class SampleStream:
             sampler=groups,  # type: ignore[arg-type]  # any iterable of "indices" serves
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=IgnoreSignals(),
         )
         batches = iter(loader)
         for step, is_filler, stop in self._plan(epoch, position):
@@ -197,18 +219,23 @@ class LoaderSteps:
         self.loader, self.accumulation, self.seed = loader, accumulation, seed
         self.micro_batch_tokens = micro_batch_tokens
         sampler = loader.sampler if isinstance(loader, DataLoader) else None
+        if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, IgnoreSignals):
+            loader.worker_init_fn = IgnoreSignals(loader.worker_init_fn)
         self._distributed = sampler if isinstance(sampler, DistributedSampler) else None
         self.rank, self.world_size = (0, 1) if self._distributed else (rank, world_size)
         owners = [sampler, loader] if isinstance(loader, DataLoader) else []
         generators = [o.generator for o in owners if isinstance(o, DataLoader | RandomSampler)]
         self._generators = [(g, g.initial_seed()) for g in dict.fromkeys(generators) if g is not None]
 
-    def num_steps(self) -> int | None:
+    def size(self) -> int | None:
         try:
-            size = len(self.loader)  # type: ignore[arg-type]
+            return len(self.loader)  # type: ignore[arg-type]
         except TypeError:
             return None
-        return math.ceil(size / (self.accumulation * self.world_size))
+
+    def num_steps(self) -> int | None:
+        size = self.size()
+        return None if size is None else math.ceil(size / (self.accumulation * self.world_size))
 
     def _entered_at(self, epoch: int, position: int) -> Iterator[Batch]:
         """The loader's batches from `position` on, in an order that depends on (seed, epoch) alone."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from llm_trainer.config.env import environment
 
 T = TypeVar("T")
+_patient: dist.ProcessGroup | None = None  # for waits as long as the data takes to be prepared
 
 
 def start(device: torch.device, timeout_s: float = 600) -> None:
@@ -18,7 +19,11 @@ def start(device: torch.device, timeout_s: float = 600) -> None:
     if environment().world_size == 1 or dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL keeps what it exchanges besides tensors
+    global _patient
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def stop() -> None:
@@ -59,12 +64,12 @@ def gather_objects(value: object) -> list:
     return values
 
 
-def broadcast_object(value: T) -> T:
-    """The main process's `value`, everywhere."""
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """The main process's `value`, everywhere (the ranks exchange it in `group`, by default the one of training)."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
@@ -72,7 +77,7 @@ def broadcast_object(value: T) -> T:
 def main_process_first() -> Iterator[None]:
     """The main process runs the block first (it may write files); the others wait and then find its files.
 
-    If the main process fails, the others fail too instead of waiting for ever.
+    However long it takes: tokenizing may outlast the timeout of training. If the main process fails, the others fail too.
     """
     failure: Exception | None = None
     if is_main():
@@ -80,7 +85,7 @@ def main_process_first() -> Iterator[None]:
             yield
         except Exception as error:
             failure = error
-    failure = broadcast_object(failure)
+    failure = broadcast_object(failure, _patient)
     if failure is not None:
         raise failure
     if not is_main():

@@ -1,5 +1,6 @@
 """The plain PyTorch engine: one process, or DistributedDataParallel over gloo or NCCL."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,13 +14,25 @@ from llm_trainer.config.env import environment
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 
+# The forward need not exchange buffers; torch 2.13 renamed the switch and warns of the old name.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def detect_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best one of this process: its own GPU under torchrun, else any GPU, else the CPU."""
+    """The device called `name`, or the best one of this process: its own GPU under torchrun, else any GPU, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     if name is not None:
-        return torch.device(name)
+        there = ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()]
+        if name.split(":")[0] not in there:
+            raise ValueError(f"device: got {name!r}, but this machine has {', '.join(there)}")
+        if name != "cuda":  # without a number it means each process's own
+            return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", environment().local_rank)
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
@@ -63,9 +76,7 @@ class TorchEngine(Engine):
         self._optimizer = optimizer
         if self.ddp:
             index = [self.device.index] if self.device.type == "cuda" else None
-            module = DistributedDataParallel(
-                module, device_ids=index, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            module = DistributedDataParallel(module, device_ids=index, gradient_as_bucket_view=True, **DDP_OPTIONS)
         self._module = module
         return module
 
@@ -77,8 +88,9 @@ class TorchEngine(Engine):
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         # DDP decides in its forward whether this backward will reduce, so the context has to begin before the forward.
-        quiet = isinstance(self._module, DistributedDataParallel) and not last
-        with self._module.no_sync() if quiet else nullcontext(), self.precision():
+        module = self._module
+        quiet = module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+        with quiet, self.precision():
             yield
 
     def backward(self, loss: torch.Tensor) -> None:

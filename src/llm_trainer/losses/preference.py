@@ -1,4 +1,4 @@
-"""Losses that learn from comparisons (DPO and its relatives) and from thumbs up / thumbs down (KTO).
+"""Losses that learn from comparisons: DPO and its relatives. Those on single answers are in `unpaired`.
 
 Every algorithm here sees a completion as one number, its log-probability under the policy, and usually a second one
 under a frozen reference model. With `lc = log pi(chosen) - log ref(chosen)` and `lr` the same for the rejected one, DPO
@@ -9,7 +9,7 @@ is `-log sigmoid(beta * (lc - lr))`; the others change what is compared, or the 
     terms.total(num_pairs, num_nll_terms).backward()        # the counts of the whole optimizer step
 
 Losses are returned per pair, so that cutting a step into micro-batches changes nothing; the exceptions are
-named in `BATCH_COUPLED`. Metric names are those of TRL. Letters: `B` pairs (or completions), `T` positions.
+named in `BATCH_COUPLED`. Metric names are those of TRL. Letters: `B` pairs, `T` positions.
 """
 
 import difflib
@@ -32,6 +32,8 @@ class Pairs:
         ref_chosen_logps: the sums under the reference model; rejected likewise. None: no reference model.
         surplus: for `ld_dpo`, log-ratios of (chosen, rejected) over the tokens by which one is longer than the other.
         reward_baseline: `[]`, for `bco_pair`, the running mean of the rewards of earlier steps; 0 if not given.
+        nll_logps: what the NLL term is the mean of, when it is not the chosen completion alone, such as prompt and
+            completion; with `nll_lengths`, its number of tokens.
     """
 
     chosen_logps: Tensor
@@ -42,6 +44,8 @@ class Pairs:
     ref_rejected_logps: Tensor | None = None
     surplus: tuple[Tensor, Tensor] | None = None
     reward_baseline: Tensor | None = None
+    nll_logps: Tensor | None = None
+    nll_lengths: Tensor | None = None
 
     def log_ratios(self, average: bool = False) -> tuple[Tensor, Tensor]:
         """`(lc, lr)`, both `[B]`: policy minus reference log-prob of chosen and rejected, per token if `average`."""
@@ -212,8 +216,8 @@ def sppo_hard_loss(pairs: Pairs, options: "PreferenceLoss") -> Tensor:
 def bco_pair_loss(pairs: Pairs, options: "PreferenceLoss") -> Tensor:
     """BCO (Jung et al. 2024, arXiv:2404.04656): classify rewards as above or below their running mean. `[B]`.
 
-    The mean is `pairs.reward_baseline`; keep it with `update_running_mean` from the reward metrics of every step. It is
-    the mean before this step, 0 in the first one, so that the loss of a pair does not depend on the other pairs.
+    The mean is `pairs.reward_baseline`, kept by the caller from the reward metrics of every step: the mean before this
+    step, 0 in the first one, so that the loss of a pair does not depend on the other pairs.
     """
     chosen, rejected = (options.beta * ratio for ratio in pairs.log_ratios())
     baseline = 0.0 if pairs.reward_baseline is None else pairs.reward_baseline
@@ -308,11 +312,11 @@ _SMOOTHED = frozenset(
     {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "ld_dpo", "simpo", "cpo"}
 )
 
-# The NLL term as numerators and denominators per pair, both [B]. "token": every chosen token of the step counts the
-# same; "sequence": every chosen completion does (RPO, Pang et al. 2024, arXiv:2404.19733).
-NLL_NORMS: dict[str, Callable[[Pairs], tuple[Tensor, Tensor]]] = {
-    "token": lambda pairs: (-pairs.chosen_logps, pairs.chosen_lengths),
-    "sequence": lambda pairs: (-pairs.average_logps()[0], pairs.chosen_lengths.clamp(max=1)),
+# The NLL term: (log-probs, lengths), both [B] -> numerators and denominators per pair, both [B]. "token": every token
+# of the step counts the same; "sequence": every completion does (RPO, Pang et al. 2024, arXiv:2404.19733).
+NLL_NORMS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "token": lambda logps, lengths: (-logps, lengths),
+    "sequence": lambda logps, lengths: (-logps / lengths.clamp(min=1), lengths.clamp(max=1)),
 }
 
 
@@ -435,12 +439,28 @@ class PreferenceLoss:
         for name, weight in weights.items():
             if name != "sft":
                 losses = losses + weight * PAIR_LOSSES[name](pairs, self)
-        nll_coef = self.nll_loss_coef
-        if nll_coef is None:
-            nll_coef = sum(weights[name] for name in weights.keys() & _WITH_NLL)
-        nll_sums, nll_counts = NLL_NORMS[self.nll_norm](pairs)
+        logps = pairs.chosen_logps if pairs.nll_logps is None else pairs.nll_logps
+        lengths = pairs.chosen_lengths if pairs.nll_lengths is None else pairs.nll_lengths
+        nll_sums, nll_counts = NLL_NORMS[self.nll_norm](logps, lengths)
         metrics = {name: value.detach() for name, value in self._metrics(pairs, set(weights)).items()}
-        return PreferenceTerms(losses, nll_sums, nll_counts, nll_coef + weights.get("sft", 0.0), metrics)
+        return PreferenceTerms(losses, nll_sums, nll_counts, self.nll_weight, metrics)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The losses that are mixed, "sft" for the NLL term."""
+        return frozenset(resolve_loss_type(self.loss_type))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss compares with a reference model."""
+        return not self.names <= REFERENCE_FREE
+
+    @property
+    def nll_weight(self) -> float:
+        """The weight that the NLL term has in the end."""
+        weights = resolve_loss_type(self.loss_type)
+        own = sum(weights[name] for name in weights.keys() & _WITH_NLL)
+        return (own if self.nll_loss_coef is None else self.nll_loss_coef) + weights.get("sft", 0.0)
 
     def _metrics(self, pairs: Pairs, names: set[str]) -> dict[str, Tensor]:
         """Per pair, `[B]`. Rewards are `beta` times summed log-ratios, whatever the loss averages (as in TRL)."""
@@ -460,100 +480,3 @@ class PreferenceLoss:
             metrics["log_odds_chosen"] = log_odds(pairs)
             metrics["log_odds_ratio"] = F.logsigmoid(metrics["log_odds_chosen"])
         return metrics
-
-
-def update_running_mean(mean: Tensor, count: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Add rewards `[n]` to their running mean `[]` over `count` `[]` (`bco_pair`'s baseline): new `(mean, count)`."""
-    total = count + values.numel()
-    return mean + (values.detach() - mean).sum() / total.clamp(min=1), total
-
-
-def kto_loss(log_ratios: Tensor, labels: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """KTO (Ethayarajh et al. 2024, arXiv:2402.01306): `1 - sigmoid(+-beta (log_ratio - kl))`. `[B]`."""
-    gain = beta * (log_ratios - kl)
-    return torch.sigmoid(torch.where(labels, -gain, gain))
-
-
-def apo_zero_unpaired_loss(log_ratios: Tensor, labels: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """APO-zero for unpaired data (arXiv:2408.06266): KTO with the reference point at 0; `kl` is not read. `[B]`."""
-    return kto_loss(log_ratios, labels, torch.zeros_like(kl), beta)
-
-
-# (log_ratios [B], labels [B] bool, kl [], beta) -> [B].
-UNPAIRED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
-    "kto": kto_loss,
-    "apo_zero_unpaired": apo_zero_unpaired_loss,
-}
-
-
-@dataclass(frozen=True)
-class UnpairedLoss:
-    """A loss on completions that are desirable or not, with its settings.
-
-    The weights balance unequal numbers of the two: the paper keeps (weight x number) of both within a factor 4/3.
-    """
-
-    loss_type: str = "kto"
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.loss_type not in UNPAIRED_LOSSES:
-            raise ValueError(
-                f"loss_type {self.loss_type!r} is no loss on unpaired data; known: {list(UNPAIRED_LOSSES)}."
-            )
-        if self.beta <= 0:
-            raise ValueError(f"beta={self.beta} must be above 0.")
-
-    def __call__(self, log_ratios: Tensor, labels: Tensor, kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score `B` completions.
-
-        Args:
-            log_ratios: `[B]` summed log-probs, policy minus reference.
-            labels: `[B]` bool, True where the completion is desirable.
-            kl: `[]` from `kto_kl`, over the whole optimizer step.
-
-        Returns:
-            The losses `[B]`, of which the step takes the mean, and detached metrics: "kl" `[]` and the rewards of the
-            two kinds, "rewards/chosen" `[num desirable]`, "rewards/rejected" `[num undesirable]` (either may be empty).
-        """
-        losses = UNPAIRED_LOSSES[self.loss_type](log_ratios, labels, kl, self.beta)
-        losses = torch.where(labels, self.desirable_weight * losses, self.undesirable_weight * losses)
-        rewards = self.beta * log_ratios.detach()  # selecting by a mask makes the host wait for the device
-        return losses, {"rewards/chosen": rewards[labels], "rewards/rejected": rewards[~labels], "kl": kl}
-
-
-def kto_kl(mismatched_log_ratios: Tensor) -> Tensor:
-    """KTO's reference point `[]`: the mean of the summed log-ratios `[N]` of mismatched pairs, at least 0, no gradient.
-
-    Give it all mismatched pairs of the optimizer step at once: a maximum with 0 per micro-batch would bias it upwards.
-    """
-    return mismatched_log_ratios.detach().sum().div(max(mismatched_log_ratios.numel(), 1)).clamp(min=0)
-
-
-def mismatched_order(prompts: Tensor) -> Tensor:
-    """Choose, for every prompt of a batch, the row whose completion it is paired with to estimate KTO's KL.
-
-    Row `i` gets another row, and one with another prompt wherever no prompt fills more than half of the batch; so it
-    does not matter whether the sampler shuffles, or puts the completions of a prompt side by side.
-
-    Args:
-        prompts: `[B]` prompt ids or `[B, P]` prompt tokens; equal entries are the same prompt.
-
-    Returns:
-        `[B]`, a permutation: prompt `i` goes with completion `order[i]`.
-
-    Raises:
-        ValueError: `B` is below 2.
-    """
-    size = len(prompts)
-    if size < 2:
-        raise ValueError(
-            f"KTO's KL needs mismatched pairs and so at least 2 rows in a batch, found {size}; raise batch_size."
-        )
-    _, group, counts = torch.unique(prompts, dim=0, return_inverse=True, return_counts=True)
-    by_prompt = group.argsort(stable=True)
-    # Equal prompts now lie in runs; rotating by the longest run (not by B, which is no rotation) leaves every run.
-    rotated = by_prompt.roll(-min(int(counts.max()), size - 1))
-    return torch.empty_like(by_prompt).scatter_(0, by_prompt, rotated)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 TRAINERS = {  # name -> module and class
     "pretrain": "llm_trainer.trainers.language:Trainer",
     "sft": "llm_trainer.trainers.language:SFTTrainer",
+    "dpo": "llm_trainer.trainers.preference:DPOTrainer",
+    "kto": "llm_trainer.trainers.unpaired:KTOTrainer",
+    "reward": "llm_trainer.trainers.reward:RewardTrainer",
 }
 
 

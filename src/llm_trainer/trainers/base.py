@@ -1,7 +1,7 @@
 """BaseTrainer: what an algorithm must say. Everything else (loop, engines, checkpoints, logging) is elsewhere."""
 
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -120,6 +120,22 @@ class BaseTrainer(metaclass=TrainerMeta):
     def _loss_weight(self, batch: Any) -> float | torch.Tensor:
         """Number of terms that the loss of `batch` is a mean of; 1 gives the textbook loss / accumulation."""
         return 1.0
+
+    def _begin_step(
+        self, batches: list[Any], weights: list[float], sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """See all micro-batches of an optimizer step before the first of them runs, without gradients.
+
+        For a loss with a second denominator, or with an estimate that is made from the whole step.
+
+        Args:
+            batches: this rank's micro-batches, as they came from the loader.
+            weights: `_loss_weight` of each; 0 for a batch that only keeps a rank without rows in step.
+            sum_over_ranks: sums a tensor over the processes; in evaluation, where every batch is a step, it does not.
+        """
+
+    def _end_step(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Act after the last backward of a training step, before the update."""
 
     def _count_tokens(self, batch: Any) -> int:
         """Tokens of a micro-batch, for tokens/s."""

@@ -1,16 +1,23 @@
 """Language modelling: next-token prediction on the tokens that are trained on. Pretraining and SFT are this."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from llm_trainer.losses.distill import mix_with_task
 from llm_trainer.losses.language import LanguageLoss
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.distill import Distillation, TeacherDistance, make_teacher, own_answers
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.data.stream import Batch, StepSource
+
+_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "distance")
 
 
 class Trainer(BaseTrainer):
@@ -22,16 +29,26 @@ class Trainer(BaseTrainer):
     Args:
         loss: label smoothing, z-loss, critical tokens, DFT.
         aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model (Fedus et al. 2021).
+        kd: learn from a teacher as well.
+        teacher_model: the teacher of `kd`; without `kd`, of a `Distillation()`.
     """
 
     config_section = "pretrain_config"
 
     def __init__(
-        self, *args: Any, loss: LanguageLoss | None = None, aux_loss_coef: float = 0.001, **kwargs: Any
+        self,
+        *args: Any,
+        loss: LanguageLoss | None = None,
+        aux_loss_coef: float = 0.001,
+        kd: Distillation | None = None,
+        teacher_model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         self.loss = loss or LanguageLoss()
         self.aux_loss_coef = aux_loss_coef
+        self.kd = kd if teacher_model is None else replace(kd or Distillation(), teacher_model=teacher_model)
         super().__init__(*args, **kwargs)
+        self.teacher = None if self.kd is None else make_teacher(self.kd, self.base_model, self.device)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
@@ -56,19 +73,39 @@ class Trainer(BaseTrainer):
     def _count_tokens(self, batch: dict[str, torch.Tensor]) -> int:
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
-    def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+    def _get_extra_config_info(self) -> dict[str, Any]:
+        return {} if self.kd is None else {"distillation": self.kd}
 
-    def _forward(self, batch: dict[str, torch.Tensor]) -> TokenScores:
-        names = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths")
-        return self.model(**{name: batch[name] for name in names if name in batch})
+    def _train_steps(self, source: "StepSource", epoch: int, position: int) -> "Iterator[tuple[list[Batch], int]]":
+        for batches, after in super()._train_steps(source, epoch, position):
+            seed = None if self.kd is None else self.kd.sampling_seed(self.run.settings.seed, self.run.progress.step)
+            if self.kd is not None and seed is not None:
+                with self.run.engine.precision():  # what is no mapping is the filler of a rank without rows
+                    batches = [
+                        own_answers(dict(b), self.base_model, self.kd, seed) if isinstance(b, Mapping) else b
+                        for b in batches
+                    ]
+            yield batches, after
 
-    def _compute_loss(self, outputs: TokenScores, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        placed: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        if self.kd is not None and self.teacher is not None:
+            placed["distance"] = TeacherDistance(self.teacher(placed), self.kd)
+        return placed
+
+    def _forward(self, batch: dict[str, Any]) -> TokenScores:
+        return self.model(**{name: batch[name] for name in _INPUTS if name in batch})
+
+    def _compute_loss(self, outputs: TokenScores, batch: dict[str, Any]) -> torch.Tensor:
         count = outputs.num_tokens
         self.record("mean_token_accuracy", outputs.correct.sum(), count)
         if outputs.entropy is not None:
             self.record("entropy", outputs.entropy.sum(), count)
         loss = outputs.loss_sum / count.clamp(min=1)
+        if self.kd is not None and outputs.distance is not None:
+            self.record("task_loss", outputs.loss_sum.detach(), count)
+            self.record("kd_loss", outputs.distance.detach(), count)
+            loss = mix_with_task(loss, outputs.distance / count.clamp(min=1), self.kd.kd_coef)
         if outputs.aux_loss is not None and self.aux_loss_coef:
             self.record("aux_loss", outputs.aux_loss.detach() * count, count)
             loss = loss + self.aux_loss_coef * outputs.aux_loss

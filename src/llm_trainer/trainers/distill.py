@@ -1,0 +1,239 @@
+"""Knowledge distillation inside language modelling: a teacher's distribution is learned beside the labels.
+
+    loss = kd_coef * mean divergence from the teacher + (1 - kd_coef) * mean task loss
+
+over the supervised tokens of the whole optimizer step (Hinton et al. 2015, arXiv:1503.02531, section 2). The teacher
+sees the batch without gradients before the student does. Of both models only the hidden states of supervised tokens are
+kept; the student's forward turns them into logits a few rows at a time.
+
+On-policy (GKD, Agarwal et al. 2023, arXiv:2306.13649): in a share of the steps the answers are the student's own, so
+that it learns what the teacher would say in the places where the student really goes.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from llm_trainer.generation.sampler import generate
+from llm_trainer.losses.distill import TeacherLogits, chunked_divergence, divergence, teacher_head
+from llm_trainer.models.frozen import freeze
+from llm_trainer.models.scored import ScoredModel, scored
+from llm_trainer.trainers.completions import IGNORE, Batch, as_rows
+
+Teacher = Callable[[Batch], TeacherLogits]  # a batch -> its logits before each supervised label
+LogitsProvider = Callable[
+    [Tensor, Tensor], Tensor
+]  # input_ids [B, L], attention_mask [B, L] -> logits [B, L, V or more]
+BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}  # the ends of GKD's beta; `jsd` lies between them
+# Elements of one chunk of logits; about six arrays of this size exist at once (128 MiB each in float32).
+CHUNK_ELEMENTS = 2**25
+
+
+class TeacherError(ValueError):
+    """A teacher that this student cannot learn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """From whom, how much and how a student learns.
+
+    Attributes:
+        teacher_model: a causal language model with the student's tokenizer; it is frozen.
+        teacher_logits_provider: instead of a model, `(input_ids [B, L], attention_mask [B, L]) -> logits [B, L, V]`.
+            What exceeds the student's vocabulary is padding and cut off.
+        kd_coef: share of the distillation in the loss; the task has the rest.
+        divergence: `forward_kl` KL(teacher || student), `reverse_kl` KL(student || teacher), or `jsd`, the generalised
+            Jensen-Shannon divergence of GKD.
+        beta: weight of the teacher in the mixture of `jsd`, in (0, 1).
+        temperature: divides the logits of both.
+        t_squared: multiply the divergence by temperature^2, as Hinton et al. do; TRL does not.
+        on_policy_fraction: share of the steps whose answers are the student's own.
+        max_new_tokens: longest such answer.
+        sampling_temperature: of these answers; 0 takes the likeliest token.
+        stop_token_ids: end such an answer.
+    """
+
+    teacher_model: nn.Module | None = None
+    teacher_logits_provider: LogitsProvider | None = None
+    kd_coef: float = 0.4
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    t_squared: bool = False
+    on_policy_fraction: float = 0.0
+    max_new_tokens: int = 128
+    sampling_temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.divergence not in (*BETAS, "jsd"):
+            raise ValueError(f"divergence is {self.divergence!r}; expected one of {', '.join(BETAS)}, jsd")
+        if not (0 < self.beta < 1 and self.temperature > 0 and 0 <= self.kd_coef <= 1):
+            raise ValueError(
+                f"beta={self.beta}, temperature={self.temperature}, kd_coef={self.kd_coef}: expected beta in (0, 1) (the "
+                "ends are forward_kl and reverse_kl), temperature above 0 and kd_coef in [0, 1]"
+            )
+        if not 0 <= self.on_policy_fraction <= 1:
+            raise ValueError(f"on_policy_fraction is {self.on_policy_fraction}; expected a share of steps in [0, 1]")
+        if self.on_policy_fraction and not self.stop_token_ids:
+            raise ValueError("on_policy_fraction: expected stop_token_ids, where the student's own answers end")
+
+    def __str__(self) -> str:
+        teacher = "a function" if self.teacher_model is None else type(self.teacher_model).__name__
+        own = f", {self.on_policy_fraction:.0%} of the steps on its own answers" if self.on_policy_fraction else ""
+        return f"{self.kd_coef:g} x {self.divergence} from {teacher}{own}"
+
+    def sampling_seed(self, seed: int, step: int) -> int | None:
+        """The seed of the student's answers if this step is on-policy: a function of (seed, step) alone."""
+        noise = Random(f"{seed} {step}")
+        return noise.getrandbits(62) if noise.random() < self.on_policy_fraction else None
+
+
+class TeacherDistance:
+    """How far a student is from a teacher, summed over tokens: what `ScoredModel` calls a distance."""
+
+    def __init__(self, teacher: TeacherLogits, kd: Distillation) -> None:
+        self.teacher, self.temperature = teacher, kd.temperature
+        self.beta = BETAS.get(kd.divergence, kd.beta)
+        self.factor = kd.temperature**2 if kd.t_squared else 1.0
+
+    def __call__(self, states: Tensor, head: nn.Linear | None) -> Tensor:
+        """Of the student's states `[N, D]` and head, or its logits `[N, V]` -> scalar, differentiable."""
+        if head is None:
+            values = divergence(states, self.teacher(0, len(states)), self.beta, self.temperature)
+            return self.factor * values.sum()
+        hidden, weight = _without_bias(states, head)
+        size = max(1, CHUNK_ELEMENTS // len(weight))
+        total, _ = chunked_divergence(
+            hidden, weight, self.teacher, beta=self.beta, temperature=self.temperature, chunk_size=size
+        )
+        return self.factor * total
+
+
+def _without_bias(states: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """States and weight whose product is the head's output: a bias is the weight of one more input, which is 1."""
+    if head.bias is None:
+        return states, head.weight
+    return F.pad(states, (0, 1), value=1.0), torch.cat([head.weight, head.bias[:, None]], dim=1)
+
+
+def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> Teacher:
+    """The teacher of `kd`, frozen and placed.
+
+    Raises:
+        TeacherError: there is no teacher, there are two, it is the student, or it knows fewer tokens.
+    """
+    model, provider = kd.teacher_model, kd.teacher_logits_provider
+    theirs, ours = _num_tokens(model), _num_tokens(student)
+    if theirs and theirs < ours:
+        raise TeacherError(
+            f"teacher_model knows {theirs} tokens, the student {ours}; expected a teacher with the student's tokenizer "
+            "and at least as many rows of embeddings; if the student has rows that no token uses, resize its embeddings"
+        )
+    if model is not None and provider is None and model is not student:
+        return partial(_of_model, scored(freeze(model), with_entropy=False).to(device))
+    if model is None and provider is not None:
+        return partial(_of_provider, provider)
+    found = "neither" if model is None else "both" if provider is not None else "the student itself as teacher_model"
+    raise TeacherError(f"distillation: found {found}; expected a teacher_model or a teacher_logits_provider")
+
+
+def _num_tokens(model: nn.Module | None) -> int:
+    """Rows of a transformers model's embeddings; 0: not known."""
+    from transformers import PreTrainedModel
+
+    return model.get_input_embeddings().num_embeddings if isinstance(model, PreTrainedModel) else 0
+
+
+@torch.no_grad()
+def _of_model(model: ScoredModel, batch: Batch) -> TeacherLogits:
+    names = ("input_ids", "attention_mask", "position_ids", "document_lengths")
+    inputs = {name: batch[name] for name in names if name in batch}
+    states, _ = model.states(supervised=batch["labels"][:, 1:] != IGNORE, **inputs)  # [N, D], or logits [N, V]
+    if model.head is None:
+        return lambda start, stop: states[start:stop]
+    return teacher_head(*_without_bias(states, model.head))
+
+
+@torch.no_grad()
+def _of_provider(provider: LogitsProvider, batch: Batch) -> TeacherLogits:
+    """Flat batches are given to the provider as padded rows, which is what it knows."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    ids, mask = as_rows(batch["input_ids"], batch), as_rows(mask, batch)
+    predicting = as_rows(F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1)), batch)  # [B, T]
+    logits = provider(ids, mask)
+    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        raise TeacherError(
+            f"teacher_logits_provider returned logits of shape {tuple(logits.shape)} for input_ids "
+            f"{tuple(ids.shape)}; expected {tuple(ids.shape)} and the vocabulary, one row of logits per token"
+        )
+    flat, rows = logits.flatten(0, 1), predicting.flatten().nonzero()[:, 0].to(logits.device)
+    return lambda start, stop: flat[rows[start:stop]].to(ids.device)
+
+
+def check_same_tokenizer(student: Mapping[str, int], teacher: Mapping[str, int], name: str) -> None:
+    """The ids of both must mean the same tokens, or the teacher's logits are about something else.
+
+    Args:
+        student: token -> id.
+        teacher: token -> id.
+        name: of the teacher, for the message.
+
+    Raises:
+        TeacherError: they do not; the message names the first ids that differ.
+    """
+    ours, theirs = ({number: token for token, number in vocabulary.items()} for vocabulary in (student, teacher))
+    different = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    if different:
+        examples = "; ".join(f"id {i} is {ours.get(i)!r} here and {theirs.get(i)!r} there" for i in different[:3])
+        raise TeacherError(
+            f"teacher_model: {name!r} has another tokenizer than the student: {len(different)} ids differ ({examples}; "
+            "None: no such id). Expected the same tokens under the same ids: choose a teacher of the student's family, "
+            "or map its logits onto the student's vocabulary yourself with teacher_logits_provider"
+        )
+
+
+def own_answers(batch: Batch, student: nn.Module, kd: Distillation, seed: int) -> Batch:
+    """The batch with every row's last answer replaced by what the student writes, padded on the right.
+
+    What comes before that answer is the prompt, earlier answers included; a row without an answer stays as it is. A
+    row's noise follows from `seed` and the row's tokens, so it does not depend on how the step is cut.
+
+    Args:
+        batch: `input_ids`, `labels`, perhaps `attention_mask` `[B, T]`; or a flat one.
+    """
+    mask = as_rows(batch.get("attention_mask", torch.ones_like(batch["input_ids"])), batch).bool()
+    columns = as_rows(batch["input_ids"], batch), as_rows(batch["labels"], batch)
+    rows = [tuple(column[r, present].tolist() for column in columns) for r, present in enumerate(mask)]
+    starts = {r: start for r, (_, labels) in enumerate(rows) if (start := _start_of_last_answer(labels))}
+    written = generate(
+        student,
+        [rows[r][0][:start] for r, start in starts.items()],
+        max_new_tokens=kd.max_new_tokens,
+        pad_token_id=0,
+        stop_token_ids=kd.stop_token_ids,
+        temperature=kd.sampling_temperature,
+        seed=seed,
+        row_numbers=[zlib.crc32(repr(rows[r]).encode()) for r in starts],
+    )
+    for (r, start), answer in zip(starts.items(), written.ids, strict=True):
+        rows[r] = rows[r][0][:start] + answer, [IGNORE] * start + answer
+    ids, labels = ([torch.tensor(row[i]) for row in rows] for i in (0, 1))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+    }
+
+
+def _start_of_last_answer(labels: list[int]) -> int:
+    """Where the last run of supervised labels `[T]` begins; 0: there is none, as position 0 is never predicted."""
+    last = max((i for i in range(1, len(labels)) if labels[i] != IGNORE), default=0)
+    return 1 + max((i for i in range(last) if i == 0 or labels[i] == IGNORE), default=-1)

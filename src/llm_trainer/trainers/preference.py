@@ -1,0 +1,237 @@
+"""Learning from pairs of a better and a worse answer: DPO and its relatives, and ORPO, SimPO, CPO without a reference."""
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_trainer.losses.preference import (
+    NLL_NORMS,
+    Pairs,
+    PreferenceLoss,
+    PreferenceTerms,
+    pairs_from_tokens,
+    resolve_loss_type,
+)
+from llm_trainer.models.frozen import freeze, frozen_copy, same_weights
+from llm_trainer.models.scored import TokenScores, scored
+from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.completions import (
+    Batch,
+    as_rows,
+    count_tokens,
+    join,
+    num_answers,
+    placed,
+    score,
+    supervised,
+    with_prompts,
+)
+
+if TYPE_CHECKING:
+    from llm_trainer.config.schema import TrainConfig
+
+SIDES = ("chosen", "rejected")
+_AT_REFERENCE = {"fp32": 1e-4}  # log-ratio per token that rounding explains, before the first update
+_AT_REFERENCE_HALF = 2e-2  # the same in bf16 and fp16, where a batch's padding changes the last bits
+
+
+class StartError(ValueError):
+    """Policy and reference are the same model, but do not give the same numbers."""
+
+
+class DPOTrainer(BaseTrainer):
+    """Preference optimisation: the mean of `PreferenceLoss` over the pairs of the whole optimizer step.
+
+    Batches: `prompt_input_ids [B, P]`, `chosen_input_ids [B, L]`, `rejected_input_ids [B, L]`, each with its
+    `..._attention_mask`, padded on any side; or joined ones (see `trainers.completions`), chosen rows before rejected.
+    With `ref_log_probs_given` also `ref_chosen_logps [B]` and `ref_rejected_logps [B]`, summed over the answers.
+    Chosen and rejected run in one forward.
+
+    Args:
+        ref_model: what the policy is compared with; None: a frozen copy of the policy as it is now. Losses that need
+            no reference (`orpo`, `simpo`, `cpo`) have none.
+        ref_log_probs_given: the batches carry the reference's log-probs, and no reference model is kept.
+        starts_at_reference: whether policy and reference begin equal, so that the rewards of the first step must be 0
+            (and the loss of DPO ln 2); anything else stops the run. None: found out by comparing the weights.
+        mask_prompt: False: the NLL term counts the prompt's tokens too, as TRL's ORPO does. The comparison never does.
+        aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model.
+        **options: fields of `PreferenceLoss` (`beta=0.1`, `label_smoothing=0.0`, `loss_type="sigmoid"`,
+            `nll_loss_coef`, `nll_norm`, `simpo_gamma`, ...); the others are those of `BaseTrainer`.
+
+    Raises:
+        ValueError: `ref_model` is the policy itself, or an option of the loss makes no sense.
+    """
+
+    config_section = "dpo_config"
+
+    def __init__(
+        self,
+        *args: Any,
+        ref_model: nn.Module | None = None,
+        ref_log_probs_given: bool = False,
+        starts_at_reference: bool | None = None,
+        mask_prompt: bool = True,
+        aux_loss_coef: float = 0.001,
+        **options: Any,
+    ) -> None:
+        self.loss = PreferenceLoss(**{f.name: options.pop(f.name) for f in fields(PreferenceLoss) if f.name in options})
+        self.mask_prompt, self.aux_loss_coef = mask_prompt, aux_loss_coef
+        model = options["model"] if "model" in options else args[0]
+        if ref_model is model:
+            raise ValueError(
+                "ref_model is the policy itself, which changes while it learns; expected another model, or None for a "
+                "frozen copy of the policy as it is now"
+            )
+        reference = None
+        if self.loss.needs_reference and not ref_log_probs_given:
+            reference = frozen_copy(model) if ref_model is None else ref_model
+        if starts_at_reference is None:
+            starts_at_reference = reference is not None and (ref_model is None or same_weights(model, reference))
+        self._at_start = starts_at_reference and self.loss.needs_reference
+        self._baseline = torch.zeros(2, dtype=torch.float64)  # sum and number of the rewards of earlier steps
+        self._new_rewards = torch.zeros(2)
+        super().__init__(*args, **options)
+        self._new_rewards = self._new_rewards.to(self.device)
+        self.reference = None if reference is None else freeze(scored(reference).to(self.device))
+
+    @classmethod
+    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
+        section = config.dpo_config
+        if section is None:
+            return {}
+        return {
+            "loss_type": resolve_loss_type(section.loss_type, section.loss_ipo),
+            "beta": section.loss_beta,
+            "label_smoothing": section.loss_label_smoothing,
+            "simpo_gamma": section.loss_simpo_gamma,
+            "nll_loss_coef": section.nll_loss_coef,
+            "nll_norm": section.nll_norm,
+            "f_divergence": section.f_divergence,
+            "f_alpha": section.f_alpha,
+            "discopop_tau": section.discopop_tau,
+            "ld_alpha": section.ld_alpha,
+            "mask_prompt": section.mask_prompt,
+            "aux_loss_coef": config.loss_config.aux_loss_coef,
+        }
+
+    def _build_module(self, model: nn.Module) -> nn.Module:
+        return scored(model)
+
+    def _loss_weight(self, batch: Batch) -> float:
+        return float(len(batch["chosen_input_ids"]) if "chosen_input_ids" in batch else num_answers(batch) // 2)
+
+    def _count_tokens(self, batch: Batch) -> int:
+        return count_tokens(batch)
+
+    def _get_extra_config_info(self) -> dict[str, Any]:
+        held_to = "given log-probs" if self.loss.needs_reference else "none"
+        return {"loss": self.loss, "reference": held_to if self.reference is None else "a frozen model"}
+
+    def _joined(self, batch: Batch) -> Batch:
+        """The batch as rows, with `completion`, the answers' part of the labels, when the prompts are labels too."""
+        rows = join(batch, SIDES)
+        if self.mask_prompt or not self.loss.nll_weight:
+            return rows
+        return with_prompts(rows, num_answers(rows) // 2) | {"completion": rows["labels"]}
+
+    def _begin_step(
+        self, batches: list[Batch], weights: list[float], sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Count what the step's NLL term is a mean of: it has another denominator than the comparison."""
+        if not self.loss.nll_weight:
+            return
+        counts = [sum(weights), 0.0]
+        for batch, weight in zip(batches, weights, strict=True):
+            if weight:
+                lengths = supervised(self._joined(batch)).sum(1)[: int(weight)]
+                counts[1] += float(NLL_NORMS[self.loss.nll_norm](lengths, lengths)[1].sum())
+        pairs, terms = sum_over_ranks(torch.tensor(counts, device=self.device)).tolist()
+        self._nll_terms_per_pair = terms / max(pairs, 1.0)
+
+    def _prepare_batch(self, batch: Batch) -> Batch:
+        rows = placed(self._joined(batch), self.device)
+        if self.reference is not None and "ref_chosen_logps" not in rows:
+            with torch.no_grad():
+                rows["ref_logprobs"] = score(self.reference, rows).logprobs
+        return rows
+
+    def _forward(self, batch: Batch) -> TokenScores:
+        return score(self.model, batch, differentiable=True)
+
+    def _compute_loss(self, outputs: TokenScores, batch: Batch) -> Tensor:
+        pairs = self._pairs(outputs.logprobs, batch)
+        terms = self.loss(pairs)
+        count = len(terms.losses)
+        if self._at_start and self.model.training and self.run.progress.step == 0:
+            self._check_start(pairs, terms)
+        for name, value in terms.metrics.items():
+            self.record(name, value.sum(), count)
+        nll_terms = None
+        if self.loss.nll_weight:
+            self.record("nll_loss", terms.nll_sums.detach().sum(), terms.nll_counts.sum())
+            nll_terms = self._nll_terms_per_pair * count  # this batch's even share of the step's
+        if "bco_pair" in self.loss.names and self.model.training:
+            rewards = torch.cat([terms.metrics["rewards/chosen"], terms.metrics["rewards/rejected"]])
+            self._new_rewards += torch.stack([rewards.sum().float(), rewards.new_tensor(len(rewards)).float()])
+        loss = terms.total(count, nll_terms)
+        if outputs.aux_loss is not None and self.aux_loss_coef:
+            self.record("aux_loss", outputs.aux_loss.detach() * count, count)
+            loss = loss + self.aux_loss_coef * outputs.aux_loss
+        return loss
+
+    def _pairs(self, logprobs: Tensor, batch: Batch) -> Pairs:
+        """Reduce per-token log-probs to one number per answer."""
+        answers = batch | {"labels": batch.get("completion", batch["labels"])}
+        logps, masks = as_rows(logprobs, batch), supervised(answers).chunk(2)
+        reference: tuple[Tensor | None, ...] = (None, None)
+        if "ref_logprobs" in batch:
+            reference = as_rows(batch["ref_logprobs"], batch).chunk(2)
+        pairs = pairs_from_tokens(*logps.chunk(2), *masks, *reference)
+        changes: dict[str, Any] = {}
+        if "ref_chosen_logps" in batch:
+            changes = {name: batch[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+        if "completion" in batch:
+            nll_mask = supervised(batch).chunk(2)[0]
+            changes["nll_logps"] = torch.where(nll_mask, logps.chunk(2)[0], 0.0).sum(1)
+            changes["nll_lengths"] = nll_mask.sum(1)
+        if "bco_pair" in self.loss.names:
+            total, number = self._baseline.tolist()
+            changes["reward_baseline"] = logps.new_tensor(total / max(number, 1.0))
+        return replace(pairs, **changes)
+
+    def _end_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        if "bco_pair" in self.loss.names:
+            self._baseline += sum_over_ranks(self._new_rewards).cpu()
+            self._new_rewards.zero_()
+
+    def _get_extra_checkpoint_state(self) -> dict[str, Any]:
+        return {"reward_baseline": self._baseline.tolist()}
+
+    def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
+        self._baseline = torch.tensor(state["reward_baseline"], dtype=torch.float64)
+
+    def _check_start(self, pairs: Pairs, terms: PreferenceTerms) -> None:
+        """Before any update an equal policy and reference give rewards of 0, and DPO a loss of ln 2.
+
+        Raises:
+            StartError: they do not.
+        """
+        precision = self.run.engine.precision_name
+        limit = _AT_REFERENCE.get(precision, _AT_REFERENCE_HALF)
+        off = max(float(ratio.detach().abs().max()) for ratio in pairs.log_ratios(average=True))
+        loss, margin = float(terms.losses.detach().mean()), float(terms.metrics["rewards/margins"].abs().mean())
+        is_dpo = resolve_loss_type(self.loss.loss_type) == {"sigmoid": 1.0}
+        if off <= limit and not (is_dpo and abs(loss - math.log(2)) > margin + 1e-5):  # its slope is at most 1
+            return
+        raise StartError(
+            f"before the first update the policy is the reference, so all rewards must be 0 and the loss of DPO "
+            f"{math.log(2):.6f}, but the log-probs differ by {off:.2e} per token (at most {limit:g} is "
+            f"rounding in {precision}) and the loss is {loss:.6f}. Likely causes: dropout in the policy (set "
+            f"attention_dropout and the like to 0), reference log-probs of other weights or another tokenizer, a "
+            f"model that was changed after the trainer was made. If policy and reference are meant to differ, pass "
+            f"starts_at_reference=False"
+        )

@@ -1,0 +1,170 @@
+"""Learning from single answers that are called good or bad: KTO, and APO-zero for such data."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
+from llm_trainer.models.frozen import freeze, frozen_copy
+from llm_trainer.models.scored import TokenScores, scored
+from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.completions import (
+    Batch,
+    as_rows,
+    count_tokens,
+    join,
+    num_answers,
+    placed,
+    score,
+    supervised,
+)
+
+if TYPE_CHECKING:
+    from llm_trainer.config.schema import TrainConfig
+
+_KL = "kl_"  # keys of a batch's mismatched rows: prompts with the completions of other prompts
+
+
+class KTOTrainer(BaseTrainer):
+    """KTO: the mean of `UnpairedLoss` over the answers of the whole optimizer step.
+
+    Batches: `prompt_input_ids [B, P]`, `completion_input_ids [B, L]`, each with its `..._attention_mask`, padded on any
+    side; or joined ones (see `trainers.completions`); and `desirable [B]`, bool.
+
+    KTO's KL is one number per step, over the mismatched pairs of all its micro-batches and ranks. A joined batch brings
+    them (`kl_input_ids`, `kl_labels`, ...: our own data does, so the KL does not depend on the order or on how a step
+    is cut). Otherwise each prompt of a micro-batch gets the completion of another one; a micro-batch of one row has
+    none, and a step without any keeps the KL of the step before.
+
+    Args:
+        ref_model: what the policy is compared with; None: a frozen copy of the policy as it is now.
+        loss_type: 'kto' or 'apo_zero_unpaired', which needs no KL.
+        beta: how strongly the policy is held to the reference.
+        desirable_weight: weight of the good answers.
+        undesirable_weight: weight of the bad ones.
+        aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model.
+    """
+
+    config_section = "kto_config"
+
+    def __init__(
+        self,
+        *args: Any,
+        ref_model: nn.Module | None = None,
+        loss_type: str = "kto",
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        aux_loss_coef: float = 0.001,
+        **options: Any,
+    ) -> None:
+        self.loss = UnpairedLoss(loss_type, beta, desirable_weight, undesirable_weight)
+        self.aux_loss_coef = aux_loss_coef
+        self._kl: float | None = None if loss_type == "kto" else 0.0
+        model = options["model"] if "model" in options else args[0]
+        if ref_model is model:
+            raise ValueError(
+                "ref_model is the policy itself, which changes while it learns; pass None for a copy of it"
+            )
+        reference = frozen_copy(model) if ref_model is None else ref_model
+        super().__init__(*args, **options)
+        self.reference = freeze(scored(reference).to(self.device))
+
+    @classmethod
+    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
+        section = config.kto_config
+        if section is None:
+            return {}
+        return {
+            "loss_type": section.loss_type,
+            "beta": section.loss_beta,
+            "desirable_weight": section.desirable_weight,
+            "undesirable_weight": section.undesirable_weight,
+            "aux_loss_coef": config.loss_config.aux_loss_coef,
+        }
+
+    def _build_module(self, model: nn.Module) -> nn.Module:
+        return scored(model)
+
+    def _loss_weight(self, batch: Batch) -> float:
+        return float(len(batch["desirable"]))
+
+    def _count_tokens(self, batch: Batch) -> int:
+        return count_tokens({name: value for name, value in batch.items() if not name.startswith(_KL)})
+
+    def _begin_step(
+        self, batches: list[Batch], weights: list[float], sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Estimate the KL of the step from its mismatched pairs."""
+        if self.loss.loss_type != "kto":
+            return
+        total, number = torch.zeros((), device=self.device), 0
+        for batch, weight in zip(batches, weights, strict=True):
+            mismatched = self._mismatched(batch)
+            if mismatched is None:
+                continue
+            ratios = self._log_ratios(score(self.model, mismatched).logprobs, mismatched)
+            if weight:
+                total, number = total + ratios.sum(), number + len(ratios)
+        total, count = sum_over_ranks(torch.stack([total, total.new_tensor(number)]))
+        if count > 0:
+            self._kl = float(kto_kl(total, count))
+        elif self._kl is None:
+            raise ValueError(
+                "KTO estimates its KL from prompts with the completions of other prompts, and the first step holds no "
+                "two rows in one micro-batch; expected a batch_size of at least 2, or batches with kl_input_ids"
+            )
+
+    def _mismatched(self, batch: Batch) -> Batch | None:
+        """A batch's mismatched rows on the device: those it brings, or its prompts with one another's completions."""
+        given = {name.removeprefix(_KL): value for name, value in batch.items() if name.startswith(_KL)}
+        if given:
+            return placed(given, self.device)
+        if len(batch["desirable"]) < 2:
+            return None
+        if "prompt_input_ids" not in batch:
+            raise ValueError(
+                "a joined KTO batch brings no mismatched pairs: expected the keys kl_input_ids, kl_labels and "
+                "kl_attention_mask, or prompt_input_ids and completion_input_ids, which the trainer joins itself"
+            )
+        order = mismatched_order(batch["prompt_input_ids"] * batch["prompt_attention_mask"])
+        swapped = {name: batch[name][order] for name in batch if name.startswith("completion_")}
+        kept = {name: batch[name] for name in batch if name.startswith("prompt_")}
+        return placed(join(kept | swapped, ("completion",)), self.device)
+
+    def _log_ratios(self, logprobs: Tensor, rows: Batch) -> Tensor:
+        """`[B]` log-probs of the answers, policy minus reference."""
+        with torch.no_grad():
+            reference = score(self.reference, rows).logprobs
+        return as_rows(logprobs - reference, rows).sum(1)
+
+    def _prepare_batch(self, batch: Batch) -> Batch:
+        rows = {name: value for name, value in batch.items() if not name.startswith(_KL)}
+        return placed(join(rows, ("completion",)), self.device)
+
+    def _forward(self, batch: Batch) -> TokenScores:
+        return score(self.model, batch, differentiable=True)
+
+    def _compute_loss(self, outputs: TokenScores, batch: Batch) -> Tensor:
+        assert self._kl is not None
+        desirable = batch["desirable"].bool()
+        ratios = self._log_ratios(outputs.logprobs, batch)
+        losses, metrics = self.loss(ratios, desirable, ratios.new_tensor(self._kl))
+        self.record("kl", metrics["kl"] * num_answers(batch), num_answers(batch))
+        logps = torch.where(supervised(batch), as_rows(outputs.logprobs.detach(), batch), 0.0).sum(1)
+        for kind, chosen in (("chosen", desirable), ("rejected", ~desirable)):
+            self.record(f"rewards/{kind}", metrics[f"rewards/{kind}"].sum(), chosen.sum())
+            self.record(f"logps/{kind}", logps[chosen].sum(), chosen.sum())
+        loss = losses.mean()
+        if outputs.aux_loss is not None and self.aux_loss_coef:
+            self.record("aux_loss", outputs.aux_loss.detach() * len(losses), len(losses))
+            loss = loss + self.aux_loss_coef * outputs.aux_loss
+        return loss
+
+    def _get_extra_checkpoint_state(self) -> dict[str, Any]:
+        return {"kl": self._kl}
+
+    def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
+        self._kl = state["kl"]

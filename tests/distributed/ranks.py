@@ -1,0 +1,237 @@
+"""Real processes over gloo: `python ranks.py FOLDER` plays every scenario and prints what its ranks saw as JSON.
+
+Imports once and forks the ranks. `torchrun ranks.py --train FOLDER` trains until a signal comes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+from victim import Rows, make_trainer, metric_lines
+
+from llm_trainer import BaseTrainer
+from llm_trainer.checkpoint import CheckpointManager
+from llm_trainer.data.collate import collate_padded
+from llm_trainer.data.stream import SampleStream
+from llm_trainer.engine import dist
+from llm_trainer.hooks import Hook
+
+QUIET = {"val_loader": None, "scheduler": None, "max_epochs": 1, "log_interval": 1, "save_interval_steps": None}
+
+
+class SeenRows(Rows):
+    """Rows that remember which of them were asked for."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.seen: list[int] = []
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.seen.append(index)
+        return super().__getitem__(index)
+
+
+def stream(rows: Rows, rows_per_step: int = 8) -> SampleStream:
+    ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
+    return SampleStream(rows, collate_padded, rows_per_step=rows_per_step, batch_size=2, **ranks)
+
+
+def weights_of(trainer: Any) -> str:
+    """A hash of all weights, bit for bit."""
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainer.base_model.parameters())).hexdigest()
+
+
+def without_dropout(folder: Path, **options: Any) -> Any:
+    trainer = make_trainer(folder, **(QUIET | options))
+    trainer.base_model.drop.p = 0.0
+    return trainer
+
+
+def send(number: int, rank: int, step: int) -> Hook:
+    """A hook by which one rank sends itself a signal, after one step."""
+
+    def kill(run: Any) -> None:
+        if dist.rank() == rank and run.progress.step == step:
+            os.kill(os.getpid(), number)
+
+    return Hook("kill", kill, every_steps=1)
+
+
+# Scenarios. Each is called in every rank, and what it returns is reported.
+
+
+def slow_data(folder: Path) -> float:
+    """The main process prepares data for longer than the timeout of training."""
+    began = time.monotonic()
+    with dist.main_process_first():
+        time.sleep(3 if dist.is_main() else 0)
+    return time.monotonic() - began
+
+
+def train(folder: Path) -> dict[str, Any]:
+    """57 rows in steps of 8: the last step has one row, so the second rank has none."""
+    trainer = without_dropout(folder, train_loader=stream(Rows(57)))
+    first = weights_of(trainer)
+    last = trainer.train()
+    return {"weights": weights_of(trainer), "changed": first != weights_of(trainer), "last": last}
+
+
+def one_raises(folder: Path) -> None:
+    def fail(run: Any) -> None:
+        if dist.rank() == 1 and run.progress.step == 3:
+            raise RuntimeError("rank 1 has had enough")
+
+    without_dropout(folder, hooks=[Hook("fail", fail, every_steps=1)]).train()
+
+
+def signalled(folder: Path) -> None:
+    """Only the second rank hears the signal."""
+    without_dropout(folder, hooks=[send(signal.SIGTERM, rank=1, step=3)]).train()
+
+
+def elastic(folder: Path) -> dict[str, Any]:
+    """Train on from what is there until two more steps are done, then stop as by a scheduler."""
+    rows = SeenRows(62)
+    trainer = without_dropout(folder, train_loader=stream(rows), max_epochs=2)
+    trainer.run._resume()
+    last = trainer.run.progress.step + 2
+    trainer.run._user_hooks.append(send(signal.SIGTERM, rank=0, step=last))
+    try:
+        trainer.train()
+    except SystemExit as error:
+        return {"seen": rows.seen, "code": error.code, "step": trainer.run.progress.step}
+    return {"seen": rows.seen, "code": 0, "step": trainer.run.progress.step}
+
+
+class MeanOfNothing(BaseTrainer):
+    """The mean of the chosen numbers times a weight; without any chosen number its loss is 0 / 0."""
+
+    def _loss_weight(self, batch: torch.Tensor) -> float:
+        return float((batch[1] > 0).sum())
+
+    def _count_tokens(self, batch: torch.Tensor) -> int:
+        return batch[0].numel()
+
+    def _prepare_batch(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(batch[0][:, None])[:, 0]
+
+    def _compute_loss(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return (outputs * batch[1]).sum() / (batch[1] > 0).sum()
+
+
+def mean_trainer(folder: Path, batches: list[torch.Tensor], seed: int = 0, **options: Any) -> MeanOfNothing:
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(1, 1)
+    return MeanOfNothing(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.1),
+        train_loader=batches,
+        max_epochs=1,
+        log_interval=1,
+        device="cpu",
+        use_amp=False,
+        progress=False,
+        save_dir=str(folder),
+        **options,
+    )
+
+
+ONE, NONE, INF = (torch.tensor([[1.0, 2.0], chosen]) for chosen in ([1.0, 1.0], [0.0, 0.0], [1.0, math.inf]))
+
+
+def other_seed(folder: Path) -> dict[str, Any]:
+    """Every rank brings other weights; those of the main process count."""
+    trainer = mean_trainer(folder, [ONE], seed=dist.rank())
+    return {"weights": weights_of(trainer)}
+
+
+def no_terms(folder: Path) -> dict[str, Any]:
+    """The second of every two micro-batches has no term: with two ranks, one rank has only such."""
+    trainer = mean_trainer(folder, [ONE, NONE, ONE, NONE], grad_accum_steps=2 // dist.world_size())
+    trainer.train()
+    weights = [p.item() for p in trainer.base_model.parameters()]
+    return {"weights": weights, "step": trainer.run.progress.step, "skipped": trainer.run.progress.skipped_steps}
+
+
+def inf_on_one(folder: Path) -> dict[str, Any]:
+    """The second step has an infinity, on one rank."""
+    trainer = mean_trainer(folder, [ONE, ONE, ONE, INF, ONE, ONE])
+    trainer.train()
+    kept = sorted(path.name for path in (folder / "bad_steps").iterdir())
+    return {"weights": weights_of(trainer), "skipped": trainer.run.progress.skipped_steps, "kept": kept}
+
+
+# Ranks.
+
+
+def fork_ranks(scenario: Callable[[Path], Any], folder: Path, ranks: int) -> dict[str, Any]:
+    """Run a scenario in `ranks` processes; their exit codes, output, results, and seconds until the last one ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out, began = folder.parent / f"{folder.name}-out", time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    children = [os.fork() or play(scenario, folder, rank, ranks, port, out) for rank in range(ranks)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    results = [json.loads(p.read_text()) if (p := out / f"{r}.json").exists() else None for r in range(ranks)]
+    texts = [(out / f"{r}.txt").read_text() for r in range(ranks)]
+    return {"codes": codes, "results": results, "texts": texts, "seconds": time.monotonic() - began}
+
+
+def play(scenario: Callable[[Path], Any], folder: Path, rank: int, ranks: int, port: int, out: Path) -> int:
+    """Be one rank; never returns."""
+    code = 0
+    try:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        sys.stdout = sys.stderr = (out / f"{rank}.txt").open("w")
+        dist.start(torch.device("cpu"), 1 if scenario is slow_data else 60)
+        (out / f"{rank}.json").write_text(json.dumps(scenario(folder)))
+        dist.stop()
+    except BaseException as error:
+        traceback.print_exc()
+        code = error.code if isinstance(error, SystemExit) else 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def main(folder: Path) -> None:
+    """Play everything."""
+    torch.set_num_threads(1)
+    make_trainer(folder / "unused")  # what is imported now is not imported in every rank
+    from transformers import PreTrainedModel  # noqa: F401
+
+    report: dict[str, Any] = {}
+    for scenario in (train, no_terms):
+        for ranks in (1, 2):
+            report[f"{scenario.__name__}-{ranks}"] = fork_ranks(
+                scenario, folder / f"{scenario.__name__}-{ranks}", ranks
+            )
+    for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one):
+        report[scenario.__name__] = fork_ranks(scenario, folder / scenario.__name__, 2)
+    report["elastic"] = [fork_ranks(elastic, folder / "elastic", ranks) for ranks in (2, 1, 2, 1, 2, 1, 2)]
+    report["metrics"] = {ranks: metric_lines(folder / f"train-{ranks}") for ranks in (1, 2)}
+    report["checkpoint"] = CheckpointManager(folder / "signalled").load().step
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--train":
+        make_trainer(Path(sys.argv[2]), max_epochs=10_000).train()
+    else:
+        main(Path(sys.argv[1]))

@@ -1,0 +1,54 @@
+"""Kills and signals at any moment: the run that was started again ends as the one that was left alone, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VICTIM = Path(__file__).parent / "victim.py"
+
+
+def kill(folder: Path, kills: int, *options: str) -> dict[str, Any]:
+    """The report of victim.py; its comparison covers weights, optimizer, schedule, best checkpoint and metrics.jsonl."""
+    command = [sys.executable, str(VICTIM), str(folder), str(kills), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(f"{' '.join(options)}: {done.stdout}")
+    return json.loads(done.stdout)
+
+
+def test_three_kills(tmp_path: Path) -> None:
+    report = kill(tmp_path, 3, "plain", "fp32")
+    assert report["kills"] == 3 and report["different"] == [] and report["lines"] == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["plain", "qwen3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ten_kills(model: str, precision: str, tmp_path: Path) -> None:
+    report = kill(tmp_path, 10, model, precision)
+    assert report["kills"] == 10 and report["during_save"] >= 2 and report["different"] == []
+
+
+@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "step"), (signal.SIGINT, "evaluation")])
+def test_a_signal_saves_and_exits_with_75(number: signal.Signals, where: str, tmp_path: Path) -> None:
+    """To the whole process group, as a terminal and Slurm send it: the loader's workers must survive it."""
+    began = time.monotonic()
+    command = [sys.executable, str(VICTIM), "--signalled", where, str(tmp_path / "run")]
+    with (tmp_path / "out").open("w") as out:
+        run = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        while not (tmp_path / "run" / f"in-{where}").exists():
+            assert run.poll() is None and time.monotonic() - began < 60, (tmp_path / "out").read_text()
+            time.sleep(0.02)
+        os.killpg(run.pid, number)
+        assert run.wait(timeout=30) == 75, (tmp_path / "out").read_text()
+    text = (tmp_path / "out").read_text()
+    assert text.count("interrupted at step") == 1 and "Traceback (most recent call last)" not in text
+    if where == "evaluation":  # the first one, after step 4: the signal did not wait for another step
+        assert "interrupted at step 4: saved" in text

@@ -1,0 +1,95 @@
+"""RewardTrainer: rewards are read at the true end, and the saved folder is one that `transformers` reads the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_trainer import RewardTrainer, configure_optimizer
+from llm_trainer.config.schema import ModelConfig
+from llm_trainer.models.build import build_model
+from llm_trainer.models.rewarding import Rewarding, reward_model
+from llm_trainer.trainers.completions import join
+
+Batch = dict[str, torch.Tensor]
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return build_model(ModelConfig(**shape, max_position_embeddings=64))
+
+
+def pairs(size: int, seed: int) -> Batch:
+    """Good answers consist of the ids 40 to 63, bad ones of 3 to 39."""
+    noise = torch.Generator().manual_seed(seed)
+    batch: Batch = {}
+    for part, low, high in (("prompt", 3, 64), ("chosen", 40, 64), ("rejected", 3, 40)):
+        batch[f"{part}_input_ids"] = torch.randint(low, high, (size, 6), generator=noise)
+        lengths = torch.randint(2, 7, (size, 1), generator=noise)
+        batch[f"{part}_attention_mask"] = (torch.arange(6) < lengths).long()
+    return batch
+
+
+def test_held_out_accuracy_and_a_folder_that_transformers_reads(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = reward_model(tiny(), pad_token_id=0)
+    trainer = RewardTrainer(
+        model=model,
+        optimizer=configure_optimizer(model=model, lr=1e-2),
+        train_loader=[pairs(8, seed) for seed in range(16)],
+        val_loader=[pairs(16, 99)],
+        device="cpu",
+        max_epochs=1,
+        use_amp=False,
+        save_dir=str(tmp_path),
+        progress=False,
+        center_coef=0.01,
+    )
+    before = trainer.evaluate()["eval_accuracy"]
+    values = trainer.train()
+    assert values["eval_accuracy"] > max(0.9, before) and values["eval_margin"] > 1
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert saved.config.num_labels == 1
+    rows = join(pairs(4, 7), ("chosen", "rejected"))
+    ours = Rewarding(model.eval())(rows["input_ids"], rows["attention_mask"])
+    with torch.no_grad():
+        theirs = saved.eval()(rows["input_ids"], attention_mask=rows["attention_mask"]).logits.squeeze(-1)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_rewards_are_read_by_length_also_where_padding_is_a_real_token() -> None:
+    model = Rewarding(reward_model(tiny(), pad_token_id=5).eval())
+    ids = torch.tensor([[9, 8, 5, 5, 5]])
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    torch.testing.assert_close(model(ids, mask), model(ids[:, :3], mask[:, :3]))
+    assert (model(ids, mask) - model(ids[:, :2], mask[:, :2])).abs() > 1e-4  # not the last token other than 5
+
+
+def test_margins_count_unless_they_are_ignored(tmp_path: Path) -> None:
+    batch = pairs(3, 0) | {"margin": torch.full((3,), 2.0)}
+    losses = []
+    for use_margin in (True, False):
+        model = reward_model(tiny())
+        made = RewardTrainer(
+            model=model,
+            optimizer=configure_optimizer(model=model, lr=1e-2),
+            train_loader=[batch],
+            device="cpu",
+            save_dir=str(tmp_path),
+            use_margin=use_margin,
+        )
+        prepared = made._prepare_batch(batch)
+        losses.append(float(made._compute_loss(made._forward(prepared), prepared).detach()))
+    assert losses[0] > losses[1] + 1
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="is no reward model"):
+        Rewarding(torch.nn.Linear(2, 1))
+    model = reward_model(tiny())
+    model.score = torch.nn.Linear(32, 3)
+    with pytest.raises(ValueError, match="has 3 labels, expected 1"):
+        Rewarding(model)
