@@ -1,5 +1,6 @@
 """Options and fixtures that every test room shares."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,10 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two test processes share few cores: torch must not start a thread per core in each of them."""
+    """The models of the tests are tiny: one thread is faster than several that wait for each other."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that tests start
 
 
 @pytest.fixture(scope="session")
