@@ -65,7 +65,9 @@ def write_data(folder: Path) -> tuple[int, int]:
         if not name.rpartition(".")[2].startswith("_") and 20 <= len(answer) <= 300:
             pairs.append({"prompt": noise.choice(FORMS).format(name), "completion": answer})
     noise.shuffle(pairs)
-    asked = [[{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": p["completion"]}] for p in pairs]
+    asked = [
+        [{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": p["completion"]}] for p in pairs
+    ]
     texts = [{"text": text} for text in documents]
     for name, rows in (("corpus", texts), ("answers", asked)):
         held_out = len(rows) // 20
@@ -92,7 +94,12 @@ def pretrain_config(folder: Path, tokenizer: Path) -> TrainConfig:
         batch_size=32,
         eval_prompts=["The json module"],
         optim_config=OptimConfig(
-            optim_type="muon", enable_lr_scheduler=True, initial_lr=6e-3, min_lr=1e-4, warmup_iters=20, weight_decay=0.05
+            optim_type="muon",
+            enable_lr_scheduler=True,
+            initial_lr=6e-3,
+            min_lr=1e-4,
+            warmup_iters=20,
+            weight_decay=0.05,
         ),
         eval_config=EvalConfig(eval_batch_interval=100, max_seq_len=32, temperature=0.0),
         run_config=RunConfig(save_dir=str(folder / "pretrain"), log_dir=None, log_interval=10),
@@ -136,7 +143,9 @@ def main(folder: Path = Path("runs/demo")) -> None:
     results["sft"] = train("sft", sft_config(folder))
     print(f"\n{'stage':<10}{'held-out loss before':>22}{'after':>10}{'steps/s':>10}")
     for stage, values in results.items():
-        print(f"{stage:<10}{values['before']:>22.3f}{values['eval_loss']:>10.3f}{values['tokens_per_second']:>8,.0f} tok/s")
+        print(
+            f"{stage:<10}{values['before']:>22.3f}{values['eval_loss']:>10.3f}{values['tokens_per_second']:>8,.0f} tok/s"
+        )
         print(f"{'':<10}curves: {plot_run(folder / stage / 'log', folder / stage / 'curves.png')}")
     print(f"\nmodel: {folder / 'sft' / 'model'}    ({time.monotonic() - started:.0f} s in all)")
     print(f"talk to it: llm-trainer chat {folder / 'sft'}")

@@ -69,6 +69,7 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
     if "model" not in given and trainer_class.config_section == "reward_config":
         model = reward_model(model, tokenizer.pad_token_id)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+    distillation = make_distillation(config, trainer_class, tokenizer, given)
     train, evaluation = make_streams(config, trainer_class, tokenizer, model)
     optimizer = given["optimizer"] if "optimizer" in given else make_optimizer(config, model.to(device))
     steps = train.num_steps() * config.n_epochs
@@ -88,7 +89,7 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
         "eval_prompts": config.eval_prompts,
         **_settings(config, [*train.dataset.ledgers]),  # type: ignore[attr-defined]
         **trainer_class._from_config(config),
-        **make_distillation(config, trainer_class, tokenizer, given),
+        **distillation,
         **({} if "ref_model" in given else make_reference(config, trainer_class, model, (train, evaluation))),
     }
 

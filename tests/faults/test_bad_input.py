@@ -252,7 +252,13 @@ def test_odd_files_train(
     file: str, stage: str, shared_data: Path, tmp_path: Path, reference_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = Case(
-        "odd", (), config={"file_dataset": str(shared_data / file), "model_config": {"max_position_embeddings": 512}}
+        "odd",
+        (),
+        config={
+            "file_dataset": str(shared_data / file),
+            "batch_size": 1,
+            "model_config": {"max_position_embeddings": 256},
+        },
     )
     path = write(case, tmp_path, reference_dir / "tokenizer")
     text = path.read_text().replace("sft_config", stage)

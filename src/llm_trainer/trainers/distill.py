@@ -149,7 +149,8 @@ def _num_tokens(model: nn.Module | None) -> int:
     """Rows of a transformers model's embeddings; 0: not known."""
     from transformers import PreTrainedModel
 
-    return model.get_input_embeddings().num_embeddings if isinstance(model, PreTrainedModel) else 0
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else 0
 
 
 @torch.no_grad()
