@@ -1,7 +1,7 @@
 """Pretraining, supervised fine-tuning and preference optimisation, one after another, in the explicit style.
 
 A small model first reads how to count as plain text, then learns to answer questions about it, half of its teachers in
-whole sentences and half of them curtly, and at last learns that sentences are preferred. A minute on two cores:
+whole sentences and half of them curtly, and at last learns that sentences are preferred. Less than a minute on two cores:
 
     python examples/three_stages.py
 """
@@ -93,15 +93,15 @@ def train(stage: str, model: nn.Module, loader: DataLoader, folder: Path, lr: fl
 def exam(model: nn.Module, chat: ChatFormat, numbers: list[int]) -> dict[str, float]:
     """Share of the answers that are right, and share that are sentences."""
     prompts = [chat.encode_prompt(question(number)) for number in numbers]
-    stops, pad = chat.stop_token_ids(), chat.tokenizer.convert_tokens_to_ids("<|pad|>")
-    written = generate(model, prompts, max_new_tokens=12, stop_token_ids=stops, pad_token_id=pad, temperature=0.0)
-    answers = [chat.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written.ids]
+    stops = chat.stop_token_ids()
+    written = generate(model, prompts, max_new_tokens=12, stop_token_ids=stops, pad_token_id=0, temperature=0.0)
+    answers = [str(chat.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written.ids]
     print(f"asked {question(numbers[0])[0]['content']!r}, it says {answers[0]!r}")
     right = [answer in (in_full(number), curtly(number)) for answer, number in zip(answers, numbers, strict=True)]
     return {"right": sum(right) / len(right), "sentences": sum("comes" in answer for answer in answers) / len(answers)}
 
 
-def main(folder: Path = Path("runs/three_stages"), epochs: tuple[int, int, int] = (12, 12, 3)) -> dict[str, Any]:
+def main(folder: Path = Path("runs/three_stages")) -> dict[str, Any]:
     """Run the stages; returns the metrics of each, and what the model can do after SFT and after DPO."""
     noise = random.Random(0)
     starts = [noise.randrange(20) for _ in range(200)]
@@ -111,8 +111,9 @@ def main(folder: Path = Path("runs/three_stages"), epochs: tuple[int, int, int] 
     tokenizer = train_tokenizer(documents, vocab_size=400)
     chat = ChatFormat(tokenizer)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
-    model = build_model(ModelConfig(vocab_size=len(tokenizer), **sizes))
+    model = build_model(
+        ModelConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    )
 
     texts = [chat.encode_text(text) for text in documents]
     chats = [chat.encode(answered(number, form(number))) for number in numbers for form in (in_full, curtly)]
@@ -122,10 +123,10 @@ def main(folder: Path = Path("runs/three_stages"), epochs: tuple[int, int, int] 
         return DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
 
     results: dict[str, Any] = {}
-    results["pretrain"] = train("pretrain", model, loader(texts, language_batch), folder, 5e-3, epochs[0])
-    results["sft"] = train("sft", model, loader(chats, language_batch), folder, 2e-3, epochs[1])
+    results["pretrain"] = train("pretrain", model, loader(texts, language_batch), folder, lr=5e-3, epochs=12)
+    results["sft"] = train("sft", model, loader(chats, language_batch), folder, lr=2e-3, epochs=40)
     results["after sft"] = exam(model, chat, numbers)
-    results["dpo"] = train("dpo", model, loader(pairs, preference_batch), folder, 2e-4, epochs[2])
+    results["dpo"] = train("dpo", model, loader(pairs, preference_batch), folder, lr=2e-4, epochs=6)
     results["after dpo"] = exam(model, chat, numbers)
     for name in ("after sft", "after dpo"):
         print(f"{name}: " + ", ".join(f"{value:.0%} {what}" for what, value in results[name].items()))

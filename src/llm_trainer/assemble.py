@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from llm_trainer.checkpoint import load_checkpoint, load_weights
+from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, SFTConfig
 from llm_trainer.config.load import dump_config
-from llm_trainer.config.schema import DPOConfig, ModelConfig, PretrainConfig, SFTConfig, TrainConfig
+from llm_trainer.config.schema import ModelConfig, TrainConfig
 from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.datasets import Joined
@@ -116,18 +117,8 @@ def _settings(config: TrainConfig, ledgers: list[Any]) -> dict[str, Any]:
         "best_file": False,
         "sampling": Sampling(evaluation.max_seq_len, evaluation.temperature, evaluation.top_p, evaluation.top_k),
         "ledgers": ledgers,
-        "description": describe(config),
+        "description": dump_config(config),
     }
-
-
-def describe(config: TrainConfig) -> str:
-    """The configuration as YAML, without the functions that no text can hold."""
-    for name in ("pretrain_config", "sft_config"):
-        section = getattr(config, name)
-        if section is not None and section.kd_config is not None:
-            kd = replace(section.kd_config, teacher_logits_provider=None)
-            config = replace(config, **{name: replace(section, kd_config=kd)})
-    return dump_config(config)
 
 
 def accumulation(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> int:

@@ -1,21 +1,23 @@
 """Every configuration class under one import path."""
 
+from llm_trainer.config.algorithms import (
+    DPOConfig,
+    KDConfig,
+    KTOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+)
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
 from llm_trainer.config.schema import (
     DataLoaderConfig,
-    DPOConfig,
     EvalConfig,
-    KDConfig,
-    KTOConfig,
     LossConfig,
     ModelConfig,
     MoeConfig,
     OptimConfig,
-    PretrainConfig,
-    RewardConfig,
     RunConfig,
-    SFTConfig,
     TrainConfig,
 )
 

@@ -32,10 +32,12 @@ def test_basic(tmp_path: Path) -> None:
 
 
 def test_three_stages(tmp_path: Path) -> None:
-    results = load("three_stages").main(tmp_path, epochs=(2, 20, 4))
-    assert results["pretrain"]["loss"] < 2
-    assert results["dpo"]["rewards/accuracies"] > 0.9 and results["dpo"]["rewards/margins"] > 0.1
-    assert results["after dpo"]["sentences"] > max(0.8, results["after sft"]["sentences"])
+    """Pretraining gives the knowledge, SFT the form in two variants, DPO the better one of them."""
+    results = load("three_stages").main(tmp_path)
+    after_sft, after_dpo = results["after sft"], results["after dpo"]
+    assert results["pretrain"]["loss"] < 0.5 and after_sft["right"] > 0.5 and after_sft["sentences"] < 0.9
+    assert results["dpo"]["rewards/accuracies"] > 0.6 and results["dpo"]["loss"] < 0.69  # it begins at ln 2
+    assert after_dpo["right"] > 0.7 and after_dpo["sentences"] > 0.9
     assert (tmp_path / "sft" / "model" / "model.safetensors").exists()
 
 

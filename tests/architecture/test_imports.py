@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "llm_trainer"
-ROOMS = sorted(path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir() and path.stem[0] != "_")
+ROOMS = sorted(
+    path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path.is_dir() and path.stem[0] != "_")
+)
 
 # room -> rooms it may import when its module is loaded
 MAY_IMPORT = {
@@ -64,7 +66,7 @@ def imports(tree: ast.AST, at_load_only: bool) -> set[str]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_rooms_import_in_one_direction(path: Path) -> None:
     room = room_of(path)
-    if room in FREE or path.name == "__init__.py" and path.parent == SOURCE:
+    if room in FREE or (path.name == "__init__.py" and path.parent == SOURCE):
         return
     own = {name.split(".")[1] for name in imports(ast.parse(path.read_text()), True) if name.startswith("llm_trainer.")}
     allowed = MAY_IMPORT[room] | {room}

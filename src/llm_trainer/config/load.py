@@ -117,12 +117,19 @@ def parse(values: Any, where: str) -> TrainConfig:
         raise explain(error, TrainConfig, where) from None
 
 
+PYTHON_ONLY = {"init_state_dict", "teacher_logits_provider"}  # objects that have no place in a text file
+
+
+def _is_text(name: str, value: Any) -> bool:
+    """Whether a key can be written down: weights and functions given as objects cannot."""
+    return name not in PYTHON_ONLY and not (name == "ref_model_checkpoint" and not isinstance(value, str | None))
+
+
 def _plain(value: Any) -> Any:
     """A configuration as dictionaries, lists and scalars."""
     if dataclasses.is_dataclass(value):
-        # Weights given as an object have no place in a text file; a resumed run takes them from its checkpoint.
-        names = [field.name for field in dataclasses.fields(value) if field.name != "init_state_dict"]
-        return {name: _plain(getattr(value, name)) for name in names}
+        values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _plain(given) for name, given in values.items() if _is_text(name, given)}
     if isinstance(value, str | dict):
         return value
     if isinstance(value, PathSequence):
@@ -150,12 +157,15 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
         "tokenizer": "path/to/tokenizer",
         "pretrain_config": {},
     },
-    "sft": {"model_config": "path/to/model", "tokenizer": "path/to/model", "sft_config": {}},
+    **{
+        stage: {"model_config": "path/to/model", "tokenizer": "path/to/model", f"{stage}_config": {}}
+        for stage in ("sft", "dpo", "kto", "reward")
+    },
 }
 
 
 def example(stage: str) -> str:
-    """A complete YAML file for a stage, `pretrain` or `sft`, each key with its meaning beside it."""
+    """A complete YAML file for a stage (`pretrain`, `sft`, `dpo`, `kto`, `reward`), each key with its meaning beside it."""
     if stage not in _EXAMPLES:
         raise ConfigError(f"stage: got {stage!r}, expected one of {', '.join(_EXAMPLES)}")
     data = {"file_dataset": "data/train.jsonl", "eval_dataset": "data/eval.jsonl", "eval_prompts": ["Once upon a time"]}
@@ -167,7 +177,7 @@ def _commented(section: Any, indent: str) -> Iterator[str]:
     """One line per key, `key: value  # meaning`, and sections indented under their own line."""
     for name, field in fields_of(type(section)).items():
         value = getattr(section, name)
-        if name == "init_state_dict" or (value is None and name.endswith("_config")):
+        if name in PYTHON_ONLY or (value is None and name.endswith("_config")):
             continue
         if dataclasses.is_dataclass(value):
             yield f"{indent}{name}:  # {field.description}"

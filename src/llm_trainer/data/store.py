@@ -84,7 +84,7 @@ def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
 
 def _save_part(folder: Path, part: Part) -> None:
     """Write a part under a temporary name and rename it: it is there whole or not at all."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, rows in part.columns.items():
         arrays[f"{name}.lengths"] = np.array([len(row) for row in rows], dtype=np.int64)
         arrays[f"{name}.values"] = np.concatenate(rows) if rows else np.empty(0, dtype=np.uint16)

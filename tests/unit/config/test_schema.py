@@ -168,7 +168,7 @@ def test_defaults_come_from_the_environment(monkeypatch):
 
 def test_every_key_of_every_section_has_one_line_of_meaning():
     sections = [getattr(train_configs, name) for name in train_configs.__all__ if name.endswith("Config")]
-    assert len(sections) == 10
+    assert {TrainConfig, SFTConfig} < set(sections)
     for section in sections:
         described = fields_of(section)
         assert set(described) == {field.name for field in fields(section)}

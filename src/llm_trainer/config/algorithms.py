@@ -1,0 +1,141 @@
+"""The sections of the algorithms: one class each, whose field of `TrainConfig` says which trainer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field, StrictBool, StrictFloat, StrictInt
+
+from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.section import config_section
+
+
+@config_section
+class KDConfig:
+    """Knowledge distillation: a teacher's distribution is learned beside the labels."""
+
+    teacher_model: str | None = Field(
+        default=None, description="folder or name of the teacher, which has the same tokenizer"
+    )
+    teacher_logits_provider: Callable[..., Any] | None = Field(
+        default=None, description="(input_ids, attention_mask) -> logits [B, L, V], instead of a folder (Python only)"
+    )
+    kd_coef: StrictFloat = Field(
+        default=0.4, ge=0, le=1, description="share of the distillation; the task has the rest"
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        default="forward_kl", description="distance of the student's distribution from the teacher's"
+    )
+    beta: StrictFloat = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in the mixture of jsd")
+    temperature: StrictFloat = Field(default=1.0, gt=0, description="divides the logits of both")
+    t_squared: StrictBool = Field(
+        default=False, description="multiply by temperature^2, which keeps gradients of one size"
+    )
+    on_policy_fraction: StrictFloat = Field(
+        default=0.0, ge=0, le=1, description="share of the steps on answers that the student writes itself (GKD)"
+    )
+    max_new_tokens: StrictInt = Field(
+        default=128, ge=1, description="longest answer that the student writes, in tokens"
+    )
+    sampling_temperature: StrictFloat = Field(
+        default=1.0, ge=0, description="temperature of these answers; 0: the likeliest token"
+    )
+
+    def __post_init__(self) -> None:
+        if self.teacher_model is not None and self.teacher_logits_provider is not None:
+            raise ConfigError("teacher_model: teacher_logits_provider already gives the teacher; give one of them")
+
+
+@config_section
+class PretrainConfig:
+    """Plain language modelling."""
+
+    kd_config: KDConfig | None = Field(default=None, description="knowledge distillation")
+    gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
+
+    def __post_init__(self) -> None:
+        if self.kd_config is not None and self.kd_config.on_policy_fraction:
+            raise ConfigError(
+                f"kd_config: on_policy_fraction is {self.kd_config.on_policy_fraction:g}, but pretraining has no prompts "
+                "that could be answered; expected 0, or sft_config"
+            )
+
+
+@config_section
+class SFTConfig:
+    """Supervised fine-tuning on conversations."""
+
+    mask_prompt: StrictBool = Field(
+        default=True, description="false: also train on what the user wrote, as train_on: all"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant", description="every answer, the last answer, or everything"
+    )
+    thinking: Literal["template", "last", "all", "none"] = Field(
+        default="template", description="turns that keep their reasoning; template: as the chat template decides"
+    )
+    kd_config: KDConfig | None = Field(default=None, description="knowledge distillation")
+    gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
+
+    def __post_init__(self) -> None:
+        if not self.mask_prompt and self.train_on == "last":
+            raise ConfigError("mask_prompt: false trains on everything, but train_on is last; remove one of them")
+        self.train_on = self.train_on if self.mask_prompt else "all"
+        self.mask_prompt = self.train_on != "all"
+
+
+@config_section
+class DPOConfig:
+    """Preference optimisation on pairs of answers: DPO and its relatives, ORPO, SimPO, CPO."""
+
+    loss_type: str | dict[str, StrictFloat] = Field(
+        default="dpo", description="dpo, ipo, orpo, simpo, cpo, ...; or several with weights, {dpo: 0.8, bco_pair: 0.2}"
+    )
+    loss_beta: StrictFloat = Field(default=0.1, gt=0, description="how strongly the policy is held to the reference")
+    loss_label_smoothing: StrictFloat = Field(
+        default=0.0, ge=0, lt=0.5, description="share of the labels that are believed to be flipped"
+    )
+    loss_ipo: StrictBool = Field(default=False, description="older spelling of loss_type: ipo")
+    loss_simpo_gamma: StrictFloat = Field(default=0.5, description="target margin of simpo")
+    nll_loss_coef: StrictFloat | None = Field(
+        default=None, ge=0, description="weight of the chosen answer's NLL; null: 1 for orpo and cpo, else 0"
+    )
+    nll_norm: Literal["token", "sequence"] = Field(default="token", description="what the NLL is a mean over")
+    mask_prompt: StrictBool = Field(default=True, description="false: the NLL counts the prompt's tokens too")
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        default="reverse_kl", description="how the distance from the reference is measured"
+    )
+    f_alpha: StrictFloat = Field(default=0.5, gt=0, description="alpha of alpha_divergence")
+    discopop_tau: StrictFloat = Field(default=0.05, gt=0, description="temperature of discopop")
+    ld_alpha: StrictFloat = Field(default=0.5, ge=0, le=1, description="weight of ld_dpo's surplus tokens")
+    ref_model_checkpoint: Any = Field(
+        default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
+    )
+    precompute_ref_log_probs: StrictBool = Field(
+        default=False, description="score the data with the reference once, keep the numbers on disk, free the model"
+    )
+    gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
+
+
+@config_section
+class KTOConfig:
+    """Preference optimisation on single answers that are called good or bad."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(default="kto", description="the loss")
+    loss_beta: StrictFloat = Field(default=0.1, gt=0, description="how strongly the policy is held to the reference")
+    desirable_weight: StrictFloat = Field(default=1.0, ge=0, description="weight of the good answers")
+    undesirable_weight: StrictFloat = Field(default=1.0, ge=0, description="weight of the bad answers")
+    ref_model_checkpoint: Any = Field(
+        default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
+    )
+    gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
+
+
+@config_section
+class RewardConfig:
+    """A reward model from pairs of answers."""
+
+    center_coef: StrictFloat = Field(default=0.0, ge=0, description="weight of the term that keeps rewards around 0")
+    use_margin: StrictBool = Field(default=True, description="ask for the margins that the data states")
+    gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
