@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_trainer.checkpoint import load_checkpoint, load_weights
+from llm_trainer.checkpoint import CheckpointManager, load_checkpoint, load_weights
 from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, SFTConfig
 from llm_trainer.config.load import dump_config
 from llm_trainer.config.schema import ModelConfig, TrainConfig
@@ -63,6 +63,8 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
     run = config.run_config
     device = detect_device(run.device)
     dist.start(device, run.ddp_timeout_s)
+    if dist.is_main():
+        CheckpointManager(run.save_dir)  # a folder that cannot be written shows now, not after an hour of tokenizing
     if config.tokenizer is None:
         raise ValueError("tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR")
     tokenizer = load_tokenizer(config.tokenizer)

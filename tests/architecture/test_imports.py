@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "trainers": {"losses", "models", "generation"},
     "loop": {"engine", "metrics", "data"},
     "hooks": {"engine", "loop"},
-    "run": {"loop", "hooks", "engine", "metrics", "checkpoint", "data", "config"},
+    "progress": set(),
+    "run": {"progress", "loop", "hooks", "engine", "metrics", "checkpoint", "data", "config"},
     "preflight": {"engine", "data"},
     "cli": {"config", "data"},
 }

@@ -488,3 +488,13 @@ def test_the_published_model_is_a_copy_where_there_are_no_links(tmp_path: Path, 
     manager.save(1, lambda folder: (folder / "weights").write_text("best"), {}, is_best=True)
     model = manager.publish()
     assert model is not None and (model.is_symlink(), (model / "weights").read_text()) == (True, "best")
+
+
+def test_publishing_keeps_a_folder_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("precious")
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, lambda folder: (folder / "weights").write_text("1"), {})
+    manager.publish()
+    assert (tmp_path / "model" / "weights").read_text() == "1"
+    assert (tmp_path / "model.before-1" / "mine").read_text() == "precious"

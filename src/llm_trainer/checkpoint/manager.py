@@ -1,5 +1,6 @@
 """The checkpoints of one run: a folder per step, or a single `.pt` file."""
 
+import itertools
 import json
 import logging
 import os
@@ -44,6 +45,7 @@ from llm_trainer.checkpoint.weights import (
     unwrap,
 )
 
+OUR_COPY = ".published"  # marks a published model that is a copy, which the next one may replace
 WARN: Callable[[str], object] = logging.getLogger(__name__).warning
 
 
@@ -150,8 +152,11 @@ class CheckpointManager:
             partial.symlink_to(Path(chosen.name) / "model", target_is_directory=True)
         except OSError:  # a file system without links
             shutil.copytree(chosen / "model", partial)
-        if link.is_dir() and not link.is_symlink():
+            (partial / OUR_COPY).touch()
+        if (link / OUR_COPY).exists() and not link.is_symlink():
             shutil.rmtree(link)
+        elif link.is_dir() and not link.is_symlink():  # something of the user's: it is kept
+            link.rename(next(p for i in itertools.count(1) if not (p := link.with_name(f"model.before-{i}")).exists()))
         partial.replace(link)
         return link
 

@@ -285,8 +285,9 @@ def _unrecognised(location: Location, row: Any) -> DataError:
         return DataError(
             location, show(row), expected, "give every row the columns of a known format", "unknown_format"
         )
-    overlap = {name: len(schema.columns.keys() & row.keys()) / len(schema.columns) for name, schema in SCHEMAS.items()}
+    named = {name: [key for key in schema.columns if key != ROW] for name, schema in SCHEMAS.items()}
+    overlap = {name: len({*keys} & row.keys()) / len(keys) for name, keys in named.items() if keys}
     nearest = sorted(overlap, key=lambda name: -overlap[name])[:3]
-    formats = "; ".join(f"'{name}' ({', '.join(SCHEMAS[name].columns)})" for name in nearest)
+    formats = "; ".join(f"'{name}' ({', '.join(named[name])})" for name in nearest)
     found, expected = f"the columns {', '.join(row) or '(none)'}", f"a known format, such as {formats}"
     return DataError(location, found, expected, "rename the columns, or name the format yourself", "unknown_format")
