@@ -1,0 +1,145 @@
+"""The head and the loss, and a whole training step, against plain PyTorch and a plain transformers loop.
+
+`python benchmarks/head.py head` takes head + loss alone (V = 151,936) and `python benchmarks/head.py step` a step of a
+27 M model (`--vocab 32000` for 40 M), in bfloat16 autocast. Each variant runs in a process of its own; rounds alternate
+between the variants, and a ratio is the median of the rounds' ratios, so that other load on the machine meets both.
+Memory is the peak above what the inputs and weights take, compilation not counted.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VARIANTS = {"head": ("plain", "chunked", "recomputed"), "step": ("hand", "hand compiled", "ours", "ours compiled")}
+REPEATS = 3
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def head_step(variant: str, options: argparse.Namespace) -> Callable[[], float]:
+    """One forward and backward of head + loss; returns the loss."""
+    import torch
+    from torch.nn import functional as F
+
+    from llm_trainer.losses.chunked import chunked_logprobs, chunked_loss
+
+    hidden = torch.randn(options.tokens, options.width, requires_grad=True)
+    weight = (torch.randn(options.vocab, options.width) * 0.02).requires_grad_()
+    labels = torch.randint(0, options.vocab, (options.tokens,))
+
+    def step() -> float:
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            if variant == "plain":
+                loss = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+            else:
+                function = chunked_loss if variant == "chunked" else chunked_logprobs
+                loss = function(hidden, weight, None, labels).loss_sum
+        (loss / options.tokens).backward()
+        return loss.item() / options.tokens
+
+    return step
+
+
+def training_step(variant: str, options: argparse.Namespace) -> Callable[[], float]:
+    """One optimizer step of a Qwen3 of width 512 and 8 layers on 8 x 512 tokens; returns the loss."""
+    import torch
+
+    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.models.build import build_model
+    from llm_trainer.models.scored import scored
+
+    config = ModelConfig(
+        vocab_size=options.vocab, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512,
+    )  # fmt: skip
+    model: Any = build_model(config, attention="auto" if variant.startswith("ours") else "sdpa")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, options.vocab, (8, 512))
+    parameters = list(model.parameters())
+    if variant.startswith("ours"):
+        model = scored(model)
+    if variant == "ours compiled":
+        model.compile_backbone()
+    elif variant == "hand compiled":
+        model = torch.compile(model)
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            if variant.startswith("ours"):
+                scores = model(ids, labels=ids)
+                loss = scores.loss_sum / scores.num_tokens
+            else:
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def memory(field: str) -> float:
+    """`VmRSS` or `VmHWM` of this process in GB."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 2**20
+
+
+def run(variant: str, options: argparse.Namespace) -> None:
+    """One process of one round: warm up, then time `REPEATS` steps; the result is printed as JSON."""
+    import torch
+
+    torch.manual_seed(0)
+    step = (head_step if options.case == "head" else training_step)(variant, options)
+    before = memory("VmRSS")
+    first = step()
+    step()
+    RESET.write_text("5")  # the peak so far is forgotten
+    seconds, cpu = [], []
+    for _ in range(REPEATS):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        step()
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - start_cpu)
+    peak = memory("VmHWM") - before
+    print(json.dumps({"seconds": min(seconds), "cpu": min(cpu), "peak": peak, "loss": first}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=VARIANTS)
+    parser.add_argument("--vocab", type=int, help="tokens of the vocabulary (151,936 for the head, 6,400 for the step)")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.vocab = options.vocab or (151_936 if options.case == "head" else 6_400)
+    if options.variant:
+        run(options.variant, options)
+        return
+    results: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS[options.case]}
+    for _ in range(options.rounds):
+        for variant, rounds in results.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+            rounds.append(json.loads(subprocess.check_output(command, text=True).splitlines()[-1]))
+    baseline = results[VARIANTS[options.case][0]]
+    print(f"{'':>14} {'s':>7} {'cpu s':>7} {'peak GB':>8} {'loss':>8}   ratio of time, cpu time, memory")
+    for variant, rounds in results.items():
+        medians = {key: statistics.median(r[key] for r in rounds) for key in ("seconds", "cpu", "peak", "loss")}
+        ratios = [
+            statistics.median(b[key] / r[key] for b, r in zip(baseline, rounds, strict=True))
+            for key in ("seconds", "cpu", "peak")
+        ]
+        numbers = "{seconds:7.2f} {cpu:7.2f} {peak:8.2f} {loss:8.4f}".format(**medians)
+        print(f"{variant:>14} {numbers}   {ratios[0]:.2f}x {ratios[1]:.2f}x {ratios[2]:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What every runner trains on and how it is timed: the same weights, rows and clock in every environment.
+
+`python workload.py FOLDER [TOKENIZER ALPACA]` writes the weights and rows; a runner reads them with the rest of this
+file. Nothing here imports llm_trainer: it runs inside the peers' environments too.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE = -100
+LEARNING_RATE = 3e-4
+MAX_GRAD_NORM = 1.0
+CONTEXT = 512
+NUM_ROWS = 2048
+FIRST_ID = 16  # ids below are special in some peer, so random rows do not use them
+
+SHAPE: dict[str, Any] = {  # Qwen3-shaped, 26.9 M parameters at vocabulary 6,400
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+SPECIAL = ["<pad>", "<unk>", "</s>", "<user>", "<assistant>", "<system>", "<image>", "<think>", "</think>"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One timed run of one peer.
+
+    Attributes:
+        peer: name in the table; a runner with several variants looks at it.
+        case: `dense6400`, `dense32000`, `sft` (log-normal lengths) or `alpaca`.
+        precision: `fp32` or `bf16`.
+        warmup: optimizer steps that are not timed.
+        steps: optimizer steps that are timed.
+        folder: where `prepare` wrote weights and rows.
+    """
+
+    peer: str
+    case: str
+    precision: str
+    warmup: int
+    steps: int
+    folder: str
+
+    @classmethod
+    def from_argv(cls) -> "Job":
+        """The job that the driver passed as JSON."""
+        return cls(**json.loads(sys.argv[1]))
+
+    @property
+    def total_steps(self) -> int:
+        """Steps to train: one more than is timed, since a trainer may save after its last one."""
+        return self.warmup + self.steps + 1
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows differ in length."""
+        return not self.case.startswith("dense")
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows of a micro-batch, for peers that cut by rows."""
+        return 8
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of an optimizer step: 8 dense rows of 512 tokens, or 32 ragged rows of about as many."""
+        return 4 if self.ragged else 1
+
+    @property
+    def vocabulary(self) -> int:
+        return 32000 if self.case == "dense32000" else 6400
+
+    @property
+    def weights(self) -> Path:
+        """Hugging Face folder of the initial weights."""
+        return Path(self.folder) / f"model-{self.vocabulary}"
+
+    def rows(self) -> Any:  # a list; Any, because every library types the datasets it takes differently
+        """A list of rows `{"input_ids": [T], "labels": [T]}`, un-shifted, -100 on the prompt."""
+        with np.load(Path(self.folder) / f"{self.case}.npz") as data:
+            ids, lengths, prompts = data["ids"].astype(np.int64), data["lengths"], data["prompts"]
+        rows: list[dict[str, np.ndarray]] = []
+        for end, length, prompt in zip(np.cumsum(lengths), lengths, prompts, strict=True):
+            row = ids[end - length : end]
+            labels = row.copy()
+            labels[:prompt] = IGNORE
+            rows.append({"input_ids": row, "labels": labels})
+        return rows
+
+    def model(self) -> Any:
+        """The transformers model with the initial weights, fp32, `scaled_dot_product_attention`."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.weights, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to the longest: `input_ids`, `labels`, `attention_mask`, each `[B, T]`.
+
+    Without padding there is no mask, as a hand-written loop over fixed blocks would have it.
+    """
+    lengths = [len(row["input_ids"]) for row in rows]
+    width = max(lengths)
+    batch = {
+        "input_ids": torch.zeros(len(rows), width, dtype=torch.long),
+        "labels": torch.full((len(rows), width), IGNORE),
+        "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+    }
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        batch["input_ids"][i, :length] = torch.as_tensor(row["input_ids"])
+        batch["labels"][i, :length] = torch.as_tensor(row["labels"])
+        batch["attention_mask"][i, :length] = 1
+    if min(lengths) == width:
+        del batch["attention_mask"]
+    return batch
+
+
+@dataclass
+class Meter:
+    """Counts real tokens in the model's forward and takes the time at every optimizer step."""
+
+    job: Job
+    tokens: int = 0
+    ticks: list[tuple[float, float, int]] = field(default_factory=list)
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Count the tokens that `model` is called with; padding is what the attention mask says."""
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = kwargs.get("attention_mask")
+        self.tokens += int(mask.sum()) if mask is not None and mask.dim() == 2 else ids.numel()
+
+    def tick(self) -> None:
+        """An optimizer step is done."""
+        self.ticks.append((time.perf_counter(), time.process_time(), self.tokens))
+
+    def report(self, losses: Sequence[float]) -> None:
+        """Print the one JSON line that the driver reads."""
+        first, last = self.ticks[self.job.warmup - 1], self.ticks[self.job.warmup + self.job.steps - 1]
+        seconds, cpu_seconds, tokens = (b - a for a, b in zip(first, last, strict=True))
+        line = {
+            "peer": self.job.peer,
+            "case": self.job.case,
+            "precision": self.job.precision,
+            "tokens": tokens,
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts KiB
+            "losses": [round(float(loss), 5) for loss in losses[:4]],
+        }
+        print(json.dumps(line), flush=True)
+
+
+def prepare(folder: Path, tokenizer: str | None = None, alpaca: str | None = None) -> None:
+    """Write initial weights and rows of every case into `folder`; `alpaca` rows only when both paths are given."""
+    from tokenizers import Tokenizer, models
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(SPECIAL)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    for size in (6400, 32000):
+        torch.manual_seed(0)
+        config = Qwen3Config(vocab_size=size, pad_token_id=0, eos_token_id=2, bos_token_id=None, **SHAPE)
+        Qwen3ForCausalLM(config).save_pretrained(folder / f"model-{size}")
+        lengths = np.full(512, CONTEXT)
+        _write(folder / f"dense{size}.npz", _random_ids(lengths, size), lengths, np.zeros_like(lengths))
+    rng = np.random.default_rng(1)
+    # Shorter than the real rows of the case `alpaca`, whose median is twice that under a vocabulary of 6,400.
+    lengths = np.exp(rng.normal(np.log(90), 0.75, NUM_ROWS)).clip(16, CONTEXT).astype(np.int64)
+    _write(folder / "sft.npz", _random_ids(lengths, 6400), lengths, lengths // 3)
+    if tokenizer and alpaca:
+        _write_alpaca(folder / "alpaca.npz", tokenizer, alpaca)
+
+
+def _random_ids(lengths: np.ndarray, vocabulary: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(FIRST_ID, vocabulary, int(lengths.sum()))
+
+
+def _write(path: Path, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> None:
+    np.savez(path, ids=ids.astype(np.int32), lengths=lengths, prompts=prompts)
+
+
+def _write_alpaca(path: Path, tokenizer: str, alpaca: str) -> None:
+    from tokenizers import Tokenizer
+
+    tok, end = Tokenizer.from_file(tokenizer), SPECIAL.index("</s>")
+    ids: list[int] = []
+    lengths: list[int] = []
+    prompts: list[int] = []
+    for row in json.loads(Path(alpaca).read_text(encoding="utf-8"))[:NUM_ROWS]:
+        asked = tok.encode(f"{row['instruction']}\n{row['input']}\n", add_special_tokens=False).ids[: CONTEXT - 1]
+        both = [*asked, *tok.encode(row["output"], add_special_tokens=False).ids, end][:CONTEXT]
+        ids.extend(both)
+        lengths.append(len(both))
+        prompts.append(len(asked))
+    _write(path, np.array(ids), np.array(lengths), np.array(prompts))
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]), *sys.argv[2:])

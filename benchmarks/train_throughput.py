@@ -1,0 +1,228 @@
+"""Training throughput against peers: the same weights, rows, optimizer and precision, in alternating rounds.
+
+`python benchmarks/train_throughput.py` makes an environment per peer under `.bench/`, then runs every peer once per
+round, each in a process of its own, and prints medians and ratios. Ratios are taken within a round: what else the
+machine does changes over minutes, and both halves of a ratio see about the same of it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import venv
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+BENCH, RUNNERS = REPO / ".bench", REPO / "benchmarks" / "peers"
+SHARED = REPO.parent / "shared" / "data"  # optional: real alpaca rows lie beside the checkout, as for the tests
+DENSE, RAGGED = ("dense6400", "dense32000"), ("sft", "alpaca")
+TIMEOUT_S = 1800
+Runs = dict[tuple[str, int], dict]  # (peer, round) -> what its runner printed
+
+# torch goes in first and alone, and the constraints keep it: later requirements must not bring a CUDA build.
+ENVIRONMENTS: dict[str, list[list[str]]] = {
+    "transformers": [["transformers==5.23.0", "accelerate==1.15.0"]],
+    "trl": [["transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0", "peft==0.21.2", "datasets>=5,<6"]],
+    # Its requirement deepspeed is optional in its code, so dependencies are named here.
+    "pypi": [
+        ["numpy", "packaging", "safetensors"],
+        ["--no-deps", "project_llm_trainer==0.24.10", "project_llm_model==0.11.7", "nano_tokenizer==0.1.2"],
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One line of the table: a runner script, the environment it runs in ("" is this one), and what it can do."""
+
+    script: str
+    environment: str = ""
+    cases: tuple[str, ...] = DENSE + RAGGED
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+
+
+PEERS = {
+    "hand": Peer("hand_loop.py"),
+    "transformers": Peer("transformers_trainer.py", "transformers"),
+    "trl": Peer("transformers_trainer.py", "trl"),
+    "trl-stored": Peer("transformers_trainer.py", "trl"),
+    "trl-packed": Peer("transformers_trainer.py", "trl", RAGGED),
+    "trl-packed-stored": Peer("transformers_trainer.py", "trl", RAGGED),
+    "pypi": Peer("pypi_trainer.py", "pypi", DENSE, ("fp32",)),
+    "ours-equal": Peer("ours.py"),
+    "ours-best": Peer("ours.py"),
+}
+BASELINES = ("hand", "transformers", "trl", "trl-packed")
+GOALS = [  # cases, precision, peer, baseline, ratio of real tokens per second
+    (DENSE + RAGGED, ("fp32", "bf16"), "ours-equal", "hand", 0.98),
+    (DENSE, ("bf16",), "ours-best", "transformers", 1.25),
+    (("dense32000",), ("bf16",), "ours-best", "trl", 2.5),
+    (RAGGED, ("bf16",), "ours-best", "trl", 2.5),
+    (RAGGED, ("bf16",), "ours-best", "trl-packed", 1.1),
+]
+STARTUP_GOALS = {"import llm_trainer": 0.2, "llm-trainer --help": 0.3}
+
+
+def python_of(environment: str) -> str:
+    """The interpreter of an environment, made first if it does not exist or its requirements changed."""
+    if not environment:
+        return sys.executable
+    folder, stamp = BENCH / environment, json.dumps(ENVIRONMENTS[environment])
+    python, ready = folder / "bin" / "python", folder / "requirements.json"
+    if not ready.is_file() or ready.read_text(encoding="utf-8") != stamp:
+        print(f"making the environment {folder.relative_to(REPO)}", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        for requirements in [["torch==2.13.0"], *ENVIRONMENTS[environment]]:
+            pip = [str(python), "-m", "pip", "install", "-q", "-c", str(REPO / "constraints.txt")]
+            subprocess.run([*pip, *requirements], check=True)
+        ready.write_text(stamp, encoding="utf-8")
+    return str(python)
+
+
+def prepare_work() -> Path:
+    """Weights and rows that all peers read."""
+    work = BENCH / "work"
+    if not (work / "ready").is_file():
+        real = [SHARED / "tokenizer" / "minimind" / "tokenizer.json", SHARED / "sft" / "alpaca_en.json"]
+        paths = [str(path) for path in real] if all(path.is_file() for path in real) else []
+        subprocess.run([sys.executable, str(RUNNERS / "workload.py"), str(work), *paths], check=True)
+        (work / "ready").touch()
+    return work
+
+
+def run_job(peer: str, job: dict[str, object], threads: int) -> dict | None:
+    """One timed run in a fresh process; None (and the end of its errors on the screen) when it fails."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [python_of(PEERS[peer].environment), str(RUNNERS / PEERS[peer].script), json.dumps(job)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)},
+        cwd=BENCH / "work",
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"peer"')]
+    if done.returncode or not lines:
+        print(f"{peer} failed (exit code {done.returncode}):\n{done.stderr[-1500:]}", flush=True)
+        return None
+    return json.loads(lines[-1])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median, with lowest and highest."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def speed(run: dict, clock: str = "seconds") -> float:
+    """Real tokens per second of the wall clock, or of processor time (`clock="cpu_seconds"`)."""
+    return run["tokens"] / run[clock]
+
+
+def ratios(runs: Runs, peer: str, baseline: str, clock: str) -> list[float]:
+    """Speed of `peer` over `baseline`, round by round."""
+    rounds = sorted(number for name, number in runs if name == peer and (baseline, number) in runs)
+    return [speed(runs[peer, number], clock) / speed(runs[baseline, number], clock) for number in rounds]
+
+
+def print_table(case: str, precision: str, runs: Runs, clock: str) -> None:
+    """One case at one precision, and the goals that belong to it."""
+    peers = [name for name in PEERS if any(peer == name for peer, _ in runs)]
+    baselines = [name for name in BASELINES if name in peers]
+    print(f"\n### {case}, {precision} (ratios of {clock})\n")
+    heads = ["peer", "tokens/s", "tokens/CPU s", "peak GiB", *(f"/ {name}" for name in baselines), "first losses"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for peer in peers:
+        mine = [run for (name, _), run in runs.items() if name == peer]
+        cells = [peer, *(spread([speed(run, c) for run in mine], 0) for c in ("seconds", "cpu_seconds"))]
+        cells.append(f"{max(run['peak_rss'] for run in mine) / 2**30:.2f}")
+        for baseline in baselines:
+            pairs = [] if baseline == peer else ratios(runs, peer, baseline, clock)
+            cells.append(spread(pairs, 2) if pairs else "")
+        cells.append(" ".join(f"{loss:.4f}" for loss in mine[0]["losses"]))
+        print("| " + " | ".join(cells) + " |")
+    for cases, precisions, peer, baseline, goal in GOALS:
+        pairs = ratios(runs, peer, baseline, clock)
+        if case in cases and precision in precisions and pairs:
+            reached = statistics.median(pairs)
+            print(
+                f"\n{'reached' if reached >= goal else 'NOT REACHED'}: {peer} / {baseline} {reached:.2f}, goal {goal}"
+            )
+
+
+def print_startup(rounds: int) -> None:
+    """Seconds of an import in a running interpreter, and of a command from start to end; the best of all rounds."""
+    help_command = [str(Path(sys.executable).parent / "llm-trainer"), "--help"]
+    programs = {
+        "import llm_trainer": "import llm_trainer",
+        "llm-trainer --help": f"subprocess.run({help_command!r}, stdout=subprocess.DEVNULL, check=True)",
+    }
+    print("\n### start-up\n")
+    for name, statement in programs.items():
+        timed = f"import subprocess, time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+        done = [subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True) for _ in range(rounds)]
+        if any(run.returncode for run in done):
+            print(f"{name}: failed\n{done[0].stderr[-500:]}")
+            continue
+        best, goal = min(float(run.stdout) for run in done), STARTUP_GOALS[name]
+        print(f"{'reached' if best < goal else 'NOT REACHED'}: {name} {best:.3f} s, goal {goal} s")
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--cases", default=[*DENSE, "sft", "alpaca", "startup"], type=_names)
+    parser.add_argument("--peers", default=list(PEERS), help=f"of {', '.join(PEERS)}", type=_names)
+    parser.add_argument("--precisions", default=["fp32", "bf16"], type=_names)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps of about 4,000 tokens per run")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock",
+        choices=["seconds", "cpu_seconds"],
+        default="seconds",
+        help="what ratios are taken of; processor time is the steadier one on a machine that others use too",
+    )
+    parser.add_argument("--results", type=Path, default=BENCH / "results.jsonl", help="every run is appended here")
+    options = parser.parse_args()
+    for name, known in (("cases", {*DENSE, *RAGGED, "startup"}), ("peers", set(PEERS))):
+        if unknown := set(getattr(options, name)) - known:
+            parser.error(f"--{name}: {', '.join(sorted(unknown))} is unknown; known: {', '.join(sorted(known))}")
+    return options
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    options = arguments()
+    if "startup" in options.cases:
+        print_startup(options.rounds)
+    work = prepare_work()
+    tables: dict[tuple[str, str], Runs] = defaultdict(dict)
+    plan = [(case, precision) for case in options.cases if case != "startup" for precision in options.precisions]
+    for case, precision in plan:
+        if not (work / f"{case}.npz").is_file():
+            print(f"{case}: its rows are not beside this checkout, skipped")
+            continue
+        able = [p for p in options.peers if case in PEERS[p].cases and precision in PEERS[p].precisions]
+        for number in range(options.rounds):
+            for peer in able:
+                job = {"peer": peer, "case": case, "precision": precision, "folder": str(work)}
+                run = run_job(peer, {**job, "warmup": options.warmup, "steps": options.steps}, options.threads)
+                if run is not None:
+                    tables[case, precision][peer, number] = run
+                    print(f"round {number + 1} {case} {precision} {peer}: {speed(run):.0f} tokens/s", flush=True)
+                    with options.results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({**run, "round": number}) + "\n")
+        print_table(case, precision, tables[case, precision], options.clock)
+
+
+if __name__ == "__main__":
+    main()
