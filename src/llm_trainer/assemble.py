@@ -132,6 +132,11 @@ def accumulation(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> int
 def section_of(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> str:
     """The section of the configuration that steers `trainer_class`: its own, or the only one that is there."""
     own = trainer_class.config_section
+    if not own:
+        raise ValueError(
+            f"{trainer_class.__name__} has no section in a configuration: set its class attribute config_section (to "
+            f"'sft_config', say) and write _from_config, or give it model, optimizer and train_loader"
+        )
     if own == "sft_config" and config.sft_config is None and config.pretrain_config is not None:
         return "pretrain_config"  # PretrainTrainer is SFTTrainer: the configuration tells which of them is meant
     return own

@@ -148,6 +148,9 @@ def message(turn: Any, location: Location, images: list[Any] | None = None) -> M
         if not isinstance(value, _OPTIONAL[own]):
             expected = "a string" if _OPTIONAL[own] is str else "a number"
             raise DataError(location.at(key), show(value), expected, "repair or remove the key", "wrong_type")
+        if own == "loss_weight" and value not in (0, 1):
+            expected = "0 (not trained on) or 1 (trained on)"
+            raise DataError(location.at(key), show(value), expected, "round the weight or remove it", "loss_weight")
         result[own] = value  # type: ignore[literal-required]
     if tool_calls:
         result["tool_calls"] = tool_calls

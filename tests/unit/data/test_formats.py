@@ -412,3 +412,9 @@ def test_unknown_formats_names_and_stages() -> None:
         recognise([(HERE, {"text": "x"})], "dpo")
     with pytest.raises(ValueError, match="no rows"):
         recognise([])
+
+
+def test_a_fraction_of_a_loss_weight_is_refused_rather_than_read_as_one():
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}
+    with pytest.raises(DataError, match=r"f.jsonl:3.*found float 0.5; expected 0 \(not trained on\) or 1"):
+        get_schema("messages").normalise(row, Location("f.jsonl", 3))
