@@ -26,7 +26,7 @@ from llm_trainer.engine.torch import DTYPES, TorchEngine, choose_precision, dete
 from llm_trainer.losses.preference import PreferenceLoss, resolve_loss_type
 from llm_trainer.losses.unpaired import mismatched_order
 from llm_trainer.models.attention import resolve_attention
-from llm_trainer.models.build import build_model
+from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.frozen import fingerprint, freeze, frozen_copy
 from llm_trainer.models.rewarding import reward_model
 from llm_trainer.models.scored import scored
@@ -150,6 +150,7 @@ def make_model(config: TrainConfig, tokenizer: Any, device: torch.device) -> Any
     if isinstance(wanted, ModelConfig) and wanted.vocab_size is None:
         wanted = replace(wanted, vocab_size=len(tokenizer))
     model = build_model(wanted, attention=attention)
+    set_stops(model, ChatFormat(tokenizer).stop_token_ids(), tokenizer.pad_token_id)
     if config.init_state_dict is not None:
         load_weights(model, config.init_state_dict, "init_state_dict")
     if config.init_weights_path is not None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from llm_trainer.models.build import build_model
 
 import llm_trainer
 from llm_trainer import SFTTrainer, Trainer, configure_optimizer, create_trainer, get_trainer_class
 from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.tokenizer import load_tokenizer
+from llm_trainer.models.build import build_model
 from llm_trainer.train_configs import (
     DataLoaderConfig,
     EvalConfig,
@@ -123,7 +123,9 @@ def test_pretraining_by_configuration_resumes_by_itself(reference_dir: Path, tmp
     again = Trainer(train_config=described, eval_prompts=["the model"])
     again.run._resume()
     assert again.run.progress.step == 4
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    saved = tmp_path / "run" / "model"
+    assert (saved / "model.safetensors").exists() and (saved / "tokenizer.json").exists()
+    assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == [4, 2]
     assert (tmp_path / "run" / "config.yaml").read_text().startswith("model_config:")
 
 

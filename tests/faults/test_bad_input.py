@@ -194,7 +194,7 @@ def test_a_read_only_folder_is_refused_before_the_first_step(
         touch(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "touch", refuse)
-    assert train(path) == 1
+    assert train(path) == 2
     message = capsys.readouterr().err
     assert "cannot be written" in message and "Read-only file system" in message and "Choose another" in message
 

@@ -24,8 +24,11 @@ from llm_trainer.losses.language import LanguageLoss, at_least_float32
 CHUNK_BYTES = 128 * 2**20
 # Below this many elements a compiled kernel saves less time than its compilation takes.
 COMPILE_ELEMENTS = 2**18
-# A half-precision weight gradient of a chunk is added to the float32 sum in slices of this many bytes.
-PRODUCT_BYTES = 32 * 2**20
+# A half-precision weight gradient of a chunk is added to the float32 sum in slices of this many bytes: they stay in the
+# cache between the product and the sum, and their buffer is reused.
+PRODUCT_BYTES = 8 * 2**20
+# Matrix units work on tiles of this many rows.
+TILE_ROWS = 32
 
 
 class HeadScores(NamedTuple):
@@ -168,9 +171,11 @@ class _Head:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         num_rows = max(16, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
         num_chunks = max(1, -(-len(hidden) // num_rows))
-        self.rows = -(-len(hidden) // num_chunks)  # equal chunks: no small last one
+        # Chunks of about equal size, so that the last one is not small, in whole tiles.
+        self.rows = -(-len(hidden) // (num_chunks * TILE_ROWS)) * TILE_ROWS
         self.buffer = hidden.new_empty(self.rows, weight.shape[0])
         self.gradient = torch.empty_like(self.buffer)  # takes no memory before it is written to
+        self.product = hidden.new_empty(max(1, PRODUCT_BYTES // (hidden.shape[1] * 2)), hidden.shape[1])
 
     def chunks(self) -> list[slice]:
         """Slices of the N rows."""
@@ -207,9 +212,9 @@ class _Head:
             weight.addmm_(gradient.t(), self.hidden[rows])
         elif weight is not None:
             # A product into float32 does not exist for half-precision factors; slices keep the detour small.
-            size = max(1, PRODUCT_BYTES // (weight.shape[1] * gradient.element_size()))
+            size = len(self.product)
             for part, columns in zip(weight.split(size), gradient.split(size, dim=-1), strict=True):
-                add_product(part, columns.t() @ self.hidden[rows])
+                add_product(part, torch.mm(columns.t(), self.hidden[rows], out=self.product[: len(part)]))
         if bias is not None:
             bias.add_(gradient.sum(0, dtype=bias.dtype))
 

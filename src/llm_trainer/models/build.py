@@ -1,7 +1,6 @@
 """A description or a folder becomes a transformers model; a model becomes a Hugging Face folder."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from llm_trainer.config.schema import ModelConfig
 
@@ -101,29 +100,10 @@ def check_finite(model: nn.Module, source: str) -> None:
         )
 
 
-def save_model(
-    model: "PreTrainedModel",
-    folder: str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    stop_token_ids: Sequence[int] = (),
-) -> None:
-    """Write a Hugging Face folder that any tool opens: safetensors, and the tokenizer with its chat template.
-
-    Args:
-        model: what to write.
-        folder: made where it is missing.
-        tokenizer: written beside the model.
-        stop_token_ids: where generation ends, written to generation_config.json; by default what the model says.
-    """
-    generation = deepcopy(model.generation_config)
-    if stop_token_ids:
-        generation.eos_token_id = list(stop_token_ids)
-    if tokenizer is not None and generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    generation.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+def set_stops(model: "PreTrainedModel", stop_token_ids: Sequence[int], pad_token_id: int | None) -> None:
+    """Let the model's generation config say where an answer ends: every tool that opens its folder then stops there."""
+    model.generation_config.eos_token_id = list(stop_token_ids)
+    model.generation_config.pad_token_id = pad_token_id
 
 
 def num_parameters(model: nn.Module) -> int:
