@@ -213,7 +213,7 @@ def main() -> None:
             continue
         able = [p for p in options.peers if case in PEERS[p].cases and precision in PEERS[p].precisions]
         for number in range(options.rounds):
-            for peer in able:
+            for peer in able if number % 2 == 0 else reversed(able):  # nobody is always first
                 job = {"peer": peer, "case": case, "precision": precision, "folder": str(work)}
                 run = run_job(peer, {**job, "warmup": options.warmup, "steps": options.steps}, options.threads)
                 if run is not None:

@@ -18,7 +18,7 @@ from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.datasets import Joined
 from llm_trainer.data.pairs import PairRows, collate_pairs, collate_unpaired, load_answers
-from llm_trainer.data.prepare import DataOptions, load_language_data
+from llm_trainer.data.prepare import DataOptions, files_of, load_language_data
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.data.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.engine import dist
@@ -81,7 +81,7 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
         "optimizer": optimizer,
         "scheduler": make_scheduler(config, optimizer, min(steps, run.max_steps or steps)),
         "train_loader": train,
-        "val_loader": evaluation,
+        "val_loader": evaluation or None,
         "device": str(device),
         "max_epochs": config.n_epochs,
         "grad_accum_steps": accumulation(config, trainer_class),
@@ -93,7 +93,7 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
         **_settings(config, [*train.dataset.ledgers]),  # type: ignore[attr-defined]
         **trainer_class._from_config(config),
         **distillation,
-        **({} if "ref_model" in given else make_reference(config, trainer_class, model, (train, evaluation))),
+        **({} if "ref_model" in given else make_reference(config, trainer_class, model, (train, *evaluation.values()))),
     }
 
 
@@ -160,8 +160,8 @@ def make_model(config: TrainConfig, tokenizer: Any, device: torch.device) -> Any
 
 def make_streams(
     config: TrainConfig, trainer_class: "type[BaseTrainer]", tokenizer: Any, model: Any
-) -> tuple[SampleStream, SampleStream | None]:
-    """Training and validation data as streams of micro-batches for this rank."""
+) -> tuple[SampleStream, dict[str, SampleStream]]:
+    """Training and validation data as streams of micro-batches for this rank; of several validation files, by name."""
     loader, sft = config.data_loader_config, config.sft_config
     stage = STAGES.get(section_of(config, trainer_class), "sft")
     packing = loader.packing or ("wrapped" if stage == "pretrain" else "none")
@@ -191,9 +191,9 @@ def make_streams(
         load = partial(load_answers, pair_up=mismatched_order)
     world = dist.world_size()
 
-    def stream(paths: Any, batch_size: int, rows_per_step: int, shuffle: bool) -> SampleStream:
+    def stream(paths: list[str], batch_size: int, rows_per_step: int, **how: Any) -> SampleStream:
         with dist.main_process_first():
-            dataset: Joined = load([str(paths[i]) for i in range(len(paths))], chat, options, cache)
+            dataset: Joined = load(paths, chat, options, cache)
         return SampleStream(
             dataset,
             collate,
@@ -203,18 +203,53 @@ def make_streams(
             world_size=world,
             micro_batch_tokens=loader.micro_batch_tokens,
             flat=flat,
-            shuffle=shuffle,
             seed=config.run_config.seed,
             num_workers=loader.data_loader_num_workers,
             pin_memory=loader.data_loader_pin_memory,
+            **how,
         )
 
     rows = config.batch_size * accumulation(config, trainer_class) * world
-    train = stream(config.file_dataset, config.batch_size, rows, loader.data_loader_shuffle)
-    if config.eval_dataset is None:
-        return train, None
+    files, weights = _paths(config.file_dataset), _file_weights(config)
+    shuffle = loader.data_loader_shuffle
+    train = stream(files, config.batch_size, rows, shuffle=shuffle, file_weights=weights)
     eval_rows = config.eval_config.eval_batch_size or config.batch_size
-    return train, stream(config.eval_dataset, eval_rows, eval_rows * world, False)
+    evaluation = _named(_paths(config.eval_dataset)) if config.eval_dataset is not None else {}
+    return train, {
+        name: stream([path], eval_rows, eval_rows * world, shuffle=False) for name, path in evaluation.items()
+    }
+
+
+def _paths(files: Any) -> list[str]:
+    return [str(files[i]) for i in range(len(files))]
+
+
+def _named(paths: list[str]) -> dict[str, str]:
+    """Files by the names of their metrics: their stems, numbered where they repeat; a single file needs none."""
+    if len(paths) == 1:
+        return {"": paths[0]}
+    named: dict[str, str] = {}
+    for path in paths:
+        stem = Path(path).stem
+        named[next(n for n in (stem, *(f"{stem}_{i}" for i in range(2, len(paths) + 1))) if n not in named)] = path
+    return named
+
+
+def _file_weights(config: TrainConfig) -> list[float] | None:
+    """The weight of every file, where a path of `file_dataset` may be a folder of several.
+
+    Raises:
+        ValueError: there is not one weight per path.
+    """
+    weights, paths = config.data_loader_config.file_weights, _paths(config.file_dataset)
+    if weights is None:
+        return None
+    if len(weights) != len(paths):
+        raise ValueError(
+            f"data_loader_config.file_weights: got {len(weights)} weights, expected {len(paths)}, one for each path of "
+            f"file_dataset"
+        )
+    return [weight for weight, path in zip(weights, paths, strict=True) for _ in files_of(Path(path))]
 
 
 def make_distillation(
@@ -236,7 +271,7 @@ def make_distillation(
 
 
 def make_reference(
-    config: TrainConfig, trainer_class: "type[BaseTrainer]", model: Any, streams: Iterable[SampleStream | None]
+    config: TrainConfig, trainer_class: "type[BaseTrainer]", model: Any, streams: Iterable[SampleStream]
 ) -> dict[str, Any]:
     """What the policy is compared with, as keywords of the trainer; none: the trainer makes a copy, or needs none."""
     own = trainer_class.config_section
@@ -247,8 +282,7 @@ def make_reference(
         if not PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo)).needs_reference:
             return {}
         for stream in streams:
-            if stream is not None:
-                precompute_reference(config, stream, model if reference is None else reference)
+            precompute_reference(config, stream, model if reference is None else reference)
         return {"ref_log_probs_given": True, "starts_at_reference": reference is None}
     return {} if reference is None else {"ref_model": reference}
 

@@ -53,7 +53,7 @@ def built_in(run: "Run", log_interval: int, save_interval: int) -> list[Hook]:
     settings = run.settings
     by_epoch = 1 if settings.eval_interval is None else None
     hooks = [Hook("log", log, every_steps=log_interval, at_end=True)]
-    if run.val_source is not None:
+    if run.val_sources:
         hooks.append(Hook("evaluate", evaluate, settings.eval_interval, by_epoch, at_end=True))
     if run.trainer.eval_prompts:
         hooks.append(Hook("sample", sample, settings.eval_interval, by_epoch, at_end=True))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llm_trainer.data.collate import Filler
-from llm_trainer.data.stream import Batch, mix
+from llm_trainer.data.stream import Batch, StepSource, mix
 from llm_trainer.engine import dist
 from llm_trainer.metrics import Metrics
 
@@ -154,33 +154,46 @@ def refuse(run: "Run", micro_batches: list[Batch], loss: float) -> None:
 
 @torch.no_grad()
 def validate(run: "Run") -> dict[str, float]:
-    """Metrics of the validation set, `eval_loss` among them: means over all its terms on all ranks.
+    """Metrics of the validation data, `eval_loss` among them: means over all its terms on all ranks.
 
-    An interrupt ends it early on every rank; the caller then saves and stops, and a resumed run evaluates again.
+    Of data that has a name also its own, `eval_<name>_loss`. An interrupt ends it early on every rank; the caller then
+    saves and stops, and a resumed run evaluates again.
     """
-    trainer, engine = run.trainer, run.engine
-    assert run.val_source is not None
-    module = trainer.model
+    module, train_metrics = run.trainer.model, run.metrics
     was_training = module.training
     module.eval()
-    run.metrics, train_metrics = Metrics(engine.device), run.metrics
+    parts = {name: Metrics(run.engine.device) for name in run.val_sources}
     try:
-        for micro_batches, _ in run.val_source.steps(0, 0):
-            for batch in micro_batches:
-                if isinstance(batch, Filler):  # nothing is exchanged here, so a rank without rows just waits
-                    continue
-                run.recording, weight = True, float(trainer._loss_weight(batch))
-                begin_step(run, [batch], [weight], lambda numbers: numbers)  # each batch is a step of its own
-                with engine.precision():
-                    batch = trainer._prepare_batch(batch)
-                    loss = trainer._compute_loss(trainer._forward(batch), batch)
-                run.metrics.add("loss", loss * weight, weight)
-            if run.signals.received is not None:
-                break
-        run.metrics.add("interrupted", float(run.signals.received is not None), 1.0)
-        values = run.metrics.reduce(dist.all_reduce)
+        for name, source in run.val_sources.items():
+            run.metrics = parts[name]
+            measure(run, source)
     finally:
         run.metrics = train_metrics
         module.train(was_training)
+    total = Metrics(run.engine.device)
+    for part in parts.values():
+        total.include(part)
+    total.add("interrupted", float(run.signals.received is not None), 1.0)
+    values = total.reduce(dist.all_reduce)
     run.stop_requested = run.stop_requested or values.pop("interrupted") > 0
-    return {f"eval_{name}": value for name, value in values.items()}
+    found = {f"eval_{name}": value for name, value in values.items()}
+    for name in filter(None, parts):
+        found |= {f"eval_{name}_{metric}": value for metric, value in parts[name].reduce(dist.all_reduce).items()}
+    return found
+
+
+def measure(run: "Run", source: StepSource) -> None:
+    """Add the metrics of all data of `source` to the run's, until a signal comes."""
+    trainer = run.trainer
+    for micro_batches, _ in source.steps(0, 0):
+        for batch in micro_batches:
+            if run.signals.received is not None:
+                return
+            if isinstance(batch, Filler):  # nothing is exchanged here, so a rank without rows just waits
+                continue
+            run.recording, weight = True, float(trainer._loss_weight(batch))
+            begin_step(run, [batch], [weight], lambda numbers: numbers)  # each batch is a step of its own
+            with run.engine.precision():
+                batch = trainer._prepare_batch(batch)
+                loss = trainer._compute_loss(trainer._forward(batch), batch)
+            run.metrics.add("loss", loss * weight, weight)

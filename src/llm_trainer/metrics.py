@@ -43,6 +43,11 @@ class Metrics:
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + self._wide(total), old_count + self._wide(count))
 
+    def include(self, other: "Metrics") -> None:
+        """Adds everything that was added to `other`, which keeps it."""
+        for name, (total, count) in other._sums.items():
+            self.add(name, total, count)
+
     def _wide(self, value: Tensor | float) -> Tensor | float:
         """Double precision, so that counts of tokens stay exact; Apple's GPUs have none."""
         if not isinstance(value, Tensor):

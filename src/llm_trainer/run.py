@@ -1,7 +1,7 @@
 """A run: one trainer, its engine, where it stands, and everything that happens around its steps."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -65,7 +65,8 @@ class Run:
             seed=settings.seed,
             **ranks,
         )
-        self.val_source = None if val_loader is None else as_step_source(val_loader, **ranks)
+        loaders = val_loader if isinstance(val_loader, Mapping) else {} if val_loader is None else {"": val_loader}
+        self.val_sources = {name: as_step_source(loader, **ranks) for name, loader in loaders.items()}
         self.save_dir = Path(save_dir)
         self.log_dir = Path(settings.log_dir) if settings.log_dir else self.save_dir / "log"
         self.progress = Progress()
@@ -250,7 +251,7 @@ class Run:
         Raises:
             ValueError: there is no validation set.
         """
-        if self.val_source is None:
+        if not self.val_sources:
             raise ValueError("nothing to evaluate: give a val_loader (or eval_dataset)")
         return loop.validate(self)
 

@@ -11,6 +11,7 @@ import typer
 
 from llm_trainer.cli import data
 from llm_trainer.cli.chat import chat
+from llm_trainer.cli.score import score
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -162,6 +163,7 @@ def plot(
 
 
 app.command()(chat)
+app.command()(score)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizers, name="tokenizer")
 

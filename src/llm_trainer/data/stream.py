@@ -122,6 +122,8 @@ class SampleStream:
         micro_batch_tokens: token budget of a micro-batch instead of `batch_size`; counts padding unless `flat`.
         flat: whether `collate` lays rows end to end.
         shuffle: visit each file's samples in an order drawn from (seed, epoch).
+        file_weights: how often each file's samples are visited per epoch; 2.5 is twice all of them and then another
+            half, which is another one in every epoch when shuffled. None: once.
     """
 
     def __init__(
@@ -136,10 +138,14 @@ class SampleStream:
         micro_batch_tokens: int | None = None,
         flat: bool = False,
         shuffle: bool = True,
+        file_weights: Sequence[float] | None = None,
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        weights = [1.0] * len(dataset.file_sizes) if file_weights is None else file_weights
+        pairs = zip(weights, dataset.file_sizes, strict=True)
+        self.visits = [round(weight * size) or min(1, size) for weight, size in pairs]  # of each file, per epoch
         self.dataset, self.collate = dataset, collate
         self.rows_per_step, self.batch_size = rows_per_step, batch_size
         self.rank, self.world_size = rank, world_size
@@ -148,7 +154,7 @@ class SampleStream:
         self.num_workers, self.pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
-        return sum(self.dataset.file_sizes)
+        return sum(self.visits)
 
     size = __len__
 
@@ -157,15 +163,23 @@ class SampleStream:
 
     def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Indices of the samples at the global positions `[start, stop)` of an epoch."""
-        pieces, first = [], 0
-        for number, size in enumerate(self.dataset.file_sizes):
-            begin, end = max(start, first), min(stop, first + size)
+        pieces, first, sample = [], 0, 0  # the position, and the sample, that a file begins with
+        for number, (size, visits) in enumerate(zip(self.dataset.file_sizes, self.visits, strict=True)):
+            begin, end = max(start, first), min(stop, first + visits)
             if begin < end:
                 local = np.arange(begin - first, end - first)
-                local = Permutation(size, mix(self.seed, epoch, number))(local) if self.shuffle else local
-                pieces.append(local + first)
-            first += size
+                for turn in range(int(local[0]) // size, int(local[-1]) // size + 1):
+                    mine = local[local // size == turn] % size
+                    pieces.append(
+                        sample + (self._permutation(size, epoch, number, turn)(mine) if self.shuffle else mine)
+                    )
+            first, sample = first + visits, sample + size
         return np.concatenate(pieces)
+
+    def _permutation(self, size: int, epoch: int, number: int, turn: int) -> Permutation:
+        """The order in which a file is gone through the `turn`-th time in an epoch."""
+        again = [turn] if turn else []  # the first turn is the same whatever the weights
+        return Permutation(size, mix(self.seed, epoch, number, *again))
 
     def _cut(self, rows: np.ndarray) -> list[list[int]]:
         if self.micro_batch_tokens is None:

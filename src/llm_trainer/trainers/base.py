@@ -36,7 +36,8 @@ class BaseTrainer(metaclass=TrainerMeta):
         model: the module to train.
         optimizer: an optimizer of its parameters.
         train_loader: iterable of micro-batches, re-iterable once per epoch.
-        val_loader: evaluated each epoch (or every `eval_interval` steps); the best model is kept.
+        val_loader: evaluated each epoch (or every `eval_interval` steps); the best model is kept. Several, by name, are
+            evaluated together, and each by itself as `eval_<name>_loss`, ....
         scheduler: anything with `step()`, `state_dict()` and `load_state_dict()`; stepped once per optimizer step.
         device: a torch device or its name; None detects.
         max_epochs: passes over `train_loader`.

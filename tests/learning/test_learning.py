@@ -1,0 +1,19 @@
+"""Each algorithm learns a known preference, to a level that a wrong loss does not reach; the controls show that."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", table.SEEDS)
+@pytest.mark.parametrize("name", table.EXPERIMENTS)
+def test_held_out_accuracy(name: str, seed: int) -> None:
+    outcome, expected = table.run(name, seed), table.EXPERIMENTS[name]
+    assert 0.3 < outcome.accuracy[0] < 0.7  # chance
+    assert expected.accepts(outcome.accuracy[1], outcome.margin), outcome
+    assert outcome.seconds < 60
