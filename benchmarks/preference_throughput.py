@@ -291,7 +291,7 @@ def main() -> None:
         write_pairs(work / "pairs.json")
     plan = {"precision": options.precision, "warmup": options.warmup, "steps": options.steps, "work": str(work)}
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in options.peers}
-    with (BENCH / "preference.jsonl").open("a", encoding="utf-8") as kept:
+    with (BENCH / "preference.jsonl").open("a", encoding="utf-8", buffering=1) as kept:
         for _ in range(options.rounds):
             for peer in options.peers:
                 runs[peer].append(run_job({"peer": peer, **plan}, options.threads))

@@ -239,14 +239,14 @@ def _file_weights(config: TrainConfig) -> list[float] | None:
     """The weight of every file, where a path of `file_dataset` may be a folder of several.
 
     Raises:
-        ValueError: there is not one weight per path.
+        ValueError: there is not one weight above 0 per path.
     """
     weights, paths = config.data_loader_config.file_weights, _paths(config.file_dataset)
     if weights is None:
         return None
-    if len(weights) != len(paths):
+    if len(weights) != len(paths) or min(weights) <= 0:
         raise ValueError(
-            f"data_loader_config.file_weights: got {len(weights)} weights, expected {len(paths)}, one for each path of "
+            f"data_loader_config.file_weights: got {weights}, expected {len(paths)} numbers above 0, one for each path of "
             f"file_dataset"
         )
     return [weight for weight, path in zip(weights, paths, strict=True) for _ in files_of(Path(path))]

@@ -187,8 +187,6 @@ def measure(run: "Run", source: StepSource) -> None:
     trainer = run.trainer
     for micro_batches, _ in source.steps(0, 0):
         for batch in micro_batches:
-            if run.signals.received is not None:
-                return
             if isinstance(batch, Filler):  # nothing is exchanged here, so a rank without rows just waits
                 continue
             run.recording, weight = True, float(trainer._loss_weight(batch))
@@ -197,3 +195,5 @@ def measure(run: "Run", source: StepSource) -> None:
                 batch = trainer._prepare_batch(batch)
                 loss = trainer._compute_loss(trainer._forward(batch), batch)
             run.metrics.add("loss", loss * weight, weight)
+        if run.signals.received is not None:
+            return

@@ -43,7 +43,7 @@ class Metrics:
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + self._wide(total), old_count + self._wide(count))
 
-    def include(self, other: "Metrics") -> None:
+    def include(self, other: Metrics) -> None:
         """Adds everything that was added to `other`, which keeps it."""
         for name, (total, count) in other._sums.items():
             self.add(name, total, count)

@@ -109,7 +109,7 @@ class DataLoaderConfig:
     )
     data_loader_pin_memory: StrictBool = Field(default=False, description="copy batches through page-locked memory")
     data_loader_shuffle: StrictBool = Field(default=True, description="a new order of samples each epoch")
-    file_weights: list[Annotated[StrictFloat, Field(gt=0)]] | None = Field(
+    file_weights: list[StrictFloat] | None = Field(
         default=None, description="for each path of file_dataset, how often its rows are visited per epoch; null: once"
     )
     schema: str | None = Field(default=None, description="the rows' schema; null: recognised from the rows")

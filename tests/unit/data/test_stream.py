@@ -157,3 +157,23 @@ def test_an_iterator_without_length_is_fine():
 
     source = LoaderSteps(Endless())
     assert source.num_steps() is None and len(list(source.steps(0, 1))) == 2
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_weights_of_files_say_how_often_their_samples_come(shuffle):
+    weighted = stream((10, 4, 12), file_weights=[2.5, 1.0, 0.5], shuffle=shuffle)
+    assert weighted.size() == len(weighted) == 25 + 4 + 6 and weighted.num_steps() == 9
+    order = weighted.order(0, 0, 35)
+    times = np.bincount(order, minlength=26)
+    assert sorted(times[:10]) == [2] * 5 + [3] * 5 and set(times[10:14]) == {1}
+    assert sorted(times[14:]) == [0] * 6 + [1] * 6
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert (list(order[:10]) == list(order[10:20])) is not shuffle
+    assert (set(order[29:]) == set(weighted.order(1, 29, 35))) is not shuffle  # another half in the next epoch
+    whole = steps_of(weighted)
+    assert whole[3:] == steps_of(weighted, position=12)  # resume is a seek, into the second turn too
+    assert [list(weighted.order(0, i, i + 1)) for i in range(35)] == [[sample] for sample in order]
+
+
+def test_weights_of_one_change_nothing():
+    assert np.array_equal(stream().order(3, 0, 23), stream(file_weights=[1.0, 1.0, 1.0]).order(3, 0, 23))

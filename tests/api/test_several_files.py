@@ -1,0 +1,110 @@
+"""Several files in one run: metrics of each beside the total, and how often each is visited."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_trainer import DPOTrainer, SFTTrainer
+from llm_trainer.train_configs import (
+    DataLoaderConfig,
+    DPOConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SFTConfig,
+    TrainConfig,
+)
+
+SHAPE = ModelConfig(
+    vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+)
+
+
+def write(folder: Path, name: str, answers: list[str]) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt": f"count to {n}", "chosen": answer, "rejected": "no " * (1 + n % 3)}
+        for n, answer in enumerate(answers)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(reference_dir: Path, folder: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "model_config": SHAPE,
+        "tokenizer": str(reference_dir / "tokenizer"),
+        "n_epochs": 1,
+        "batch_size": 2,
+        "optim_config": OptimConfig(initial_lr=1e-2),
+        "run_config": RunConfig(save_dir=str(folder / "run"), precision="fp32", log_interval=1, progress=False),
+    }
+    return TrainConfig(**(values | changes))
+
+
+def test_every_evaluation_file_has_metrics_beside_the_total(reference_dir: Path, tmp_path: Path) -> None:
+    easy = write(tmp_path / "a", "held_out.jsonl", ["one two"] * 4)
+    odd = write(tmp_path / "b", "held_out.jsonl", ["xyzzy plugh"] * 2)
+    described = config(reference_dir, tmp_path, dpo_config=DPOConfig(), file_dataset=easy, eval_dataset=[easy, odd])
+    trainer = DPOTrainer(train_config=described)
+    values = trainer.train()
+    assert values["eval_loss"] == trainer.run.progress.best_loss  # the total is what the best model is chosen by
+    for metric in ("loss", "rewards/accuracies", "rewards/margins"):
+        parts = values[f"eval_held_out_{metric}"], values[f"eval_held_out_2_{metric}"]
+        assert values[f"eval_{metric}"] == pytest.approx((4 * parts[0] + 2 * parts[1]) / 6)
+    assert values["eval_held_out_loss"] < values["eval_held_out_2_loss"]
+    alone = config(reference_dir, tmp_path / "alone", dpo_config=DPOConfig(), file_dataset=easy, eval_dataset=odd)
+    again = DPOTrainer(train_config=alone, model=trainer.base_model, ref_model=trainer.reference.base)  # type: ignore[union-attr]
+    found = again.evaluate()
+    assert found["eval_loss"] == pytest.approx(values["eval_held_out_2_loss"])
+    assert not any("held_out" in name for name in found)
+
+
+def test_loaders_with_names_in_the_explicit_style(reference_dir: Path, tmp_path: Path) -> None:
+    files = [write(tmp_path, f"{name}.jsonl", ["one two"] * 3) for name in ("left", "right")]
+    sft = {"sft_config": SFTConfig(), "data_loader_config": DataLoaderConfig(schema="prompt_completion")}
+    for path in files:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        lines = [json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) for row in rows]
+        Path(path).write_text("\n".join(lines))
+    described = config(reference_dir, tmp_path, file_dataset=files[0], eval_dataset=files, **sft)
+    trainer = SFTTrainer(train_config=described)
+    batches = {
+        name: [batch for step, _ in source.steps(0, 0) for batch in step]
+        for name, source in trainer.run.val_sources.items()
+    }
+    explicit = SFTTrainer(
+        model=trainer.base_model,
+        optimizer=trainer.optimizer,
+        train_loader=batches["left"],
+        val_loader=batches,
+        use_amp=False,
+        device="cpu",
+        save_dir=str(tmp_path / "explicit"),
+    )
+    found = explicit.evaluate()
+    assert found == trainer.evaluate()
+    assert {"eval_loss", "eval_left_loss", "eval_right_mean_token_accuracy"} <= set(found)
+
+
+def test_weights_of_files_change_how_often_they_are_visited(reference_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    write(folder, "two.jsonl", ["one"] * 2), write(folder, "three.jsonl", ["two"] * 3)
+    four = write(tmp_path, "four.jsonl", ["three"] * 4)
+
+    def made(weights: list[float]) -> DPOTrainer:
+        loader = DataLoaderConfig(file_weights=weights)
+        options = {"dpo_config": DPOConfig(), "file_dataset": [str(folder), four], "data_loader_config": loader}
+        return DPOTrainer(train_config=config(reference_dir, tmp_path, **options))
+
+    trainer = made([2.0, 0.5])
+    assert trainer.run.source.size() == 2 * (2 + 3) + 2
+    assert trainer.run.total_steps() == 6
+    trainer.train()
+    assert trainer.run.progress.step == 6
+    for wrong in ([1.0], [1.0, 0.0]):
+        with pytest.raises(ValueError, match=r"file_weights: got .*, expected 2 numbers above 0, one for each path"):
+            made(wrong)
