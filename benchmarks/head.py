@@ -2,8 +2,8 @@
 
 `python benchmarks/head.py head` takes head + loss alone (V = 151,936) and `python benchmarks/head.py step` a step of a
 27 M model (`--vocab 32000` for 40 M), in bfloat16 autocast. Each variant runs in a process of its own; rounds alternate
-between the variants, and a ratio is the median of the rounds' ratios, so that other load on the machine meets both; `best` compares the fastest runs.
-Memory is the peak above what the inputs and weights take, compilation not counted.
+between the variants, and a ratio is the median of the rounds' ratios, so that other load on the machine meets both;
+`best` compares the fastest runs. Memory is the peak above what the inputs and weights take, compilation not counted.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from torch import nn
 
 from llm_trainer import checkpoint, hooks, loop
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
+from llm_trainer.checkpoint.valid import step_folders, step_of
 from llm_trainer.config.env import environment
 from llm_trainer.data.collate import Filler
 from llm_trainer.data.stream import as_step_source
@@ -162,7 +163,7 @@ class Run:
     def _set_aside(self) -> None:
         """Move checkpoints that are ahead of this run out of the way: they are of another run, or damaged."""
         folder = self.manager.folder  # one that cannot be written shows here, before the first step
-        ahead = [path for path in folder.glob("checkpoint-*[0-9]") if int(path.name.split("-")[1]) > self.progress.step]
+        ahead = [path for path in step_folders(folder) if step_of(path) > self.progress.step]
         if not ahead:
             return
         aside = next(p for n in itertools.count(1) if not (p := folder / f"set-aside-{n}").exists())

@@ -119,7 +119,8 @@ def score_file(
     Args:
         left_out: rows that have nothing to score are counted here, by reason.
     """
-    from llm_trainer.data.errors import DroppedRow
+    from llm_trainer.data.chat import ChatTemplateError
+    from llm_trainer.data.errors import DataError, DroppedRow
     from llm_trainer.data.sources import read_rows
 
     rows = read_rows(path)
@@ -132,7 +133,11 @@ def score_file(
                 left_out[nothing.reason] += 1
                 continue
             for sample in samples:
-                answers = judge.encode(schema.kind, sample, location)
+                try:
+                    answers = judge.encode(schema.kind, sample, location)
+                except ChatTemplateError as error:
+                    found, fix = f"what the chat template cannot render ({error})", "mend the row"
+                    raise DataError(location, found, "turns that the template knows", fix) from error
                 if max(map(len, answers.values())) > judge.context:
                     left_out[TOO_LONG] += 1
                 else:

@@ -21,7 +21,7 @@ from llm_trainer.losses.language import LanguageLoss, at_least_float32
 
 # One chunk of logits, in bytes. Fewer chunks mean fewer passes over the weight's gradient; measured on 2 CPU cores at
 # V = 151,936 (benchmarks/head.py).
-CHUNK_BYTES = 96 * 2**20
+CHUNK_BYTES = 112 * 2**20
 # Below this many elements a compiled kernel saves less time than its compilation takes.
 COMPILE_ELEMENTS = 2**18
 # A half-precision weight gradient of a chunk is added to the float32 sum in slices of this many bytes: they stay in the

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from llm_trainer.models.frozen import freeze
+from llm_trainer.models.scored import scored
+
 if TYPE_CHECKING:
     from llm_trainer.models.scored import TokenScores
+    from llm_trainer.trainers.base import BaseTrainer
 
 IGNORE = -100
 Batch = dict[str, Tensor]
@@ -122,3 +126,11 @@ def count_tokens(batch: Batch) -> int:
     """Tokens of a joined batch, or of its parts, without padding."""
     masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
     return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel()
+
+
+def reference_of(model: nn.Module, trainer: "BaseTrainer") -> nn.Module:
+    """`model` scored and frozen on the trainer's device, and compiled where the policy is: both must round alike."""
+    reference = scored(model).to(trainer.device)
+    if trainer.run.settings.compile:
+        reference.compile_backbone()
+    return freeze(reference)

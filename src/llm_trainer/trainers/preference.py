@@ -16,7 +16,7 @@ from llm_trainer.losses.preference import (
     pairs_from_tokens,
     resolve_loss_type,
 )
-from llm_trainer.models.frozen import freeze, frozen_copy, same_weights
+from llm_trainer.models.frozen import frozen_copy, same_weights
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.completions import (
@@ -26,6 +26,7 @@ from llm_trainer.trainers.completions import (
     join,
     num_answers,
     placed,
+    reference_of,
     score,
     supervised,
     with_prompts,
@@ -96,7 +97,7 @@ class DPOTrainer(BaseTrainer):
         self._new_rewards = torch.zeros(2)
         super().__init__(*args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
-        self.reference = None if reference is None else freeze(scored(reference).to(self.device))
+        self.reference = None if reference is None else reference_of(reference, self)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
-from llm_trainer.models.frozen import freeze, frozen_copy
+from llm_trainer.models.frozen import frozen_copy
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.completions import (
@@ -17,6 +17,7 @@ from llm_trainer.trainers.completions import (
     join,
     num_answers,
     placed,
+    reference_of,
     score,
     supervised,
 )
@@ -70,7 +71,7 @@ class KTOTrainer(BaseTrainer):
             )
         reference = frozen_copy(model) if ref_model is None else ref_model
         super().__init__(*args, **options)
-        self.reference = freeze(scored(reference).to(self.device))
+        self.reference = reference_of(reference, self)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:

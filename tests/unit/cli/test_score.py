@@ -1,6 +1,7 @@
 """Scoring files with a saved reward model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -112,7 +113,10 @@ def test_other_models_and_files_are_refused(judge, tokenizer, tmp_path, capsys):
     config = json.loads((judge / "config.json").read_text())
     del config["id2label"], config["label2id"]
     (tmp_path / "classifies" / "config.json").write_text(json.dumps(config))
+    strict = shutil.copytree(judge, tmp_path / "strict")
+    (strict / "chat_template.jinja").write_text("{{ raise_exception('too polite') }}")
     for folder, file, found in (
+        (strict, pairs, "pairs.jsonl:1: found what the chat template cannot render"),
         (tmp_path / "writes", pairs, "found Qwen3ForCausalLM, expected a reward model"),
         (tmp_path / "classifies", pairs, "found a classifier with 2 labels, expected one"),
         (tmp_path / "nowhere", pairs, "nowhere: no such folder"),
