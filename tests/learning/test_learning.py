@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import table
+import learning_table as table
 
 
 @pytest.mark.slow

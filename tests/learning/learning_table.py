@@ -1,4 +1,4 @@
-"""Every algorithm on sums with a known preference, several seeds each: `python tests/learning/table.py` rewrites its table.
+"""Every algorithm on sums with a known preference, several seeds each: `python tests/learning/learning_table.py` rewrites its table.
 
 The table stands between two markers in docs/results.md; the tests beside this file assert the same levels.
 """
