@@ -1,6 +1,6 @@
-"""Every algorithm on sums with a known preference, several seeds each: `python tests/learning/learning_table.py` rewrites its table.
+"""Every algorithm on sums with a known preference, several seeds each: this script rewrites its table in docs/results.md.
 
-The table stands between two markers in docs/results.md; the tests beside this file assert the same levels.
+The table stands between two markers; the tests beside this file assert the same levels.
 """
 
 import contextlib
