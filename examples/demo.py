@@ -1,7 +1,8 @@
 """`make demo`: from Python's own documentation to a small model that answers, in a few minutes on two cores.
 
 Reads `pydoc_data.topics` and the docstrings of the standard library, trains a tokenizer, pretrains a model, fine-tunes it
-on question-answer pairs made from the docstrings, and shows what each stage changed. Nothing is downloaded.
+on question-answer pairs made from the docstrings, teaches it to prefer the right answer, and shows what each stage
+changed. Nothing is downloaded.
 """
 
 import ast
@@ -15,8 +16,10 @@ from pydoc_data.topics import topics
 
 from llm_trainer.cli.plots import plot_run
 from llm_trainer.data.tokenizer import train_tokenizer
+from llm_trainer.hooks import sample
 from llm_trainer.train_configs import (
     DataLoaderConfig,
+    DPOConfig,
     EvalConfig,
     ModelConfig,
     OptimConfig,
@@ -68,7 +71,12 @@ def write_data(folder: Path) -> tuple[int, int]:
         [{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": p["completion"]}] for p in pairs
     ]
     texts = [{"text": text} for text in documents]
-    for name, rows in (("corpus", texts), ("answers", asked)):
+    others = [answer for _, answer in asked[1:] + asked[:1]]  # each question beside the answer of another one
+    preferred = [
+        {"chosen": [question, answer], "rejected": [question, other]}
+        for (question, answer), other in zip(asked, others, strict=True)
+    ]
+    for name, rows in (("corpus", texts), ("answers", asked), ("preferences", preferred[:1000])):
         held_out = len(rows) // 20
         for part, selected in ((name, rows[held_out:]), (f"{name}_held_out", rows[:held_out])):
             lines = "".join(json.dumps(row) + "\n" for row in selected)
@@ -112,7 +120,7 @@ def sft_config(folder: Path) -> TrainConfig:
         model_config=str(folder / "pretrain" / "model"),
         file_dataset=str(folder / "data" / "answers.jsonl"),
         eval_dataset=str(folder / "data" / "answers_held_out.jsonl"),
-        n_epochs=4,
+        n_epochs=3,
         batch_size=32,
         eval_prompts=list(QUESTIONS),
         data_loader_config=DataLoaderConfig(packing="flat"),
@@ -123,11 +131,28 @@ def sft_config(folder: Path) -> TrainConfig:
     )
 
 
+def dpo_config(folder: Path) -> TrainConfig:
+    """The right answer rather than that of another question, starting from the fine-tuned model."""
+    return TrainConfig(
+        model_config=str(folder / "sft" / "model"),
+        file_dataset=str(folder / "data" / "preferences.jsonl"),
+        eval_dataset=str(folder / "data" / "preferences_held_out.jsonl"),
+        batch_size=16,
+        eval_prompts=list(QUESTIONS),
+        data_loader_config=DataLoaderConfig(packing="flat"),
+        optim_config=OptimConfig(initial_lr=1e-4, warmup_iters=5, enable_lr_scheduler=True),
+        eval_config=EvalConfig(eval_batch_interval=100, max_seq_len=48, temperature=0.0),
+        run_config=RunConfig(save_dir=str(folder / "dpo"), log_dir=None, log_interval=10),
+        dpo_config=DPOConfig(loss_beta=0.1, nll_loss_coef=1.0),  # the NLL keeps the answers fluent
+    )
+
+
 def train(name: str, config: TrainConfig) -> dict[str, float]:
-    """One stage; returns its last metrics and, as `before`, the held-out loss that it started from."""
+    """One stage, with sample answers before and after; its last metrics, and those it started from as `before_...`."""
     trainer = get_trainer_class(name)(train_config=config)
-    before = trainer.evaluate()["eval_loss"]
-    return {"before": before, **trainer.train()}
+    sample(trainer.run)
+    before = {f"before_{metric}": value for metric, value in trainer.evaluate().items()}
+    return before | trainer.train()
 
 
 def main(folder: Path = Path("runs/demo")) -> None:
@@ -140,14 +165,15 @@ def main(folder: Path = Path("runs/demo")) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
     results = {"pretrain": train("pretrain", pretrain_config(folder, folder / "tokenizer"))}
     results["sft"] = train("sft", sft_config(folder))
-    print(f"\n{'stage':<10}{'held-out loss before':>22}{'after':>10}{'steps/s':>10}")
+    results["dpo"] = train("dpo", dpo_config(folder))
+    print(f"\n{'stage':<12}{'held out':<18}{'before':>10}{'after':>10}")
     for stage, values in results.items():
-        print(
-            f"{stage:<10}{values['before']:>22.3f}{values['eval_loss']:>10.3f}{values['tokens_per_second']:>8,.0f} tok/s"
-        )
-        print(f"{'':<10}curves: {plot_run(folder / stage / 'log', folder / stage / 'curves.png')}")
-    print(f"\nmodel: {folder / 'sft' / 'model'}    ({time.monotonic() - started:.0f} s in all)")
-    print(f"talk to it: llm-trainer chat {folder / 'sft'}")
+        for metric in ("eval_loss", "eval_rewards/accuracies" if stage == "dpo" else "eval_mean_token_accuracy"):
+            label = metric.removeprefix("eval_").removeprefix("mean_").removeprefix("rewards/")
+            print(f"{stage:<12}{label:<18}{values[f'before_{metric}']:>10.3f}{values[metric]:>10.3f}")
+        print(f"{'':<12}curves: {plot_run(folder / stage / 'log', folder / stage / 'curves.png')}")
+    print(f"\nmodel: {folder / 'dpo' / 'model'}    ({time.monotonic() - started:.0f} s in all)")
+    print(f"talk to it: llm-trainer chat {folder / 'dpo'}")
 
 
 if __name__ == "__main__":
