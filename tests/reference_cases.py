@@ -58,3 +58,37 @@ def iter_cases(root: Path, group: str) -> Iterator[Case]:
     """All cases of one group of the folder `root`, by name."""
     for path in sorted((root / group).glob("*.json")):
         yield load_case(path)
+
+
+def follow(
+    trainer_class: Any, case: dict[str, Any], model: Any, batches: list, folder: Path, **options: Any
+) -> list[dict]:
+    """Train `model` as the run `case` of another library was trained; returns the metrics of every optimizer step."""
+    from llm_trainer import configure_optimizer
+    from llm_trainer.hooks import Hook
+
+    hyper = case["hyper"]
+    seen: list[dict[str, float]] = []
+    trainer_class(
+        model=model,
+        optimizer=configure_optimizer(
+            model=model,
+            lr=hyper["learning_rate"],
+            betas=(hyper["adam_beta1"], hyper["adam_beta2"]),
+            eps=hyper["adam_epsilon"],
+            weight_decay=hyper["weight_decay"],
+        ),
+        train_loader=batches,
+        device="cpu",
+        max_epochs=1,
+        grad_accum_steps=case["gradient_accumulation_steps"],
+        max_grad_norm=hyper["max_grad_norm"],
+        use_amp=False,
+        log_interval=1,
+        save_dir=str(folder),
+        save_interval=0,
+        progress=False,
+        hooks=[Hook("watch", lambda run: seen.append(dict(run._last_values)), every_steps=1)],
+        **options,
+    ).train()
+    return seen

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from llm_trainer import Distillation, SFTTrainer, configure_optimizer
-from llm_trainer.hooks import Hook
+from llm_trainer import Distillation, SFTTrainer
+from reference_cases import follow
 
 
 def test_trajectory(reference_dir: Path, tmp_path: Path) -> None:
@@ -27,29 +27,9 @@ def test_trajectory(reference_dir: Path, tmp_path: Path) -> None:
     shape = (
         {"divergence": ends[hyper["beta"]]} if hyper["beta"] in ends else {"divergence": "jsd", "beta": hyper["beta"]}
     )
-    seen: list[dict[str, float]] = []
-    SFTTrainer(
-        model=model,
-        optimizer=configure_optimizer(
-            model=model,
-            lr=hyper["learning_rate"],
-            betas=(hyper["adam_beta1"], hyper["adam_beta2"]),
-            eps=hyper["adam_epsilon"],
-            weight_decay=hyper["weight_decay"],
-        ),
-        train_loader=[{key: tensors[f"batch{i}.{key}"].long() for key in keys} for i in numbers],
-        kd=Distillation(teacher_model=teacher, kd_coef=1.0, **shape),  # TRL's temperature is that of its sampling
-        device="cpu",
-        max_epochs=1,
-        grad_accum_steps=case["gradient_accumulation_steps"],
-        max_grad_norm=hyper["max_grad_norm"],
-        use_amp=False,
-        log_interval=1,
-        save_dir=str(tmp_path),
-        save_interval=0,
-        progress=False,
-        hooks=[Hook("watch", lambda run: seen.append(dict(run._last_values)), every_steps=1)],
-    ).train()
+    batches = [{key: tensors[f"batch{i}.{key}"].long() for key in keys} for i in numbers]
+    kd = Distillation(teacher_model=teacher, kd_coef=1.0, **shape)  # TRL's temperature is that of its sampling
+    seen = follow(SFTTrainer, case, model, batches, tmp_path, kd=kd)
     limit = case["tolerance"]["loss_abs_float32"]
     assert len(seen) == hyper["max_steps"]
     for ours, theirs in zip(seen, case["logged"], strict=True):

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import pad
 
-from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, configure_optimizer
-from llm_trainer.hooks import Hook
+from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer
 from llm_trainer.models.rewarding import reward_model
+from reference_cases import follow
 
 Batch = dict[str, torch.Tensor]
 
@@ -96,29 +96,7 @@ def test_trajectory(name: str, reference_dir: Path, tmp_path: Path) -> None:
             reference = AutoModelForCausalLM.from_pretrained(folder / "ref", attn_implementation="eager")
             options = options | {"ref_model": reference}
     tensors = load_file(folder / f"{name}.safetensors")
-    seen: list[dict[str, float]] = []
-    trainer_class(
-        model=model,
-        optimizer=configure_optimizer(
-            model=model,
-            lr=hyper["learning_rate"],
-            betas=(hyper["adam_beta1"], hyper["adam_beta2"]),
-            eps=hyper["adam_epsilon"],
-            weight_decay=hyper["weight_decay"],
-        ),
-        train_loader=batches_of(tensors),
-        device="cpu",
-        max_epochs=1,
-        grad_accum_steps=case["gradient_accumulation_steps"],
-        max_grad_norm=hyper["max_grad_norm"],
-        use_amp=False,
-        log_interval=1,
-        save_dir=str(tmp_path),
-        save_interval=0,
-        progress=False,
-        hooks=[Hook("watch", lambda run: seen.append(dict(run._last_values)), every_steps=1)],
-        **options,
-    ).train()
+    seen = follow(trainer_class, case, model, batches_of(tensors), tmp_path, **options)
     limit = case["tolerance"]["loss_abs_float32"]
     assert len(seen) == hyper["max_steps"]
     for found, expected in zip(seen, case["logged"], strict=True):

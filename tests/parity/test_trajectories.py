@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_trainer import SFTTrainer, configure_optimizer
-from llm_trainer.hooks import Hook
+from llm_trainer import SFTTrainer
+from reference_cases import follow
 
 RUNS = ("hf_clm", "hf_clm_accum_wd", "trl_sft_assistant_only", "trl_sft_completion_only")
 
@@ -31,29 +31,7 @@ def test_trajectory(name: str, reference_dir: Path, tmp_path: Path) -> None:
     tensors = load_file(reference_dir / "e2e" / f"{name}.safetensors")
     hyper = case["hyper"]
     model = AutoModelForCausalLM.from_pretrained(reference_dir / "e2e" / "policy", attn_implementation="eager")
-    optimizer = configure_optimizer(
-        model=model,
-        lr=hyper["learning_rate"],
-        betas=(hyper["adam_beta1"], hyper["adam_beta2"]),
-        eps=hyper["adam_epsilon"],
-        weight_decay=hyper["weight_decay"],
-    )
-    seen: list[dict[str, float]] = []
-    trainer = SFTTrainer(
-        model=model,
-        optimizer=optimizer,
-        train_loader=batches_of(tensors),
-        device="cpu",
-        max_epochs=1,
-        grad_accum_steps=case["gradient_accumulation_steps"],
-        max_grad_norm=hyper["max_grad_norm"],
-        use_amp=False,
-        log_interval=1,
-        save_dir=str(tmp_path),
-        save_interval=0,
-        hooks=[Hook("watch", lambda run: seen.append(dict(run._last_values)), every_steps=1)],
-    )
-    trainer.train()
+    seen = follow(SFTTrainer, case, model, batches_of(tensors), tmp_path)
     limit = case["tolerance"]["loss_abs_float32"]
     assert len(seen) == hyper["max_steps"]
     for ours, theirs in zip(seen, case["logged"], strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.frozen import freeze
 from llm_trainer.models.scored import scored
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from llm_trainer.models.scored import TokenScores
     from llm_trainer.trainers.base import BaseTrainer
 
-IGNORE = -100
 Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths")
 _PADDING = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
