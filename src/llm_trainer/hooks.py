@@ -95,8 +95,8 @@ def evaluate(run: "Run") -> None:
 
 
 def sample(run: "Run") -> None:
-    """Answer `eval_prompts` with the model as it is now."""
-    if not dist.is_main() or run.stop_requested:
+    """Answer `eval_prompts` with the model as it is now; in lockstep all ranks give the same answers."""
+    if run.stop_requested or not (dist.is_main() or run.engine.in_lockstep):
         return
     from llm_trainer.data.chat import ChatFormat
     from llm_trainer.generation.sampler import generate
@@ -104,7 +104,7 @@ def sample(run: "Run") -> None:
     trainer, how = run.trainer, run.settings.sampling
     chat = ChatFormat(trainer.tokenizer)
     prompts = [run.encode_prompt(chat, text) for text in trainer.eval_prompts]
-    with run.pause_clock(), torch.no_grad(), run.engine.precision():
+    with run.pause_clock(), torch.no_grad(), run.engine.inference():
         answers = generate(
             trainer.base_model,
             prompts,

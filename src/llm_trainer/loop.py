@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from llm_trainer.data.collate import Filler
 from llm_trainer.data.stream import Batch, StepSource, mix
 from llm_trainer.engine import dist
+from llm_trainer.guards import refuse, share_of_nothing
 from llm_trainer.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", so that a
 
 class TrainingInterrupted(SystemExit):
     """A signal stopped the run after its state was saved; the process exits with code 75."""
-
-
-class NonFiniteError(ArithmeticError):
-    """The weights the run starts from are not finite, or too many steps in a row had a loss or gradient that is not finite."""
 
 
 class Signals:
@@ -58,12 +54,10 @@ class Signals:
 
 def fit(run: "Run") -> None:
     """Train from where `run.progress` stands to the end of the last epoch or step."""
-    progress, settings = run.progress, run.settings
+    progress = run.progress
     while not run.finished():
         steps = run.trainer._train_steps(run.source, progress.epoch, progress.position)
         for micro_batches, position in steps:
-            # The noise of a step is a function of (seed, step, rank): a resumed run continues bit for bit.
-            torch.manual_seed(mix(settings.seed, progress.step, dist.rank()))
             train_step(run, micro_batches)
             progress.step, progress.position = progress.step + 1, position
             run.after_step()
@@ -79,33 +73,71 @@ def train_step(run: "Run", micro_batches: list[Batch]) -> None:
     Raises:
         NonFiniteError: `max_bad_steps` steps in a row were not finite. Nothing was updated by any of them.
     """
-    trainer, engine, started = run.trainer, run.engine, time.perf_counter()
-    weights = [0.0 if isinstance(batch, Filler) else float(trainer._loss_weight(batch)) for batch in micro_batches]
-    tokens = sum(0 if isinstance(batch, Filler) else trainer._count_tokens(batch) for batch in micro_batches)
-    exact = torch.float32 if engine.device.type == "mps" else torch.float64
-    shared = torch.tensor([sum(weights), float(tokens), float(run.signals.received is not None)], dtype=exact)
-    total, tokens_of_all, stop = dist.all_reduce(shared.to(engine.device)).tolist()
-    step_loss = torch.zeros((), device=engine.device)
-    begin_step(run, micro_batches, weights, dist.all_reduce)
-    for i, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
-        with engine.micro_step(last=i == len(micro_batches) - 1):
-            run.recording = not isinstance(batch, Filler)
-            batch = trainer._prepare_batch(batch.batch if isinstance(batch, Filler) else batch)
-            loss = trainer._compute_loss(trainer._forward(batch), batch)
-            loss = loss * (weight / max(total, 1.0)) if weight else nothing(trainer.model)
-            engine.backward(loss)
-        step_loss += loss.detach()
-    trainer._end_step(dist.all_reduce)
+    step, engine = Step(run, micro_batches), run.engine
+    for index, last in step.indices():
+        with engine.micro_step(last):
+            engine.backward(step.share(index))
+    run.trainer._end_step(dist.all_reduce)
     learning_rate = run.learning_rate()
-    grad_norm = engine.step(run.max_grad_norm)
-    run.note_step(tokens_of_all, time.perf_counter() - started, learning_rate, stop_requested=stop > 0)
-    if math.isfinite(grad_norm.item()):
+    if step.end(engine.step(run.max_grad_norm), learning_rate):
         run.step_schedule()
+
+
+class Step:
+    """An optimizer step as every driver takes it: what its micro-batches weigh, their losses, and what is noted after it.
+
+    Attributes:
+        loss: `[]` the sum of this rank's shares so far, detached.
+    """
+
+    def __init__(self, run: "Run", micro_batches: list[Batch]) -> None:
+        # The noise of a step is a function of (seed, step, rank): a resumed run continues bit for bit.
+        torch.manual_seed(mix(run.settings.seed, run.progress.step, dist.rank()))
+        trainer, device, self._started = run.trainer, run.engine.device, time.perf_counter()
+        self._run, self._batches = run, fill_up(run, micro_batches)
+        self._weights = [0.0 if isinstance(b, Filler) else float(trainer._loss_weight(b)) for b in self._batches]
+        tokens = sum(0 if isinstance(b, Filler) else trainer._count_tokens(b) for b in self._batches)
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        shared = torch.tensor([sum(self._weights), float(tokens), float(run.signals.received is not None)], dtype=exact)
+        total, self._tokens, stop = dist.all_reduce(shared.to(device)).tolist()
+        self._total, self._stop = max(total, 1.0), stop > 0
+        self.loss = torch.zeros((), device=device)
+        begin_step(run, self._batches, self._weights, dist.all_reduce)
+
+    def indices(self) -> Iterator[tuple[int, bool]]:
+        """The number of each micro-batch, and whether it is the last."""
+        return ((index, index == len(self._batches) - 1) for index in range(len(self._batches)))
+
+    def share(self, index: int) -> torch.Tensor:
+        """`[]` what a micro-batch contributes to the step's loss, to be backpropagated; shares ADD, over ranks as well."""
+        batch, weight, trainer = self._batches[index], self._weights[index], self._run.trainer
+        self._run.recording = not isinstance(batch, Filler)
+        batch = trainer._prepare_batch(batch.batch if isinstance(batch, Filler) else batch)
+        outputs = trainer._forward(batch)
+        loss = trainer._compute_loss(outputs, batch)
+        loss = loss * (weight / self._total) if weight else share_of_nothing(outputs, trainer.model)
+        self.loss += loss.detach()
+        return loss
+
+    def end(self, grad_norm: torch.Tensor, learning_rate: float) -> bool:
+        """Note the step; whether the gradient was finite, so that there was an update (see `train_step`)."""
+        run, world = self._run, dist.world_size()
+        run.note_step(self._tokens, time.perf_counter() - self._started, learning_rate, stop_requested=self._stop)
+        if not math.isfinite(grad_norm.item()):
+            refuse(run, self._batches, dist.all_reduce(self.loss).item())
+            return False
         run.progress.bad_steps = 0
-        run.metrics.add("loss", step_loss, 1 / dist.world_size())
-        run.metrics.add("grad_norm", grad_norm / dist.world_size(), 1 / dist.world_size())
-    else:
-        refuse(run, micro_batches, dist.all_reduce(step_loss).item())
+        run.metrics.add("loss", self.loss, 1 / world)
+        run.metrics.add("grad_norm", grad_norm / world, 1 / world)
+        return True
+
+
+def fill_up(run: "Run", micro_batches: list[Batch]) -> list[Batch]:
+    """The micro-batches of a step, and in lockstep as many fillers as another rank has more of them."""
+    if not run.engine.in_lockstep:
+        return micro_batches
+    filler = micro_batches[0] if isinstance(micro_batches[0], Filler) else Filler(micro_batches[0])
+    return micro_batches + [filler] * (dist.largest(len(micro_batches), run.engine.device) - len(micro_batches))
 
 
 @torch.no_grad()
@@ -114,42 +146,6 @@ def begin_step(run: "Run", micro_batches: list[Batch], weights: list[float], sum
     batches = [batch.batch if isinstance(batch, Filler) else batch for batch in micro_batches]
     with run.engine.precision():
         run.trainer._begin_step(batches, weights, sum_over_ranks)
-
-
-def nothing(module: nn.Module) -> torch.Tensor:
-    """The share of a batch without terms: 0, with a gradient of 0. Its loss may be 0 / 0, and NaN * 0 is NaN."""
-    return torch.stack([(p * 0).sum().float() for p in module.parameters() if p.requires_grad]).sum()
-
-
-def broken_tensor(module: nn.Module) -> str | None:
-    """Which parameter holds a NaN or an infinity, and how many of them; None: all are finite."""
-    named = list(module.named_parameters())
-    whole = torch.stack([p.isfinite().all() for _, p in named])  # the host waits for the device once
-    for name, p in (named[i] for i in (~whole).nonzero().flatten().tolist()):
-        return f"{name.removeprefix('module.')} ({int((~p.isfinite()).sum())} of {p.numel():,} values are not finite)"
-    return None
-
-
-def refuse(run: "Run", micro_batches: list[Batch], loss: float) -> None:
-    """Count a step whose gradient was not finite, keep its batches for inspection, stop after too many in a row."""
-    run.progress.bad_steps += 1
-    run.progress.skipped_steps += 1
-    kept = run.keep_batches(micro_batches)
-    message = f"step {run.progress.step + 1}: loss {loss:g}, gradient not finite; the update was skipped, {kept}"
-    run.warn(message)
-    limit = run.settings.max_bad_steps + (20 if run.engine.state_dict()["scaler"] else 0)  # fp16 finds its scale so
-    if run.progress.bad_steps >= limit:
-        broken = broken_tensor(run.trainer.base_model)
-        if broken is not None:
-            cause = f"the weights are broken, by an update before: {broken}; lower the learning rate or add warm-up"
-        elif not math.isfinite(loss):
-            cause = "the weights are finite and the loss is not: look for broken rows in the kept batches"
-        else:
-            cause = "the loss is finite and its gradient is not: lower the learning rate, or use bf16 or fp32"
-        raise NonFiniteError(
-            f"{message}. {run.progress.bad_steps} steps in a row were not finite, so the run stops; nothing was updated "
-            f"by them. Likely cause: {cause}. Last valid checkpoint: {run.last_checkpoint()}"
-        )
 
 
 @torch.no_grad()
@@ -184,16 +180,20 @@ def validate(run: "Run") -> dict[str, float]:
 
 def measure(run: "Run", source: StepSource) -> None:
     """Add the metrics of all data of `source` to the run's, until a signal comes."""
-    trainer = run.trainer
+    trainer, lockstep = run.trainer, run.engine.in_lockstep
     for micro_batches, _ in source.steps(0, 0):
-        for batch in micro_batches:
-            if isinstance(batch, Filler):  # nothing is exchanged here, so a rank without rows just waits
+        for batch in fill_up(run, micro_batches):
+            run.recording = not isinstance(batch, Filler)
+            if not run.recording and not lockstep:  # then nothing is exchanged, and a rank without rows just waits
                 continue
-            run.recording, weight = True, float(trainer._loss_weight(batch))
+            batch = batch.batch if isinstance(batch, Filler) else batch
+            weight = float(trainer._loss_weight(batch))
             begin_step(run, [batch], [weight], lambda numbers: numbers)  # each batch is a step of its own
             with run.engine.precision():
                 batch = trainer._prepare_batch(batch)
                 loss = trainer._compute_loss(trainer._forward(batch), batch)
-            run.metrics.add("loss", loss * weight, weight)
-        if run.signals.received is not None:
+            if run.recording:
+                run.metrics.add("loss", loss * weight, weight)
+        received = int(run.signals.received is not None)
+        if dist.largest(received, run.engine.device) if lockstep else received:
             return

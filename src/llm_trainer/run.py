@@ -4,21 +4,21 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from llm_trainer import checkpoint, hooks, loop
-from llm_trainer.checkpoint import CheckpointError, CheckpointManager
+from llm_trainer import guards, hooks, loop, snapshot
+from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.checkpoint.valid import step_folders, step_of
 from llm_trainer.config.env import environment
 from llm_trainer.data.collate import Filler
 from llm_trainer.data.stream import as_step_source
 from llm_trainer.engine import dist
-from llm_trainer.engine.torch import TorchEngine, choose_precision, detect_device
+from llm_trainer.engine.choose import choose_engine
+from llm_trainer.engine.torch import detect_device
 from llm_trainer.metrics import ConsoleWriter, Metrics, Writer, open_writers
 from llm_trainer.progress import Progress
 
@@ -52,13 +52,12 @@ class Run:
         self.trainer, self.settings = trainer, settings
         self.max_epochs, self.max_grad_norm, self.accumulation = max_epochs, max_grad_norm, grad_accum_steps
         self.log_interval, self.save_interval = log_interval, save_interval
-        ddp = environment().world_size > 1 if use_ddp is None else use_ddp
+        together = environment().world_size > 1 if use_ddp is None else use_ddp
         place = detect_device(device)
-        if ddp:
+        if together:
             dist.start(place, settings.ddp_timeout_s)
-        precision = choose_precision(settings.precision, place) if use_amp else "fp32"
-        self.engine = TorchEngine(place, precision, ddp=ddp and dist.world_size() > 1)
-        ranks = {"rank": dist.rank(), "world_size": dist.world_size()} if ddp else {}
+        self.engine = choose_engine(settings, place, use_amp, together)
+        ranks = {"rank": dist.rank(), "world_size": dist.world_size()} if together else {}
         self.source = as_step_source(
             train_loader,
             accumulation=grad_accum_steps,
@@ -98,7 +97,7 @@ class Run:
                 module.compile_backbone()
             else:
                 module.compile()
-        return self.engine.prepare(module, self.trainer.optimizer)
+        return self.engine.prepare(module, model, self.trainer.optimizer)
 
     @property
     def manager(self) -> CheckpointManager:
@@ -136,8 +135,8 @@ class Run:
     def _open(self) -> None:
         from llm_trainer.preflight import screen
 
-        if (broken := loop.broken_tensor(self.trainer.base_model)) is not None:
-            raise loop.NonFiniteError(
+        if (broken := guards.broken_tensor(self.trainer.base_model)) is not None:
+            raise guards.NonFiniteError(
                 f"the weights are broken before the first step: {broken}. Expected finite numbers: load other weights, or "
                 f"mend what made these"
             )
@@ -315,94 +314,24 @@ class Run:
             return f"its batch could not be kept ({error})"
         return f"its batch is kept in {path}"
 
-    # Saving and loading.
+    # Saving and loading: see `snapshot`.
+
+    def save(self, is_best: bool = False, path: str | None = None, may_fail: bool = False) -> str:
+        """Save on the main process; every rank learns how it ended. See `BaseTrainer.save_checkpoint`."""
+        return snapshot.save(self, is_best, path, may_fail)
+
+    def load(self, path: str) -> None:
+        """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
+        snapshot.load(self, path)
 
     def last_checkpoint(self) -> str:
         """The newest valid checkpoint, for messages."""
         newest = self.manager.latest("sizes") if dist.is_main() else None
         return "none" if newest is None else str(newest)
 
-    def _state(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        trainer = self.trainer
-        scheduler = {} if trainer.scheduler is None else {"scheduler": trainer.scheduler.state_dict()}
-        return scheduler | {
-            "progress": asdict(self.progress),
-            "optimizer": checkpoint.optimizer_state_by_name(trainer.base_model, trainer.optimizer),
-            "engine": self.engine.state_dict(),
-            "metrics": metrics,
-            "random": checkpoint.random_state(),
-            "trainer": trainer._get_extra_checkpoint_state() or {},
-            "data": self._data_facts(),
-            "versions": {"torch": torch.__version__, "world_size": dist.world_size()},
-            "ledger": [ledger.as_dict() for ledger in self.settings.ledgers],
-            "config": self.settings.description,
-        }
-
-    def _data_facts(self) -> dict[str, Any]:
-        return {"kind": type(self.source).__name__, "size": self.source.size(), "seed": self.settings.seed}
-
-    def save(self, is_best: bool = False, path: str | None = None, may_fail: bool = False) -> str:
-        """Save on the main process; every rank learns how it ended. See `BaseTrainer.save_checkpoint`.
-
-        Args:
-            may_fail: a full disk is a warning, not an error.
-        """
-        result: str = ""
-        failure: str | None = None
-        metrics = self.metrics.state_dict(dist.all_reduce)  # every rank's share of the window that is not logged yet
-        if dist.is_main():
-            try:
-                result = self._save_here(self._state(metrics), is_best, path)
-            except CheckpointError as error:
-                failure = str(error)
-        result, failure = dist.broadcast_object((result, failure))
-        if failure is not None and not may_fail:
-            raise CheckpointError(failure)
-        if failure is not None:
-            self.warn(f"{failure}. Training goes on; the next save is tried as planned")
-        elif path is None:
-            self.new_best = False
-            self.progress.hooks_done["save"] = self.progress.step
-        return result
-
-    def _save_here(self, state: dict[str, Any], is_best: bool, path: str | None) -> str:
-        trainer = self.trainer
-        if path is not None:
-            rest = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")}
-            kept = {"optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
-            return str(checkpoint.save_checkpoint(path, model=trainer.base_model, **kept, **rest))
-        write = partial(checkpoint.write_model, trainer.base_model, tokenizer=trainer.tokenizer)
-        loss = self.progress.best_loss if is_best else None
-        if is_best and self.settings.best_file:  # first: a run that is killed in between writes it again
-            self._save_here(state, False, str(self.save_dir / "best_model.pt"))
-        return str(self.manager.save(self.progress.step, write, state, metric=loss, is_best=is_best))
-
     def _publish(self) -> None:
         if dist.is_main():
             self.manager.publish()
-
-    def load(self, path: str) -> None:
-        """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
-        trainer = self.trainer
-        kept = {"optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
-        state = checkpoint.load_checkpoint(path, model=trainer.base_model, **kept)
-        if "progress" not in state:
-            raise CheckpointError(
-                f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
-                f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
-            )
-        facts = self._data_facts()
-        if state["data"] != facts:
-            raise CheckpointError(
-                f"{path} was made with other data ({state['data']}, now {facts}): its position in the data means "
-                f"nothing here. Restore the data, or start a new run in another save_dir from these weights "
-                f"(init_weights_path)"
-            )
-        self.progress = Progress(**state["progress"])
-        self.engine.load_state_dict(state["engine"])
-        self.metrics.load_state_dict(state["metrics"], share=1 / dist.world_size())
-        checkpoint.set_random_state(state["random"])
-        trainer._load_extra_checkpoint_state(state["trainer"])
 
 
 def _check_numbers(**values: int) -> None:

@@ -13,6 +13,7 @@ from llm_trainer.config.files import FileDataset
 from llm_trainer.config.schema import (
     DataLoaderConfig,
     EvalConfig,
+    FsdpConfig,
     LossConfig,
     ModelConfig,
     MoeConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "DataLoaderConfig",
     "EvalConfig",
     "FileDataset",
+    "FsdpConfig",
     "KDConfig",
     "KTOConfig",
     "LossConfig",

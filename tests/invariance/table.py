@@ -1,6 +1,6 @@
 """One table of ways to run the same optimization. Every cell must give the same losses and gradient norms.
 
-`torchrun ... table.py OUT` runs the cells of several processes and writes their curves.
+`torchrun ... table.py OUT [ENGINE]` runs the cells of several processes and writes their curves.
 """
 
 import json
@@ -22,13 +22,14 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "kto": {},
     "reward": {"center_coef": 0.01},
 }
+ENGINES: dict[str, dict[str, Any]] = {"torch": {}, "fsdp": {"engine": "fsdp"}}  # name -> the options that ask for it
 STEPS = 3
 ROWS_PER_STEP = 8
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A way to run: `batch_size` x `accumulation` x `ranks` rows per step, padded or flat, with or without a token budget."""
+    """A way to run: an engine, `batch_size` x `accumulation` x `ranks` rows per step, their layout, and a token budget."""
 
     trainer: str
     batch_size: int
@@ -36,11 +37,12 @@ class Cell:
     ranks: int = 1
     flat: bool = False
     micro_batch_tokens: int | None = None
+    engine: str = "torch"
 
     def __str__(self) -> str:
         layout = "flat" if self.flat else "padded"
         budget = f"-{self.micro_batch_tokens}tokens" if self.micro_batch_tokens else ""
-        return f"{self.trainer}-{self.batch_size}x{self.accumulation}x{self.ranks}-{layout}{budget}"
+        return f"{self.trainer}-{self.engine}-{self.batch_size}x{self.accumulation}x{self.ranks}-{layout}{budget}"
 
 
 def cells(trainer: str, ranks: int) -> list[Cell]:
@@ -50,6 +52,16 @@ def cells(trainer: str, ranks: int) -> list[Cell]:
     layouts = (False,) if trainer == "reward" else (False, True)
     table = [Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in layouts]
     return table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in layouts]
+
+
+def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
+    """A few ways to cut steps, on an engine: none, all, and a token budget that gives ranks different numbers of batches."""
+    per_rank, flat = ROWS_PER_STEP // ranks, trainer != "reward"
+    return [
+        Cell(trainer, per_rank, 1, ranks, False, None, engine),
+        Cell(trainer, 1, per_rank, ranks, flat, None, engine),
+        Cell(trainer, 2, per_rank // 2, ranks, flat, 40, engine),
+    ]
 
 
 class Rows:
@@ -121,7 +133,7 @@ def run(cell: Cell) -> list[tuple[float, float]]:
     from llm_trainer.hooks import Hook
     from llm_trainer.models.rewarding import reward_model
 
-    model, options = tiny_model(), dict(TRAINERS[cell.trainer])
+    model, options = tiny_model(), TRAINERS[cell.trainer] | ENGINES[cell.engine]
     if cell.trainer in ("dpo", "kto"):
         options["ref_model"] = tiny_model(seed=1)
     elif cell.trainer == "reward":
@@ -168,18 +180,20 @@ def differences(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> t
     return losses, norms
 
 
-def main(out: str, make_cells: Callable[[str, int], list[Cell]] = cells) -> None:
-    """Run every cell of this world size in one process group; the main process writes the curves."""
+def main(out: str, engine: str = "torch", make_cells: Callable[[str, int], list[Cell]] = cells) -> None:
+    """Run every cell of an engine in one process group; the main process writes the curves."""
     from llm_trainer.config.env import environment
     from llm_trainer.engine import dist
 
     torch.set_num_threads(1)
     dist.start(torch.device("cpu"), 60)
-    curves = {str(c): run(c) for name in TRAINERS for c in make_cells(name, environment().world_size)}
+    ranks = environment().world_size
+    wanted = [make_cells(name, ranks) if engine == "torch" else engine_cells(name, engine, ranks) for name in TRAINERS]
+    curves = {str(cell): run(cell) for group in wanted for cell in group}
     if dist.is_main():
         Path(out).write_text(json.dumps(curves))
     dist.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from table import TRAINERS, Cell, cells, differences, run
+from table import ENGINES, TRAINERS, Cell, cells, differences, engine_cells, run
 
 TOLERANCE = 1e-5
 
@@ -24,21 +26,32 @@ def test_one_process(cell: Cell, base: dict[str, list]) -> None:
     assert max(differences(run(cell), base[cell.trainer])) < TOLERANCE
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
-    """The curves of all cells with two DDP processes over gloo."""
-    out = tmp_path_factory.mktemp("ddp") / "curves.json"
+@cache
+def two_processes(engine: str) -> dict[str, list]:
+    """The curves of all cells of an engine with two processes over gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "table.py"), str(out)], capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "curves.json"
+        done = subprocess.run(
+            [*command, str(Path(__file__).parent / "table.py"), str(out), engine],
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("cell", [cell for t in TRAINERS for cell in cells(t, 2)], ids=str)
-def test_two_processes(cell: Cell, base: dict[str, list], two_processes: dict[str, list]) -> None:
-    assert max(differences(two_processes[str(cell)], base[cell.trainer])) < TOLERANCE
+def test_two_processes(cell: Cell, base: dict[str, list]) -> None:
+    assert max(differences(two_processes("torch")[str(cell)], base[cell.trainer])) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "cell", [c for e in ENGINES if e != "torch" for t in TRAINERS for c in engine_cells(t, e, 2)], ids=str
+)
+def test_two_processes_on_other_engines(cell: Cell, base: dict[str, list]) -> None:
+    assert max(differences(two_processes(cell.engine)[str(cell)], base[cell.trainer])) < TOLERANCE
 
 
 def test_the_table_would_notice_a_mean_of_means(base: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from llm_trainer import BaseTrainer
 from llm_trainer.hooks import Hook
-from llm_trainer.loop import NonFiniteError, TrainingInterrupted
+from llm_trainer.guards import NonFiniteError
+from llm_trainer.loop import TrainingInterrupted
 
 GOOD = torch.tensor([[1.0, 2.0], [0.5, 0.5]])
 BAD = torch.tensor([[1.0, float("inf")], [0.5, 0.5]])

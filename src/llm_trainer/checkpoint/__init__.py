@@ -19,19 +19,24 @@ from llm_trainer.checkpoint.manager import (
     LoadedCheckpoint,
     load_checkpoint,
     load_folder,
+    read_checkpoint,
     save_checkpoint,
+    write_file,
 )
-from llm_trainer.checkpoint.state import read_tensors, write_tensors
+from llm_trainer.checkpoint.state import read_tensors, restore, set_tensors_aside, write_tensors
 from llm_trainer.checkpoint.valid import CheckpointError, find_damage, valid_checkpoints
 from llm_trainer.checkpoint.weights import (
+    cut,
     load_optimizer_state_by_name,
     load_weights,
     optimizer_state_by_name,
     plain_name,
     random_state,
     read_model,
+    read_weights,
     set_random_state,
     unwrap,
+    whole,
     write_model,
 )
 
@@ -39,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "LoadedCheckpoint",
+    "cut",
     "find_damage",
     "load_checkpoint",
     "load_folder",
@@ -47,12 +53,18 @@ __all__ = [
     "optimizer_state_by_name",
     "plain_name",
     "random_state",
+    "read_checkpoint",
     "read_model",
     "read_tensors",
+    "read_weights",
+    "restore",
     "save_checkpoint",
     "set_random_state",
+    "set_tensors_aside",
     "unwrap",
     "valid_checkpoints",
+    "whole",
+    "write_file",
     "write_model",
     "write_tensors",
 ]

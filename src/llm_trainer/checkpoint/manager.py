@@ -22,7 +22,6 @@ from llm_trainer.checkpoint.state import (
     restore,
     set_tensors_aside,
     write_state,
-    write_tensors,
 )
 from llm_trainer.checkpoint.valid import (
     CheckpointError,
@@ -96,7 +95,7 @@ class CheckpointManager:
         *,
         metric: float | None = None,
         is_best: bool = False,
-        tensor_writer: Callable[[Path, dict[str, Tensor]], object] | None = None,
+        shards: Path | None = None,
     ) -> Path:
         """Write the checkpoint of `step` (replacing one of the same step) and rotate; nothing is lost if it fails.
 
@@ -105,8 +104,7 @@ class CheckpointManager:
             state: Nested dicts, lists and tuples of numbers, strings and tensors.
             metric: The validation metric of this step, kept in the manifest.
             is_best: This is the best checkpoint so far: rotation spares it until a newer best one is saved.
-            tensor_writer: Writes `{name: tensor}` into a folder; default `write_tensors`. A sharded engine passes one
-                in which all ranks take part.
+            shards: A folder beside the checkpoints of what all ranks have written already; it becomes part of this one.
 
         Raises:
             CheckpointError: The disk is full or read-only, or `state` holds something that cannot be restored.
@@ -116,7 +114,10 @@ class CheckpointManager:
         with whole_or_nothing(partial, target):
             (partial / "model").mkdir(parents=True)
             model_writer(partial / "model")
-            write_state(partial, state, tensor_writer or write_tensors)
+            if shards is not None:
+                for path in shards.iterdir():
+                    os.rename(path, partial / path.name)
+            write_state(partial, state)
             write_manifest(partial, {"step": step, "metric": metric, "is_best": is_best})
             if target.exists():  # a folder cannot be renamed over another: set it aside; the constructor puts it back
                 os.rename(target, target.with_name(f"{target.name}.replaced-{os.getpid()}"))
@@ -185,8 +186,13 @@ class CheckpointManager:
                 remove(doomed)
 
 
-def load_folder(path: str | Path, verify: str = "full") -> LoadedCheckpoint:
+def load_folder(
+    path: str | Path, verify: str = "full", like: Callable[[str], Tensor | None] = lambda name: None
+) -> LoadedCheckpoint:
     """Read and verify one checkpoint folder; nothing in it is executed.
+
+    Args:
+        like: See `read_tensors`.
 
     Raises:
         CheckpointError: A file is missing or damaged; the message names it and the newest valid checkpoint beside it.
@@ -196,7 +202,7 @@ def load_folder(path: str | Path, verify: str = "full") -> LoadedCheckpoint:
         raise CheckpointError(f"{problem}. {name_valid_neighbour(path)}")
     manifest = read_manifest(path)
     plain, with_tensors = (json.loads((path / name).read_text()) for name in JSON_FILES)
-    tensors = read_tensors(path / "tensors") if (path / "tensors").exists() else {}
+    tensors = read_tensors(path / "tensors", like) if (path / "tensors").exists() else {}
     state = {name: restore(part, tensors) for name, part in {**plain, **with_tensors}.items()}
     return LoadedCheckpoint(path, manifest["step"], manifest["metric"], path / "model", state)
 
@@ -213,13 +219,18 @@ def save_checkpoint(
     Raises:
         CheckpointError: The disk is full or read-only, or the state holds something that cannot be restored.
     """
-    path = Path(path)
-    content: dict[str, Any] = {"model": {plain_name(k): v for k, v in unwrap(model).state_dict().items()}, **state}
     if optimizer is not None:
-        content["optimizer"] = optimizer_state_by_name(model, optimizer)
+        state["optimizer"] = optimizer_state_by_name(model, optimizer)
     if scheduler is not None:
-        content["scheduler"] = scheduler.state_dict()
-    for name in content.keys() - {"model"}:
+        state["scheduler"] = scheduler.state_dict()
+    return write_file(path, unwrap(model).state_dict(), state)
+
+
+def write_file(path: str | Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write weights and state as one `.pt` file: see `save_checkpoint`."""
+    path = Path(path)
+    content: dict[str, Any] = {"model": {plain_name(name): value for name, value in weights.items()}, **state}
+    for name in state:
         tensors: dict[str, Tensor] = {}
         content[name] = restore(set_tensors_aside(content[name], name, tensors), tensors)  # only what will load
     partial = partial_path(path)
@@ -246,15 +257,7 @@ def load_checkpoint(
         CheckpointError: The file is missing or damaged (the message names the newest valid checkpoint beside it), does
             not fit the model, or lacks the state of an optimizer or scheduler that was asked for.
     """
-    path = Path(path)
-    weights: Path | dict[str, Tensor]
-    if path.is_dir():
-        newest = path if (path / "manifest.json").exists() else next(valid_checkpoints(path, warn=WARN), path)
-        loaded = load_folder(newest)
-        weights, state = loaded.model_folder, loaded.state
-    else:
-        state = _load_file(path)
-        weights, state = (state.pop("model"), state) if "model" in state else (state, {})
+    weights, state = read_checkpoint(path)
     for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
         if wanted is not None and name not in state:
             raise CheckpointError(f"'{path}' holds no {name} state: pass {name}=None to load the weights alone")
@@ -267,6 +270,19 @@ def load_checkpoint(
     if scheduler is not None:
         scheduler.load_state_dict(state.pop("scheduler"))
     return state
+
+
+def read_checkpoint(
+    path: str | Path, like: Callable[[str], Tensor | None] = lambda name: None
+) -> tuple[Path | dict[str, Tensor], dict[str, Any]]:
+    """The weights (or the folder of `write_model` that they are in) and the state of a checkpoint: see `load_checkpoint`."""
+    path = Path(path)
+    if path.is_dir():
+        newest = path if (path / "manifest.json").exists() else next(valid_checkpoints(path, warn=WARN), path)
+        loaded = load_folder(newest, like=like)
+        return loaded.model_folder, loaded.state
+    state = _load_file(path)
+    return (state.pop("model"), state) if "model" in state else (state, {})
 
 
 def _load_file(path: Path) -> dict[str, Any]:

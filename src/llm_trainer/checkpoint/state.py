@@ -17,10 +17,8 @@ from llm_trainer.checkpoint.valid import CheckpointError
 JSON_FILES = ("trainer_state.json", "tensors.json")
 
 
-def write_state(
-    folder: Path, state: Mapping[str, Any], tensor_writer: Callable[[Path, dict[str, Tensor]], object]
-) -> None:
-    """Write `state` as two JSON files and a folder of tensors."""
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` as two JSON files and a folder of tensors, unless all ranks together have written that one."""
     tensors: dict[str, Tensor] = {}
     parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for name, part in state.items():
@@ -29,8 +27,8 @@ def write_state(
         parts[len(tensors) > before][name] = plain
     for file, content in zip(JSON_FILES, parts, strict=True):
         (folder / file).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    if tensors:
-        tensor_writer(folder / "tensors", tensors)
+    if tensors and not (folder / "tensors").exists():
+        write_tensors(folder / "tensors", tensors)
 
 
 def set_tensors_aside(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -73,8 +71,8 @@ def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: restore(item, tensors) for key, item in value.items()}
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors in the format of `torch.distributed.checkpoint`, from this process alone."""
+def write_tensors(folder: Path, tensors: dict[str, Tensor], together: bool = False) -> None:
+    """Write tensors in the format of `torch.distributed.checkpoint`, from this process alone or all ranks `together`."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -82,15 +80,19 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=not together)
         except CheckpointException as error:  # not an Exception in torch; what happened is inside
             failure = next(iter(error.failures.values()))[0]
     if failure is not None:
         raise failure  # out of the except block, which would overwrite its context: the system's own error
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors that any number of ranks wrote with `torch.distributed.checkpoint`, onto the CPU."""
+def read_tensors(folder: Path, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
+    """Read all tensors that any number of ranks wrote with `torch.distributed.checkpoint`, onto the CPU.
+
+    Args:
+        like: The sharded tensor (FSDP2) as whose shards one of this name and of its shape is read, if there is one.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -105,7 +107,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)  # bytes would be unpickled: not ours, never read
     }
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, entry in described.items():
+        model, dtype = like(name), entry.properties.dtype
+        if model is not None and model.shape == entry.size:
+            tensors[name] = torch.empty_like(model, dtype=dtype)
+        else:
+            tensors[name] = torch.empty(entry.size, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -29,17 +29,32 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
-def write_model(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is sharded over ranks (FSDP2), which all take part; another tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def write_model(
+    model: nn.Module, folder: str | Path, tokenizer: Any = None, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the weights: a transformers model as a Hugging Face folder, any other module as `model.safetensors`.
 
     Each tensor keeps its dtype; tied weights are written once. A tokenizer is written beside them.
+
+    Args:
+        weights: The whole tensors of a model that is sharded; by default the model's own.
     """
     folder, model = Path(folder), unwrap(model)
     folder.mkdir(parents=True, exist_ok=True)
     if _is_pretrained(model):
-        model.save_pretrained(folder)  # type: ignore[operator]
-    else:
+        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+    elif weights is None:
         save_model(model, str(folder / "model.safetensors"))
+    else:
+        once = {_memory(weights[name]): name for name in reversed(list(weights))}
+        save_file({name: weights[name].contiguous() for name in once.values()}, folder / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -52,21 +67,32 @@ def read_model(model: nn.Module, folder: str | Path) -> None:
     Raises:
         CheckpointError: Names or shapes differ.
     """
+    load_weights(model, read_weights(model, folder), folder)
+
+
+def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of a model like `model` that `write_model` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: The folder holds another model.
+    """
     folder, model = Path(folder), unwrap(model)
     if not _is_pretrained(model):
         if not (folder / "model.safetensors").is_file():
             raise CheckpointError(f"'{folder}' has no model.safetensors to load into a {type(model).__name__}")
-        load_weights(model, load_file(folder / "model.safetensors"), folder)
-        return
+        return load_file(folder / "model.safetensors")
     # transformers renames and merges weights while loading (experts), so its own loader has to do it. It loads all
     # weights in one dtype: the widest of the model, which holds the others exactly.
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else max([torch.float32, *dtypes], key=lambda dtype: dtype.itemsize)
-    loaded, report = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+    kind = next(
+        c for c in type(model).__mro__ if not c.__name__.startswith("FSDP")
+    )  # what sharding made a class of its own
+    loaded, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
     problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
-        raise CheckpointError(f"the weights in '{folder}' do not fit a {type(model).__name__}: {first_few(problems)}")
-    load_weights(model, loaded.state_dict(), folder)
+        raise CheckpointError(f"the weights in '{folder}' do not fit a {kind.__name__}: {first_few(problems)}")
+    return loaded.state_dict()
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
@@ -93,11 +119,24 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     }
     if any(problems.values()):
         raise CheckpointError(f"the weights in '{source}' do not fit a {type(model).__name__}: {first_few(problems)}")
-    model.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, strict=False)
+    model.load_state_dict({names[name]: cut(tensor, own[name]) for name, tensor in weights.items()}, strict=False)
 
 
 def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+    """What two names of one tensor share; a part of a sharded one may be empty and then shares nothing."""
+    from torch.distributed.tensor import DTensor
+
+    here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return here.data_ptr() or id(tensor), tensor.shape, tensor.stride()
+
+
+def cut(value: Tensor, like: Tensor) -> Tensor:
+    """`value` sharded as `like` is, without asking other ranks: they all hold it whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def first_few(problems: Mapping[str, list[str]], num: int = 3) -> str:
@@ -180,14 +219,11 @@ def _name_of(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]) -> str:
 
 
 def _place(value: Any, parameter: nn.Parameter, on_host: bool) -> Any:
-    """A copy of a state tensor where its parameter is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
+    """A copy of a state tensor where its parameter is, cut as its parameter is."""
     if not isinstance(value, Tensor):
         return value
-    if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+    if value.shape == parameter.shape and not on_host:
+        value = cut(value, parameter)
     return value.detach().to("cpu" if on_host else parameter.device, copy=True)
 
 

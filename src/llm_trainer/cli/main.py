@@ -11,6 +11,7 @@ import typer
 
 from llm_trainer.cli import data
 from llm_trainer.cli.chat import chat
+from llm_trainer.cli.compare import compare
 from llm_trainer.cli.score import score
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def train(
 
     from llm_trainer.checkpoint import CheckpointError
     from llm_trainer.engine import dist
-    from llm_trainer.loop import NonFiniteError, TrainingInterrupted
+    from llm_trainer.guards import NonFiniteError
+    from llm_trainer.loop import TrainingInterrupted
     from llm_trainer.trainers import create_trainer
 
     disable_progress_bar()  # of loading and saving weights; the run has its own
@@ -164,6 +166,7 @@ def plot(
 
 app.command()(chat)
 app.command()(score)
+app.command()(compare)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizers, name="tokenizer")
 

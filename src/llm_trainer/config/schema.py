@@ -224,6 +224,22 @@ class EvalConfig:
 
 
 @config_section
+class FsdpConfig:
+    """How FSDP2 shards a model over ranks."""
+
+    reshard_after_forward: StrictBool = Field(
+        default=True, description="free a layer's whole weights between its forward and backward (ZeRO-3)"
+    )
+    cpu_offload: StrictBool = Field(default=False, description="keep parameters and optimizer state in host memory")
+    shard_size: StrictInt | None = Field(
+        default=None, ge=1, description="ranks that share one copy of the model (hybrid sharding); null: all"
+    )
+    sync_each_micro_batch: StrictBool = Field(
+        default=True, description="sum gradients after each micro-batch; false: once per step, for more memory"
+    )
+
+
+@config_section
 class RunConfig:
     """Where a run writes, how long it goes on, and what it runs on."""
 
@@ -240,6 +256,10 @@ class RunConfig:
     seed: StrictInt = Field(default=0, ge=0, description="seed of weights, order and dropout")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="what matrices are multiplied in"
+    )
+    engine: Literal["auto", "torch", "fsdp", "deepspeed", "hf"] = Field(
+        default="auto",
+        description="what executes the steps; auto: PARALLEL_TYPE, else deepspeed or fsdp if configured, else torch",
     )
     compile: StrictBool = Field(default=False, description="torch.compile the model")
     attention: str = Field(default="auto", description="attention implementation, as in transformers")
@@ -293,6 +313,7 @@ class TrainConfig:
     optim_config: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and learning rate")
     eval_config: EvalConfig = Field(default_factory=EvalConfig, description="evaluation, samples, early stopping")
     run_config: RunConfig = Field(default_factory=RunConfig, description="folders, length, device")
+    fsdp_config: FsdpConfig | None = Field(default=None, description="sharding by FSDP2")
     pretrain_config: PretrainConfig | None = Field(default=None, description="plain language modelling")
     sft_config: SFTConfig | None = Field(default=None, description="supervised fine-tuning")
     dpo_config: DPOConfig | None = Field(default=None, description="preference optimisation on pairs")

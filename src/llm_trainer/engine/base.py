@@ -1,37 +1,58 @@
-"""What every engine can do: five verbs, shaped by the hardest implementation (sharded training)."""
+"""What every engine can do: five verbs of training, shaped by the hardest implementation, and what saving asks of it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Engine(ABC):
-    """Executes the steps of one trainer on some machinery (one process, DDP, ...)."""
+    """Executes the steps of one trainer on some machinery (one process, DDP, FSDP2, DeepSpeed).
+
+    Attributes:
+        device: where this process computes.
+        precision_name: 'fp32', 'bf16' or 'fp16'.
+        in_lockstep: whether a forward or backward needs all ranks, so that each must run as many as the others.
+    """
 
     device: torch.device
-    precision_name: str  # 'fp32', 'bf16' or 'fp16'
+    precision_name: str
+    in_lockstep: ClassVar[bool] = False
 
     @abstractmethod
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Place and wrap `module` together with the optimizer of its parameters; the result is what a trainer calls."""
+    def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Place and wrap `module` together with the optimizer of its parameters; the result is what a trainer calls.
+
+        Args:
+            base: the user's model in it, by whose parameter names everything is saved.
+        """
+
+    def place(self, module: nn.Module) -> None:
+        """Place a frozen `module` (a reference, a teacher) where it can be called, sharded where the trained one is."""
+        module.to(self.device)
 
     @abstractmethod
     def precision(self) -> AbstractContextManager[None]:
         """The context that a forward without gradients runs in."""
 
-    @abstractmethod
-    def micro_step(self, last: bool) -> AbstractContextManager[None]:
-        """The context around forward AND backward of a micro-batch; only the `last` one of a step talks to other ranks."""
+    def inference(self) -> AbstractContextManager[None]:
+        """The context in which `base` itself may be called, for generation. In lockstep, all ranks enter it and do the same."""
+        return self.precision()
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor) -> None:
+    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+        """The context around forward AND backward of a micro-batch; only the `last` one of a step must talk to other ranks."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
         """Backpropagate a scalar `loss` that is this micro-batch's share of the whole step's loss (shares ADD over ranks)."""
 
     @abstractmethod
-    def step(self, max_grad_norm: float) -> torch.Tensor:
+    def step(self, max_grad_norm: float) -> Tensor:
         """Unscale, clip, and update unless the gradient is not finite; zero the gradients.
 
         Returns:
@@ -40,8 +61,33 @@ class Engine(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What the engine itself must remember (the fp16 scale)."""
+        """What the engine itself must remember: `scaler`, the fp16 scale, empty without one."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
+
+    # Saving and loading. All ranks call these together.
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """The whole tensors of `base` by name, on the main process; nothing on the others."""
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state by parameter name (see `checkpoint.optimizer_state_by_name`), this rank's part of it."""
+
+    def write_shards(self, folder: Path, state: Mapping[str, Any]) -> bool:
+        """Write what only all ranks together hold into `folder`, which becomes part of the checkpoint.
+
+        Args:
+            state: everything else that the checkpoint will hold.
+
+        Returns:
+            Whether anything was written: False where the main process holds all that is to be saved.
+        """
+        return False
+
+    @abstractmethod
+    def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
+        """Restore weights, optimizer and `scheduler` from a checkpoint folder or file; returns the rest of its state."""

@@ -18,7 +18,7 @@ def start(device: torch.device, timeout_s: float = 600) -> None:
     """Join the process group that torchrun describes; nothing happens in one process or when it is already joined."""
     if environment().world_size == 1 or dist.is_initialized():
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is offloaded is reduced on the CPU
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL keeps what it exchanges besides tensors
     global _patient
@@ -53,6 +53,23 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The main process's `tensor`, everywhere, written into what the others pass (of its shape and dtype)."""
+    if dist.is_initialized():
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest `value` of any process; they compare them on `device`."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
 
 
 def gather_objects(value: object) -> list:

@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from llm_trainer import checkpoint
 from llm_trainer.config.env import environment
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
@@ -69,11 +71,12 @@ class TorchEngine(Engine):
         self.ddp = ddp
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._module: nn.Module
+        self._base: nn.Module
         self._optimizer: torch.optim.Optimizer
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         module.to(self.device)
-        self._optimizer = optimizer
+        self._base, self._optimizer = base, optimizer
         if self.ddp:
             index = [self.device.index] if self.device.type == "cuda" else None
             module = DistributedDataParallel(module, device_ids=index, gradient_as_bucket_view=True, **DDP_OPTIONS)
@@ -93,14 +96,15 @@ class TorchEngine(Engine):
         with quiet, self.precision():
             yield
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         # DDP averages gradients over ranks; a step's loss is a sum of shares, so the average is multiplied back.
         self._scaler.scale(loss * dist.world_size() if self.ddp else loss).backward()
 
-    def step(self, max_grad_norm: float) -> torch.Tensor:
+    def step(self, max_grad_norm: float) -> Tensor:
         self._scaler.unscale_(self._optimizer)
         grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grad_norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
+        norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
+        grad_norm = checkpoint.whole(norm).to(self.device)
         finite = bool(grad_norm.isfinite())  # the one place in a step where the host waits for the device
         if finite:
             if max_grad_norm > 0:
@@ -117,3 +121,12 @@ class TorchEngine(Engine):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(checkpoint.unwrap(self._base).state_dict()) if dist.is_main() else {}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return checkpoint.optimizer_state_by_name(self._base, self._optimizer)
+
+    def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
+        return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer, scheduler=scheduler)

@@ -1,6 +1,7 @@
 """A description or a folder becomes a transformers model; a model becomes a Hugging Face folder."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,7 +59,10 @@ def build_config(model_config: "ModelConfig") -> "PretrainedConfig":
 
 
 def build_model(
-    source: "ModelConfig | str | Path", attention: str = "auto", dtype: torch.dtype | str = torch.float32
+    source: "ModelConfig | str | Path",
+    attention: str = "auto",
+    dtype: torch.dtype | str = torch.float32,
+    empty: bool = False,
 ) -> "PreTrainedModel":
     """A model with random weights from a `ModelConfig`, or the weights of a Hugging Face folder or name.
 
@@ -66,6 +70,7 @@ def build_model(
         source: what to build or load; nothing is downloaded for a `ModelConfig`.
         attention: attention implementation (see `models.attention`); `auto` is the CPU's, as models are built there.
         dtype: of the parameters.
+        empty: build it on the meta device, without weights: an engine that shards takes them from another process.
 
     Raises:
         ValueError: the folder is not there or holds no model, or its weights are not finite.
@@ -73,8 +78,10 @@ def build_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention = resolve_attention(attention)
+    place = torch.device("meta") if empty else nullcontext()
     if not isinstance(source, str | Path):
-        return AutoModelForCausalLM.from_config(build_config(source), attn_implementation=attention, dtype=dtype)
+        with place:
+            return AutoModelForCausalLM.from_config(build_config(source), attn_implementation=attention, dtype=dtype)
     folder, source = Path(source), str(source)
     looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not (folder / "config.json").exists():
@@ -82,8 +89,12 @@ def build_model(
             f"model_config: {source!r} holds no model: expected a Hugging Face folder with config.json and "
             f"model.safetensors (or a name of the hub); a run's model is in its save_dir, under model/"
         )
-    if attention == "blocked" and AutoConfig.from_pretrained(source).model_type not in BLOCKED_ARCHITECTURES:
+    config = AutoConfig.from_pretrained(source)
+    if attention == "blocked" and config.model_type not in BLOCKED_ARCHITECTURES:
         attention = "sdpa"
+    if empty:
+        with place:
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, dtype=dtype)
     check_finite(model, source)
     return model

@@ -34,7 +34,7 @@ class Rewarding(nn.Module):
         hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         last = torch.where(attention_mask.bool(), positions, -1).amax(1)  # [B]
-        return self.head(hidden[torch.arange(len(hidden), device=hidden.device), last]).squeeze(-1).float()
+        return self.head(hidden[torch.arange(len(hidden), device=hidden.device), last]).sum(-1).float()  # of one label
 
 
 def reward_model(model: "PreTrainedModel", pad_token_id: int | None = None) -> "PreTrainedModel":

@@ -1,6 +1,6 @@
 """What every trainer accepts beyond the objects it trains: one frozen set of options, checked by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Self
@@ -27,6 +27,26 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Fsdp:
+    """How a model is sharded over ranks by FSDP2.
+
+    Attributes:
+        reshard_after_forward: free a layer's whole weights after its forward and gather them again for its backward
+            (ZeRO-3); False keeps them until the backward (ZeRO-2): more memory, a third less to send.
+        cpu_offload: parameters, gradients and optimizer state stay in host memory, and so does the update.
+        shard_size: ranks that share one copy of the model, such as those of a node; the groups exchange gradients
+            (hybrid sharding). None: all ranks share one.
+        sync_each_micro_batch: sum gradients over ranks after every micro-batch, so that only a part of them is kept;
+            False: once per step, with whole gradients kept until then.
+    """
+
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    shard_size: int | None = None
+    sync_each_micro_batch: bool = True
+
+
+@dataclass(frozen=True)
 class Settings:
     """Options of a run that all algorithms share (keywords of every trainer).
 
@@ -34,6 +54,10 @@ class Settings:
         max_steps: stop after this many optimizer steps, whatever `max_epochs` says.
         seed: order of samples and all noise follow from it.
         precision: 'auto', 'fp32', 'bf16' or 'fp16'; only with `use_amp`.
+        engine: 'torch' (one process, DDP), 'fsdp', 'deepspeed', 'hf' (driven by `transformers.Trainer`), or 'auto':
+            what PARALLEL_TYPE says, else the one that options are given for, else 'torch'.
+        fsdp: how FSDP shards; None: with the defaults of `Fsdp` where `engine` asks for it.
+        deepspeed: DeepSpeed's own configuration (its JSON); None: ZeRO-0 where `engine` asks for it.
         compile: compile the transformer with `torch.compile`.
         gradient_checkpointing: recompute activations in the backward to save memory.
         micro_batch_tokens: cut each step into micro-batches of at most this many tokens instead of by rows.
@@ -57,6 +81,9 @@ class Settings:
     max_steps: int | None = None
     seed: int = 0
     precision: str = "auto"
+    engine: str = "auto"
+    fsdp: Fsdp | None = None
+    deepspeed: Mapping[str, Any] | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
     micro_batch_tokens: int | None = None

@@ -13,7 +13,7 @@ def engine_and_model(precision: str = "fp32") -> tuple[TorchEngine, torch.nn.Mod
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     engine = TorchEngine(CPU, precision)
-    return engine, engine.prepare(model, optimizer), optimizer
+    return engine, engine.prepare(model, model, optimizer), optimizer
 
 
 def test_a_step_is_torchs_own_with_clipping() -> None:

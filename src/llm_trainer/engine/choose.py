@@ -1,0 +1,57 @@
+"""Which engine a run is executed by."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_trainer.config.env import environment
+from llm_trainer.engine import dist
+from llm_trainer.engine.base import Engine
+from llm_trainer.engine.torch import TorchEngine, choose_precision
+
+if TYPE_CHECKING:
+    from llm_trainer.trainers.settings import Settings
+
+ENGINES = ("auto", "torch", "fsdp", "deepspeed", "hf")
+OF_PARALLEL_TYPE = {"ds": "deepspeed", "ddp": "torch", "fsdp": "fsdp", "none": "torch"}
+
+
+def engine_name(name: str, *, fsdp: bool, deepspeed: bool) -> str:
+    """Resolve 'auto': what PARALLEL_TYPE says, else the engine that options are given for, else 'torch'.
+
+    Args:
+        name: one of `ENGINES`.
+        fsdp: whether options of FSDP are given.
+        deepspeed: whether a configuration of DeepSpeed is given.
+
+    Raises:
+        ValueError: `name` is unknown, or options are given for an engine that is not used.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine: got {name!r}, expected one of {', '.join(ENGINES)}")
+    wanted = OF_PARALLEL_TYPE.get(environment().parallel_type or "")
+    if name == "auto":
+        name = wanted or ("deepspeed" if deepspeed else "fsdp" if fsdp else "torch")
+    return name
+
+
+def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, together: bool) -> Engine:
+    """The engine that `settings` ask for.
+
+    Args:
+        use_amp: whether mixed precision may be used.
+        together: whether this process trains with others.
+    """
+    name = engine_name(settings.engine, fsdp=settings.fsdp is not None, deepspeed=settings.deepspeed is not None)
+    precision = choose_precision(settings.precision, device) if use_amp else "fp32"
+    several = together and dist.world_size() > 1
+    if name == "fsdp" and several:
+        from llm_trainer.engine.fsdp import FsdpEngine
+        from llm_trainer.trainers.settings import Fsdp
+
+        return FsdpEngine(device, precision, settings.fsdp or Fsdp())
+    if name == "deepspeed":
+        from llm_trainer.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(device, precision, settings.deepspeed)
+    return TorchEngine(device, precision, ddp=several and name != "hf")  # transformers' Trainer wraps by itself

@@ -1,0 +1,164 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): every rank holds a part of each parameter, gradient and optimizer state."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from llm_trainer import checkpoint
+from llm_trainer.engine import dist
+from llm_trainer.engine.torch import DTYPES, TorchEngine
+
+if TYPE_CHECKING:
+    from llm_trainer.trainers.settings import Fsdp
+
+
+class FsdpEngine(TorchEngine):
+    """Sharded over all ranks; fp32, or bf16 with master weights, sums of gradients and updates in fp32.
+
+    A model may come on the meta device on every rank but the main one, whose weights count.
+    """
+
+    in_lockstep = True
+
+    def __init__(self, device: torch.device, precision: str, options: "Fsdp") -> None:
+        if precision == "fp16":
+            raise ValueError(
+                "precision: got 'fp16', which FSDP does not scale losses for; use bf16, fp32 or engine: deepspeed"
+            )
+        super().__init__(device, precision, ddp=True)
+        self.options = options
+        self._root: FSDPModule
+
+    def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        self._base, self._optimizer = base, optimizer
+        state = checkpoint.optimizer_state_by_name(base, optimizer)
+        names = [[checkpoint.plain_name(name) for name in group["params"]] for group in state["param_groups"]]
+        self._root = self._shard(module)
+        sharded = {checkpoint.plain_name(name): parameter for name, parameter in base.named_parameters()}
+        optimizer.state.clear()
+        for group, members in zip(optimizer.param_groups, names, strict=True):
+            group["params"] = [sharded[name] for name in members]  # sharding has put new parameters into the module
+        checkpoint.load_optimizer_state_by_name(base, optimizer, state)
+        return module
+
+    def place(self, module: nn.Module) -> None:
+        self._shard(module)
+
+    def _shard(self, module: nn.Module) -> FSDPModule:
+        """Shard the layers of `module`, then the rest of it, and give every rank its part of the main one's weights."""
+        whole = {name: parameter.detach() for name, parameter in module.named_parameters()} if dist.is_main() else {}
+        if any(parameter.is_meta for parameter in module.parameters()):
+            _allocate(module)
+        how: dict[str, Any] = {
+            "mesh": self._mesh(),
+            "reshard_after_forward": self.options.reshard_after_forward,
+            "mp_policy": self._mixed_precision(),
+            "offload_policy": CPUOffloadPolicy() if self._offloads() else OffloadPolicy(),
+        }
+        for layer in layers_of(module):
+            fully_shard(layer, **how)
+        fully_shard(module, **how)
+        self._scatter(module, whole)
+        for buffer in module.buffers():
+            buffer.data = dist.broadcast_tensor(buffer.data.to(self.device))
+        return cast(FSDPModule, module)
+
+    def _mesh(self) -> Any:
+        world, size = dist.world_size(), self.options.shard_size or dist.world_size()
+        if world % size:
+            raise ValueError(f"fsdp shard_size: got {size}, expected a divisor of the number of processes, {world}")
+        shape, names = ((size,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
+        return torch.distributed.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+
+    def _mixed_precision(self) -> MixedPrecisionPolicy:
+        if self.precision_name == "fp32":
+            return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(DTYPES[self.precision_name], torch.float32, cast_forward_inputs=False)
+
+    def _offloads(self) -> bool:
+        return self.options.cpu_offload and self.device.type != "cpu"
+
+    def _scatter(self, module: nn.Module, whole: Mapping[str, Tensor]) -> None:
+        """Cut the main process's `whole` tensors into the parameters of `module`, one tensor at a time."""
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                value = whole[name] if dist.is_main() else torch.empty(parameter.shape, dtype=parameter.dtype)
+                value = dist.broadcast_tensor(value.to(self.device, parameter.dtype))
+                parameter.copy_(checkpoint.cut(value, parameter))
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        if not self.options.sync_each_micro_batch:
+            self._root.set_requires_gradient_sync(last)
+        self._root.set_requires_all_reduce(last)  # between the groups of hybrid sharding once is enough
+        self._root.set_is_last_backward(last)
+        with self.precision():
+            yield
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        # The base model is called without the module around it, which holds the embedding and the head.
+        self._root.unshard()
+        try:
+            with self.precision():
+                yield
+        finally:
+            self._root.reshard()
+
+    def weights(self) -> dict[str, Tensor]:
+        kept: dict[int, Tensor] = {}  # by parameter: tied ones stay one tensor
+        found = {}
+        for name, tensor in self._base.state_dict(keep_vars=True).items():
+            if id(tensor) not in kept:
+                value = checkpoint.whole(tensor.detach())
+                kept[id(tensor)] = value.cpu() if dist.is_main() else value[:0]
+            found[checkpoint.plain_name(name)] = kept[id(tensor)]
+        return found if dist.is_main() else {}
+
+    def write_shards(self, folder: Path, state: Mapping[str, Any]) -> bool:
+        tensors: dict[str, Tensor] = {}
+        for name, part in state.items():
+            checkpoint.set_tensors_aside(part, name, tensors)
+        checkpoint.write_tensors(folder / "tensors", tensors, together=True)
+        return True
+
+    def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
+        parameters = {checkpoint.plain_name(name): p for name, p in self._base.named_parameters()}
+
+        def like(name: str) -> Tensor | None:
+            return parameters.get(name.split("/")[2]) if name.startswith("optimizer/state/") else None
+
+        weights, state = checkpoint.read_checkpoint(path, like)
+        if isinstance(weights, Path):
+            checkpoint.read_model(self._base, weights)
+        else:
+            checkpoint.load_weights(self._base, weights, path)
+        checkpoint.load_optimizer_state_by_name(self._base, self._optimizer, state.pop("optimizer"))
+        if scheduler is not None:
+            scheduler.load_state_dict(state.pop("scheduler"))
+        return state
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The layers that are sharded one by one: those a transformers model names, else the members of every `ModuleList`."""
+    from transformers import PreTrainedModel
+
+    names = {name for m in module.modules() if isinstance(m, PreTrainedModel) for name in m._no_split_modules or ()}
+    if names:
+        return [m for m in module.modules() if type(m).__name__ in names]
+    return [layer for m in module.modules() if isinstance(m, nn.ModuleList) for layer in m if any(layer.parameters())]
+
+
+def _allocate(module: nn.Module) -> None:
+    """Give a module on the meta device memory on the host, whose pages the system hands out only when they are written."""
+    from transformers import PreTrainedModel
+
+    module.to_empty(device="cpu")
+    for inner in module.modules():
+        if isinstance(inner, PreTrainedModel):
+            inner.tie_weights()
