@@ -110,7 +110,7 @@ class Run:
 
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
-        with self.signals.listening():
+        with self.signals.listening(), dist.on_duty(self._how_to_go_on):
             self._resume()
             self.stop_requested = False
             self._last_values: dict[str, float] = {}
@@ -328,6 +328,15 @@ class Run:
         """The newest valid checkpoint, for messages."""
         newest = self.manager.latest("sizes") if dist.is_main() else None
         return "none" if newest is None else str(newest)
+
+    def _how_to_go_on(self) -> str:
+        """For the message of a run that a lost rank stops, on any rank."""
+        newest = next(iter(step_folders(self.save_dir)), None) if self.save_dir.is_dir() else None
+        found = "no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
+        how = (
+            "the same command goes on from it" if self.settings.resume == "auto" else "load_checkpoint goes on from it"
+        )
+        return f"Of this run, {found}{'' if newest is None else f'; {how}'}"
 
     def _publish(self) -> None:
         if dist.is_main():

@@ -1,7 +1,8 @@
 """Model weights, optimizer state by parameter name, and the state of random generators."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def write_model(
     folder, model = Path(folder), unwrap(model)
     folder.mkdir(parents=True, exist_ok=True)
     if _is_pretrained(model):
-        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        with _no_progress_bar():
+            model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     elif weights is None:
         save_model(model, str(folder / "model.safetensors"))
     else:
@@ -57,6 +59,20 @@ def write_model(
         save_file({name: weights[name].contiguous() for name in once.values()}, folder / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one for every folder; the run has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def read_model(model: nn.Module, folder: str | Path) -> None:
@@ -88,7 +104,8 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     kind = next(
         c for c in type(model).__mro__ if not c.__name__.startswith("FSDP")
     )  # what sharding made a class of its own
-    loaded, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+    with _no_progress_bar():
+        loaded, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
     problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         raise CheckpointError(f"the weights in '{folder}' do not fit a {kind.__name__}: {first_few(problems)}")

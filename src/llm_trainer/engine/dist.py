@@ -1,7 +1,7 @@
 """Collectives that are no-ops in one process, so that nothing else asks whether it runs alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -9,27 +9,45 @@ import torch
 import torch.distributed as dist
 
 from llm_trainer.config.env import environment
+from llm_trainer.engine import watch
+from llm_trainer.engine.watch import Watch
 
 T = TypeVar("T")
 _patient: dist.ProcessGroup | None = None  # for waits as long as the data takes to be prepared
+_watch: Watch | None = None
 
 
 def start(device: torch.device, timeout_s: float = 600) -> None:
     """Join the process group that torchrun describes; nothing happens in one process or when it is already joined."""
-    if environment().world_size == 1 or dist.is_initialized():
+    global _patient, _watch
+    if environment().world_size == 1 or _patient is not None:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is offloaded is reduced on the CPU
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL keeps what it exchanges besides tensors
-    global _patient
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    _watch = watch.start(rank(), environment().master_addr, gather_objects, world_size())
 
 
 def stop() -> None:
     """Leave the process group."""
+    global _patient, _watch
     if dist.is_initialized():
         dist.destroy_process_group()
+    if _watch is not None:
+        _watch.close()
+    _patient = _watch = None
+
+
+def on_duty(last_words: Callable[[], str]) -> AbstractContextManager[None]:
+    """The context in which all ranks need each other: one that dies stops the others with a `RankLostError` naming it.
+
+    Args:
+        last_words: says how to go on, at the end of the message.
+    """
+    return nullcontext() if _watch is None else _watch.on_duty(last_words)
 
 
 def rank() -> int:

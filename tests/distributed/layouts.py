@@ -1,0 +1,106 @@
+"""Checkpoints that change hands: written by one layout of processes, gone on with by another. Started by test_layouts.py."""
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "invariance")]
+from ranks import fork_ranks
+from table import Rows, tiny_model
+
+from llm_trainer import SFTTrainer, configure_optimizer
+from llm_trainer.data.collate import collate_flat
+from llm_trainer.data.stream import SampleStream
+from llm_trainer.engine import dist
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
+    "one": (1, {}),
+    "ddp-2": (2, {}),
+    "fsdp-2": (2, {"engine": "fsdp"}),
+    "fsdp-3": (3, {"engine": "fsdp"}),  # nothing divides by three: every part is uneven
+}
+FIRST, LAST = 3, 5  # steps; an epoch has two
+
+
+def make_trainer(folder: Path, max_steps: int, **options: Any) -> SFTTrainer:
+    """Two layers on 24 ragged rows, two steps per epoch, a best model in every epoch."""
+    model, rows = tiny_model(), Rows("sft", 512)
+    how: dict[str, Any] = {"rank": dist.rank(), "world_size": dist.world_size(), "flat": True}
+    stream = SampleStream(rows, collate_flat, rows_per_step=12, batch_size=2, **how)
+    return SFTTrainer(
+        model=model,
+        optimizer=configure_optimizer(model=model, lr=1e-2),
+        train_loader=stream,
+        val_loader=SampleStream(rows, collate_flat, rows_per_step=12, batch_size=4, shuffle=False, **how),
+        device="cpu",
+        max_epochs=100,
+        use_amp=False,
+        log_interval=1,
+        save_dir=str(folder),
+        max_steps=max_steps,
+        resume="auto",
+        progress=False,
+        **options,
+    )
+
+
+def leg(folder: Path, max_steps: int, **options: Any) -> None:
+    make_trainer(folder, max_steps, **options).train()
+
+
+def run(layout: str, folder: Path, max_steps: int) -> dict[str, Any]:
+    """One leg; the curve so far and a hash of the newest weights."""
+    processes, options = LAYOUTS[layout]
+    done = fork_ranks(partial(leg, max_steps=max_steps, **options), folder, processes)
+    assert done["codes"] == [0] * processes, "".join(done["texts"])[-3000:]
+    lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
+    newest = json.loads((sorted(folder.glob("checkpoint-*"))[-1] / "manifest.json").read_text())
+    return {
+        "curve": [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line],
+        "weights": newest["files"]["model/model.safetensors"]["sha256"],
+        "evaluations": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
+    }
+
+
+def main(folder: Path) -> None:
+    """Every layout by itself, and every one going on from every other."""
+    torch.set_num_threads(1)
+    make_trainer(folder / "unused", 1)  # what is imported now is not imported in every process
+    from transformers import PreTrainedModel  # noqa: F401
+
+    report: dict[str, Any] = {}
+    for first in LAYOUTS:
+        report[first] = run(first, folder / first, LAST)
+        run(first, folder / f"{first}-half", FIRST)
+        for second in LAYOUTS:
+            both = folder / f"{first}-{second}"
+            shutil.copytree(folder / f"{first}-half", both, symlinks=True)
+            report[f"{first} {second}"] = run(second, both, LAST)
+    report["files"] = {
+        name: run_file(second, folder / f"{name}-file", folder / name / "best_model.pt")
+        for name, second in (("fsdp-2", "one"), ("one", "fsdp-2"))
+    }
+    print(json.dumps(report))
+
+
+def load_file(folder: Path, path: Path, **options: Any) -> float:
+    """The step and the evaluation of a single file that another layout wrote."""
+    trainer = make_trainer(folder, LAST, **options)
+    trainer.load_checkpoint(str(path))
+    return trainer.evaluate()["eval_loss"]
+
+
+def run_file(layout: str, folder: Path, path: Path) -> list[float]:
+    processes, options = LAYOUTS[layout]
+    done = fork_ranks(partial(load_file, path=path, **options), folder, processes)
+    assert done["codes"] == [0] * processes, "".join(done["texts"])[-3000:]
+    return done["results"]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

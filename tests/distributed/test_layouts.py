@@ -1,0 +1,43 @@
+"""Any layout of processes goes on from the checkpoint of any other, on the same curve."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAYOUTS = ("one", "ddp-2", "fsdp-2", "fsdp-3")
+TOLERANCE = 1e-5  # sums over ranks are added in another order
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The curves of all layouts, uninterrupted and in two legs."""
+    script, folder = Path(__file__).parent / "layouts.py", tmp_path_factory.mktemp("layouts")
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
+def test_one_layout_goes_on_from_another(played: dict[str, Any], first: str, second: str) -> None:
+    whole, both = played["one"]["curve"], played[f"{first} {second}"]["curve"]
+    assert [step for step, *_ in both] == [1, 2, 3, 4, 5]
+    for expected, found in zip(whole, both, strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_layout_goes_on_bit_for_bit(played: dict[str, Any], layout: str) -> None:
+    both, whole = played[f"{layout} {layout}"], played[layout]
+    assert both["curve"] == whole["curve"] and both["weights"] == whole["weights"]
+
+
+def test_a_single_file_serves_any_layout(played: dict[str, Any]) -> None:
+    """`best_model.pt` is whole, whoever wrote it."""
+    best = min(value for _, value in played["one"]["evaluations"])
+    for values in played["files"].values():
+        assert values == pytest.approx([best] * len(values), rel=TOLERANCE)

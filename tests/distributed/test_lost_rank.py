@@ -1,0 +1,57 @@
+"""A rank that dies stops the others with an error that names it, soon, and the run goes on from its last checkpoint."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIGKILLED = -9
+
+
+def play(number: int) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).parent / "lost_rank.py"), str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def played() -> dict[str, Any]:
+    return play(2)
+
+
+def check(trial: dict[str, Any]) -> None:
+    lost = trial["rank"]
+    assert trial["codes"][lost] == SIGKILLED and trial["codes"][1 - lost] == 1
+    assert trial["seconds"] < 60
+    said = trial["texts"][1 - lost]
+    assert f"RankLostError: rank {1 - lost}" in said and f": rank {lost} (pid " in said and "is gone" in said
+    assert "the same command goes on from it" in said or trial["step"] < 2
+    assert trial["same"]
+
+
+@pytest.mark.parametrize("trial", [0, 1], ids=["ddp", "fsdp"])
+def test_a_killed_rank_is_named_and_the_run_goes_on(played: dict[str, Any], trial: int) -> None:
+    check(played["kills"][trial])
+
+
+def test_a_rank_that_waits_for_ever_is_ended(played: dict[str, Any]) -> None:
+    stuck = played["stuck"]
+    assert stuck["codes"] == [1, SIGKILLED] and stuck["seconds"] < 30
+    assert "rank 1 (pid " in stuck["texts"][0] and "is gone" in stuck["texts"][0]
+
+
+def test_a_rank_that_fails_is_named(played: dict[str, Any]) -> None:
+    fails = played["fails"]
+    assert fails["codes"] == [1, 1] and fails["seconds"] < 30
+    assert "rank 1 has had enough" in fails["texts"][1] and "rank 1 (pid " in fails["texts"][0]
+
+
+@pytest.mark.slow
+def test_ten_kills() -> None:
+    for trial in play(10)["kills"]:
+        check(trial)
+        print(f"rank {trial['rank']} killed after step {trial['step']}: the other ended in {trial['seconds']:.1f} s")
