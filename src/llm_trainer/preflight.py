@@ -9,24 +9,10 @@ import torch
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.plan.gpus import half_peak
 
 if TYPE_CHECKING:
     from llm_trainer.run import Run
-
-# Dense bf16/fp16 peak of a GPU in FLOP/s, from the vendors' data sheets (without structured sparsity).
-GPU_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
 
 
 @lru_cache
@@ -46,10 +32,9 @@ def peak_flops(engine: Engine) -> float:
     """FLOP/s that MFU is measured against: from the data sheet for known GPUs, else a timed matrix product."""
     dtype = torch.bfloat16 if engine.precision_name == "bf16" else torch.float32
     if engine.device.type == "cuda":
-        name = torch.cuda.get_device_name(engine.device)
-        known = [peak for key, peak in GPU_PEAKS.items() if key in name]
-        if known and engine.precision_name != "fp32":
-            return known[0]
+        known = half_peak(torch.cuda.get_device_name(engine.device))
+        if known is not None and engine.precision_name != "fp32":
+            return known
         dtype = torch.float16 if engine.precision_name == "fp16" else dtype
     return _measured_peak(engine.device, dtype)
 
@@ -80,23 +65,35 @@ def _human(count: float, unit: str = "") -> str:
 
 
 def expected_memory(run: "Run") -> dict[str, float]:
-    """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where they can be estimated.
-
-    Activations: 34 * T * B * D bytes per layer at 16 bit (Korthikanti et al. 2022, arXiv:2205.05198, eq. 1 without the
-    attention matrix, which no backend here stores), twice that in fp32, T * B * D * 2 with gradient checkpointing.
-    """
+    """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where their formula is known."""
     model = run.trainer.base_model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     slots = 2 if {"betas"} <= run.trainer.optimizer.defaults.keys() else 1
     memory: dict[str, float] = {"weights": weights, "gradients": trained, "optimizer": slots * trained}
-    length = _mean_row_length(run)
-    config = getattr(model, "config", None)
-    if length is not None and config is not None and isinstance(run.source, SampleStream):
-        tokens = run.settings.micro_batch_tokens or run.source.batch_size * length
-        bytes_each = 2 if run.settings.gradient_checkpointing else 34 if run.engine.precision_name != "fp32" else 68
-        memory["activations"] = bytes_each * tokens * config.hidden_size * config.num_hidden_layers
-    return memory
+    activations = _expected_activations(run)
+    return memory if activations is None else memory | {"activations": activations}
+
+
+def _expected_activations(run: "Run") -> float | None:
+    """What the layers keep of a micro-batch for the backward, in bytes; None for other layers than those of `plan`."""
+    from transformers import PreTrainedModel
+
+    from llm_trainer.models.build import ARCHITECTURES
+    from llm_trainer.plan.memory import Widths, layer_activations
+    from llm_trainer.plan.shapes import shape_of
+
+    model, length, source = run.trainer.base_model, _mean_row_length(run), run.source
+    if not isinstance(model, PreTrainedModel) or model.config.model_type not in ARCHITECTURES:
+        return None
+    if length is None or not isinstance(source, SampleStream):
+        return None
+    tokens = run.settings.micro_batch_tokens or source.batch_size * length
+    widths, shape = Widths(4 if run.engine.precision_name == "fp32" else 2, 4), shape_of(model)
+    kept = (
+        widths.residual * shape.hidden_size if run.settings.gradient_checkpointing else layer_activations(shape, widths)
+    )
+    return tokens * shape.num_layers * kept
 
 
 def _batch_equation(run: "Run") -> str:
@@ -124,7 +121,8 @@ def screen(run: "Run") -> str:
         "batch": _batch_equation(run),
         "steps": "unknown" if steps is None else f"{steps:,}, from step {run.progress.step:,}",
         "learning rate": _describe_rate(run),
-        "precision": f"{run.engine.precision_name} on {run.engine.device}, {dist.world_size()} process(es)",
+        "engine": f"{type(run.engine).__name__}, {dist.world_size()} process(es)",
+        "precision": f"{run.engine.precision_name} on {run.engine.device}",
         "memory": f"{_human(sum(memory.values()), 'B')} expected: {parts}",
         "checkpoints": str(run.save_dir),
         "logs": str(run.log_dir),

@@ -1,7 +1,7 @@
 """A run: one trainer, its engine, where it stands, and everything that happens around its steps."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from llm_trainer.config.env import environment
 from llm_trainer.data.collate import Filler
 from llm_trainer.data.stream import as_step_source
 from llm_trainer.engine import dist
-from llm_trainer.engine.choose import choose_engine
+from llm_trainer.engine.choose import choose_engine, engine_of
 from llm_trainer.engine.torch import detect_device
 from llm_trainer.metrics import ConsoleWriter, Metrics, Writer, open_writers
 from llm_trainer.progress import Progress
@@ -57,6 +57,11 @@ class Run:
         if together:
             dist.start(place, settings.ddp_timeout_s)
         self.engine = choose_engine(settings, place, use_amp, together)
+        self.driver: Callable[[Run], None] = loop.fit
+        if engine_of(settings) == "hf":
+            from llm_trainer.engine.huggingface import fit
+
+            self.driver = fit
         ranks = {"rank": dist.rank(), "world_size": dist.world_size()} if together else {}
         self.source = as_step_source(
             train_loader,
@@ -124,7 +129,7 @@ class Run:
             try:
                 self.after_step()  # whatever a signal left undone
                 self.trainer.model.train()
-                loop.fit(self)
+                self.driver(self)
                 self._publish()
                 return dict(self._last_values)
             finally:

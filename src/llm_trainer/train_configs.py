@@ -8,6 +8,17 @@ from llm_trainer.config.algorithms import (
     RewardConfig,
     SFTConfig,
 )
+from llm_trainer.config.deepspeed import (
+    DsActivationCheckpointingConfig,
+    DsBf16Config,
+    DsConfig,
+    DsFp16Config,
+    DsOffloadConfig,
+    DsZero0Config,
+    DsZero1Config,
+    DsZero2Config,
+    DsZero3Config,
+)
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
 from llm_trainer.config.schema import (
@@ -26,6 +37,15 @@ __all__ = [
     "ConfigError",
     "DPOConfig",
     "DataLoaderConfig",
+    "DsActivationCheckpointingConfig",
+    "DsBf16Config",
+    "DsConfig",
+    "DsFp16Config",
+    "DsOffloadConfig",
+    "DsZero0Config",
+    "DsZero1Config",
+    "DsZero2Config",
+    "DsZero3Config",
     "EvalConfig",
     "FileDataset",
     "FsdpConfig",

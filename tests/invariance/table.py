@@ -22,7 +22,14 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "kto": {},
     "reward": {"center_coef": 0.01},
 }
-ENGINES: dict[str, dict[str, Any]] = {"torch": {}, "fsdp": {"engine": "fsdp"}}  # name -> the options that ask for it
+ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
+    "torch": {},
+    "hf": {"engine": "hf"},
+    "fsdp": {"engine": "fsdp"},
+    **{
+        f"zero{stage}": {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}} for stage in range(4)
+    },
+}
 STEPS = 3
 ROWS_PER_STEP = 8
 

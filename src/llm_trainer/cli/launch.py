@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from signal import SIGTERM
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llm_trainer.config.schema import TrainConfig
 
 SAVE_SECONDS = 3600  # torchrun kills what has not ended this long after a signal; its own 30 s are short for a save
 NAMES = {"py": "plain python", "ddp": "DDP through torchrun", "ds": "DeepSpeed through torchrun"}
@@ -84,20 +87,23 @@ class Plan:
         return " ".join([*(f"{name}={value}" for name, value in self.variables.items()), shlex.join(self.command)])
 
 
-def make_plan(target: Sequence[str], machine: Machine, nodes: Nodes, forced: str | None = None) -> Plan:
+def make_plan(
+    target: Sequence[str], machine: Machine, nodes: Nodes, forced: str | None = None, engine: str = "auto"
+) -> Plan:
     """Decide how `target` is run.
 
     Args:
         target: what follows `python`: a script with its arguments, or `-m module ...`.
         machine: what there is.
         nodes: what the user asked for.
-        forced: a key of `NAMES`; None: PARALLEL_TYPE decides, else the machine.
+        forced: a key of `NAMES`; None: `engine`, then PARALLEL_TYPE decides, else the machine.
+        engine: `run_config.engine` of a YAML, as far as it follows from the YAML alone; else auto.
 
     Raises:
         ConfigError: what is asked for contradicts itself, PARALLEL_TYPE or the machine.
     """
     several = (nodes.nproc or machine.num_gpus) > 1 or nodes.is_several()
-    kind, reason = _choose(machine, several, forced)
+    kind, reason = _choose(machine, several, forced, engine)
     if kind == "ds" and not machine.deepspeed:
         raise ConfigError(f"{reason}, but DeepSpeed is not installed: pip install deepspeed, or use ddp_train")
     if kind == "py":
@@ -106,7 +112,7 @@ def make_plan(target: Sequence[str], machine: Machine, nodes: Nodes, forced: str
         return Plan(kind, reason, [sys.executable, *target], {"PARALLEL_TYPE": "none"})
     processes = nodes.nproc or machine.num_gpus or 1
     variables = {
-        "PARALLEL_TYPE": kind,
+        **({"PARALLEL_TYPE": kind} if engine == "auto" else {}),
         "OMP_NUM_THREADS": str(max(1, machine.num_cores // processes)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS),
     }
@@ -114,7 +120,15 @@ def make_plan(target: Sequence[str], machine: Machine, nodes: Nodes, forced: str
     return Plan(kind, reason, [*torchrun, *target], variables)
 
 
-def _choose(machine: Machine, several: bool, forced: str | None) -> tuple[str, str]:
+def _choose(machine: Machine, several: bool, forced: str | None, engine: str) -> tuple[str, str]:
+    if engine != "auto" and forced is not None and (engine == "deepspeed") != (forced == "ds"):
+        raise ConfigError(
+            f"run_config.engine: the run's engine is {engine}, but {forced}_train was asked for; use smart_train, or "
+            f"set run_config.engine=auto and remove the other engine's section"
+        )
+    if engine != "auto" and forced is None:
+        kind = "ds" if engine == "deepspeed" else "ddp" if several else "py"
+        return kind, f"the run's engine is {engine}, with {'several processes' if several else 'one device'}"
     wanted = environment().parallel_type
     meant = {None: None, "none": "py", "fsdp": "ddp"}.get(wanted, wanted)  # FSDP is started as DDP is
     if forced is not None:
@@ -177,16 +191,23 @@ def _run_workers(arguments: list[str]) -> int:
     return 0
 
 
-def _target(script: str, arguments: list[str]) -> list[str]:
-    """What follows `python`; a mistake in a YAML is told here once, not by every process."""
+def _target(script: str, arguments: list[str]) -> tuple[list[str], str]:
+    """What follows `python`, and the engine that a YAML asks for; a mistake in it is told here once, not by every process."""
     if not Path(script).is_file():
         raise ConfigError(f"{script}: no such file, expected a python script or the YAML of a run")
     if Path(script).suffix not in (".yaml", ".yml"):
-        return [script, *arguments]
+        return [script, *arguments], "auto"
     from llm_trainer.config.load import load_config
 
-    load_config(script, [argument for argument in arguments if not argument.startswith("--")])
-    return ["-m", "llm_trainer.cli.main", "train", script, *arguments]
+    config = load_config(script, [argument for argument in arguments if not argument.startswith("--")])
+    return ["-m", "llm_trainer.cli.main", "train", script, *arguments], engine_of(config)
+
+
+def engine_of(config: TrainConfig) -> str:
+    """The engine that a configuration asks for by itself, whatever the machine and PARALLEL_TYPE say; else auto."""
+    if config.run_config.engine != "auto" or environment().parallel_type is not None:
+        return config.run_config.engine
+    return "deepspeed" if config.ds_config is not None else "fsdp" if config.fsdp_config is not None else "auto"
 
 
 def _command(name: str, forced: str | None, arguments: Sequence[str] | None) -> None:
@@ -204,7 +225,8 @@ def _command(name: str, forced: str | None, arguments: Sequence[str] | None) -> 
     nodes = Nodes(given.nproc, given.nnodes, given.node_rank, given.master_addr, given.master_port)
     try:
         machine = Machine.look()
-        plan = make_plan(_target(given.script, given.arguments), machine, nodes, forced)
+        target, engine = _target(given.script, given.arguments)
+        plan = make_plan(target, machine, nodes, forced, engine)
     except ConfigError as error:
         parser.exit(2, f"{name}: {error}\n")
     print(f"{name}: found {machine}\n{name}: {NAMES[plan.kind]}, because {plan.reason}", file=sys.stderr)

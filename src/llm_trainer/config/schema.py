@@ -13,6 +13,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
 from pydantic_core import ArgsKwargs
 
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
+from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import environment
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import Files
@@ -314,6 +315,7 @@ class TrainConfig:
     eval_config: EvalConfig = Field(default_factory=EvalConfig, description="evaluation, samples, early stopping")
     run_config: RunConfig = Field(default_factory=RunConfig, description="folders, length, device")
     fsdp_config: FsdpConfig | None = Field(default=None, description="sharding by FSDP2")
+    ds_config: DsConfig | None = Field(default=None, description="training with DeepSpeed")
     pretrain_config: PretrainConfig | None = Field(default=None, description="plain language modelling")
     sft_config: SFTConfig | None = Field(default=None, description="supervised fine-tuning")
     dpo_config: DPOConfig | None = Field(default=None, description="preference optimisation on pairs")
@@ -325,3 +327,14 @@ class TrainConfig:
             self.tokenizer = self.model_config
         if self.init_state_dict is not None and self.init_weights_path is not None:
             raise ConfigError("init_weights_path: init_state_dict already gives initial weights; give one of them")
+        if self.ds_config is not None:
+            self._one_clipping(self.ds_config)
+
+    def _one_clipping(self, ds_config: DsConfig) -> None:
+        """Two names for one number: the one that was changed counts."""
+        ours, theirs, default = self.optim_config.max_grad_norm, ds_config.gradient_clipping, OptimConfig.max_grad_norm
+        if ours != theirs and default not in (ours, theirs):
+            raise ConfigError(
+                f"ds_config.gradient_clipping: got {theirs}, but optim_config.max_grad_norm is {ours}; give one of them"
+            )
+        self.optim_config.max_grad_norm = theirs if ours == default else ours

@@ -25,7 +25,7 @@ def engine_name(name: str, *, fsdp: bool, deepspeed: bool) -> str:
         deepspeed: whether a configuration of DeepSpeed is given.
 
     Raises:
-        ValueError: `name` is unknown, or options are given for an engine that is not used.
+        ValueError: `name` is unknown.
     """
     if name not in ENGINES:
         raise ValueError(f"engine: got {name!r}, expected one of {', '.join(ENGINES)}")
@@ -35,6 +35,11 @@ def engine_name(name: str, *, fsdp: bool, deepspeed: bool) -> str:
     return name
 
 
+def engine_of(settings: "Settings") -> str:
+    """The engine that `settings` ask for, by name and never 'auto'."""
+    return engine_name(settings.engine, fsdp=settings.fsdp is not None, deepspeed=settings.deepspeed is not None)
+
+
 def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, together: bool) -> Engine:
     """The engine that `settings` ask for.
 
@@ -42,7 +47,7 @@ def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, tog
         use_amp: whether mixed precision may be used.
         together: whether this process trains with others.
     """
-    name = engine_name(settings.engine, fsdp=settings.fsdp is not None, deepspeed=settings.deepspeed is not None)
+    name = engine_of(settings)
     precision = choose_precision(settings.precision, device) if use_amp else "fp32"
     several = together and dist.world_size() > 1
     if name == "fsdp" and several:
@@ -51,7 +56,10 @@ def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, tog
 
         return FsdpEngine(device, precision, settings.fsdp or Fsdp())
     if name == "deepspeed":
+        from llm_trainer.config.deepspeed import DsConfig
         from llm_trainer.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(device, precision, settings.deepspeed)
+        return DeepSpeedEngine(
+            device, precision, DsConfig().to_json() if settings.deepspeed is None else settings.deepspeed
+        )
     return TorchEngine(device, precision, ddp=several and name != "hf")  # transformers' Trainer wraps by itself

@@ -57,7 +57,7 @@ class Settings:
         engine: 'torch' (one process, DDP), 'fsdp', 'deepspeed', 'hf' (driven by `transformers.Trainer`), or 'auto':
             what PARALLEL_TYPE says, else the one that options are given for, else 'torch'.
         fsdp: how FSDP shards; None: with the defaults of `Fsdp` where `engine` asks for it.
-        deepspeed: DeepSpeed's own configuration (its JSON); None: ZeRO-0 where `engine` asks for it.
+        deepspeed: DeepSpeed's own configuration (its JSON); None: ZeRO-2 where `engine` asks for it.
         compile: compile the transformer with `torch.compile`.
         gradient_checkpointing: recompute activations in the backward to save memory.
         micro_batch_tokens: cut each step into micro-batches of at most this many tokens instead of by rows.

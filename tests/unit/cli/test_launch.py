@@ -46,6 +46,26 @@ def test_parallel_type_decides(monkeypatch, wanted, kind):
     assert (plan.kind, plan.reason) == (kind, f"PARALLEL_TYPE is {wanted}")
 
 
+@pytest.mark.parametrize(
+    ("engine", "machine", "kind", "reason"),
+    [
+        ("fsdp", BOX_WITH_DEEPSPEED, "ddp", "the run's engine is fsdp, with several processes"),
+        ("deepspeed", Machine(1, 8, True), "ds", "the run's engine is deepspeed, with one device"),
+        ("hf", LAPTOP, "py", "the run's engine is hf, with one device"),
+    ],
+)
+def test_the_engine_of_a_yaml_decides(engine, machine, kind, reason):
+    plan = make_plan(["a.yaml"], machine, Nodes(), engine=engine)
+    assert (plan.kind, plan.reason) == (kind, reason)
+    assert plan.variables.get("PARALLEL_TYPE") == ("none" if kind == "py" else None)  # the YAML says it in every process
+
+
+def test_an_engine_against_a_forced_kind():
+    with pytest.raises(ConfigError, match="the run's engine is fsdp, but ds_train was asked for"):
+        make_plan(["a.yaml"], BOX_WITH_DEEPSPEED, Nodes(), "ds", engine="fsdp")
+    assert make_plan(["a.yaml"], BOX, Nodes(), "ddp", engine="fsdp").kind == "ddp"
+
+
 def test_the_exact_commands():
     plain = make_plan(["a.py", "--lr", "1"], LAPTOP, Nodes())
     assert plain.command == [sys.executable, "a.py", "--lr", "1"]

@@ -1,0 +1,407 @@
+"""DeepSpeed: ZeRO 0 to 3 under our loop, saved by parameter name like everything else, whatever was cut in how many pieces."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from llm_trainer import checkpoint
+from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.checkpoint.weights import IMPLEMENTATION, first_few
+from llm_trainer.config.env import set_default
+from llm_trainer.engine import dist
+from llm_trainer.engine.base import Engine
+from llm_trainer.engine.torch import DTYPES
+
+# What DeepSpeed wants to know beforehand and the loop decides step by step. More than one micro-batch makes it ready to
+# add up offloaded gradients; neither number scales anything here.
+BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+OF_THE_TRAINER = {"optimizer", "scheduler", "train_batch_size", *BATCH}
+MASTER = "master"  # an optimizer's fp32 copy of a 16-bit parameter, in its saved state
+
+
+class DeepSpeedError(ValueError):
+    """DeepSpeed cannot do what is asked for."""
+
+
+def complete(given: Mapping[str, Any], precision: str) -> tuple[dict[str, Any], str]:
+    """DeepSpeed's JSON with what this engine decides, and the name of the precision that it then computes in.
+
+    A `bf16` or `fp16` section that is switched on keeps the weights themselves in 16 bits, with fp32 copies in the
+    optimizer. Without one, `precision` means what it means everywhere: bf16 multiplies in 16 bits on fp32 weights
+    (autocast); only fp16, which needs a loss scale, is then DeepSpeed's own.
+
+    Raises:
+        DeepSpeedError: the JSON decides what the trainer decides.
+    """
+    if decided := sorted(OF_THE_TRAINER & given.keys()):
+        raise DeepSpeedError(
+            f"deepspeed: got {', '.join(decided)}, which the trainer decides: expected neither optimizer, scheduler nor "
+            "batch sizes; give them to the trainer (optim_config, batch_size, gradient_accumulation_steps)"
+        )
+    own = next((name for name in DTYPES if given.get(name, {}).get("enabled")), None)
+    whole: dict[str, Any] = {
+        **given,
+        **BATCH,
+        "gradient_clipping": 0.0,  # the loop says at each step
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if own is None and precision == "bf16":
+        # In modules that are called safe, gradients would be exchanged in 16 bits.
+        whole["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    elif own is None and precision == "fp16":
+        whole["fp16"] = {"enabled": True}
+    if stage_of(whole) == 0 and (own or precision) == "fp16":
+        raise DeepSpeedError(  # 0.19.8 divides gradients by the scale there, and does not multiply the loss by it
+            "deepspeed: got fp16 with ZeRO stage 0, which scales no loss; use stage 1, 2 or 3, or bf16"
+        )
+    return whole, own or precision
+
+
+def stage_of(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of DeepSpeed's JSON."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def recompute_layers(module: nn.Module, recompute: Callable[..., Any]) -> None:
+    """Let the layers of a transformers model keep only their inputs, and `recompute` the rest in the backward.
+
+    Raises:
+        DeepSpeedError: there is no such model in `module`.
+    """
+    from transformers import PreTrainedModel
+
+    models = [m for m in module.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
+    if not models:
+        raise DeepSpeedError(
+            f"deepspeed: activation_checkpointing needs a transformers model that can recompute its layers, this is "
+            f"{type(module).__name__}; call deepspeed.checkpointing.checkpoint in its forward and drop the section"
+        )
+    models[0]._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
+
+
+class _TiedTogether(torch.autograd.Function):
+    """The tensors it is given; in the backward each has a gradient as soon as one of them has."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients
+
+
+def tied_together(outputs: Any) -> Any:
+    """What a module returned, as one for the backward.
+
+    ZeRO-3 runs a hook for each tensor that a gradient comes back to, and its ranks must run the same hooks, also those
+    whose micro-batch only fills up the step and goes back from other tensors than a loss does.
+    """
+    leaves, structure = tree_flatten(outputs)
+    chosen = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if chosen:
+        for i, tensor in zip(chosen, _TiedTogether.apply(*(leaves[i] for i in chosen)), strict=True):
+            leaves[i] = tensor
+    return tree_unflatten(leaves, structure)
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO of any stage.
+
+    Args:
+        device: where this process computes; of the kind that DeepSpeed has found.
+        precision: 'fp32', 'bf16' or 'fp16', unless the JSON switches on one of the latter.
+        config: DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json) without optimizer, scheduler and batch sizes.
+    """
+
+    in_lockstep: ClassVar[bool] = True
+
+    def __init__(self, device: torch.device, precision: str = "fp32", config: Mapping[str, Any] | None = None) -> None:
+        self.device = device
+        self.config, self.precision_name = complete(config or {}, precision)
+        self.stage = stage_of(self.config)
+        self._base: nn.Module
+        self._optimizer: torch.optim.Optimizer  # the user's, which DeepSpeed hands its pieces
+        self._groups: list[dict[str, nn.Parameter]]  # by name; the user's groups before they were cut up
+        self._pieces: dict[nn.Parameter, Tensor]  # what the user's optimizer updates in place of a parameter
+        self._engine: Any
+
+    def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        self._check(optimizer)
+        names = {parameter: checkpoint.plain_name(name) for name, parameter in base.named_parameters()}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]  # DeepSpeed cuts up no others
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self._base, self._optimizer = base, optimizer
+        self._groups = [{names[p]: p for p in group["params"]} for group in optimizer.param_groups]
+        self._engine = self._initialize(module, optimizer)
+        if self.stage == 0 and self._engine.optimizer is not optimizer:
+            optimizer.state.clear()  # DeepSpeed has made a first step without gradients, which decays and counts
+            self._engine.optimizer.refresh_fp32_params()
+        self._pieces = dict(self._pairs(self._engine.optimizer))
+        self._engine.register_forward_hook(lambda module, inputs, outputs: tied_together(outputs))
+        return self._engine
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        whole_matrices = isinstance(optimizer, torch.optim.Adafactor | torch.optim.Muon) or any(
+            group.get("use_muon") for group in optimizer.param_groups
+        )
+        if self.stage and whole_matrices:
+            raise DeepSpeedError(
+                f"deepspeed: {type(optimizer).__name__} looks at whole matrices, and ZeRO {self.stage} gives it flat pieces "
+                "of them; use adamw, adam, sgd or lion, or stage 0, or another engine"
+            )
+
+    def _initialize(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        if not torch.distributed.is_initialized():  # alone; DeepSpeed wants a group of one
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        set_default("LOCAL_RANK", "0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the parts of torch that it imports
+            warnings.simplefilter("ignore", FutureWarning)
+            try:
+                import deepspeed
+            except ImportError as error:
+                raise DeepSpeedError("engine: deepspeed needs a package: pip install deepspeed") from error
+            kind = deepspeed.get_accelerator().device_name()
+            if kind != self.device.type:
+                raise DeepSpeedError(
+                    f"device: got {self.device}, but DeepSpeed has found {kind}; drop the device, or set DS_ACCELERATOR"
+                )
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=self.config, dist_init_required=False
+            )
+            if "activation_checkpointing" in self.config:
+                deepspeed.checkpointing.configure(None, deepspeed_config=self.config)
+                recompute_layers(module, deepspeed.checkpointing.checkpoint)
+        # At every step it calls collectives whose names torch has changed.
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+        return engine
+
+    def _pairs(self, wrapper: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each trained parameter with the tensor in which the optimizer updates it, or a piece of it among others."""
+        if self.stage == 0:  # itself, or its fp32 copy
+            for members, group in zip(self._groups, self._optimizer.param_groups, strict=True):
+                yield from zip(members.values(), group["params"], strict=True)
+            return
+        if self.stage == 3:
+            groups, flat = wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat
+        else:
+            groups, flat = wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups
+        for group, piece in zip(groups, flat, strict=True):
+            yield from ((parameter, piece) for parameter in group)
+
+    def precision(self) -> AbstractContextManager[None]:
+        if self.precision_name == "fp32":
+            return nullcontext()
+        # Not cached: gathered weights would outlive their layer in the cache.
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision_name], cache_enabled=False)
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        with self.precision():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        # Gradients are averaged over ranks; a step's loss is a sum of shares, so the average is multiplied back.
+        self._engine.backward(loss * dist.world_size(), scale_wrt_gas=False)
+
+    def step(self, max_grad_norm: float) -> Tensor:
+        if self._engine.optimizer is self._optimizer:
+            return self._step_whole(max_grad_norm)
+        self._engine.optimizer.clip_grad = max_grad_norm
+        self._engine.step()  # checks the norm on all ranks, and updates nothing if it is not finite
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    def _step_whole(self, max_grad_norm: float) -> Tensor:
+        """A step of stage 0 on fp32 weights: DeepSpeed has averaged the gradients and leaves the rest to the optimizer."""
+        grads = [p.grad for p in self._pieces if p.grad is not None]
+        grad_norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
+        if not grad_norm.isfinite():
+            self._engine.zero_grad()
+            return grad_norm
+        if max_grad_norm > 0:
+            clip_grads_with_norm_(self._pieces, max_grad_norm, grad_norm)
+        self._engine.step()
+        return grad_norm
+
+    def _scaler(self) -> dict[str, Any]:
+        """The variables of DeepSpeed's loss scale, as it keeps them; empty without one."""
+        return vars(self._engine.optimizer.loss_scaler) if self.precision_name == "fp16" else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scaler": {name: value for name, value in self._scaler().items() if isinstance(value, int | float)}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = self._scaler()
+        own.update({name: value for name, value in (state.get("scaler") or {}).items() if name in own})
+
+    # Saving and loading.
+
+    def weights(self) -> dict[str, Tensor]:
+        if self.stage < 3:
+            state = self._base.state_dict() if dist.is_main() else {}
+            return {checkpoint.plain_name(name): tensor for name, tensor in state.items()}
+        from deepspeed.runtime.zero import GatheredParameters
+
+        found: dict[str, Tensor] = {}
+        kept: dict[int, Tensor] = {}  # by parameter: tied ones stay one tensor
+        for name, tensor in self._base.state_dict(keep_vars=True).items():
+            if id(tensor) not in kept:
+                with GatheredParameters([tensor]):
+                    kept[id(tensor)] = tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor.detach()[:0]
+            found[checkpoint.plain_name(name)] = kept[id(tensor)]
+        return found if dist.is_main() else {}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The whole of it in the main process's host memory, one tensor after the other; names and groups on all."""
+        groups, state = [], {}
+        for members, group in zip(self._groups, self._optimizer.param_groups, strict=True):
+            groups.append({k: v for k, v in group.items() if k not in IMPLEMENTATION} | {"params": list(members)})
+            for name, parameter in members.items():
+                entry = self._whole_entry(parameter)
+                if entry and dist.is_main():
+                    state[name] = entry
+        return {"state": state, "param_groups": groups}
+
+    def _whole_entry(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The optimizer's state of one parameter, on the CPU; `master` holds the fp32 copy of a 16-bit one."""
+        piece = self._pieces[parameter]
+        self._link(parameter)
+        entry = dict(self._optimizer.state.get(piece, {}))
+        if parameter.dtype != piece.dtype:
+            entry[MASTER] = piece.detach()
+        for key in filter(lambda key: self.stage and _is_cut(entry[key]), entry):
+            own = None if key == MASTER else key
+            entry[key] = (
+                self._engine.optimizer.get_full_hp_param(parameter, own)
+                if self.stage == 3
+                else parameter.get_full_hp_param(own)  # type: ignore[attr-defined]
+            )
+        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in entry.items()}
+
+    def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
+        weights, state = checkpoint.read_checkpoint(path)
+        wanted = ["optimizer"] if scheduler is None else ["optimizer", "scheduler"]
+        if missing := [name for name in wanted if name not in state]:
+            raise CheckpointError(f"'{path}' holds no {missing[0]} state: for its weights alone set init_weights_path")
+        if isinstance(weights, Path):
+            weights = checkpoint.read_weights(self._base, weights)
+        saved = state.pop("optimizer")
+        self._check_groups(saved["param_groups"])
+        self._load_weights(weights, path)
+        self._load_optimizer(saved)
+        if scheduler is not None:
+            scheduler.load_state_dict(state.pop("scheduler"))
+        return state
+
+    def _check_groups(self, saved: list[dict[str, Any]]) -> None:
+        if len(saved) != len(self._groups):
+            raise CheckpointError(
+                f"the checkpoint's optimizer has {len(saved)} parameter groups, this has {len(self._groups)}"
+            )
+        for index, (own, old) in enumerate(zip(self._groups, saved, strict=True)):
+            problems = {
+                "missing": [name for name in own if name not in old["params"]],
+                "unexpected": [name for name in old["params"] if name not in own],
+            }
+            if any(problems.values()):
+                raise CheckpointError(f"the checkpoint's optimizer differs in group {index}: {first_few(problems)}")
+
+    def _load_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
+        """Put whole tensors into the model, and into the copies that the optimizer has of it."""
+        if self.stage < 3:
+            checkpoint.load_weights(self._base, weights, source)
+        else:
+            self._load_cut_weights({checkpoint.plain_name(name): value for name, value in weights.items()}, source)
+        if self._engine.optimizer is not self._optimizer:
+            self._engine.optimizer.refresh_fp32_params()
+
+    def _load_cut_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        own = {checkpoint.plain_name(name): parameter for name, parameter in self._base.named_parameters()}
+        problems = {
+            "missing": [name for name in own if name not in weights],
+            "of another shape": [
+                f"{name} ({list(weights[name].shape)} instead of {list(parameter.ds_shape)})"  # type: ignore[attr-defined]
+                for name, parameter in own.items()
+                if name in weights and weights[name].shape != parameter.ds_shape  # type: ignore[attr-defined]
+            ],
+        }
+        if any(problems.values()):
+            kind = type(self._base).__name__
+            raise CheckpointError(f"the weights in '{source}' do not fit a {kind}: {first_few(problems)}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                with GatheredParameters([parameter], modifier_rank=0):
+                    if dist.is_main():
+                        parameter.copy_(weights[name])
+            for name, buffer in self._base.named_buffers():
+                if checkpoint.plain_name(name) in weights:
+                    buffer.copy_(weights[checkpoint.plain_name(name)])
+
+    def _load_optimizer(self, saved: Mapping[str, Any]) -> None:
+        """Give the pieces of this rank their part of a whole state."""
+        state = self._optimizer.state
+        state.clear()
+        for members, group, old in zip(self._groups, self._optimizer.param_groups, saved["param_groups"], strict=True):
+            group.update({key: value for key, value in old.items() if key != "params"})
+            on_host = not (group.get("fused") or group.get("capturable"))  # where torch's kernels read the step
+            for name, parameter in members.items():
+                entry, piece = dict(saved["state"].get(name, {})), self._pieces[parameter]
+                master = entry.pop(MASTER, None)
+                if entry and piece not in state:
+                    state[piece] = {key: _blank(value, piece, on_host) for key, value in entry.items()}
+                self._link(parameter)
+                if master is not None and parameter.dtype != piece.dtype:
+                    self._put(parameter, master, piece, None)
+                for key in filter(lambda key: _is_cut(entry[key]), entry):
+                    self._put(parameter, entry[key], state[piece][key], key)
+
+    def _link(self, parameter: nn.Parameter) -> None:
+        """Let DeepSpeed find a parameter's part of a piece's state; by itself it does so for the first group only."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        if self.stage in (1, 2) and self._pieces[parameter] in self._optimizer.state:
+            lazy_init_hp_params_optimizer_state([parameter], self._pieces[parameter], self._optimizer.state)
+
+    def _put(self, parameter: nn.Parameter, value: Tensor, target: Tensor, key: str | None) -> None:
+        """Write this rank's part of a whole `value`: the optimizer's state called `key`, or its copy of the parameter.
+
+        Args:
+            target: the tensor that has a place for it.
+        """
+        value = value.to(target.device, target.dtype)
+        if self.stage == 0:
+            target.data.copy_(value)
+        elif self.stage < 3:
+            parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
+        else:
+            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            part = value.flatten()[dist.rank() * size :][:size]
+            part = nn.functional.pad(part, (0, size - len(part)))  # the last rank's is filled up
+            self._engine.optimizer.set_local_hp_param(part, parameter, key)
+
+
+def _is_cut(value: Any) -> bool:
+    """Whether a value of an optimizer's state belongs to the elements of a parameter: all but its count of steps do."""
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _blank(value: Any, piece: Tensor, on_host: bool) -> Any:
+    """What takes the place of a saved `value` in the state of a `piece`, still without the parts of the parameters."""
+    if _is_cut(value):
+        return torch.zeros_like(piece, requires_grad=False)
+    return value.to("cpu" if on_host else piece.device, copy=True) if isinstance(value, Tensor) else value
