@@ -32,21 +32,21 @@ def make_trainer(folder: Path, max_steps: int, **options: Any) -> SFTTrainer:
     model, rows = tiny_model(), Rows("sft", 512)
     how: dict[str, Any] = {"rank": dist.rank(), "world_size": dist.world_size(), "flat": True}
     stream = SampleStream(rows, collate_flat, rows_per_step=12, batch_size=2, **how)
-    return SFTTrainer(
-        model=model,
-        optimizer=configure_optimizer(model=model, lr=1e-2),
-        train_loader=stream,
-        val_loader=SampleStream(rows, collate_flat, rows_per_step=12, batch_size=4, shuffle=False, **how),
-        device="cpu",
-        max_epochs=100,
-        use_amp=False,
-        log_interval=1,
-        save_dir=str(folder),
-        max_steps=max_steps,
-        resume="auto",
-        progress=False,
-        **options,
-    )
+    values: dict[str, Any] = {
+        "model": model,
+        "optimizer": configure_optimizer(model=model, lr=1e-2),
+        "train_loader": stream,
+        "val_loader": SampleStream(rows, collate_flat, rows_per_step=12, batch_size=4, shuffle=False, **how),
+        "device": "cpu",
+        "max_epochs": 100,
+        "use_amp": False,
+        "log_interval": 1,
+        "save_dir": str(folder),
+        "max_steps": max_steps,
+        "resume": "auto",
+        "progress": False,
+    }
+    return SFTTrainer(**(values | options))
 
 
 def leg(folder: Path, max_steps: int, **options: Any) -> None:

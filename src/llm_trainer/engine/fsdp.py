@@ -56,13 +56,12 @@ class FsdpEngine(TorchEngine):
             _allocate(module)
         how: dict[str, Any] = {
             "mesh": self._mesh(),
-            "reshard_after_forward": self.options.reshard_after_forward,
             "mp_policy": self._mixed_precision(),
             "offload_policy": CPUOffloadPolicy() if self._offloads() else OffloadPolicy(),
         }
         for layer in layers_of(module):
-            fully_shard(layer, **how)
-        fully_shard(module, **how)
+            fully_shard(layer, reshard_after_forward=self.options.reshard_after_forward, **how)
+        fully_shard(module, reshard_after_forward=False, **how)  # what its forward ends with, its backward begins with
         self._scatter(module, whole)
         for buffer in module.buffers():
             buffer.data = dist.broadcast_tensor(buffer.data.to(self.device))
@@ -110,7 +109,18 @@ class FsdpEngine(TorchEngine):
         finally:
             self._root.reshard()
 
+    def _reshard(self) -> None:
+        """Free the whole weights that a forward without a backward has left."""
+        for module in cast(nn.Module, self._root).modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        self._reshard()
+        return super().optimizer_state()
+
     def weights(self) -> dict[str, Tensor]:
+        self._reshard()
         kept: dict[int, Tensor] = {}  # by parameter: tied ones stay one tensor
         found = {}
         for name, tensor in self._base.state_dict(keep_vars=True).items():
@@ -128,6 +138,7 @@ class FsdpEngine(TorchEngine):
         return True
 
     def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
+        self._reshard()
         parameters = {checkpoint.plain_name(name): p for name, p in self._base.named_parameters()}
 
         def like(name: str) -> Tensor | None:
@@ -151,7 +162,13 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     names = {name for m in module.modules() if isinstance(m, PreTrainedModel) for name in m._no_split_modules or ()}
     if names:
         return [m for m in module.modules() if type(m).__name__ in names]
-    return [layer for m in module.modules() if isinstance(m, nn.ModuleList) for layer in m if any(layer.parameters())]
+    return [
+        layer
+        for m in module.modules()
+        if isinstance(m, nn.ModuleList)
+        for layer in m
+        if any(True for _ in layer.parameters())
+    ]
 
 
 def _allocate(module: nn.Module) -> None:

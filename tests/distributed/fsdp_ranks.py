@@ -1,0 +1,168 @@
+"""Sharded runs with every option, and runs that a YAML describes. Started by test_fsdp.py."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+sys.path.append(str(Path(__file__).parent))
+from layouts import make_trainer
+from ranks import fork_ranks
+from table import tiny_model
+
+from llm_trainer import DPOTrainer, SFTTrainer, create_trainer
+from llm_trainer.engine import dist
+from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.settings import Fsdp
+
+STEPS = 3
+REFERENCE = Path(__file__).parents[1] / "reference"
+
+
+def curve(folder: Path) -> list[tuple[float, float]]:
+    lines = map(json.loads, (folder / "log" / "metrics.jsonl").read_text().splitlines())
+    return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def train(folder: Path, **options: Any) -> dict[str, Any]:
+    """A few steps; the curve, the share of parameters that this rank holds, and their type."""
+    trainer = make_trainer(folder, STEPS, **{"engine": "fsdp", "use_amp": False, **options})
+    trainer.train()
+    parameters = list(trainer.base_model.parameters())
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    return {
+        "curve": curve(folder) if dist.is_main() else [],
+        "share": held / sum(p.numel() for p in parameters),
+        "dtype": str(parameters[0].dtype),
+        "precision": trainer.run.engine.precision_name,
+    }
+
+
+class Squares(nn.Module):
+    """A user's own model: layers in a list, no transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+class Own(BaseTrainer):
+    """A user's own algorithm; its optimizer has state before the trainer is made."""
+
+    def _prepare_batch(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(batch)
+
+    def _compute_loss(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return (outputs - 1).square().mean()
+
+    def _count_tokens(self, batch: torch.Tensor) -> int:
+        return batch.numel()
+
+
+def own(folder: Path, engine: str) -> list[tuple[float, float]]:
+    torch.manual_seed(0)
+    model = Squares()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    batches = list(torch.randn(8, 2, 4))
+    how: dict[str, Any] = {"max_epochs": 1, "log_interval": 1, "use_amp": False, "progress": False, "device": "cpu"}
+    per_rank = 2 // dist.world_size()
+    Own(model, optimizer, batches, save_dir=str(folder), engine=engine, grad_accum_steps=per_rank, **how).train()
+    return curve(folder) if dist.is_main() else []
+
+
+def preference(folder: Path) -> dict[str, bool]:
+    """The reference is sharded as the policy is."""
+    model = tiny_model()
+    trainer = DPOTrainer(
+        model, torch.optim.AdamW(model.parameters()), [], device="cpu", save_dir=str(folder), engine="fsdp"
+    )
+    assert trainer.reference is not None
+    return {
+        name: all(isinstance(p, DTensor) for p in module.parameters())
+        for name, module in (("policy", trainer.base_model), ("reference", trainer.reference))
+    }
+
+
+def described(folder: Path, engine: str) -> dict[str, Any]:
+    """A run from a configuration: on the second rank of a sharded one the model is built without memory."""
+    from llm_trainer.config.load import parse
+
+    data = folder.parent / "chat.jsonl"
+    config = parse(
+        {
+            "model_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+            "tokenizer": str(REFERENCE / "tokenizer"),
+            "file_dataset": str(data),
+            "eval_dataset": str(data),
+            "eval_prompts": ["count to 3"],
+            "n_epochs": 2,
+            "batch_size": 2,
+            "dataset_block_size": 64,
+            "optim_config": {"initial_lr": 1e-2},
+            "eval_config": {"eval_batch_interval": 2, "max_seq_len": 8, "temperature": 0.0},
+            "run_config": {
+                "save_dir": str(folder),
+                "engine": engine,
+                "precision": "fp32",
+                "log_interval": 1,
+                "progress": False,
+            },
+            "sft_config": {"train_on": "all"},
+        },
+        "this test",
+    )
+    trainer = create_trainer("sft", train_config=config)
+    assert isinstance(trainer, SFTTrainer)
+    last = trainer.train()
+    return {"last": last, "curve": curve(folder) if dist.is_main() else []}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    make_trainer(folder / "unused", 1)  # what is imported now is not imported in every process
+    from transformers import PreTrainedModel  # noqa: F401
+
+    rows = [
+        [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": " ".join(map(str, range(n)))}]
+        for n in range(1, 13)
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scenarios: dict[str, tuple[int, Any]] = {
+        "plain": (2, partial(train, engine="torch")),
+        "sharded": (2, train),
+        "hybrid": (4, partial(train, fsdp=Fsdp(shard_size=2))),
+        "zero-2": (2, partial(train, fsdp=Fsdp(reshard_after_forward=False, sync_each_micro_batch=False))),
+        "offload": (2, partial(train, fsdp=Fsdp(cpu_offload=True))),
+        "recomputed": (2, partial(train, gradient_checkpointing=True)),
+        "bf16": (2, partial(train, use_amp=True, precision="bf16")),
+        "bf16 plain": (2, partial(train, engine="torch", use_amp=True, precision="bf16")),
+        "own torch": (1, partial(own, engine="torch")),
+        "own fsdp": (2, partial(own, engine="fsdp")),
+        "preference": (2, preference),
+        **{f"described {engine}": (2, partial(described, engine=engine)) for engine in ("torch", "fsdp", "deepspeed")},
+    }
+    report = {
+        name: fork_ranks(scenario, folder / name.replace(" ", "-"), ranks)
+        for name, (ranks, scenario) in scenarios.items()
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,64 @@
+"""FSDP2 with its options, for any module, in both styles: the curve of plain DDP."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the ranks of every scenario in fsdp_ranks.py returned."""
+    script, folder = Path(__file__).parent / "fsdp_ranks.py", tmp_path_factory.mktemp("fsdp")
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    for name, scenario in report.items():
+        assert set(scenario["codes"]) == {0}, f"{name}: {scenario['texts']}"
+    return {name: scenario["results"] for name, scenario in report.items()} | {
+        "said": {name: scenario["texts"] for name, scenario in report.items()}
+    }
+
+
+def assert_same(found: list, expected: list, rel: float = 1e-5) -> None:
+    assert len(found) == len(expected) > 2
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=rel)
+
+
+@pytest.mark.parametrize("name", ["sharded", "hybrid", "zero-2", "offload", "recomputed"])
+def test_every_option_has_the_curve_of_ddp_on_half_the_weights(played: dict[str, Any], name: str) -> None:
+    assert_same(played[name][0]["curve"], played["plain"][0]["curve"])
+    assert [result["share"] for result in played[name]] == [0.5] * len(played[name])
+    assert played["plain"][0]["share"] == 1.0
+
+
+def test_bf16_keeps_weights_in_fp32(played: dict[str, Any]) -> None:
+    ours, plain = played["bf16"][0], played["bf16 plain"][0]
+    assert (ours["precision"], ours["dtype"], ours["share"]) == ("bf16", "torch.float32", 0.5)
+    assert_same(ours["curve"], plain["curve"], rel=5e-3)
+    assert ours["curve"] != played["sharded"][0]["curve"]
+
+
+def test_a_users_own_model_algorithm_and_used_optimizer(played: dict[str, Any]) -> None:
+    """Two ranks take two of the eight micro-batches per step, one process with two per step does the same."""
+    assert_same(played["own fsdp"][0], played["own torch"][0])
+
+
+def test_the_reference_is_sharded_too(played: dict[str, Any]) -> None:
+    assert played["preference"] == [{"policy": True, "reference": True}] * 2
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_a_described_run(played: dict[str, Any], engine: str) -> None:
+    """Evaluation, samples and checkpoints included; the second rank builds no weights of its own under FSDP."""
+    expected, found = played["described torch"][0], played[f"described {engine}"][0]
+    assert_same(found["curve"], expected["curve"])
+    assert found["last"]["eval_loss"] == pytest.approx(expected["last"]["eval_loss"], rel=1e-5)
+    answers = [
+        [line for line in played["said"][f"described {e}"][0].splitlines() if "->" in line] for e in ("torch", engine)
+    ]
+    assert answers[0] == answers[1] and len(answers[0]) == 3
