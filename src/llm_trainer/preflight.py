@@ -121,7 +121,7 @@ def screen(run: "Run") -> str:
         "batch": _batch_equation(run),
         "steps": "unknown" if steps is None else f"{steps:,}, from step {run.progress.step:,}",
         "learning rate": _describe_rate(run),
-        "engine": f"{type(run.engine).__name__}, {dist.world_size()} process(es)",
+        "engine": f"{type(run.engine).__name__}, {dist.num_processes()} process(es)",
         "precision": f"{run.engine.precision_name} on {run.engine.device}",
         "memory": f"{_human(sum(memory.values()), 'B')} expected: {parts}",
         "checkpoints": str(run.save_dir),

@@ -56,6 +56,8 @@ class Run:
         place = detect_device(device)
         if together:
             dist.start(place, settings.ddp_timeout_s)
+        if together and settings.fsdp is not None and engine_of(settings) == "fsdp":
+            dist.share_data(settings.fsdp.tensor_parallel_size)
         self.engine = choose_engine(settings, place, use_amp, together)
         self.driver: Callable[[Run], None] = loop.fit
         if engine_of(settings) == "hf":
@@ -300,7 +302,7 @@ class Run:
             values["tokens_per_second"] = tokens / seconds
             flops = flops_per_token(self)
             if flops is not None:
-                values["mfu"] = tokens / seconds * flops / (peak_flops(self.engine) * dist.world_size())
+                values["mfu"] = tokens / seconds * flops / (peak_flops(self.engine) * dist.num_processes())
         return values
 
     def encode_prompt(self, chat: Any, text: str) -> list[int]:
@@ -311,7 +313,7 @@ class Run:
 
     def keep_batches(self, micro_batches: Sequence[Any]) -> str:
         """Write this rank's micro-batches of a step that was not finite, for inspection; says where they are."""
-        path = self.save_dir / "bad_steps" / f"step-{self.progress.step + 1}-rank-{dist.rank()}.pt"
+        path = self.save_dir / "bad_steps" / f"step-{self.progress.step + 1}-rank-{dist.process_number()}.pt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save([batch for batch in micro_batches if not isinstance(batch, Filler)], path)

@@ -31,6 +31,10 @@ def curve(folder: Path) -> list[tuple[float, float]]:
 
 def train(folder: Path, **options: Any) -> dict[str, Any]:
     """A few steps; the curve, the share of parameters that this rank holds, and their type."""
+    if "fsdp" in options:
+        dist.share_data(
+            options["fsdp"].tensor_parallel_size
+        )  # before the stream asks which part of the data is this rank's
     trainer = make_trainer(folder, STEPS, **{"engine": "fsdp", "use_amp": False, **options})
     trainer.train()
     parameters = list(trainer.base_model.parameters())
@@ -148,6 +152,7 @@ def main(folder: Path) -> None:
         "sharded": (2, train),
         "hybrid": (4, partial(train, fsdp=Fsdp(shard_size=2))),
         "zero-2": (2, partial(train, fsdp=Fsdp(reshard_after_forward=False, sync_each_micro_batch=False))),
+        "tensor sharded": (4, partial(train, fsdp=Fsdp(tensor_parallel_size=2))),
         "offload": (2, partial(train, fsdp=Fsdp(cpu_offload=True))),
         "recomputed": (2, partial(train, gradient_checkpointing=True)),
         "bf16": (2, partial(train, use_amp=True, precision="bf16")),

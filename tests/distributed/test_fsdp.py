@@ -36,6 +36,13 @@ def test_every_option_has_the_curve_of_ddp_on_half_the_weights(played: dict[str,
     assert played["plain"][0]["share"] == 1.0
 
 
+def test_tensor_parallel_layers_have_the_curve_of_ddp(played: dict[str, Any]) -> None:
+    """Two by two processes: the matrices of layers are cut twice, the rest once."""
+    results = played["tensor sharded"]
+    assert_same(results[0]["curve"], played["plain"][0]["curve"])
+    assert [result["share"] for result in results] == [pytest.approx(0.3376, abs=1e-4)] * 4
+
+
 def test_bf16_keeps_weights_in_fp32(played: dict[str, Any]) -> None:
     ours, plain = played["bf16"][0], played["bf16 plain"][0]
     assert (ours["precision"], ours["dtype"], ours["share"]) == ("bf16", "torch.float32", 0.5)

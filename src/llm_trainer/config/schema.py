@@ -235,6 +235,9 @@ class FsdpConfig:
     shard_size: StrictInt | None = Field(
         default=None, ge=1, description="ranks that share one copy of the model (hybrid sharding); null: all"
     )
+    tensor_parallel_size: StrictInt = Field(
+        default=1, ge=1, description="neighbouring processes that split every layer's matrices and see the same data"
+    )
     sync_each_micro_batch: StrictBool = Field(
         default=True, description="sum gradients after each micro-batch; false: once per step, for more memory"
     )

@@ -49,7 +49,7 @@ def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, tog
     """
     name = engine_of(settings)
     precision = choose_precision(settings.precision, device) if use_amp else "fp32"
-    several = together and dist.world_size() > 1
+    several = together and dist.num_processes() > 1
     if name == "fsdp" and several:
         from llm_trainer.engine.fsdp import FsdpEngine
         from llm_trainer.trainers.settings import Fsdp

@@ -1,7 +1,7 @@
 """DeepSpeed: ZeRO 0 to 3 under our loop, saved by parameter name like everything else, whatever was cut in how many pieces."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +10,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llm_trainer import checkpoint
 from llm_trainer.checkpoint import CheckpointError
@@ -19,99 +18,9 @@ from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.torch import DTYPES
+from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
 
-# What DeepSpeed wants to know beforehand and the loop decides step by step. More than one micro-batch makes it ready to
-# add up offloaded gradients; neither number scales anything here.
-BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
-OF_THE_TRAINER = {"optimizer", "scheduler", "train_batch_size", *BATCH}
 MASTER = "master"  # an optimizer's fp32 copy of a 16-bit parameter, in its saved state
-
-
-class DeepSpeedError(ValueError):
-    """DeepSpeed cannot do what is asked for."""
-
-
-def complete(given: Mapping[str, Any], precision: str) -> tuple[dict[str, Any], str]:
-    """DeepSpeed's JSON with what this engine decides, and the name of the precision that it then computes in.
-
-    A `bf16` or `fp16` section that is switched on keeps the weights themselves in 16 bits, with fp32 copies in the
-    optimizer. Without one, `precision` means what it means everywhere: bf16 multiplies in 16 bits on fp32 weights
-    (autocast); only fp16, which needs a loss scale, is then DeepSpeed's own.
-
-    Raises:
-        DeepSpeedError: the JSON decides what the trainer decides.
-    """
-    if decided := sorted(OF_THE_TRAINER & given.keys()):
-        raise DeepSpeedError(
-            f"deepspeed: got {', '.join(decided)}, which the trainer decides: expected neither optimizer, scheduler nor "
-            "batch sizes; give them to the trainer (optim_config, batch_size, gradient_accumulation_steps)"
-        )
-    own = next((name for name in DTYPES if given.get(name, {}).get("enabled")), None)
-    whole: dict[str, Any] = {
-        **given,
-        **BATCH,
-        "gradient_clipping": 0.0,  # the loop says at each step
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if own is None and precision == "bf16":
-        # In modules that are called safe, gradients would be exchanged in 16 bits.
-        whole["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    elif own is None and precision == "fp16":
-        whole["fp16"] = {"enabled": True}
-    if stage_of(whole) == 0 and (own or precision) == "fp16":
-        raise DeepSpeedError(  # 0.19.8 divides gradients by the scale there, and does not multiply the loss by it
-            "deepspeed: got fp16 with ZeRO stage 0, which scales no loss; use stage 1, 2 or 3, or bf16"
-        )
-    return whole, own or precision
-
-
-def stage_of(config: Mapping[str, Any]) -> int:
-    """The ZeRO stage of DeepSpeed's JSON."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
-
-
-def recompute_layers(module: nn.Module, recompute: Callable[..., Any]) -> None:
-    """Let the layers of a transformers model keep only their inputs, and `recompute` the rest in the backward.
-
-    Raises:
-        DeepSpeedError: there is no such model in `module`.
-    """
-    from transformers import PreTrainedModel
-
-    models = [m for m in module.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
-    if not models:
-        raise DeepSpeedError(
-            f"deepspeed: activation_checkpointing needs a transformers model that can recompute its layers, this is "
-            f"{type(module).__name__}; call deepspeed.checkpointing.checkpoint in its forward and drop the section"
-        )
-    models[0]._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
-
-
-class _TiedTogether(torch.autograd.Function):
-    """The tensors it is given; in the backward each has a gradient as soon as one of them has."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients
-
-
-def tied_together(outputs: Any) -> Any:
-    """What a module returned, as one for the backward.
-
-    ZeRO-3 runs a hook for each tensor that a gradient comes back to, and its ranks must run the same hooks, also those
-    whose micro-batch only fills up the step and goes back from other tensors than a loss does.
-    """
-    leaves, structure = tree_flatten(outputs)
-    chosen = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if chosen:
-        for i, tensor in zip(chosen, _TiedTogether.apply(*(leaves[i] for i in chosen)), strict=True):
-            leaves[i] = tensor
-    return tree_unflatten(leaves, structure)
 
 
 class DeepSpeedEngine(Engine):
@@ -134,16 +43,20 @@ class DeepSpeedEngine(Engine):
         self._groups: list[dict[str, nn.Parameter]]  # by name; the user's groups before they were cut up
         self._pieces: dict[nn.Parameter, Tensor]  # what the user's optimizer updates in place of a parameter
         self._engine: Any
+        self._frozen: list[Any] = []  # the engines of frozen models, whose hooks gather their parameters
 
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         self._check(optimizer)
-        names = {parameter: checkpoint.plain_name(name) for name, parameter in base.named_parameters()}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p.requires_grad]  # DeepSpeed cuts up no others
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self._base, self._optimizer = base, optimizer
-        self._groups = [{names[p]: p for p in group["params"]} for group in optimizer.param_groups]
-        self._engine = self._initialize(module, optimizer)
+        named = checkpoint.optimizer_state_by_name(base, optimizer)["param_groups"]
+        self._groups = [
+            dict(zip(names["params"], group["params"], strict=True))
+            for names, group in zip(named, optimizer.param_groups, strict=True)
+        ]
+        self._engine = self._initialize(module, optimizer, self.config)
         if self.stage == 0 and self._engine.optimizer is not optimizer:
             optimizer.state.clear()  # DeepSpeed has made a first step without gradients, which decays and counts
             self._engine.optimizer.refresh_fp32_params()
@@ -161,11 +74,7 @@ class DeepSpeedEngine(Engine):
                 "of them; use adamw, adam, sgd or lion, or stage 0, or another engine"
             )
 
-    def _initialize(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        if not torch.distributed.is_initialized():  # alone; DeepSpeed wants a group of one
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        set_default("LOCAL_RANK", "0")
+    def _initialize(self, module: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the parts of torch that it imports
             warnings.simplefilter("ignore", FutureWarning)
@@ -173,20 +82,52 @@ class DeepSpeedEngine(Engine):
                 import deepspeed
             except ImportError as error:
                 raise DeepSpeedError("engine: deepspeed needs a package: pip install deepspeed") from error
-            kind = deepspeed.get_accelerator().device_name()
-            if kind != self.device.type:
+            if self.device.type != (found := deepspeed.get_accelerator().device_name()):
                 raise DeepSpeedError(
-                    f"device: got {self.device}, but DeepSpeed has found {kind}; drop the device, or set DS_ACCELERATOR"
+                    f"device: got {self.device}, but DeepSpeed has found {found}: choose that, or set DS_ACCELERATOR"
                 )
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo needs no compiling of C++ on the CPU
+            if not torch.distributed.is_initialized():  # alone; DeepSpeed wants a group of one
+                store = torch.distributed.HashStore()
+                backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+                torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+            set_default("LOCAL_RANK", "0")
+            if self.stage == 3:
+                self._lower(module)
+                home = config["zero_optimization"].get("offload_param", {}).get("device")
+                # Parameter by parameter, so that the device never holds all of them whole.
+                deepspeed.zero.Init(module=module, remote_device=home, config_dict_or_path=config)
             engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=self.config, dist_init_required=False
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
-            if "activation_checkpointing" in self.config:
-                deepspeed.checkpointing.configure(None, deepspeed_config=self.config)
+            if "activation_checkpointing" in config:
+                deepspeed.checkpointing.configure(None, deepspeed_config=config)
                 recompute_layers(module, deepspeed.checkpointing.checkpoint)
         # At every step it calls collectives whose names torch has changed.
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
         return engine
+
+    def _lower(self, module: nn.Module) -> None:
+        """Bring the parameters to the precision that weights are held in, and buffers to the device."""
+        for parameter in module.parameters():
+            if self._holds_16_bits and parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[self.precision_name])
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(self.device)
+
+    def place(self, module: nn.Module) -> None:
+        self._lower(module)  # as the trained model: both must round alike
+        if self.stage < 3:
+            module.to(self.device)
+            return
+        zero = {key: value for key, value in self.config["zero_optimization"].items() if key != "offload_optimizer"}
+        kept = {key: self.config[key] for key in (*BATCH, *DTYPES, "torch_autocast") if key in self.config}
+        self._frozen.append(self._initialize(module, None, {**kept, "zero_optimization": zero}))
+
+    @property
+    def _holds_16_bits(self) -> bool:
+        """Whether the weights themselves are in 16 bits."""
+        return "torch_autocast" not in self.config and self.precision_name != "fp32"
 
     def _pairs(self, wrapper: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each trained parameter with the tensor in which the optimizer updates it, or a piece of it among others."""
@@ -292,6 +233,9 @@ class DeepSpeedEngine(Engine):
         return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in entry.items()}
 
     def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
+        offloaded = self.config.get("zero_optimization", {}).get("offload_optimizer", {})
+        if offloaded.get("device") == "nvme":
+            raise DeepSpeedError("offload_optimizer: got device nvme, whose state cannot be restored; go on with cpu")
         weights, state = checkpoint.read_checkpoint(path)
         wanted = ["optimizer"] if scheduler is None else ["optimizer", "scheduler"]
         if missing := [name for name in wanted if name not in state]:

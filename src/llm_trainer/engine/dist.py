@@ -15,6 +15,8 @@ from llm_trainer.engine.watch import Watch
 T = TypeVar("T")
 _patient: dist.ProcessGroup | None = None  # for waits as long as the data takes to be prepared
 _watch: Watch | None = None
+_same_data = 1  # neighbouring processes that see the same data, because each has a part of every layer
+_data: dist.ProcessGroup | None = None  # one process of each such neighbourhood; None: all
 
 
 def start(device: torch.device, timeout_s: float = 600) -> None:
@@ -28,17 +30,35 @@ def start(device: torch.device, timeout_s: float = 600) -> None:
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    _watch = watch.start(rank(), environment().master_addr, gather_objects, world_size())
+    _watch = watch.start(process_number(), environment().master_addr, gather_objects, num_processes())
 
 
 def stop() -> None:
     """Leave the process group."""
-    global _patient, _watch
+    global _patient, _watch, _same_data, _data
     if dist.is_initialized():
         dist.destroy_process_group()
     if _watch is not None:
         _watch.close()
-    _patient = _watch = None
+    _patient = _watch = _data = None
+    _same_data = 1
+
+
+def share_data(size: int) -> None:
+    """Let neighbouring processes, `size` at a time, see the same data and count as one rank (tensor parallelism).
+
+    Raises:
+        ValueError: the number of processes is no multiple of `size`.
+    """
+    global _same_data, _data
+    if size == _same_data:
+        return
+    if num_processes() % size:
+        raise ValueError(
+            f"tensor_parallel_size: got {size}, expected a divisor of the number of processes, {num_processes()}"
+        )
+    groups = [dist.new_group(range(first, num_processes(), size)) for first in range(size)]
+    _same_data, _data = size, groups[process_number() % size]
 
 
 def on_duty(last_words: Callable[[], str]) -> AbstractContextManager[None]:
@@ -50,26 +70,36 @@ def on_duty(last_words: Callable[[], str]) -> AbstractContextManager[None]:
     return nullcontext() if _watch is None else _watch.on_duty(last_words)
 
 
-def rank() -> int:
-    """Number of this process, 0 for the main one."""
+def process_number() -> int:
+    """Number of this process among all, 0 for the main one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    """Number of processes that train together."""
+def num_processes() -> int:
+    """Number of processes, and so of devices, that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which part of the data this process sees, of `world_size` parts."""
+    return process_number() // _same_data
+
+
+def world_size() -> int:
+    """Number of parts that the data is dealt out in: of processes, unless some share their data."""
+    return num_processes() // _same_data
 
 
 def is_main() -> bool:
     """True in the one process that prints and saves."""
-    return rank() == 0
+    return process_number() == 0
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of `tensor` (any shape) over the processes; the tensor itself in one process."""
+    """Sum of `tensor` (any shape) over the ranks; the tensor itself in one process."""
     if dist.is_initialized():
         tensor = tensor.clone()
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_data)
     return tensor
 
 
@@ -94,7 +124,7 @@ def gather_objects(value: object) -> list:
     """The `value` of every process, by rank."""
     if not dist.is_initialized():
         return [value]
-    values: list = [None] * world_size()
+    values: list = [None] * num_processes()
     dist.all_gather_object(values, value)
     return values
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from llm_trainer import checkpoint
 from llm_trainer.engine import dist
+from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import DTYPES, TorchEngine
 
 if TYPE_CHECKING:
@@ -54,12 +55,15 @@ class FsdpEngine(TorchEngine):
         whole = {name: parameter.detach() for name, parameter in module.named_parameters()} if dist.is_main() else {}
         if any(parameter.is_meta for parameter in module.parameters()):
             _allocate(module)
+        mesh, layers = self._mesh(), layers_of(module)
+        if self.options.tensor_parallel_size > 1:
+            split_layers(module, mesh["tensor"])
         how: dict[str, Any] = {
-            "mesh": self._mesh(),
+            "mesh": mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
             "mp_policy": self._mixed_precision(),
             "offload_policy": CPUOffloadPolicy() if self._offloads() else OffloadPolicy(),
         }
-        for layer in layers_of(module):
+        for layer in layers:
             fully_shard(layer, reshard_after_forward=self.options.reshard_after_forward, **how)
         fully_shard(module, reshard_after_forward=False, **how)  # what its forward ends with, its backward begins with
         self._scatter(module, whole)
@@ -68,11 +72,14 @@ class FsdpEngine(TorchEngine):
         return cast(FSDPModule, module)
 
     def _mesh(self) -> Any:
+        """All processes by (copy of the model, part of it, part of a layer); dimensions of one are there too."""
         world, size = dist.world_size(), self.options.shard_size or dist.world_size()
         if world % size:
-            raise ValueError(f"fsdp shard_size: got {size}, expected a divisor of the number of processes, {world}")
-        shape, names = ((size,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
-        return torch.distributed.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            raise ValueError(f"fsdp shard_size: got {size}, expected a divisor of the number of ranks, {world}")
+        shape = (world // size, size, self.options.tensor_parallel_size)
+        return torch.distributed.init_device_mesh(
+            self.device.type, shape, mesh_dim_names=("replicate", "shard", "tensor")
+        )
 
     def _mixed_precision(self) -> MixedPrecisionPolicy:
         if self.precision_name == "fp32":

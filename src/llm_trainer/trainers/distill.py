@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llm_trainer.generation.sampler import generate
 from llm_trainer.losses.distill import TeacherLogits, chunked_divergence, divergence, teacher_head
 from llm_trainer.models.frozen import freeze
-from llm_trainer.models.scored import ScoredModel, scored
+from llm_trainer.models.scored import ScoredModel, scored, weight_and_bias
 from llm_trainer.trainers.completions import IGNORE, Batch, as_rows
 
 Teacher = Callable[[Batch], TeacherLogits]  # a batch -> its logits before each supervised label
@@ -119,9 +119,10 @@ class TeacherDistance:
 
 def _without_bias(states: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
     """States and weight whose product is the head's output: a bias is the weight of one more input, which is 1."""
-    if head.bias is None:
-        return states, head.weight
-    return F.pad(states, (0, 1), value=1.0), torch.cat([head.weight, head.bias[:, None]], dim=1)
+    weight, bias = weight_and_bias(head)
+    if bias is None:
+        return states, weight
+    return F.pad(states, (0, 1), value=1.0), torch.cat([weight, bias[:, None]], dim=1)
 
 
 def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> Teacher:

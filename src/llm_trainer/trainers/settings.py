@@ -36,6 +36,8 @@ class Fsdp:
         cpu_offload: parameters, gradients and optimizer state stay in host memory, and so does the update.
         shard_size: ranks that share one copy of the model, such as those of a node; the groups exchange gradients
             (hybrid sharding). None: all ranks share one.
+        tensor_parallel_size: neighbouring processes, best of one node, that also split every layer's matrices among them
+            and see the same data: together they count as one rank.
         sync_each_micro_batch: sum gradients over ranks after every micro-batch, so that only a part of them is kept;
             False: once per step, with whole gradients kept until then.
     """
@@ -43,6 +45,7 @@ class Fsdp:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     shard_size: int | None = None
+    tensor_parallel_size: int = 1
     sync_each_micro_batch: bool = True
 
 
