@@ -25,19 +25,23 @@ MAY_IMPORT = {
     "generation": set(),
     "data": {"config"},
     "models": {"losses", "config"},
-    "engine": {"config"},
+    "engine": {"config", "checkpoint"},
     "trainers": {"losses", "models", "generation"},
-    "loop": {"engine", "metrics", "data"},
+    "guards": {"engine", "data"},
+    "loop": {"engine", "metrics", "data", "guards"},
     "hooks": {"engine", "loop"},
     "progress": set(),
-    "run": {"progress", "loop", "hooks", "engine", "metrics", "checkpoint", "data", "config"},
-    "preflight": {"engine", "data"},
+    "snapshot": {"checkpoint", "engine", "progress"},
+    "run": {"progress", "loop", "guards", "snapshot", "hooks", "engine", "metrics", "checkpoint", "data", "config"},
+    "plan": {"config", "losses"},
+    "preflight": {"engine", "data", "plan"},
     "cli": {"config", "data"},
 }
 FREE = {"assemble", "py"}  # the door sees everything
 # Imported in exactly one file each, and inside functions: they are heavy or rare.
 ONE_FILE_EACH = ("wandb", "tensorboard", "deepspeed", "peft", "accelerate", "bitsandbytes", "vllm", "torchao")
 FORBIDDEN_IN_ALGORITHMS = ("torch.distributed", "os")
+A_KIND_OF_TENSOR = "torch.distributed.tensor"
 
 
 def modules() -> list[Path]:
@@ -78,7 +82,8 @@ def test_rooms_import_in_one_direction(path: Path) -> None:
 def test_heavy_libraries_are_imported_in_one_file_inside_functions(name: str) -> None:
     def uses(path: Path, at_load_only: bool) -> bool:
         everything = imports(ast.parse(path.read_text()), at_load_only)
-        return any(part == name for module in everything for part in module.split("."))
+        theirs = [module for module in everything if not module.startswith("llm_trainer.")]
+        return any(part == name for module in theirs for part in module.split("."))
 
     assert [path for path in modules() if uses(path, True)] == []
     assert len([path for path in modules() if uses(path, False)]) <= 1
@@ -88,7 +93,8 @@ def test_heavy_libraries_are_imported_in_one_file_inside_functions(name: str) ->
 def test_algorithms_know_no_ranks_no_environment_and_do_not_print(room: str) -> None:
     for path in (SOURCE / room).rglob("*.py"):
         tree = ast.parse(path.read_text())
-        assert not {name for name in imports(tree, False) if name.startswith(FORBIDDEN_IN_ALGORITHMS)}, path
+        found = {name for name in imports(tree, False) if name.startswith(FORBIDDEN_IN_ALGORITHMS)}
+        assert not {name for name in found if not name.startswith(A_KIND_OF_TENSOR)}, path
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = node.func.id if isinstance(node.func, ast.Name) else ""
