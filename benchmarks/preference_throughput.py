@@ -24,7 +24,7 @@ CONTEXT = 512
 MICRO_BATCH_TOKENS = 2048  # of ours; TRL's 4 pairs are 8 padded rows, up to 4,096 tokens
 LEARNING_RATE, BETA = 5e-5, 0.1
 FILES = ("ultrafeedback_trl.jsonl", "dpo_en.json")
-PEERS = {"trl": "trl", "trl-stored": "trl", "ours": "", "ours-compiled": ""}  # name -> environment
+PEERS = {"trl": "trl", "trl-stored": "trl", "ours-repeated": "", "ours": "", "ours-compiled": ""}  # -> environment
 GOAL = 1.5
 Pair = dict[str, list[int]]  # ids of prompt, chosen and rejected
 
@@ -175,7 +175,10 @@ def run_trl(job: Job) -> None:
 
 
 def run_ours(job: Job) -> None:
-    """Our `DPOTrainer`: pairs laid flat, cut into micro-batches by tokens, which leaves the optimisation as it is."""
+    """Our `DPOTrainer`: pairs laid flat, cut into micro-batches by tokens, which leaves the optimisation as it is.
+
+    `ours-repeated` runs the prompt of a pair twice, as others do.
+    """
     from functools import partial
 
     import numpy as np
@@ -187,11 +190,13 @@ def run_ours(job: Job) -> None:
     from llm_trainer.hooks import Hook
     from llm_trainer.models.attention import resolve_attention
 
+    shares = job.peer != "ours-repeated"
+
     class Rows:
         def __init__(self, pairs: list[Pair]) -> None:
             self.pairs, self.file_sizes = pairs, [len(pairs)]
-            both = [2 * len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]) for p in pairs]
-            self.lengths = np.array(both)
+            prompts = [len(p["prompt"]) + (1 if shares else len(p["prompt"])) for p in pairs]
+            self.lengths = np.array(prompts) + [len(p["chosen"]) + len(p["rejected"]) for p in pairs]
 
         def __getitem__(self, index: int) -> PairSample:
             pair, sides = self.pairs[index], list[LanguageSample]()
@@ -207,6 +212,7 @@ def run_ours(job: Job) -> None:
         DPOTrainer(
             model=model,
             beta=BETA,
+            share_prompts=shares,
             optimizer=create_optimizer(model.parameters(), "adamw", lr=LEARNING_RATE, weight_decay=0.0),
             train_loader=SampleStream(
                 Rows(job.pairs()),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llm_trainer.checkpoint import CheckpointManager, load_checkpoint, load_weights
-from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, SFTConfig
+from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from llm_trainer.config.load import dump_config
 from llm_trainer.config.schema import ModelConfig, TrainConfig
 from llm_trainer.data.chat import ChatFormat
@@ -19,22 +19,31 @@ from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.datasets import Joined
 from llm_trainer.data.pairs import PairRows, collate_pairs, collate_unpaired, load_answers
 from llm_trainer.data.prepare import DataOptions, files_of, load_language_data
+from llm_trainer.data.steps import collate_steps, holds_steps, load_steps
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.data.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.engine import dist
+from llm_trainer.engine.choose import engine_name
 from llm_trainer.engine.torch import DTYPES, TorchEngine, choose_precision, detect_device
 from llm_trainer.losses.preference import PreferenceLoss, resolve_loss_type
 from llm_trainer.losses.unpaired import mismatched_order
-from llm_trainer.models.attention import resolve_attention
+from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.frozen import fingerprint, freeze, frozen_copy
-from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.rewarding import (
+    ANSWERS,
+    STEPS,
+    judged_in,
+    load_reward_model,
+    process_reward_model,
+    reward_model,
+)
 from llm_trainer.models.scored import scored
 from llm_trainer.optim import configure_optimizer
 from llm_trainer.schedule import create_scheduler
-from llm_trainer.trainers.completions import as_rows, placed, score
+from llm_trainer.trainers.completions import as_rows, num_shared, placed, score, share_prompts
 from llm_trainer.trainers.distill import Distillation, check_same_tokenizer
-from llm_trainer.trainers.settings import Sampling
+from llm_trainer.trainers.settings import Fsdp, Sampling
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.base import BaseTrainer
@@ -63,18 +72,26 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
     run = config.run_config
     device = detect_device(run.device)
     dist.start(device, run.ddp_timeout_s)
+    if config.fsdp_config is not None and _engine(config) == "fsdp":
+        dist.share_data(config.fsdp_config.tensor_parallel_size)
     if dist.is_main():
         CheckpointManager(run.save_dir)  # a folder that cannot be written shows now, not after an hour of tokenizing
     if config.tokenizer is None:
         raise ValueError("tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR")
     tokenizer = load_tokenizer(config.tokenizer)
-    model = given["model"] if "model" in given else make_model(config, tokenizer, device)
-    if "model" not in given and trainer_class.config_section == "reward_config":
-        model = reward_model(model, tokenizer.pad_token_id)
+    if "model" in given:
+        model = given["model"]
+    elif trainer_class.config_section == "reward_config":
+        model = make_reward_model(config, trainer_class, tokenizer, device)
+    else:
+        empty = shares_weights(config, trainer_class) and not dist.is_main()
+        model = make_model(config, tokenizer, device, empty)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
     distillation = make_distillation(config, trainer_class, tokenizer, given)
     train, evaluation = make_streams(config, trainer_class, tokenizer, model)
-    optimizer = given["optimizer"] if "optimizer" in given else make_optimizer(config, model.to(device))
+    if _engine(config) in ("torch", "hf"):  # the others shard it on the way there: it may be too big for one device
+        model.to(device)
+    optimizer = given["optimizer"] if "optimizer" in given else make_optimizer(config, model)
     steps = train.num_steps() * config.n_epochs
     return {
         "model": model,
@@ -97,12 +114,20 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
     }
 
 
+def _engine(config: TrainConfig) -> str:
+    given = {"fsdp": config.fsdp_config is not None, "deepspeed": config.ds_config is not None}
+    return engine_name(config.run_config.engine, **given)
+
+
 def _settings(config: TrainConfig, ledgers: list[Any]) -> dict[str, Any]:
     run, evaluation = config.run_config, config.eval_config
     return {
         "max_steps": run.max_steps,
         "seed": run.seed,
         "precision": run.precision,
+        "engine": _engine(config),
+        "fsdp": None if config.fsdp_config is None else Fsdp(**vars(config.fsdp_config)),
+        "deepspeed": None if config.ds_config is None else config.ds_config.to_json(),
         "compile": run.compile,
         "gradient_checkpointing": run.gradient_checkpointing,
         "max_bad_steps": run.max_bad_steps,
@@ -142,15 +167,23 @@ def section_of(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> str:
     return own
 
 
-def make_model(config: TrainConfig, tokenizer: Any, device: torch.device) -> Any:
-    """Build or load the model with the weights that the run starts from; the same on every rank."""
+def shares_weights(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> bool:
+    """Whether only the main process needs the first weights whole: nothing else is made of them before they are sharded."""
+    language = section_of(config, trainer_class) in ("pretrain_config", "sft_config")
+    return language and _engine(config) == "fsdp" and dist.num_processes() > 1
+
+
+def make_model(config: TrainConfig, tokenizer: Any, device: torch.device, empty: bool = False) -> Any:
+    """Build or load the model with the weights that the run starts from, the same on every rank; or `empty`, without any."""
     torch.manual_seed(config.run_config.seed)
     attention = resolve_attention(config.run_config.attention, device)
     wanted = config.model_config
     if isinstance(wanted, ModelConfig) and wanted.vocab_size is None:
         wanted = replace(wanted, vocab_size=len(tokenizer))
-    model = build_model(wanted, attention=attention)
+    model = build_model(wanted, attention=attention, empty=empty)
     set_stops(model, ChatFormat(tokenizer).stop_token_ids(), tokenizer.pad_token_id)
+    if empty:
+        return model
     if config.init_state_dict is not None:
         load_weights(model, config.init_state_dict, "init_state_dict")
     if config.init_weights_path is not None:
@@ -158,17 +191,52 @@ def make_model(config: TrainConfig, tokenizer: Any, device: torch.device) -> Any
     return model
 
 
+def make_reward_model(
+    config: TrainConfig, trainer_class: "type[BaseTrainer]", tokenizer: Any, device: torch.device
+) -> Any:
+    """The reward model of a folder, to train on, or a new head on a language model: of answers or, as the data is, steps.
+
+    Raises:
+        ValueError: the model of the folder judges the other of the two.
+    """
+    steps, folder = stage_of(config, trainer_class) == "steps", config.model_config
+    judged = judged_in(folder) if isinstance(folder, str) else None
+    if judged is None or not isinstance(folder, str):
+        make = process_reward_model if steps else reward_model
+        return make(make_model(config, tokenizer, device), tokenizer.pad_token_id)
+    wanted = STEPS if steps else ANSWERS
+    if judged != wanted:
+        raise ValueError(
+            f"model_config: {folder} holds a ...{judged} model, but the rows of file_dataset are "
+            f"{'answers judged step by step' if steps else 'pairs of answers'}; expected ...{wanted}, or a language model"
+        )
+    return load_reward_model(folder, resolve_attention(config.run_config.attention, device))
+
+
+def stage_of(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> str:
+    """What the rows are used for; a reward model learns from pairs or, where the first file holds such, from steps."""
+    section, loader = section_of(config, trainer_class), config.data_loader_config
+    if section == "reward_config":
+        options = DataOptions(stage="steps", schema=loader.schema, text_unit=loader.text_unit)
+        first = next((file for path in _paths(config.file_dataset) for file in files_of(Path(path))), None)
+        if first is not None and holds_steps(first, options):
+            return "steps"
+    return STAGES.get(section, "sft")
+
+
 def make_streams(
     config: TrainConfig, trainer_class: "type[BaseTrainer]", tokenizer: Any, model: Any
 ) -> tuple[SampleStream, dict[str, SampleStream]]:
     """Training and validation data as streams of micro-batches for this rank; of several validation files, by name."""
     loader, sft = config.data_loader_config, config.sft_config
-    stage = STAGES.get(section_of(config, trainer_class), "sft")
+    section, stage = getattr(config, section_of(config, trainer_class)), stage_of(config, trainer_class)
     packing = loader.packing or ("wrapped" if stage == "pretrain" else "none")
     context = model.config.max_position_embeddings
     block_size = config.dataset_block_size or context
     if block_size > context:
         raise ValueError(f"dataset_block_size: got {block_size}, but the model's longest sequence is {context}")
+    may_share = stage == "preference" and isinstance(section, DPOConfig | RewardConfig) and section.share_prompts
+    shares_prompts = may_share and knows_branches(model.config, detect_device(config.run_config.device))
     options = DataOptions(
         stage=stage,
         schema=loader.schema,
@@ -184,11 +252,11 @@ def make_streams(
     flat = packing in ("flat", "bfd", "bfd_split")
     collate: Any = collate_flat if flat else partial(collate_padded, pad_id=tokenizer.pad_token_id)
     load: Any = load_language_data
-    if stage in ("preference", "unpaired"):
-        if flat and trainer_class.config_section == "reward_config":
-            raise ValueError("data_loader_config.packing: got 'flat', but reward models read padded rows; use 'none'")
+    if stage == "steps":
+        collate, load = partial(collate_steps, collate=collate), load_steps
+    elif stage in ("preference", "unpaired"):
         collate = partial(collate_pairs if stage == "preference" else collate_unpaired, collate=collate)
-        load = partial(load_answers, pair_up=mismatched_order)
+        load = partial(load_answers, pair_up=mismatched_order, num_shared=num_shared if shares_prompts else None)
     world = dist.world_size()
 
     def stream(paths: list[str], batch_size: int, rows_per_step: int, **how: Any) -> SampleStream:
@@ -202,7 +270,7 @@ def make_streams(
             rank=dist.rank(),
             world_size=world,
             micro_batch_tokens=loader.micro_batch_tokens,
-            flat=flat,
+            flat=flat or shares_prompts,
             seed=config.run_config.seed,
             num_workers=loader.data_loader_num_workers,
             pin_memory=loader.data_loader_pin_memory,
@@ -309,6 +377,8 @@ def precompute_reference(config: TrainConfig, stream: SampleStream, reference: n
     device = detect_device(config.run_config.device)
     precision = TorchEngine(device, choose_precision(config.run_config.precision, device)).precision
     model, was_training, key = scored(reference).to(device), reference.training, fingerprint(reference)
+    assert config.dpo_config is not None
+    shares_prompts = config.dpo_config.share_prompts and model.knows_branches(device)
     model.eval()
     for rows in stream.dataset.parts:  # type: ignore[attr-defined]
         assert isinstance(rows, PairRows)
@@ -318,7 +388,8 @@ def precompute_reference(config: TrainConfig, stream: SampleStream, reference: n
             mine = np.argsort(-rows.lengths)[dist.rank() :: dist.world_size()]  # of similar lengths together
             for first in range(0, len(mine), stream.batch_size):
                 group = mine[first : first + stream.batch_size].tolist()
-                batch = placed(stream.collate([rows[i] for i in group]), device)
+                batch = stream.collate([rows[i] for i in group])
+                batch = placed(share_prompts(batch) if shares_prompts else batch, device)
                 with precision():
                     sums = as_rows(score(model, batch).logprobs, batch).sum(1)  # [2B], chosen first
                 table[group] = sums.view(2, -1).T

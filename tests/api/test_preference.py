@@ -177,12 +177,45 @@ def test_a_reward_model_of_a_configuration(pairs: Path, reference_dir: Path, tmp
     flat = config(
         pairs,
         reference_dir,
-        tmp_path,
+        tmp_path / "more",
+        model_config=str(tmp_path / "model"),
         reward_config=RewardConfig(),
-        data_loader_config=DataLoaderConfig(packing="flat"),
+        eval_dataset=str(pairs),
+        data_loader_config=DataLoaderConfig(packing="flat", micro_batch_tokens=80),
     )
-    with pytest.raises(ValueError, match="reward models read padded rows"):
-        RewardTrainer(train_config=flat)
+    goes_on = RewardTrainer(train_config=flat)
+    assert goes_on.shares_prompts and goes_on.evaluate()["eval_accuracy"] == 1.0  # as the run before left it
+    goes_on.train()
+
+
+def test_a_process_reward_model_of_a_configuration(pairs: Path, reference_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    rows = [
+        {
+            "prompt": f"count to {n}",
+            "completions": ["one", "no no"][:: 1 - 2 * (n % 2)],
+            "labels": [n % 2 == 0, n % 2 == 1],
+        }
+        for n in range(10)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for packing in ("none", "flat"):
+        described = config(
+            path,
+            reference_dir,
+            tmp_path / packing,
+            n_epochs=4,
+            reward_config=RewardConfig(),
+            eval_dataset=str(path),
+            data_loader_config=DataLoaderConfig(packing=packing),
+        )
+        assert RewardTrainer(train_config=described).train()["eval_accuracy"] == 1.0
+    saved = str(tmp_path / "flat" / "model")
+    goes_on = config(path, reference_dir, tmp_path / "on", model_config=saved, reward_config=RewardConfig())
+    assert type(RewardTrainer(train_config=goes_on).base_model).__name__ == "Qwen3ForTokenClassification"
+    other = config(pairs, reference_dir, tmp_path / "other", model_config=saved, reward_config=RewardConfig())
+    with pytest.raises(ValueError, match="holds a ...ForTokenClassification model, but .* are pairs of answers"):
+        RewardTrainer(train_config=other)
 
 
 def test_registry_and_shipped_configurations() -> None:

@@ -13,11 +13,11 @@ from llm_trainer.engine import dist
 from llm_trainer.train_configs import DataLoaderConfig, DPOConfig, KTOConfig, ModelConfig, RunConfig, TrainConfig
 
 SHAPE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-ROWS = [{"prompt": f"count to {n}", "chosen": "one two"[: 1 + n], "rejected": "no " * (1 + n % 3)} for n in range(10)]
+ROWS = [{"prompt": f"count to {n}", "chosen": "one two"[: 1 + n], "rejected": "no " * (1 + n % 3)} for n in range(9)]
 
 
 def described(folder: Path, **section: Any) -> TrainConfig:
-    """Steps of four rows, whatever the number of processes; the last one has two pairs."""
+    """Steps of four rows, whatever the number of processes; the last one has one pair, or two answers."""
     return TrainConfig(
         model_config=ModelConfig(**SHAPE, max_position_embeddings=64),
         tokenizer=sys.argv[2],

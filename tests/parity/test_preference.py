@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llm_trainer.losses.pairs import Pairs, pairs_from_tokens, sequence_logps
 from llm_trainer.losses.preference import (
-    Pairs,
     PreferenceLoss,
-    pairs_from_tokens,
-    sequence_logps,
 )
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl
 from reference_cases import Case, load_case

@@ -112,6 +112,9 @@ class DPOConfig:
     ref_model_checkpoint: Any = Field(
         default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
     )
+    share_prompts: StrictBool = Field(
+        default=True, description="run the prompt of a pair once, where attention: blocked can do it"
+    )
     precompute_ref_log_probs: StrictBool = Field(
         default=False, description="score the data with the reference once, keep the numbers on disk, free the model"
     )
@@ -134,8 +137,11 @@ class KTOConfig:
 
 @config_section
 class RewardConfig:
-    """A reward model from pairs of answers."""
+    """A reward model from pairs of answers, or from answers judged step by step."""
 
     center_coef: StrictFloat = Field(default=0.0, ge=0, description="weight of the term that keeps rewards around 0")
     use_margin: StrictBool = Field(default=True, description="ask for the margins that the data states")
+    share_prompts: StrictBool = Field(
+        default=True, description="run the prompt of a pair once, where attention: blocked can do it"
+    )
     gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")

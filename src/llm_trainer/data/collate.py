@@ -86,7 +86,23 @@ def collate_flat(samples: Sequence[LanguageSample]) -> LanguageBatch:
 
 
 def row_lengths(batch: dict[str, torch.Tensor]) -> list[int]:
-    """True length of each row of a padded batch: up to its last attended token, the full width without a mask."""
+    """Tokens that each row of a batch costs.
+
+    Of a padded batch the true length, up to the last attended token, or the full width without a mask. Where prompt and
+    answers come apart (`prompt_input_ids`, `chosen_input_ids`, ...) as many rows as there are answers, of the longest.
+
+    Raises:
+        ValueError: the batch is laid flat: it is one row, which cannot be cut.
+    """
+    if "document_lengths" in batch:
+        raise ValueError(
+            "micro_batch_tokens: found a batch laid flat (document_lengths), which is one row and cannot be cut; expected "
+            "padded batches. Lay fewer documents into each batch, or leave micro_batch_tokens out"
+        )
+    if "prompt_input_ids" in batch:
+        masks = [name for name in batch if name.endswith("_attention_mask") and not name.startswith(("prompt_", "kl_"))]
+        answers = torch.stack([batch[name].sum(1) for name in masks])  # [answers, B]
+        return (len(answers) * (batch["prompt_attention_mask"].sum(1) + answers.amax(0))).tolist()
     ids = batch["input_ids"]
     if "attention_mask" not in batch:
         return [ids.shape[1]] * ids.shape[0]
@@ -100,17 +116,22 @@ def take_rows(
     """Build one padded batch from rows of several.
 
     Args:
-        batches: padded batches with the same keys, every tensor `[B, T]` or `[B]`, padded on the right.
+        batches: padded batches with the same keys, every tensor `[B, T]` or `[B]`. What belongs to `input_ids` is padded
+            on the right and cut to the longest row that is taken; what belongs to `<part>_input_ids`, on any side, keeps
+            its width.
         rows: (batch, row in it, true length) of each wanted row.
     """
-    width = max(length for _, _, length in rows)
+    longest = max(length for _, _, length in rows)
+    first = batches[rows[0][0]]
+    parts = tuple(key.removesuffix("input_ids") for key in first if key.endswith("_input_ids"))
     out: dict[str, torch.Tensor] = {}
-    for key, like in batches[rows[0][0]].items():
+    for key, like in first.items():
         pieces = [batches[b][key][r] for b, r, _ in rows]
         if like.dim() == 1:
             out[key] = torch.stack(pieces)
             continue
-        table = like.new_full((len(rows), width), IGNORE if key == "labels" else 0)
+        width = max(map(len, pieces)) if parts and key.startswith(parts) else longest
+        table = like.new_full((len(rows), width), IGNORE if key.endswith("labels") else 0)
         for target, piece in zip(table, pieces, strict=True):
             target[: min(width, len(piece))] = piece[:width]
         out[key] = table

@@ -267,6 +267,28 @@ def unpaired(row: Any, location: Location, key: str) -> Sample:
     return {"prompt": asked(turns[:-1], location), "completion": turns[-1:], "label": LABELS[label]}
 
 
+def stepwise(row: Any, location: Location) -> Sample:
+    """A prompt and the steps of an answer, each judged right (1) or wrong (0), or by the share of what succeeds after it.
+
+    Math-Shepherd (Wang et al. 2023, arXiv:2312.08935) has such shares.
+    """
+    texts = list_field(row, "completions", location)
+    steps = [text(step, location.at("completions").at(i)) for i, step in enumerate(texts)]
+    labels = list_field(row, "labels", location)
+    if len(labels) != len(steps):
+        found = f"{len(labels)} labels for {len(steps)} steps"
+        raise DataError(location.at("labels"), found, "one label per step", "repair the row", "label_count")
+    for i, label in enumerate(labels):
+        if not isinstance(label, int | float) or not 0 <= label <= 1:
+            found = show(label)
+            raise DataError(
+                location.at("labels").at(i), found, "true, false or a number from 0 to 1", "repair the label"
+            )
+    prompt = asked(_system(row, location) + _side(row, "prompt", location), location)
+    answer = [assistant("\n".join(steps))]
+    return {"prompt": prompt, "completion": answer, "steps": steps, "right": [float(label) for label in labels]}
+
+
 # --- prompts for reinforcement learning
 
 

@@ -4,9 +4,10 @@
 kind they are, and which function of `conversions.py` reads them. A new format is a function there and a line here.
 
 Kinds: `text` `{"text"}`; `chat` `{"messages", "tools"}`; `completion` `{"prompt", "completion"}` (strings);
-`preference` `{"prompt", "chosen", "rejected", "margin"}`; `unpaired` `{"prompt", "completion", "label"}`; `prompt`
-`{"prompt", "answer"}`; `tokens` `{"input_ids", "labels"}`; `vision` `{"messages", "images", "answer"}`, where the text
-holds one `<image>` per image.
+`preference` `{"prompt", "chosen", "rejected", "margin"}`; `unpaired` `{"prompt", "completion", "label"}`; `steps`
+`{"prompt", "completion", "steps", "right"}` (per step a text and a number in [0, 1]); `prompt` `{"prompt", "answer"}`;
+`tokens` `{"input_ids", "labels"}`; `vision` `{"messages", "images", "answer"}`, where the text holds one `<image>` per
+image.
 """
 
 import difflib
@@ -104,6 +105,10 @@ def is_label(value: Any) -> bool:
     return str(value).lower() in read.LABELS
 
 
+def is_judgement(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
+
+
 def is_tree(value: Any) -> bool:
     return isinstance(value, dict) and {"text", "role", "replies"} <= value.keys()
 
@@ -169,6 +174,7 @@ _ENTRIES = (
         has(prompt=is_prompt, completion=is_side, label=is_label),
         partial(read.unpaired, key="prompt"),
     ),
+    Schema("stepwise", "steps", has(prompt=is_prompt, completions=is_strings, labels=is_judgement), read.stepwise),
     Schema("verl", "prompt", has(prompt=is_prompt, reward_model=read.is_graded), read.verl),
     Schema(
         "rlvr",
@@ -230,6 +236,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "sft": ("vision", "chat", "completion", "tokens", "text"),
     "preference": ("preference",),
     "unpaired": ("unpaired", "preference"),
+    "steps": ("steps",),
     "prompt": ("vision", "prompt"),
 }
 

@@ -23,6 +23,7 @@ from llm_trainer.data.sources import TOKEN_SUFFIXES, TokenFile, open_tokens
 from llm_trainer.data.store import Part, Ragged, TokenStore, build_store
 
 SIDES = ("chosen", "rejected")
+NumShared = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], int]
 EQUAL_AFTER_CUT = "both answers equal after truncation"
 Batch = dict[str, torch.Tensor]
 
@@ -67,7 +68,7 @@ class PairEncoder(RowEncoder):
                 part.dropped[f"empty_{empty[0]}"] += 1
                 continue
             for side, one in zip(SIDES, encoded, strict=True):
-                _append(part, side, f"{side}_trained", self.ids(one), one.trained)
+                _append(part, side, f"{side}_trained", self.ids(one.input_ids), one.trained)
             part.columns["margin"].append(np.array([sample["margin"] or 0.0], dtype=np.float32))
 
 
@@ -85,7 +86,7 @@ class UnpairedEncoder(RowEncoder):
             labels = (True, False) if kind == "preference" else (sample["label"],)
             for label, one in zip(labels, encoded, strict=True):
                 if any(one.trained[1:]):
-                    _append(part, "input_ids", "trained", self.ids(one), one.trained)
+                    _append(part, "input_ids", "trained", self.ids(one.input_ids), one.trained)
                     part.columns["desirable"].append(np.array([label], dtype=np.uint8))
                 else:
                     part.dropped["empty_completion"] += 1
@@ -128,7 +129,7 @@ class _TokenPairs:
 # --- store columns -> rows
 
 
-class _Column:
+class Column:
     """Conversations of a store and the window `[starts, stops)` of each that is used."""
 
     def __init__(self, ids: Ragged, trained: Ragged, max_length: int | None, truncation: str) -> None:
@@ -166,7 +167,7 @@ class _Column:
         return LanguageSample(input_ids=ids, trained=trained, document_lengths=[len(ids)])
 
 
-def _enter(ledger: Ledger, columns: Sequence[_Column], extra_drop: np.ndarray, reason: str, how: DataOptions) -> None:
+def enter(ledger: Ledger, columns: Sequence[Column], extra_drop: np.ndarray, reason: str, how: DataOptions) -> None:
     """Leave out rows that cannot be used, and account for every token of all `columns`.
 
     Raises:
@@ -211,24 +212,38 @@ class PairRows:
 
     A pair with a side that has no token left to learn from, or with equal sides, is never used.
 
+    Args:
+        store: columns of `PairEncoder`.
+        name: the file, for messages.
+        how: context, truncation and packing.
+        num_shared: ids of chosen and rejected, and which of the latter's are trained on -> the first tokens that are run
+            once for both. None: all are run twice.
+
     Attributes:
         lengths: `[rows]` tokens of a pair as a token budget counts them: of both sides, or of two padded rows.
         ref_logps: `[rows, 2]` summed log-probs of chosen and rejected under the reference model, once they are known.
     """
 
-    def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
+    def __init__(self, store: TokenStore, name: str, how: DataOptions, num_shared: NumShared | None = None) -> None:
         self.store, self.how, self.ledger = store, how, Ledger(name=name)
         note_dropped(self.ledger, store)
-        self.sides = [_Column(store[s], store[f"{s}_trained"], how.block_size, how.truncation) for s in SIDES]
+        self.sides = [Column(store[s], store[f"{s}_trained"], how.block_size, how.truncation) for s in SIDES]
         cut = np.any([side.too_long for side in self.sides], axis=0).nonzero()[0].tolist()
         equal = np.zeros(len(store), dtype=bool)
         equal[[row for row in cut if np.array_equal(self.sides[0].tokens(row)[0], self.sides[1].tokens(row)[0])]] = True
         self.margins = np.asarray(store["margin"].values)
-        _enter(self.ledger, self.sides, equal, EQUAL_AFTER_CUT, how)
+        enter(self.ledger, self.sides, equal, EQUAL_AFTER_CUT, how)
         chosen, rejected = (side.lengths for side in self.sides)
         self.lengths = chosen + rejected if how.packing == "flat" else 2 * np.maximum(chosen, rejected)
+        if num_shared is not None:
+            self.lengths = chosen + rejected - [num_shared(*self._tensors(row)) for row in range(len(chosen))]
         self.file_sizes = [len(self.lengths)]
         self.ref_logps: np.ndarray | None = None
+
+    def _tensors(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (chosen, _), (rejected, trained) = (side.tokens(row) for side in self.sides)
+        ids = [torch.from_numpy(side.astype(np.int64)) for side in (chosen, rejected)]
+        return ids[0], ids[1], torch.from_numpy(trained)
 
     def __getitem__(self, index: int) -> PairSample:
         chosen, rejected = (side.sample(index) for side in self.sides)
@@ -253,8 +268,8 @@ class UnpairedRows:
     ) -> None:
         self.ledger, self.how = Ledger(name=name), how
         note_dropped(self.ledger, store)
-        self.answers = _Column(store["input_ids"], store["trained"], how.block_size, how.truncation)
-        _enter(self.ledger, [self.answers], np.zeros(len(store), dtype=bool), "", how)
+        self.answers = Column(store["input_ids"], store["trained"], how.block_size, how.truncation)
+        enter(self.ledger, [self.answers], np.zeros(len(store), dtype=bool), "", how)
         self.desirable = np.asarray(store["desirable"].values) != 0
         self.lengths = self.answers.lengths
         self.file_sizes = [len(self.lengths)]
@@ -335,25 +350,44 @@ def load_answers(
     how: DataOptions,
     cache: Path,
     pair_up: Callable[[torch.Tensor], torch.Tensor],
+    num_shared: NumShared | None = None,
 ) -> Joined:
     """All files as one dataset of pairs (`how.stage` 'preference') or judged answers ('unpaired'), in the order given.
+
+    Args:
+        paths: files or folders.
+        chat: how conversations become ids.
+        how: stage, schema, context, packing and truncation.
+        cache: folder of the token stores.
+        pair_up: see `UnpairedRows`.
+        num_shared: see `PairRows`.
 
     Raises:
         DataError: a file, a row, or what is asked of them cannot be used; the message says where and how to mend it.
         ValueError: a packing was asked for that puts several pairs into one row.
     """
-    if how.packing not in ("none", "flat"):
-        raise ValueError(f"data_loader_config.packing: got {how.packing!r}, expected 'none' or 'flat' for answers")
-    parts: list[PairRows | UnpairedRows] = []
-    for path in (file for given in paths for file in files_of(Path(given))):
+
+    def rows_of(path: Path) -> PairRows | UnpairedRows:
         if path.suffix in TOKEN_SUFFIXES:
             store = _token_store(path, chat, how, cache)
         else:
             store = store_of(path, chat, how, cache, PairEncoder if how.stage == "preference" else UnpairedEncoder)
         if how.stage == "preference":
-            parts.append(PairRows(store, str(path), how))
-        else:
-            parts.append(UnpairedRows(store, str(path), how, pair_up))
+            return PairRows(store, str(path), how, num_shared)
+        return UnpairedRows(store, str(path), how, pair_up)
+
+    return join_files(paths, how, rows_of)
+
+
+def join_files(paths: Iterable[str], how: DataOptions, rows_of: Callable[[Path], Any]) -> Joined:
+    """The rows of all files as one dataset.
+
+    Raises:
+        ValueError: there is no file, or a packing was asked for that puts several answers into one row.
+    """
+    if how.packing not in ("none", "flat"):
+        raise ValueError(f"data_loader_config.packing: got {how.packing!r}, expected 'none' or 'flat' for answers")
+    parts = [rows_of(path) for given in paths for path in files_of(Path(given))]
     if not parts:
         raise ValueError("file_dataset: no file was given, expected at least one path")
-    return Joined(parts)  # type: ignore[arg-type]  # it only asks for lengths, ledgers and samples
+    return Joined(parts)

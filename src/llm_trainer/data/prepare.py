@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ class DataOptions:
     """How files become rows.
 
     Attributes:
-        stage: 'pretrain' or 'sft' here; 'preference' or 'unpaired' in `pairs`.
+        stage: 'pretrain' or 'sft' here; 'preference', 'unpaired' or 'steps' in `pairs`.
         schema: forced schema name; None: recognised from the rows.
         block_size: tokens of the context.
         packing: 'none', 'flat', 'bfd', 'bfd_split' or 'wrapped'.
@@ -81,12 +81,12 @@ class RowEncoder:
     def _add(self, kind: str, samples: list[Located], part: Part) -> None:
         """Encode samples of a kind and append them to the columns of `part`."""
         for encoded in self._encode(kind, samples, part):
-            part.columns["input_ids"].append(self.ids(encoded))
+            part.columns["input_ids"].append(self.ids(encoded.input_ids))
             part.columns["trained"].append(np.asarray(encoded.trained, dtype=np.uint8))
 
-    def ids(self, encoded: EncodedChat) -> np.ndarray:
-        """The ids in the smallest type that holds the vocabulary."""
-        return np.asarray(encoded.input_ids, dtype=np.uint16 if len(self.chat.tokenizer) <= 1 << 16 else np.uint32)
+    def ids(self, ids: Sequence[int]) -> np.ndarray:
+        """Ids in the smallest type that holds the vocabulary."""
+        return np.asarray(ids, dtype=np.uint16 if len(self.chat.tokenizer) <= 1 << 16 else np.uint32)
 
     def _drop(self, error: DataError, part: Part) -> None:
         if self.bad_rows == "error":

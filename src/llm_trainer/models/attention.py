@@ -5,12 +5,15 @@ transformers recognises that (when it gets no attention mask); sdpa and eager th
 `"blocked"`, ours for the CPU, makes no mask: it runs the flash kernel on one document after the other, and a backward
 of our own, in row blocks of matrix products. It is one operator to `torch.compile`, so lengths never recompile a model.
 
+It also knows branches, for which others would need a mask: positions that restart at s > 0 go on from the first s
+tokens of the document before them, so 0 1 2 3 4 | 2 3 4 5 are two answers behind one prompt of two tokens.
+
 Padding on the right needs no mask under causal attention: no real token looks at what comes after it.
 """
 
 import importlib.util
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +62,14 @@ def register() -> None:
 
     AttentionInterface.register("blocked", blocked_attention)
     AttentionMaskInterface.register("blocked", blocked_mask)
+
+
+def knows_branches(config: "PretrainedConfig", device: torch.device) -> bool:
+    """Whether a model of this configuration reads branches on `device`: only `"blocked"` does, and never with a mask."""
+    settings = config.to_dict()
+    masked = settings.get("attention_dropout") or settings.get("sliding_window")
+    ours = config._attn_implementation == "blocked" and config.model_type in BLOCKED_ARCHITECTURES
+    return ours and not masked and device.type == "cpu"
 
 
 def blocked_mask(
@@ -137,7 +148,8 @@ def document_attention(
         query: `[B, H, T, D]`.
         key: `[B, K, T, D]`; H is a multiple of K.
         value: `[B, K, T, D]`.
-        position_ids: `[B, T]` or `[1, T]`; a document ends where they do not go up by one.
+        position_ids: `[B, T]` or `[1, T]`; a document ends where they do not go up by one, and a branch begins where
+            they then start above 0.
         scale: of the scores.
 
     Returns:
@@ -149,7 +161,11 @@ def document_attention(
         return _heads_inside(output), log_normaliser.contiguous()
     output, log_normaliser = _empty_outputs(query)
     for part in parts:
-        output[part], log_normaliser[part] = flash(query[part], key[part], value[part], 0.0, True, scale=scale)
+        own, before = part.own, part.prefix
+        found = flash(query[own], key[own], value[own], 0.0, True, scale=scale)
+        if before is not None:
+            found = _merged(found, flash(query[own], key[before], value[before], 0.0, False, scale=scale))
+        output[own], log_normaliser[own] = found
     return output, log_normaliser
 
 
@@ -175,20 +191,45 @@ def _heads_inside(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-Part = tuple[slice, slice, slice]
+def _merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from that over each: outputs `[B, H, T, D]` and log normalisers `[B, H, T]`.
+
+    The outputs are averaged by their sums of weights, as in FlashAttention (Dao et al. 2022, section 3.1).
+    """
+    total = torch.logaddexp(first[1], second[1])
+    shares = [(part[1] - total).exp()[..., None] for part in (first, second)]
+    return shares[0] * first[0] + shares[1] * second[0], total
+
+
+Place = tuple[slice, slice, slice]  # an index of `[B, H, T, ...]`
+
+
+class Part(NamedTuple):
+    """Where a document lies, or a branch and the `prefix` of a document that it goes on from."""
+
+    own: Place
+    prefix: Place | None
 
 
 def _documents(position_ids: Tensor, num_rows: int, length: int) -> list[Part]:
-    """Where documents lie, as indices of `[B, H, T, ...]`; one part for all rows when no row holds several."""
+    """All documents and branches, in their order; one part for all rows when no row holds several."""
     every = slice(None)
     restarts = position_ids.diff(dim=-1) != 1  # (B or 1, T - 1)
     if not restarts.any():
-        return [(every, every, every)]
+        return [Part((every, every, every), None)]
     parts = []
     for row in range(num_rows):
+        positions = position_ids[row % len(position_ids)]
         inner = restarts[row % len(restarts)].nonzero().flatten() + 1
         bounds = [0, *inner.tolist(), length]
-        parts += [(slice(row, row + 1), every, slice(a, b)) for a, b in pairwise(bounds)]
+        document = slice(0, 0)  # the last one that began at position 0
+        for (a, b), first in zip(pairwise(bounds), positions[bounds[:-1]].tolist(), strict=True):
+            goes_on = 0 < first <= document.stop - document.start
+            prefix = slice(document.start, document.start + first) if goes_on else None
+            if first == 0:
+                document = slice(a, b)
+            one = slice(row, row + 1)
+            parts.append(Part((one, every, slice(a, b)), None if prefix is None else (one, every, prefix)))
     return parts
 
 
@@ -236,18 +277,28 @@ def document_attention_backward(
     # Saved tensors still carry their graph, which the compiler of the kernels would ask about.
     on_output, query, key, value = on_output.detach(), query.detach(), key.detach(), value.detach()
     output, log_normaliser = output.detach(), log_normaliser.detach()
-    gradients = _empty(query), _empty(key), _empty(value)
-    parts = _documents(position_ids, *query.shape[::2])
-    for part in parts:
-        inputs = (on_output[part], query[part], key[part], value[part], output[part], log_normaliser[part])
+
+    def of_part(own: Place, keys: Tensor, values: Tensor) -> Gradients:
+        inputs = (on_output[own], query[own], keys, values, output[own], log_normaliser[own])
         # The kernel of torch is good in float32 and on short rows; in bfloat16 products are several times faster.
         blocked = query.dtype == torch.bfloat16 and inputs[0].shape[2] > BLOCK_ROWS
-        results = _blocked_backward(*inputs, scale) if blocked else _flash_backward(*inputs, scale)
-        if len(parts) == 1:
-            return _heads_inside(results[0]), _heads_inside(results[1]), _heads_inside(results[2])
-        for gradient, result in zip(gradients, results, strict=True):
-            gradient[part] = result
-    return gradients
+        return (_blocked_backward if blocked else _flash_backward)(*inputs, scale)
+
+    parts = _documents(position_ids, *query.shape[::2])
+    if len(parts) == 1:
+        on_query, on_key, on_value = of_part(parts[0].own, key, value)
+        return _heads_inside(on_query), _heads_inside(on_key), _heads_inside(on_value)
+    on_query, on_key, on_value = _empty(query), _empty(key), _empty(value)
+    for own, before in parts:
+        if before is None:
+            on_query[own], on_key[own], on_value[own] = of_part(own, key[own], value[own])
+            continue
+        keys, values = (torch.cat([x[before], x[own]], 2) for x in (key, value))
+        on_query[own], *on_both = of_part(own, keys, values)
+        for gradient, result in zip((on_key, on_value), on_both, strict=True):
+            gradient[before] += result[:, :, : -query[own].shape[2]]  # a document's own comes before its branches'
+            gradient[own] = result[:, :, -query[own].shape[2] :]
+    return on_query, on_key, on_value
 
 
 @document_attention_backward.register_fake
@@ -255,29 +306,56 @@ def _(on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> 
     return _empty(query), _empty(key), _empty(value)
 
 
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
 def _flash_backward(
-    on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_normaliser: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel of torch, which wants as many key heads as query heads. Shapes as in `document_attention`."""
+    on_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_normaliser: Tensor,
+    scale: float,
+) -> Gradients:
+    """The kernel of torch, which wants as many key heads as query heads.
+
+    Shapes as in `document_attention`, except that key and value may have more rows than query: a prefix comes first.
+    """
     groups = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    results = flash_backward(on_output, query, keys, values, output, log_normaliser, 0.0, True, scale=scale)
-    on_query, *folded = results
-    on_key, on_value = (x.unflatten(1, (-1, groups)).sum(2) for x in folded)
-    return on_query, on_key, on_value
+    prefix = key.shape[2] - query.shape[2]
+    pieces = [(slice(prefix, None), True)] + [(slice(prefix), False)] * (prefix > 0)
+    results = [
+        # Output and log normaliser are those over all keys, so each piece gets its share of the weight.
+        flash_backward(
+            on_output, query, keys[:, :, piece], values[:, :, piece], output, log_normaliser, 0.0, causal, scale=scale
+        )
+        for piece, causal in pieces
+    ]
+    on_query = results[0][0] if len(results) == 1 else results[0][0] + results[1][0]
+    on_key, on_value = (torch.cat([result[i] for result in reversed(results)], 2) for i in (1, 2))
+    return on_query, *(x.unflatten(1, (-1, groups)).sum(2) for x in (on_key, on_value))
 
 
 def _blocked_backward(
-    on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_normaliser: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    on_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_normaliser: Tensor,
+    scale: float,
+) -> Gradients:
     """Row blocks of queries against all keys before them; the query heads of a key head are further rows of the block.
 
-    Shapes as in `document_attention`.
+    Shapes as in `_flash_backward`.
     """
     rows, heads, length, width = query.shape
-    key_heads = key.shape[1]
+    key_heads, key_length = key.shape[1:3]
+    prefix = key_length - length
     mean = row_products(on_output, output)  # (B, H, T): sum of p * d p over the keys
-    keys, values = key.reshape(-1, length, width), value.reshape(-1, length, width)  # (B * K, T, D)
+    keys, values = key.reshape(-1, key_length, width), value.reshape(-1, key_length, width)  # (B * K, T, D)
     on_query = _empty(query)
     on_key, on_value = keys.new_zeros(keys.shape, dtype=torch.float32), keys.new_zeros(keys.shape, dtype=torch.float32)
 
@@ -287,16 +365,17 @@ def _blocked_backward(
 
     for start in range(0, length, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, length)
+        seen = prefix + stop
         block = slice(start, stop)
         queries, on_outputs = folded(query, block), folded(on_output, block)
-        scores = queries @ keys[:, :stop].transpose(1, 2)  # (B * K, H / K * rows, stop)
-        on_probs = on_outputs @ values[:, :stop].transpose(1, 2)
-        mask = torch.ones(stop - start, stop).tril(start).repeat(heads // key_heads, 1)
+        scores = queries @ keys[:, :seen].transpose(1, 2)  # (B * K, H / K * rows, seen)
+        on_probs = on_outputs @ values[:, :seen].transpose(1, 2)
+        mask = torch.ones(stop - start, seen).tril(prefix + start).repeat(heads // key_heads, 1)
         statistics = folded(log_normaliser, block)[..., None], folded(mean, block)[..., None]
         probabilities(scores, on_probs, *statistics, mask, scale)
-        on_query[:, :, block] = (on_probs @ keys[:, :stop]).view(rows, heads, -1, width)
-        add_product(on_key[:, :stop], on_probs.transpose(1, 2) @ queries)
-        add_product(on_value[:, :stop], scores.transpose(1, 2) @ on_outputs)
+        on_query[:, :, block] = (on_probs @ keys[:, :seen]).view(rows, heads, -1, width)
+        add_product(on_key[:, :seen], on_probs.transpose(1, 2) @ queries)
+        add_product(on_value[:, :seen], scores.transpose(1, 2) @ on_outputs)
     return on_query, on_key.to(key.dtype).view(key.shape), on_value.to(value.dtype).view(value.shape)
 
 

@@ -7,14 +7,16 @@ logits are scored. Both give the same numbers.
 
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llm_trainer.losses.chunked import HeadScores, chunked_logprobs, chunked_loss, compiled
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses, load_balancing_loss
-from llm_trainer.models.attention import BLOCKED_ARCHITECTURES
+from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, knows_branches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +90,7 @@ class ScoredModel(nn.Module):
         differentiable_logprobs: bool = False,
         temperature: float = 1.0,
         distance: Distance | None = None,
+        repeats: Tensor | None = None,
         **model_inputs: Any,
     ) -> TokenScores:
         """Score `labels` under the model.
@@ -102,6 +105,7 @@ class ScoredModel(nn.Module):
                 log-likelihood. Costs one more run of the head in the backward.
             temperature: the logits are divided by it.
             distance: a further differentiable scalar of what the head is given, such as how far it is from a teacher.
+            repeats: `[B, T]` how many tokens each one stands for in `aux_loss`: those that branches share are several.
             model_inputs: handed to the model as they are, such as `pixel_values`.
         """
         if labels is None:
@@ -120,9 +124,13 @@ class ScoredModel(nn.Module):
             logprobs=_spread(scores.logprobs, supervised),
             correct=_spread(scores.correct, supervised),
             entropy=None if scores.entropy is None else _spread(scores.entropy, supervised),
-            aux_loss=self._aux_loss(output, attention_mask),
+            aux_loss=self._aux_loss(output, attention_mask if repeats is None else repeats),
             distance=None if distance is None else distance(states, self.head),
         )
+
+    def knows_branches(self, device: torch.device) -> bool:
+        """Whether flat batches may have branches (see `models.attention`) when the model runs on `device`."""
+        return self._split is not None and knows_branches(self._split.backbone.config, device)
 
     @property
     def head(self) -> nn.Linear | None:
@@ -177,13 +185,12 @@ class ScoredModel(nn.Module):
     def _scores_of_hidden(self, hidden: Tensor, chosen: Tensor, differentiable: bool, temperature: float) -> HeadScores:
         """`hidden [N, D]`, `chosen [N]`."""
         assert self._split is not None
-        head = self._split.head
-        bias: Tensor | None = head.bias
+        weight, bias = weight_and_bias(self._split.head)
         if temperature != 1.0:  # (x / t) W + b / t, without touching the logits
             hidden, bias = hidden / temperature, None if bias is None else bias / temperature
         if differentiable:
-            return chunked_logprobs(hidden, head.weight, bias, chosen, self.with_entropy)
-        return chunked_loss(hidden, head.weight, bias, chosen, self.loss, self.with_entropy)
+            return chunked_logprobs(hidden, weight, bias, chosen, self.with_entropy)
+        return chunked_loss(hidden, weight, bias, chosen, self.loss, self.with_entropy)
 
     def _scores_of_logits(self, logits: Tensor, chosen: Tensor, differentiable: bool) -> HeadScores:
         """`logits [N, V]`, `chosen [N]`: the same scores by autograd."""
@@ -198,11 +205,11 @@ class ScoredModel(nn.Module):
             return HeadScores(-logprobs.sum(), logprobs, correct, entropy)
         return HeadScores(values.sum(), logprobs.detach(), correct, entropy)
 
-    def _aux_loss(self, output: Any, attention_mask: Tensor | None) -> Tensor | None:
+    def _aux_loss(self, output: Any, token_weights: Tensor | None) -> Tensor | None:
         if self._experts is None:
             return None
         num_experts, top_k = self._experts
-        return load_balancing_loss(output.router_logits, num_experts, top_k, attention_mask)
+        return load_balancing_loss(output.router_logits, num_experts, top_k, token_weights)
 
 
 def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> ScoredModel:
@@ -216,6 +223,12 @@ def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: boo
         with_entropy: compute the entropy of every prediction (nearly free).
     """
     return ScoredModel(model, loss, with_entropy)
+
+
+def weight_and_bias(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """What a head that is read but not called computes with, also where every process has it whole (tensor parallelism)."""
+    pair = (p.to_local() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+    return cast("tuple[Tensor, Tensor | None]", tuple(pair))
 
 
 def restarting_positions(document_lengths: Tensor) -> Tensor:
@@ -271,6 +284,15 @@ def _experts(model: nn.Module) -> tuple[int, int] | None:
     return num_experts, settings["num_experts_per_tok"]
 
 
+def _small_sibling(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A model of the same class with one layer, a few ids and random weights."""
+    config = deepcopy(model.config)
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 16, None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return type(model)(config)
+
+
 def _split(model: nn.Module) -> _Split | None:
     """Backbone and head, when the logits are exactly the head of the backbone's last hidden state.
 
@@ -283,9 +305,9 @@ def _split(model: nn.Module) -> _Split | None:
     outer = next((m for m in pretrained if type(m.get_output_embeddings()) is nn.Linear), None)
     if outer is None or outer.base_model is outer or outer.config.is_encoder_decoder:
         return None
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return None
     split = _Split(cast("PreTrainedModel", outer.base_model), outer.get_output_embeddings())
+    if any(parameter.is_meta for parameter in model.parameters()):  # its weights will come from another process
+        return split if model is outer and _split(_small_sibling(outer)) is not None else None
     seen: dict[str, Tensor] = {}
 
     def replace_logits(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -306,5 +328,6 @@ def _split(model: nn.Module) -> _Split | None:
         for module, training in modes:
             module.training = training
     same = "logits" in seen and logits.shape == seen["logits"].shape and hidden.shape == seen["hidden"].shape
-    close = same and torch.allclose(logits, seen["logits"], 1e-4) and torch.allclose(hidden, seen["hidden"], 1e-3, 1e-4)
-    return split if close else None
+    # In float32: many models cast what the head returns, as the scores do with theirs.
+    close = same and torch.allclose(logits.float(), seen["logits"].float(), 1e-4)
+    return split if close and torch.allclose(hidden.float(), seen["hidden"].float(), 1e-3, 1e-4) else None

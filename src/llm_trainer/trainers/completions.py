@@ -1,7 +1,8 @@
 """Answers that are given: prompt and answer joined into rows for the model, and its scores back as one row per answer.
 
 A joined batch is what the language trainers use, `input_ids`, `labels` (-100 on prompt and padding) and either
-`attention_mask` or, laid flat, `position_ids` and `document_lengths`. Pairs put all chosen rows before all rejected.
+`attention_mask` or, laid flat, `position_ids` and `document_lengths`. Pairs put all chosen rows before all rejected;
+a flat batch whose documents lie in another order says in `document_order` where each row's is.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,15 @@ from llm_trainer.models.frozen import freeze
 from llm_trainer.models.scored import scored
 
 if TYPE_CHECKING:
-    from llm_trainer.models.scored import TokenScores
+    from llm_trainer.models.scored import ScoredModel, TokenScores
     from llm_trainer.trainers.base import BaseTrainer
 
 Batch = dict[str, Tensor]
-_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths")
+_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
+# A branch costs attention further kernels, which as much time as this part of a pair's tokens pays for. Measured:
+# benchmarks/preference_throughput.py.
+MIN_SHARED = 0.02
+_PER_TOKEN = ("input_ids", "labels", "completion")
 _PADDING = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
 
 
@@ -80,16 +85,89 @@ def _require_answers(rows: Batch, answers: Sequence[str]) -> None:
         )
 
 
+def share_prompts(rows: Batch) -> Batch:
+    """Pairs laid flat with their prompts once: each rejected answer is a branch (`models.attention`) of the chosen one.
+
+    The branch begins with the last token before the first label, so that every label is still predicted by the token
+    before it. What the answers themselves have in common is not shared: its tokens are labels of both.
+
+    Args:
+        rows: a joined batch of pairs, padded or flat, all chosen rows before all rejected; perhaps with `completion`,
+            further labels.
+
+    Returns:
+        `input_ids`, `labels` and the like `[1, N]`, `position_ids [1, N]`, `document_lengths [2B]` (chosen, rejected,
+        chosen, ...), `document_order [2B]`, and `repeats [1, N]`, 2 on shared tokens; and every other key of the batch.
+    """
+    columns = {name: _documents(rows[name], rows) for name in _PER_TOKEN if name in rows}
+    order = torch.arange(num_answers(rows)).view(-1, 2).T.flatten()
+    pieces: dict[str, list[Tensor]] = {name: [] for name in (*columns, "position_ids", "repeats")}
+    for chosen in range(len(order) // 2):
+        rejected = chosen + len(order) // 2
+        ids = [columns["input_ids"][i] for i in (chosen, rejected)]
+        shared = num_shared(ids[0], ids[1], columns["labels"][rejected] != IGNORE)
+        for name, documents in columns.items():
+            pieces[name] += [documents[chosen], documents[rejected][shared:]]
+        positions = [torch.arange(len(ids[0])), torch.arange(shared, len(ids[1]))]
+        pieces["position_ids"] += positions
+        pieces["repeats"] += [1 + (positions[0] < shared).long(), torch.ones_like(positions[1])]
+    laid = {name: torch.cat(parts)[None] for name, parts in pieces.items()}
+    lengths = torch.tensor([len(part) for part in pieces["input_ids"]])
+    laid["labels"][0, lengths.cumsum(0) - lengths] = IGNORE  # nothing predicts a first token
+    others = {name: value for name, value in rows.items() if name not in ("attention_mask", *laid)}
+    return others | laid | {"document_lengths": lengths, "document_order": order}
+
+
+def _documents(values: Tensor, rows: Batch) -> Sequence[Tensor]:
+    """`values` of a joined batch, answer by answer, without padding."""
+    if "document_lengths" in rows:
+        return values[0].split(rows["document_lengths"].tolist())
+    mask = rows["attention_mask"].bool() if "attention_mask" in rows else torch.ones_like(values, dtype=torch.bool)
+    return [row[present] for row, present in zip(values, mask, strict=True)]
+
+
+def num_shared(chosen: Tensor, rejected: Tensor, is_label: Tensor) -> int:
+    """Tokens that begin both sides of a pair and are worth running once.
+
+    Args:
+        chosen: `[T]` ids of prompt and answer.
+        rejected: `[T']` likewise.
+        is_label: `[T']` bool, what of `rejected` is predicted; the token before the first of them is not shared.
+    """
+    length = min(len(chosen), len(rejected))
+    common = int((chosen[:length] == rejected[:length]).cumprod(0).sum())
+    shared = min(common, int(is_label[1:].long().argmax()))
+    return shared if shared >= MIN_SHARED * (len(chosen) + len(rejected)) else 0
+
+
 def num_answers(rows: Batch) -> int:
     """Rows of a joined batch, documents of a flat one."""
     return len(rows["document_lengths"]) if "document_lengths" in rows else len(rows["input_ids"])
+
+
+def num_pairs(batch: Batch, micro_batch_tokens: int | None) -> int:
+    """Pairs of a batch, whose prompts and answers may come apart.
+
+    Raises:
+        ValueError: the batch is joined and padded, and the data is cut by `micro_batch_tokens`: that cuts between rows.
+    """
+    if "chosen_input_ids" in batch:
+        return len(batch["chosen_input_ids"])
+    if micro_batch_tokens is not None and "document_lengths" not in batch:
+        raise ValueError(
+            f"micro_batch_tokens={micro_batch_tokens} cuts padded batches between their rows, and in joined pairs (found "
+            f"{', '.join(batch)}) chosen and rejected are rows apart; expected prompt_input_ids, chosen_input_ids and "
+            f"rejected_input_ids with their masks. Or give micro_batch_tokens to a SampleStream, which knows the pairs"
+        )
+    return num_answers(batch) // 2
 
 
 def as_rows(values: Tensor, rows: Batch) -> Tensor:
     """`values [1, N]` of a flat batch as `[answers, T]`, 0 behind each row's end; `[B, T]` of a padded one as it is."""
     if "document_lengths" not in rows:
         return values
-    return pad_sequence(values[0].split(rows["document_lengths"].tolist()), batch_first=True)
+    documents = pad_sequence(values[0].split(rows["document_lengths"].tolist()), batch_first=True)
+    return documents[rows["document_order"]] if "document_order" in rows else documents
 
 
 def supervised(rows: Batch) -> Tensor:
@@ -128,9 +206,11 @@ def count_tokens(batch: Batch) -> int:
     return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel()
 
 
-def reference_of(model: nn.Module, trainer: "BaseTrainer") -> nn.Module:
-    """`model` scored and frozen on the trainer's device, and compiled where the policy is: both must round alike."""
-    reference = scored(model).to(trainer.device)
+def reference_of(model: nn.Module, trainer: "BaseTrainer") -> "ScoredModel":
+    """`model` scored, frozen and placed as the policy is, and compiled where that is: both must round alike."""
+    reference = scored(model)
+    freeze(reference)
     if trainer.run.settings.compile:
         reference.compile_backbone()
-    return freeze(reference)
+    trainer.run.engine.place(reference)
+    return reference

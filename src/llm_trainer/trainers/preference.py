@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.losses.preference import (
-    NLL_NORMS,
-    Pairs,
-    PreferenceLoss,
-    PreferenceTerms,
-    pairs_from_tokens,
-    resolve_loss_type,
-)
+from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
+from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
 from llm_trainer.models.frozen import frozen_copy, same_weights
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
@@ -25,9 +19,11 @@ from llm_trainer.trainers.completions import (
     count_tokens,
     join,
     num_answers,
+    num_pairs,
     placed,
     reference_of,
     score,
+    share_prompts,
     supervised,
     with_prompts,
 )
@@ -60,6 +56,8 @@ class DPOTrainer(BaseTrainer):
             (and the loss of DPO ln 2); anything else stops the run. None: found out by comparing the weights.
         mask_prompt: False: the NLL term counts the prompt's tokens too, as TRL's ORPO does. The comparison never does.
         aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model.
+        share_prompts: run the prompt of a pair once, which changes no number, where the attention of policy and
+            reference can do it: ours for the CPU (`"blocked"`).
         **options: fields of `PreferenceLoss` (`beta=0.1`, `label_smoothing=0.0`, `loss_type="sigmoid"`,
             `nll_loss_coef`, `nll_norm`, `simpo_gamma`, ...); the others are those of `BaseTrainer`.
 
@@ -77,6 +75,7 @@ class DPOTrainer(BaseTrainer):
         starts_at_reference: bool | None = None,
         mask_prompt: bool = True,
         aux_loss_coef: float = 0.001,
+        share_prompts: bool = True,
         **options: Any,
     ) -> None:
         self.loss = PreferenceLoss(**{f.name: options.pop(f.name) for f in fields(PreferenceLoss) if f.name in options})
@@ -98,6 +97,8 @@ class DPOTrainer(BaseTrainer):
         super().__init__(*args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
         self.reference = None if reference is None else reference_of(reference, self)
+        models = [self._policy] if self.reference is None else [self._policy, self.reference]
+        self.shares_prompts = share_prompts and all(model.knows_branches(self.device) for model in models)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
@@ -116,21 +117,24 @@ class DPOTrainer(BaseTrainer):
             "discopop_tau": section.discopop_tau,
             "ld_alpha": section.ld_alpha,
             "mask_prompt": section.mask_prompt,
+            "share_prompts": section.share_prompts,
             "aux_loss_coef": config.loss_config.aux_loss_coef,
         }
 
     def _build_module(self, model: nn.Module) -> nn.Module:
-        return scored(model)
+        self._policy = scored(model)
+        return self._policy
 
     def _loss_weight(self, batch: Batch) -> float:
-        return float(len(batch["chosen_input_ids"]) if "chosen_input_ids" in batch else num_answers(batch) // 2)
+        return float(num_pairs(batch, self.run.settings.micro_batch_tokens))
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens(batch)
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         held_to = "given log-probs" if self.loss.needs_reference else "none"
-        return {"loss": self.loss, "reference": held_to if self.reference is None else "a frozen model"}
+        reference = held_to if self.reference is None else "a frozen model"
+        return {"loss": self.loss, "reference": reference, "prompts": "shared" if self.shares_prompts else "repeated"}
 
     def _joined(self, batch: Batch) -> Batch:
         """The batch as rows, with `completion`, the answers' part of the labels, when the prompts are labels too."""
@@ -154,7 +158,8 @@ class DPOTrainer(BaseTrainer):
         self._nll_terms_per_pair = terms / max(pairs, 1.0)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
-        rows = placed(self._joined(batch), self.device)
+        rows = self._joined(batch)
+        rows = placed(share_prompts(rows) if self.shares_prompts else rows, self.device)
         if self.reference is not None and "ref_chosen_logps" not in rows:
             with torch.no_grad():
                 rows["ref_logprobs"] = score(self.reference, rows).logprobs

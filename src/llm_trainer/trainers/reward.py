@@ -1,60 +1,91 @@
-"""Reward models: one number per answer, learnt from pairs of a better and a worse one."""
+"""Reward models: one number per answer, learnt from pairs of a better and a worse one, or one per reasoning step."""
 
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from llm_trainer.losses.reward import bradley_terry
+from llm_trainer.losses.language import IGNORE
+from llm_trainer.losses.reward import bradley_terry, process_reward
 from llm_trainer.models.rewarding import Rewarding
 from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.completions import Batch, count_tokens, join, num_answers, placed
+from llm_trainer.trainers.completions import Batch, count_tokens, join, num_pairs, placed, share_prompts
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
 
 SIDES = ("chosen", "rejected")
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_lengths")
 
 
 class RewardTrainer(BaseTrainer):
-    """A reward model (Bradley-Terry): the mean of `-log sigmoid(chosen - rejected - margin)` over the step's pairs.
+    """A reward model. Pairs (Bradley-Terry): the mean of `-log sigmoid(chosen - rejected - margin)` over the step's pairs.
 
-    Batches: as those of `DPOTrainer`, padded, and perhaps `margin [B]`, by how much the chosen answer is better.
+    Judged steps: the mean of the binary cross-entropy over all steps of the optimizer step (a process reward model).
+
+    Batches: as those of `DPOTrainer`, and perhaps `margin [B]`, by how much the chosen answer is better. For steps
+    `input_ids [B, T]`, `attention_mask [B, T]` and `step_labels [B, T]`, how right (0 to 1) the step is that ends at this
+    token, -100 elsewhere; or the same laid flat.
 
     Args:
-        model: a `transformers` sequence-classification model with one label, whose folder is what is saved
-            (`models.rewarding.reward_model` makes one of a language model).
-        center_coef: weight of the term that keeps rewards around 0.
+        model: a `transformers` sequence-classification model with one label, for steps a token-classification model,
+            whose folder is what is saved (`models.rewarding` makes them of language models).
+        center_coef: weight of the term that keeps the rewards of pairs around 0.
         use_margin: False: ignore the margins that the data has.
+        share_prompts: run the prompt of a pair once, as `DPOTrainer` does.
     """
 
     config_section = "reward_config"
 
-    def __init__(self, *args: Any, center_coef: float = 0.0, use_margin: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        center_coef: float = 0.0,
+        use_margin: bool = True,
+        share_prompts: bool = True,
+        **kwargs: Any,
+    ) -> None:
         self.center_coef, self.use_margin = center_coef, use_margin
         super().__init__(*args, **kwargs)
+        self.shares_prompts = share_prompts and self._rewarding.knows_branches(self.device)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
         section = config.reward_config
-        return {} if section is None else {"center_coef": section.center_coef, "use_margin": section.use_margin}
+        if section is None:
+            return {}
+        return {
+            "center_coef": section.center_coef,
+            "use_margin": section.use_margin,
+            "share_prompts": section.share_prompts,
+        }
 
     def _build_module(self, model: nn.Module) -> nn.Module:
-        return Rewarding(model)
+        self._rewarding = Rewarding(model)
+        return self._rewarding
 
     def _loss_weight(self, batch: Batch) -> float:
-        return float(len(batch["chosen_input_ids"]) if "chosen_input_ids" in batch else num_answers(batch) // 2)
+        if "step_labels" in batch:
+            return float((batch["step_labels"] != IGNORE).sum())
+        return float(num_pairs(batch, self.run.settings.micro_batch_tokens))
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens(batch)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
-        return placed(join(batch, SIDES), self.device)
+        if "step_labels" in batch:
+            return placed(batch, self.device)
+        rows = join(batch, SIDES)
+        return placed(share_prompts(rows) if self.shares_prompts else rows, self.device)
 
     def _forward(self, batch: Batch) -> Tensor:
-        """`[2B]` rewards, the chosen answers' first."""
-        return self.model(batch["input_ids"], batch["attention_mask"])
+        """`[2B]` rewards, the chosen answers' first; of judged steps one per token, like `input_ids`."""
+        inputs = {name: batch[name] for name in _INPUTS if name in batch}
+        rewards = self.model(**inputs, every_token="step_labels" in batch)
+        return rewards[batch["document_order"]] if "document_order" in batch else rewards
 
     def _compute_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        if "step_labels" in batch:
+            return self._loss_of_steps(outputs, batch["step_labels"])
         chosen, rejected = outputs.chunk(2)
         margin = batch["margin"] if self.use_margin and "margin" in batch else None
         losses, metrics = bradley_terry(chosen, rejected, margin, self.center_coef)
@@ -63,3 +94,9 @@ class RewardTrainer(BaseTrainer):
         self.record("min_reward", metrics["min_reward"].min())  # the mean over micro-batches of their extremes, as TRL
         self.record("max_reward", metrics["max_reward"].max())
         return losses.mean()
+
+    def _loss_of_steps(self, scores: Tensor, labels: Tensor) -> Tensor:
+        judged = labels != IGNORE
+        losses, metrics = process_reward(scores, labels, judged)
+        self.record("accuracy", metrics["accuracy"].sum(), judged.sum())
+        return losses.sum() / judged.sum()

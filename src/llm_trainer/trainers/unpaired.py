@@ -64,6 +64,7 @@ class KTOTrainer(BaseTrainer):
         self.loss = UnpairedLoss(loss_type, beta, desirable_weight, undesirable_weight)
         self.aux_loss_coef = aux_loss_coef
         self._kl: float | None = None if loss_type == "kto" else 0.0
+        self._num_of_kind = torch.zeros(2)  # good and bad answers of the step
         model = options["model"] if "model" in options else args[0]
         if ref_model is model:
             raise ValueError(
@@ -98,7 +99,10 @@ class KTOTrainer(BaseTrainer):
     def _begin_step(
         self, batches: list[Batch], weights: list[float], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
-        """Estimate the KL of the step from its mismatched pairs."""
+        """Count the step's good and bad answers, and estimate its KL from its mismatched pairs."""
+        labels = [batch["desirable"].bool() for batch, weight in zip(batches, weights, strict=True) if weight]
+        counts = [sum(int((given == kind).sum()) for given in labels) for kind in (True, False)]
+        self._num_of_kind = sum_over_ranks(torch.tensor(counts, dtype=torch.float32, device=self.device))
         if self.loss.loss_type != "kto":
             return
         total, number = torch.zeros((), device=self.device), 0
@@ -158,11 +162,22 @@ class KTOTrainer(BaseTrainer):
         for kind, chosen in (("chosen", desirable), ("rejected", ~desirable)):
             self.record(f"rewards/{kind}", metrics[f"rewards/{kind}"].sum(), chosen.sum())
             self.record(f"logps/{kind}", logps[chosen].sum(), chosen.sum())
+        self._record_margin(metrics["rewards/chosen"].sum(), metrics["rewards/rejected"].sum(), len(losses))
         loss = losses.mean()
         if outputs.aux_loss is not None and self.aux_loss_coef:
             self.record("aux_loss", outputs.aux_loss.detach() * len(losses), len(losses))
             loss = loss + self.aux_loss_coef * outputs.aux_loss
         return loss
+
+    def _record_margin(self, good: Tensor, bad: Tensor, count: int) -> None:
+        """This batch's share of the step's margin, the mean reward of good answers minus that of bad ones.
+
+        `good` and `bad` `[]` are sums of rewards; the means are over the step, which must have both kinds.
+        """
+        num_good, num_bad = self._num_of_kind
+        margin = (good / num_good - bad / num_bad) * (num_good + num_bad)  # over `count`: its share of the mean
+        both = (num_good > 0) & (num_bad > 0)
+        self.record("rewards/margins", torch.where(both, margin, 0.0), torch.where(both, float(count), 0.0))
 
     def _get_extra_checkpoint_state(self) -> dict[str, Any]:
         return {"kl": self._kl}

@@ -11,7 +11,7 @@ from llm_trainer.cli.main import main
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_model
-from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.rewarding import process_reward_model, reward_model
 from llm_trainer.train_configs import RewardConfig, RunConfig, TrainConfig
 
 SHAPE = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -95,6 +95,38 @@ def test_single_answers_have_the_scores_of_the_pairs_sides(judge, tmp_path, caps
     assert f"4 good ones {sum(scores[:4]) / 4:.4f}; 6 bad ones {sum(scores[4:]) / 6:.4f}" in said
 
 
+def test_steps_are_judged_as_the_trainer_judges_them(tokenizer, tmp_path, capsys):
+    torch.manual_seed(0)
+    folder = tmp_path / "judge"
+    model = process_reward_model(build_model(ModelConfig(**SHAPE, max_position_embeddings=64, initializer_range=0.5)))
+    model.save_pretrained(folder)
+    load_tokenizer(tokenizer).save_pretrained(folder)
+    rows = [{"prompt": f"{n}?", "completions": ["one", "two"], "labels": [n > 3, n < 6]} for n in range(8)]
+    steps = write(tmp_path / "steps.jsonl", rows)
+    assert run(folder, steps, "--out", tmp_path / "scores.jsonl") == 0
+    said = capsys.readouterr().out
+    described = TrainConfig(
+        model_config=str(folder),
+        tokenizer=str(tokenizer),
+        file_dataset=str(steps),
+        eval_dataset=str(steps),
+        n_epochs=1,
+        batch_size=4,
+        reward_config=RewardConfig(),
+        run_config=RunConfig(save_dir=str(tmp_path / "run"), precision="fp32", progress=False),
+    )
+    accuracy = RewardTrainer(train_config=described).evaluate()["eval_accuracy"]
+    scores = [one["steps"] for one in read(tmp_path / "scores.jsonl")]
+    both = zip(scores, (row["labels"] for row in rows), strict=True)
+    agree = [[(p > 0.5) is label for p, label in zip(*pair, strict=True)] for pair in both]
+    assert accuracy == pytest.approx(sum(map(sum, agree)) / 16) and 0 < accuracy < 1
+    assert said.startswith(
+        f"8 answers, 16 steps: accuracy {accuracy:.1%}, every step of {sum(map(all, agree)) / 8:.1%}"
+    )
+    assert run(folder, write(tmp_path / "pairs.jsonl", PAIRS)) == 2
+    assert "expected what this model judges: steps rows" in capsys.readouterr().err
+
+
 def test_rows_that_cannot_be_scored_are_counted(judge, tmp_path, capsys):
     rows = [PAIRS[0], PAIRS[1] | {"rejected": "no " * 200}, PAIRS[2] | {"chosen": PAIRS[2]["rejected"]}]
     assert run(judge, write(tmp_path / "pairs.jsonl", rows), "--out", tmp_path / "scores.jsonl") == 0
@@ -120,7 +152,7 @@ def test_other_models_and_files_are_refused(judge, tokenizer, tmp_path, capsys):
         (tmp_path / "writes", pairs, "found Qwen3ForCausalLM, expected a reward model"),
         (tmp_path / "classifies", pairs, "found a classifier with 2 labels, expected one"),
         (tmp_path / "nowhere", pairs, "nowhere: no such folder"),
-        (judge, texts, "found rows of kind 'text'; expected answers"),
+        (judge, texts, "found rows of kind 'text'; expected what this model judges: chat or"),
         (judge, write(tmp_path / "asks.jsonl", [{"messages": asks}]), "asks.jsonl:1: found no assistant turn"),
         (judge, write(tmp_path / "mute.jsonl", [{"messages": [*asks, mute]}]), "mute.jsonl:1: found no answer in it"),
     ):

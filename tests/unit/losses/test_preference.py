@@ -5,15 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llm_trainer.losses.pairs import Pairs, pairs_from_tokens, sequence_logps
 from llm_trainer.losses.preference import (
     BATCH_COUPLED,
     F_DIVERGENCES,
     PAIR_LOSSES,
-    Pairs,
     PreferenceLoss,
-    pairs_from_tokens,
     resolve_loss_type,
-    sequence_logps,
 )
 
 Tokens = dict[str, torch.Tensor]

@@ -128,6 +128,34 @@ def test_operator_against_sdpa(dtype: torch.dtype, lengths: tuple[int, ...], mon
         torch.testing.assert_close(gradient.double(), value, rtol=limit, atol=limit * value.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_branch_sees_what_it_goes_on_from(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents with no, one and two branches, beside a dense mask; positions that name no prefix begin a document."""
+    monkeypatch.setattr(attention, "BLOCK_ROWS", 3)
+    runs = [(0, 6), (2, 9), (6, 11), (0, 5), (0, 7), (3, 4), (9, 12)]  # positions from, to
+    positions = torch.cat([torch.arange(*run) for run in runs])[None]
+    mask = torch.zeros(positions.numel(), positions.numel(), dtype=torch.bool)
+    lengths, starts = [b - a for a, b in runs], [0]
+    for length in lengths[:-1]:
+        starts.append(starts[-1] + length)
+    for i, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        mask[start : start + length, start : start + length] = torch.ones(length, length).tril().bool()
+        prefix, of = {1: (2, 0), 2: (6, 0), 5: (3, 4)}.get(i, (0, 0))
+        mask[start : start + length, starts[of] : starts[of] + prefix] = True
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((1, 4, len(mask), 8), (1, 2, len(mask), 8), (1, 2, len(mask), 8))
+    inputs = [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    upstream = torch.randn(shapes[0], generator=generator).to(dtype)
+    ours, _ = document_attention(*inputs, positions, 0.3)
+    theirs = F.scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3, enable_gqa=True)
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(ours.double(), theirs, rtol=limit, atol=limit)
+    gradients = torch.autograd.grad(ours, inputs, upstream)
+    for gradient, value in zip(gradients, torch.autograd.grad(theirs, exact, upstream.double()), strict=True):
+        torch.testing.assert_close(gradient.double(), value, rtol=limit, atol=limit * value.abs().max().item())
+
+
 def test_operator_is_what_torch_compile_expects() -> None:
     query, key, value = torch.randn(3, 2, 2, 6, 4).requires_grad_().unbind(0)
     leaves = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value)]

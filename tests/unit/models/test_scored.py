@@ -122,6 +122,22 @@ def test_soft_capped_logits_take_the_plain_path_and_gpt2_the_chunked_one() -> No
     torch.testing.assert_close(wrapped(**padded_batch()).logprobs, as_plain(gpt2)(**padded_batch()).logprobs)
 
 
+def test_logits_that_the_model_casts_are_still_those_of_the_head() -> None:
+    class Casting(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.inner, self.scale = tiny_model().to(torch.bfloat16), scale
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            return self.inner(input_ids, attention_mask=attention_mask).logits.float() * self.scale
+
+    model, batch = Casting(1.0), padded_batch()
+    wrapped = scored(model)
+    assert wrapped._split is not None
+    torch.testing.assert_close(wrapped(**batch).logprobs, as_plain(model)(**batch).logprobs, rtol=1e-2, atol=1e-2)
+    assert scored(Casting(2.0))._split is None
+
+
 def test_wrapping_leaves_the_model_as_it_was() -> None:
     model = tiny_model().train()
     model.model.layers[0].eval()
@@ -170,6 +186,7 @@ def test_inside_ddp(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # in a part of torch that its compiler imports
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_backbone_gives_the_same_scores_on_every_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()

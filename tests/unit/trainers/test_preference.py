@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from llm_trainer import DPOTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.schema import ModelConfig, MoeConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.frozen import same_weights
-from llm_trainer.trainers.completions import join
+from llm_trainer.trainers.completions import as_rows, join, share_prompts, supervised
 from llm_trainer.trainers.preference import StartError
 
 Batch = dict[str, torch.Tensor]
@@ -26,7 +26,7 @@ SHAPE: dict[str, Any] = {
 
 def tiny(seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    return build_model(ModelConfig(**SHAPE, **changes))
+    return build_model(ModelConfig(**SHAPE | changes))
 
 
 def padded(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +123,69 @@ def test_flat_and_padded_batches_give_the_same_loss(options: dict[str, Any], tmp
     torch.testing.assert_close(loss_of(made, flat_of(joined)), loss_of(made, joined), rtol=1e-5, atol=1e-6)
 
 
+def alike_batch() -> Batch:
+    """Pairs whose answers begin alike, one of them behind a prompt of one token and one with an answer of one."""
+    batch = pairs_batch(3)
+    batch["rejected_input_ids"][:, :2] = batch["chosen_input_ids"][:, :2]
+    batch["prompt_attention_mask"][0, 1:] = 0
+    batch["rejected_attention_mask"][1, 1:] = 0
+    return batch
+
+
+def test_a_shared_prompt_is_there_once_and_nothing_else_is_lost() -> None:
+    rows = join(alike_batch(), ("chosen", "rejected"))
+    shared = share_prompts(rows)
+    prompts = alike_batch()["prompt_attention_mask"].sum(1)
+    assert shared["input_ids"].numel() == rows["attention_mask"].sum() - (prompts - 1).sum()
+    assert shared["repeats"].sum() == rows["attention_mask"].sum()
+    assert shared["position_ids"].max() == rows["attention_mask"].sum(1).max() - 1
+    labels, wanted = (as_rows(r["labels"], r)[supervised(r)] for r in (shared, rows))
+    assert torch.equal(labels, wanted)
+    for name, value in share_prompts(flat_of(rows)).items():
+        assert torch.equal(value, shared[name]), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("qwen3", {}),
+        ("llama", {"loss_type": "orpo", "mask_prompt": False}),
+        ("llama", {"loss_type": "ld_dpo"}),
+        ("qwen3_moe", {"loss_type": {"ipo": 1.0, "sft": 0.3}, "aux_loss_coef": 0.5}),
+    ],
+)
+def test_shared_prompts_change_no_number(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
+    moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    shape: dict[str, Any] = {
+        "architecture": architecture,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.3,
+        "moe": moe if architecture == "qwen3_moe" else None,
+    }
+    model, reference = tiny(**shape), tiny(1, **shape)
+    for batch in (pairs_batch(5), pairs_batch(1), alike_batch()):
+        found = []
+        for share in (True, False):
+            made = trainer(tmp_path, [], model, ref_model=reference, share_prompts=share, **options)
+            assert made.shares_prompts is share
+            model.zero_grad()
+            loss = loss_of(made, batch)
+            loss.backward()
+            found.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5 * float(found[1][1].abs().max()))
+
+
+def test_prompts_are_repeated_where_attention_knows_no_branches(tmp_path: Path) -> None:
+    eager = tiny()
+    eager.set_attn_implementation("eager")
+    assert trainer(tmp_path, []).shares_prompts
+    unshared = trainer(tmp_path, [], eager)
+    assert not unshared.shares_prompts and unshared._get_extra_config_info()["prompts"] == "repeated"
+    assert not trainer(tmp_path, [], ref_model=eager).shares_prompts
+
+
 def test_the_reference_is_a_frozen_copy_and_the_first_loss_is_ln_2(tmp_path: Path) -> None:
     batches = [pairs_batch(seed=i) for i in range(3)]
     made = trainer(tmp_path, batches, val_loader=batches)
@@ -164,7 +227,7 @@ def test_given_log_probs_replace_the_reference(tmp_path: Path) -> None:
     batch, reference = pairs_batch(), tiny(1)
     held = trainer(tmp_path, [], ref_model=reference)
     prepared = held._prepare_batch(batch)
-    chosen, rejected = prepared["ref_logprobs"].sum(1).chunk(2)
+    chosen, rejected = as_rows(prepared["ref_logprobs"], prepared).sum(1).chunk(2)
     given = trainer(tmp_path, [], ref_log_probs_given=True)
     assert given.reference is None
     found = loss_of(given, batch | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
@@ -193,6 +256,27 @@ def test_the_nll_term_can_count_the_prompt(tmp_path: Path) -> None:
         terms[mask_prompt] = made._nll_terms_per_pair * 3
     assert terms[True] == batch["chosen_attention_mask"].sum()
     assert terms[False] == batch["chosen_attention_mask"].sum() + batch["prompt_attention_mask"].sum() - 3
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_token_budget_cuts_between_pairs_and_changes_no_step(left: bool, tmp_path: Path) -> None:
+    batches = [pairs_batch(4, seed=i, left=left) for i in range(2)]
+    norms, micro_batches = [], []
+    for budget in (None, 40):
+        made = trainer(tmp_path, batches, tiny(), ref_model=tiny(1), grad_accum_steps=2, micro_batch_tokens=budget)
+        micro_batches += [step for step, _ in made.run.source.steps(0, 0)]
+        norms.append(made.train()["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert len(micro_batches[0]) == 2 < len(micro_batches[1])
+    assert sum(len(batch["prompt_input_ids"]) for batch in micro_batches[1]) == 8
+    for batch in micro_batches[1]:
+        rows = join(batch, ("chosen", "rejected"))["input_ids"]
+        assert rows.numel() <= 40 or len(rows) == 2
+    joined = [join(batch, ("chosen", "rejected")) for batch in batches]
+    with pytest.raises(ValueError, match="in joined pairs .found input_ids, .* chosen and rejected are rows apart"):
+        trainer(tmp_path, joined, micro_batch_tokens=40).train()
+    with pytest.raises(ValueError, match="found a batch laid flat"):
+        trainer(tmp_path, [flat_of(one) for one in joined], micro_batch_tokens=40).train()
 
 
 def test_bco_compares_with_the_rewards_of_earlier_steps_and_resumes_there(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from llm_trainer import RewardTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
-from llm_trainer.models.rewarding import Rewarding, reward_model
-from llm_trainer.trainers.completions import join
+from llm_trainer.models.rewarding import Rewarding, load_reward_model, process_reward_model, reward_model
+from llm_trainer.trainers.completions import join, share_prompts
 
 Batch = dict[str, torch.Tensor]
 
@@ -84,6 +84,98 @@ def test_margins_count_unless_they_are_ignored(tmp_path: Path) -> None:
         prepared = made._prepare_batch(batch)
         losses.append(float(made._compute_loss(made._forward(prepared), prepared).detach()))
     assert losses[0] > losses[1] + 1
+
+
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+def test_layouts_and_shared_prompts_change_no_reward(attention: str, tmp_path: Path) -> None:
+    language = tiny()
+    language.set_attn_implementation(attention)
+    model = reward_model(language)
+    rows = join(pairs(5, 0), ("chosen", "rejected"))
+    mask = rows["attention_mask"].bool()
+    flat = {name: rows[name][mask][None] for name in ("input_ids", "labels")}
+    flat |= {"document_lengths": mask.sum(1), "position_ids": (mask.cumsum(1) - 1)[mask][None]}
+    found = []
+    for batch, share in ((rows, False), (flat, False), (rows, True), (flat, True)):
+        made = RewardTrainer(
+            model=model,
+            optimizer=configure_optimizer(model=model, lr=1e-2),
+            train_loader=[],
+            device="cpu",
+            use_amp=False,
+            save_dir=str(tmp_path),
+            share_prompts=share,
+        )
+        assert made.shares_prompts is (share and attention == "blocked")
+        found.append(made._forward(made._prepare_batch(batch)))
+        torch.testing.assert_close(found[-1], found[0], rtol=1e-5, atol=1e-6)
+    assert share_prompts(rows)["input_ids"].numel() < flat["input_ids"].numel()
+
+
+def steps(size: int, seed: int) -> Batch:
+    """Three steps of four tokens behind a prompt of five; a right step consists of the ids 40 to 63, a wrong one of 3 to 39."""
+    noise = torch.Generator().manual_seed(seed)
+    right = torch.rand(size, 3, generator=noise) < 0.5
+    low = torch.where(right, 40, 3).repeat_interleave(4, 1)
+    answers = low + torch.randint(0, 24, (size, 12), generator=noise)
+    ids = torch.cat([torch.randint(3, 64, (size, 5), generator=noise), answers], 1)
+    labels = torch.full(ids.shape, -100.0)
+    labels[:, 8::4] = right.float()
+    mask = torch.ones_like(ids)
+    mask[0, 13:], labels[0, 13:] = 0, -100.0
+    return {"input_ids": ids, "attention_mask": mask, "step_labels": labels}
+
+
+def test_steps_are_judged_and_the_folder_is_one_that_transformers_reads(tmp_path: Path) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    model = process_reward_model(tiny(), pad_token_id=0)
+    trainer = RewardTrainer(
+        model=model,
+        optimizer=configure_optimizer(model=model, lr=1e-2),
+        train_loader=[steps(8, seed) for seed in range(16)],
+        val_loader=[steps(16, 99)],
+        device="cpu",
+        max_epochs=2,
+        use_amp=False,
+        save_dir=str(tmp_path),
+        progress=False,
+    )
+    assert trainer._loss_weight(steps(8, 0)) == 8 * 3 - 1
+    before = trainer.evaluate()["eval_accuracy"]
+    assert trainer.train()["eval_accuracy"] > 0.9 > before
+    saved = AutoModelForTokenClassification.from_pretrained(tmp_path / "model").eval()
+    batch = steps(4, 7)
+    with torch.no_grad():
+        theirs = saved(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+        ours = trainer._forward(batch)
+    judged = batch["step_labels"] != -100
+    torch.testing.assert_close(ours[judged], theirs[judged])
+    assert type(load_reward_model(tmp_path / "model")) is type(saved)
+
+
+def test_a_step_counts_the_same_however_the_batches_are_cut(tmp_path: Path) -> None:
+    whole = steps(6, 0)
+    parts = [{name: value[rows] for name, value in whole.items()} for rows in (slice(0, 1), slice(1, 6))]
+    norms = []
+    for batches in ([whole], parts):
+        model = process_reward_model(tiny())
+        made = RewardTrainer(
+            model=model,
+            optimizer=configure_optimizer(model=model, lr=1e-2),
+            train_loader=batches,
+            device="cpu",
+            max_epochs=1,
+            grad_accum_steps=len(batches),
+            use_amp=False,
+            log_interval=1,
+            save_dir=str(tmp_path / str(len(batches))),
+            save_interval=0,
+            progress=False,
+        )
+        torch.nn.init.constant_(made.base_model.score.weight, 0.1)
+        norms.append(made.train()["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 def test_other_models_are_refused() -> None:

@@ -1,5 +1,6 @@
 """KTOTrainer: one KL per optimizer step, however it is cut, and no batch size or sampler order that breaks it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_learning_tells_good_answers_from_bad_ones(tmp_path: Path) -> None:
     made = trainer(tmp_path, batches, max_epochs=8, val_loader=batches, ref_model=None)
     values = made.train()
     assert values["eval_rewards/chosen"] > 0.1 > -0.1 > values["eval_rewards/rejected"]
+
+
+def test_the_margin_is_that_of_the_whole_step(tmp_path: Path) -> None:
+    """Micro-batches with three and one good answers: the mean of their own margins would be another number."""
+    batches = [batch_of([0, 2, 4, 1]), batch_of([3, 5, 7, 6]), batch_of([0, 2]), batch_of([4, 6])]
+    trainer(tmp_path, batches, grad_accum_steps=2).train()
+    lines = (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()
+    first, second = [row for row in map(json.loads, lines) if "loss" in row]
+    assert first["rewards/margins"] == pytest.approx(first["rewards/chosen"] - first["rewards/rejected"], rel=1e-5)
+    assert first["rewards/margins"] != 0 and "rewards/margins" not in second  # only good answers
+
+
+def test_a_rank_without_rows_counts_none_in_the_numbers_that_the_others_sum(tmp_path: Path) -> None:
+    made = trainer(tmp_path, [], loss_type="apo_zero_unpaired")
+    made._begin_step([batch_of([0, 1])], [0.0], lambda numbers: numbers)
+    assert made._num_of_kind.tolist() == [0.0, 0.0] and made._num_of_kind.dtype == torch.float32
 
 
 def test_a_joined_batch_must_bring_its_mismatched_pairs(tmp_path: Path) -> None:
