@@ -1,8 +1,9 @@
 """What is about to happen, on one screen, before the first step; and what a step costs."""
 
 import time
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -39,16 +40,41 @@ def peak_flops(engine: Engine) -> float:
     return _measured_peak(engine.device, dtype)
 
 
-def flops_per_token(run: "Run") -> float | None:
-    """Training FLOPs of one token; None for modules that are no transformers language model."""
-    from transformers import PreTrainedModel
+@dataclass(frozen=True)
+class Size:
+    """What is trained, counted before an engine takes it apart.
 
-    from llm_trainer.models.build import flops_per_token as of_model
+    Attributes:
+        parameters: all of them, tied ones once.
+        trained: those with gradients.
+        bytes: of all.
+        trained_bytes: of those with gradients.
+        flops_per_token: of a training step; None for modules that are no transformers language model.
+    """
 
-    model = run.trainer.base_model
-    if not isinstance(model, PreTrainedModel):
-        return None
-    return of_model(model, _mean_row_length(run) or 1)
+    parameters: int
+    trained: int
+    bytes: int
+    trained_bytes: int
+    flops_per_token: float | None
+
+    @classmethod
+    def of(cls, run: "Run") -> Self:
+        """The size of a run's model."""
+        from transformers import PreTrainedModel
+
+        from llm_trainer.models.build import flops_per_token
+
+        model = run.trainer.base_model
+        every, trained = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
+        flops = flops_per_token(model, _mean_row_length(run) or 1) if isinstance(model, PreTrainedModel) else None
+        return cls(
+            parameters=sum(p.numel() for p in every),
+            trained=sum(p.numel() for p in trained),
+            bytes=sum(p.numel() * p.element_size() for p in every),
+            trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+            flops_per_token=flops,
+        )
 
 
 def _mean_row_length(run: "Run") -> int | None:
@@ -66,11 +92,13 @@ def _human(count: float, unit: str = "") -> str:
 
 def expected_memory(run: "Run") -> dict[str, float]:
     """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where their formula is known."""
-    model = run.trainer.base_model
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     slots = 2 if {"betas"} <= run.trainer.optimizer.defaults.keys() else 1
-    memory: dict[str, float] = {"weights": weights, "gradients": trained, "optimizer": slots * trained}
+    whole = {
+        "weights": run.size.bytes,
+        "gradients": run.size.trained_bytes,
+        "optimizer": slots * run.size.trained_bytes,
+    }
+    memory = {name: size * part for (name, size), part in zip(whole.items(), run.engine.parts(), strict=True)}
     activations = _expected_activations(run)
     return memory if activations is None else memory | {"activations": activations}
 
@@ -110,8 +138,7 @@ def _batch_equation(run: "Run") -> str:
 def screen(run: "Run") -> str:
     """Model, batch-size equation, steps, precision, expected memory, data, and where things go."""
     trainer, model = run.trainer, run.trainer.base_model
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, trained = run.size.parameters, run.size.trained
     memory = expected_memory(run)
     parts = ", ".join(f"{name} {_human(size, 'B')}" for name, size in memory.items())
     steps = run.total_steps()

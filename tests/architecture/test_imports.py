@@ -32,7 +32,10 @@ MAY_IMPORT = {
     "hooks": {"engine", "loop"},
     "progress": set(),
     "snapshot": {"checkpoint", "engine", "progress"},
-    "run": {"progress", "loop", "guards", "snapshot", "hooks", "engine", "metrics", "checkpoint", "data", "config"},
+    "run": {
+        *("preflight", "progress", "loop", "guards", "snapshot", "hooks"),
+        *("engine", "metrics", "checkpoint", "data", "config"),
+    },
     "plan": {"config", "losses"},
     "preflight": {"engine", "data", "plan"},
     "cli": {"config", "data"},

@@ -12,6 +12,7 @@ import typer
 from llm_trainer.cli import data
 from llm_trainer.cli.chat import chat
 from llm_trainer.cli.compare import compare
+from llm_trainer.cli.plan import plan
 from llm_trainer.cli.score import score
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def _spread_out(config: TrainConfig, arguments: list[str]) -> None:
 
     machine = launch.Machine.look()
     if machine.num_gpus > 1:
-        plan = launch.make_plan(["-m", "llm_trainer.cli.main", *arguments], machine, launch.Nodes())
+        target = ["-m", "llm_trainer.cli.main", *arguments]
+        plan = launch.make_plan(target, machine, launch.Nodes(), engine=launch.engine_of(config))
         print(f"found {machine}: {launch.NAMES[plan.kind]}, because {plan.reason}", file=sys.stderr)
         launch.start(plan)
 
@@ -165,6 +167,7 @@ def plot(
 
 
 app.command()(chat)
+app.command()(plan)
 app.command()(score)
 app.command()(compare)
 app.add_typer(data.app, name="data")

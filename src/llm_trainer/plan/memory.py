@@ -1,0 +1,237 @@
+"""What one device holds at the worst moment of a training step, in bytes.
+
+The activations of a layer follow Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1: add up what each operation
+keeps for its backward), for the layers that are trained here: RMSNorm computed in fp32, grouped queries, rotary
+positions, attention that keeps no matrix of scores (Dao et al. 2022, arXiv:2205.14135), SwiGLU. States of the sharded
+strategies follow Rajbhandari et al. 2020 (arXiv:1910.02054, section 3 and figure 1).
+`benchmarks/plan_error.py` compares with what PyTorch allocates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from llm_trainer.losses.chunked import CHUNK_BYTES, PRODUCT_BYTES
+from llm_trainer.plan.shapes import Job, Shape
+
+# DeepSpeed's defaults, in elements (deepspeed.ai/docs/config-json): gradients travel in buckets of this many, and ZeRO-3
+# keeps at most so many gathered parameters.
+ZERO_BUCKET = 5e8
+ZERO3_LIVE = 1e9
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How states are spread over devices.
+
+    Attributes:
+        name: what users call it.
+        optimizer, gradients, weights: which of them each device holds only its share of.
+        is_zero: DeepSpeed with 16-bit weights and fp32 copies in the optimizer (`ds_config.bf16_config`).
+    """
+
+    name: str
+    optimizer: bool
+    gradients: bool
+    weights: bool
+    is_zero: bool
+
+
+ONE = Strategy("one GPU", False, False, False, False)
+DDP = Strategy("DDP", False, False, False, False)
+ZERO1 = Strategy("ZeRO-1", True, False, False, True)
+ZERO2 = Strategy("ZeRO-2", True, True, False, True)
+ZERO3 = Strategy("ZeRO-3", True, True, True, True)
+FSDP2 = Strategy("FSDP2", True, True, True, False)
+STRATEGIES = (DDP, ZERO1, ZERO2, ZERO3, FSDP2)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by purpose, at one moment.
+
+    Attributes:
+        weights: of the trained model, with fp32 copies of 16-bit ones, and 16-bit copies of fp32 ones.
+        gradients: of all weights.
+        optimizer: state.
+        activations: kept for the backward, and what the layer at work needs besides.
+        head: logits, their gradient, and the gradient of the vocabulary matrix.
+        buffers: what is gathered from other devices or on its way to them.
+        frozen: a reference or a teacher.
+    """
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    head: float = 0.0
+    buffers: float = 0.0
+    frozen: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes per value of activations: `product` where it enters a matrix product, `residual` between the layers.
+
+    Autocast keeps what lies between the layers in fp32; 16-bit weights (FSDP2, ZeRO) make that 16-bit too.
+    """
+
+    product: int
+    residual: int
+
+    @classmethod
+    def of(cls, strategy: Strategy, precision: str) -> "Widths":
+        """As `strategy` computes in `precision`."""
+        if precision == "fp32":
+            return cls(4, 4)
+        return cls(2, 2 if strategy.weights or strategy.is_zero else 4)
+
+    @property
+    def cast(self) -> bool:
+        """Whether autocast copies what enters a product."""
+        return self.product != self.residual
+
+
+def layer_activations(shape: Shape, w: Widths) -> float:
+    """Bytes per token that one layer keeps for its backward.
+
+    With D the width, Q and K all query and all key heads together, F the feed-forward width, e and r the bytes of
+    products and residuals:
+
+    * each of two norms: its input in fp32, 4 D; normalised, r D; the result, e D, once for each product that autocast
+      copies it for (query, key, value; gate, up), else once for all;
+    * queries and keys, normalised (Qwen3): in fp32, normalised, rotated, (4 + 2 e) (Q + K); else e (Q + K);
+    * values and attention's output e (K + Q), its normaliser 4 per head; statistics of the norms 4 each;
+    * feed-forward: gate, its SiLU, up, their product, 4 e F. With k experts also the gathered inputs, e k D, and the
+      outputs before and after their weights, 2 e k D.
+    """
+    d, e, r = shape.hidden_size, w.product, w.residual
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    norms = 2 * (4 + r) * d + (5 if w.cast else 2) * e * d
+    rotated = (4 + 2 * e if shape.normed_heads else e) * (queries + keys)
+    statistics = 4.0 * (2 + shape.num_heads + (shape.num_heads + shape.num_kv_heads) * shape.normed_heads)
+    experts = 3 * e * shape.experts_per_token * d
+    return norms + rotated + e * (keys + queries) + statistics + 4 * e * shape.intermediate_size + experts
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is decided about one micro-batch.
+
+    Attributes:
+        tokens: positions of it.
+        checkpointing: only the inputs of layers are kept, and one layer at a time is computed again.
+        chunked: the head takes a few rows at a time; otherwise all logits exist at once, as in a plain loop.
+        accumulates: gradients of earlier micro-batches are there already.
+    """
+
+    tokens: int
+    checkpointing: bool = False
+    chunked: bool = True
+    accumulates: bool = False
+
+
+def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
+    """Bytes of the head while the loss is computed, and those that remain until the backward of the last layer.
+
+    Chunked: a chunk of logits, its gradient, the slices of the weight's gradient and that gradient in fp32; of every
+    token the hidden state, its copy for the product, and the gradients of both. Whole: the log-softmax of fp32 logits
+    and the gradients of both.
+    """
+    table, e, r = shape.vocabulary_parameters, w.product, w.residual
+    if not job.has_head:
+        return 0.0, 0.0
+    after = step.tokens * r * shape.hidden_size + (4 if r == 4 else 2) * table
+    if not step.chunked:
+        return 12.0 * step.tokens * shape.vocab_size + e * table * w.cast, after
+    logits = step.tokens * shape.vocab_size * e
+    chunk = logits / max(1, -(-logits // CHUNK_BYTES))  # chunks are of equal size
+    per_token = (2 * r + 2 * e if w.cast else r + e) * shape.hidden_size
+    casts = e * table * (w.cast or r == 2)  # of the weight before, or of its gradient after
+    # After the loss comes a teacher: both models' logits of a chunk in fp32 and what lies between them.
+    buffers = max(2 * chunk + PRODUCT_BYTES / 2 * e, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
+    gradients = 4 * table * (2 if job.teacher_chunk else 1)
+    fixed = buffers + gradients + casts
+    return step.tokens * per_token + fixed, after
+
+
+def _states(shape: Shape, job: Job, strategy: Strategy, devices: int) -> tuple[Memory, float]:
+    """Weights, optimizer and frozen models, which are always there, and the gradients of all weights once they are."""
+    n, precise = shape.num_parameters, job.precision == "fp32"
+    share = {True: 1 / devices, False: 1.0}
+    each = 2 if strategy.is_zero and not precise else 4
+    weights = each * n * share[strategy.weights]
+    if strategy.is_zero and not precise:
+        weights += 4 * n / devices  # the fp32 copies
+    elif not strategy.weights and not precise:
+        weights += 2 * shape.product_parameters  # what autocast copies stays until the end of the backward
+    states = Memory(
+        weights=weights,
+        optimizer=job.state_bytes * share[strategy.optimizer],
+        frozen=job.frozen_bytes * share[strategy is FSDP2],
+    )
+    return states, each * n * share[strategy.gradients]
+
+
+def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulates: bool) -> tuple[float, float, float]:
+    """Bytes that exist only because there are several devices: in the head, and in the backward of layers and embedding.
+
+    FSDP2: the whole embedding and head; in the backward of the layers two whole layers (the next one is on its way), the
+    gradient of one and the fp32 sum that is exchanged; at its end those of embedding and head, whose sum stays until the
+    step's last micro-batch and is added to that of the micro-batches before. ZeRO-2 and 3: two buckets
+    of gradients, one being filled while one travels, and for ZeRO-3 the gathered parameters. DDP's buckets are the
+    gradients themselves.
+    """
+    if devices == 1 or not strategy.gradients:
+        return 0.0, 0.0, 0.0
+    n, e = shape.num_parameters, 4 if job.precision == "fp32" else 2
+    if strategy.is_zero:
+        buckets = 2 * e * min(n, ZERO_BUCKET) + (e * min(n, ZERO3_LIVE) if strategy.weights else 0.0)
+        return buckets, buckets, buckets
+    layer, outside = shape.layer_parameters, n - shape.num_layers * shape.layer_parameters
+    stays, share = 4 * outside * accumulates, 4 * outside / devices * accumulates
+    in_layers = e * (outside + 2 * layer) + (e + 4) * layer
+    return e * outside + stays, in_layers + stays, (2 * e + 4) * outside + stays + share
+
+
+def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step) -> Iterator[Memory]:
+    """The moments of a step at which memory may peak: the head, the backward of the last layer, that of the first layer,
+    that of the embedding, the update.
+    """
+    w = Widths.of(strategy, job.precision)
+    states, gradients = _states(shape, job, strategy, devices)
+    in_head, in_layers, in_embedding = _buffers(shape, job, strategy, devices, step.accumulates)
+    r, d, table = w.residual, shape.hidden_size, shape.vocabulary_parameters
+    layer = layer_activations(shape, w) * step.tokens
+    kept = (r * d * step.tokens if step.checkpointing else layer) * shape.num_layers
+    outer = (4 + 2 * r) * d * step.tokens + 24.0 * step.tokens  # around the last norm; token ids, labels, mask
+    at_work = (2 * w.product * shape.intermediate_size + 2 * r * d) * step.tokens + layer * step.checkpointing
+    head, after_head = _head(shape, job, w, step)
+    there = gradients if step.accumulates or strategy.is_zero or strategy is DDP else 0.0  # DDP's buckets stay
+
+    def at(activations: float, head: float, gradients: float, buffers: float) -> Memory:
+        return Memory(states.weights, gradients, states.optimizer, activations, head, buffers, states.frozen)
+
+    yield at(kept + outer, head, there, in_head)
+    yield at(kept + at_work, after_head, there, in_layers)
+    first = (r * d * step.tokens if step.checkpointing else layer) + at_work
+    shared = shape.tied and job.has_head  # the head's gradient waits for the embedding's
+    missing = (shape.layer_parameters + table * (not shared)) / shape.num_parameters  # of the gradients, so far
+    twice = 4.0 * table if there or shared else 0.0  # the embedding's, before it is added
+    held = 0.0
+    if strategy is FSDP2:  # the head's is sharded together with the embedding's
+        held = float(w.product * table * job.has_head)
+        twice = held if shared else 0.0
+    yield at(first, held, there or gradients * (1 - missing), in_layers)
+    yield at(r * d * step.tokens, twice, gradients, in_embedding)
+    update = 4 * shape.num_parameters / devices if strategy.is_zero and job.precision != "fp32" else 0.0
+    yield at(0.0, 0.0, gradients + update, 0.0)
+
+
+def peak(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step) -> Memory:
+    """The worst of `moments`."""
+    return max(moments(shape, job, strategy, devices, step), key=lambda memory: memory.total)

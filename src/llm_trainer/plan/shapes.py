@@ -1,0 +1,152 @@
+"""The numbers of a model, of the job it is trained in, and of the optimizer, that a plan is made from."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from llm_trainer.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer as arithmetic sees it.
+
+    Attributes:
+        num_parameters: all, tied ones once.
+        layer_parameters: of the largest layer.
+        product_parameters: in matrices of the layers, which autocast copies to 16 bit.
+        num_layers, hidden_size, num_heads, num_kv_heads, head_dim, vocab_size: as in its configuration.
+        intermediate_size: width that a token passes in a feed-forward layer (of a mixture of experts: of those chosen).
+        experts_per_token: 0 without experts.
+        normed_heads: queries and keys are normalised (Qwen3).
+        tied: the head is the embedding matrix.
+    """
+
+    num_parameters: int
+    layer_parameters: int
+    product_parameters: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    experts_per_token: int
+    normed_heads: bool
+    tied: bool
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Of one vocabulary table `[V, D]`."""
+        return self.vocab_size * self.hidden_size
+
+
+def shape_of(model: "PreTrainedModel") -> Shape:
+    """The shape of a transformers language model, which may live on the meta device.
+
+    Raises:
+        ConfigError: it has no stack of equal blocks, so that nothing is known about its activations.
+    """
+    from torch import nn
+
+    blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(blocks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
+    c = model.config.get_text_config()
+    if layers is None or len(layers) != c.num_hidden_layers:
+        raise ConfigError(
+            f"model_config: {type(model).__name__} has no single stack of layers; plan cannot describe it"
+        )
+    values = c.to_dict()
+    chosen = values.get("num_experts_per_tok") or 0
+    width = values["moe_intermediate_size"] * chosen if chosen else values.get("intermediate_size") or 4 * c.hidden_size
+    return Shape(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        product_parameters=sum(p.numel() for p in layers.parameters() if p.ndim > 1),
+        num_layers=len(layers),
+        hidden_size=c.hidden_size,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=values.get("num_key_value_heads") or c.num_attention_heads,
+        head_dim=values.get("head_dim") or c.hidden_size // c.num_attention_heads,
+        intermediate_size=width,
+        vocab_size=cast("torch.Tensor", model.get_input_embeddings().weight).shape[0],
+        experts_per_token=chosen,
+        normed_heads=any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters()),
+        tied=bool(values.get("tie_word_embeddings")),
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one device does per optimizer step, whatever the strategy.
+
+    Attributes:
+        row_tokens: positions of a row, padding included.
+        rows: rows of a step on one device (batch size times accumulation).
+        rows_per_sample: sequences per row of data: 2 for pairs of answers.
+        flops_per_token: of training, forward and backward of the trained model.
+        frozen_flops_per_token: of the forward of reference or teacher.
+        frozen_bytes: weights of reference or teacher, which every device holds whole.
+        state_bytes: of the optimizer, for all parameters.
+        precision: fp32, bf16 or fp16.
+        has_head: the vocabulary head runs (not in reward models).
+        teacher_chunk: elements of the logits at a time that a student is compared with a teacher on; 0: no teacher.
+    """
+
+    row_tokens: int
+    rows: int
+    rows_per_sample: int
+    flops_per_token: float
+    state_bytes: float
+    precision: str = "bf16"
+    frozen_flops_per_token: float = 0.0
+    frozen_bytes: float = 0.0
+    has_head: bool = True
+    teacher_chunk: int = 0
+
+    @property
+    def sample_tokens(self) -> int:
+        """Positions of one row of data with all its sequences."""
+        return self.row_tokens * self.rows_per_sample
+
+
+def optimizer_bytes(name: str, momentum: float, model: "PreTrainedModel") -> float:
+    """Bytes of the state that the optimizer called `name` (a key of `optim.OPTIMIZERS`) keeps, in fp32.
+
+    Two values per parameter for Adam, one for lion and for sgd with momentum; muon one for the matrices of the layers
+    and Adam's two for the rest; adafactor a row and a column for each matrix.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    tables = {
+        id(p)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+        for p in module.parameters()
+    }
+
+    def total(values: Iterable[float]) -> float:
+        return 4.0 * sum(values)
+
+    match name.lower():
+        case "adam" | "adamw":
+            return total(2 * p.numel() for _, p in trained)
+        case "lion":
+            return total(p.numel() for _, p in trained)
+        case "sgd":
+            return total(p.numel() for _, p in trained) if momentum else 0.0
+        case "muon":
+            return total(p.numel() * (1 if p.ndim == 2 and id(p) not in tables else 2) for _, p in trained)
+        case "adafactor":
+            return total(sum(p.shape[-2:]) * p.shape[:-2].numel() if p.ndim > 1 else p.numel() for _, p in trained)
+    raise ConfigError(
+        f"optim_config.optim_type: got {name!r}, whose state is not known here; expected adam, adamw, lion, sgd, muon or "
+        "adafactor"
+    )

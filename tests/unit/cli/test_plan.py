@@ -1,0 +1,154 @@
+"""`llm-trainer plan`: what it reads from a run, and what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm_trainer.cli.main import main
+from llm_trainer.cli.plan import describe
+from llm_trainer.config.load import load_config
+from llm_trainer.config.schema import ModelConfig
+from llm_trainer.models.build import build_model, flops_per_token, num_parameters
+from llm_trainer.trainers.distill import CHUNK_ELEMENTS
+
+MODEL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+RUN = "{model_config: %s, file_dataset: none.jsonl, batch_size: 4, dataset_block_size: 64, %s: {%s}}"
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    def write(section: str = "sft_config", options: str = "", model: str = json.dumps(MODEL)) -> str:
+        path = tmp_path / f"{section}.yaml"
+        path.write_text(RUN % (model, section, options))
+        return str(path)
+
+    return write
+
+
+def job_of(path: str, name: str, *overrides: str):
+    return describe(load_config(path, overrides), name)[1]
+
+
+def said(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", *arguments])
+    assert exit.value.code == 0
+    return capsys.readouterr().out
+
+
+def planned(capsys, *arguments: str) -> dict:
+    return json.loads(said(capsys, *arguments, "--json"))
+
+
+def test_the_model_and_the_step_are_the_runs_own(run):
+    shape, job = describe(load_config(run(options="gradient_accumulation_steps: 3")), "sft")
+    model = build_model(ModelConfig(**MODEL))
+    assert shape.num_parameters == num_parameters(model)
+    assert (job.row_tokens, job.rows, job.rows_per_sample, job.precision) == (64, 12, 1, "bf16")
+    assert job.flops_per_token == flops_per_token(model, 64)
+    assert job.state_bytes == 8 * num_parameters(model)
+    assert job_of(run(), "sft", "optim_config.optim_type=lion").state_bytes == 4 * num_parameters(model)
+    assert job_of(run(), "sft", "run_config.precision=fp32").precision == "fp32"
+
+
+def test_a_folder_of_a_model_is_read_without_its_weights(run, tmp_path):
+    model = build_model(ModelConfig(**MODEL))
+    model.config.save_pretrained(tmp_path / "model")
+    shape, _ = describe(load_config(run(model=str(tmp_path / "model"))), "sft")
+    assert shape.num_parameters == num_parameters(model)
+
+
+def test_pairs_and_references(run):
+    dpo, parameters = job_of(run("dpo_config"), "dpo"), num_parameters(build_model(ModelConfig(**MODEL)))
+    assert (dpo.rows_per_sample, dpo.sample_tokens) == (2, 128)
+    assert dpo.frozen_bytes == 4 * parameters
+    assert dpo.frozen_flops_per_token == pytest.approx(dpo.flops_per_token / 3)
+    assert job_of(run("dpo_config", "loss_type: simpo"), "dpo").frozen_bytes == 0
+    assert job_of(run("dpo_config", "precompute_ref_log_probs: true"), "dpo").frozen_bytes == 0
+    kto = job_of(run("kto_config"), "kto")
+    assert (kto.rows_per_sample, kto.frozen_bytes) == (1, 4 * parameters)
+    assert kto.frozen_flops_per_token == pytest.approx(kto.flops_per_token)
+
+
+def test_a_reward_model_has_no_vocabulary_head(run):
+    reward, sft = job_of(run("reward_config"), "reward"), job_of(run(), "sft")
+    assert not reward.has_head and reward.rows_per_sample == 2
+    assert sft.flops_per_token - reward.flops_per_token == 6 * 32 * (100 - 1)  # one number instead
+    shape, _ = describe(load_config(run("reward_config")), "reward")
+    assert shape.num_parameters == num_parameters(build_model(ModelConfig(**MODEL))) + 32
+
+
+def test_a_teacher_is_held_in_16_bits(run, tmp_path):
+    teacher = build_model(ModelConfig(**MODEL | {"num_hidden_layers": 4}))
+    teacher.config.save_pretrained(tmp_path / "teacher")
+    job = job_of(run(options=f"kd_config: {{teacher_model: {tmp_path}/teacher}}"), "sft")
+    assert job.frozen_bytes == 2 * num_parameters(teacher)
+    assert job.frozen_flops_per_token == pytest.approx(flops_per_token(teacher, 64) / 3)
+    assert job.teacher_chunk == CHUNK_ELEMENTS
+    assert job_of(run(), "sft").teacher_chunk == 0
+
+
+def test_the_table_has_every_way_and_marks_the_one_to_take(run, capsys):
+    lines = said(capsys, run(), "batch_size=4096", "--gpus", "16", "--gpu", "a100-40", "--tokens", "1e9").splitlines()
+    rows = [line.split() for line in lines if line.lstrip("* ").startswith(("DDP", "ZeRO", "FSDP2"))]
+    assert len(rows) == 5 * 2 * 2
+    assert [row[:4] for row in rows if row[0] == "*"] == [["*", "DDP", "no", "chunked"]]
+    assert "16 x A100: 37.7 GB each (10% are left free), 312 TFLOP/s at 40%, 160 GB/s between them" in "\n".join(lines)
+    assert lines[-2].startswith("take  DDP, because ")
+    assert lines[-1].split()[0] == "run_config.engine=torch"
+    assert "batch_size=4096 sft_config.gradient_accumulation_steps=1" in lines[-1]
+    assert not any("frozen" in line for line in lines)  # a column that would be 0 everywhere
+
+
+def test_days_come_from_the_tokens_or_from_the_steps(run, capsys):
+    def first(*more: str) -> dict:
+        return planned(capsys, run(), "--gpus", "2", "--gpu", "h100", *more)["choices"][0]
+
+    assert "days" not in first()
+    told = first("--tokens", "1e9")
+    assert told["days"] == pytest.approx(1e9 / told["speed"]["tokens_per_second"] / 86400)
+    steps = first("run_config.max_steps=1000")
+    assert steps["days"] == pytest.approx(1000 * steps["speed"]["step_s"] / 86400)
+
+
+def test_json_adds_up(run, capsys):
+    told = planned(
+        capsys, run("dpo_config"), "batch_size=2048", "--gpus", "4", "--gpu", "v100", "--network", "3", "--mfu", "0.3"
+    )
+    assert told["job"]["precision"] == "fp16"  # a V100 has no bf16
+    assert told["cluster"]["gpu"]["network"] == 3e9
+    for choice in told["choices"]:
+        assert choice["total_bytes"] == pytest.approx(sum(choice["memory"].values()))
+    assert told["recommendation"]["choice"]["strategy"] == "DDP"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "abacus"], "--gpu: got 'abacus', expected one of b200"),
+        (["optim_config.optim_type=magic"], "optim_config.optim_type: got 'magic'"),
+        (["model_config=./nowhere"], "model_config: './nowhere' holds no model"),
+        (["model_config.vocab_size=null"], "model_config.vocab_size: none given"),
+    ],
+)
+def test_mistakes_are_one_message(run, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", run(), *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "gpus", "engine"), [("b200", "2", "torch"), ("v100", "64", "deepspeed")])
+def test_what_to_take_can_be_handed_to_the_run(run, capsys, kind, gpus, engine):
+    """Seven billion parameters: DDP where the GPUs are large; where they have neither room nor bf16, ZeRO in fp16."""
+    big = {"vocab_size": 100, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
+    path = run(model=json.dumps(big))
+    last = said(
+        capsys, path, "batch_size=256", "optim_config.optim_type=sgd", "--gpus", gpus, "--gpu", kind
+    ).splitlines()[-1]
+    config = load_config(path, last.split())
+    assert config.run_config.engine == engine
+    assert config.batch_size * config.sft_config.gradient_accumulation_steps == 256
+    if engine == "deepspeed":
+        assert config.ds_config.fp16_config.enabled and config.ds_config.zero_config.stage == 1
