@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llm_trainer.data.stream import Batch
 from llm_trainer.engine import dist
@@ -20,9 +19,9 @@ class NonFiniteError(ArithmeticError):
     """The weights the run starts from are not finite, or too many steps in a row had a loss or gradient that is not finite."""
 
 
-def broken_tensor(module: nn.Module) -> str | None:
+def broken_tensor(run: "Run") -> str | None:
     """Which parameter holds a NaN or an infinity on any rank, and how many of them; None: all are finite."""
-    named = [(n, p.to_local() if isinstance(p, DTensor) else p) for n, p in module.named_parameters()]
+    named = [(name, run.engine.part_of(p)) for name, p in run.trainer.base_model.named_parameters()]
     found = None
     finite = torch.stack([p.isfinite().all() for _, p in named])  # the host waits for the device once
     for name, p in (named[i] for i in (~finite).nonzero().flatten().tolist()):
@@ -61,7 +60,7 @@ def refuse(run: "Run", micro_batches: list[Batch], loss: float) -> None:
     run.warn(message)
     limit = run.settings.max_bad_steps + (20 if run.engine.state_dict()["scaler"] else 0)  # fp16 finds its scale so
     if run.progress.bad_steps >= limit:
-        broken = broken_tensor(run.trainer.base_model)
+        broken = broken_tensor(run)
         if broken is not None:
             cause = f"the weights are broken, by an update before: {broken}; lower the learning rate or add warm-up"
         elif not math.isfinite(loss):

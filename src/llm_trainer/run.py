@@ -1,6 +1,7 @@
 """A run: one trainer, its engine, where it stands, and everything that happens around its steps."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llm_trainer import guards, hooks, loop, snapshot
+from llm_trainer import guards, hooks, loop, preflight, snapshot
 from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.checkpoint.valid import step_folders, step_of
-from llm_trainer.config.env import environment
+from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.collate import Filler
 from llm_trainer.data.stream import as_step_source
 from llm_trainer.engine import dist
@@ -54,6 +55,10 @@ class Run:
         self.log_interval, self.save_interval = log_interval, save_interval
         together = environment().world_size > 1 if use_ddp is None else use_ddp
         place = detect_device(device)
+        if (
+            place.type == "cpu"
+        ):  # oneDNN keeps a kernel per shape, by default 1,024 of them: with ragged rows half a GiB
+            set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         if together:
             dist.start(place, settings.ddp_timeout_s)
         if together and settings.fsdp is not None and engine_of(settings) == "fsdp":
@@ -94,9 +99,11 @@ class Run:
         if self.settings.gradient_checkpointing:
             if not isinstance(model, _pretrained_model()):
                 raise ValueError(f"gradient_checkpointing needs a transformers model, this is {type(model).__name__}")
-            model.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of a new name, which older versions do not have
+                model.gradient_checkpointing_enable(  # type: ignore[operator]
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
         if self.settings.compile:
             from llm_trainer.models.scored import ScoredModel
 
@@ -104,6 +111,7 @@ class Run:
                 module.compile_backbone()
             else:
                 module.compile()
+        self.size = preflight.Size.of(self)  # now: an engine may leave nothing to count in the parameters themselves
         return self.engine.prepare(module, model, self.trainer.optimizer)
 
     @property
@@ -140,9 +148,7 @@ class Run:
                 self._writers = ()
 
     def _open(self) -> None:
-        from llm_trainer.preflight import screen
-
-        if (broken := guards.broken_tensor(self.trainer.base_model)) is not None:
+        if (broken := guards.broken_tensor(self)) is not None:
             raise guards.NonFiniteError(
                 f"the weights are broken before the first step: {broken}. Expected finite numbers: load other weights, or "
                 f"mend what made these"
@@ -152,7 +158,7 @@ class Run:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             if self.settings.description:
                 (self.save_dir / "config.yaml").write_text(self.settings.description, encoding="utf-8")
-        self.say(screen(self))
+        self.say(preflight.screen(self))
         self._writers = open_writers(
             self.log_dir,
             is_main=dist.is_main(),
@@ -287,8 +293,6 @@ class Run:
 
     def speed(self) -> dict[str, float]:
         """Learning rate, epoch, tokens, tokens/s, and MFU where the device's peak is known; starts a new window."""
-        from llm_trainer.preflight import flops_per_token, peak_flops
-
         (tokens, seconds), self._window = self._window, [0.0, 0.0]
         progress, size = self.progress, self.source.size()
         values = {
@@ -300,9 +304,9 @@ class Run:
             values["skipped_steps"] = float(progress.skipped_steps)
         if seconds:
             values["tokens_per_second"] = tokens / seconds
-            flops = flops_per_token(self)
-            if flops is not None:
-                values["mfu"] = tokens / seconds * flops / (peak_flops(self.engine) * dist.num_processes())
+            if self.size.flops_per_token is not None:
+                peak = preflight.peak_flops(self.engine) * dist.num_processes()
+                values["mfu"] = tokens / seconds * self.size.flops_per_token / peak
         return values
 
     def encode_prompt(self, chat: Any, text: str) -> list[int]:

@@ -103,6 +103,20 @@ def preference(folder: Path) -> dict[str, bool]:
     }
 
 
+def on_policy(folder: Path, engine: str) -> list[tuple[float, float]]:
+    """The student writes answers of its own, which are longer on one rank than on the other."""
+    from llm_trainer.trainers.distill import Distillation
+
+    torch.manual_seed(0)
+    teacher = tiny_model(seed=1)
+    kd = Distillation(
+        teacher_model=teacher, on_policy_fraction=1.0, max_new_tokens=6, stop_token_ids=tuple(range(0, 512, 3))
+    )
+    trainer = make_trainer(folder, STEPS, engine=engine, kd=kd)
+    trainer.train()
+    return curve(folder) if dist.is_main() else []
+
+
 def described(folder: Path, engine: str) -> dict[str, Any]:
     """A run from a configuration: on the second rank of a sharded one the model is built without memory."""
     from llm_trainer.config.load import parse
@@ -160,6 +174,7 @@ def main(folder: Path) -> None:
         "own torch": (1, partial(own, engine="torch")),
         "own fsdp": (2, partial(own, engine="fsdp")),
         "preference": (2, preference),
+        **{f"on-policy {engine}": (2, partial(on_policy, engine=engine)) for engine in ("torch", "fsdp")},
         **{f"described {engine}": (2, partial(described, engine=engine)) for engine in ("torch", "fsdp", "deepspeed")},
     }
     report = {

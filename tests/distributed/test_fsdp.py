@@ -59,6 +59,10 @@ def test_the_reference_is_sharded_too(played: dict[str, Any]) -> None:
     assert played["preference"] == [{"policy": True, "reference": True}] * 2
 
 
+def test_ranks_that_generate_different_answers(played: dict[str, Any]) -> None:
+    assert_same(played["on-policy fsdp"][0], played["on-policy torch"][0])
+
+
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_a_described_run(played: dict[str, Any], engine: str) -> None:
     """Evaluation, samples and checkpoints included; the second rank builds no weights of its own under FSDP."""

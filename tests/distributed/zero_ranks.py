@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "torch": {},
     **{f"{stage}": zero(stage) for stage in STAGES},
     **{f"{stage}-bf16": zero(stage, bf16={"enabled": True}) for stage in STAGES},
+    "1-fp16": zero(1, fp16={"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2}),  # it grows
 }
 
 
 def cell_of_ranks() -> Cell:
     return Cell("sft", 2, 4 // dist.world_size())
+
+
+def end_of(trainer: Any) -> dict[str, Any]:
+    return {"state": fingerprint(trainer), "scale": trainer.run.engine.state_dict()["scaler"].get("cur_scale")}
 
 
 def whole(folder: Path, names: list[str]) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def whole(folder: Path, names: list[str]) -> dict[str, Any]:
     for name in names:
         trainer, curve = make(folder / "whole", cell_of_ranks(), max_epochs=2, **WAYS[name])
         trainer.train()
-        found[name] = {"curve": curve, "end": fingerprint(trainer)}
+        found[name] = {"curve": curve, "end": end_of(trainer)}
         half = folder / f"half-{dist.world_size()}-{name}"
         make(half, cell_of_ranks(), max_epochs=2, max_steps=3, **WAYS[name])[0].train()
     return found
@@ -159,7 +165,7 @@ def resumed(folder: Path, halves: list[tuple[int, str, str]]) -> list[dict[str, 
         trainer, curve = make(folder / "rest", cell_of_ranks(), max_epochs=2, **WAYS[after])
         trainer.load_checkpoint(str(folder / f"half-{ranks}-{before}" / "checkpoint-00000003"))
         trainer.train()
-        found.append({"half": (ranks, before, after), "curve": curve[-3:], "end": fingerprint(trainer)})
+        found.append({"half": (ranks, before, after), "curve": curve[-3:], "end": end_of(trainer)})
     return found
 
 
@@ -167,8 +173,8 @@ FAST: dict[str, Any] = {
     "cells": [Cell("sft", 1, 4, 2), Cell("dpo", 2, 2, 2, True, 40)],
     "precisions": ["plain", "autocast-2", "bf16-0", "bf16-3", "fp16-1"],
     "offload": [(2, 4)],
-    "ways": ["2", "3-bf16"],
-    "halves": {2: [(2, "2", "2"), (2, "3-bf16", "3-bf16")], 1: [(2, "2", "2"), (2, "2", "torch")]},
+    "ways": ["2", "3-bf16", "1-fp16"],
+    "halves": {2: [(2, way, way) for way in ("2", "3-bf16", "1-fp16")], 1: [(2, "2", "2"), (2, "2", "torch")]},
 }
 SLOW: dict[str, Any] = {
     "cells": [Cell("sft", 4, 1, 2), Cell("sft", 2, 2, 2, True, 40), Cell("dpo", 4, 1, 2), Cell("dpo", 1, 4, 2)],
@@ -182,6 +188,11 @@ SLOW: dict[str, Any] = {
 }
 
 
+def several(folder: Path, plays: dict[str, Callable[[Path], Any]]) -> dict[str, Any]:
+    """One after the other in the same processes, with as many engines."""
+    return {name: play(folder) for name, play in plays.items()}
+
+
 def main(folder: Path, what: dict[str, Any]) -> None:
     """Play everything."""
     torch.set_num_threads(1)
@@ -190,20 +201,20 @@ def main(folder: Path, what: dict[str, Any]) -> None:
         import deepspeed  # noqa: F401  (once, not in every rank)
         from transformers import PreTrainedModel  # noqa: F401
 
-    scenarios = {
+    begin, go_on = partial(whole, names=what["ways"]), what["halves"]
+    with_two: dict[str, Callable[[Path], Any]] = {
         "curves": partial(curves, cells=what["cells"]),
         "not_finite": not_finite,
-        "precisions": partial(precisions, names=what["precisions"]),
         "offload": partial(offload, cells=what["offload"]),
         "recomputed": recomputed,
+        "whole-2": begin,
+        "resumed-2": partial(resumed, halves=go_on[2]),
+        "precisions": partial(precisions, names=what["precisions"]),
     }
-    report: dict[str, Any] = {name: fork_ranks(play, folder / name, 2) for name, play in scenarios.items()}
-    halves, first = what["halves"], {ranks for cases in what["halves"].values() for ranks, _, _ in cases}
-    for ranks in sorted(first):
-        report[f"whole-{ranks}"] = fork_ranks(partial(whole, names=what["ways"]), folder / "halves", ranks)
-    for ranks, cases in halves.items():
-        report[f"resumed-{ranks}"] = fork_ranks(partial(resumed, halves=cases), folder / "halves", ranks)
-    print(json.dumps(report))
+    from_one = any(ranks == 1 for cases in go_on.values() for ranks, _, _ in cases)
+    plays = [(1, {"whole-1": begin})] if from_one else []
+    plays += [(2, with_two), (1, {"resumed-1": partial(resumed, halves=go_on[1])})]
+    print(json.dumps([fork_ranks(partial(several, plays=play), folder / "run", ranks) for ranks, play in plays]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     "hf": {"engine": "hf"},
     "fsdp": {"engine": "fsdp"},
     **{
-        f"zero{stage}": {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}} for stage in range(4)
+        f"zero{stage}": {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}}
+        for stage in range(4)
     },
 }
 STEPS = 3

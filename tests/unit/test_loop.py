@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llm_trainer import BaseTrainer
-from llm_trainer.hooks import Hook
 from llm_trainer.guards import NonFiniteError
+from llm_trainer.hooks import Hook
 from llm_trainer.loop import TrainingInterrupted
 
 GOOD = torch.tensor([[1.0, 2.0], [0.5, 0.5]])

@@ -35,12 +35,25 @@ class Engine(ABC):
         """Place a frozen `module` (a reference, a teacher) where it can be called, sharded where the trained one is."""
         module.to(self.device)
 
+    def parts(self) -> tuple[float, float, float]:
+        """Which share of the weights, the gradients and the optimizer state one process holds between steps."""
+        return 1.0, 1.0, 1.0
+
+    def part_of(self, parameter: nn.Parameter) -> Tensor:
+        """What this process holds of a parameter."""
+        return parameter.detach()
+
     @abstractmethod
     def precision(self) -> AbstractContextManager[None]:
         """The context that a forward without gradients runs in."""
 
-    def inference(self) -> AbstractContextManager[None]:
-        """The context in which `base` itself may be called, for generation. In lockstep, all ranks enter it and do the same."""
+    def inference(self, alone: bool = False) -> AbstractContextManager[None]:
+        """The context in which `base` itself may be called, for generation; all ranks enter it.
+
+        Args:
+            alone: ranks may do different things in it, for which a sharded model is gathered; else, in lockstep, all do
+                the same.
+        """
         return self.precision()
 
     @abstractmethod

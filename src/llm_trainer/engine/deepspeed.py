@@ -181,6 +181,21 @@ class DeepSpeedEngine(Engine):
         """The variables of DeepSpeed's loss scale, as it keeps them; empty without one."""
         return vars(self._engine.optimizer.loss_scaler) if self.precision_name == "fp16" else {}
 
+    def parts(self) -> tuple[float, float, float]:
+        cut = 1 / dist.world_size()
+        return cut if self.stage == 3 else 1.0, cut if self.stage >= 2 else 1.0, cut if self.stage >= 1 else 1.0
+
+    def part_of(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.ds_tensor.detach() if self.stage == 3 else parameter.detach()  # type: ignore[attr-defined]
+
+    def inference(self, alone: bool = False) -> AbstractContextManager[None]:
+        if alone and self.stage == 3:
+            raise DeepSpeedError(
+                "deepspeed: the model answers during training, with other lengths on every rank, for which stage 3 would "
+                "have to gather it whole; use stage 2, or engine: fsdp"
+            )
+        return self.precision()
+
     def state_dict(self) -> dict[str, Any]:
         return {"scaler": {name: value for name, value in self._scaler().items() if isinstance(value, int | float)}}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from llm_trainer import checkpoint
 from llm_trainer.engine import dist
@@ -36,6 +37,11 @@ class FsdpEngine(TorchEngine):
         self._root: FSDPModule
 
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        if isinstance(optimizer, torch.optim.Adafactor):
+            raise ValueError(
+                "optimizer: Adafactor's sums over rows and columns of a matrix are not offered for sharded ones (FSDP); "
+                "use adamw, lion, sgd or muon, or engine: torch"
+            )
         self._base, self._optimizer = base, optimizer
         state = checkpoint.optimizer_state_by_name(base, optimizer)
         names = [[checkpoint.plain_name(name) for name in group["params"]] for group in state["param_groups"]]
@@ -49,6 +55,14 @@ class FsdpEngine(TorchEngine):
 
     def place(self, module: nn.Module) -> None:
         self._shard(module)
+
+    def parts(self) -> tuple[float, float, float]:
+        share = 1 / ((self.options.shard_size or dist.world_size()) * self.options.tensor_parallel_size)
+        return share, share, share
+
+    def part_of(self, parameter: nn.Parameter) -> Tensor:
+        here = parameter.detach()
+        return here.to_local() if isinstance(here, DTensor) else here
 
     def _shard(self, module: nn.Module) -> FSDPModule:
         """Shard the layers of `module`, then the rest of it, and give every rank its part of the main one's weights."""
@@ -107,14 +121,25 @@ class FsdpEngine(TorchEngine):
             yield
 
     @contextmanager
-    def inference(self) -> Iterator[None]:
-        # The base model is called without the module around it, which holds the embedding and the head.
-        self._root.unshard()
+    def inference(self, alone: bool = False) -> Iterator[None]:
+        # Without `alone` only what the base model is called without: the module around it holds embedding and head.
+        root = self._root
+        cast(
+            Any, root
+        )._get_fsdp_state()._lazy_init()  # else the first layer to be called would take itself for the root
+        layers = [m for m in cast(nn.Module, root).modules() if isinstance(m, FSDPModule) and m is not root]
+        if alone:
+            for layer in layers:
+                layer.set_reshard_after_forward(False, recurse=False)
+                layer.unshard()
+        root.unshard()
         try:
             with self.precision():
                 yield
         finally:
-            self._root.reshard()
+            for layer in layers:
+                layer.set_reshard_after_forward(self.options.reshard_after_forward, recurse=False)
+            self._reshard()
 
     def _reshard(self) -> None:
         """Free the whole weights that a forward without a backward has left."""

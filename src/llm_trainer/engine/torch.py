@@ -112,7 +112,8 @@ class TorchEngine(Engine):
                 clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
             self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients lie in its buckets, for good: without them the next ones would be allocated beside the buckets.
+        self._optimizer.zero_grad(set_to_none=not isinstance(self._module, DistributedDataParallel))
         return grad_norm
 
     def state_dict(self) -> dict[str, Any]:

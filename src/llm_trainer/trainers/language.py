@@ -80,7 +80,7 @@ class Trainer(BaseTrainer):
         for batches, after in super()._train_steps(source, epoch, position):
             seed = None if self.kd is None else self.kd.sampling_seed(self.run.settings.seed, self.run.progress.step)
             if self.kd is not None and seed is not None:
-                with self.run.engine.precision():  # what is no mapping is the filler of a rank without rows
+                with self.run.engine.inference(alone=True):  # what is no mapping is the filler of a rank without rows
                     batches = [
                         own_answers(dict(b), self.base_model, self.kd, seed) if isinstance(b, Mapping) else b
                         for b in batches

@@ -57,7 +57,9 @@ def test_parallel_type_decides(monkeypatch, wanted, kind):
 def test_the_engine_of_a_yaml_decides(engine, machine, kind, reason):
     plan = make_plan(["a.yaml"], machine, Nodes(), engine=engine)
     assert (plan.kind, plan.reason) == (kind, reason)
-    assert plan.variables.get("PARALLEL_TYPE") == ("none" if kind == "py" else None)  # the YAML says it in every process
+    assert plan.variables.get("PARALLEL_TYPE") == (
+        "none" if kind == "py" else None
+    )  # the YAML says it in every process
 
 
 def test_an_engine_against_a_forced_kind():

@@ -1,4 +1,4 @@
-"""The sections of DeepSpeed: each field changes the JSON key of its name and no other, and DeepSpeed takes it as it is meant."""
+"""The sections of DeepSpeed: each field changes the JSON key of its name and no other, and DeepSpeed reads it so."""
 
 import importlib.util
 import re
@@ -24,7 +24,8 @@ from llm_trainer.config.deepspeed import (
 from llm_trainer.config.errors import ConfigError, fields_of
 
 NVME = {"device": "nvme", "nvme_path": "disk"}
-WITH = {"contiguous_memory_optimization": {"partition_activations": True, "number_checkpoints": 2}}  # what else it needs
+# What else a field needs.
+WITH = {"contiguous_memory_optimization": {"partition_activations": True, "number_checkpoints": 2}}
 
 
 def other(default: Any) -> Any:
@@ -142,10 +143,19 @@ def test_the_stage_chooses_the_class() -> None:
         ({"zero_config": {"stage": 4}}, "zero_config: stage: got 4, expected one of 0, 1, 2, 3"),
         ({"zero_config": {"stage": True}}, "zero_config: stage: got True"),
         ({"zero_config": {}}, "zero_config: stage: got None"),
-        ({"zero_config": {"stage": 2, "offload_param": {}}}, "offload_param: got stage 2, which has none; expected stage 3"),
-        ({"zero_config": {"stage": 0, "overlap_comm": True}}, "got stage 0, which has none; expected stage 1 or 2 or 3"),
+        (
+            {"zero_config": {"stage": 2, "offload_param": {}}},
+            "offload_param: got stage 2, which has none; expected stage 3",
+        ),
+        (
+            {"zero_config": {"stage": 0, "overlap_comm": True}},
+            "got stage 0, which has none; expected stage 1 or 2 or 3",
+        ),
         ({"zero_config": {"stage": 2, "reduce_buckt_size": 1}}, "did you mean reduce_bucket_size?"),
-        ({"zero_config": {"stage": 2, "reduce_bucket_size": 0}}, "reduce_bucket_size: got 0, expected an integer of at"),
+        (
+            {"zero_config": {"stage": 2, "reduce_bucket_size": 0}},
+            "reduce_bucket_size: got 0, expected an integer of at",
+        ),
         ({"zero_config": {"stage": 1, "allgather_bucket_size": 3}}, "got 3, expected an even number"),
         (
             {"zero_config": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
