@@ -25,9 +25,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
     "fsdp-2": (2, {"engine": "fsdp"}),
     "fsdp-3": (3, {"engine": "fsdp"}),  # nothing divides by three: every part is uneven
     "tensor-2": (2, {"engine": "fsdp", "fsdp": Fsdp(tensor_parallel_size=2)}),
+    "zero3-2": (2, {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 3}}}),
 }
 PAIRS = [(first, second) for first in list(LAYOUTS)[:4] for second in list(LAYOUTS)[:4]]
-PAIRS += [("tensor-2", "one"), ("fsdp-3", "tensor-2")]  # slow on CPUs
+PAIRS += [("tensor-2", "one"), ("fsdp-3", "tensor-2"), ("zero3-2", "fsdp-2"), ("fsdp-3", "zero3-2")]  # slow on CPUs
 FIRST, LAST = 3, 5  # steps; an epoch has two
 
 

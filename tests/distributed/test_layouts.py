@@ -21,7 +21,8 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-PAIRS = [*((first, second) for first in LAYOUTS for second in LAYOUTS), ("tensor-2", "one"), ("fsdp-3", "tensor-2")]
+PAIRS = [(first, second) for first in LAYOUTS for second in LAYOUTS]
+PAIRS += [("tensor-2", "one"), ("fsdp-3", "tensor-2"), ("zero3-2", "fsdp-2"), ("fsdp-3", "zero3-2")]
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,11 +28,16 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "three_ways"
 EXIT_UNAVAILABLE = (
     69  # EX_UNAVAILABLE of sysexits.h: how a script says that it lacks something; its last line says what
 )
-TOLERANCES = {
-    "fp32": 1e-3,
-    "bf16": 3e-2,
-    "fp16": 3e-2,
-}  # nats; rounding grows over the steps, a mistake is larger at once
+# Nats; rounding grows over the steps, a mistake is larger at once.
+TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
+# Runs a command and writes the most memory of any process in it. A process of its own: to a child of ours the system
+# would count the memory that we have when it starts.
+METER = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code if code >= 0 else 128 - code)
+"""
 SAME_FACTOR = 1e-3  # ratios that spread less are one factor
 WARM_UP = 2  # steps that do not count for the speed
 ROWS = 24  # lines of the table of losses
@@ -217,22 +223,21 @@ def _command(way: str, arguments: Sequence[str], nproc: int) -> list[str]:
 def _run(command: Sequence[str], log: Path) -> tuple[int, int]:
     """Exit code and peak memory in bytes, of the largest process or the fullest GPU."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    memory = log.with_suffix(".memory")
     with log.open("wb") as file:
         before = list(_gpu_bytes())
         peak = [0 for _ in before]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        metered = [sys.executable, "-S", "-c", METER, str(memory), *command]
+        process = subprocess.Popen(metered, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            pid = 0
-            while not pid:
+            while process.poll() is None:
                 time.sleep(0.05)
                 peak = [max(pair) for pair in zip(peak, _gpu_bytes(), strict=True)]
-                pid, status, usage = os.wait4(process.pid, os.WNOHANG)  # Popen.wait would not tell the memory
-            process.returncode = os.waitstatus_to_exitcode(status)
         finally:
             if process.returncode is None:  # interrupted
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)
     on_gpu = max((most - idle for most, idle in zip(peak, before, strict=True)), default=0)
-    resident = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KiB
+    resident = int(memory.read_text()) * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KiB
     return process.returncode, on_gpu or resident
 
 

@@ -42,7 +42,7 @@ class FsdpEngine(TorchEngine):
                 "optimizer: Adafactor's sums over rows and columns of a matrix are not offered for sharded ones (FSDP); "
                 "use adamw, lion, sgd or muon, or engine: torch"
             )
-        self._base, self._optimizer = base, optimizer
+        self._module, self._base, self._optimizer = module, base, optimizer
         state = checkpoint.optimizer_state_by_name(base, optimizer)
         names = [[checkpoint.plain_name(name) for name in group["params"]] for group in state["param_groups"]]
         self._root = self._shard(module)

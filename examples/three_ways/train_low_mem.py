@@ -1,0 +1,190 @@
+"""The first of three ways to train a run.yaml: a loop written by hand, for research, that needs little memory.
+
+    python examples/three_ways/train_low_mem.py run.yaml [a.b=c ...] [--state 8bit|host]
+
+Everything that happens in a step stands in `Loop.backward` and `Loop.update`: the place to try an idea. What saves memory:
+- tokens stay on disk (memory-mapped), a batch is read when its turn comes;
+- the head runs in chunks, so logits `[B, T, V]` never exist (`models/scored.py`);
+- activations are recomputed in the backward;
+- `--state 8bit`: Adam's two moments take a byte each instead of four (bitsandbytes; the default where it is installed);
+- `--state host`: on a GPU, moments, gradients and the weights that are updated live in host memory. The device holds a
+  working copy of the weights, 4 bytes per parameter instead of 16, and the numbers are those of `llm-trainer train`.
+
+Several processes (`accelerate launch`, `torchrun`) share the rows of a step. What is left out: evaluation, and checkpoints
+to go on from.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
+
+from llm_trainer.assemble import make_model, make_optimizer, make_scheduler, make_streams
+from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.load import load_config
+from llm_trainer.config.schema import TrainConfig
+from llm_trainer.data.collate import Filler
+from llm_trainer.data.stream import mix
+from llm_trainer.data.tokenizer import load_tokenizer
+from llm_trainer.engine.torch import choose_precision, detect_device
+from llm_trainer.metrics import open_writers
+from llm_trainer.models.scored import scored
+from llm_trainer.optim import get_parameter_groups
+from llm_trainer.trainers.language import SFTTrainer, Trainer
+
+
+def working_copy(kept: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of `kept` on `device`, each of whose gradients moves to `kept` as soon as it has been computed."""
+    working = copy.deepcopy(kept).to(device)
+    for target, source in zip(kept.parameters(), working.parameters(), strict=True):
+        if source.requires_grad:
+
+            def hand_over(source: Tensor, target: Tensor = target) -> None:
+                assert source.grad is not None
+                gradient = source.grad.cpu()
+                target.grad = gradient if target.grad is None else target.grad + gradient
+                source.grad = None
+
+            source.register_post_accumulate_grad_hook(hand_over)
+    return working
+
+
+def eight_bit_adamw(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW whose moments take 8 bits each (Dettmers et al. 2022, arXiv 2110.02861)."""
+    from bitsandbytes.optim import AdamW8bit
+
+    options = config.optim_config
+    if options.optim_type not in ("adam", "adamw"):
+        raise ConfigError(
+            f"optim_config.optim_type: got {options.optim_type!r}, but 8-bit state is Adam's; use --state host"
+        )
+    groups = get_parameter_groups(model, options.weight_decay)
+    return AdamW8bit(groups, lr=options.initial_lr, betas=options.betas, eps=options.eps)
+
+
+def read_arguments() -> tuple[TrainConfig, str]:
+    """The run, and where the optimizer's state is kept."""
+    parser = argparse.ArgumentParser(description="Train a run.yaml with a hand-written loop and little memory.")
+    parser.add_argument("run", type=Path, help="the YAML of a run with a pretrain_config or an sft_config")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to it")
+    default = "8bit" if find_spec("bitsandbytes") else "host"
+    parser.add_argument("--state", choices=["8bit", "host"], default=default, help="where moments are kept")
+    given = parser.parse_intermixed_args()
+    config = load_config(given.run, given.overrides)
+    if config.pretrain_config is None and config.sft_config is None:
+        parser.exit(69, f"{given.run}: this loop trains a pretrain_config or an sft_config\n")  # EX_UNAVAILABLE
+    return config, given.state
+
+
+class Loop:
+    """The weights that are updated (`kept`), the copy that the device computes with (`working`), and what moves them."""
+
+    def __init__(self, config: TrainConfig, state: str) -> None:
+        run = config.run_config
+        device = detect_device(run.device)
+        precision = choose_precision(run.precision, device)
+        if precision == "fp16":
+            raise ConfigError(
+                "run_config.precision: fp16 needs a loss scaler, which this loop has not; use bf16 or fp32"
+            )
+        self.config = config
+        # Under torchrun without a GPU, accelerate joins the processes only when it is told `cpu`.
+        self.accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu"
+        )
+        self.device = self.accelerator.device
+        self.tokenizer = load_tokenizer(str(config.tokenizer))
+        self.kept = make_model(config, self.tokenizer, self.device)
+        self.kept.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainer_class = SFTTrainer if config.sft_config else Trainer
+        self.stream, _ = make_streams(config, trainer_class, self.tokenizer, self.kept)
+        if state == "8bit":
+            self.working = self.kept.to(self.device)
+            self.optimizer = eight_bit_adamw(config, self.kept)
+        else:
+            self.working = self.kept if device.type == "cpu" else working_copy(self.kept, self.device)
+            self.optimizer = make_optimizer(config, self.kept)
+        self.model = scored(self.working, trainer_class._from_config(config)["loss"], with_entropy=False).train()
+        every = self.stream.num_steps() * config.n_epochs
+        self.num_steps = min(every, run.max_steps or every)
+        self.scheduler = make_scheduler(config, self.optimizer, self.num_steps)
+
+    def backward(self, batches: list[dict[str, Tensor]]) -> tuple[Tensor, float]:
+        """Gradients of a step: its loss, scalar, and the number of its tokens, both over all processes.
+
+        The loss is a mean over ALL supervised tokens of the step: micro-batches and processes only share the work.
+        """
+        weights = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]  # nothing predicts position 0
+        seen = [
+            int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["labels"].numel()
+            for batch in batches
+        ]
+        counts = torch.tensor([float(sum(weights)), float(sum(seen))], device=self.device)
+        total, tokens = self.accelerator.reduce(counts).tolist()
+        step_loss = torch.zeros((), device=self.device)
+        for batch, weight in zip(batches, weights, strict=True):
+            with self.accelerator.autocast():
+                scores = self.model(**{name: value.to(self.device) for name, value in batch.items()})
+            loss = scores.loss_sum / total
+            if scores.aux_loss is not None:  # mixture of experts
+                loss = loss + self.config.loss_config.aux_loss_coef * scores.aux_loss * (weight / total)
+            self.accelerator.backward(loss)
+            step_loss += loss.detach()
+        return self.accelerator.reduce(step_loss), tokens
+
+    def update(self) -> float:
+        """Sum the gradients of all processes, clip, update; returns the norm before clipping."""
+        trained = [p for p in self.kept.parameters() if p.requires_grad]
+        if self.accelerator.num_processes > 1:
+            for p in trained:  # one at a time on the device
+                gradient = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = self.accelerator.reduce(gradient.to(self.device)).to(p.device)
+        grad_norm = nn.utils.clip_grad_norm_(trained, self.config.optim_config.max_grad_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.working is not self.kept:
+            with torch.no_grad():
+                for source, target in zip(self.kept.parameters(), self.working.parameters(), strict=True):
+                    target.copy_(source)
+        return float(grad_norm)
+
+
+def main() -> None:
+    """Train to the end and save a Hugging Face folder."""
+    config, state = read_arguments()
+    disable_progress_bar()  # of saving; the run has its own
+    run, loop = config.run_config, Loop(config, state)
+    is_main = loop.accelerator.is_main_process
+    writers = open_writers(Path(str(run.log_dir)), is_main=is_main, total_steps=loop.num_steps, live=run.progress)
+    steps = (batches for epoch in range(config.n_epochs) for batches, _ in loop.stream.steps(epoch))
+    for step, batches in enumerate(islice(steps, loop.num_steps)):
+        torch.manual_seed(mix(run.seed, step, loop.accelerator.process_index))  # dropout, the same when run again
+        started, learning_rate = time.perf_counter(), loop.optimizer.param_groups[0]["lr"]
+        loss, tokens = loop.backward([batch for batch in batches if not isinstance(batch, Filler)])
+        values = {"loss": loss.item(), "grad_norm": loop.update(), "learning_rate": learning_rate}
+        values["tokens_per_second"] = tokens / (time.perf_counter() - started)
+        for writer in writers:
+            writer.write(step + 1, values)
+    for writer in writers:
+        writer.close()
+    if is_main:
+        loop.kept.save_pretrained(Path(run.save_dir) / "model")
+        loop.tokenizer.save_pretrained(Path(run.save_dir) / "model")
+    loop.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # something that the user can mend
+        sys.exit(f"error: {error}")
