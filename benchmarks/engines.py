@@ -3,6 +3,8 @@
 `python benchmarks/engines.py` starts every case once per round, in processes of its own, and prints tokens per second,
 peak memory of a process, and ratios within a round: of one process to the plain engine, of two to DDP, and of DDP with
 two processes to one process. One thread per process, so that one and two processes are compared on one and two cores.
+
+On a GPU: `python benchmarks/engines.py --device cuda --model 0.6b --context 4096 --precision bf16 --compile`.
 """
 
 import argparse
@@ -30,29 +32,34 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options o
     },
 }
 BASE = {1: "torch", 2: "ddp x2"}
-SHAPE: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
-VOCABULARY, CONTEXT, ROWS_PER_PROCESS = 6400, 512, 4
+SHAPES: dict[str, dict[str, Any]] = {  # Qwen3-shaped; 0.6b is Qwen3-0.6B
+    "27m": {"vocab_size": 6400, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
+    | {"num_key_value_heads": 4},
+    "0.6b": {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096},
+}
+SMALLEST_VOCABULARY = 6400
 TIMEOUT_S = 900
 
 
 class Rows:
     """Random ids, every row as long as the context."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, context: int) -> None:
         import numpy as np
 
-        self.lengths = np.full(number, CONTEXT)
-        self.file_sizes = [number]
+        self.lengths = np.full(number, context)
+        self.file_sizes, self.context = [number], context
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         import numpy as np
 
-        ids = np.random.default_rng(index).integers(16, VOCABULARY, CONTEXT)
-        return {"input_ids": ids, "trained": np.ones(CONTEXT, dtype=bool), "document_lengths": [CONTEXT]}
+        ids = np.random.default_rng(index).integers(16, SMALLEST_VOCABULARY, self.context)
+        return {"input_ids": ids, "trained": np.ones(self.context, dtype=bool), "document_lengths": [self.context]}
 
 
-def run(case: str, precision: str, warmup: int, steps: int, out: Path) -> None:
-    """Train, and write the median time of a step and the peak memory of this process: as much work per process in all cases."""
+def run(case: str, how: dict[str, Any], out: Path) -> None:
+    """Train, and write the median speed and the peak memory of this process: as much work per process in all cases."""
     import torch
 
     from llm_trainer import SFTTrainer, configure_optimizer
@@ -60,44 +67,56 @@ def run(case: str, precision: str, warmup: int, steps: int, out: Path) -> None:
     from llm_trainer.data.collate import collate_padded
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
+    from llm_trainer.engine.torch import detect_device
     from llm_trainer.hooks import Hook
+    from llm_trainer.models.attention import resolve_attention
     from llm_trainer.models.build import build_model
+    from llm_trainer.preflight import peak_flops
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    processes, options = CASES[case]
+    (processes, options), warmup, steps = CASES[case], how["warmup"], how["steps"]
+    device = detect_device(how["device"])
     if processes > 1:
-        dist.start(torch.device("cpu"))
-    model = build_model(ModelConfig(vocab_size=VOCABULARY, **SHAPE))
-    rows = ROWS_PER_PROCESS * processes
+        dist.start(device)
+    model = build_model(ModelConfig(**SHAPES[how["model"]]), attention=resolve_attention("auto", device))
+    if options.get("engine") in (None, "hf"):
+        torch.nn.Module.to(model, device)  # so that the optimizer has the kernels of the device
+    rows = how["rows"] * processes
     stream = SampleStream(
-        Rows(rows * (warmup + steps + 1)),
+        Rows(rows * (warmup + steps + 1), how["context"]),
         collate_padded,
         rows_per_step=rows,
-        batch_size=ROWS_PER_PROCESS,
+        batch_size=how["rows"],
         rank=dist.rank(),
         world_size=processes,
     )
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        SFTTrainer(
+        trainer = SFTTrainer(
             model=model,
             optimizer=configure_optimizer(model=model, lr=3e-4),
             train_loader=stream,
-            device="cpu",
+            device=how["device"],
             max_epochs=1,
             max_steps=warmup + steps + 1,
-            precision=precision,
+            precision=how["precision"],
+            compile=how["compile"],
             save_interval=0,
             save_dir=folder,
             progress=False,
             hooks=[Hook("clock", lambda run: ends.append(time.perf_counter()), every_steps=1)],
             **options,
-        ).train()
+        )
+        trainer.train()
     if dist.is_main():
         took = [b - a for a, b in zip(ends[warmup - 1 :], ends[warmup : warmup + steps], strict=False)]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        out.write_text(json.dumps({"tokens_per_second": rows * CONTEXT / statistics.median(took), "peak": peak}))
+        on_gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        speed = rows * how["context"] / statistics.median(took)
+        flops = (trainer.run.size.flops_per_token or 0.0) * speed
+        found = {"tokens_per_second": speed, "mfu": flops / (peak_flops(trainer.run.engine) * processes)}
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        out.write_text(json.dumps(found | {"peak": on_gpu or resident}))
     dist.stop()
 
 
@@ -107,9 +126,8 @@ def start(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        sizes = [arguments.precision, str(arguments.warmup), str(arguments.steps), str(out)]
-        command = [sys.executable, *launch, __file__, "--one", case, *sizes]
-        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, *launch, __file__, "--one", case, json.dumps(vars(arguments)), str(out)]
+        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": arguments.device}
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=os.environ | quiet)
         if done.returncode:
             raise RuntimeError(f"{case} failed:\n{done.stderr[-3000:]}")
@@ -123,6 +141,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--model", default="27m", choices=list(SHAPES))
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=4, help="of a step, per process")
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     runs: dict[str, list[dict[str, float]]] = {case: [] for case in arguments.cases}
     for number in range(arguments.rounds):
@@ -130,20 +153,21 @@ def main() -> None:
             runs[case].append(start(case, arguments))
             speed = runs[case][-1]["tokens_per_second"]
             print(f"round {number + 1}  {case:<10} {speed:7.0f} tokens/s", file=sys.stderr, flush=True)
-    print("| engine | tokens/s, median | peak of a process, GiB | to | ratio, median (lowest - highest) |")
-    print("|---|---|---|---|---|")
+    print("| engine | tokens/s, median | MFU | peak of a process, GiB | to | ratio, median (lowest - highest) |")
+    print("|---|---|---|---|---|---|")
     for case, results in runs.items():
         base = BASE[CASES[case][0]] if case != "ddp x2" else "torch"
         ratios = [
             r["tokens_per_second"] / b["tokens_per_second"] for r, b in zip(results, runs.get(base, []), strict=False)
         ]
-        speed, peak = (statistics.median(r[key] for r in results) for key in ("tokens_per_second", "peak"))
+        names = ("tokens_per_second", "mfu", "peak")
+        speed, mfu, peak = (statistics.median(r[name] for r in results) for name in names)
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})" if ratios else ""
-        print(f"| {case} | {speed:.0f} | {peak / 2**30:.2f} | {base} | {ratio} |")
+        print(f"| {case} | {speed:.0f} | {mfu:.0%} | {peak / 2**30:.2f} | {base} | {ratio} |")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        run(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), Path(sys.argv[6]))
+        run(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
     else:
         main()

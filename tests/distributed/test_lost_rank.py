@@ -50,6 +50,17 @@ def test_a_rank_that_fails_is_named(played: dict[str, Any]) -> None:
     assert "rank 1 has had enough" in fails["texts"][1] and "rank 1 (pid " in fails["texts"][0]
 
 
+def test_torchrun_starts_everybody_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    script = str(Path(__file__).parent / "lost_rank.py")
+    command = [sys.executable, *torchrun, script, "--restarted", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing from" in done.stdout and "checkpoint-00000010: step 10" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 41)]
+
+
 @pytest.mark.slow
 def test_ten_kills() -> None:
     for trial in play(10)["kills"]:

@@ -1,12 +1,11 @@
 """One table of ways to run the same optimization. Every cell must give the same losses and gradient norms.
 
-`torchrun ... table.py OUT [ENGINE]` runs the cells of several processes and writes their curves.
+`torchrun ... table.py OUT [ENGINE [DEVICE]]` runs the cells of several processes and writes their curves.
 """
 
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,18 +72,22 @@ def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
 
 
 class Rows:
-    """Ragged rows of random ids; answers of uneven length, and in 'sft' one step's second half has a single trained token."""
+    """Ragged rows of random ids.
+
+    All but those of 'pretrain' have prompts. In the second step every other row has an answer of one token, and in 'sft'
+    nothing to train on: one of two ranks has no term at all.
+    """
 
     def __init__(self, trainer: str, vocab_size: int, seed: int = 0) -> None:
         noise = np.random.default_rng(seed)
         self.lengths = noise.integers(4, 30, STEPS * ROWS_PER_STEP)
         self.file_sizes = [len(self.lengths)]
         self._ids = [noise.integers(3, vocab_size, n) for n in self.lengths]
-        prompts = (
-            noise.integers(1, 4, len(self.lengths)) if trainer == "sft" else np.zeros(len(self.lengths), dtype=int)
-        )
-        if trainer == "sft":
-            prompts[ROWS_PER_STEP : 2 * ROWS_PER_STEP : 2] = self.lengths[ROWS_PER_STEP : 2 * ROWS_PER_STEP : 2] - 1
+        whole = trainer == "pretrain"
+        prompts = np.zeros(len(self.lengths), dtype=int) if whole else noise.integers(1, 4, len(self.lengths))
+        if not whole:  # every other row of the second step, which are those of the first of two ranks
+            every_other = slice(ROWS_PER_STEP, 2 * ROWS_PER_STEP, 2)
+            prompts[every_other] = self.lengths[every_other] - (trainer != "sft")
         self._trained = [np.arange(n) >= prompt for n, prompt in zip(self.lengths, prompts, strict=True)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -97,7 +100,7 @@ class Answers:
 
     def __init__(self, trainer: str, vocab_size: int) -> None:
         self.trainer = trainer
-        self.rows, self.others = Rows("sft", vocab_size), Rows("sft", vocab_size, seed=1)
+        self.rows, self.others = Rows(trainer, vocab_size), Rows(trainer, vocab_size, seed=1)
         self.lengths = self.rows.lengths if trainer == "kto" else self.rows.lengths + self.others.lengths
         self.file_sizes = self.rows.file_sizes
 
@@ -133,15 +136,15 @@ def tiny_model(attention: str = "sdpa", seed: int = 0) -> Any:
     return build_model(shape, attention=attention)
 
 
-def run(cell: Cell) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step."""
+def run(cell: Cell, device: str = "cpu", **options: Any) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step; `options` are further keywords of the trainer."""
     from llm_trainer import configure_optimizer, get_trainer_class
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
     from llm_trainer.hooks import Hook
     from llm_trainer.models.rewarding import reward_model
 
-    model, options = tiny_model(), TRAINERS[cell.trainer] | ENGINES[cell.engine]
+    model, options = tiny_model(), TRAINERS[cell.trainer] | ENGINES[cell.engine] | {"use_amp": False} | options
     if cell.trainer in ("dpo", "kto"):
         options["ref_model"] = tiny_model(seed=1)
     elif cell.trainer == "reward":
@@ -156,6 +159,7 @@ def run(cell: Cell) -> list[tuple[float, float]]:
         world_size=cell.ranks,
         micro_batch_tokens=cell.micro_batch_tokens,
         flat=cell.flat,
+        shuffle=False,
     )
     curve: list[tuple[float, float]] = []
 
@@ -167,10 +171,9 @@ def run(cell: Cell) -> list[tuple[float, float]]:
             model=model,
             optimizer=configure_optimizer(model=model, lr=1e-3 if cell.trainer == "reward" else 1e-2),
             train_loader=stream,
-            device="cpu",
+            device=device,
             max_epochs=1,
             grad_accum_steps=cell.accumulation,
-            use_amp=False,
             log_interval=1,
             save_dir=folder,
             save_interval=0,
@@ -188,16 +191,17 @@ def differences(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> t
     return losses, norms
 
 
-def main(out: str, engine: str = "torch", make_cells: Callable[[str, int], list[Cell]] = cells) -> None:
+def main(out: str, engine: str = "torch", device: str = "cpu") -> None:
     """Run every cell of an engine in one process group; the main process writes the curves."""
     from llm_trainer.config.env import environment
     from llm_trainer.engine import dist
+    from llm_trainer.engine.torch import detect_device
 
     torch.set_num_threads(1)
-    dist.start(torch.device("cpu"), 60)
+    dist.start(detect_device(device), 60)
     ranks = environment().world_size
-    wanted = [make_cells(name, ranks) if engine == "torch" else engine_cells(name, engine, ranks) for name in TRAINERS]
-    curves = {str(cell): run(cell) for group in wanted for cell in group}
+    wanted = [cells(name, ranks) if engine == "torch" else engine_cells(name, engine, ranks) for name in TRAINERS]
+    curves = {str(cell): run(cell, device) for group in wanted for cell in group}
     if dist.is_main():
         Path(out).write_text(json.dumps(curves))
     dist.stop()

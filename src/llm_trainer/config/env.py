@@ -28,6 +28,8 @@ class Environment:
         master_addr: `MASTER_ADDR`, where the processes meet.
         master_port: `MASTER_PORT`.
         launched: whether torchrun (or another launcher) started this process: `RANK` and `WORLD_SIZE` are set.
+        agent_store: whether the processes meet in a store that torchrun itself keeps (`TORCHELASTIC_USE_AGENT_STORE`).
+        restarts: `TORCHELASTIC_RESTART_COUNT`, how often torchrun has started the processes again.
     """
 
     token_dir: str | None = None
@@ -42,6 +44,8 @@ class Environment:
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
     launched: bool = False
+    agent_store: bool = False
+    restarts: int = 0
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -78,6 +82,8 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         master_addr=given.get("MASTER_ADDR", Environment.master_addr),
         master_port=number("MASTER_PORT", Environment.master_port, least=1),
         launched="RANK" in given and "WORLD_SIZE" in given,
+        agent_store=given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        restarts=number("TORCHELASTIC_RESTART_COUNT", Environment.restarts),
     )
 
 

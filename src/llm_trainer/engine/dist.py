@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,22 @@ def start(device: torch.device, timeout_s: float = 600) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL keeps what it exchanges besides tensors
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **_meeting_point())
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     _watch = watch.start(process_number(), environment().master_addr, gather_objects, num_processes())
+
+
+def _meeting_point() -> dict[str, Any]:
+    """Where the processes exchange addresses.
+
+    torchrun keeps its store when it starts the processes again, and a new one would find the addresses of the dead there.
+    """
+    here = environment()
+    if not here.agent_store:
+        return {}
+    store = dist.TCPStore(here.master_addr, here.master_port, is_master=False)
+    kept_apart = dist.PrefixStore(f"start-{here.restarts}", store)
+    return {"store": kept_apart, "rank": here.rank, "world_size": here.world_size}
 
 
 def stop() -> None:
