@@ -38,6 +38,7 @@ class Watch:
         self.rank, self.names, self.peers = rank, names, peers
         self.lost: int | None = None
         self._gone: list[int] = []  # peers whose process has ended
+        self._served, self._entered = dict.fromkeys(peers, 0), 0  # times on duty, of each peer to the end; of this rank
         self._is_on_duty, self._heard = False, threading.Event()
         self._last_words: Callable[[], str] = str
         for peer, connection in peers.items():
@@ -50,6 +51,7 @@ class Watch:
                 if line.isdecimal():
                     self._alarm(int(line))
                 working = line == ON_DUTY
+                self._served[peer] += line == OFF_DUTY
         self._gone.append(peer)
         if working:
             self._alarm(peer)
@@ -92,9 +94,11 @@ class Watch:
             RankLostError: a rank is gone; the message names it.
         """
         self._last_words = last_words
-        if self._gone:
-            self.lost = self._gone[0]
-            raise RankLostError(self._message())
+        self._entered += 1
+        for peer in self._gone:
+            if self._served[peer] < self._entered:  # else it has finished what this rank begins: there was little to do
+                self.lost = peer
+                raise RankLostError(self._message())
         self._is_on_duty = True
         self._tell(ON_DUTY)
         try:
