@@ -1,7 +1,9 @@
-"""The model that a policy is compared with: a frozen copy, or its log-probabilities computed once and kept on disk."""
+"""The model that a policy is compared with: a frozen copy, or the policy itself with its adapters off."""
 
 import hashlib
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,34 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def freeze(model: nn.Module) -> nn.Module:
     """`model` itself, without gradients and in evaluation mode."""
     return model.requires_grad_(False).eval()
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `model` is one of the `peft` library, whose base stays as it is while its adapters learn."""
+    return any(kind.__module__.startswith("peft.") and kind.__name__ == "PeftModel" for kind in type(model).__mro__)
+
+
+class AdaptersOff:
+    """The policy as it was before its adapters learned anything, called like a reference model; it takes no memory.
+
+    Args:
+        model: the `PeftModel`.
+        policy: the module around it that is called, as the engine has wrapped it.
+        knows_branches: that of the policy's `ScoredModel`.
+    """
+
+    def __init__(self, model: nn.Module, policy: nn.Module, knows_branches: Callable[[torch.device], bool]) -> None:
+        self.model, self.policy, self.knows_branches = model, policy, knows_branches
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What the policy returns without its adapters and without dropout."""
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                return self.policy(**inputs)
+        finally:
+            self.policy.train(was_training)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

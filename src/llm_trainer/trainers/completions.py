@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from llm_trainer.losses.language import IGNORE
-from llm_trainer.models.frozen import freeze
+from llm_trainer.models.frozen import AdaptersOff, freeze, frozen_copy, has_adapters
 from llm_trainer.models.scored import scored
 
 if TYPE_CHECKING:
@@ -193,7 +193,12 @@ def placed(rows: Batch, device: torch.device) -> Batch:
     return moved | {name: rows[name] for name in ("document_lengths",) if name in rows}
 
 
-def score(model: nn.Module, rows: Batch, differentiable: bool = False) -> "TokenScores":
+def default_reference(model: nn.Module) -> nn.Module:
+    """What a policy is compared with if nobody says: itself where only its adapters learn, else a frozen copy."""
+    return model if has_adapters(model) else frozen_copy(model)
+
+
+def score(model: "nn.Module | AdaptersOff", rows: Batch, differentiable: bool = False) -> "TokenScores":
     """The model's scores of a joined batch: log-probs of its labels, with gradients if `differentiable`."""
     device = rows["input_ids"].device
     inputs = {name: rows[name].to(device, non_blocking=True) for name in _INPUTS if name in rows}
@@ -206,8 +211,13 @@ def count_tokens(batch: Batch) -> int:
     return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel()
 
 
-def reference_of(model: nn.Module, trainer: "BaseTrainer") -> "ScoredModel":
-    """`model` scored, frozen and placed as the policy is, and compiled where that is: both must round alike."""
+def reference_of(model: nn.Module, trainer: "BaseTrainer", policy: "ScoredModel") -> "ScoredModel | AdaptersOff":
+    """`model` scored, frozen and placed as the policy is, and compiled where that is: both must round alike.
+
+    Where it is the trained model itself, it is that with its adapters off.
+    """
+    if model is trainer.base_model:
+        return AdaptersOff(model, trainer.model, policy.knows_branches)
     reference = scored(model)
     freeze(reference)
     if trainer.run.settings.compile:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
 from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
-from llm_trainer.models.frozen import frozen_copy, same_weights
+from llm_trainer.models.frozen import AdaptersOff, same_weights
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.completions import (
     Batch,
     as_rows,
     count_tokens,
+    default_reference,
     join,
     num_answers,
     num_pairs,
@@ -49,8 +50,8 @@ class DPOTrainer(BaseTrainer):
     Chosen and rejected run in one forward.
 
     Args:
-        ref_model: what the policy is compared with; None: a frozen copy of the policy as it is now. Losses that need
-            no reference (`orpo`, `simpo`, `cpo`) have none.
+        ref_model: what the policy is compared with; None: a frozen copy of the policy as it is now, or, where it has
+            adapters (`peft`), the policy with these off. Losses that need no reference (`orpo`, `simpo`, `cpo`) have none.
         ref_log_probs_given: the batches carry the reference's log-probs, and no reference model is kept.
         starts_at_reference: whether policy and reference begin equal, so that the rewards of the first step must be 0
             (and the loss of DPO ln 2); anything else stops the run. None: found out by comparing the weights.
@@ -88,16 +89,16 @@ class DPOTrainer(BaseTrainer):
             )
         reference = None
         if self.loss.needs_reference and not ref_log_probs_given:
-            reference = frozen_copy(model) if ref_model is None else ref_model
-        if starts_at_reference is None:
+            reference = default_reference(model) if ref_model is None else ref_model
+        if starts_at_reference is None and reference is not model:  # adapters may have learned before
             starts_at_reference = reference is not None and (ref_model is None or same_weights(model, reference))
-        self._at_start = starts_at_reference and self.loss.needs_reference
+        self._at_start = bool(starts_at_reference) and self.loss.needs_reference
         self._baseline = torch.zeros(2, dtype=torch.float64)  # sum and number of the rewards of earlier steps
         self._new_rewards = torch.zeros(2)
         super().__init__(*args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
-        self.reference = None if reference is None else reference_of(reference, self)
-        models = [self._policy] if self.reference is None else [self._policy, self.reference]
+        self.reference = None if reference is None else reference_of(reference, self, self._policy)
+        models = [self._policy, *([] if self.reference is None else [self.reference])]
         self.shares_prompts = share_prompts and all(model.knows_branches(self.device) for model in models)
 
     @classmethod
@@ -133,7 +134,8 @@ class DPOTrainer(BaseTrainer):
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         held_to = "given log-probs" if self.loss.needs_reference else "none"
-        reference = held_to if self.reference is None else "a frozen model"
+        frozen = "the policy with its adapters off" if isinstance(self.reference, AdaptersOff) else "a frozen model"
+        reference = held_to if self.reference is None else frozen
         return {"loss": self.loss, "reference": reference, "prompts": "shared" if self.shares_prompts else "repeated"}
 
     def _joined(self, batch: Batch) -> Batch:

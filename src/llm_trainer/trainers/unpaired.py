@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
-from llm_trainer.models.frozen import frozen_copy
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.completions import (
     Batch,
     as_rows,
     count_tokens,
+    default_reference,
     join,
     num_answers,
     placed,
@@ -40,7 +40,8 @@ class KTOTrainer(BaseTrainer):
     none, and a step without any keeps the KL of the step before.
 
     Args:
-        ref_model: what the policy is compared with; None: a frozen copy of the policy as it is now.
+        ref_model: what the policy is compared with; None: a frozen copy of the policy as it is now, or, where it has
+            adapters (`peft`), the policy with these off.
         loss_type: 'kto' or 'apo_zero_unpaired', which needs no KL.
         beta: how strongly the policy is held to the reference.
         desirable_weight: weight of the good answers.
@@ -70,9 +71,9 @@ class KTOTrainer(BaseTrainer):
             raise ValueError(
                 "ref_model is the policy itself, which changes while it learns; pass None for a copy of it"
             )
-        reference = frozen_copy(model) if ref_model is None else ref_model
+        reference = default_reference(model) if ref_model is None else ref_model
         super().__init__(*args, **options)
-        self.reference = reference_of(reference, self)
+        self.reference = reference_of(reference, self, self._policy)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
@@ -88,7 +89,8 @@ class KTOTrainer(BaseTrainer):
         }
 
     def _build_module(self, model: nn.Module) -> nn.Module:
-        return scored(model)
+        self._policy = scored(model)
+        return self._policy
 
     def _loss_weight(self, batch: Batch) -> float:
         return float(len(batch["desirable"]))

@@ -1,0 +1,69 @@
+"""A policy with adapters is its own reference: the numbers of a frozen copy, without its memory."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_trainer import create_trainer
+from llm_trainer.config.schema import ModelConfig
+from llm_trainer.models.build import build_model
+from llm_trainer.models.frozen import AdaptersOff, has_adapters
+
+peft = pytest.importorskip("peft", reason="needs peft")
+
+
+def model_with_adapters() -> torch.nn.Module:
+    """A two-layer model whose adapters already do something, and have dropout."""
+    torch.manual_seed(0)
+    shape = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what peft imports
+        options = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.2)
+        return peft.get_peft_model(build_model(shape), options)
+
+
+def pairs(trainer: str) -> list[dict[str, Any]]:
+    torch.manual_seed(1)
+    parts = {"dpo": ("prompt", "chosen", "rejected"), "kto": ("prompt", "completion")}[trainer]
+    batch = {f"{part}_input_ids": torch.randint(1, 64, (4, 5)) for part in parts}
+    masks = {f"{part}_attention_mask": torch.ones(4, 5, dtype=torch.long) for part in parts}
+    return [batch | masks | ({"desirable": torch.tensor([1, 0, 1, 0])} if trainer == "kto" else {})] * 3
+
+
+def train(trainer: str, folder: Path, **options: Any) -> tuple[Any, list[float]]:
+    model = model_with_adapters()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if options.pop("copied", False):
+        options["ref_model"] = copy.deepcopy(model.base_model.unload())  # type: ignore[operator,union-attr]
+        model = model_with_adapters()
+        learned = [p for p in model.parameters() if p.requires_grad]
+    made = create_trainer(
+        trainer,
+        model=model,
+        optimizer=torch.optim.AdamW(learned, lr=1e-2),
+        train_loader=pairs(trainer),
+        max_epochs=1,
+        use_amp=False,
+        log_interval=1,
+        device="cpu",
+        save_dir=str(folder),
+        **options,
+    )
+    made.train()
+    text = (folder / "log" / "metrics.jsonl").read_text().splitlines()
+    return made, [float(line.split('"loss": ')[1].split(",")[0].rstrip("}")) for line in text]
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "kto"])
+def test_the_reference_is_the_policy_without_adapters(trainer: str, tmp_path: Path) -> None:
+    made, losses = train(trainer, tmp_path / "off")
+    _, expected = train(trainer, tmp_path / "copy", copied=True)
+    assert has_adapters(made.base_model) and isinstance(made.reference, AdaptersOff)
+    assert losses == pytest.approx(expected, rel=1e-6) and len(set(losses)) == 3
+    assert made.model.training and not any(
+        p.requires_grad for n, p in made.base_model.named_parameters() if "lora" not in n
+    )
