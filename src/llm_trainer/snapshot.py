@@ -62,11 +62,11 @@ def save(run: "Run", is_best: bool, path: str | None, may_fail: bool) -> str:
 
 
 def _state(run: "Run", metrics: dict[str, Any]) -> dict[str, Any]:
-    trainer, optimizer = run.trainer, run.engine.optimizer_state()
+    trainer = run.trainer
     scheduler = {} if trainer.scheduler is None else {"scheduler": trainer.scheduler.state_dict()}
     return scheduler | {
         "progress": asdict(run.progress),
-        **({"optimizer": optimizer} if optimizer else {}),  # an engine may keep it in shards of its own
+        "optimizer": run.engine.optimizer_state(),
         "engine": run.engine.state_dict(),
         "metrics": metrics,
         "random": checkpoint.random_state(),

@@ -26,6 +26,7 @@ from llm_trainer.checkpoint.manager import (
 from llm_trainer.checkpoint.state import read_tensors, restore, set_tensors_aside, write_tensors
 from llm_trainer.checkpoint.valid import CheckpointError, find_damage, valid_checkpoints
 from llm_trainer.checkpoint.weights import (
+    check_groups,
     cut,
     load_optimizer_state_by_name,
     load_weights,
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "LoadedCheckpoint",
+    "check_groups",
     "cut",
     "find_damage",
     "load_checkpoint",

@@ -245,19 +245,25 @@ def write_file(path: str | Path, weights: Mapping[str, Tensor], state: Mapping[s
 
 
 def load_checkpoint(
-    path: str | Path, *, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
+    path: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    like: Callable[[str], Tensor | None] = lambda name: None,
 ) -> dict[str, Any]:
     """Load a checkpoint into `model` and, where given, `optimizer` and `scheduler`; returns the rest of its state.
 
     Args:
         path: A `.pt` file (of `save_checkpoint`, or a plain state dict), a checkpoint folder, or the folder of a run,
             whose newest valid checkpoint is taken.
+        like: See `read_tensors`.
 
     Raises:
         CheckpointError: The file is missing or damaged (the message names the newest valid checkpoint beside it), does
             not fit the model, or lacks the state of an optimizer or scheduler that was asked for.
     """
-    weights, state = read_checkpoint(path)
+    weights, state = read_checkpoint(path, like)
     for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
         if wanted is not None and name not in state:
             raise CheckpointError(f"'{path}' holds no {name} state: pass {name}=None to load the weights alone")

@@ -1,7 +1,7 @@
 """Model weights, optimizer state by parameter name, and the state of random generators."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -199,18 +199,8 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, saved: 
     """
     names = _parameter_names(model)
     groups, old_groups = optimizer.param_groups, saved["param_groups"]
-    if len(groups) != len(old_groups):
-        raise CheckpointError(
-            f"the checkpoint's optimizer has {len(old_groups)} parameter groups, this has {len(groups)}"
-        )
     members = [{_name_of(parameter, names): parameter for parameter in group["params"]} for group in groups]
-    for index, (own, old) in enumerate(zip(members, old_groups, strict=True)):
-        problems = {
-            "missing": [name for name in own if name not in old["params"]],
-            "unexpected": [name for name in old["params"] if name not in own],
-        }
-        if any(problems.values()):
-            raise CheckpointError(f"the checkpoint's optimizer differs in group {index}: {first_few(problems)}")
+    check_groups(members, old_groups)
     for group, own, old in zip(groups, members, old_groups, strict=True):
         group.update({key: value for key, value in old.items() if key != "params"})
         host_step = not (group.get("fused") or group.get("capturable"))  # where torch's kernels read it
@@ -220,6 +210,23 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, saved: 
                 optimizer.state[parameter] = {
                     key: _place(value, parameter, on_host=host_step and key == "step") for key, value in entry.items()
                 }
+
+
+def check_groups(members: Sequence[Collection[str]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Compare the parameter names of an optimizer's groups with those of saved ones.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    if len(members) != len(saved):
+        raise CheckpointError(f"the checkpoint's optimizer has {len(saved)} parameter groups, this has {len(members)}")
+    for index, (own, old) in enumerate(zip(members, saved, strict=True)):
+        problems = {
+            "missing": [name for name in own if name not in old["params"]],
+            "unexpected": [name for name in old["params"] if name not in own],
+        }
+        if any(problems.values()):
+            raise CheckpointError(f"the checkpoint's optimizer differs in group {index}: {first_few(problems)}")
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -104,10 +104,9 @@ class _Sharded:
 
 
 @config_section
-class DsZero1Config(_Sharded):
-    """Optimizer state is sharded."""
+class _WholeWeights(_Sharded):
+    """What stages 1 and 2 have in common: every rank has the weights."""
 
-    stage: Literal[1] = Field(default=1, description="1: optimizer state is sharded")
     overlap_comm: StrictBool = Field(default=False, description="reduce gradients during the backward")
     round_robin_gradients: StrictBool = Field(
         default=False, description="spread the copies of gradients to the host over ranks (offload)"
@@ -115,14 +114,17 @@ class DsZero1Config(_Sharded):
 
 
 @config_section
-class DsZero2Config(_Sharded):
+class DsZero1Config(_WholeWeights):
+    """Optimizer state is sharded."""
+
+    stage: Literal[1] = Field(default=1, description="1: optimizer state is sharded")
+
+
+@config_section
+class DsZero2Config(_WholeWeights):
     """Optimizer state and gradients are sharded."""
 
     stage: Literal[2] = Field(default=2, description="2: optimizer state and gradients are sharded")
-    overlap_comm: StrictBool = Field(default=False, description="reduce gradients during the backward")
-    round_robin_gradients: StrictBool = Field(
-        default=False, description="spread the copies of gradients to the host over ranks (offload)"
-    )
 
 
 @config_section

@@ -258,25 +258,12 @@ class DeepSpeedEngine(Engine):
         if isinstance(weights, Path):
             weights = checkpoint.read_weights(self._base, weights)
         saved = state.pop("optimizer")
-        self._check_groups(saved["param_groups"])
+        checkpoint.check_groups(self._groups, saved["param_groups"])
         self._load_weights(weights, path)
         self._load_optimizer(saved)
         if scheduler is not None:
             scheduler.load_state_dict(state.pop("scheduler"))
         return state
-
-    def _check_groups(self, saved: list[dict[str, Any]]) -> None:
-        if len(saved) != len(self._groups):
-            raise CheckpointError(
-                f"the checkpoint's optimizer has {len(saved)} parameter groups, this has {len(self._groups)}"
-            )
-        for index, (own, old) in enumerate(zip(self._groups, saved, strict=True)):
-            problems = {
-                "missing": [name for name in own if name not in old["params"]],
-                "unexpected": [name for name in old["params"] if name not in own],
-            }
-            if any(problems.values()):
-                raise CheckpointError(f"the checkpoint's optimizer differs in group {index}: {first_few(problems)}")
 
     def _load_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
         """Put whole tensors into the model, and into the copies that the optimizer has of it."""

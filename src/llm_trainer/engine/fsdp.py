@@ -124,9 +124,8 @@ class FsdpEngine(TorchEngine):
     def inference(self, alone: bool = False) -> Iterator[None]:
         # Without `alone` only what the base model is called without: the module around it holds embedding and head.
         root = self._root
-        cast(
-            Any, root
-        )._get_fsdp_state()._lazy_init()  # else the first layer to be called would take itself for the root
+        # Else the first layer to be called would take itself for the root.
+        cast(Any, root)._get_fsdp_state()._lazy_init()
         layers = [m for m in cast(nn.Module, root).modules() if isinstance(m, FSDPModule) and m is not root]
         if alone:
             for layer in layers:
@@ -176,15 +175,8 @@ class FsdpEngine(TorchEngine):
         def like(name: str) -> Tensor | None:
             return parameters.get(name.split("/")[2]) if name.startswith("optimizer/state/") else None
 
-        weights, state = checkpoint.read_checkpoint(path, like)
-        if isinstance(weights, Path):
-            checkpoint.read_model(self._base, weights)
-        else:
-            checkpoint.load_weights(self._base, weights, path)
-        checkpoint.load_optimizer_state_by_name(self._base, self._optimizer, state.pop("optimizer"))
-        if scheduler is not None:
-            scheduler.load_state_dict(state.pop("scheduler"))
-        return state
+        kept = {"optimizer": self._optimizer, "scheduler": scheduler}
+        return checkpoint.load_checkpoint(path, model=self._base, like=like, **kept)
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
