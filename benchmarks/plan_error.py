@@ -25,11 +25,11 @@ from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, confi
 from llm_trainer.config.env import environment
 from llm_trainer.config.schema import ModelConfig, MoeConfig
 from llm_trainer.engine import dist
-from llm_trainer.hooks import Hook
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import reward_model
 from llm_trainer.plan.memory import DDP, FSDP2, ONE, Step, Strategy, peak
 from llm_trainer.plan.shapes import Job, optimizer_bytes, shape_of
+from llm_trainer.train.hooks import Hook
 from llm_trainer.trainers.distill import CHUNK_ELEMENTS
 
 STRATEGIES = {"one": ONE, "ddp": DDP, "fsdp": FSDP2}

@@ -40,10 +40,10 @@ def real_pairs(files: list[Path]) -> list[Pair]:
     """Pairs of files, in the chat template of the tokenizer that lies with them."""
     import numpy as np
 
-    from llm_trainer.data.chat import ChatFormat
+    from llm_trainer.data.encode.chat import ChatFormat
+    from llm_trainer.data.encode.tokenizer import load_tokenizer
     from llm_trainer.data.pairs import SIDES, PairRows, load_answers
     from llm_trainer.data.prepare import DataOptions
-    from llm_trainer.data.tokenizer import load_tokenizer
     from llm_trainer.losses.unpaired import mismatched_order
 
     pairs: list[Pair] = []
@@ -187,8 +187,8 @@ def run_ours(job: Job) -> None:
     from llm_trainer.data.collate import LanguageSample, collate_flat
     from llm_trainer.data.pairs import PairSample, collate_pairs
     from llm_trainer.data.stream import SampleStream
-    from llm_trainer.hooks import Hook
     from llm_trainer.models.attention import resolve_attention
+    from llm_trainer.train.hooks import Hook
 
     shares = job.peer != "ours-repeated"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from llm_trainer.cli.plots import plot_run
-from llm_trainer.data.tokenizer import train_tokenizer
-from llm_trainer.hooks import sample
+from llm_trainer.data.encode.tokenizer import train_tokenizer
+from llm_trainer.train.hooks import sample
 from llm_trainer.train_configs import (
     DataLoaderConfig,
     DPOConfig,

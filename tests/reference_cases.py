@@ -65,7 +65,7 @@ def follow(
 ) -> list[dict]:
     """Train `model` as the run `case` of another library was trained; returns the metrics of every optimizer step."""
     from llm_trainer import configure_optimizer
-    from llm_trainer.hooks import Hook
+    from llm_trainer.train.hooks import Hook
 
     hyper = case["hyper"]
     seen: list[dict[str, float]] = []

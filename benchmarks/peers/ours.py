@@ -12,9 +12,9 @@ from workload import CONTEXT, IGNORE, LEARNING_RATE, MAX_GRAD_NORM, Job, Meter, 
 from llm_trainer import SFTTrainer, create_optimizer
 from llm_trainer.data.collate import LanguageSample, collate_flat
 from llm_trainer.data.stream import SampleStream
-from llm_trainer.hooks import Hook
 from llm_trainer.models.attention import resolve_attention
-from llm_trainer.run import Run
+from llm_trainer.train.hooks import Hook
+from llm_trainer.train.run import Run
 
 MICRO_BATCH_TOKENS = 8 * CONTEXT
 

@@ -15,11 +15,11 @@ from typing import Any
 from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, SFTConfig
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.schema import TrainConfig
-from llm_trainer.data.errors import DataError, DroppedRow
-from llm_trainer.data.formats import Schema
-from llm_trainer.data.messages import Message
 from llm_trainer.data.prepare import ROWS_LOOKED_AT, DataOptions, files_of, find_schema
-from llm_trainer.data.sources import read_rows
+from llm_trainer.data.read.errors import DataError, DroppedRow
+from llm_trainer.data.read.files import read_rows
+from llm_trainer.data.read.messages import Message
+from llm_trainer.data.read.schemas import Schema
 
 RENAMED = {  # ours -> theirs, the value as it is
     "n_epochs": "num_train_epochs",

@@ -32,12 +32,12 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.collate import Filler
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.stream import mix
-from llm_trainer.data.tokenizer import load_tokenizer
 from llm_trainer.engine.torch import choose_precision, detect_device
-from llm_trainer.metrics import open_writers
 from llm_trainer.models.scored import scored
-from llm_trainer.optim import get_parameter_groups
+from llm_trainer.optim.optimizers import get_parameter_groups
+from llm_trainer.train.metrics import open_writers
 from llm_trainer.trainers.language import SFTTrainer, Trainer
 
 

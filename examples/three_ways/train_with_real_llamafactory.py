@@ -31,11 +31,11 @@ from llm_trainer.assemble import make_model, make_streams
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.collate import collate_padded
+from llm_trainer.data.encode.templates import default_template
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.stream import SampleStream
-from llm_trainer.data.templates import default_template
-from llm_trainer.data.tokenizer import load_tokenizer
 from llm_trainer.engine.torch import choose_precision, detect_device
-from llm_trainer.metrics import JsonLines
+from llm_trainer.train.metrics import JsonLines
 from llm_trainer.trainers import get_trainer_class
 
 LLAMAFACTORY = "llamafactory==0.9.5"

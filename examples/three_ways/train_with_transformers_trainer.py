@@ -15,7 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llm_trainer.cli.main import algorithm
 from llm_trainer.config.load import load_config
-from llm_trainer.engine import dist, huggingface
+from llm_trainer.engine import dist
+from llm_trainer.train import transformers_driver as huggingface
 from llm_trainer.trainers import create_trainer
 
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_trainer.optim import configure_optimizer, create_optimizer, get_parameter_groups
+    from llm_trainer.optim.optimizers import configure_optimizer, create_optimizer, get_parameter_groups
     from llm_trainer.trainers import create_trainer, get_trainer_class
     from llm_trainer.trainers.base import BaseTrainer
     from llm_trainer.trainers.distill import Distillation
@@ -24,9 +24,9 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "DPOTrainer": "llm_trainer.trainers.preference",
     "KTOTrainer": "llm_trainer.trainers.unpaired",
     "RewardTrainer": "llm_trainer.trainers.reward",
-    "configure_optimizer": "llm_trainer.optim",
-    "create_optimizer": "llm_trainer.optim",
-    "get_parameter_groups": "llm_trainer.optim",
+    "configure_optimizer": "llm_trainer.optim.optimizers",
+    "create_optimizer": "llm_trainer.optim.optimizers",
+    "get_parameter_groups": "llm_trainer.optim.optimizers",
     "get_trainer_class": "llm_trainer.trainers",
     "create_trainer": "llm_trainer.trainers",
 }

@@ -13,15 +13,16 @@ from torch import nn
 from llm_trainer.checkpoint import CheckpointManager, load_checkpoint, load_weights
 from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from llm_trainer.config.load import dump_config
+from llm_trainer.config.options import Fsdp, Sampling
 from llm_trainer.config.schema import ModelConfig, TrainConfig
-from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.datasets import Joined
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.data.pairs import PairRows, collate_pairs, collate_unpaired, load_answers
 from llm_trainer.data.prepare import DataOptions, files_of, load_language_data
 from llm_trainer.data.steps import collate_steps, holds_steps, load_steps
 from llm_trainer.data.stream import SampleStream
-from llm_trainer.data.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import engine_name
 from llm_trainer.engine.torch import DTYPES, TorchEngine, choose_precision, detect_device
@@ -39,11 +40,10 @@ from llm_trainer.models.rewarding import (
     reward_model,
 )
 from llm_trainer.models.scored import scored
-from llm_trainer.optim import configure_optimizer
-from llm_trainer.schedule import create_scheduler
+from llm_trainer.optim.optimizers import configure_optimizer
+from llm_trainer.optim.schedules import create_scheduler
 from llm_trainer.trainers.completions import as_rows, num_shared, placed, score, share_prompts
 from llm_trainer.trainers.distill import Distillation, check_same_tokenizer
-from llm_trainer.trainers.settings import Fsdp, Sampling
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.base import BaseTrainer

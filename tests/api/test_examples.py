@@ -81,7 +81,7 @@ def test_configurations_load(stage: str) -> None:
 def test_configurations_run_on_the_demos_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the demo's folders, with models and runs made tiny."""
     from llm_trainer import create_trainer
-    from llm_trainer.data.tokenizer import train_tokenizer
+    from llm_trainer.data.encode.tokenizer import train_tokenizer
 
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "runs" / "demo" / "data"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.data.formats import SCHEMAS
+from llm_trainer.data.read.schemas import SCHEMAS
 from llm_trainer.losses.preference import PAIR_LOSSES
-from llm_trainer.optim import OPTIMIZERS
-from llm_trainer.schedule import SHAPES
+from llm_trainer.optim.optimizers import OPTIMIZERS
+from llm_trainer.optim.schedules import SHAPES
 from llm_trainer.trainers import TRAINERS
 
 ROOT = Path(__file__).resolve().parents[2]

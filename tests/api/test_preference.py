@@ -10,8 +10,8 @@ import torch
 
 from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, configure_optimizer, create_trainer, get_trainer_class
 from llm_trainer.config.load import load_config
-from llm_trainer.data.chat import ChatFormat
-from llm_trainer.data.tokenizer import load_tokenizer
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_model
 from llm_trainer.models.frozen import same_weights
 from llm_trainer.train_configs import (

@@ -9,8 +9,8 @@ import torch
 
 import llm_trainer
 from llm_trainer import SFTTrainer, Trainer, configure_optimizer, create_trainer, get_trainer_class
-from llm_trainer.data.chat import ChatFormat
-from llm_trainer.data.tokenizer import load_tokenizer
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_model
 from llm_trainer.train_configs import (
     DataLoaderConfig,

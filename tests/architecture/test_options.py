@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config import algorithms, schema
-from llm_trainer.trainers.settings import Sampling, Settings
+from llm_trainer.config.options import Sampling, Settings
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "llm_trainer"
 _ALL = {**vars(algorithms), **vars(schema)}.values()

@@ -16,9 +16,9 @@ from ranks import fork_ranks
 from table import tiny_model
 
 from llm_trainer import DPOTrainer, SFTTrainer, create_trainer
+from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
 from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.settings import Fsdp
 
 STEPS = 3
 REFERENCE = Path(__file__).parents[1] / "reference"

@@ -14,10 +14,10 @@ from ranks import fork_ranks
 from table import Rows, tiny_model
 
 from llm_trainer import SFTTrainer, configure_optimizer
+from llm_trainer.config.options import Fsdp
 from llm_trainer.data.collate import collate_flat
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
-from llm_trainer.trainers.settings import Fsdp
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
     "one": (1, {}),

@@ -18,7 +18,7 @@ from layouts import make_trainer
 from ranks import fork_ranks
 
 from llm_trainer.engine import dist, watch
-from llm_trainer.hooks import Hook
+from llm_trainer.train.hooks import Hook
 
 FINAL = 40  # steps of a whole run
 

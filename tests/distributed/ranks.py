@@ -26,7 +26,7 @@ from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
-from llm_trainer.hooks import Hook
+from llm_trainer.train.hooks import Hook
 
 QUIET = {"val_loader": None, "scheduler": None, "max_epochs": 1, "log_interval": 1, "save_interval_steps": None}
 

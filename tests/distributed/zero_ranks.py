@@ -18,7 +18,7 @@ from table import ROWS_PER_STEP, TRAINERS, Cell, data_of, tiny_model
 from llm_trainer import configure_optimizer, get_trainer_class
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
-from llm_trainer.hooks import Hook
+from llm_trainer.train.hooks import Hook
 
 STAGES = (0, 1, 2, 3)
 ON_HOST = {"device": "cpu", "pin_memory": False}

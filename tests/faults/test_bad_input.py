@@ -15,7 +15,7 @@ from llm_trainer import SFTTrainer
 from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import load_config
-from llm_trainer.guards import NonFiniteError
+from llm_trainer.train.guards import NonFiniteError
 
 CHAT = [
     [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": " ".join(map(str, range(n)))}]

@@ -68,8 +68,8 @@ def make_trainer(folder: Path, model_name: str = "plain", precision: str = "fp32
     from llm_trainer.data.collate import collate_padded
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
-    from llm_trainer.optim import configure_optimizer
-    from llm_trainer.schedule import create_scheduler
+    from llm_trainer.optim.optimizers import configure_optimizer
+    from llm_trainer.optim.schedules import create_scheduler
 
     model = make_model(model_name)
     optimizer = configure_optimizer(model=model, lr=0.02)

@@ -141,8 +141,8 @@ def run(cell: Cell, device: str = "cpu", **options: Any) -> list[tuple[float, fl
     from llm_trainer import configure_optimizer, get_trainer_class
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
-    from llm_trainer.hooks import Hook
     from llm_trainer.models.rewarding import reward_model
+    from llm_trainer.train.hooks import Hook
 
     model, options = tiny_model(), TRAINERS[cell.trainer] | ENGINES[cell.engine] | {"use_amp": False} | options
     if cell.trainer in ("dpo", "kto"):

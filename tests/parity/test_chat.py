@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llm_trainer.data.chat import ChatFormat, default_template, spans_from_ids
-from llm_trainer.data.tokenizer import load_tokenizer
+from llm_trainer.data.encode.chat import ChatFormat, default_template, spans_from_ids
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

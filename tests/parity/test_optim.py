@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llm_trainer.optim import create_optimizer
+from llm_trainer.optim.optimizers import create_optimizer
 from llm_trainer.tutorial import AdamWFromScratch, SGDFromScratch
 from reference_cases import Case
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm_trainer.schedule import create_scheduler, learning_rates
+from llm_trainer.optim.schedules import create_scheduler, learning_rates
 from reference_cases import Case
 
 

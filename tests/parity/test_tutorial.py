@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer import SFTTrainer, configure_optimizer
-from llm_trainer.hooks import Hook
-from llm_trainer.optim import create_optimizer
-from llm_trainer.schedule import create_scheduler
+from llm_trainer.optim.optimizers import create_optimizer
+from llm_trainer.optim.schedules import create_scheduler
+from llm_trainer.train.hooks import Hook
 from llm_trainer.tutorial import AdamWFromScratch, SGDFromScratch, TrainerFromScratch
 
 TOLERANCE = 1e-6

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from llm_trainer.data.chat import ChatFormat
+    from llm_trainer.data.encode.chat import ChatFormat
 
 QUOTES = '"""'
 
@@ -49,8 +49,8 @@ class Speaker:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
-        from llm_trainer.data.chat import ChatFormat
-        from llm_trainer.data.tokenizer import load_tokenizer
+        from llm_trainer.data.encode.chat import ChatFormat
+        from llm_trainer.data.encode.tokenizer import load_tokenizer
         from llm_trainer.engine.torch import detect_device
 
         disable_progress_bar()  # of loading weights

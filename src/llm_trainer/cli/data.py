@@ -10,10 +10,10 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from llm_trainer.data.chat import ChatFormat
     from llm_trainer.data.check import FileReport, Piece
+    from llm_trainer.data.encode.chat import ChatFormat
+    from llm_trainer.data.encode.store import TokenStore
     from llm_trainer.data.ledger import Ledger
-    from llm_trainer.data.store import TokenStore
 
 PROBLEMS_SHOWN = 10
 _BAR = 40  # characters of the longest bar
@@ -24,8 +24,8 @@ Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="files or fold
 
 
 def _chat_format(tokenizer: str) -> ChatFormat:
-    from llm_trainer.data.chat import ChatFormat
-    from llm_trainer.data.tokenizer import load_tokenizer
+    from llm_trainer.data.encode.chat import ChatFormat
+    from llm_trainer.data.encode.tokenizer import load_tokenizer
 
     return ChatFormat(load_tokenizer(tokenizer))
 
@@ -179,7 +179,7 @@ def _write_lists(store: TokenStore, target: Path, chat: ChatFormat) -> None:
     """
     import pickle
 
-    from llm_trainer.data.chat import ChatTemplateError, spans_from_ids
+    from llm_trainer.data.encode.chat import ChatTemplateError, spans_from_ids
 
     lists, differing = [], 0
     for row in range(len(store)):

@@ -70,8 +70,8 @@ def train(
 
     from llm_trainer.checkpoint import CheckpointError
     from llm_trainer.engine import dist
-    from llm_trainer.guards import NonFiniteError
-    from llm_trainer.loop import TrainingInterrupted
+    from llm_trainer.train.guards import NonFiniteError
+    from llm_trainer.train.loop import TrainingInterrupted
     from llm_trainer.trainers import create_trainer
 
     disable_progress_bar()  # of loading and saving weights; the run has its own
@@ -182,7 +182,7 @@ def train_tokenizer(
 ) -> None:
     """Train a byte-level BPE tokenizer, with a chat template, on the text of files of any known schema."""
     from llm_trainer.data.check import read_texts
-    from llm_trainer.data.tokenizer import train_tokenizer
+    from llm_trainer.data.encode.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer((text for path in files for text in read_texts(path)), vocab_size)
     tokenizer.save_pretrained(out)

@@ -103,7 +103,7 @@ def _configuration(config: TrainConfig) -> PretrainedConfig:
     from dataclasses import replace
 
     from llm_trainer.config.errors import ConfigError
-    from llm_trainer.data.tokenizer import load_tokenizer
+    from llm_trainer.data.encode.tokenizer import load_tokenizer
     from llm_trainer.models.build import build_config
 
     wanted = config.model_config

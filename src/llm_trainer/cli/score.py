@@ -16,9 +16,9 @@ import typer
 from llm_trainer.cli.chat import model_folder
 
 if TYPE_CHECKING:
-    from llm_trainer.data.chat import EncodedChat
-    from llm_trainer.data.errors import Location
-    from llm_trainer.data.formats import Schema
+    from llm_trainer.data.encode.chat import EncodedChat
+    from llm_trainer.data.read.errors import Location
+    from llm_trainer.data.read.schemas import Schema
 
 ROWS_AT_ONCE = 1024  # read, ordered by length and scored together
 TOO_LONG = "longer than the model's context"
@@ -41,9 +41,9 @@ class Judge:
     def __init__(self, folder: Path, tokenizer: str | None = None) -> None:
         from transformers.utils.logging import disable_progress_bar
 
-        from llm_trainer.data.chat import ChatFormat
+        from llm_trainer.data.encode.chat import ChatFormat
+        from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
         from llm_trainer.data.steps import StepFormat
-        from llm_trainer.data.tokenizer import check_vocabulary, load_tokenizer
         from llm_trainer.engine.torch import detect_device
         from llm_trainer.models.rewarding import STEPS, Rewarding, judged_in, load_reward_model
 
@@ -59,7 +59,7 @@ class Judge:
 
     def encode(self, kind: str, sample: dict[str, Any], location: Location) -> dict[str, Answer]:
         """The answers of a sample as ids, up to the last token of the answer, where training reads the reward."""
-        from llm_trainer.data.errors import DataError
+        from llm_trainer.data.read.errors import DataError
 
         if kind == "steps":
             return {"steps": self.steps.encode(sample["prompt"], sample["steps"])}
@@ -109,9 +109,9 @@ def score_file(
     Args:
         left_out: rows that have nothing to score are counted here, by reason.
     """
-    from llm_trainer.data.chat import ChatTemplateError
-    from llm_trainer.data.errors import DataError, DroppedRow
-    from llm_trainer.data.sources import read_rows
+    from llm_trainer.data.encode.chat import ChatTemplateError
+    from llm_trainer.data.read.errors import DataError, DroppedRow
+    from llm_trainer.data.read.files import read_rows
 
     rows = read_rows(path)
     while some := list(islice(rows, ROWS_AT_ONCE)):
@@ -186,9 +186,9 @@ def score(
     batch_size: Annotated[int, typer.Option(min=1, help="answers that are scored together")] = 8,
 ) -> None:
     """Score answers or their steps with a reward model; of pairs also how often the chosen one is higher."""
-    from llm_trainer.data.errors import DataError, Location
-    from llm_trainer.data.formats import get_schema, recognise
-    from llm_trainer.data.sources import read_rows
+    from llm_trainer.data.read.errors import DataError, Location
+    from llm_trainer.data.read.files import read_rows
+    from llm_trainer.data.read.schemas import get_schema, recognise
 
     known = get_schema(schema) if schema else recognise(list(islice(read_rows(file), 50)))
     judge, left_out = Judge(model_folder(folder), tokenizer), Counter[str]()

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from llm_trainer.data.chat import ChatFormat, EncodedChat, spans_from_ids
-from llm_trainer.data.errors import DataError, DroppedRow, Location
-from llm_trainer.data.formats import STAGES, Schema, get_schema, recognise
+from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
+from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.prepare import KINDS, ROWS_LOOKED_AT, DataOptions, find_schema
-from llm_trainer.data.sources import TOKEN_SUFFIXES, Rows, data_files, open_tokens, read_rows
-from llm_trainer.data.templates import ChatTemplateError
+from llm_trainer.data.read.errors import DataError, DroppedRow, Location
+from llm_trainer.data.read.files import TOKEN_SUFFIXES, Rows, data_files, open_tokens, read_rows
+from llm_trainer.data.read.schemas import STAGES, Schema, get_schema, recognise
 
 Sample = dict[str, Any]
 Piece = tuple[str, bool]  # some text, and whether it is trained on

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from llm_trainer.data.collate import LanguageSample
-from llm_trainer.data.errors import DataError, Location
+from llm_trainer.data.encode.store import Ragged, TokenStore
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.packing import Piece, pack_bfd, pack_bfd_split
-from llm_trainer.data.store import Ragged, TokenStore
+from llm_trainer.data.read.errors import DataError, Location
 
 _ROWS_AT_ONCE = 65536  # bounds the memory of counting trained tokens
 

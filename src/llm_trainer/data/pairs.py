@@ -12,15 +12,15 @@ from typing import Any, ClassVar, NotRequired, TypedDict
 import numpy as np
 import torch
 
-from llm_trainer.data.chat import ChatFormat, ChatTemplateError, spans_from_ids
 from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.datasets import EMPTY_AFTER_CUT, TOO_LONG, Joined, note_dropped
-from llm_trainer.data.errors import DataError, Location
+from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, spans_from_ids
+from llm_trainer.data.encode.store import Part, Ragged, TokenStore, build_store
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.messages import Message
 from llm_trainer.data.prepare import DataOptions, Located, RowEncoder, cache_key, check_ids, files_of, store_of
-from llm_trainer.data.sources import TOKEN_SUFFIXES, TokenFile, open_tokens
-from llm_trainer.data.store import Part, Ragged, TokenStore, build_store
+from llm_trainer.data.read.errors import DataError, Location
+from llm_trainer.data.read.files import TOKEN_SUFFIXES, TokenFile, open_tokens
+from llm_trainer.data.read.messages import Message
 
 SIDES = ("chosen", "rejected")
 NumShared = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], int]

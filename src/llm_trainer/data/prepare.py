@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llm_trainer.data.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.datasets import Blocks, Documents, Joined, Packed, note_dropped
-from llm_trainer.data.errors import DataError, DroppedRow, Location
-from llm_trainer.data.formats import STAGES, Schema, get_schema, recognise
-from llm_trainer.data.messages import Message
-from llm_trainer.data.sources import TOKEN_SUFFIXES, TokenFile, data_files, open_tokens, read_rows
-from llm_trainer.data.store import Part, TokenStore, build_store
-from llm_trainer.data.templates import ChatTemplateError
+from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
+from llm_trainer.data.encode.store import Part, TokenStore, build_store
+from llm_trainer.data.encode.templates import ChatTemplateError
+from llm_trainer.data.read.errors import DataError, DroppedRow, Location
+from llm_trainer.data.read.files import TOKEN_SUFFIXES, TokenFile, data_files, open_tokens, read_rows
+from llm_trainer.data.read.messages import Message
+from llm_trainer.data.read.schemas import STAGES, Schema, get_schema, recognise
 
 VERSION = 1  # part of every cache key: raise it when the same rows are encoded differently
 ROWS_LOOKED_AT = 50  # to recognise a schema

@@ -9,19 +9,19 @@ from typing import ClassVar, TypedDict
 import numpy as np
 import torch
 
-from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.collate import IGNORE, LanguageSample
 from llm_trainer.data.datasets import Joined, note_dropped
-from llm_trainer.data.errors import DataError, Location
-from llm_trainer.data.formats import get_schema, recognise
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.store import Part, TokenStore
+from llm_trainer.data.encode.templates import ChatTemplateError, Rendered
+from llm_trainer.data.encode.tokenizer import TextEncoder
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.messages import Message
 from llm_trainer.data.pairs import Batch, Collate, Column, enter, join_files
 from llm_trainer.data.prepare import ROWS_LOOKED_AT, DataOptions, Located, RowEncoder, store_of
-from llm_trainer.data.sources import TOKEN_SUFFIXES, read_rows
-from llm_trainer.data.store import Part, TokenStore
-from llm_trainer.data.templates import ChatTemplateError, Rendered
-from llm_trainer.data.tokenizer import TextEncoder
+from llm_trainer.data.read.errors import DataError, Location
+from llm_trainer.data.read.files import TOKEN_SUFFIXES, read_rows
+from llm_trainer.data.read.messages import Message
+from llm_trainer.data.read.schemas import get_schema, recognise
 
 SEPARATOR = "\n"  # ends every step; its last token is where the step is judged
 

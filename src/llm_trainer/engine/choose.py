@@ -10,7 +10,7 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.torch import TorchEngine, choose_precision
 
 if TYPE_CHECKING:
-    from llm_trainer.trainers.settings import Settings
+    from llm_trainer.config.options import Settings
 
 ENGINES = ("auto", "torch", "fsdp", "deepspeed", "hf")
 OF_PARALLEL_TYPE = {"ds": "deepspeed", "ddp": "torch", "fsdp": "fsdp", "none": "torch"}
@@ -51,8 +51,8 @@ def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, tog
     precision = choose_precision(settings.precision, device) if use_amp else "fp32"
     several = together and dist.num_processes() > 1
     if name == "fsdp" and several:
+        from llm_trainer.config.options import Fsdp
         from llm_trainer.engine.fsdp import FsdpEngine
-        from llm_trainer.trainers.settings import Fsdp
 
         return FsdpEngine(device, precision, settings.fsdp or Fsdp())
     if name == "deepspeed":

@@ -16,7 +16,7 @@ from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import DTYPES, TorchEngine
 
 if TYPE_CHECKING:
-    from llm_trainer.trainers.settings import Fsdp
+    from llm_trainer.config.options import Fsdp
 
 
 class FsdpEngine(TorchEngine):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import nn
 
-from llm_trainer.trainers.settings import Settings
+from llm_trainer.config.options import Settings
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -78,7 +78,7 @@ class BaseTrainer(metaclass=TrainerMeta):
         hooks: Sequence[Any] = (),
         **options: Any,
     ) -> None:
-        from llm_trainer.run import Run
+        from llm_trainer.train.run import Run
 
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler

@@ -6,7 +6,7 @@ import torch
 from llm_trainer.cli import chat
 from llm_trainer.cli.chat import Speaker, model_folder
 from llm_trainer.cli.main import main
-from llm_trainer.data.tokenizer import load_tokenizer, train_tokenizer
+from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from llm_trainer.cli.main import main
-from llm_trainer.data import store
-from llm_trainer.data.chat import ChatFormat
+from llm_trainer.data.encode import store
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.prepare import DataOptions, load_language_data
-from llm_trainer.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

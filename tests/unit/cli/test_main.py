@@ -95,8 +95,8 @@ def test_traceback_shows_where_a_mistake_came_from(run_yaml):
 
 def test_failed_and_interrupted_runs_have_their_own_codes(run_yaml, monkeypatch, capsys):
     from llm_trainer.checkpoint import CheckpointError
-    from llm_trainer.guards import NonFiniteError
-    from llm_trainer.loop import EXIT_INTERRUPTED, TrainingInterrupted
+    from llm_trainer.train.guards import NonFiniteError
+    from llm_trainer.train.loop import EXIT_INTERRUPTED, TrainingInterrupted
     from llm_trainer.trainers.base import BaseTrainer
 
     for error, code in (
@@ -145,7 +145,7 @@ def test_config_prints_a_file_that_loads(tmp_path, capsys):
 
 
 def test_tokenizer_train(tmp_path, capsys):
-    from llm_trainer.data.tokenizer import load_tokenizer
+    from llm_trainer.data.encode.tokenizer import load_tokenizer
 
     (tmp_path / "a.jsonl").write_text('{"text": "good day good day"}\n')
     assert run("tokenizer", "train", tmp_path / "a.jsonl", "--vocab-size", 280, "--out", tmp_path / "t") == 0

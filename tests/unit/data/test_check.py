@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.check import FileReport, check_file, read_texts
-from llm_trainer.data.tokenizer import load_tokenizer
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

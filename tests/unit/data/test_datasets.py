@@ -9,8 +9,8 @@ import torch
 
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.datasets import EMPTY, EMPTY_AFTER_CUT, TOO_LONG, Blocks, Documents, Joined, Packed
-from llm_trainer.data.errors import DataError
-from llm_trainer.data.store import ROWS_PER_PART, Part, build_store
+from llm_trainer.data.encode.store import ROWS_PER_PART, Part, build_store
+from llm_trainer.data.read.errors import DataError
 
 
 def store_of(folder, rows):

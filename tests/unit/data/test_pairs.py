@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.datasets import EMPTY_AFTER_CUT, TOO_LONG
-from llm_trainer.data.errors import DataError
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.store import Part, TokenStore, build_store
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.pairs import (
     EQUAL_AFTER_CUT,
     PairEncoder,
@@ -23,8 +24,7 @@ from llm_trainer.data.pairs import (
     load_answers,
 )
 from llm_trainer.data.prepare import DataOptions
-from llm_trainer.data.store import Part, TokenStore, build_store
-from llm_trainer.data.tokenizer import load_tokenizer
+from llm_trainer.data.read.errors import DataError
 from llm_trainer.losses.unpaired import mismatched_order
 
 Example = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_trainer.data.chat import ChatFormat
 from llm_trainer.data.collate import collate_flat, collate_padded, take_rows
-from llm_trainer.data.errors import DataError
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.prepare import DataOptions
+from llm_trainer.data.read.errors import DataError
 from llm_trainer.data.steps import StepFormat, collate_steps, holds_steps, load_steps
-from llm_trainer.data.tokenizer import load_tokenizer
 
 ROWS = [
     {"prompt": "2+2*3?", "completions": ["2*3 is 6", "2+6 is 9"], "labels": [True, False]},

@@ -10,7 +10,7 @@ from torch import nn
 
 from llm_trainer.engine.deepspeed import DeepSpeedEngine
 from llm_trainer.engine.zero import DeepSpeedError, complete, recompute_layers, tied_together
-from llm_trainer.optim import configure_optimizer
+from llm_trainer.optim.optimizers import configure_optimizer
 
 CPU = torch.device("cpu")
 STAGE_2 = {"zero_optimization": {"stage": 2}}

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from llm_trainer import Distillation, SFTTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.collate import collate_flat
-from llm_trainer.hooks import Hook
 from llm_trainer.losses.distill import divergence
 from llm_trainer.models.build import build_model
+from llm_trainer.train.hooks import Hook
 from llm_trainer.trainers import distill
 from llm_trainer.trainers.distill import TeacherError, check_same_tokenizer, own_answers
 

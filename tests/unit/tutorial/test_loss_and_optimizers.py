@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llm_trainer.schedule import learning_rates
+from llm_trainer.optim.schedules import learning_rates
 from llm_trainer.tutorial import AdamWFromScratch, SGDFromScratch, cross_entropy_sum, warmup_cosine
 from reference_cases import Case
 

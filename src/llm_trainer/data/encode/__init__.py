@@ -1,0 +1,1 @@
+"""Samples -> token ids on disk."""

@@ -1,0 +1,400 @@
+"""Conversations to token ids, and for each token whether it is trained on; prompts for generation the same way.
+
+What is trained on is decided in characters of the rendered text, never in tokens: a token is trained on if and only
+if its characters overlap a trained span. Mapping the span's ends to tokens instead loses the last byte tokens of a
+multi-byte character (tests/reference/README.md, point 27).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from llm_trainer.data.encode.templates import (
+    HIDDEN,
+    LITERAL,
+    MARKS,
+    SUBSTITUTE,
+    ChatTemplateError,
+    Message,
+    Rendered,
+    adds_bos,
+    default_template,
+    describe,
+    has_generation_tags,
+    render,
+    strip_marks,
+)
+from llm_trainer.data.encode.tokenizer import Span, TextEncoder, any_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["ChatFormat", "ChatTemplateError", "EncodedChat", "Message", "default_template", "spans_from_ids"]
+
+Tools = Sequence[Mapping[str, Any]]
+TrainOn = Literal["assistant", "last", "all"]
+Thinking = Literal["template", "last", "all", "none"]
+
+_THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_TAG_FIX = (
+    "put {% generation %} before and {% endgeneration %} after what it prints of an assistant's turn, its end included"
+)
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Token ids, for each whether the loss counts it, and the text they were made from.
+
+    Attributes:
+        input_ids: `[T]`.
+        trained: `[T]`.
+        text: the rendered text; a BOS or eos that is not part of a template is only in the ids.
+    """
+
+    input_ids: list[int]
+    trained: list[bool]
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class ChatFormat:
+    """How conversations become tokens, for training and for generation alike.
+
+    The template alone decides about a BOS in a conversation, as in `transformers` and the servers that use it; the
+    default one prints it if the tokenizer adds one to a plain text. The tokenizer never adds a second.
+
+    An assistant's turn is trained on from the end of its header to its end-of-turn token, that one included; the
+    newline after it is not. Turns are found by the template's `{% generation %}` tags or, without them, by rendering
+    the conversation up to the turn and once more with the turn replaced.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        template: jinja source; None: the tokenizer's own, or `default_template` when it has none.
+        train_on: 'assistant': every turn of the assistant; 'last': only its last; 'all': every token. A message with
+            `loss_weight` 0 is never trained on.
+        thinking: which turns keep their `reasoning_content` (or the `<think>` block their content starts with).
+            'template': as the template decides, and most print it only after the last user turn; 'last': those after
+            the last user turn; 'all': every turn; 'none': no turn. Thinking that is kept but that the template would
+            not print is written before the content as `<think>\\n...\\n</think>\\n\\n`.
+        parse_special_tokens: False: text of a special token inside a system, user or tool message, or in a plain text
+            or completion, is only text. True: it is the token, as in `transformers` by default; whoever writes the
+            data can then end a turn and speak as someone else. What an assistant writes is always parsed, for its
+            tokens are meant.
+
+    Raises:
+        ValueError: a slow tokenizer, or an unknown `train_on` or `thinking`.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    template: str | None = None
+    train_on: TrainOn = "assistant"
+    thinking: Thinking = "template"
+    parse_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"tokenizer is a {type(self.tokenizer).__name__}; expected a fast one, which knows the characters of "
+                "each token; fix: load_tokenizer(folder with tokenizer.json)"
+            )
+        for name, value, known in (
+            ("train_on", self.train_on, get_args(TrainOn)),
+            ("thinking", self.thinking, get_args(Thinking)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+
+    def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> EncodedChat:
+        """One conversation; `encode_many` is faster for many.
+
+        Raises:
+            ChatTemplateError: the template fails, or what the assistant wrote cannot be found in its output.
+        """
+        return self.encode_many([messages], [tools])[0]
+
+    def encode_many(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] | None = None
+    ) -> list[EncodedChat]:
+        """Many conversations, tokenised together; `tools` has one list of functions (or None) per conversation."""
+        rendered, spans = [], []
+        for messages, functions in zip(conversations, tools or [None] * len(conversations), strict=True):
+            messages, functions = self._prepare(messages, functions)
+            rendered.append(strip_marks(self._render(messages, functions)))
+            spans.append(self._trained_spans(messages, functions, rendered[-1]))
+        encoded = self._encoder.encode(rendered, spans)
+        return [EncodedChat(*one, text.text) for one, text in zip(encoded, rendered, strict=True)]
+
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Tools | None = None, enable_thinking: bool | None = None
+    ) -> list[int]:
+        """Ids that end where the assistant begins to write; `enable_thinking` goes to the template unless None."""
+        messages, tools = self._prepare(messages, tools)
+        options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        marked = self._render(messages, tools, add_generation_prompt=True, **options)
+        return self._encoder.encode([strip_marks(marked)], [[]])[0][0]
+
+    def encode_completion(self, prompt: str, completion: str) -> EncodedChat:
+        """Plain strings: the completion and the eos after it are trained on, the prompt is not."""
+        return self._encode_plain(prompt + completion, (len(prompt), len(prompt) + len(completion)))
+
+    def encode_text(self, text: str) -> EncodedChat:
+        """A document to pretrain on: everything is trained on, the eos after it too."""
+        encoded = self._encode_plain(text, (0, len(text)))
+        return EncodedChat(encoded.input_ids, [True] * len(encoded.input_ids), text)
+
+    def stop_token_ids(self) -> list[int]:
+        """Where generation stops: the template's end-of-turn token and the tokenizer's eos."""
+        tokens = [token for token in (self._turn_end, self.tokenizer.eos_token) if token]
+        vocabulary = self.tokenizer.get_vocab()
+        return [vocabulary[token] for token in dict.fromkeys(tokens)]
+
+    # Rendering
+
+    @cached_property
+    def _sources(self) -> tuple[str, str]:
+        """The template without and with tools: some tokenizers have one of each."""
+        own = self.template or self.tokenizer.chat_template or default_template(self.tokenizer)
+        if isinstance(own, str):
+            return own, own
+        if "default" not in own:
+            raise ChatTemplateError(
+                f"tokenizer {self.tokenizer.name_or_path!r} has the chat templates {', '.join(own)}; expected one "
+                "named 'default'; pass the wanted one as `template`"
+            )
+        return own["default"], own.get("tool_use", own["default"])
+
+    @cached_property
+    def _variables(self) -> dict[str, Any]:
+        return {**self.tokenizer.special_tokens_map, "documents": None}
+
+    def _source(self, tools: Tools | None) -> str:
+        return self._sources[bool(tools)]
+
+    def _render(
+        self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False, **options: Any
+    ) -> str:
+        options.update(self._variables, tools=tools or None, add_generation_prompt=add_generation_prompt)
+        return render(self._source(tools), messages, **options)
+
+    def _prepare(self, messages: Sequence[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
+        """Messages as the template gets them: marked where text only looks like a token, thinking by the policy."""
+
+        def clean(text: str) -> str:
+            return MARKS.sub("\ufffd", text)
+
+        def mark(text: str) -> str:
+            return self._encoder.special.sub(lambda token: LITERAL + token[0], clean(text))
+
+        if self.parse_special_tokens:
+            mark = clean
+        prepared = [_map_strings(message, clean if _is_assistant(message) else mark) for message in messages]
+        tools = _map_strings(tools, mark)
+        return (prepared if self.thinking == "template" else self._apply_thinking(prepared, tools)), tools
+
+    def _apply_thinking(self, messages: list[Message], tools: Tools | None) -> list[Message]:
+        last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        messages = [_split_thinking(message) for message in messages]
+        for i, message in enumerate(messages):
+            if self.thinking == "none" or (self.thinking == "last" and i < last_user):
+                messages[i] = _without_thinking(message)
+        # Only rendering shows which thinking the template prints: a mark in its place either comes out or it does not.
+        place = f"{SUBSTITUTE}{{}}{SUBSTITUTE}"
+        kept = [i for i, message in enumerate(messages) if message.get("reasoning_content")]
+        probe = [{**m, "reasoning_content": place.format(i)} if i in kept else m for i, m in enumerate(messages)]
+        shown = self._render(probe, tools) if kept else ""
+        for i in kept:
+            if place.format(i) not in shown:
+                messages[i] = _inline_thinking(messages[i])
+        return messages
+
+    # What is trained on
+
+    def _trained_spans(self, messages: Sequence[Message], tools: Tools | None, rendered: Rendered) -> list[Span]:
+        if self.train_on == "all":
+            silent = [self._locate(messages, i, rendered.text, tools) for i, m in enumerate(messages) if not _counts(m)]
+            edges = [0, *(edge for span in sorted(silent) for edge in span), len(rendered.text)]
+            return list(zip(edges[::2], edges[1::2], strict=True))
+        turns = [i for i, message in enumerate(messages) if _is_assistant(message)]
+        wanted = [i for i in (turns[-1:] if self.train_on == "last" else turns) if _counts(messages[i])]
+        if not wanted:
+            return []
+        source = self._source(tools)
+        if not has_generation_tags(source):
+            return [self._locate(messages, i, rendered.text, tools) for i in wanted]
+        if not rendered.blocks:
+            raise ChatTemplateError(
+                f"the chat template {describe(source)} has {{% generation %}} tags but printed none of the "
+                f"{len(turns)} assistant turns inside them, so nothing would be trained on; {_TAG_FIX}"
+            )
+        blocks = [(start, self._turn_stop(rendered.text, stop)) for start, stop in rendered.blocks]
+        if wanted == turns:
+            return blocks
+        if len(blocks) == len(turns):
+            return [blocks[turns.index(i)] for i in wanted]
+        return [self._locate(messages, i, rendered.text, tools) for i in wanted]
+
+    def _locate(self, messages: Sequence[Message], index: int, text: str, tools: Tools | None) -> Span:
+        """Where message `index` stands in `text`; an assistant's turn from its header's end to its end-of-turn token.
+
+        Rendered again with a mark for the message, everything but the message stays, so it is what lies between the
+        common beginning and the common end. That misses what the template writes around any answer (an empty thinking
+        block): a turn therefore starts where the prompt for it ends, if that prompt is a beginning of `text`. It is
+        none where the template rewrites earlier turns; then its last occurrence before the answer counts.
+        """
+        role = messages[index]["role"]
+        probe = [*messages[:index], {"role": role, "content": SUBSTITUTE}, *messages[index + 1 :]]
+        before, found, after = strip_marks(self._render(probe, tools)).text.partition(SUBSTITUTE)
+        if not found:
+            raise ChatTemplateError(
+                f"the chat template {describe(self._source(tools))} does not print messages[{index}] ({role}), so it "
+                f"cannot be told which tokens to train on; expected every turn in its output; {_TAG_FIX}"
+            )
+        start = _common_start(text, before)
+        stop = len(text) - _common_start(text[start:][::-1], after[::-1])
+        if role != "assistant":
+            return start, stop
+        try:
+            prompt = strip_marks(self._render(messages[:index], tools, add_generation_prompt=True)).text
+        except ChatTemplateError:  # a template may refuse a conversation that ends here, or an empty one
+            prompt = ""
+        if prompt and text.startswith(prompt):
+            start = len(prompt)
+        elif self._header and (place := text.rfind(self._header, 0, start)) >= 0:
+            header_stop = place + len(self._header)
+            # Not the header of an earlier turn: no turn ends in between.
+            if not (self._turn_end and self._turn_end in text[header_stop:start]):
+                start = header_stop
+        if self._turn_end and (place := text.find(self._turn_end, start, stop)) >= 0:
+            stop = place  # the end of the conversation also differed, in something else than this turn
+        return start, self._turn_stop(text, max(start, stop))
+
+    def _turn_stop(self, text: str, stop: int) -> int:
+        """`stop`, or the end of the end-of-turn token that follows it."""
+        if self._turn_end and (match := re.compile(r"\s*" + re.escape(self._turn_end)).match(text, stop)):
+            return match.end()
+        return stop
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """The token that the template prints after an assistant's turn, '' if none."""
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SUBSTITUTE}]
+        after = strip_marks(self._render(probe, None)).text.partition(SUBSTITUTE)[2]
+        tokens = any_of(token.content for token in self._encoder.added.values())
+        first = tokens.match(after.lstrip())
+        return first[0] if first else ""
+
+    @cached_property
+    def _header(self) -> str:
+        """What the template prints before an assistant's turn, '' if the prompt does not continue the conversation."""
+        asked: list[Message] = [{"role": "user", "content": "?"}]
+        without = strip_marks(self._render(asked, None)).text
+        prompt = strip_marks(self._render(asked, None, add_generation_prompt=True)).text
+        return prompt[len(without) :] if prompt.startswith(without) else ""
+
+    # Tokens
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer)
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        return adds_bos(self.tokenizer)
+
+    def _encode_plain(self, text: str, span: Span) -> EncodedChat:
+        literals = (
+            () if self.parse_special_tokens else (match.start() for match in self._encoder.special.finditer(text))
+        )
+        ids, trained = self._encoder.encode([Rendered(text, [], frozenset(literals))], [[span]])[0]
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:1] != [bos] and self._adds_bos:
+            ids, trained = [bos, *ids], [False, *trained]
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and ids[-1:] != [eos]:
+            ids, trained = [*ids, eos], [*trained, True]
+        return EncodedChat(ids, trained, text)
+
+
+def spans_from_ids(ids: Sequence[int], chat_format: ChatFormat) -> list[bool]:
+    """Which tokens of a conversation in ids are trained on: from each assistant header to its end-of-turn token.
+
+    Args:
+        ids: `[T]` token ids; a conversation may be cut off at its end.
+        chat_format: its template gives the header (the generation prompt) and the end; its `train_on` is honoured.
+
+    Returns:
+        `[T]` bools.
+
+    Raises:
+        ChatTemplateError: the header does not occur in the ids, or the template has none.
+    """
+    ids = list(ids)
+    if chat_format.train_on == "all":
+        return [True] * len(ids)
+    header = chat_format._encoder.backend.encode(chat_format._header, add_special_tokens=False).ids
+    starts = [
+        i + len(header)
+        for i, token in enumerate(ids)
+        if header and token == header[0] and ids[i : i + len(header)] == header
+    ]
+    if not starts:
+        raise ChatTemplateError(
+            f"no assistant turn in {len(ids)} token ids: the template's header {chat_format._header!r} = {header} does "
+            "not occur; expected conversations made with this tokenizer and template; pass the template they came from"
+        )
+    ends = set(chat_format.stop_token_ids())
+    trained = [False] * len(ids)
+    for start in starts[-1:] if chat_format.train_on == "last" else starts:
+        stop = next((i + 1 for i in range(start, len(ids)) if ids[i] in ends), len(ids))
+        trained[start:stop] = [True] * (stop - start)
+    return trained
+
+
+def _common_start(a: str, b: str) -> int:
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _is_assistant(message: Message) -> bool:
+    return message.get("role") == "assistant"
+
+
+def _counts(message: Message) -> bool:
+    return message.get("loss_weight") != 0
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """The same structure of lists and dicts with every string value changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_strings(item, change) for item in value]
+    return value
+
+
+def _without_thinking(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "reasoning_content"}
+
+
+def _split_thinking(message: Message) -> Message:
+    """A `<think>` block at the start of an assistant's content becomes its `reasoning_content`."""
+    content = message.get("content")
+    if not _is_assistant(message) or message.get("reasoning_content") or not isinstance(content, str):
+        return message
+    block = _THINK_BLOCK.match(content)
+    return {**message, "reasoning_content": block[1].strip(), "content": content[block.end() :]} if block else message
+
+
+def _inline_thinking(message: Message) -> Message:
+    """Thinking as part of the content, in tags that the template does not recognise and so does not remove."""
+    block = f"<{HIDDEN}think>\n{message['reasoning_content'].strip()}\n<{HIDDEN}/think>\n\n"
+    content = message.get("content") or ""
+    content = block + content if isinstance(content, str) else [{"type": "text", "text": block}, *content]
+    return {**_without_thinking(message), "content": content}

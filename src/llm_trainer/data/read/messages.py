@@ -1,0 +1,283 @@
+"""Conversations in the shapes found in the wild -> lists of `Message`, one shape.
+
+Every function takes the `Location` of the value it reads, so an error names the file, the row and the key.
+"""
+
+import json
+import re
+from typing import Any, Required, TypedDict
+
+from llm_trainer.data.read.errors import DataError, DroppedRow, Location, show
+
+
+class Message(TypedDict, total=False):
+    """One turn of a conversation; `name` and `tool_call_id` are for the templates that print them."""
+
+    role: Required[str]  # system, user, assistant or tool
+    content: Required[str]
+    reasoning_content: str
+    tool_calls: list[dict[str, Any]]  # {"type": "function", "function": {"name": str, "arguments": dict}}
+    loss_weight: float
+    name: str
+    tool_call_id: str
+
+
+ROLE_ALIASES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",  # its text is the call, as JSON
+    "pretrain": "assistant",  # interleaved text and images: everything is trained on
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+}
+IMAGE = "<image>"  # stands in the text where an image goes
+_OWN_NAMES = {"think": "reasoning_content", "weight": "loss_weight"}  # other names of optional keys -> ours
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "reasoning_content": str,
+    "loss_weight": (int, float),
+    "name": str,
+    "tool_call_id": str,
+}
+_TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def field(row: Any, key: str, location: Location) -> Any:
+    """`row[key]`, or a DataError that lists the keys the row does have."""
+    if not isinstance(row, dict):
+        raise DataError(location, show(row), f"an object with the key '{key}'", "make every row the same shape")
+    if row.get(key) is None:
+        keys = ", ".join(f"'{name}'" for name in row) or "no keys"
+        fix = "add it, or delete the row; the first rows of the data decided its format"
+        raise DataError(location.at(key), f"nothing (the row has {keys})", "a value", fix, "missing_key")
+    return row[key]
+
+
+def text(value: Any, location: Location) -> str:
+    """A string, or a DataError."""
+    if not isinstance(value, str):
+        raise DataError(location, show(value), "a string", "store text as a JSON string", "wrong_type")
+    return value
+
+
+def text_field(row: Any, key: str, location: Location) -> str:
+    """`row[key]`, a string."""
+    return text(field(row, key, location), location.at(key))
+
+
+def list_field(row: Any, key: str, location: Location) -> list[Any]:
+    """`row[key]`, a list with something in it."""
+    value = field(row, key, location)
+    if not isinstance(value, list) or not value:
+        raise DataError(location.at(key), show(value), "a list with entries", "repair the row", "wrong_type")
+    return value
+
+
+def decoded(value: Any, location: Location) -> Any:
+    """The value, or what it means when it is JSON in a string (tables can only hold such)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        found = f"{show(value)}, which is no JSON ({error.msg} at character {error.pos})"
+        raise DataError(location, found, "JSON", "repair the text; it may be cut short", "bad_json") from error
+
+
+def user(content: str) -> Message:
+    """A user turn."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    """An assistant turn."""
+    return {"role": "assistant", "content": content}
+
+
+def messages(value: Any, location: Location, images: list[Any] | None = None) -> list[Message]:
+    """A conversation from a list of turns, or from JSON text of one.
+
+    Args:
+        value: turns as `{"role", "content"}` or `{"from", "value"}`.
+        location: where the list is.
+        images: receives the images of the turns, in order; None: an image is an error.
+
+    Raises:
+        DataError: no list, no turns, an unknown role, content that is no text.
+    """
+    turns = decoded(value, location)
+    if not isinstance(turns, list) or not turns:
+        expected = 'a list of turns such as {"role": "user", "content": "..."}'
+        raise DataError(location, show(value), expected, "store the conversation as a list", "wrong_type")
+    return [message(turn, location.at(i), images) for i, turn in enumerate(turns)]
+
+
+def message(turn: Any, location: Location, images: list[Any] | None = None) -> Message:
+    """One turn: the role by `ROLE_ALIASES`, content as a string, optional keys under our names."""
+    role_key = "from" if isinstance(turn, dict) and "role" not in turn and "from" in turn else "role"
+    alias = text_field(turn, role_key, location)
+    if alias not in ROLE_ALIASES:
+        known = ", ".join(ROLE_ALIASES)
+        fix = "rename the role, or add a line to llm_trainer.data.read.messages.ROLE_ALIASES"
+        raise DataError(location.at(role_key), f"the role {show(alias)}", f"one of {known}", fix, "unknown_role")
+    content_key = "value" if "content" not in turn and "value" in turn else "content"
+    content, calls = turn.get(content_key), turn.get("tool_calls")
+    if alias == "function_call":
+        content, calls = None, decoded(text(content, location.at(content_key)), location.at(content_key))
+    tool_calls = _tool_calls(calls, location.at("tool_calls")) if calls else None
+    if content is None and not tool_calls:
+        field(turn, content_key, location)
+    result: Message = {
+        "role": ROLE_ALIASES[alias],
+        "content": "" if content is None else _content(content, location.at(content_key), images),
+    }
+    for key, value in turn.items():
+        own = _OWN_NAMES.get(key, key)
+        if own not in _OPTIONAL or value is None:
+            continue
+        if not isinstance(value, _OPTIONAL[own]):
+            expected = "a string" if _OPTIONAL[own] is str else "a number"
+            raise DataError(location.at(key), show(value), expected, "repair or remove the key", "wrong_type")
+        if own == "loss_weight" and value not in (0, 1):
+            expected = "0 (not trained on) or 1 (trained on)"
+            raise DataError(location.at(key), show(value), expected, "round the weight or remove it", "loss_weight")
+        result[own] = value  # type: ignore[literal-required]
+    if tool_calls:
+        result["tool_calls"] = tool_calls
+    return result
+
+
+def _content(content: Any, location: Location, images: list[Any] | None) -> str:
+    """Text from a string or a list of parts; an image part becomes `<image>` and its source goes to `images`."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        expected = "a string or a list of parts"
+        raise DataError(location, show(content), expected, "store content as a JSON string", "wrong_type")
+    return "".join(_part(part, location.at(i), images) for i, part in enumerate(content))
+
+
+def _part(part: Any, location: Location, images: list[Any] | None) -> str:
+    if isinstance(part, str):
+        return part
+    kind = text_field(part, "type", location)
+    if kind == "text":
+        return text_field(part, "text" if "text" in part else "value", location)
+    if kind in ("image", "image_url") and images is not None:
+        keys = [key for key in ("image", "image_url", "url", "path", "value") if key in part]
+        if keys:  # a bare marker takes the next image of the row's own list
+            images.append(image_source(part[keys[0]], location.at(keys[0])))
+        return IMAGE
+    expected = "a text part" if images is None else "a text or image part"
+    fix = "train such rows as vision data: format 'vision'" if images is None else "remove the part"
+    raise DataError(location, f"a part of type {show(kind)}", expected, fix, "unsupported_part")
+
+
+def image_source(value: Any, location: Location) -> str | bytes:
+    """Path, URL or bytes of an image, from itself or from `{"url" | "path" | "bytes": ...}`; bytes come first."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("bytes", "url", "path") if value.get(key)), value)
+    if not isinstance(value, str | bytes):
+        raise DataError(location, show(value), "a path, a URL or bytes", "repair the image reference", "wrong_type")
+    return value
+
+
+def _tool_calls(value: Any, location: Location) -> list[dict[str, Any]]:
+    """OpenAI-shaped calls; arguments become an object, because templates print them as JSON themselves."""
+    value = decoded(value, location)
+    calls = []
+    for i, call in enumerate(value if isinstance(value, list) else [value]):
+        here = location.at(i)
+        function = call["function"] if isinstance(call, dict) and "function" in call else call
+        name = text_field(function, "name", here)
+        arguments = decoded(function.get("arguments") or {}, here.at("arguments"))
+        extra = {"id": call["id"]} if "id" in call else {}
+        calls.append({**extra, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return calls
+
+
+def tool_schemas(value: Any, location: Location) -> list[dict[str, Any]] | None:
+    """The tools a conversation may call, as `{"type": "function", "function": ...}`; None when there are none."""
+    tools = decoded(value, location) if value else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(location, show(tools), "a list of function descriptions", "repair the column", "wrong_type")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a value is a list of turns, judged by the first; the others are checked when they are read."""
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & {*value[0]})
+    )
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether a string is a dialogue written as `Human: ... Assistant: ...` paragraphs (Anthropic's hh data)."""
+    return isinstance(value, str) and _TRANSCRIPT.match(value) is not None
+
+
+def transcript(value: str, location: Location) -> list[Message]:
+    """The turns of such a dialogue, stripped; a last turn without text (`Assistant:` asks for one) is left out."""
+    before, *pieces = _TRANSCRIPT.split(text(value, location))
+    if before or not pieces:
+        expected = "a dialogue that starts with 'Human:' or 'Assistant:'"
+        raise DataError(location, show(value), expected, "repair the dialogue", "bad_transcript")
+    names, contents = pieces[::2], [content.strip() for content in pieces[1::2]]
+    turns = [user(c) if name == "Human" else assistant(c) for name, c in zip(names, contents, strict=True)]
+    return turns if contents[-1] else turns[:-1]
+
+
+def is_empty(turns: list[Message]) -> bool:
+    """Whether no turn says, thinks or calls anything."""
+    return not any(m["content"].strip() or m.get("reasoning_content") or m.get("tool_calls") for m in turns)
+
+
+def answered(turns: list[Message], location: Location) -> list[Message]:
+    """The conversation, which has something for the model to learn: an assistant turn that is not empty.
+
+    Raises:
+        DataError: no assistant turn.
+        DroppedRow: only empty ones (reason `empty_answer`).
+    """
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if not answers:
+        roles = ", ".join(turn["role"] for turn in turns)
+        fix = "add the answer; prompts without one are for stage 'prompt' (PPO, GRPO)"
+        raise DataError(location, f"no assistant turn (roles: {roles})", "at least one", fix, "no_assistant_turn")
+    if is_empty(answers):
+        raise DroppedRow(location, "only empty answers", "an answer with text", "fill or delete it", "empty_answer")
+    return turns
+
+
+def up_to_last_answer(turns: list[Message]) -> list[Message]:
+    """The conversation without what comes after its last assistant turn: nobody answers that."""
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+    return turns[: last + 1]
+
+
+def asked(turns: list[Message], location: Location) -> list[Message]:
+    """The prompt, which the model has to answer: not empty, and its last turn is the user's or a tool's.
+
+    Raises:
+        DataError: it ends on another turn.
+        DroppedRow: nothing is said in it (reason `empty_prompt`).
+    """
+    if is_empty(turns):
+        raise DroppedRow(location, "an empty prompt", "a question", "fill or delete it", "empty_prompt")
+    if turns[-1]["role"] not in ("user", "tool"):
+        found = f"a prompt that ends on the {turns[-1]['role']}'s turn"
+        fix = "remove the last turn, or train the row as chat"
+        raise DataError(location, found, "a last turn of the user or a tool", fix, "prompt_is_answered")
+    return turns

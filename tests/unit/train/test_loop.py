@@ -1,0 +1,156 @@
+"""The loop: what is trained on, what is refused, and what a signal does."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_trainer import BaseTrainer
+from llm_trainer.train.guards import NonFiniteError
+from llm_trainer.train.hooks import Hook
+from llm_trainer.train.loop import TrainingInterrupted
+
+GOOD = torch.tensor([[1.0, 2.0], [0.5, 0.5]])
+BAD = torch.tensor([[1.0, float("inf")], [0.5, 0.5]])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower with two, far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Regression(BaseTrainer):
+    """Inputs and targets, each `[n]`, as one tensor `[2, n]`; the loss is a mean over n, and 0 / 0 where n is 0."""
+
+    def _loss_weight(self, batch: torch.Tensor) -> float:
+        return float(batch.shape[1])
+
+    def _count_tokens(self, batch: torch.Tensor) -> int:
+        return batch.shape[1]
+
+    def _prepare_batch(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(batch[0][:, None])[:, 0]
+
+    def _compute_loss(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return (outputs - batch[1]).pow(2).mean()
+
+
+def make(folder: Path, batches: Any, **options: Any) -> Regression:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    given = {"max_epochs": 1, "log_interval": 1, "use_amp": False, "progress": False, "device": "cpu"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return Regression(model, optimizer, batches, save_dir=str(folder), **(given | options))
+
+
+def state(trainer: Regression) -> list[torch.Tensor]:
+    """Weights and optimizer state, copied."""
+    moments = [v for entry in trainer.optimizer.state.values() for v in entry.values()]
+    return [t.detach().clone() for t in [*trainer.base_model.parameters(), *moments]]
+
+
+def test_a_bad_step_is_skipped_kept_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[list[torch.Tensor]] = []
+    watch = Hook("watch", lambda run: seen.append(state(run.trainer)), every_steps=1)
+    trainer = make(tmp_path, [GOOD, BAD, GOOD], hooks=[watch])
+    scheduler = trainer.scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1)
+    last = trainer.train()
+    for before, after in zip(seen[0], seen[1], strict=True):
+        assert torch.equal(before, after)
+    assert len(seen[0]) == 8 and not torch.equal(seen[1][0], seen[2][0])
+    assert scheduler.state_dict()["last_epoch"] == 2 and last["skipped_steps"] == 1
+    assert torch.equal(torch.load(tmp_path / "bad_steps" / "step-2-rank-0.pt")[0], BAD)
+    assert "step 2: loss inf, gradient not finite; the update was skipped" in capsys.readouterr().out
+
+
+def test_a_bad_step_does_not_hide_the_metrics_of_the_good_ones(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [GOOD, BAD], log_interval=2)
+    assert 0 < trainer.train()["loss"] < 10
+
+
+def test_too_many_bad_steps_in_a_row_stop_and_name_the_cause(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [GOOD, BAD, GOOD, BAD, BAD, GOOD], max_bad_steps=2)
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row.*broken rows in the kept batches.*checkpoint: none"):
+        trainer.train()
+    assert trainer.run.progress.step == 4 and trainer.run.progress.skipped_steps == 3
+
+
+def test_weights_that_broke_on_the_way_are_named(tmp_path: Path) -> None:
+    def breaks(run: Any) -> None:
+        run.trainer.base_model.bias.data.fill_(float("nan"))
+
+    trainer = make(tmp_path, [GOOD] * 5, hooks=[Hook("breaks", breaks, every_steps=2)])
+    with pytest.raises(NonFiniteError, match=r"the weights are broken, by an update before: bias \(1 of 1 values"):
+        trainer.train()
+
+
+def test_a_batch_that_cannot_be_kept_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad_steps").touch()
+    trainer = make(tmp_path, [BAD, GOOD])
+    trainer.train()
+    assert trainer.run.progress.step == 2 and "its batch could not be kept" in capsys.readouterr().out
+
+
+def test_micro_batches_without_terms_change_nothing(tmp_path: Path) -> None:
+    """Their loss is 0 / 0. Three terms and one are weighted 3 : 1, whatever lies between them."""
+    first, second, empty = torch.rand(2, 3), torch.rand(2, 1), torch.empty(2, 0)
+    cut = make(tmp_path / "cut", [first, empty, second], grad_accum_steps=3)
+    whole = make(tmp_path / "whole", [torch.cat([first, second], 1)])
+    for trainer in (cut, whole):
+        trainer.train()
+    assert cut.run.progress.skipped_steps == 0
+    for a, b in zip(state(cut), state(whole), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6)
+
+
+def test_a_step_without_any_term_is_no_error(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [torch.empty(2, 0), GOOD])
+    trainer.train()
+    assert trainer.run.progress.step == 2 and trainer.run.progress.skipped_steps == 0
+    assert all(t.isfinite().all() for t in state(trainer))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_a_second_start_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    def send(run: Any) -> None:
+        if run.progress.step == 2:
+            os.kill(os.getpid(), number)
+
+    batches, before = [torch.rand(2, 2) for _ in range(6)], signal.getsignal(number)
+    stopped = make(tmp_path / "stopped", batches, hooks=[Hook("send", send, every_steps=1)])
+    with pytest.raises(TrainingInterrupted) as interruption:
+        stopped.train()
+    assert interruption.value.code == 75 and stopped.run.progress.step == 3 and signal.getsignal(number) is before
+    resumed, whole = make(tmp_path / "stopped", batches, resume="auto"), make(tmp_path / "whole", batches)
+    for trainer in (resumed, whole):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(state(resumed), state(whole), strict=True))
+
+
+def test_an_interrupted_trainer_can_be_trained_on_in_the_same_process(tmp_path: Path) -> None:
+    send = Hook("send", lambda run: run.progress.step == 1 and os.kill(os.getpid(), signal.SIGTERM), every_steps=1)
+    trainer = make(tmp_path, [GOOD] * 4, hooks=[send])
+    with pytest.raises(TrainingInterrupted):
+        trainer.train()
+    trainer.train()
+    assert trainer.run.progress.step == 4
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
+    def send(run: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, [GOOD] * 4, hooks=[Hook("send", send, every_steps=1)]).train()
