@@ -37,7 +37,7 @@ TIMES = ("time", "tokens_per_second", "mfu")  # what no two runs have in common
 
 def write_data(folder: Path) -> None:
     """Small files of every kind of row, with rows of many lengths."""
-    words = "one two three four five six seven eight nine ten".split()
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     texts = [{"text": " ".join(words[n % 7 :] * (1 + n % 3))} for n in range(24)]
     chats = [
         [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": " ".join(words[: 1 + n % 8])}]

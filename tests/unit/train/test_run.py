@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from llm_trainer import Trainer
-from llm_trainer.train import hooks
 from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.train import hooks
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.loop import TrainingInterrupted
 from llm_trainer.train_configs import ModelConfig, PretrainConfig, RunConfig, TrainConfig
