@@ -80,6 +80,7 @@ def run(name: str, engine: str, folder: Path) -> dict[str, Any]:
     """Every number of a run's metrics, and a hash of the weights it ends with."""
     from llm_trainer import create_trainer
     from llm_trainer.config.load import parse
+    from llm_trainer.engine import dist
 
     trainer, own = trainers(folder)[name]
     save_dir = folder / "runs" / engine / name
@@ -98,6 +99,8 @@ def run(name: str, engine: str, folder: Path) -> dict[str, Any]:
         | {"save_dir": str(save_dir), "log_interval": 1, "max_steps": 8, "precision": "fp32", "progress": False}
     }
     create_trainer(trainer, train_config=parse(values, name)).train()
+    if not dist.is_main():
+        return {}
     lines = [json.loads(line) for line in (save_dir / "log" / "metrics.jsonl").read_text().splitlines()]
     kept = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
     weights = (save_dir / "model" / "model.safetensors").read_bytes()
