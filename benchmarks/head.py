@@ -65,7 +65,7 @@ def training_step(variant: str, options: argparse.Namespace) -> Callable[[], flo
     if variant.startswith("ours"):
         model = scored(model)
     if variant == "ours compiled":
-        model.compile_backbone()
+        model.compile()
     elif variant == "hand compiled":
         model = torch.compile(model)
 

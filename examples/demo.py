@@ -16,7 +16,6 @@ from pydoc_data.topics import topics
 
 from llm_trainer.cli.plots import plot_run
 from llm_trainer.data.encode.tokenizer import train_tokenizer
-from llm_trainer.train.hooks import sample
 from llm_trainer.train_configs import (
     DataLoaderConfig,
     DPOConfig,
@@ -150,7 +149,7 @@ def dpo_config(folder: Path) -> TrainConfig:
 def train(name: str, config: TrainConfig) -> dict[str, float]:
     """One stage, with sample answers before and after; its last metrics, and those it started from as `before_...`."""
     trainer = get_trainer_class(name)(train_config=config)
-    sample(trainer.run)
+    trainer.run.sample()
     before = {f"before_{metric}": value for metric, value in trainer.evaluate().items()}
     return before | trainer.train()
 

@@ -88,7 +88,7 @@ def follow(
         save_dir=str(folder),
         save_interval=0,
         progress=False,
-        hooks=[Hook("watch", lambda run: seen.append(dict(run._last_values)), every_steps=1)],
+        hooks=[Hook("watch", lambda run: seen.append(dict(run.values)), every_steps=1)],
         **options,
     ).train()
     return seen

@@ -13,8 +13,7 @@ from llm_trainer import SFTTrainer, create_optimizer
 from llm_trainer.data.collate import LanguageSample, collate_flat
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.models.attention import resolve_attention
-from llm_trainer.train.hooks import Hook
-from llm_trainer.train.run import Run
+from llm_trainer.train.hooks import Hook, RunView
 
 MICRO_BATCH_TOKENS = 8 * CONTEXT
 
@@ -56,7 +55,7 @@ def main() -> None:
     if job.peer == "ours-best":
         model.set_attn_implementation(resolve_attention("auto", "cpu"))
 
-    def tick(run: Run) -> None:
+    def tick(run: RunView) -> None:
         meter.tokens = run.progress.tokens
         meter.tick()
 

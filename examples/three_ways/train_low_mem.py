@@ -31,13 +31,12 @@ from llm_trainer.assemble import make_model, make_optimizer, make_scheduler, mak
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
-from llm_trainer.data.collate import Filler
 from llm_trainer.data.encode.tokenizer import load_tokenizer
-from llm_trainer.data.stream import mix
+from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine.torch import choose_precision, detect_device
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.optimizers import get_parameter_groups
-from llm_trainer.train.metrics import open_writers
+from llm_trainer.train.writers import open_writers
 from llm_trainer.trainers.language import SFTTrainer, Trainer
 
 
@@ -168,9 +167,9 @@ def main() -> None:
     writers = open_writers(Path(str(run.log_dir)), is_main=is_main, total_steps=loop.num_steps, live=run.progress)
     steps = (batches for epoch in range(config.n_epochs) for batches, _ in loop.stream.steps(epoch))
     for step, batches in enumerate(islice(steps, loop.num_steps)):
-        torch.manual_seed(mix(run.seed, step, loop.accelerator.process_index))  # dropout, the same when run again
+        torch.manual_seed(mix_seeds(run.seed, step, loop.accelerator.process_index))  # dropout, the same when run again
         started, learning_rate = time.perf_counter(), loop.optimizer.param_groups[0]["lr"]
-        loss, tokens = loop.backward([batch for batch in batches if not isinstance(batch, Filler)])
+        loss, tokens = loop.backward([batch.batch for batch in batches if batch.counts])
         values = {"loss": loss.item(), "grad_norm": loop.update(), "learning_rate": learning_rate}
         values["tokens_per_second"] = tokens / (time.perf_counter() - started)
         for writer in writers:

@@ -35,7 +35,7 @@ from llm_trainer.data.encode.templates import default_template
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.torch import choose_precision, detect_device
-from llm_trainer.train.metrics import JsonLines
+from llm_trainer.train.writers import JsonLines
 from llm_trainer.trainers import get_trainer_class
 
 LLAMAFACTORY = "llamafactory==0.9.5"

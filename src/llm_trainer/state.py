@@ -1,6 +1,11 @@
-"""Where a run stands."""
+"""The values that pass between the data, the loop and the run: where a run stands, and what a step takes and gives."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -13,9 +18,10 @@ class Progress:
         position: position of the next sample in the current epoch, in the units of the step source.
         tokens: tokens seen on all ranks.
         train_seconds: time spent in steps.
-        best_loss: lowest validation loss, and the step it was measured at.
+        best_loss: lowest validation loss.
+        best_step: the step it was measured at.
         evals_without_progress: evaluations since then.
-        stopped_early: early stopping ended the run.
+        stopped_early: early stopping, or a hook, ended the run.
         bad_steps: steps in a row that were not finite.
         skipped_steps: all steps that were not finite.
         learning_rate: of the last step.
@@ -37,3 +43,96 @@ class Progress:
     learning_rate: float = 0.0
     hooks_done: dict[str, int] = field(default_factory=dict)
     lines: list[dict[str, float]] = field(default_factory=list)
+
+    def advance(self, position: int) -> None:
+        """Count a finished optimizer step; the next one begins at `position`."""
+        self.step += 1
+        self.position = position
+
+    def next_epoch(self) -> None:
+        """Count a finished epoch; the next one begins at its first sample."""
+        self.epoch += 1
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in JSON types."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, in place: others hold this object."""
+        restored = Progress(**state)
+        for name in fields(self):
+            setattr(self, name.name, getattr(restored, name.name))
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How far a run goes.
+
+    Attributes:
+        epochs: passes over the data.
+        max_steps: optimizer steps after which it ends, whatever `epochs` says; None: no such limit.
+        steps_per_epoch: optimizer steps of one pass; None: the data does not say.
+    """
+
+    epochs: int
+    max_steps: int | None = None
+    steps_per_epoch: int | None = None
+
+    def reached(self, progress: Progress) -> bool:
+        """Whether the last step has been done."""
+        if progress.stopped_early or progress.epoch >= self.epochs:
+            return True
+        return self.max_steps is not None and progress.step >= self.max_steps
+
+    def total(self) -> int | None:
+        """Optimizer steps of the whole run; None where neither the data nor a limit says."""
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.steps_per_epoch is not None:
+            limits.append(self.steps_per_epoch * self.epochs)
+        return min(limits, default=None)
+
+
+@dataclass
+class MicroBatch:
+    """What one forward and backward sees.
+
+    Attributes:
+        batch: as the loader made it.
+        counts: False for a filler: a batch that weighs nothing and is recorded nowhere. It only keeps a rank without rows
+            in step with the others.
+        weight: number of terms that its loss is a mean of; the loop sets it.
+    """
+
+    batch: Any
+    counts: bool = True
+    weight: float = 0.0
+
+    def filler(self) -> "MicroBatch":
+        """The same batch as one that does not count."""
+        return MicroBatch(self.batch, counts=False)
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What an optimizer step was.
+
+    Attributes:
+        loss: `[]` this rank's share of the step's loss, on the device; the sum over ranks is the step's loss.
+        grad_norm: of the whole gradient, before clipping.
+        finite: whether it is finite; otherwise nothing was updated.
+        tokens: of all ranks.
+        seconds: that the step took.
+        stop: whether any rank has been asked to stop.
+        batches: this rank's micro-batches.
+        position: in the data, after the step.
+    """
+
+    loss: "Tensor"
+    grad_norm: float
+    finite: bool
+    tokens: int
+    seconds: float
+    stop: bool
+    batches: Sequence[MicroBatch]
+    position: int

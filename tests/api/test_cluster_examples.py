@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from llm_trainer.config.load import parse
-from llm_trainer.train.loop import EXIT_INTERRUPTED
+from llm_trainer.train.signals import EXIT_INTERRUPTED
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "cluster"
 SCRIPT = FOLDER / "train.slurm"

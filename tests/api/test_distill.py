@@ -83,7 +83,7 @@ def test_own_answers_by_configuration_end_where_the_template_ends_turns(
     trainer = SFTTrainer(train_config=config(reference_dir, tmp_path / "run", sft_config=SFTConfig(kd_config=kd)))
     assert trainer.tokenizer.eos_token_id in trainer.kd.stop_token_ids
     (batches, _), *_ = trainer._train_steps(trainer.run.source, 0, 0)
-    assert 1 <= int((batches[0]["labels"] != -100).sum(1).max()) <= 3
+    assert 1 <= int((batches[0].batch["labels"] != -100).sum(1).max()) <= 3
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(reference_dir: Path, tmp_path: Path) -> None:

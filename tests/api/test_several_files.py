@@ -102,7 +102,7 @@ def test_weights_of_files_change_how_often_they_are_visited(reference_dir: Path,
 
     trainer = made([2.0, 0.5])
     assert trainer.run.source.size() == 2 * (2 + 3) + 2
-    assert trainer.run.total_steps() == 6
+    assert trainer.run.horizon.total() == 6
     trainer.train()
     assert trainer.run.progress.step == 6
     for wrong in ([1.0], [1.0, 0.0]):

@@ -144,7 +144,7 @@ def test_evaluation_early_stopping_and_the_best_model(conversations: Path, refer
     trainer.train()
     progress = trainer.run.progress
     assert progress.stopped_early and progress.step < 150
-    best = trainer.run.manager.best()
+    best = trainer.run.checkpoints.manager.best()
     assert best is not None and best.name.endswith(f"{progress.best_step:08d}")
 
 

@@ -52,7 +52,7 @@ def make(folder: Path, cell: Cell, **options: Any) -> tuple[Any, list[tuple[floa
 
 
 def last_of(run: Any) -> tuple[float, float]:
-    return run._last_values["loss"], run._last_values["grad_norm"]
+    return run.values["loss"], run.values["grad_norm"]
 
 
 def curve_of(folder: Path, cell: Cell, **options: Any) -> list[tuple[float, float]]:

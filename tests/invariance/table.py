@@ -164,7 +164,7 @@ def run(cell: Cell, device: str = "cpu", **options: Any) -> list[tuple[float, fl
     curve: list[tuple[float, float]] = []
 
     def watch(run: Any) -> None:
-        curve.append((run._last_values["loss"], run._last_values["grad_norm"]))
+        curve.append((run.values["loss"], run.values["grad_norm"]))
 
     with tempfile.TemporaryDirectory() as folder:
         get_trainer_class(cell.trainer)(

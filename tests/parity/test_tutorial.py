@@ -71,7 +71,7 @@ def production(optimizer: str, options: dict[str, Any], folder: Path, accumulati
 
 
 def _last(run: Any) -> tuple[float, float]:
-    return run._last_values["loss"], run._last_values["grad_norm"]
+    return run.values["loss"], run.values["grad_norm"]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

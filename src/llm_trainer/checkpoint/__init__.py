@@ -27,7 +27,7 @@ from llm_trainer.checkpoint.state import read_tensors, restore, set_tensors_asid
 from llm_trainer.checkpoint.valid import CheckpointError, find_damage, valid_checkpoints
 from llm_trainer.checkpoint.weights import (
     check_groups,
-    cut,
+    full_tensor,
     load_optimizer_state_by_name,
     load_weights,
     optimizer_state_by_name,
@@ -36,8 +36,8 @@ from llm_trainer.checkpoint.weights import (
     read_model,
     read_weights,
     set_random_state,
+    shard_like,
     unwrap,
-    whole,
     write_model,
 )
 
@@ -46,8 +46,8 @@ __all__ = [
     "CheckpointManager",
     "LoadedCheckpoint",
     "check_groups",
-    "cut",
     "find_damage",
+    "full_tensor",
     "load_checkpoint",
     "load_folder",
     "load_optimizer_state_by_name",
@@ -63,9 +63,9 @@ __all__ = [
     "save_checkpoint",
     "set_random_state",
     "set_tensors_aside",
+    "shard_like",
     "unwrap",
     "valid_checkpoints",
-    "whole",
     "write_file",
     "write_model",
     "write_tensors",

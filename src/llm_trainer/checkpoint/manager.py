@@ -126,6 +126,18 @@ class CheckpointManager:
         self._rotate(target)
         return target
 
+    def set_aside(self, after: int) -> tuple[int, Path] | None:
+        """Move the checkpoints of steps later than `after` into a folder of their own; how many, and where to."""
+        later = [path for path in step_folders(self.folder) if step_of(path) > after]
+        if not later:
+            return None
+        numbered = (self.folder / f"set-aside-{number}" for number in itertools.count(1))
+        folder = next(path for path in numbered if not path.exists())
+        folder.mkdir()
+        for path in sorted(later):
+            path.rename(folder / path.name)
+        return len(later), folder
+
     def latest(self, verify: str = "full") -> Path | None:
         """The newest checkpoint whose manifest holds; damaged ones are reported and skipped.
 

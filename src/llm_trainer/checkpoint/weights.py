@@ -30,7 +30,7 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that is sharded over ranks (FSDP2), which all take part; another tensor itself."""
     from torch.distributed.tensor import DTensor
 
@@ -136,7 +136,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     }
     if any(problems.values()):
         raise CheckpointError(f"the weights in '{source}' do not fit a {type(model).__name__}: {first_few(problems)}")
-    model.load_state_dict({names[name]: cut(tensor, own[name]) for name, tensor in weights.items()}, strict=False)
+    model.load_state_dict(
+        {names[name]: shard_like(tensor, own[name]) for name, tensor in weights.items()}, strict=False
+    )
 
 
 def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
@@ -147,7 +149,7 @@ def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return here.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
-def cut(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """`value` sharded as `like` is, without asking other ranks: they all hold it whole."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -247,7 +249,7 @@ def _place(value: Any, parameter: nn.Parameter, on_host: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape and not on_host:
-        value = cut(value, parameter)
+        value = shard_like(value, parameter)
     return value.detach().to("cpu" if on_host else parameter.device, copy=True)
 
 

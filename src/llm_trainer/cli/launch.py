@@ -176,7 +176,7 @@ def _run_workers(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    from llm_trainer.train.loop import EXIT_INTERRUPTED
+    from llm_trainer.train.signals import EXIT_INTERRUPTED
 
     try:
         run(parse_args(arguments))

@@ -71,7 +71,7 @@ def train(
     from llm_trainer.checkpoint import CheckpointError
     from llm_trainer.engine import dist
     from llm_trainer.train.guards import NonFiniteError
-    from llm_trainer.train.loop import TrainingInterrupted
+    from llm_trainer.train.signals import TrainingInterrupted
     from llm_trainer.trainers import create_trainer
 
     disable_progress_bar()  # of loading and saving weights; the run has its own

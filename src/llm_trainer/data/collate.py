@@ -1,8 +1,7 @@
 """Samples of different lengths become one batch: padded on the right, or laid flat without any padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -40,13 +39,6 @@ class LanguageBatch(TypedDict):
     attention_mask: NotRequired[torch.Tensor]
     position_ids: NotRequired[torch.Tensor]
     document_lengths: NotRequired[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Filler:
-    """A micro-batch that weighs nothing: it only keeps a rank without rows in step with the others."""
-
-    batch: Any
 
 
 def pad_right(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:

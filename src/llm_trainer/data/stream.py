@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from llm_trainer.data.collate import Filler, row_lengths, take_rows
+from llm_trainer.data.collate import row_lengths, take_rows
 from llm_trainer.data.packing import cut_by_tokens
+from llm_trainer.state import MicroBatch
 
 Batch = Any
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64 (Steele et al. 2014)
 
 
-def mix(*numbers: int) -> int:
+def mix_seeds(*numbers: int) -> int:
     """One well-mixed 63-bit number out of several (SplitMix64, Steele et al. 2014): a seed per (seed, step, rank)."""
     state = 0
     for number in numbers:
@@ -45,7 +46,7 @@ class Permutation:
         self.size = size
         self._half = np.uint64(max(1, math.ceil(max(1, size - 1).bit_length() / 2)))
         self._mask = np.uint64((1 << int(self._half)) - 1)
-        self._keys = [np.uint64(mix(seed, size, i)) for i in range(self.ROUNDS)]
+        self._keys = [np.uint64(mix_seeds(seed, size, i)) for i in range(self.ROUNDS)]
 
     def _encrypt(self, x: np.ndarray) -> np.ndarray:
         left, right = x >> self._half, x & self._mask
@@ -72,7 +73,7 @@ class StepSource(Protocol):
     def size(self) -> int | None:
         """The position at the end of an epoch, whatever the number of ranks; None when unknown."""
 
-    def steps(self, epoch: int, position: int) -> Iterator[tuple[list[Batch], int]]:
+    def steps(self, epoch: int, position: int) -> Iterator[tuple[list[MicroBatch], int]]:
         """Each step's micro-batches for this rank, and the position after it."""
 
 
@@ -179,7 +180,7 @@ class SampleStream:
     def _permutation(self, size: int, epoch: int, number: int, turn: int) -> Permutation:
         """The order in which a file is gone through the `turn`-th time in an epoch."""
         again = [turn] if turn else []  # the first turn is the same whatever the weights
-        return Permutation(size, mix(self.seed, epoch, number, *again))
+        return Permutation(size, mix_seeds(self.seed, epoch, number, *again))
 
     def _cut(self, rows: np.ndarray) -> list[list[int]]:
         if self.micro_batch_tokens is None:
@@ -196,7 +197,7 @@ class SampleStream:
             yield self._cut(mine if len(mine) else rows[:1]), len(mine) == 0, stop
             position = stop
 
-    def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Batch], int]]:
+    def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
         groups = (group for step, _, _ in self._plan(epoch, position) for group in step)
         loader: DataLoader = DataLoader(
             _Groups(self.dataset, self.collate),
@@ -208,8 +209,7 @@ class SampleStream:
         )
         batches = iter(loader)
         for step, is_filler, stop in self._plan(epoch, position):
-            pulled = [next(batches) for _ in step]
-            yield ([Filler(batch) for batch in pulled] if is_filler else pulled), stop
+            yield [MicroBatch(next(batches), counts=not is_filler) for _ in step], stop
 
 
 class LoaderSteps:
@@ -255,9 +255,11 @@ class LoaderSteps:
         """The loader's batches from `position` on, in an order that depends on (seed, epoch) alone."""
         if self._distributed is not None:
             self._distributed.set_epoch(epoch)
-        torch.manual_seed(mix(self.seed, epoch))  # a shuffling sampler without a generator draws its order from here
+        torch.manual_seed(
+            mix_seeds(self.seed, epoch)
+        )  # a shuffling sampler without a generator draws its order from here
         for generator, seed in self._generators:
-            generator.manual_seed(mix(seed, epoch) if epoch else seed)
+            generator.manual_seed(mix_seeds(seed, epoch) if epoch else seed)
         loader = self.loader
         if position == 0 or not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             return islice(iter(loader), position, None)
@@ -276,12 +278,15 @@ class LoaderSteps:
             )
         )
 
-    def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Batch], int]]:
+    def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
         batches = self._entered_at(epoch, position)
         while step := list(islice(batches, self.accumulation * self.world_size)):
             position += len(step)
             mine = step[self.rank :: self.world_size]
-            yield (self._recut(mine) if mine else [Filler(step[0])]), position
+            if mine:
+                yield [MicroBatch(batch) for batch in self._recut(mine)], position
+            else:
+                yield [MicroBatch(step[0], counts=False)], position  # keeps this rank in step with the others
 
     def _recut(self, batches: list[Batch]) -> list[Batch]:
         """The rows of a step cut into micro-batches of at most `micro_batch_tokens`; the optimisation does not notice."""

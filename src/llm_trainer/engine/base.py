@@ -3,11 +3,34 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from llm_trainer.config.options import Fsdp
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is made from.
+
+    Attributes:
+        device: where this process computes.
+        precision: 'fp32', 'bf16' or 'fp16'.
+        several: whether this process trains with others.
+        fsdp: options of FSDP; None: none were given.
+        deepspeed: DeepSpeed's own configuration (its JSON); None: none was given.
+    """
+
+    device: torch.device
+    precision: str
+    several: bool
+    fsdp: "Fsdp | None" = None
+    deepspeed: Mapping[str, Any] | None = None
 
 
 class Engine(ABC):
@@ -16,11 +39,13 @@ class Engine(ABC):
     Attributes:
         device: where this process computes.
         precision_name: 'fp32', 'bf16' or 'fp16'.
+        name: of its line in `choose.ENGINES`.
         in_lockstep: whether a forward or backward needs all ranks, so that each must run as many as the others.
     """
 
     device: torch.device
     precision_name: str
+    name: ClassVar[str]
     in_lockstep: ClassVar[bool] = False
 
     @abstractmethod
@@ -35,11 +60,11 @@ class Engine(ABC):
         """Place a frozen `module` (a reference, a teacher) where it can be called, sharded where the trained one is."""
         module.to(self.device)
 
-    def parts(self) -> tuple[float, float, float]:
-        """Which share of the weights, the gradients and the optimizer state one process holds between steps."""
+    def shard_fractions(self) -> tuple[float, float, float]:
+        """The fraction of the weights, the gradients and the optimizer state that one process holds between steps."""
         return 1.0, 1.0, 1.0
 
-    def part_of(self, parameter: nn.Parameter) -> Tensor:
+    def local_shard(self, parameter: nn.Parameter) -> Tensor:
         """What this process holds of a parameter."""
         return parameter.detach()
 
@@ -65,11 +90,13 @@ class Engine(ABC):
         """Backpropagate a scalar `loss` that is this micro-batch's share of the whole step's loss (shares ADD over ranks)."""
 
     @abstractmethod
-    def step(self, max_grad_norm: float) -> Tensor:
+    def step(self, max_grad_norm: float) -> tuple[float, bool]:
         """Unscale, clip, and update unless the gradient is not finite; zero the gradients.
 
+        The norm is read on the host before the update is queued: the one place in a step where the host waits.
+
         Returns:
-            Norm of the whole gradient before clipping, scalar fp32. If it is not finite nothing was updated.
+            Norm of the whole gradient before clipping, and whether it is finite; if not, nothing was updated.
         """
 
     @abstractmethod
@@ -102,5 +129,5 @@ class Engine(ABC):
         return False
 
     @abstractmethod
-    def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
-        """Restore weights, optimizer and `scheduler` from a checkpoint folder or file; returns the rest of its state."""
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Restore weights and optimizer from a checkpoint folder or file; returns the rest of its state."""

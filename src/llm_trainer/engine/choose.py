@@ -1,18 +1,40 @@
-"""Which engine a run is executed by."""
+"""Which engine executes a run, and what drives it: one table, a line per engine."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llm_trainer.config.env import environment
 from llm_trainer.engine import dist
-from llm_trainer.engine.base import Engine
-from llm_trainer.engine.torch import TorchEngine, choose_precision
+from llm_trainer.engine.base import Engine, EngineOptions
+from llm_trainer.engine.torch import choose_precision
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
 
-ENGINES = ("auto", "torch", "fsdp", "deepspeed", "hf")
+
+@dataclass(frozen=True)
+class Entry:
+    """An engine.
+
+    Attributes:
+        make: "module:function" of `(EngineOptions) -> Engine`.
+        driver: "module:function" of what calls the steps, `(work, progress, after)` as `train.loop.fit`.
+    """
+
+    make: str
+    driver: str = "llm_trainer.train.loop:fit"
+
+
+ENGINES: dict[str, Entry] = {
+    "torch": Entry("llm_trainer.engine.torch:make"),
+    "fsdp": Entry("llm_trainer.engine.fsdp:make"),
+    "deepspeed": Entry("llm_trainer.engine.deepspeed:make"),
+    "hf": Entry("llm_trainer.engine.torch:make_unwrapped", driver="llm_trainer.train.transformers_driver:fit"),
+}
 OF_PARALLEL_TYPE = {"ds": "deepspeed", "ddp": "torch", "fsdp": "fsdp", "none": "torch"}
 
 
@@ -20,24 +42,35 @@ def engine_name(name: str, *, fsdp: bool, deepspeed: bool) -> str:
     """Resolve 'auto': what PARALLEL_TYPE says, else the engine that options are given for, else 'torch'.
 
     Args:
-        name: one of `ENGINES`.
+        name: 'auto' or a name in `ENGINES`.
         fsdp: whether options of FSDP are given.
         deepspeed: whether a configuration of DeepSpeed is given.
 
     Raises:
         ValueError: `name` is unknown.
     """
-    if name not in ENGINES:
-        raise ValueError(f"engine: got {name!r}, expected one of {', '.join(ENGINES)}")
+    if name != "auto" and name not in ENGINES:
+        raise ValueError(f"engine: got {name!r}, expected one of auto, {', '.join(ENGINES)}")
+    if name != "auto":
+        return name
     wanted = OF_PARALLEL_TYPE.get(environment().parallel_type or "")
-    if name == "auto":
-        name = wanted or ("deepspeed" if deepspeed else "fsdp" if fsdp else "torch")
-    return name
+    if wanted is not None:
+        return wanted
+    if deepspeed:
+        return "deepspeed"
+    return "fsdp" if fsdp else "torch"
 
 
 def engine_of(settings: "Settings") -> str:
     """The engine that `settings` ask for, by name and never 'auto'."""
     return engine_name(settings.engine, fsdp=settings.fsdp is not None, deepspeed=settings.deepspeed is not None)
+
+
+def join_processes(device: torch.device, settings: "Settings") -> None:
+    """Join the processes that were started together, as the engine of `settings` needs them."""
+    dist.start(device, settings.ddp_timeout_s)
+    if settings.fsdp is not None and engine_of(settings) == "fsdp":
+        dist.share_data(settings.fsdp.tensor_parallel_size)
 
 
 def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, together: bool) -> Engine:
@@ -47,19 +80,17 @@ def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, tog
         use_amp: whether mixed precision may be used.
         together: whether this process trains with others.
     """
-    name = engine_of(settings)
     precision = choose_precision(settings.precision, device) if use_amp else "fp32"
     several = together and dist.num_processes() > 1
-    if name == "fsdp" and several:
-        from llm_trainer.config.options import Fsdp
-        from llm_trainer.engine.fsdp import FsdpEngine
+    options = EngineOptions(device, precision, several, settings.fsdp, settings.deepspeed)
+    return _load(ENGINES[engine_of(settings)].make)(options)
 
-        return FsdpEngine(device, precision, settings.fsdp or Fsdp())
-    if name == "deepspeed":
-        from llm_trainer.config.deepspeed import DsConfig
-        from llm_trainer.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(
-            device, precision, DsConfig().to_json() if settings.deepspeed is None else settings.deepspeed
-        )
-    return TorchEngine(device, precision, ddp=several and name != "hf")  # transformers' Trainer wraps by itself
+def choose_driver(settings: "Settings") -> Callable[..., None]:
+    """What calls the steps of the engine that `settings` ask for."""
+    return _load(ENGINES[engine_of(settings)].driver)
+
+
+def _load(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)

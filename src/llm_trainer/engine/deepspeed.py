@@ -1,5 +1,6 @@
 """DeepSpeed: ZeRO 0 to 3 under our loop, saved by parameter name like everything else, whatever was cut in how many pieces."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,13 +15,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from llm_trainer import checkpoint
 from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.checkpoint.weights import IMPLEMENTATION, first_few
+from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
-from llm_trainer.engine.base import Engine
+from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.torch import DTYPES
 from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
 
 MASTER = "master"  # an optimizer's fp32 copy of a 16-bit parameter, in its saved state
+
+
+def make(options: EngineOptions) -> "DeepSpeedEngine":
+    """ZeRO as its JSON says; ZeRO-2 where there is none."""
+    config = DsConfig().to_json() if options.deepspeed is None else options.deepspeed
+    return DeepSpeedEngine(options.device, options.precision, config)
 
 
 class DeepSpeedEngine(Engine):
@@ -32,6 +40,7 @@ class DeepSpeedEngine(Engine):
         config: DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json) without optimizer, scheduler and batch sizes.
     """
 
+    name: ClassVar[str] = "deepspeed"
     in_lockstep: ClassVar[bool] = True
 
     def __init__(self, device: torch.device, precision: str = "fp32", config: Mapping[str, Any] | None = None) -> None:
@@ -158,34 +167,36 @@ class DeepSpeedEngine(Engine):
         # Gradients are averaged over ranks; a step's loss is a sum of shares, so the average is multiplied back.
         self._engine.backward(loss * dist.world_size(), scale_wrt_gas=False)
 
-    def step(self, max_grad_norm: float) -> Tensor:
+    def step(self, max_grad_norm: float) -> tuple[float, bool]:
         if self._engine.optimizer is self._optimizer:
             return self._step_whole(max_grad_norm)
         self._engine.optimizer.clip_grad = max_grad_norm
         self._engine.step()  # checks the norm on all ranks, and updates nothing if it is not finite
-        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+        return norm.item(), bool(norm.isfinite())
 
-    def _step_whole(self, max_grad_norm: float) -> Tensor:
+    def _step_whole(self, max_grad_norm: float) -> tuple[float, bool]:
         """A step of stage 0 on fp32 weights: DeepSpeed has averaged the gradients and leaves the rest to the optimizer."""
         grads = [p.grad for p in self._pieces if p.grad is not None]
-        grad_norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
-        if not grad_norm.isfinite():
+        norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
+        grad_norm = norm.item()
+        if not math.isfinite(grad_norm):
             self._engine.zero_grad()
-            return grad_norm
+            return grad_norm, False
         if max_grad_norm > 0:
-            clip_grads_with_norm_(self._pieces, max_grad_norm, grad_norm)
+            clip_grads_with_norm_(self._pieces, max_grad_norm, norm)
         self._engine.step()
-        return grad_norm
+        return grad_norm, True
 
     def _scaler(self) -> dict[str, Any]:
         """The variables of DeepSpeed's loss scale, as it keeps them; empty without one."""
         return vars(self._engine.optimizer.loss_scaler) if self.precision_name == "fp16" else {}
 
-    def parts(self) -> tuple[float, float, float]:
+    def shard_fractions(self) -> tuple[float, float, float]:
         cut = 1 / dist.world_size()
         return cut if self.stage == 3 else 1.0, cut if self.stage >= 2 else 1.0, cut if self.stage >= 1 else 1.0
 
-    def part_of(self, parameter: nn.Parameter) -> Tensor:
+    def local_shard(self, parameter: nn.Parameter) -> Tensor:
         return parameter.ds_tensor.detach() if self.stage == 3 else parameter.detach()  # type: ignore[attr-defined]
 
     def inference(self, alone: bool = False) -> AbstractContextManager[None]:
@@ -247,22 +258,19 @@ class DeepSpeedEngine(Engine):
             )
         return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in entry.items()}
 
-    def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
+    def load(self, path: str | Path) -> dict[str, Any]:
         offloaded = self.config.get("zero_optimization", {}).get("offload_optimizer", {})
         if offloaded.get("device") == "nvme":
             raise DeepSpeedError("offload_optimizer: got device nvme, whose state cannot be restored; go on with cpu")
         weights, state = checkpoint.read_checkpoint(path)
-        wanted = ["optimizer"] if scheduler is None else ["optimizer", "scheduler"]
-        if missing := [name for name in wanted if name not in state]:
-            raise CheckpointError(f"'{path}' holds no {missing[0]} state: for its weights alone set init_weights_path")
+        if "optimizer" not in state:
+            raise CheckpointError(f"'{path}' holds no optimizer state: for its weights alone set init_weights_path")
         if isinstance(weights, Path):
             weights = checkpoint.read_weights(self._base, weights)
         saved = state.pop("optimizer")
         checkpoint.check_groups(self._groups, saved["param_groups"])
         self._load_weights(weights, path)
         self._load_optimizer(saved)
-        if scheduler is not None:
-            scheduler.load_state_dict(state.pop("scheduler"))
         return state
 
     def _load_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:

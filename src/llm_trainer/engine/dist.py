@@ -116,6 +116,18 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_numbers(values: list[float], device: torch.device) -> list[float]:
+    """Sums over the ranks of numbers that the host knows, in double precision.
+
+    With a backend for the host, as `start` makes one, the device is left alone, and the host need not wait for it.
+    """
+    if not dist.is_initialized():
+        return values
+    table = torch.tensor(values, dtype=torch.float64, device=_host_or(device))
+    dist.all_reduce(table, group=_data)
+    return table.tolist()
+
+
 def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The main process's `tensor`, everywhere, written into what the others pass (of its shape and dtype)."""
     if dist.is_initialized():
@@ -125,12 +137,18 @@ def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """The largest `value` of any process; they compare them on `device`."""
+    """The largest `value` of any process, compared on the host as in `sum_numbers`."""
     if not dist.is_initialized():
         return value
-    shared = torch.tensor(value, device=device)
+    shared = torch.tensor(value, device=_host_or(device))
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
+
+
+def _host_or(device: torch.device) -> torch.device:
+    """The host where the processes can exchange its tensors, else `device`."""
+    has_host_backend = "gloo" in dist.get_backend_config()
+    return torch.device("cpu") if has_host_backend else device
 
 
 def gather_objects(value: object) -> list:

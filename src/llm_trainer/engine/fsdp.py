@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from llm_trainer import checkpoint
+from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
+from llm_trainer.engine.base import EngineOptions
 from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import DTYPES, TorchEngine
 
-if TYPE_CHECKING:
-    from llm_trainer.config.options import Fsdp
+
+def make(options: EngineOptions) -> TorchEngine:
+    """Sharded over all ranks; alone there is nothing to shard."""
+    if not options.several:
+        return TorchEngine(options.device, options.precision)
+    return FsdpEngine(options.device, options.precision, options.fsdp or Fsdp())
 
 
 class FsdpEngine(TorchEngine):
@@ -25,9 +31,10 @@ class FsdpEngine(TorchEngine):
     A model may come on the meta device on every rank but the main one, whose weights count.
     """
 
+    name = "fsdp"
     in_lockstep = True
 
-    def __init__(self, device: torch.device, precision: str, options: "Fsdp") -> None:
+    def __init__(self, device: torch.device, precision: str, options: Fsdp) -> None:
         if precision == "fp16":
             raise ValueError(
                 "precision: got 'fp16', which FSDP does not scale losses for; use bf16, fp32 or engine: deepspeed"
@@ -56,11 +63,11 @@ class FsdpEngine(TorchEngine):
     def place(self, module: nn.Module) -> None:
         self._shard(module)
 
-    def parts(self) -> tuple[float, float, float]:
+    def shard_fractions(self) -> tuple[float, float, float]:
         share = 1 / ((self.options.shard_size or dist.world_size()) * self.options.tensor_parallel_size)
         return share, share, share
 
-    def part_of(self, parameter: nn.Parameter) -> Tensor:
+    def local_shard(self, parameter: nn.Parameter) -> Tensor:
         here = parameter.detach()
         return here.to_local() if isinstance(here, DTensor) else here
 
@@ -109,7 +116,7 @@ class FsdpEngine(TorchEngine):
             for name, parameter in module.named_parameters():
                 value = whole[name] if dist.is_main() else torch.empty(parameter.shape, dtype=parameter.dtype)
                 value = dist.broadcast_tensor(value.to(self.device, parameter.dtype))
-                parameter.copy_(checkpoint.cut(value, parameter))
+                parameter.copy_(checkpoint.shard_like(value, parameter))
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -156,7 +163,7 @@ class FsdpEngine(TorchEngine):
         found = {}
         for name, tensor in self._base.state_dict(keep_vars=True).items():
             if id(tensor) not in kept:
-                value = checkpoint.whole(tensor.detach())
+                value = checkpoint.full_tensor(tensor.detach())
                 kept[id(tensor)] = value.cpu() if dist.is_main() else value[:0]
             found[checkpoint.plain_name(name)] = kept[id(tensor)]
         return found if dist.is_main() else {}
@@ -168,15 +175,14 @@ class FsdpEngine(TorchEngine):
         checkpoint.write_tensors(folder / "tensors", tensors, together=True)
         return True
 
-    def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
+    def load(self, path: str | Path) -> dict[str, Any]:
         self._reshard()
         parameters = {checkpoint.plain_name(name): p for name, p in self._base.named_parameters()}
 
         def like(name: str) -> Tensor | None:
             return parameters.get(name.split("/")[2]) if name.startswith("optimizer/state/") else None
 
-        kept = {"optimizer": self._optimizer, "scheduler": scheduler}
-        return checkpoint.load_checkpoint(path, model=self._base, like=like, **kept)
+        return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer, like=like)
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:

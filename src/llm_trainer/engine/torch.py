@@ -1,6 +1,7 @@
 """The plain PyTorch engine: one process, or DistributedDataParallel over gloo or NCCL."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from llm_trainer import checkpoint
 from llm_trainer.config.env import environment
 from llm_trainer.engine import dist
-from llm_trainer.engine.base import Engine
+from llm_trainer.engine.base import Engine, EngineOptions
 
 # The forward need not exchange buffers; torch 2.13 renamed the switch and warns of the old name.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -62,8 +63,20 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name
 
 
+def make(options: EngineOptions) -> "TorchEngine":
+    """One process, or DDP where there are several."""
+    return TorchEngine(options.device, options.precision, ddp=options.several)
+
+
+def make_unwrapped(options: EngineOptions) -> "TorchEngine":
+    """For transformers' Trainer, which wraps the module by itself."""
+    return TorchEngine(options.device, options.precision)
+
+
 class TorchEngine(Engine):
     """One process or DDP; fp32, bf16 autocast, or fp16 autocast with a loss scaler."""
+
+    name = "torch"
 
     def __init__(self, device: torch.device, precision: str = "fp32", ddp: bool = False) -> None:
         self.device = device
@@ -100,21 +113,22 @@ class TorchEngine(Engine):
         # DDP averages gradients over ranks; a step's loss is a sum of shares, so the average is multiplied back.
         self._scaler.scale(loss * dist.world_size() if self.ddp else loss).backward()
 
-    def step(self, max_grad_norm: float) -> Tensor:
+    def step(self, max_grad_norm: float) -> tuple[float, bool]:
         self._scaler.unscale_(self._optimizer)
         grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
-        grad_norm = checkpoint.whole(norm).to(self.device)
-        finite = bool(grad_norm.isfinite())  # the one place in a step where the host waits for the device
+        norm = checkpoint.full_tensor(norm).to(self.device)
+        grad_norm = norm.item()  # the one place in a step where the host waits for the device
+        finite = math.isfinite(grad_norm)
         if finite:
             if max_grad_norm > 0:
                 parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-                clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+                clip_grads_with_norm_(parameters, max_grad_norm, norm)
             self._scaler.step(self._optimizer)
         self._scaler.update()
         # DDP's gradients lie in its buckets, for good: without them the next ones would be allocated beside the buckets.
         self._optimizer.zero_grad(set_to_none=not isinstance(self._module, DistributedDataParallel))
-        return grad_norm
+        return grad_norm, finite
 
     def state_dict(self) -> dict[str, Any]:
         return {"scaler": self._scaler.state_dict()}
@@ -129,5 +143,5 @@ class TorchEngine(Engine):
     def optimizer_state(self) -> dict[str, Any]:
         return checkpoint.optimizer_state_by_name(self._base, self._optimizer)
 
-    def load(self, path: str | Path, scheduler: Any) -> dict[str, Any]:
-        return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer, scheduler=scheduler)
+    def load(self, path: str | Path) -> dict[str, Any]:
+        return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer)

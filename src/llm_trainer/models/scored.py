@@ -76,7 +76,7 @@ class ScoredModel(nn.Module):
         self._accepted = _accepted_inputs(model)
         self._run: Callable[..., Any] = self._call
 
-    def compile_backbone(self) -> None:
+    def compile(self, *args: Any, **options: Any) -> None:
         """Compile everything but the head, whose kernels compile themselves. `base` itself stays as it is."""
         self._run = compiled(self._call)
 

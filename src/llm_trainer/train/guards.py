@@ -1,42 +1,44 @@
 """What keeps numbers that are not finite, and batches that hold nothing, from spoiling a run."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.data.stream import Batch
-from llm_trainer.engine import dist
-
-if TYPE_CHECKING:
-    from llm_trainer.train.run import Run
+from llm_trainer.engine.base import Engine
+from llm_trainer.state import MicroBatch
 
 
 class NonFiniteError(ArithmeticError):
     """The weights the run starts from are not finite, or too many steps in a row had a loss or gradient that is not finite."""
 
 
-def broken_tensor(run: "Run") -> str | None:
-    """Which parameter holds a NaN or an infinity on any rank, and how many of them; None: all are finite."""
-    named = [(name, run.engine.part_of(p)) for name, p in run.trainer.base_model.named_parameters()]
-    found = None
-    finite = torch.stack([p.isfinite().all() for _, p in named])  # the host waits for the device once
-    for name, p in (named[i] for i in (~finite).nonzero().flatten().tolist()):
-        found = f"{name.removeprefix('module.')} ({int((~p.isfinite()).sum())} of {p.numel():,} values are not finite)"
-        break
-    return next(filter(None, dist.gather_objects(found)), None)
+def broken_tensor(engine: Engine, model: nn.Module) -> str | None:
+    """Which parameter of this rank's shard holds a NaN or an infinity, and how many of them; None: all are finite."""
+    shards = [(name, engine.local_shard(parameter)) for name, parameter in model.named_parameters()]
+    finite = torch.stack([shard.isfinite().all() for _, shard in shards])  # the host waits for the device once
+    broken = (~finite).nonzero().flatten().tolist()
+    if not broken:
+        return None
+    name, shard = shards[broken[0]]
+    count = int((~shard.isfinite()).sum())
+    return f"{name.removeprefix('module.')} ({count} of {shard.numel():,} values are not finite)"
 
 
-def share_of_nothing(outputs: Any, module: nn.Module) -> Tensor:
-    """The share of a batch without terms: 0, with a gradient of 0 that goes the way of every other batch's.
+def zero_loss(outputs: Any, module: nn.Module) -> Tensor:
+    """`[]` the loss of a batch without terms: 0, with a gradient of 0 that goes the way of every other batch's.
 
-    Its loss may be 0 / 0, and NaN * 0 is NaN. Sharded layers exchange gradients on the way, so no rank may leave it out.
+    Its own loss may be 0 / 0, and NaN * 0 is NaN. Sharded layers exchange gradients on the way, so no rank may leave it out.
     """
-    pieces = [t for t in _tensors_of(outputs) if t.requires_grad] or [p for p in module.parameters() if p.requires_grad]
-    return torch.stack([(t.nan_to_num(0.0, 0.0, 0.0) * 0).sum().float() for t in pieces]).sum()
+    reached = [tensor for tensor in _tensors_of(outputs) if tensor.requires_grad]
+    if not reached:
+        reached = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    zeros = [(tensor.nan_to_num(0.0, 0.0, 0.0) * 0).sum().float() for tensor in reached]
+    return torch.stack(zeros).sum()
 
 
 def _tensors_of(value: Any) -> Iterator[Tensor]:
@@ -51,23 +53,26 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
         yield from _tensors_of([getattr(value, f.name) for f in fields(value)])
 
 
-def refuse(run: "Run", micro_batches: list[Batch], loss: float) -> None:
-    """Count a step whose gradient was not finite, keep its batches for inspection, stop after too many in a row."""
-    run.progress.bad_steps += 1
-    run.progress.skipped_steps += 1
-    kept = run.keep_batches(micro_batches)
-    message = f"step {run.progress.step + 1}: loss {loss:g}, gradient not finite; the update was skipped, {kept}"
-    run.warn(message)
-    limit = run.settings.max_bad_steps + (20 if run.engine.state_dict()["scaler"] else 0)  # fp16 finds its scale so
-    if run.progress.bad_steps >= limit:
-        broken = broken_tensor(run)
-        if broken is not None:
-            cause = f"the weights are broken, by an update before: {broken}; lower the learning rate or add warm-up"
-        elif not math.isfinite(loss):
-            cause = "the weights are finite and the loss is not: look for broken rows in the kept batches"
-        else:
-            cause = "the loss is finite and its gradient is not: lower the learning rate, or use bf16 or fp32"
-        raise NonFiniteError(
-            f"{message}. {run.progress.bad_steps} steps in a row were not finite, so the run stops; nothing was updated "
-            f"by them. Likely cause: {cause}. Last valid checkpoint: {run.last_checkpoint()}"
-        )
+def keep_batches(batches: Sequence[MicroBatch], path: Path) -> str:
+    """Write the micro-batches of a step that was not finite, for inspection; says where they are."""
+    kept = [batch.batch for batch in batches if batch.counts]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(kept, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        return f"its batch could not be kept ({error})"
+    return f"its batch is kept in {path}"
+
+
+def likely_cause(loss: float, broken: str | None) -> str:
+    """Why steps are not finite.
+
+    Args:
+        loss: of the step, over all ranks.
+        broken: what `broken_tensor` found.
+    """
+    if broken is not None:
+        return f"the weights are broken, by an update before: {broken}; lower the learning rate or add warm-up"
+    if not math.isfinite(loss):
+        return "the weights are finite and the loss is not: look for broken rows in the kept batches"
+    return "the loss is finite and its gradient is not: lower the learning rate, or use bf16 or fp32"

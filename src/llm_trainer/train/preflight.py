@@ -1,19 +1,23 @@
-"""What is about to happen, on one screen, before the first step; and what a step costs."""
+"""What is about to happen, on one screen, before the first step; and what a step costs. Functions of plain values."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import nn
 
-from llm_trainer.data.stream import SampleStream
+from llm_trainer.data.ledger import Ledger
+from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.plan.gpus import half_peak
+from llm_trainer.state import Horizon, Progress
 
 if TYPE_CHECKING:
-    from llm_trainer.train.run import Run
+    from llm_trainer.config.options import Settings
 
 
 @lru_cache
@@ -59,15 +63,15 @@ class Size:
     flops_per_token: float | None
 
     @classmethod
-    def of(cls, run: "Run") -> Self:
-        """The size of a run's model."""
+    def of(cls, model: nn.Module, row_length: int | None) -> Self:
+        """The size of a model; FLOPs with rows of `row_length` tokens, where that is known."""
         from transformers import PreTrainedModel
 
         from llm_trainer.models.build import flops_per_token
 
-        model = run.trainer.base_model
-        every, trained = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
-        flops = flops_per_token(model, _mean_row_length(run) or 1) if isinstance(model, PreTrainedModel) else None
+        every = list(model.parameters())
+        trained = [parameter for parameter in every if parameter.requires_grad]
+        flops = flops_per_token(model, row_length or 1) if isinstance(model, PreTrainedModel) else None
         return cls(
             parameters=sum(p.numel() for p in every),
             trained=sum(p.numel() for p in trained),
@@ -77,33 +81,48 @@ class Size:
         )
 
 
-def _mean_row_length(run: "Run") -> int | None:
-    if not isinstance(run.source, SampleStream):
+def mean_row_length(source: StepSource) -> int | None:
+    """Tokens of a row on average; None where the data does not say."""
+    if not isinstance(source, SampleStream):
         return None
-    return round(float(run.source.dataset.lengths.mean()))
+    return round(float(source.dataset.lengths.mean()))
 
 
-def _human(count: float, unit: str = "") -> str:
+def human(count: float, unit: str = "") -> str:
+    """A number with three digits and a letter: 1.23 M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g} {letter}{unit}"
     return f"{count:.3g} {unit}"
 
 
-def expected_memory(run: "Run") -> dict[str, float]:
+def describe_size(size: Size) -> str:
+    """How many parameters there are, and how many of them learn."""
+    trained = "" if size.trained == size.parameters else f", {human(size.trained)} trained"
+    return f"{human(size.parameters)} ({size.parameters:,}){trained}"
+
+
+def expected_memory(
+    size: Size,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    engine: Engine,
+    source: StepSource,
+    settings: "Settings",
+) -> dict[str, float]:
     """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where their formula is known."""
-    slots = 2 if {"betas"} <= run.trainer.optimizer.defaults.keys() else 1
-    whole = {
-        "weights": run.size.bytes,
-        "gradients": run.size.trained_bytes,
-        "optimizer": slots * run.size.trained_bytes,
+    slots = 2 if {"betas"} <= optimizer.defaults.keys() else 1
+    weights, gradients, states = engine.shard_fractions()
+    memory = {
+        "weights": size.bytes * weights,
+        "gradients": size.trained_bytes * gradients,
+        "optimizer": slots * size.trained_bytes * states,
     }
-    memory = {name: size * part for (name, size), part in zip(whole.items(), run.engine.parts(), strict=True)}
-    activations = _expected_activations(run)
+    activations = _expected_activations(model, engine, source, settings)
     return memory if activations is None else memory | {"activations": activations}
 
 
-def _expected_activations(run: "Run") -> float | None:
+def _expected_activations(model: nn.Module, engine: Engine, source: StepSource, settings: "Settings") -> float | None:
     """What the layers keep of a micro-batch for the backward, in bytes; None for other layers than those of `plan`."""
     from transformers import PreTrainedModel
 
@@ -111,58 +130,80 @@ def _expected_activations(run: "Run") -> float | None:
     from llm_trainer.plan.memory import Widths, layer_activations
     from llm_trainer.plan.shapes import shape_of
 
-    model, length, source = run.trainer.base_model, _mean_row_length(run), run.source
     if not isinstance(model, PreTrainedModel) or model.config.model_type not in ARCHITECTURES:
         return None
+    length = mean_row_length(source)
     if length is None or not isinstance(source, SampleStream):
         return None
-    tokens = run.settings.micro_batch_tokens or source.batch_size * length
-    widths, shape = Widths(4 if run.engine.precision_name == "fp32" else 2, 4), shape_of(model)
-    kept = (
-        widths.residual * shape.hidden_size if run.settings.gradient_checkpointing else layer_activations(shape, widths)
-    )
-    return tokens * shape.num_layers * kept
+    tokens = settings.micro_batch_tokens or source.batch_size * length
+    product_bytes = 4 if engine.precision_name == "fp32" else 2
+    widths, shape = Widths(product_bytes, 4), shape_of(model)
+    per_layer = layer_activations(shape, widths)
+    if settings.gradient_checkpointing:
+        per_layer = widths.residual * shape.hidden_size
+    return tokens * shape.num_layers * per_layer
 
 
-def _batch_equation(run: "Run") -> str:
-    ranks, accumulation = dist.world_size(), run.accumulation
-    if not isinstance(run.source, SampleStream):
+def describe_memory(memory: Mapping[str, float]) -> str:
+    """Bytes in all and by purpose."""
+    purposes = ", ".join(f"{name} {human(size, 'B')}" for name, size in memory.items())
+    return f"{human(sum(memory.values()), 'B')} expected: {purposes}"
+
+
+def describe_batch(source: StepSource, accumulation: int) -> str:
+    """What an optimizer step consists of, as an equation."""
+    ranks = dist.world_size()
+    if not isinstance(source, SampleStream):
         return f"{accumulation} micro-batches x {ranks} ranks = {accumulation * ranks} micro-batches per step"
-    source = run.source
     rows = f"{source.batch_size} rows x {accumulation} accumulation x {ranks} ranks = {source.rows_per_step} rows"
     tokens = source.rows_per_step * float(source.dataset.lengths.mean())
     budget = f", cut by {source.micro_batch_tokens:,} tokens" if source.micro_batch_tokens else ""
-    return f"{rows} = {_human(tokens, 'tokens')} per step{budget}"
+    return f"{rows} = {human(tokens, 'tokens')} per step{budget}"
 
 
-def screen(run: "Run") -> str:
-    """Model, batch-size equation, steps, precision, expected memory, data, and where things go."""
-    trainer, model = run.trainer, run.trainer.base_model
-    total, trained = run.size.parameters, run.size.trained
-    memory = expected_memory(run)
-    parts = ", ".join(f"{name} {_human(size, 'B')}" for name, size in memory.items())
-    steps = run.total_steps()
-    facts = {
-        "trainer": f"{type(trainer).__name__} of {type(model).__name__}",
-        "parameters": f"{_human(total)} ({total:,})" + ("" if trained == total else f", {_human(trained)} trained"),
-        "batch": _batch_equation(run),
-        "steps": "unknown" if steps is None else f"{steps:,}, from step {run.progress.step:,}",
-        "learning rate": _describe_rate(run),
-        "engine": f"{type(run.engine).__name__}, {dist.num_processes()} process(es)",
-        "precision": f"{run.engine.precision_name} on {run.engine.device}",
-        "memory": f"{_human(sum(memory.values()), 'B')} expected: {parts}",
-        "checkpoints": str(run.save_dir),
-        "logs": str(run.log_dir),
-        **{name: str(value) for name, value in trainer._get_extra_config_info().items()},
-    }
-    lines = [f"{name:>14}  {text}" for name, text in facts.items()]
-    for ledger in run.settings.ledgers:
-        lines += [f"{'data':>14}  {ledger.name}", *(f"{'':>14}  {line}" for line in ledger.lines())]
-    return "\n".join(lines)
-
-
-def _describe_rate(run: "Run") -> str:
+def describe_rate(scheduler: Any, learning_rate: float) -> str:
+    """The learning rate over time where the schedule can tell, else as it is now."""
     from llm_trainer.optim.schedules import Scheduler
 
-    scheduler = run.trainer.scheduler
-    return scheduler.describe() if isinstance(scheduler, Scheduler) else f"{run.learning_rate():g}"
+    return scheduler.describe() if isinstance(scheduler, Scheduler) else f"{learning_rate:g}"
+
+
+def describe_processes() -> str:
+    """How many train together."""
+    count = dist.num_processes()
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def facts(
+    trainer: Any,
+    engine: Engine,
+    source: StepSource,
+    size: Size,
+    settings: "Settings",
+    accumulation: int,
+    horizon: Horizon,
+    progress: Progress,
+) -> dict[str, str]:
+    """What is about to happen, by name: model, batch-size equation, steps, precision, expected memory."""
+    model, optimizer, steps = trainer.base_model, trainer.optimizer, horizon.total()
+    memory = expected_memory(size, model, optimizer, engine, source, settings)
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    return {
+        "trainer": f"{type(trainer).__name__} of {type(model).__name__}",
+        "parameters": describe_size(size),
+        "batch": describe_batch(source, accumulation),
+        "steps": "unknown" if steps is None else f"{steps:,}, from step {progress.step:,}",
+        "learning rate": describe_rate(trainer.scheduler, learning_rate),
+        "engine": f"{type(engine).__name__}, {describe_processes()}",
+        "precision": f"{engine.precision_name} on {engine.device}",
+        "memory": describe_memory(memory),
+    }
+
+
+def screen(facts: Mapping[str, str], ledgers: Sequence[Ledger]) -> str:
+    """Facts, one per line, and where every token of the data went."""
+    lines = [f"{name:>14}  {text}" for name, text in facts.items()]
+    for ledger in ledgers:
+        lines.append(f"{'data':>14}  {ledger.name}")
+        lines += [f"{'':>14}  {line}" for line in ledger.lines()]
+    return "\n".join(lines)

@@ -1,27 +1,30 @@
-"""A run: one trainer, its engine, where it stands, and everything that happens around its steps."""
+"""A run: the conductor of everything around the loop. What lies below takes values, or a protocol of `algorithm` or `hooks`."""
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llm_trainer.checkpoint import CheckpointManager
-from llm_trainer.checkpoint.valid import step_folders, step_of
+from llm_trainer.checkpoint import CheckpointError, write_model
 from llm_trainer.config.env import environment, set_default
-from llm_trainer.data.collate import Filler
-from llm_trainer.data.stream import as_step_source
+from llm_trainer.data.stream import StepSource, as_step_source
 from llm_trainer.engine import dist
-from llm_trainer.engine.choose import choose_engine, engine_of
+from llm_trainer.engine.choose import choose_driver, choose_engine, join_processes
 from llm_trainer.engine.torch import detect_device
-from llm_trainer.state import Progress
-from llm_trainer.train import guards, hooks, loop, preflight, snapshot
-from llm_trainer.train.metrics import ConsoleWriter, Metrics, Writer, open_writers
+from llm_trainer.optim.schedules import Scheduler
+from llm_trainer.state import Horizon, Progress, StepDone
+from llm_trainer.train import guards, preflight, snapshot
+from llm_trainer.train.evaluate import answer, evaluate
+from llm_trainer.train.hooks import Hook
+from llm_trainer.train.loop import Work
+from llm_trainer.train.machine import RunMachine
+from llm_trainer.train.metrics import Clock, Metrics
+from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
+from llm_trainer.train.writers import Reporter, open_writers
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -29,7 +32,16 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """See `BaseTrainer` for the arguments."""
+    """Everything that happens around the steps of a trainer; see `BaseTrainer` for the arguments.
+
+    Attributes:
+        engine: executes the steps.
+        source: where they come from.
+        val_sources: validation data by name.
+        progress: where the run stands.
+        work: what a driver is given.
+        driver: the loop, or another library's.
+    """
 
     def __init__(
         self,
@@ -47,216 +59,344 @@ class Run:
         log_interval: int,
         save_dir: str,
         save_interval: int,
-        hooks: Sequence[hooks.Hook],
+        hooks: Sequence[Hook],
     ) -> None:
         _check_numbers(max_epochs=max_epochs, grad_accum_steps=grad_accum_steps, log_interval=log_interval)
         self.trainer, self.settings = trainer, settings
-        self.max_epochs, self.max_grad_norm, self.accumulation = max_epochs, max_grad_norm, grad_accum_steps
+        self.max_epochs, self.accumulation = max_epochs, grad_accum_steps
         self.log_interval, self.save_interval = log_interval, save_interval
-        together = environment().world_size > 1 if use_ddp is None else use_ddp
-        place = detect_device(device)
-        if (
-            place.type == "cpu"
-        ):  # oneDNN keeps a kernel per shape, by default 1,024 of them: with ragged rows half a GiB
-            set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-        if together:
-            dist.start(place, settings.ddp_timeout_s)
-        if together and settings.fsdp is not None and engine_of(settings) == "fsdp":
-            dist.share_data(settings.fsdp.tensor_parallel_size)
-        self.engine = choose_engine(settings, place, use_amp, together)
-        self.driver: Callable[[Run], None] = loop.fit
-        if engine_of(settings) == "hf":
-            from llm_trainer.train.transformers_driver import fit
+        self.save_dir = Path(save_dir)
+        self.log_dir = Path(settings.log_dir) if settings.log_dir else self.save_dir / "log"
+        self._user_hooks = list(hooks)
 
-            self.driver = fit
+        # The machine: device, processes, engine, driver.
+        place = detect_device(device)
+        if place.type == "cpu":  # oneDNN keeps 1,024 kernels by default, one per shape: with ragged rows half a GiB
+            set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        together = environment().world_size > 1 if use_ddp is None else use_ddp
+        if together:
+            join_processes(place, settings)
+        self.engine = choose_engine(settings, place, use_amp, together)
+        self.driver: Callable[..., None] = choose_driver(settings)
+
+        # The data: this rank's share of the training data, and of every validation set.
         ranks = {"rank": dist.rank(), "world_size": dist.world_size()} if together else {}
-        self.source = as_step_source(
+        self.source: StepSource = as_step_source(
             train_loader,
             accumulation=grad_accum_steps,
             micro_batch_tokens=settings.micro_batch_tokens,
             seed=settings.seed,
             **ranks,
         )
-        loaders = val_loader if isinstance(val_loader, Mapping) else {} if val_loader is None else {"": val_loader}
+        loaders: Mapping[str, Any] = {} if val_loader is None else {"": val_loader}
+        if isinstance(val_loader, Mapping):
+            loaders = val_loader
         self.val_sources = {name: as_step_source(loader, **ranks) for name, loader in loaders.items()}
-        self.save_dir = Path(save_dir)
-        self.log_dir = Path(settings.log_dir) if settings.log_dir else self.save_dir / "log"
-        self.progress = Progress()
-        self.metrics = Metrics(self.engine.device)
-        self.signals = loop.Signals()
-        self.stop_requested = self.new_best = False
-        self.recording = True
-        self._writers: Sequence[Writer] = ()
-        self._manager: CheckpointManager | None = None
-        self._user_hooks = list(hooks)
-        self._window = [0.0, 0.0]  # tokens and seconds since the last log line
 
-    # Setting up.
+        # Where the run stands, and what it remembers between two log lines.
+        self.progress = Progress()
+        self.signals = Signals()
+        self.stop_requested = False
+        self.new_best = False
+        self.values: dict[str, float] = {}
+        self._metrics = Metrics(self.engine.device)
+        self._clock = Clock()
+        self._reporter = Reporter(dist.is_main())
+        self.checkpoints = snapshot.Checkpoints(
+            self.engine, self.save_dir, settings.checkpoints_to_keep, self._reporter.warn
+        )
+        self.machine = RunMachine(self.engine, settings, self.progress, self._metrics)
+        self._max_grad_norm = max_grad_norm
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""
         model = self.trainer.base_model
         if self.settings.gradient_checkpointing:
-            if not isinstance(model, _pretrained_model()):
-                raise ValueError(f"gradient_checkpointing needs a transformers model, this is {type(model).__name__}")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of a new name, which older versions do not have
-                model.gradient_checkpointing_enable(  # type: ignore[operator]
-                    gradient_checkpointing_kwargs={"use_reentrant": False}
-                )
+            _recompute_activations(model)
         if self.settings.compile:
-            from llm_trainer.models.scored import ScoredModel
-
-            if isinstance(module, ScoredModel):
-                module.compile_backbone()
-            else:
-                module.compile()
-        self.size = preflight.Size.of(self)  # now: an engine may leave nothing to count in the parameters themselves
+            module.compile()
+        # Now: an engine may leave nothing to count in the parameters themselves.
+        self.size = preflight.Size.of(model, preflight.mean_row_length(self.source))
         return self.engine.prepare(module, model, self.trainer.optimizer)
 
     @property
-    def manager(self) -> CheckpointManager:
-        """The checkpoints in `save_dir` (made at first use, on the main process only)."""
-        if self._manager is None:
-            self._manager = CheckpointManager(self.save_dir, self.settings.checkpoints_to_keep, self.warn)
-        return self._manager
+    def work(self) -> Work:
+        """What a driver is given."""
+        return Work(
+            algorithm=self.trainer,
+            engine=self.engine,
+            source=self.source,
+            val_sources=self.val_sources,
+            metrics=self._metrics,
+            horizon=self.horizon,
+            run=self,
+            stop_requested=self.signals.stop,
+            seed=self.settings.seed,
+            max_grad_norm=self._max_grad_norm,
+        )
+
+    @property
+    def horizon(self) -> Horizon:
+        """How far the run goes."""
+        return Horizon(self.max_epochs, self.settings.max_steps, self.source.num_steps())
 
     # Running.
 
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
-        with self.signals.listening(), dist.on_duty(self._how_to_go_on):
+        with self.signals.listening(), dist.on_duty(lambda: self.checkpoints.how_to_go_on(self.settings.resume)):
             self._resume()
             self.stop_requested = False
-            self._last_values: dict[str, float] = {}
-            self._hooks = [*hooks.built_in(self, self.log_interval, self.save_interval), *self._user_hooks]
-            if self.finished() and not any(hook.is_due(self) for hook in self._hooks):
-                self._publish()
-                why = "stopped early" if self.progress.stopped_early else "raise n_epochs (or max_steps) to go on"
-                self.say(f"already finished at step {self.progress.step}, nothing to do: {why}")
-                return {name: value for values in self.progress.lines for name, value in values.items()}
+            self.values = {}
+            self._hooks = [*self._built_in_hooks(), *self._user_hooks]
+            if self.finished() and not any(hook.is_due(self, finished=True) for hook in self._hooks):
+                return self._nothing_to_do()
             self._open()
             try:
-                self.after_step()  # whatever a signal left undone
-                self.trainer.model.train()
-                self.driver(self)
-                self._publish()
-                return dict(self._last_values)
+                self._call_hooks()  # whatever a signal left undone
+                if not self.finished():
+                    self.trainer.model.train()
+                    self.driver(self.work, self.progress, self.after)
+                if not self.finished():  # the driver of another library ends when a callback of it says so
+                    self.stop("training was ended before its last step")
+                    self._call_hooks()
+                self.checkpoints.publish()
+                return dict(self.values)
             finally:
-                for writer in self._writers:
-                    writer.close()
-                self._writers = ()
-
-    def _open(self) -> None:
-        if (broken := guards.broken_tensor(self)) is not None:
-            raise guards.NonFiniteError(
-                f"the weights are broken before the first step: {broken}. Expected finite numbers: load other weights, or "
-                f"mend what made these"
-            )
-        if dist.is_main():
-            self._set_aside()
-            self.log_dir.mkdir(parents=True, exist_ok=True)
-            if self.settings.description:
-                (self.save_dir / "config.yaml").write_text(self.settings.description, encoding="utf-8")
-        self.say(preflight.screen(self))
-        self._writers = open_writers(
-            self.log_dir,
-            is_main=dist.is_main(),
-            total_steps=self.total_steps(),
-            last_step=self.progress.step - 1,
-            extra=self.settings.writers,
-            live=self.settings.progress,
-            config=asdict(self.settings),
-        )
-        written, self.progress.lines = self.progress.lines, []
-        for values in written:
-            self.write(values)
-
-    def _set_aside(self) -> None:
-        """Move checkpoints that are ahead of this run out of the way: they are of another run, or damaged."""
-        folder = self.manager.folder  # one that cannot be written shows here, before the first step
-        ahead = [path for path in step_folders(folder) if step_of(path) > self.progress.step]
-        if not ahead:
-            return
-        aside = next(p for n in itertools.count(1) if not (p := folder / f"set-aside-{n}").exists())
-        aside.mkdir()
-        for path in sorted(ahead):
-            path.rename(aside / path.name)
-        self.warn(f"this run starts at step {self.progress.step}; {len(ahead)} later checkpoints are now in {aside}")
-
-    def _resume(self) -> None:
-        wanted = self.settings.resume
-        if wanted == "never" or self.progress.step:
-            return
-        path: str | None = wanted
-        if wanted == "auto":
-            with_checkpoints = dist.is_main() and self.save_dir.is_dir()
-            newest = self.manager.latest() if with_checkpoints else None
-            path = dist.broadcast_object(None if newest is None else str(newest))
-        if path is not None:
-            self.load(path)
-            self.say(f"continuing from {path}: step {self.progress.step}, epoch {self.progress.epoch + 1}")
-
-    def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; None when the loader does not say."""
-        per_epoch = self.source.num_steps()
-        total = None if per_epoch is None else per_epoch * self.max_epochs
-        limits = [n for n in (total, self.settings.max_steps) if n is not None]
-        return min(limits) if limits else None
+                self._reporter.close()
 
     def finished(self) -> bool:
         """Whether the last step has been done."""
-        limit = self.settings.max_steps
-        p = self.progress
-        return p.epoch >= self.max_epochs or (limit is not None and p.step >= limit) or p.stopped_early
+        return self.horizon.reached(self.progress)
 
-    def after_step(self) -> None:
+    def after(self, done: StepDone | None) -> bool:
+        """Note a step, or with None the end of an epoch, and call the hooks that are due; whether the run is over.
+
+        Raises:
+            NonFiniteError: `max_bad_steps` steps in a row were not finite. Nothing was updated by any of them.
+            TrainingInterrupted: a signal came; the state is saved.
+        """
+        if done is None:
+            self.progress.next_epoch()
+        else:
+            self._account(done)
+        self._call_hooks()
+        return self.finished()
+
+    def _account(self, done: StepDone) -> None:
+        """Note a finished step, in `progress`, in the metrics and in the schedule."""
+        progress = self.progress
+        progress.tokens += done.tokens
+        progress.train_seconds += done.seconds
+        progress.learning_rate = self._learning_rate()  # the one that the step was taken with
+        progress.lines = []
+        self._clock.add(done.tokens, done.seconds)
+        self.new_best = False
+        self.stop_requested = self.stop_requested or done.stop
+        if done.finite:
+            progress.bad_steps = 0
+            world = dist.world_size()
+            self._metrics.add("loss", done.loss, 1 / world)
+            self._metrics.add("grad_norm", done.grad_norm / world, 1 / world)
+            if self.trainer.scheduler is not None:
+                self.trainer.scheduler.step()
+        else:
+            self._refuse(done)
+        progress.advance(done.position)
+
+    def _refuse(self, done: StepDone) -> None:
+        """Count a step whose gradient was not finite, keep its batches for inspection, stop after too many in a row."""
+        progress = self.progress
+        progress.bad_steps += 1
+        progress.skipped_steps += 1
+        step, loss = progress.step + 1, dist.all_reduce(done.loss).item()
+        path = self.save_dir / "bad_steps" / f"step-{step}-rank-{dist.process_number()}.pt"
+        kept = guards.keep_batches(done.batches, path)
+        message = f"step {step}: loss {loss:g}, gradient not finite; the update was skipped, {kept}"
+        self._reporter.warn(message)
+        limit = self.settings.max_bad_steps
+        if self.engine.state_dict()["scaler"]:
+            limit += 20  # fp16 finds its loss scale so
+        if progress.bad_steps >= limit:
+            cause = guards.likely_cause(loss, self._broken_tensor())
+            raise guards.NonFiniteError(
+                f"{message}. {progress.bad_steps} steps in a row were not finite, so the run stops; nothing was updated "
+                f"by them. Likely cause: {cause}. Last valid checkpoint: {self.checkpoints.newest_for_messages()}"
+            )
+
+    def _broken_tensor(self) -> str | None:
+        """The first parameter that is not finite, of any rank's shard."""
+        found = dist.gather_objects(guards.broken_tensor(self.engine, self.trainer.base_model))
+        return next(filter(None, found), None)
+
+    def _call_hooks(self) -> None:
         """Call the hooks that are due; after a signal, save and stop the process with exit code 75."""
         for hook in self._hooks:
-            if not self.stop_requested and hook.is_due(self):
+            if not self.stop_requested and hook.is_due(self, self.finished()):
                 self.progress.hooks_done[hook.name] = self.progress.step
                 hook.call(self)
         if self.stop_requested:
             path = self.save(is_best=self.new_best)
             self.say(f"interrupted at step {self.progress.step}: saved {path}; start the same command again to go on")
-            raise loop.TrainingInterrupted(loop.EXIT_INTERRUPTED)
+            raise TrainingInterrupted(EXIT_INTERRUPTED)
 
-    after_epoch = after_step
+    # Before the first step.
 
-    def note_step(self, tokens: float, seconds: float, learning_rate: float, stop_requested: bool) -> None:
-        """Count a finished step."""
-        self.progress.tokens += int(tokens)
-        self.progress.train_seconds += seconds
-        self._window[0] += tokens
-        self._window[1] += seconds
-        self.progress.learning_rate = learning_rate
-        self.progress.lines, self.new_best = [], False
-        self.stop_requested = self.stop_requested or stop_requested
+    def _resume(self) -> None:
+        wanted = self.settings.resume
+        if wanted == "never" or self.progress.step:
+            return
+        path = self.checkpoints.newest() if wanted == "auto" else wanted
+        if path is not None:
+            self.load(path)
+            self.say(f"continuing from {path}: step {self.progress.step}, epoch {self.progress.epoch + 1}")
 
-    def learning_rate(self) -> float:
-        """Learning rate of the first parameter group."""
-        return float(self.trainer.optimizer.param_groups[0]["lr"])
+    def _nothing_to_do(self) -> dict[str, float]:
+        """Say so; returns the last metrics."""
+        self.checkpoints.publish()
+        why = "stopped early" if self.progress.stopped_early else "raise n_epochs (or max_steps) to go on"
+        self.say(f"already finished at step {self.progress.step}, nothing to do: {why}")
+        for values in self.progress.lines:
+            self.values.update(values)
+        return dict(self.values)
 
-    def step_schedule(self) -> None:
-        """Advance the schedule by one update."""
-        if self.trainer.scheduler is not None:
-            self.trainer.scheduler.step()
+    def _open(self) -> None:
+        """Check the weights, show what is about to happen, and open the logs."""
+        broken = self._broken_tensor()
+        if broken is not None:
+            raise guards.NonFiniteError(
+                f"the weights are broken before the first step: {broken}. Expected finite numbers: load other weights, or "
+                f"mend what made these"
+            )
+        self.checkpoints.set_later_aside(self.progress.step)  # a folder that cannot be written shows here
+        if dist.is_main():
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            if self.settings.description:
+                (self.save_dir / "config.yaml").write_text(self.settings.description, encoding="utf-8")
+        self.say(preflight.screen(self._facts(), self.settings.ledgers))
+        writers = open_writers(
+            self.log_dir,
+            is_main=dist.is_main(),
+            total_steps=self.horizon.total(),
+            last_step=self.progress.step - 1,
+            extra=self.settings.writers,
+            live=self.settings.progress,
+            config=asdict(self.settings),
+        )
+        self._reporter.open(writers)
+        written, self.progress.lines = self.progress.lines, []
+        for values in written:
+            self.write(values)
 
-    def observe_loss(self, loss: float) -> None:
-        """Tell a schedule that watches the validation loss."""
-        from llm_trainer.optim.schedules import Scheduler
+    def _facts(self) -> dict[str, str]:
+        """What is about to happen, for the screen before the first step."""
+        facts = preflight.facts(
+            self.trainer,
+            self.engine,
+            self.source,
+            self.size,
+            self.settings,
+            self.accumulation,
+            self.horizon,
+            self.progress,
+        )
+        own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
+        return facts | {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)} | own
 
+    # The hooks of every run.
+
+    def _built_in_hooks(self) -> list[Hook]:
+        """In the order in which they are called."""
+        settings = self.settings
+        every_epoch = 1 if settings.eval_interval is None else None
+        hooks = [Hook("log", lambda run: self._log(), every_steps=self.log_interval, at_end=True)]
+        if self.val_sources:
+            hooks.append(
+                Hook("evaluate", lambda run: self._evaluate(), settings.eval_interval, every_epoch, at_end=True)
+            )
+        if self.trainer.eval_prompts:
+            hooks.append(Hook("sample", lambda run: self.sample(), settings.eval_interval, every_epoch, at_end=True))
+        save_epochs = self.save_interval if settings.save_interval_steps is None else None
+        hooks.append(
+            Hook(
+                "save",
+                lambda run: self._save(),
+                every_steps=settings.save_interval_steps,
+                every_epochs=save_epochs,
+                at_end=True,
+                when=lambda run: self.new_best,
+            )
+        )
+        return hooks
+
+    def _log(self) -> None:
+        """Write the metrics since the last call."""
+        values = self._metrics.reduce(dist.all_reduce)
+        if not values:
+            return
+        mfu_per_rate = None
+        if self.size.flops_per_token is not None:
+            mfu_per_rate = self.size.flops_per_token / (preflight.peak_flops(self.engine) * dist.num_processes())
+        self.write(values | self._clock.read(self.progress, self.source.size(), mfu_per_rate))
+
+    def _evaluate(self) -> None:
+        """Evaluate; remember the best, lower a plateau schedule, stop early after too many evaluations without progress."""
+        values = self.evaluate()
+        progress, settings = self.progress, self.settings
+        if self.stop_requested:
+            progress.hooks_done.pop("evaluate", None)  # cut short by a signal: a resumed run evaluates again
+            return
+        self.write(values)
+        loss = values.get("eval_loss", float("nan"))
+        best = float("inf") if progress.best_loss is None else progress.best_loss
+        if loss < best - settings.early_stopping_min_delta:
+            progress.best_loss, progress.best_step, progress.evals_without_progress = loss, progress.step, 0
+            self.new_best = True
+        else:
+            progress.evals_without_progress += 1
         if isinstance(self.trainer.scheduler, Scheduler):
             self.trainer.scheduler.observe(loss)
+        patience = settings.early_stopping_patience
+        if patience is not None and progress.evals_without_progress >= patience:
+            self.stop(
+                f"stopped early: {patience} evaluations without progress, best eval_loss {progress.best_loss} at step "
+                f"{progress.best_step}"
+            )
 
-    @contextmanager
-    def pause_clock(self) -> Iterator[None]:
-        """Evaluation, sampling and saving do not count as training time (steps are timed one by one)."""
-        was_training = self.trainer.model.training
-        try:
-            yield
-        finally:
-            self.trainer.model.train(was_training)
+    def sample(self) -> None:
+        """Answer `eval_prompts` with the model as it is now, and show the answers."""
+        if self.stop_requested or not (dist.is_main() or self.engine.in_lockstep):
+            return
+        trainer = self.trainer
+        was_training = trainer.model.training
+        answers = answer(
+            self.engine,
+            trainer.base_model,
+            trainer.tokenizer,
+            trainer.eval_prompts,
+            as_chat=trainer.prompt_format == "chat",
+            sampling=self.settings.sampling,
+            seed=self.settings.seed,
+        )
+        trainer.model.train(was_training)
+        for prompt, text in zip(trainer.eval_prompts, answers, strict=True):
+            self.say(f"[step {self.progress.step}] {prompt!r} -> {text!r}")
+
+    def _save(self) -> None:
+        """Save a checkpoint; a disk that is full now is reported and tried again at the next turn, except at the end."""
+        self.save(is_best=self.new_best, may_fail=not self.finished())
+
+    # What hooks may ask (`hooks.RunView`), besides `trainer`, `progress` and `values`; trainers ask it too.
+
+    def say(self, message: str) -> None:
+        """Print on the main process, above any progress bar."""
+        self._reporter.say(message)
+
+    def write(self, values: dict[str, float]) -> None:
+        """Give metrics to all writers."""
+        self.values.update(values)
+        self.progress.lines.append(values)
+        self._reporter.write(self.progress.step, values)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the validation set.
@@ -266,92 +406,87 @@ class Run:
         """
         if not self.val_sources:
             raise ValueError("nothing to evaluate: give a val_loader (or eval_dataset)")
-        return loop.validate(self)
-
-    # Saying.
-
-    def say(self, message: str) -> None:
-        """Print on the main process, above any progress bar."""
-        if not dist.is_main():
-            return
-        console = next((writer for writer in self._writers if isinstance(writer, ConsoleWriter)), None)
-        if console is not None:
-            console.say(message)
-        else:
-            print(message, flush=True)
-
-    def warn(self, message: str) -> None:
-        """Print a warning on the main process."""
-        self.say(f"WARNING: {message}")
-
-    def write(self, values: dict[str, float]) -> None:
-        """Give metrics to all writers."""
-        self._last_values.update(values)
-        self.progress.lines.append(values)
-        for writer in self._writers:
-            writer.write(self.progress.step, values)
-
-    def speed(self) -> dict[str, float]:
-        """Learning rate, epoch, tokens, tokens/s, and MFU where the device's peak is known; starts a new window."""
-        (tokens, seconds), self._window = self._window, [0.0, 0.0]
-        progress, size = self.progress, self.source.size()
-        values = {
-            "learning_rate": progress.learning_rate,
-            "epoch": progress.epoch + (progress.position / size if size else 0.0),
-            "num_tokens": float(progress.tokens),
-        }
-        if progress.skipped_steps:
-            values["skipped_steps"] = float(progress.skipped_steps)
-        if seconds:
-            values["tokens_per_second"] = tokens / seconds
-            if self.size.flops_per_token is not None:
-                peak = preflight.peak_flops(self.engine) * dist.num_processes()
-                values["mfu"] = tokens / seconds * self.size.flops_per_token / peak
+        since_last_log = self._metrics.take()
+        try:
+            values, interrupted = evaluate(self.work)
+        finally:
+            self._metrics.take()
+            self._metrics.include(since_last_log)
+        self.stop_requested = self.stop_requested or interrupted
         return values
 
-    def encode_prompt(self, chat: Any, text: str) -> list[int]:
-        """Ids that a sample is generated from: a user turn after SFT, plain text after pretraining."""
-        if self.trainer.config_section == "pretrain_config":
-            return chat.encode_text(text).input_ids[:-1]
-        return chat.encode_prompt([{"role": "user", "content": text}])
-
-    def keep_batches(self, micro_batches: Sequence[Any]) -> str:
-        """Write this rank's micro-batches of a step that was not finite, for inspection; says where they are."""
-        path = self.save_dir / "bad_steps" / f"step-{self.progress.step + 1}-rank-{dist.process_number()}.pt"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save([batch for batch in micro_batches if not isinstance(batch, Filler)], path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-            return f"its batch could not be kept ({error})"
-        return f"its batch is kept in {path}"
-
-    # Saving and loading: see `snapshot`.
-
     def save(self, is_best: bool = False, path: str | None = None, may_fail: bool = False) -> str:
-        """Save on the main process; every rank learns how it ended. See `BaseTrainer.save_checkpoint`."""
-        return snapshot.save(self, is_best, path, may_fail)
+        """Save on the main process; every rank learns how it ended. See `BaseTrainer.save_checkpoint`.
+
+        Args:
+            is_best: this is the best checkpoint so far.
+            path: write only a single `.pt` file there.
+            may_fail: a full disk is a warning, not an error.
+
+        Returns:
+            Path of what was written, on every rank; empty where nothing could be.
+        """
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {
+            "optimizer": self.engine.optimizer_state(),
+            "versions": {
+                "torch": torch.__version__,
+                "world_size": dist.world_size(),
+                "engine": type(self.engine).__name__,
+            },
+            "ledger": [ledger.as_dict() for ledger in self.settings.ledgers],
+            "config": self.settings.description,
+        }
+        if path is not None:
+            return self.checkpoints.save_file(path, state)
+        try:
+            saved = self.checkpoints.save_folder(
+                self.progress.step,
+                state,
+                self._write_model,
+                is_best=is_best,
+                best_loss=self.progress.best_loss if is_best else None,
+                best_file=is_best and self.settings.best_file,
+            )
+        except CheckpointError as error:
+            if not may_fail:
+                raise
+            self._reporter.warn(f"{error}. Training goes on; the next save is tried as planned")
+            return ""
+        self.new_best = False
+        self.progress.hooks_done["save"] = self.progress.step
+        return saved
+
+    def stop(self, reason: str) -> None:
+        """End the run after this hook, as if it had reached its last step."""
+        self.progress.stopped_early = True
+        self.say(reason)
 
     def load(self, path: str) -> None:
         """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
-        snapshot.load(self, path)
+        self.checkpoints.load(path, self._parts())
 
-    def last_checkpoint(self) -> str:
-        """The newest valid checkpoint, for messages."""
-        newest = self.manager.latest("sizes") if dist.is_main() else None
-        return "none" if newest is None else str(newest)
+    def _parts(self) -> dict[str, snapshot.Part]:
+        """Everything that changes while the run goes on, but weights and optimizer; see `snapshot`."""
+        facts = snapshot.DataFacts(type(self.source).__name__, self.source.size(), self.settings.seed)
+        parts: dict[str, snapshot.Part] = {
+            "data": facts,  # first: nothing is restored into a run with other data
+            "progress": self.progress,
+            "engine": self.engine,
+            "metrics": snapshot.SharedMetrics(self._metrics),
+            "random": snapshot.RandomState(),
+            "trainer": snapshot.AlgorithmState(self.trainer),
+        }
+        if self.trainer.scheduler is not None:
+            parts["scheduler"] = self.trainer.scheduler
+        return parts
 
-    def _how_to_go_on(self) -> str:
-        """For the message of a run that a lost rank stops, on any rank."""
-        newest = next(iter(step_folders(self.save_dir)), None) if self.save_dir.is_dir() else None
-        found = "no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
-        how = (
-            "the same command goes on from it" if self.settings.resume == "auto" else "load_checkpoint goes on from it"
-        )
-        return f"Of this run, {found}{'' if newest is None else f'; {how}'}"
+    def _write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        write_model(self.trainer.base_model, folder, tokenizer=self.trainer.tokenizer, weights=weights)
 
-    def _publish(self) -> None:
-        if dist.is_main():
-            self.manager.publish()
+    def _learning_rate(self) -> float:
+        """Of the first parameter group."""
+        return float(self.trainer.optimizer.param_groups[0]["lr"])
 
 
 def _check_numbers(**values: int) -> None:
@@ -360,7 +495,14 @@ def _check_numbers(**values: int) -> None:
             raise ValueError(f"{name}: got {value}, expected an integer of at least 1")
 
 
-def _pretrained_model() -> type:
+def _recompute_activations(model: nn.Module) -> None:
+    """Let a transformers model forget what its layers keep for the backward, and compute it again there."""
     from transformers import PreTrainedModel
 
-    return PreTrainedModel
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"gradient_checkpointing needs a transformers model, this is {type(model).__name__}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a new name, which older versions do not have
+        model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )

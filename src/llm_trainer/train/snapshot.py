@@ -1,81 +1,261 @@
-"""Everything of a run that a checkpoint holds, and how it gets there from all ranks."""
+"""Everything of a run that a checkpoint holds, and how it gets there from all ranks.
+
+What changes while a run goes on is a *part*: an object with `state_dict` and `load_state_dict`, in one mapping that is
+saved and loaded alike, so that no part can be forgotten in one direction. Weights and optimizer belong to the engine.
+"""
 
 import shutil
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from llm_trainer import checkpoint
-from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.algorithm import Algorithm
+from llm_trainer.checkpoint import CheckpointError, CheckpointManager
+from llm_trainer.checkpoint.valid import step_folders
 from llm_trainer.engine import dist
-from llm_trainer.state import Progress
-
-if TYPE_CHECKING:
-    from llm_trainer.train.run import Run
+from llm_trainer.engine.base import Engine
+from llm_trainer.train.metrics import Metrics
 
 
-def save(run: "Run", is_best: bool, path: str | None, may_fail: bool) -> str:
-    """Save a run; every rank learns how it ended.
+class Part(Protocol):
+    """What a checkpoint holds under one name."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class SharedMetrics:
+    """The metrics since the last log line: the sums over all ranks are saved, and each takes an equal share of them."""
+
+    metrics: Metrics
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return self.metrics.state_dict(dist.all_reduce)
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        self.metrics.load_state_dict(state, share=1 / dist.world_size())
+
+
+class RandomState:
+    """The random generators of this process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return checkpoint.random_state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        checkpoint.set_random_state(state)
+
+
+@dataclass(frozen=True)
+class AlgorithmState:
+    """What an algorithm itself must remember."""
+
+    algorithm: Algorithm
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.algorithm._get_extra_checkpoint_state() or {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.algorithm._load_extra_checkpoint_state(state)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a position in the data means something for; a run with other data is refused.
+
+    Attributes:
+        kind: of the step source.
+        size: position at the end of an epoch.
+        seed: of the order.
+    """
+
+    kind: str
+    size: int | None
+    seed: int
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "size": self.size, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state != self.state_dict():
+            raise CheckpointError(
+                f"was made with other data ({state}, now {self.state_dict()}), so its position in the data means "
+                f"nothing here. Restore the data, or start a new run in another save_dir from these weights "
+                f"(init_weights_path)"
+            )
+
+
+class Checkpoints:
+    """The checkpoints of one run; all ranks call it together, unless said otherwise.
 
     Args:
-        is_best: this is the best checkpoint so far.
-        path: write only a single `.pt` file there.
-        may_fail: a full disk is a warning, not an error.
+        engine: gathers and restores weights and optimizer state.
+        save_dir: their folder; also of best_model.pt, and of the shards of a save in progress.
+        keep: newest checkpoints that rotation leaves.
+        warn: told of damaged checkpoints that are skipped.
+    """
 
-    Returns:
-        Path of what was written, on every rank.
+    def __init__(self, engine: Engine, save_dir: Path, keep: int, warn: Callable[[str], None]) -> None:
+        self.engine, self.save_dir = engine, save_dir
+        self._keep, self._warn = keep, warn
+        self._manager: CheckpointManager | None = None
+
+    @property
+    def manager(self) -> CheckpointManager:
+        """The folder's manager (made at first use, on the main process only)."""
+        if self._manager is None:
+            self._manager = CheckpointManager(self.save_dir, self._keep, self._warn)
+        return self._manager
+
+    # Finding.
+
+    def newest(self) -> str | None:
+        """Path of the newest valid checkpoint."""
+        found = self.manager.latest() if dist.is_main() and self.save_dir.is_dir() else None
+        return dist.broadcast_object(None if found is None else str(found))
+
+    def newest_for_messages(self) -> str:
+        """The newest valid checkpoint, as the main process sees it; any rank may ask alone."""
+        found = self.manager.latest("sizes") if dist.is_main() else None
+        return "none" if found is None else str(found)
+
+    def how_to_go_on(self, resume: str) -> str:
+        """For the message of a run that a lost rank stops; any rank may ask alone."""
+        newest = next(iter(step_folders(self.save_dir)), None) if self.save_dir.is_dir() else None
+        if newest is None:
+            return "Of this run, no checkpoint yet"
+        how = "load_checkpoint goes on from it"
+        if resume == "auto":
+            how = "the same command goes on from it"
+        return f"Of this run, the newest checkpoint is {newest}; {how}"
+
+    def set_later_aside(self, step: int) -> None:
+        """Move checkpoints of later steps out of the way: they are of another run, or damaged."""
+        moved = self.manager.set_aside(after=step) if dist.is_main() else None
+        if moved is not None:
+            count, folder = moved
+            checkpoints = "1 later checkpoint was" if count == 1 else f"{count} later checkpoints were"
+            self._warn(f"this run starts at step {step}; {checkpoints} moved to {folder}")
+
+    def publish(self) -> None:
+        """Let `save_dir`/model be the best model."""
+        if dist.is_main():
+            self.manager.publish()
+
+    # Loading.
+
+    def load(self, path: str, parts: Mapping[str, Part]) -> None:
+        """Restore weights, optimizer and all parts from a checkpoint folder or `.pt` file.
+
+        Raises:
+            CheckpointError: It is damaged, does not fit this run, or was not made by a trainer.
+        """
+        state = self.engine.load(path)
+        if "progress" not in state:
+            raise CheckpointError(
+                f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
+                f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
+            )
+        for name, part in parts.items():
+            if name not in state:
+                raise CheckpointError(
+                    f"'{path}' holds no {name} state, which this run has; for its weights alone set init_weights_path"
+                )
+            try:
+                part.load_state_dict(state[name])
+            except CheckpointError as error:
+                raise CheckpointError(f"{path} {error}") from error
+
+    # Saving.
+
+    def save_file(self, path: str, state: dict[str, Any]) -> str:
+        """Write everything into a single `.pt` file.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        weights, gathered = self.engine.weights(), _gathered(state)
+        failure = None
+        if dist.is_main():
+            try:
+                path = str(checkpoint.write_file(path, weights, gathered))
+            except CheckpointError as error:
+                failure = str(error)
+        return _same_on_all_ranks(path, failure)
+
+    def save_folder(
+        self,
+        step: int,
+        state: dict[str, Any],
+        write_model: Callable[[Path, dict[str, Tensor]], None],
+        *,
+        is_best: bool,
+        best_loss: float | None,
+        best_file: bool,
+    ) -> str:
+        """Write a checkpoint folder.
+
+        Args:
+            step: its number.
+            state: all of it but the weights.
+            write_model: writes whole weights as a model's folder.
+            is_best: this is the best checkpoint so far.
+            best_loss: its validation loss, where there was an evaluation.
+            best_file: write best_model.pt too.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        weights = self.engine.weights()
+        gathered = _gathered(state) if best_file else {}
+        path, failure = "", None
+        try:
+            shards = self._write_shards(state)
+            if dist.is_main():
+                if best_file:  # first: a run that is killed in between writes it again
+                    checkpoint.write_file(self.save_dir / "best_model.pt", weights, gathered)
+                saved = self.manager.save(
+                    step,
+                    lambda folder: write_model(folder, weights),
+                    state,
+                    metric=best_loss,
+                    is_best=is_best,
+                    shards=shards,
+                )
+                path = str(saved)
+                if shards is not None:
+                    shutil.rmtree(shards, ignore_errors=True)
+        except CheckpointError as error:
+            failure = str(error)
+        return _same_on_all_ranks(path, failure)
+
+    def _write_shards(self, state: dict[str, Any]) -> Path | None:
+        """Let all ranks write what only they together hold; the folder of it, which becomes part of the checkpoint."""
+        folder = self.save_dir / ".shards"
+        if self.engine.in_lockstep:
+            if dist.is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            dist.broadcast_object(None)  # nobody writes before it is empty
+        return folder if self.engine.write_shards(folder, state) else None
+
+
+def _same_on_all_ranks(path: str, failure: str | None) -> str:
+    """The path that the main process has written, on every rank.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: Any rank failed.
     """
-    result: str = ""
-    failure: str | None = None
-    metrics = run.metrics.state_dict(dist.all_reduce)  # every rank's share of the window that is not logged yet
-    state, weights = _state(run, metrics), run.engine.weights()
-    files = [path] if path is not None else []
-    if path is None and is_best and run.settings.best_file:  # first: a run that is killed in between writes it again
-        files.append(str(run.save_dir / "best_model.pt"))
-    gathered = _gathered(state) if files else {}
-    try:
-        shards = None if path is not None else _write_shards(run, state)
-        if dist.is_main():
-            for file in files:
-                result = str(checkpoint.write_file(file, weights, gathered))
-            if path is None:
-                result = _write_folder(run, weights, state, is_best, shards)
-    except CheckpointError as error:
-        failure = str(error)
-    failures = dist.gather_objects(failure)
-    failure = next(filter(None, failures), None)
-    if failure is not None and not may_fail:
-        raise CheckpointError(failure)
-    if failure is not None:
-        run.warn(f"{failure}. Training goes on; the next save is tried as planned")
-    elif path is None:
-        run.new_best = False
-        run.progress.hooks_done["save"] = run.progress.step
-    return dist.broadcast_object(result)
-
-
-def _state(run: "Run", metrics: dict[str, Any]) -> dict[str, Any]:
-    trainer = run.trainer
-    scheduler = {} if trainer.scheduler is None else {"scheduler": trainer.scheduler.state_dict()}
-    return scheduler | {
-        "progress": asdict(run.progress),
-        "optimizer": run.engine.optimizer_state(),
-        "engine": run.engine.state_dict(),
-        "metrics": metrics,
-        "random": checkpoint.random_state(),
-        "trainer": trainer._get_extra_checkpoint_state() or {},
-        "data": _data_facts(run),
-        "versions": {"torch": torch.__version__, "world_size": dist.world_size(), "engine": type(run.engine).__name__},
-        "ledger": [ledger.as_dict() for ledger in run.settings.ledgers],
-        "config": run.settings.description,
-    }
+    for found in dist.gather_objects(failure):
+        if found is not None:
+            raise CheckpointError(found)
+    return dist.broadcast_object(path)
 
 
 def _gathered(state: dict[str, Any]) -> dict[str, Any]:
@@ -83,58 +263,10 @@ def _gathered(state: dict[str, Any]) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     plain = {name: checkpoint.set_tensors_aside(part, name, tensors) for name, part in state.items()}
     for name, tensor in tensors.items():
-        value = checkpoint.whole(tensor)
-        tensors[name] = value.cpu() if value is not tensor and dist.is_main() else tensor
-    return {name: checkpoint.restore(part, tensors) for name, part in plain.items()} if dist.is_main() else {}
-
-
-def _write_shards(run: "Run", state: dict[str, Any]) -> Path | None:
-    """Let all ranks write what only they together hold; the folder of it, which becomes part of the checkpoint."""
-    folder = run.save_dir / ".shards"
-    if run.engine.in_lockstep:
-        if dist.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        dist.broadcast_object(None)  # nobody writes before it is empty
-    return folder if run.engine.write_shards(folder, state) else None
-
-
-def _write_folder(
-    run: "Run", weights: dict[str, Tensor], state: dict[str, Any], is_best: bool, shards: Path | None
-) -> str:
-    write = partial(checkpoint.write_model, run.trainer.base_model, tokenizer=run.trainer.tokenizer, weights=weights)
-    loss = run.progress.best_loss if is_best else None
-    saved = run.manager.save(run.progress.step, write, state, metric=loss, is_best=is_best, shards=shards)
-    if shards is not None:
-        shutil.rmtree(shards, ignore_errors=True)
-    return str(saved)
-
-
-def load(run: "Run", path: str) -> None:
-    """Restore everything from a checkpoint folder or `.pt` file, on every rank.
-
-    Raises:
-        CheckpointError: it is damaged, does not fit this run, or is of an engine whose state means nothing to this one.
-    """
-    state = run.engine.load(path, run.trainer.scheduler)
-    if "progress" not in state:
-        raise CheckpointError(
-            f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
-            f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
-        )
-    facts = _data_facts(run)
-    if state["data"] != facts:
-        raise CheckpointError(
-            f"{path} was made with other data ({state['data']}, now {facts}): its position in the data means "
-            f"nothing here. Restore the data, or start a new run in another save_dir from these weights "
-            f"(init_weights_path)"
-        )
-    run.progress = Progress(**state["progress"])
-    run.engine.load_state_dict(state["engine"])
-    run.metrics.load_state_dict(state["metrics"], share=1 / dist.world_size())
-    checkpoint.set_random_state(state["random"])
-    run.trainer._load_extra_checkpoint_state(state["trainer"])
-
-
-def _data_facts(run: "Run") -> dict[str, Any]:
-    return {"kind": type(run.source).__name__, "size": run.source.size(), "seed": run.settings.seed}
+        full = checkpoint.full_tensor(tensor)
+        if full is not tensor and dist.is_main():
+            full = full.cpu()
+        tensors[name] = full
+    if not dist.is_main():
+        return {}
+    return {name: checkpoint.restore(part, tensors) for name, part in plain.items()}

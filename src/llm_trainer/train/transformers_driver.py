@@ -4,11 +4,13 @@ Forward, backward, accumulation, wrapping (accelerate), clipping, update and sch
 batches, weights, metrics, evaluation, checkpoints, signals and resuming are the run's, as under `loop.fit`.
 """
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -18,14 +20,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from llm_trainer import checkpoint
 from llm_trainer.config.env import environment
+from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine import dist
+from llm_trainer.engine.base import Engine
 from llm_trainer.engine.torch import TorchEngine
-
-if TYPE_CHECKING:
-    from llm_trainer.data.stream import Batch
-    from llm_trainer.train.loop import Step
-    from llm_trainer.train.run import Run
-    from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.state import MicroBatch, Progress, StepDone
+from llm_trainer.train.loop import Work, begin_step, count_terms, fill_up, share_of_step
 
 # What the run says already -> the fields of TrainingArguments that would say something else.
 OF_THE_RUN = {
@@ -60,50 +60,53 @@ OF_THE_RUN = {
 }
 
 
-def train(trainer: "BaseTrainer", callbacks: Sequence[TrainerCallback] = (), **arguments: Any) -> dict[str, float]:
+After = Callable[[StepDone | None], bool]
+
+
+def train(trainer: Any, callbacks: Sequence[TrainerCallback] = (), **arguments: Any) -> dict[str, float]:
     """Train to the end with `transformers.Trainer`, like `trainer.train()` of a trainer with `engine="hf"`: see `fit`."""
     trainer.run.driver = partial(fit, callbacks=callbacks, **arguments)
     return trainer.train()
 
 
-def fit(run: "Run", callbacks: Sequence[TrainerCallback] = (), **arguments: Any) -> None:
-    """Train a run with `transformers.Trainer` in place of `loop.fit`: the same steps, losses and gradient norms.
+def fit(
+    work: Work, progress: Progress, after: After, callbacks: Sequence[TrainerCallback] = (), **arguments: Any
+) -> None:
+    """Train with `transformers.Trainer` in place of `loop.fit`: the same steps, losses and gradient norms.
 
     Args:
-        run: any trainer's; its engine must not have wrapped the module (`engine="hf"`, or one process).
+        work: its engine must not have wrapped the module (`engine="hf"`, or one process).
+        progress: where the run stands.
+        after: see `loop.fit`.
         callbacks: called by transformers; they also hear of the run's own logs, evaluations and saves.
         arguments: fields of `TrainingArguments`. Logging, evaluation and saving by transformers are off unless they are
             asked for here; the evaluation and the checkpoint are then the run's, at transformers' moments.
 
     Raises:
         ValueError: an argument contradicts the run, or transformers cannot do what the run is set to.
-        NonFiniteError: see `loop.train_step`.
+        NonFiniteError: see `Run.after`.
     """
-    if run.finished():
-        return
     random = checkpoint.random_state()  # transformers seeds everything anew
-    driver = Driver(run, _training_arguments(run, arguments), list(callbacks))
+    driver = Driver(work, progress, after, _training_arguments(work, arguments), list(callbacks))
     checkpoint.set_random_state(random)
-    driver.train()
-    if not run.finished():  # a callback has ended the training
-        run.progress.stopped_early = True
-        run.after_step()
+    driver.train()  # a callback may end it early; the run notices
 
 
-def _training_arguments(run: "Run", given: dict[str, Any]) -> TrainingArguments:
+def _training_arguments(work: Work, given: dict[str, Any]) -> TrainingArguments:
     for name, excluded in OF_THE_RUN.items():
         for argument in given.keys() & excluded:
             raise ValueError(
                 f"{argument}={given[argument]!r}: the run decides this; set the trainer's `{name}` instead"
             )
-    _check_engine(run)
-    model = run.trainer.model
+    engine = work.engine
+    _check_engine(engine)
+    model = work.algorithm.model
     defaults: dict[str, Any] = {
-        "output_dir": str(run.save_dir),
-        "max_steps": (run.total_steps() or sys.maxsize - 1) + 1,  # never reached: the run says when it ends
-        "max_grad_norm": run.max_grad_norm,
-        "seed": run.settings.seed,
-        "use_cpu": run.engine.device.type == "cpu",
+        "output_dir": str(work.run.save_dir),
+        "max_steps": (work.horizon.total() or sys.maxsize - 1) + 1,  # never reached: the run says when it ends
+        "max_grad_norm": work.max_grad_norm,
+        "seed": work.seed,
+        "use_cpu": engine.device.type == "cpu",
         "use_cache": isinstance(model, transformers.PreTrainedModel) and model.config.use_cache,
         "ddp_find_unused_parameters": False,
         "logging_strategy": "no",
@@ -117,18 +120,18 @@ def _training_arguments(run: "Run", given: dict[str, Any]) -> TrainingArguments:
         "no"  # accelerate's launcher may say something else; the run sees to it, see `compute_loss`
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process trains on one GPU; transformers would take all it sees
-    ours, theirs = run.engine.device, arguments.device
+    ours, theirs = engine.device, arguments.device
     if (ours.type, ours.index or 0) != (theirs.type, theirs.index or 0):
         raise ValueError(f"device: got {ours}, but engine 'hf' trains on {theirs}; choose it with CUDA_VISIBLE_DEVICES")
     return arguments
 
 
-def _check_engine(run: "Run") -> None:
-    engine, launched = run.engine, environment().world_size
+def _check_engine(engine: Engine) -> None:
+    launched = environment().world_size
     if type(engine) is not TorchEngine or engine.ddp:
         raise ValueError(
-            f"engine: got {run.settings.engine!r}, whose {type(engine).__name__} has wrapped the model; transformers wraps "
-            f"it by itself: make the trainer with engine='hf'"
+            f"engine: got {engine.name!r}, whose {type(engine).__name__} has wrapped the model; transformers wraps it by "
+            f"itself: make the trainer with engine='hf'"
         )
     if engine.precision_name == "fp16":
         raise ValueError("precision: engine 'hf' has no loss scale for fp16; use bf16 or fp32, or engine 'torch'")
@@ -141,26 +144,32 @@ def _check_engine(run: "Run") -> None:
 class Driver(transformers.Trainer):
     """Sees a whole optimizer step of the run as one batch, because the number of micro-batches may differ from step to step."""
 
-    step: "Step"
-    position: int  # in the data, after `step`
-    learning_rate: float
-    grad_norm: Tensor  # of the whole gradient before clipping, scalar fp32
-    finite: bool  # whether it is
+    micro_batches: list[MicroBatch]  # of the step under way
+    total: float  # terms of that step, over all ranks
+    done: StepDone
     loss_is_scaled_for_ga = True  # a share is already one of the whole step, over micro-batches and ranks
 
-    def __init__(self, run: "Run", arguments: TrainingArguments, callbacks: list[TrainerCallback]) -> None:
-        self.run = run
+    def __init__(
+        self,
+        work: Work,
+        progress: Progress,
+        after: After,
+        arguments: TrainingArguments,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.work, self.progress, self.after = work, progress, after
+        optimizer = work.run.trainer.optimizer
         super().__init__(
-            model=run.trainer.model,
+            model=work.algorithm.model,
             args=arguments,
-            eval_dataset=run.val_sources or None,  # type: ignore[arg-type]  # only asked for whether it is there
+            eval_dataset=work.val_sources or None,  # type: ignore[arg-type]  # only asked for whether it is there
             callbacks=[RunCallback(self), *callbacks],
-            optimizers=(run.trainer.optimizer, Schedule(self)),  # type: ignore[arg-type]  # called, never inspected
+            optimizers=(optimizer, Schedule(optimizer)),  # type: ignore[arg-type]  # called, never inspected
         )
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Any:
-        return StepLoader(self.run)
+        return StepLoader(self.work, self.progress)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next step, unscaled by any count of transformers' own; after the last one of the epoch none."""
@@ -169,38 +178,62 @@ class Driver(transformers.Trainer):
         return [] if step is None else [step], None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of all micro-batches; `[]` the loss whose mean over ranks is the step's."""
-        from llm_trainer.train.loop import Step  # which imports this package
-
-        micro_batches, self.position = inputs
-        trainer = self.run.trainer
-        self.step, unwrapped = Step(self.run, micro_batches), trainer.model
-        trainer.model = model
+        """Forward and backward of all micro-batches, as in `loop.train_step`; `[]` the loss whose mean over ranks is the
+        step's.
+        """
+        micro_batches, position = inputs
+        algorithm, engine = self.work.algorithm, self.work.engine
+        started = time.perf_counter()
+        torch.manual_seed(mix_seeds(self.work.seed, self.progress.step, dist.rank()))
+        self.micro_batches = fill_up(engine, micro_batches)
+        self.total, tokens, stop = count_terms(self.work, self.micro_batches)
+        begin_step(self.work, self.micro_batches, dist.all_reduce)
+        self.loss_sum = torch.zeros((), device=engine.device)
+        unwrapped, algorithm.model = algorithm.model, model
         try:
-            for index, last in self.step.indices():
-                with nullcontext() if last else self.accelerator.no_sync(model):
-                    super().training_step(model, {"index": index})
+            for number in range(len(self.micro_batches)):
+                is_last = number == len(self.micro_batches) - 1
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    super().training_step(model, {"number": number})
         finally:
-            trainer.model = unwrapped
-        trainer._end_step(dist.all_reduce)
-        self.learning_rate = self.run.learning_rate()
-        self.grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).float()
-        self.finite = bool(self.grad_norm.isfinite())  # the one place in a step where the host waits for the device
-        return self.step.loss * dist.world_size()
+            algorithm.model = unwrapped
+        algorithm._end_step(dist.all_reduce)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        grad_norm = (
+            get_total_norm(gradients).float().item()
+        )  # the one place in a step where the host waits for the device
+        self.done = StepDone(
+            self.loss_sum,
+            grad_norm,
+            math.isfinite(grad_norm),
+            tokens,
+            time.perf_counter() - started,
+            stop,
+            self.micro_batches,
+            position,
+        )
+        return self.loss_sum * dist.world_size()
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        with self.run.engine.precision():
-            loss = self.step.share(inputs["index"])
-        return loss * dist.world_size()  # DDP averages over ranks what the step adds up
+        """`[]` the share of one micro-batch, to be backpropagated by transformers."""
+        work, algorithm = self.work, self.work.algorithm
+        micro_batch = self.micro_batches[inputs["number"]]
+        with work.engine.precision(), work.metrics.recording(micro_batch.counts):
+            batch = algorithm._prepare_batch(micro_batch.batch)
+            outputs = algorithm._forward(batch)
+            loss = algorithm._compute_loss(outputs, batch)
+            share = share_of_step(loss, micro_batch, self.total, outputs, algorithm)
+        self.loss_sum += share.detach()
+        return share * dist.world_size()  # DDP averages over ranks what the step adds up
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the run counts them, as MFU
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The run's evaluation, for the arguments and callbacks that ask for one."""
-        values = self.run.evaluate()
+        values = self.work.run.evaluate()
         self.tell(values)
         return values
 
@@ -215,78 +248,73 @@ class Driver(transformers.Trainer):
         super().log({name: value for name, value in logs.items() if name not in unknown}, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.run.save()
+        self.work.run.save()
 
 
 class StepLoader:
     """What is left of the epoch that the run is in, as `(micro-batches, position after them)`."""
 
-    def __init__(self, run: "Run") -> None:
-        self.run = run
+    def __init__(self, work: Work, progress: Progress) -> None:
+        self.work, self.progress = work, progress
 
-    def __iter__(self) -> "Iterator[tuple[list[Batch], int]]":
-        progress = self.run.progress
-        return self.run.trainer._train_steps(self.run.source, progress.epoch, progress.position)
+    def __iter__(self) -> Iterator[tuple[list[MicroBatch], int]]:
+        return self.work.algorithm._train_steps(self.work.source, self.progress.epoch, self.progress.position)
 
 
 class Schedule:
-    """The run's schedule, or the lack of one, as transformers steps it; a step that was refused does not count."""
+    """The learning rates for transformers to look at; the run itself steps its schedule, after every update."""
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
 
     def step(self) -> None:
-        """Called after every step."""
-        if self.driver.finite:
-            self.driver.run.step_schedule()
+        """Called by transformers after every step."""
 
     def get_last_lr(self) -> list[float]:
         """The learning rate of each parameter group."""
-        return [float(group["lr"]) for group in self.driver.run.trainer.optimizer.param_groups]
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
 
 class RunCallback(TrainerCallback):
     """Does around transformers' steps and epochs what `loop.fit` does around its own."""
 
     def __init__(self, driver: Driver) -> None:
-        self.driver, self.run = driver, driver.run
+        self.driver, self.progress = driver, driver.progress
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        progress, driver = self.run.progress, self.driver
-        state.global_step = driver._initial_global_step = driver._globalstep_last_logged = progress.step
-        state.max_steps, state.num_train_epochs = self.run.total_steps() or 0, self.run.max_epochs
+        step, horizon = self.progress.step, self.driver.work.horizon
+        state.global_step = self.driver._initial_global_step = self.driver._globalstep_last_logged = step
+        state.max_steps, state.num_train_epochs = horizon.total() or 0, horizon.epochs
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # accelerate's optimizer leaves out an update whose gradients are not yet those of all ranks.
-        self.driver.accelerator.gradient_state._set_sync_gradients(self.driver.finite)
+        self.driver.accelerator.gradient_state._set_sync_gradients(self.driver.done.finite)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        progress = self.run.progress
-        self.driver.step.end(self.driver.grad_norm, self.driver.learning_rate)
-        progress.step, progress.position = progress.step + 1, self.driver.position
-        self._after(args, state, control)
+        self._after(self.driver.done, args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if control.should_epoch_stop:  # else the training stops within the epoch
-            progress = self.run.progress
-            progress.epoch, progress.position = progress.epoch + 1, 0
-            self._after(args, state, control)
+            self._after(None, args, state, control)
 
-    def _after(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Call the run's hooks, and let the other callbacks hear of what they did."""
-        run, driver = self.run, self.driver
-        said, saved = len(run.progress.lines), run.progress.hooks_done.get("save")
-        size = run.source.size()
-        state.epoch = run.progress.epoch + (run.progress.position / size if size else 0.0)
-        run.after_step()
-        control.should_training_stop = run.finished()
-        for values in run.progress.lines[said:]:
+    def _after(
+        self, done: StepDone | None, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Let the run note the step and call its hooks, and the other callbacks hear of what they did."""
+        progress, driver = self.progress, self.driver
+        written_before = 0 if done is not None else len(progress.lines)  # a step begins new lines
+        saved_before = progress.hooks_done.get("save")
+        control.should_training_stop = driver.after(done)
+        size = driver.work.source.size()
+        epoch_share = progress.position / size if size else 0.0
+        state.epoch = progress.epoch + epoch_share
+        for values in progress.lines[written_before:]:
             driver.tell(values)
-        if run.progress.hooks_done.get("save") != saved:
+        if progress.hooks_done.get("save") != saved_before:
             driver.callback_handler.on_save(args, state, control)

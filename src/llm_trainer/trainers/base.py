@@ -1,17 +1,17 @@
-"""BaseTrainer: what an algorithm must say. Everything else (loop, engines, checkpoints, logging) is elsewhere."""
+"""BaseTrainer: an algorithm (`algorithm.py` says what that is) with everything that a user calls."""
 
-from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABCMeta
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
 
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.options import Settings
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
-    from llm_trainer.data.stream import Batch, StepSource
 
 
 class TrainerMeta(ABCMeta):
@@ -26,11 +26,11 @@ class TrainerMeta(ABCMeta):
         return super().__call__(*args, **kwargs)
 
 
-class BaseTrainer(metaclass=TrainerMeta):
+class BaseTrainer(Algorithm, metaclass=TrainerMeta):
     """One algorithm, trained by the one loop.
 
     A subclass must write `_prepare_batch`, `_forward` and `_compute_loss`; it may write the other underscored methods
-    of this class. It never overrides `train`.
+    of `Algorithm`. It never overrides `train`.
 
     Args:
         model: the module to train.
@@ -99,71 +99,9 @@ class BaseTrainer(metaclass=TrainerMeta):
             save_interval=save_interval,
             hooks=hooks,
         )
-        self.device = self.run.engine.device
+        self.machine = self.run.machine
+        self.device = self.machine.device
         self.model = self.run.prepare(self._build_module(model))
-
-    # What an algorithm must say.
-
-    @abstractmethod
-    def _prepare_batch(self, batch: Any) -> Any:
-        """Everything before autograd: move to the device, join, score with frozen models."""
-
-    @abstractmethod
-    def _forward(self, batch: Any) -> Any:
-        """What autograd sees: the forward of `self.model`."""
-
-    @abstractmethod
-    def _compute_loss(self, outputs: Any, batch: Any) -> torch.Tensor:
-        """The micro-batch's loss, scalar: a MEAN over as many terms as `_loss_weight` counts."""
-
-    # What an algorithm may say.
-
-    def _loss_weight(self, batch: Any) -> float | torch.Tensor:
-        """Number of terms that the loss of `batch` is a mean of; 1 gives the textbook loss / accumulation."""
-        return 1.0
-
-    def _begin_step(
-        self, batches: list[Any], weights: list[float], sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        """See all micro-batches of an optimizer step before the first of them runs, without gradients.
-
-        For a loss with a second denominator, or with an estimate that is made from the whole step.
-
-        Args:
-            batches: this rank's micro-batches, as they came from the loader.
-            weights: `_loss_weight` of each; 0 for a batch that only keeps a rank without rows in step.
-            sum_over_ranks: sums a tensor over the processes; in evaluation, where every batch is a step, it does not.
-        """
-
-    def _end_step(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Act after the last backward of a training step, before the update."""
-
-    def _count_tokens(self, batch: Any) -> int:
-        """Tokens of a micro-batch, for tokens/s."""
-        return batch["input_ids"].numel()
-
-    def _train_steps(self, source: "StepSource", epoch: int, position: int) -> "Iterator[tuple[list[Batch], int]]":
-        """Optimizer steps as (micro-batches of this rank, position after them); reinforcement learning overrides it."""
-        return source.steps(epoch, position)
-
-    def _build_module(self, model: nn.Module) -> nn.Module:
-        """The module that the engine wraps and `_forward` calls: `model` itself, or around it."""
-        return model
-
-    def _get_extra_config_info(self) -> dict[str, Any]:
-        """Facts of this algorithm for the screen before training."""
-        return {}
-
-    def _get_extra_log_info(self, batch: Any) -> str:
-        """A few words for the log line, from the last micro-batch."""
-        return ""
-
-    def _get_extra_checkpoint_state(self) -> dict[str, Any] | None:
-        """State of this algorithm (JSON types) that a checkpoint must hold."""
-        return None
-
-    def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """Restore what `_get_extra_checkpoint_state` gave."""
 
     @classmethod
     def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
@@ -174,8 +112,7 @@ class BaseTrainer(metaclass=TrainerMeta):
 
     def record(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1.0) -> None:
         """Add to the metric `name`: its logged value is sum of totals / sum of counts, over steps and ranks."""
-        if self.run.recording:
-            self.run.metrics.add(name, total, count)
+        self.machine.record(name, total, count)
 
     def train(self) -> dict[str, float]:
         """Train to the end; returns the last metrics. Stops with exit code 75 after a SIGTERM or SIGINT, state saved."""

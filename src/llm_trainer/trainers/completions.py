@@ -220,7 +220,5 @@ def reference_of(model: nn.Module, trainer: "BaseTrainer", policy: "ScoredModel"
         return AdaptersOff(model, trainer.model, policy.knows_branches)
     reference = scored(model)
     freeze(reference)
-    if trainer.run.settings.compile:
-        reference.compile_backbone()
-    trainer.run.engine.place(reference)
+    trainer.machine.place(reference)
     return reference

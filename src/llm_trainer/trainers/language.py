@@ -1,12 +1,13 @@
 """Language modelling: next-token prediction on the tokens that are trained on. Pretraining and SFT are this."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from llm_trainer.algorithm import PromptFormat, Source, Step
 from llm_trainer.losses.distill import mix_with_task
 from llm_trainer.losses.language import LanguageLoss
 from llm_trainer.models.scored import TokenScores, scored
@@ -15,7 +16,6 @@ from llm_trainer.trainers.distill import Distillation, TeacherDistance, make_tea
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
-    from llm_trainer.data.stream import Batch, StepSource
 
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "distance")
 
@@ -34,6 +34,7 @@ class Trainer(BaseTrainer):
     """
 
     config_section = "pretrain_config"
+    prompt_format: ClassVar[PromptFormat] = "text"
 
     def __init__(
         self,
@@ -76,15 +77,14 @@ class Trainer(BaseTrainer):
     def _get_extra_config_info(self) -> dict[str, Any]:
         return {} if self.kd is None else {"distillation": self.kd}
 
-    def _train_steps(self, source: "StepSource", epoch: int, position: int) -> "Iterator[tuple[list[Batch], int]]":
+    def _train_steps(self, source: Source, epoch: int, position: int) -> Iterator[Step]:
         for batches, after in super()._train_steps(source, epoch, position):
-            seed = None if self.kd is None else self.kd.sampling_seed(self.run.settings.seed, self.run.progress.step)
+            seed = None if self.kd is None else self.kd.sampling_seed(self.machine.seed, self.machine.step)
             if self.kd is not None and seed is not None:
-                with self.run.engine.inference(alone=True):  # what is no mapping is the filler of a rank without rows
-                    batches = [
-                        own_answers(dict(b), self.base_model, self.kd, seed) if isinstance(b, Mapping) else b
-                        for b in batches
-                    ]
+                with self.machine.generating():
+                    for micro_batch in batches:
+                        if micro_batch.counts:
+                            micro_batch.batch = own_answers(dict(micro_batch.batch), self.base_model, self.kd, seed)
             yield batches, after
 
     def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -116,6 +116,7 @@ class SFTTrainer(Trainer):
     """Supervised fine-tuning: language modelling whose labels are -100 on everything but the answers."""
 
     config_section = "sft_config"
+    prompt_format: ClassVar[PromptFormat] = "chat"
 
 
 PretrainTrainer = SFTTrainer  # in the explicit style the labels alone tell them apart

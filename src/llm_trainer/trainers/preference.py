@@ -95,6 +95,7 @@ class DPOTrainer(BaseTrainer):
         self._at_start = bool(starts_at_reference) and self.loss.needs_reference
         self._baseline = torch.zeros(2, dtype=torch.float64)  # sum and number of the rewards of earlier steps
         self._new_rewards = torch.zeros(2)
+        self._micro_batch_tokens = options.get("micro_batch_tokens")
         super().__init__(*args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
         self.reference = None if reference is None else reference_of(reference, self, self._policy)
@@ -127,7 +128,7 @@ class DPOTrainer(BaseTrainer):
         return self._policy
 
     def _loss_weight(self, batch: Batch) -> float:
-        return float(num_pairs(batch, self.run.settings.micro_batch_tokens))
+        return float(num_pairs(batch, self._micro_batch_tokens))
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens(batch)
@@ -174,7 +175,7 @@ class DPOTrainer(BaseTrainer):
         pairs = self._pairs(outputs.logprobs, batch)
         terms = self.loss(pairs)
         count = len(terms.losses)
-        if self._at_start and self.model.training and self.run.progress.step == 0:
+        if self._at_start and self.model.training and self.machine.step == 0:
             self._check_start(pairs, terms)
         for name, value in terms.metrics.items():
             self.record(name, value.sum(), count)
@@ -228,7 +229,7 @@ class DPOTrainer(BaseTrainer):
         Raises:
             StartError: they do not.
         """
-        precision = self.run.engine.precision_name
+        precision = self.machine.precision_name
         limit = _AT_REFERENCE.get(precision, _AT_REFERENCE_HALF)
         off = max(float(ratio.detach().abs().max()) for ratio in pairs.log_ratios(average=True))
         loss, margin = float(terms.losses.detach().mean()), float(terms.metrics["rewards/margins"].abs().mean())

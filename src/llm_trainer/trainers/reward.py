@@ -45,6 +45,7 @@ class RewardTrainer(BaseTrainer):
         **kwargs: Any,
     ) -> None:
         self.center_coef, self.use_margin = center_coef, use_margin
+        self._micro_batch_tokens = kwargs.get("micro_batch_tokens")
         super().__init__(*args, **kwargs)
         self.shares_prompts = share_prompts and self._rewarding.knows_branches(self.device)
 
@@ -66,7 +67,7 @@ class RewardTrainer(BaseTrainer):
     def _loss_weight(self, batch: Batch) -> float:
         if "step_labels" in batch:
             return float((batch["step_labels"] != IGNORE).sum())
-        return float(num_pairs(batch, self.run.settings.micro_batch_tokens))
+        return float(num_pairs(batch, self._micro_batch_tokens))
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens(batch)

@@ -96,7 +96,7 @@ def test_traceback_shows_where_a_mistake_came_from(run_yaml):
 def test_failed_and_interrupted_runs_have_their_own_codes(run_yaml, monkeypatch, capsys):
     from llm_trainer.checkpoint import CheckpointError
     from llm_trainer.train.guards import NonFiniteError
-    from llm_trainer.train.loop import EXIT_INTERRUPTED, TrainingInterrupted
+    from llm_trainer.train.signals import EXIT_INTERRUPTED, TrainingInterrupted
     from llm_trainer.trainers.base import BaseTrainer
 
     for error, code in (

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from llm_trainer.cli import plots
 from llm_trainer.cli.plots import LogError, draw, plot_run, read_curves, smoothed, vis_log, vis_lr
-from llm_trainer.train.metrics import JsonLines, TextLog
+from llm_trainer.train.writers import JsonLines, TextLog
 
 
 @pytest.fixture

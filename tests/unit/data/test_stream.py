@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from llm_trainer.data.collate import Filler
 from llm_trainer.data.stream import LoaderSteps, Permutation, SampleStream
 
 
@@ -32,7 +31,7 @@ def stream(sizes=(10, 1, 12), rows_per_step=4, **options):
 def steps_of(source, epoch=0, position=0):
     """Each step as a sorted list of its samples; filler left out."""
     return [
-        sorted(sample for batch in step if not isinstance(batch, Filler) for sample in batch)
+        sorted(sample for micro_batch in step if micro_batch.counts for sample in micro_batch.batch)
         for step, _ in source.steps(epoch, position)
     ]
 
@@ -73,7 +72,7 @@ def test_a_rank_without_rows_gets_filler():
     last = [
         list(stream(rank=rank, world_size=4).steps(0, 0))[-1][0] for rank in range(4)
     ]  # 23 rows: 3 in the last step
-    assert [isinstance(step[0], Filler) for step in last] == [False, False, False, True]
+    assert [step[0].counts for step in last] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("position", [0, 3, 11, 22])
@@ -88,7 +87,8 @@ def test_workers_change_nothing():
 
 def test_token_budget_is_kept():
     for step, _ in stream(rows_per_step=12, micro_batch_tokens=14).steps(0, 0):
-        for batch in step:
+        for micro_batch in step:
+            batch = micro_batch.batch
             lengths = [1 + i % 7 for i in batch]
             assert len(batch) == 1 or len(batch) * max(lengths) <= 14
 
@@ -98,7 +98,7 @@ def loader(**options):
 
 
 def numbers(source, epoch=0, position=0):
-    return [[batch[0].tolist() for batch in step] for step, _ in source.steps(epoch, position)]
+    return [[micro_batch.batch[0].tolist() for micro_batch in step] for step, _ in source.steps(epoch, position)]
 
 
 @pytest.mark.parametrize("generator", [False, True])
@@ -129,7 +129,7 @@ def test_resume_of_a_loader_does_not_load_what_came_before():
 def test_ranks_share_the_micro_batches_of_a_plain_loader(world_size):
     ranks = [LoaderSteps(loader(), accumulation=2, rank=r, world_size=world_size) for r in range(world_size)]
     seen = [step for rank in ranks for step, _ in rank.steps(0, 0)]
-    samples = [s for step in seen for batch in step if not isinstance(batch, Filler) for s in batch[0].tolist()]
+    samples = [s for step in seen for micro_batch in step if micro_batch.counts for s in micro_batch.batch[0].tolist()]
     assert sorted(samples) == list(range(21))
     assert len({len(list(rank.steps(0, 0))) for rank in ranks}) == 1
 
@@ -137,7 +137,7 @@ def test_ranks_share_the_micro_batches_of_a_plain_loader(world_size):
 def test_a_distributed_sampler_is_left_to_deal():
     sampler = DistributedSampler(range(21), num_replicas=2, rank=1, shuffle=False)
     source = LoaderSteps(DataLoader(torch.arange(21), batch_size=1, sampler=sampler), rank=1, world_size=2)
-    assert [step[0].item() for step, _ in source.steps(0, 0)][:3] == [1, 3, 5]
+    assert [step[0].batch.item() for step, _ in source.steps(0, 0)][:3] == [1, 3, 5]
 
 
 def test_padded_batches_are_cut_anew_by_a_token_budget():
@@ -145,7 +145,8 @@ def test_padded_batches_are_cut_anew_by_a_token_budget():
     mask = (torch.arange(9) < lengths[:, None]).long()
     batch = {"input_ids": mask * torch.arange(1, 10), "labels": torch.where(mask == 1, 5, -100), "attention_mask": mask}
     halves = [{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}]
-    ((step, _),) = LoaderSteps(halves, accumulation=2, micro_batch_tokens=18).steps(0, 0)
+    ((micro_batches, _),) = LoaderSteps(halves, accumulation=2, micro_batch_tokens=18).steps(0, 0)
+    step = [micro_batch.batch for micro_batch in micro_batches]
     assert sorted(tuple(b["input_ids"].shape) for b in step) == [(2, 3), (2, 9)]
     assert sum(int((b["labels"] != -100).sum()) for b in step) == int(lengths.sum())
 

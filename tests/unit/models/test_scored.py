@@ -194,7 +194,7 @@ def test_compiled_backbone_gives_the_same_scores_on_every_batch(backend: str, mo
     monkeypatch.setattr("llm_trainer.models.scored.compiled", compiler)
     ours, compiled = scored(tiny_model()), scored(tiny_model())
     names = list(compiled.state_dict())
-    compiled.compile_backbone()
+    compiled.compile()
     for batch in (flat_batch(), padded_batch()):
         a, b = ours(**batch), compiled(**batch)
         torch.testing.assert_close(b.logprobs, a.logprobs, rtol=1e-4, atol=1e-4)

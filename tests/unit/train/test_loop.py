@@ -12,7 +12,7 @@ import torch
 from llm_trainer import BaseTrainer
 from llm_trainer.train.guards import NonFiniteError
 from llm_trainer.train.hooks import Hook
-from llm_trainer.train.loop import TrainingInterrupted
+from llm_trainer.train.signals import TrainingInterrupted
 
 GOOD = torch.tensor([[1.0, 2.0], [0.5, 0.5]])
 BAD = torch.tensor([[1.0, float("inf")], [0.5, 0.5]])

@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 from llm_trainer.train import metrics as module
-from llm_trainer.train.metrics import ConsoleWriter, JsonLines, Metrics, TensorBoard, TextLog, WandB, open_writers
+from llm_trainer.train import writers
+from llm_trainer.train.metrics import Metrics
+from llm_trainer.train.writers import ConsoleWriter, JsonLines, TensorBoard, TextLog, WandB, open_writers
 
 
 class Ranks:
@@ -152,7 +154,7 @@ def console(terminal):
 
 def test_console_without_a_terminal_prints_plain_lines(monkeypatch):
     clock = iter([100.0, 110.0, 120.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(writers.time, "monotonic", lambda: next(clock))
     screen = console(terminal=False)
     writer = ConsoleWriter(1000, first_step=100, console=screen)
     train = {"loss": 2.34567, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": 12345.6, "mfu": 0.412}

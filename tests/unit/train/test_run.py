@@ -15,9 +15,9 @@ import torch
 
 from llm_trainer import Trainer
 from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.train import hooks
+from llm_trainer.train import run as run_module
 from llm_trainer.train.hooks import Hook
-from llm_trainer.train.loop import TrainingInterrupted
+from llm_trainer.train.signals import TrainingInterrupted
 from llm_trainer.train_configs import ModelConfig, PretrainConfig, RunConfig, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
@@ -78,7 +78,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_new_run_in_an_old_folder_does_not_mix_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_trainer(tmp_path, max_epochs=2).train()
     make_trainer(tmp_path, max_epochs=1, resume="never").train()
-    assert "later checkpoints are now in" in capsys.readouterr().out
+    assert "later checkpoints were moved to" in capsys.readouterr().out
     own = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert max(own) == "checkpoint-00000008" and (tmp_path / "model").resolve().parent.name in own
     assert (tmp_path / "set-aside-1" / "checkpoint-00000016" / "manifest.json").exists()
@@ -88,7 +88,7 @@ def test_the_best_checkpoint_holds_the_weights_that_were_evaluated(tmp_path: Pat
     """Evaluation and saving fall on the same step, where an epoch ends."""
     trainer = make_trainer(tmp_path, max_epochs=2, eval_interval=None, save_interval_steps=8)
     trainer.train()
-    best = trainer.run.manager.best()
+    best = trainer.run.checkpoints.manager.best()
     assert best is not None and int(best.name[-8:]) == trainer.run.progress.best_step
     evaluated = {line["step"]: line["eval_loss"] for line in outcome(tmp_path)["metrics"] if "eval_loss" in line}
     trainer.load_checkpoint(str(best))
@@ -97,7 +97,7 @@ def test_the_best_checkpoint_holds_the_weights_that_were_evaluated(tmp_path: Pat
 
 def test_an_evaluation_that_is_not_a_number_is_no_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([float("nan"), 2.0, float("nan"), 1.0])
-    monkeypatch.setattr(hooks, "validate", lambda run: {"eval_loss": next(losses)})
+    monkeypatch.setattr(run_module, "evaluate", lambda work: ({"eval_loss": next(losses)}, False))
     trainer = make_trainer(tmp_path, max_epochs=2)
     trainer.train()
     assert trainer.run.progress.best_loss == 1.0 and trainer.run.progress.best_step == 16

@@ -66,7 +66,7 @@ def trainer(path: Path, batches: list, student: Any = None, watch: list | None =
         log_interval=1,
         save_dir=str(path),
         progress=False,
-        hooks=[Hook("watch", lambda run: watch.append(dict(run._last_values)), every_steps=1)],
+        hooks=[Hook("watch", lambda run: watch.append(dict(run.values)), every_steps=1)],
         **(defaults | options),
     )
 

@@ -264,7 +264,7 @@ def test_a_token_budget_cuts_between_pairs_and_changes_no_step(left: bool, tmp_p
     norms, micro_batches = [], []
     for budget in (None, 40):
         made = trainer(tmp_path, batches, tiny(), ref_model=tiny(1), grad_accum_steps=2, micro_batch_tokens=budget)
-        micro_batches += [step for step, _ in made.run.source.steps(0, 0)]
+        micro_batches += [[m.batch for m in step] for step, _ in made.run.source.steps(0, 0)]
         norms.append(made.train()["grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
     assert len(micro_batches[0]) == 2 < len(micro_batches[1])

@@ -1,0 +1,109 @@
+"""Metrics of the validation data, and answers to prompts, with the model as it is now."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_trainer.data.stream import StepSource
+from llm_trainer.engine import dist
+from llm_trainer.engine.base import Engine
+from llm_trainer.train.loop import Work, begin_step, fill_up
+from llm_trainer.train.metrics import Metrics
+
+if TYPE_CHECKING:
+    from llm_trainer.config.options import Sampling
+
+
+@torch.no_grad()
+def evaluate(work: Work) -> tuple[dict[str, float], bool]:
+    """Metrics of the validation data, `eval_loss` among them: means over all its terms on all ranks.
+
+    Data that has a name also has metrics of its own, `eval_<name>_loss`, ....
+
+    Args:
+        work: the algorithm and its engine; what the algorithm records goes to `work.metrics`, which must hold nothing else.
+
+    Returns:
+        The metrics, and whether a signal cut the evaluation short, on every rank alike.
+    """
+    module = work.algorithm.model
+    was_training = module.training
+    module.eval()
+    try:
+        measured = {name: _measure(work, source) for name, source in work.val_sources.items()}
+    finally:
+        module.train(was_training)
+
+    # All sources together ...
+    total = Metrics(work.engine.device)
+    for metrics in measured.values():
+        total.include(metrics)
+    total.add("interrupted", float(work.stop_requested()), 1.0)
+    values = total.reduce(dist.all_reduce)
+    interrupted = values.pop("interrupted") > 0
+    found = {f"eval_{name}": value for name, value in values.items()}
+
+    # ... and each by itself.
+    for source, metrics in measured.items():
+        if source:
+            own = metrics.reduce(dist.all_reduce)
+            found |= {f"eval_{source}_{name}": value for name, value in own.items()}
+    return found, interrupted
+
+
+def _measure(work: Work, source: StepSource) -> Metrics:
+    """The metrics of all data of `source` on this rank, or of what came before a signal."""
+    algorithm, engine = work.algorithm, work.engine
+    for micro_batches, _ in source.steps(0, 0):
+        for micro_batch in fill_up(engine, micro_batches):
+            if not micro_batch.counts and not engine.in_lockstep:
+                continue  # nothing is exchanged, so a rank without rows just waits
+            weight = float(algorithm._loss_weight(micro_batch.batch))
+            alone = replace(micro_batch, weight=weight)
+            begin_step(work, [alone], lambda numbers: numbers)  # each batch is a step of its own
+            with engine.precision(), work.metrics.recording(micro_batch.counts):
+                batch = algorithm._prepare_batch(micro_batch.batch)
+                outputs = algorithm._forward(batch)
+                loss = algorithm._compute_loss(outputs, batch)
+                algorithm.machine.record("loss", loss * weight, weight)
+        stop = int(work.stop_requested())
+        if engine.in_lockstep:
+            stop = dist.largest(stop, engine.device)
+        if stop:
+            break
+    return work.metrics.take()
+
+
+def answer(
+    engine: Engine, model: Any, tokenizer: Any, prompts: list[str], *, as_chat: bool, sampling: "Sampling", seed: int
+) -> list[str]:
+    """The model's answers to prompts; in lockstep all ranks must ask together, and get the same.
+
+    Args:
+        model: with a language head; what the engine has sharded is gathered for it.
+        as_chat: prompts are a user's turns; False: beginnings of a text.
+    """
+    from llm_trainer.data.encode.chat import ChatFormat
+    from llm_trainer.generation.sampler import generate
+
+    chat = ChatFormat(tokenizer)
+    ids = []
+    for prompt in prompts:
+        if as_chat:
+            ids.append(chat.encode_prompt([{"role": "user", "content": prompt}]))
+        else:
+            ids.append(chat.encode_text(prompt).input_ids[:-1])  # without the end of the text
+    with torch.no_grad(), engine.inference():
+        answers = generate(
+            model,
+            ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            stop_token_ids=chat.stop_token_ids(),
+            pad_token_id=tokenizer.pad_token_id,
+            seed=seed,
+        )
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers.ids]

@@ -1,0 +1,268 @@
+"""Where metrics and messages go: the console, log.txt, lr.txt, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from llm_trainer.config.env import set_default
+
+
+class Writer(Protocol):
+    """A place for metrics. Only the main process has writers."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of a step, by TRL's names; those of an evaluation begin with `eval_`."""
+
+    def close(self) -> None:
+        """Finishes what is open."""
+
+
+_HEADLINE = {
+    "loss": "loss {:.4f}",
+    "reward": "reward {:.3f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "grad {:.3f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "MFU {:.1%}",
+}
+
+
+class ConsoleWriter:
+    """One live line in a terminal, plain lines elsewhere; results of evaluations stay on the screen."""
+
+    def __init__(self, total_steps: int | None, first_step: int = 0, live: bool = True, console: Console | None = None):
+        """Counts time and steps from now and `first_step` for the estimated time of arrival."""
+        self.total_steps = total_steps
+        self.console = console or Console()
+        self._start = (time.monotonic(), first_step)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
+        self._progress = Progress(*columns, console=self.console) if live and self.console.is_terminal else None
+        if self._progress:
+            self._task = self._progress.add_task("step", total=total_steps, completed=first_step, text="")
+            self._progress.start()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the headline metrics of a training step, or all metrics of an evaluation."""
+        label = f"step {step:,}" + (f"/{self.total_steps:,}" if self.total_steps else "")
+        evaluated = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("eval_")]
+        if evaluated:
+            self.say("  ".join([label, *evaluated]))
+        trained = [text.format(values[name]) for name, text in _HEADLINE.items() if name in values]
+        if not trained:
+            return
+        text = "  ".join([*trained, *self._remaining(step)])
+        if self._progress:
+            self._progress.update(self._task, description=label, completed=step, text=text)
+        else:
+            self.say(f"{label}  {text}")
+
+    def _remaining(self, step: int) -> list[str]:
+        started, first_step = self._start
+        if not self.total_steps or step <= first_step:
+            return []
+        seconds = int((time.monotonic() - started) / (step - first_step) * (self.total_steps - step))
+        return [f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"]
+
+    def say(self, line: str) -> None:
+        """Prints a line above the live one."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leaves the last line on the screen."""
+        if self._progress:
+            self._progress.stop()
+
+
+class _LineFile:
+    """Lines that are on disk as soon as they are written; a resumed run goes on after the step it resumes from."""
+
+    _STEP = re.compile(r'\bstep(?:=|": )(\d+)\b.*\n')
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._rewind(path, last_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def _rewind(self, path: Path, last_step: int) -> None:
+        """Drops lines of steps that will be run again, and a line that was torn when the process died."""
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if (found := self._STEP.search(line)) and int(found[1]) <= last_step]
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+
+    def append(self, line: str) -> None:
+        self._file.write(f"{line}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TextLog:
+    """`log.txt`, lines like `2026-01-31 12:00:00 step=10 loss=2.345 ...`, and `lr.txt` with the learning rate alone."""
+
+    def __init__(self, folder: str | Path, last_step: int = -1) -> None:
+        """Continues the files in `folder` after `last_step`; -1 begins them anew."""
+        self._log = _LineFile(Path(folder) / "log.txt", last_step)
+        self._lr = _LineFile(Path(folder) / "lr.txt", last_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line; spaces in names become `_`."""
+        names = [re.sub(r"[\s=]", "_", name) for name in values]
+        pairs = [f"{name}={value:.8g}" for name, value in zip(names, values.values(), strict=True)]
+        self._log.append(" ".join([time.strftime("%Y-%m-%d %H:%M:%S"), f"step={step}", *pairs]))
+        if "learning_rate" in values:
+            self._lr.append(f"step={step} learning_rate={values['learning_rate']:.8g}")
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._log.close()
+        self._lr.close()
+
+
+class JsonLines:
+    """`metrics.jsonl`: an object per line with `step`, `time` (seconds since 1970) and all metrics."""
+
+    def __init__(self, folder: str | Path, last_step: int = -1) -> None:
+        """Continues the file in `folder` after `last_step`; -1 begins it anew."""
+        self._file = _LineFile(Path(folder) / "metrics.jsonl", last_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line; JSON has no NaN and no infinity, so both become null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.append(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, ensure_ascii=False))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in the folder `tensorboard`."""
+
+    def __init__(self, folder: str | Path, last_step: int = -1) -> None:
+        """Continues the curves in `folder` after `last_step`; -1 hides older ones."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(f"writer tensorboard: {error}; `pip install tensorboard` or remove it") from None
+        self._events: Any = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=last_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one scalar per metric."""
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._events.close()
+
+
+class WandB:
+    """A run of Weights & Biases: offline unless the environment variable WANDB_MODE says otherwise."""
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None) -> None:
+        """Starts the run, with its files in `folder`/wandb and `config` as its settings."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(f"writer wandb: {error}; `pip install wandb` or remove it") from None
+        set_default("WANDB_MODE", "offline")
+        set_default("WANDB_SILENT", "true")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._run: Any = wandb.init(project="llm_trainer", dir=str(folder), config=dict(config or {}))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the metrics of a step."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+def open_writers(
+    folder: str | Path,
+    *,
+    is_main: bool,
+    total_steps: int | None = None,
+    last_step: int = -1,
+    extra: Sequence[str] = (),
+    live: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> list[Writer]:
+    """The writers of this process: the console, the log files and `extra` on the main one, none on others.
+
+    Args:
+        folder: the folder of log.txt, lr.txt and metrics.jsonl.
+        is_main: whether this process is the one that writes.
+        total_steps: the run's length, for the estimated time of arrival.
+        last_step: the step that a resumed run goes on from; -1 for a new run, which begins the files anew.
+        extra: `tensorboard`, `wandb`.
+        live: a progress bar where the output is a terminal.
+        config: the run's settings, for `wandb`.
+
+    Raises:
+        ValueError: when a writer is not known or not installed.
+    """
+    known: dict[str, Callable[[], Writer]] = {
+        "tensorboard": lambda: TensorBoard(folder, last_step),
+        "wandb": lambda: WandB(folder, config),
+    }
+    if unknown := sorted(set(extra) - set(known)):
+        raise ValueError(f"writers: got {', '.join(unknown)}, expected {' or '.join(known)}")
+    if not is_main:
+        return []
+    extras = [known[name]() for name in extra]  # first, as one that is not installed must leave no open files
+    files: list[Writer] = [TextLog(folder, last_step), JsonLines(folder, last_step)]
+    return [ConsoleWriter(total_steps, max(last_step, 0), live), *files, *extras]
+
+
+class Reporter:
+    """What a run says and writes. Only the main process does either."""
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main = is_main
+        self._writers: Sequence[Writer] = ()
+
+    def open(self, writers: Sequence[Writer]) -> None:
+        """Give metrics to `writers` from now on, and messages to the console among them."""
+        self._writers = writers
+
+    def close(self) -> None:
+        """Finish what is open; messages are printed from now on."""
+        for writer in self._writers:
+            writer.close()
+        self._writers = ()
+
+    def say(self, message: str) -> None:
+        """Print above any progress bar."""
+        if not self.is_main:
+            return
+        for writer in self._writers:
+            if isinstance(writer, ConsoleWriter):
+                writer.say(message)
+                return
+        print(message, flush=True)
+
+    def warn(self, message: str) -> None:
+        """Print a warning."""
+        self.say(f"WARNING: {message}")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Give the metrics of a step to all writers."""
+        for writer in self._writers:
+            writer.write(step, values)
