@@ -75,14 +75,24 @@ class Algorithm(ABC):
     """One algorithm: three methods that it must write, and others that it may.
 
     Attributes:
-        model: the module that `_forward` calls.
+        base_model: the user's model.
+        model: the module that `_forward` calls: `base_model`, or what `_build_module` and the engine put around it.
+        optimizer: of its parameters.
+        scheduler: stepped once per update; None: the learning rate stays.
+        tokenizer: saved with the model; None: there is none.
+        eval_prompts: answered at every evaluation.
         machine: what runs it.
         prompt_format: whether a prompt for a sample answer is a user's turn in a chat, or the beginning of a text.
     """
 
     prompt_format: ClassVar[PromptFormat] = "chat"
 
+    base_model: nn.Module
     model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    tokenizer: Any
+    eval_prompts: list[str]
     machine: Machine
 
     # What an algorithm must say.

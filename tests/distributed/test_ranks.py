@@ -44,7 +44,7 @@ def test_preparing_data_may_outlast_the_timeout(played: dict[str, Any]) -> None:
 
 def test_only_the_main_process_speaks(played: dict[str, Any]) -> None:
     first, second = played["train-2"]["texts"]
-    assert "step 8/8" in first and "2 process(es)" in first and second == ""
+    assert "step 8/8" in first and "2 processes" in first and second == ""
 
 
 def test_a_rank_that_raises_does_not_leave_the_others_hanging(played: dict[str, Any]) -> None:

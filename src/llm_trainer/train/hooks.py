@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.state import Progress
 
 
@@ -19,7 +20,7 @@ class RunView(Protocol):
     """
 
     @property
-    def trainer(self) -> Any: ...
+    def trainer(self) -> Algorithm: ...
 
     @property
     def progress(self) -> Progress: ...

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
@@ -175,7 +176,7 @@ def describe_processes() -> str:
 
 
 def facts(
-    trainer: Any,
+    trainer: Algorithm,
     engine: Engine,
     source: StepSource,
     size: Size,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError, write_model
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.stream import StepSource, as_step_source
@@ -28,7 +29,6 @@ from llm_trainer.train.writers import Reporter, open_writers
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
-    from llm_trainer.trainers.base import BaseTrainer
 
 
 class Run:
@@ -45,7 +45,7 @@ class Run:
 
     def __init__(
         self,
-        trainer: "BaseTrainer",
+        trainer: Algorithm,
         settings: "Settings",
         *,
         train_loader: Any,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.frozen import AdaptersOff, freeze, frozen_copy, has_adapters
 from llm_trainer.models.scored import scored
 
 if TYPE_CHECKING:
     from llm_trainer.models.scored import ScoredModel, TokenScores
-    from llm_trainer.trainers.base import BaseTrainer
 
 Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
@@ -211,8 +211,8 @@ def count_tokens(batch: Batch) -> int:
     return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel()
 
 
-def reference_of(model: nn.Module, trainer: "BaseTrainer", policy: "ScoredModel") -> "ScoredModel | AdaptersOff":
-    """`model` scored, frozen and placed as the policy is, and compiled where that is: both must round alike.
+def reference_of(model: nn.Module, trainer: Algorithm, policy: "ScoredModel") -> "ScoredModel | AdaptersOff":
+    """`model` scored, frozen and placed as the policy is: both must round alike.
 
     Where it is the trained model itself, it is that with its adapters off.
     """
