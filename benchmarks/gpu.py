@@ -214,7 +214,5 @@ def main() -> int:
     return 1 if errors else 0
 
 
-
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,7 +22,7 @@ from gpu_report import Report, fastest, peak_memory, wait_for
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "gpu"
 PACKAGES = ("transformers", "triton", "flash_attn", "accelerate", "peft", "deepspeed")
-DOCUMENTS = (37, 100, 260, 5, 111)  # lengths of what is packed
+DOCUMENTS, TINY_DOCUMENTS = (37, 100, 260, 5, 111), (7, 20, 1, 33)  # lengths of what is packed
 # Losses and gradients of packed documents against those of each alone, relative to their size.
 PACKED_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 
@@ -94,9 +94,7 @@ def invariance(report: Report) -> None:
     table_of = (lambda trainer, ranks: gpu_checks.cells(trainer, ranks)[:3]) if report.tiny else gpu_checks.cells
     for precision in ("bf16", "fp32"):
         for trainer in trainers:
-            check = partial(
-                gpu_checks.splits_do_not_matter, trainer=trainer, precision=precision, table_of=table_of
-            )
+            check = partial(gpu_checks.splits_do_not_matter, trainer=trainer, precision=precision, table_of=table_of)
             run_check(report, f"{trainer}, {precision}", check)
 
 
@@ -111,7 +109,11 @@ def head(report: Report) -> None:
     """Head and loss alone: plain PyTorch against ours."""
     from head import VARIANTS, head_step
 
-    sizes = {"tokens": 128, "width": 32, "vocab": 1000} if report.tiny else {"tokens": 8192, "width": 1024, "vocab": 151_936}
+    sizes = (
+        {"tokens": 128, "width": 32, "vocab": 1000}
+        if report.tiny
+        else {"tokens": 8192, "width": 1024, "vocab": 151_936}
+    )
     options = Namespace(**sizes, device=report.device.type)
     rounds = 2 if report.tiny else 3
     found: dict[str, list[tuple[float, float]]] = {}
@@ -180,7 +182,7 @@ def _documents(report: Report) -> tuple[dict[str, torch.Tensor], list[dict[str, 
 
     noise = np.random.default_rng(0)
     samples = []
-    for length in DOCUMENTS:
+    for length in TINY_DOCUMENTS if report.tiny else DOCUMENTS:
         ids = noise.integers(3, 512, length)
         samples.append(LanguageSample(input_ids=ids, trained=np.ones(length, dtype=bool), document_lengths=[length]))
     alone = [collate_padded([sample]) for sample in samples]
@@ -315,8 +317,14 @@ OTHERS: dict[str, Callable[[Report], None]] = {
 }
 
 
-def main(name: str, device: str, *flags: str) -> None:
+def run(name: str, report: Report) -> None:
     """Run one section."""
+    section = OTHERS[name] if name in OTHERS else partial(training, name=name)
+    report.attempt("all", section, report)
+
+
+def main(name: str, device: str, *flags: str) -> None:
+    """Run one section in this process."""
     sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
     # What is deprecated inside torch and transformers says nothing about this machine.
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -327,8 +335,7 @@ def main(name: str, device: str, *flags: str) -> None:
     else:
         torch.set_num_threads(1)
     report = Report(place, "--tiny" in flags, place.type == "cuda" and "--no-compile" not in flags)
-    section = OTHERS[name] if name in OTHERS else partial(training, name=name)
-    report.attempt("all", section, report)
+    run(name, report)
 
 
 if __name__ == "__main__":
