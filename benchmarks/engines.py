@@ -33,7 +33,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options o
 }
 BASE = {1: "torch", 2: "ddp x2"}
 SHAPES: dict[str, dict[str, Any]] = {  # Qwen3-shaped; 0.6b is Qwen3-0.6B, 1.7b is Qwen3-1.7B
-    "tiny": {"vocab_size": 6400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    "tiny": {"vocab_size": 6400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2},
     "27m": {"vocab_size": 6400, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
     | {"num_key_value_heads": 4},

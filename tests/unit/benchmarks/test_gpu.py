@@ -9,7 +9,8 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "tests" / "gpu")]
+sys.path.insert(0, str(BENCHMARKS.parent / "tests" / "gpu"))
+sys.path.insert(0, str(BENCHMARKS))
 import gpu_sections
 from gpu_report import ROW_MARK, Report
 
