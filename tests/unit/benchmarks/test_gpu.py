@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS.parent / "tests" / "gpu"))
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 import gpu_sections
 from gpu_report import ROW_MARK, Report
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
 def rows_of(section: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict]:
