@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: install demo test lint test-slow clean
+.PHONY: install demo test lint test-slow gpu clean
 
 install: $(READY)
 
@@ -28,6 +28,13 @@ test: lint ## Style, types and all tests but the slow ones.
 
 test-slow: install ## Hundreds of kills and long learning runs; results belong in docs/results.md.
 	$(BIN)/python -m pytest -m slow --timeout=3600
+
+GPU_OUT ?= runs/gpu
+
+gpu: ## Everything that a GPU can prove, in ten minutes, with the system's Python: no virtual environment, no network.
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "make gpu: $(PYTHON) has no torch that sees a GPU; PYTHON=... names another"; exit 1; }
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out $(GPU_OUT)
 
 clean:
 	rm -rf $(VENV) build dist runs

@@ -32,10 +32,14 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options o
     },
 }
 BASE = {1: "torch", 2: "ddp x2"}
-SHAPES: dict[str, dict[str, Any]] = {  # Qwen3-shaped; 0.6b is Qwen3-0.6B
+SHAPES: dict[str, dict[str, Any]] = {  # Qwen3-shaped; 0.6b is Qwen3-0.6B, 1.7b is Qwen3-1.7B
+    "tiny": {"vocab_size": 6400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2},
     "27m": {"vocab_size": 6400, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
     | {"num_key_value_heads": 4},
     "0.6b": {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096},
+    "1.7b": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
     | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096},
 }
 SMALLEST_VOCABULARY = 6400

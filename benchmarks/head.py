@@ -28,13 +28,14 @@ def head_step(variant: str, options: argparse.Namespace) -> Callable[[], float]:
 
     from llm_trainer.losses.chunked import chunked_logprobs, chunked_loss
 
-    hidden = torch.randn(options.tokens, options.width, requires_grad=True)
-    weight = (torch.randn(options.vocab, options.width) * 0.02).requires_grad_()
-    labels = torch.randint(0, options.vocab, (options.tokens,))
+    device = torch.device(options.device)
+    hidden = torch.randn(options.tokens, options.width, device=device, requires_grad=True)
+    weight = (torch.randn(options.vocab, options.width, device=device) * 0.02).requires_grad_()
+    labels = torch.randint(0, options.vocab, (options.tokens,), device=device)
 
     def step() -> float:
         hidden.grad = weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             if variant == "plain":
                 loss = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
             else:
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.device = "cpu"  # `gpu.py` takes the head alone to a GPU
     options.vocab = options.vocab or (151_936 if options.case == "head" else 6_400)
     if options.variant:
         run(options.variant, options)

@@ -12,6 +12,7 @@ The weight is used as a whole however many tokens there are, so ranks of a shard
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,14 @@ from llm_trainer.losses.language import LanguageLoss, at_least_float32
 # One chunk of logits, in bytes. Fewer chunks mean fewer passes over the weight's gradient; measured on 2 CPU cores at
 # V = 151,936 (benchmarks/head.py).
 CHUNK_BYTES = 112 * 2**20
+# A GPU has no cache to stay in, wants products of thousands of rows, and pays for every kernel that is started.
+CHUNK_BYTES_GPU = 512 * 2**20
 # Below this many elements a compiled kernel saves less time than its compilation takes.
 COMPILE_ELEMENTS = 2**18
 # A half-precision weight gradient of a chunk is added to the float32 sum in slices of this many bytes: they stay in the
 # cache between the product and the sum, and their buffer is reused.
 PRODUCT_BYTES = 8 * 2**20
+PRODUCT_BYTES_GPU = 512 * 2**20
 # Matrix units work on tiles of this many rows.
 TILE_ROWS = 32
 
@@ -169,13 +173,25 @@ class _Head:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        num_rows = max(16, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+        chunk_bytes = CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
+        num_rows = max(16, chunk_bytes // (weight.shape[0] * weight.element_size()))
         num_chunks = max(1, -(-len(hidden) // num_rows))
         # Chunks of about equal size, so that the last one is not small, in whole tiles.
         self.rows = -(-len(hidden) // (num_chunks * TILE_ROWS)) * TILE_ROWS
         self.buffer = hidden.new_empty(self.rows, weight.shape[0])
-        self.gradient = torch.empty_like(self.buffer)  # takes no memory before it is written to
-        self.product = hidden.new_empty(max(1, PRODUCT_BYTES // (hidden.shape[1] * 2)), hidden.shape[1])
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """The buffer for the gradient of a chunk of logits; made only where there is a backward."""
+        return torch.empty_like(self.buffer)
+
+    @cached_property
+    def product(self) -> Tensor:
+        """The buffer for a slice of the weight's gradient in half precision, `[v, D]`."""
+        product_bytes = PRODUCT_BYTES if self.hidden.device.type == "cpu" else PRODUCT_BYTES_GPU
+        num_columns, width = self.weight.shape
+        num_rows = max(1, product_bytes // (width * 2))
+        return self.hidden.new_empty(min(num_columns, num_rows), width)
 
     def chunks(self) -> list[slice]:
         """Slices of the N rows."""

@@ -1,11 +1,13 @@
 """Causal attention in which documents of a packed batch never see each other, on every backend.
 
 A flat batch `[1, N]` of several documents carries `position_ids` that restart at 0 in each. Every backend of
-transformers recognises that (when it gets no attention mask); sdpa and eager then build a dense `[N, N]` mask.
-`"blocked"`, ours for the CPU, makes no mask: it runs the flash kernel on one document after the other, and a backward
+transformers recognises that (when it gets no attention mask); sdpa and eager then build a dense `[N, N]` mask, and
+under `torch.compile` they build it for every batch, because positions are not known while a model is traced.
+`"blocked"`, ours, makes no mask. On the CPU it runs the flash kernel on one document after the other, and a backward
 of our own, in row blocks of matrix products. It is one operator to `torch.compile`, so lengths never recompile a model.
+On a GPU it runs the flash kernel for documents of several lengths, and is told these lengths (`document_bounds`).
 
-It also knows branches, for which others would need a mask: positions that restart at s > 0 go on from the first s
+On the CPU it also knows branches, for which others would need a mask: positions that restart at s > 0 go on from the first s
 tokens of the document before them, so 0 1 2 3 4 | 2 3 4 5 are two answers behind one prompt of two tokens.
 
 Padding on the right needs no mask under causal attention: no real token looks at what comes after it.
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.losses.chunked import CompiledKernel, add_product
+from llm_trainer.models.gpu_attention import FLASH_ROWS, gpu_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 # Plain causal attention with `position_ids` handed down to it; all others run on sdpa with the mask they ask for.
 BLOCKED_ARCHITECTURES = frozenset({"llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
 BACKENDS = ("auto", "blocked", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+GPU = "cuda"
+OUR_DEVICES = ("cpu", GPU)
 # Rows of queries per block of the backward; the scores of one block stay in the cache. Measured: benchmarks/head.py.
 BLOCK_ROWS = 128
 
@@ -39,6 +44,7 @@ def resolve_attention(name: str = "auto", device: str | torch.device = "cpu") ->
 
     Args:
         name: one of `BACKENDS`; `auto` is `blocked` on the CPU, flash attention on CUDA where it is installed, else sdpa.
+            `blocked` on CUDA has to be asked for until benchmarks/gpu.py has shown it on one.
         device: where the model will train.
 
     Raises:
@@ -47,7 +53,7 @@ def resolve_attention(name: str = "auto", device: str | torch.device = "cpu") ->
     if name not in BACKENDS:
         raise ValueError(f"attention is {name!r}; expected one of {', '.join(BACKENDS)}")
     kind = torch.device(device).type
-    if name == "auto" and kind == "cuda":
+    if name == "auto" and kind == GPU:
         name = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
     elif name == "auto":
         name = "blocked" if kind == "cpu" else "sdpa"
@@ -92,7 +98,7 @@ def blocked_mask(
     plain = attention_mask is None and not use_vmap and (local_size is None or local_size >= q_length)
     whole = q_length == kv_length and q_offset == 0 and kv_offset == 0
     known = config.model_type in BLOCKED_ARCHITECTURES and not config.to_dict().get("attention_dropout")
-    if plain and whole and known and torch.device(device).type == "cpu":
+    if plain and whole and known and torch.device(device).type in OUR_DEVICES:
         return None
     from transformers.masking_utils import sdpa_mask
 
@@ -122,6 +128,8 @@ def blocked_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `query [B, H, T, D]`, `key` and `value [B, K, T, D]` -> `[B, T, H, D]`."""
     whole = query.shape[2] == key.shape[2]
+    if attention_mask is None and whole and query.device.type == GPU and dropout == 0.0:
+        return gpu_attention(module, query, key, value, scaling, position_ids, kwargs.get("cu_seq_lens_q"), kwargs)
     if attention_mask is not None or not whole or query.device.type != "cpu" or dropout > 0.0:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -136,6 +144,32 @@ def blocked_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output, _ = document_attention(query, key, value, position_ids, scale)
     return output.transpose(1, 2), None
+
+
+def document_bounds(
+    config: "PretrainedConfig", input_ids: Tensor, position_ids: Tensor | None, document_lengths: Tensor | None
+) -> dict[str, Any]:
+    """What ours needs to know of a batch on a GPU, under the names that transformers hands down to attention.
+
+    Args:
+        config: of the model.
+        input_ids: `[B, T]`, or `[1, N]` of documents laid flat.
+        position_ids: like `input_ids`, or None.
+        document_lengths: `[K]` of a flat batch; None: every row is one document.
+
+    Returns:
+        Where documents begin and end, `[K + 1]`, and a length that none exceeds; nothing for other models, and nothing
+        where only the positions tell documents apart.
+    """
+    ours = config._attn_implementation == "blocked" and config.model_type in BLOCKED_ARCHITECTURES
+    if not ours or input_ids.device.type != GPU or (document_lengths is None and position_ids is not None):
+        return {}
+    rows, length = input_ids.shape
+    lengths = torch.full((rows,), length) if document_lengths is None else document_lengths
+    # The host waits for the device where the lengths are there. Rounded up, so that few values meet the compiler.
+    longest = -(-int(lengths.max()) // FLASH_ROWS) * FLASH_ROWS
+    bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(input_ids.device, torch.int32)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 @torch.library.custom_op("llm_trainer::document_attention", mutates_args=(), device_types="cpu")

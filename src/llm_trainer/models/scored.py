@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from llm_trainer.losses.chunked import HeadScores, chunked_logprobs, chunked_loss, compiled
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses, load_balancing_loss
-from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, knows_branches
+from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +153,10 @@ class ScoredModel(nn.Module):
         if position_ids is None and document_lengths is not None:
             position_ids = restarting_positions(document_lengths).to(input_ids.device)
         given = {"position_ids": position_ids, **model_inputs}
-        output = self._run(input_ids, **self._inputs(given, document_lengths is not None))
+        inputs = self._inputs(given, document_lengths is not None)
+        if self._split is not None:
+            inputs |= document_bounds(self._split.backbone.config, input_ids, position_ids, document_lengths)
+        output = self._run(input_ids, **inputs)
         whole = output.last_hidden_state if self._split else _logits_of(output, type(self.base).__name__)
         return whole[:, :-1][supervised], output
 

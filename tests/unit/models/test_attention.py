@@ -184,6 +184,7 @@ def test_kernels_of_the_backward_compile(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_names() -> None:
     assert resolve_attention("auto", "cpu") == "blocked"
     assert resolve_attention("auto", torch.device("cuda")) in ("sdpa", "flash_attention_2")
+    assert resolve_attention("auto", torch.device("mps")) == "sdpa"
     assert resolve_attention("eager", "cpu") == "eager"
     with pytest.raises(ValueError, match="flash_attention_2"):
         resolve_attention("fast", "cpu")

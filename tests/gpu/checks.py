@@ -1,0 +1,212 @@
+"""What only a GPU can show, as plain functions: pytest calls them (`test_gpu.py`), and so does `benchmarks/gpu.py`.
+
+A check takes the device, raises AssertionError where something is wrong, and returns the numbers it saw.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "invariance"))
+import table
+from table import TRAINERS, Cell, cells, differences, run
+
+Numbers = dict[str, float]
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.05}  # of losses, and of gradient norms relative
+CPU_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # the same against the curve of the CPU in fp32
+TIMEOUT_S = 120
+
+
+def precision_options(precision: str) -> dict[str, Any]:
+    """Keywords of a trainer that ask for a precision."""
+    return {"use_amp": precision != "fp32", "precision": precision}
+
+
+def curve_of_the_cpu(device: str, trainer: str, precision: str) -> Numbers:
+    """The device's curve is that of the CPU in fp32, as near as the precision allows."""
+    cell = Cell(trainer, 8, 1)
+    found = max(differences(run(cell, device, **precision_options(precision)), run(cell)))
+    assert found < CPU_TOLERANCE[precision], f"{cell} in {precision} is {found:.2g} from the curve of the CPU"
+    return {"difference": found, "tolerance": CPU_TOLERANCE[precision]}
+
+
+def splits_do_not_matter(
+    device: str, trainer: str, precision: str, table_of: Callable[[str, int], list[Cell]] = cells
+) -> Numbers:
+    """Every way to cut a step of eight rows (rows, padded or flat, token budgets) gives the same losses and norms."""
+    options = precision_options(precision)
+    base = run(Cell(trainer, 8, 1), device, **options)
+    worst, where = 0.0, None
+    ways = table_of(trainer, 1)
+    for cell in ways:
+        found = max(differences(run(cell, device, **options), base))
+        if found > worst:
+            worst, where = found, cell
+    assert worst < TOLERANCE[precision], f"{where} in {precision} differs by {worst:.2g}"
+    return {"cells": len(ways), "difference": worst, "tolerance": TOLERANCE[precision]}
+
+
+def _train(device: str, folder: str, steps: int, **options: Any) -> tuple[Any, list[float]]:
+    """An SFT trainer of the tiny model after `steps` steps, and the loss of each of them."""
+    from llm_trainer import SFTTrainer, configure_optimizer
+    from llm_trainer.data.collate import collate_padded
+    from llm_trainer.data.stream import SampleStream
+
+    model = table.tiny_model()
+    trainer = SFTTrainer(
+        model=model,
+        optimizer=configure_optimizer(model=model, lr=1e-2),
+        train_loader=SampleStream(table.Rows("pretrain", 512), collate_padded, rows_per_step=8, batch_size=4),
+        device=device,
+        max_epochs=100,
+        max_steps=steps,
+        grad_accum_steps=2,
+        log_interval=1,
+        save_dir=folder,
+        save_interval=1000,
+        progress=False,
+        **options,
+    )
+    trainer.train()
+    lines = (Path(folder) / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [values["loss"] for values in map(json.loads, lines) if "loss" in values]
+    return trainer, losses
+
+
+@contextmanager
+def _deterministic() -> Any:
+    """Kernels that give the same bits every time, where there are such."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def resume_is_bit_for_bit(device: str, precision: str) -> Numbers:
+    """Six steps at once have the losses of three steps and three more from their checkpoint."""
+    options = precision_options(precision)
+    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as halves, _deterministic():
+        trainer, losses = _train(device, whole, 6, **options)
+        _train(device, halves, 3, **options)
+        resumed, continued = _train(device, halves, 6, resume="auto", **options)
+    assert continued[-3:] == losses[-3:], f"{continued} after resuming, {losses} without"
+    ours, theirs = trainer.base_model.state_dict(), resumed.base_model.state_dict()
+    unequal = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not unequal, f"weights differ after resuming: {unequal[:3]}"
+    return {"steps": 6, "last_loss": losses[-1]}
+
+
+def opens_on_the_cpu(device: str, precision: str = "bf16") -> Numbers:
+    """A checkpoint saved on the device goes on on the CPU, from the same weights and the same optimizer state."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = _train(device, folder, 3, **precision_options(precision))
+        saved = {name: tensor.cpu() for name, tensor in trainer.base_model.state_dict().items()}
+        again, _ = _train("cpu", folder, 3, resume="auto", use_amp=False)  # already there: it only loads
+        for name, tensor in again.base_model.state_dict().items():
+            assert tensor.device.type == "cpu", f"{name} is on {tensor.device}"
+            assert torch.equal(tensor, saved[name]), f"{name} differs after loading"
+        _, losses = _train("cpu", folder, 5, resume="auto", use_amp=False)
+    assert len(losses) == 5, f"expected three steps on the device and two on the CPU, found {losses}"
+    assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
+    return {"first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def fp16_skips_an_overflow(device: str) -> Numbers:
+    """A loss scale that is far too large skips steps and comes down; then the run learns."""
+    from llm_trainer.engine.torch import TorchEngine
+
+    start_scale = 2.0**26
+    build = TorchEngine.__init__
+
+    def with_large_scale(engine: TorchEngine, *args: Any, **kwargs: Any) -> None:
+        build(engine, *args, **kwargs)
+        engine._scaler = torch.amp.GradScaler(engine.device.type, init_scale=start_scale)
+
+    TorchEngine.__init__ = with_large_scale  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, losses = _train(device, folder, 60, max_bad_steps=40, **precision_options("fp16"))
+    finally:
+        TorchEngine.__init__ = build  # type: ignore[method-assign]
+    skipped, scale = trainer.run.progress.skipped_steps, trainer.run.engine._scaler.get_scale()
+    assert skipped > 0, f"no step was skipped at a loss scale of {start_scale:g}"
+    assert scale == start_scale / 2**skipped, f"{skipped} steps were skipped, and the scale is {scale:g}"
+    assert losses[-1] < losses[0] - 0.5, f"the loss did not fall: {losses[0]:.3f} to {losses[-1]:.3f}"
+    return {"skipped_steps": skipped, "scale": scale, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def ddp_of_one_process(device: str) -> Numbers:
+    """DistributedDataParallel over NCCL (gloo on the CPU) in a group of one process steps as the plain engine does."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    done = subprocess.run(
+        [*torchrun, __file__, device], capture_output=True, text=True, timeout=TIMEOUT_S, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _ddp_steps(device_name: str) -> None:
+    """Two steps with and without DDP in this process, started by torchrun; prints how far apart their norms are."""
+    from llm_trainer import configure_optimizer
+    from llm_trainer.engine.torch import TorchEngine, detect_device
+    from llm_trainer.models.scored import scored
+
+    device = detect_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # `engine.dist` starts no group for one process, which needs none.
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ids = torch.randint(3, 512, (4, 24), generator=torch.Generator().manual_seed(0)).to(device)
+    norms: dict[bool, list[float]] = {}
+    for ddp in (False, True):
+        model = table.tiny_model().to(device)
+        optimizer = configure_optimizer(model=model, lr=1e-2)
+        engine = TorchEngine(device, "fp32", ddp=ddp)
+        module = engine.prepare(scored(model), model, optimizer)
+        norms[ddp] = []
+        for _ in range(2):
+            with engine.micro_step(last=True):
+                scores = module(input_ids=ids, labels=ids)
+                engine.backward(scores.loss_sum / scores.num_tokens)
+            norms[ddp].append(float(engine.step(1.0)))
+    found = max(abs(a - b) / b for a, b in zip(norms[True], norms[False], strict=True))
+    assert found < 1e-5, f"gradient norms with and without DDP: {norms}"
+    torch.distributed.destroy_process_group()
+    print(json.dumps({"difference": found, "tolerance": 1e-5}))
+
+
+Check = tuple[str, Callable[[str], Numbers]]
+
+
+def all_checks(device: str, trainers: tuple[str, ...] = tuple(TRAINERS)) -> list[Check]:
+    """Every check of this file but the splits, by name; fp16 needs a GPU."""
+    on_gpu = device != "cpu"
+    halves = ("bf16", "fp16") if on_gpu else ("bf16",)
+    checks: list[Check] = []
+    for precision in ("fp32", *halves):
+        for trainer in trainers:
+            name = f"{trainer}: {precision} has the curve of the CPU"
+            checks.append((name, partial(curve_of_the_cpu, trainer=trainer, precision=precision)))
+    for precision in ("fp32", "bf16"):
+        checks.append((f"{precision}: resuming is bit for bit", partial(resume_is_bit_for_bit, precision=precision)))
+    checks.append(("a checkpoint of the device goes on on the CPU", opens_on_the_cpu))
+    checks.append(("DDP of one process is the plain engine", ddp_of_one_process))
+    if on_gpu:
+        checks.append(("fp16 skips an overflow, then learns", fp16_skips_an_overflow))
+    return checks
+
+
+if __name__ == "__main__":
+    _ddp_steps(sys.argv[1])
