@@ -61,6 +61,6 @@ def test_training(section: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_head_attention_and_decoding(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows_of("head", capsys).keys() == {"plain", "chunked", "recomputed"}
     packed = rows_of("attention", capsys)
-    assert packed["auto, bf16: packed"]["numbers"]["passed"]
+    assert packed["blocked, bf16: packed"]["numbers"]["passed"]
     assert packed["sdpa, fp32: packed"]["numbers"]["gradient"] < 1e-4
     assert rows_of("decoding", capsys)["batch 2"]["numbers"]["tokens/s"] > 0
