@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, knows_branches
+from llm_trainer.models.attention import knows_branches
+from llm_trainer.models.build import supported_attention
+from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,32 +107,26 @@ def judged_in(folder: str | Path) -> str | None:
 
 
 def load_reward_model(
-    folder: str | Path, attention: str = "sdpa", dtype: torch.dtype | str = torch.float32
+    source: str | Path, attention: str = "sdpa", dtype: torch.dtype | str = torch.float32
 ) -> "PreTrainedModel":
-    """The reward model of a Hugging Face folder.
+    """The reward model that `find_pretrained` finds.
 
     Args:
-        folder: of a classification model with one label.
+        source: of a classification model with one label.
         attention: as `resolve_attention` gives it.
         dtype: of the parameters.
 
     Raises:
-        ValueError: the folder holds another model: transformers would give any language model a head of random numbers.
+        ValueError: there is another model: transformers would give any language model a head of random numbers.
     """
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    judged = judged_in(folder)
-    if judged is None:
-        names = ", ".join(config.get("architectures") or ["no architecture"])
-        raise ValueError(
-            f"{folder}: found {names}, expected a reward model (...{ANSWERS}, or ...{STEPS} for steps), as a run with a "
-            f"reward_config saves it"
-        )
-    labels = len(config["id2label"]) if "id2label" in config else 2  # the default, which transformers does not write
-    if labels != 1:
-        raise ValueError(f"{folder}: found a classifier with {labels} labels, expected one, the reward")
-    if attention == "blocked" and config["model_type"] not in BLOCKED_ARCHITECTURES:
-        attention = "sdpa"
-    kind: Any = AutoModelForSequenceClassification if judged == ANSWERS else AutoModelForTokenClassification
-    return kind.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
+    found = find_pretrained(source, REWARD_MODELS)
+    num_labels = len(found.config.get("id2label", range(2)))  # transformers does not write its default, 2
+    if num_labels != 1:
+        raise ValueError(f"{source}: found a classifier with {num_labels} labels, expected one, the reward")
+    model_class: Any = AutoModelForSequenceClassification
+    if found.kind is Kind.STEP_REWARD_MODEL:
+        model_class = AutoModelForTokenClassification
+    attention = supported_attention(attention, found.config)
+    return model_class.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
