@@ -36,7 +36,7 @@ def plan(
     import json
     from dataclasses import replace
 
-    from llm_trainer.cli.main import algorithm
+    from llm_trainer.cli.train import algorithm
     from llm_trainer.config.load import load_config
     from llm_trainer.plan.choices import choices, recommend
     from llm_trainer.plan.gpus import GB, find_gpu
