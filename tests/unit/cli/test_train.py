@@ -61,6 +61,6 @@ def test_train_starts_itself_once_per_gpu(run, run_yaml, monkeypatch, capsys):
         main(arguments)
     workers = ["--nproc-per-node=4", "--standalone", "-m", "llm_trainer.cli.main", *arguments]
     assert started.value.args == ("ddp", workers)
-    assert "found 4 GPU(s)" in capsys.readouterr().err
+    assert "found 4 GPUs" in capsys.readouterr().err
     monkeypatch.setenv("PARALLEL_TYPE", "none")
     assert run("train", run_yaml, "run_config.device=null", "batch_size=1") == 0
