@@ -234,7 +234,7 @@ def packed(
     name = f"{backend}, {precision}"
     report.attempt(f"{name}: packed", compare, f"{name}: packed", [flat])
     if report.can_compile:
-        model.compile_backbone()
+        model.compile()
         report.attempt(f"{name}: compiled", compare, f"{name}: compiled", [flat])
 
 

@@ -13,7 +13,7 @@ import sys
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_trainer.cli.main import algorithm
+from llm_trainer.cli.train import algorithm
 from llm_trainer.config.load import load_config
 from llm_trainer.engine import dist
 from llm_trainer.train import transformers_driver as huggingface

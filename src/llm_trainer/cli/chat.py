@@ -1,38 +1,22 @@
 """`llm-trainer chat`: talk to a model that a run has saved."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from tokenizers.decoders import DecodeStream
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
-if TYPE_CHECKING:
-    from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.engine.torch import detect_device
+from llm_trainer.generation.sampler import stream
+from llm_trainer.models.pretrained import Kind, find_pretrained
 
 QUOTES = '"""'
-
-
-def model_folder(path: Path) -> Path:
-    """The Hugging Face folder that a path stands for: itself, a checkpoint's, or a run's final or newest one.
-
-    Raises:
-        ValueError: there is no model.
-    """
-    from llm_trainer.checkpoint import valid_checkpoints
-
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder, expected a model, a checkpoint or the save_dir of a run")
-    inside = (checkpoint / "model" for checkpoint in valid_checkpoints(path, "sizes"))
-    for folder in (path, path / "model", *inside):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(
-        f"{path}: no model in it (found {', '.join(sorted(entry.name for entry in path.iterdir())[:8]) or 'nothing'}); "
-        "expected config.json and weights, or a run's checkpoint-... folders. Has the run saved its first checkpoint?"
-    )
 
 
 class Speaker:
@@ -46,45 +30,41 @@ class Speaker:
     """
 
     def __init__(self, folder: Path, raw: bool = False, system: str | None = None, **settings: Any) -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        from llm_trainer.data.encode.chat import ChatFormat
-        from llm_trainer.data.encode.tokenizer import load_tokenizer
-        from llm_trainer.engine.torch import detect_device
-
         disable_progress_bar()  # of loading weights
         tokenizer = load_tokenizer(folder)
         self.raw = raw or tokenizer.chat_template is None
         if self.raw and system is not None:
             raise ValueError(
-                "--system: plain text has no system message; leave it away, or give the tokenizer a chat template"
+                "--system: plain text has no system message; omit it, or give the tokenizer a chat template"
             )
         self.format: ChatFormat = ChatFormat(tokenizer)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         self.model.to(detect_device(None))  # type: ignore[arg-type]
         self.settings = settings
-        self.start = [] if system is None else [{"role": "system", "content": system}]
+        self.start: list[dict[str, str]] = []
+        if system is not None:
+            self.start.append({"role": "system", "content": system})
         self.turns: list[dict[str, str]] = []
 
     def answer(self, text: str) -> Iterator[str]:
         """What the model writes after `text`; a conversation remembers it, as far as it was written."""
-        from tokenizers.decoders import DecodeStream
-
-        from llm_trainer.generation.sampler import stream
-
-        ids = self.format.encode_text(text).input_ids[:-1] if self.raw else self._prompt_ids(text)
-        tokenizer, written = self.format.tokenizer, []
+        if self.raw:
+            ids = self.format.encode_text(text).input_ids[:-1]  # without the end of text, which is to be written
+        else:
+            ids = self._prompt_ids(text)
+        tokenizer = self.format.tokenizer
+        pad_token_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        stop_token_ids = self.format.stop_token_ids()
+        tokens = stream(self.model, ids, stop_token_ids=stop_token_ids, pad_token_id=pad_token_id, **self.settings)
         decoder = DecodeStream(skip_special_tokens=True)
-        stops, pad = self.format.stop_token_ids(), int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        written = []
         try:
-            for token in stream(self.model, ids, stop_token_ids=stops, pad_token_id=pad, **self.settings):
-                if piece := decoder.step(
-                    tokenizer.backend_tokenizer, token
-                ):  # None inside a character of several bytes
+            for token in tokens:
+                piece = decoder.step(tokenizer.backend_tokenizer, token)
+                if piece:  # None inside a character of several bytes
                     written.append(piece)
                     yield piece
-        finally:
+        finally:  # also when the reader stops: Ctrl-C
             if not self.raw:
                 self.turns.append({"role": "assistant", "content": "".join(written)})
 
@@ -122,32 +102,37 @@ def _say(pieces: Iterator[str]) -> None:
 
 def chat(
     folder: Annotated[Path, typer.Argument(help="a model, a checkpoint, or the save_dir of a run", metavar="DIR")],
-    prompt: Annotated[str | None, typer.Option(help="answer this and stop")] = None,
+    prompt: Annotated[str | None, typer.Option(help="answer this and exit")] = None,
     system: Annotated[str | None, typer.Option(help="the system message")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens with this much probability")] = 0.95,
-    top_k: Annotated[int, typer.Option(min=0, help="keep this many likeliest tokens; 0: all")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of an answer, in tokens")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(help="sample from the most likely tokens that add up to this probability")
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="sample from this many most likely tokens; 0: all")] = 0,
     seed: Annotated[int | None, typer.Option(min=0, help="the same seed gives the same answer")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="continue plain text, as a pretrained model does")] = False,
 ) -> None:
-    """Talk to a saved model. Ctrl-C ends an answer, Ctrl-D the conversation; several lines go between triple quotes."""
+    """Talk to a saved model. Ctrl-C ends an answer, Ctrl-D the conversation; triple quotes enclose several lines."""
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    speaker = Speaker(model_folder(folder), raw, system, seed=seed, **settings)
+    found = find_pretrained(folder, (Kind.LANGUAGE_MODEL,), hub=False)
+    speaker = Speaker(Path(found.source), raw, system, seed=seed, **settings)
     if prompt is not None:
         _say(speaker.answer(prompt))
         return
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
-    what = "continues your text" if speaker.raw else "answers"
-    print(f"The model {what}. Ctrl-C ends an answer, Ctrl-D the conversation; {QUOTES} begins and ends several lines.")
+    action = "answers"
+    if speaker.raw:
+        action = "continues your text"
+    print(f"The model {action}. Ctrl-C ends an answer, Ctrl-D the conversation; {QUOTES} encloses several lines.")
     while True:
         try:
             text = _read_turn()
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:  # what was typed is thrown away, as in a shell
+        except KeyboardInterrupt:  # what was typed is discarded, as in a shell
             print()
             continue
         if not text.strip():

@@ -1,7 +1,5 @@
 """`llm-trainer compare`: one YAML trained in several ways, on the same rows from the same weights, side by side."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -15,19 +13,20 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import torch
 import typer
 
 from llm_trainer.cli.plots import Curves, LogError, read_curves, save
-
-if TYPE_CHECKING:
-    from llm_trainer.config.schema import TrainConfig
+from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.load import load_config
+from llm_trainer.config.schema import TrainConfig
+from llm_trainer.engine.torch import choose_precision, detect_device
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "three_ways"
-EXIT_UNAVAILABLE = (
-    69  # EX_UNAVAILABLE of sysexits.h: how a script says that it lacks something; its last line says what
-)
+# EX_UNAVAILABLE of sysexits.h: how a script says that it lacks something; its last line says what.
+EXIT_UNAVAILABLE = 69
 # Nats; rounding grows over the steps, a mistake is larger at once.
 TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
 # Runs a command and writes the most memory of any process in it. A process of its own: to a child of ours the system
@@ -41,6 +40,7 @@ sys.exit(code if code >= 0 else 128 - code)
 SAME_FACTOR = 1e-3  # ratios that spread less are one factor
 WARM_UP = 2  # steps that do not count for the speed
 ROWS = 24  # lines of the table of losses
+DRAWN = ("loss", "grad_norm", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,26 @@ class Outcome:
 
     def losses(self) -> dict[int, float]:
         """Loss by step."""
-        return dict(zip(*self.curves["loss"], strict=True)) if "loss" in self.curves else {}
+        steps, values = self.curves.get("loss", ([], []))
+        return dict(zip(steps, values, strict=True))
 
     def speed(self) -> float:
         """Median tokens per second after the first steps; NaN where nothing was measured."""
-        values = self.curves.get("tokens_per_second", ([], []))[1]
-        return statistics.median(values[WARM_UP:] or values) if values else math.nan
+        _, values = self.curves.get("tokens_per_second", ([], []))
+        if not values:
+            return math.nan
+        return statistics.median(values[WARM_UP:] or values)
 
     def lines_of_code(self) -> int:
         """Lines of its script that are neither blank nor a comment; 0 for an engine, which needs the YAML alone."""
-        files = [*WAYS[self.way].script[:1], *WAYS[self.way].modules]
-        lines = [line.strip() for file in files for line in (EXAMPLES / file).read_text(encoding="utf-8").splitlines()]
-        return sum(1 for line in lines if line and not line.startswith("#"))
+        script, modules = WAYS[self.way].script, WAYS[self.way].modules
+        count = 0
+        for file in (*script[:1], *modules):
+            for line in (EXAMPLES / file).read_text(encoding="utf-8").splitlines():
+                code = line.strip()
+                if code and not code.startswith("#"):
+                    count += 1
+        return count
 
 
 def compare(
@@ -121,12 +129,14 @@ def compare(
     engines: Annotated[
         str, typer.Option(help=f"of {','.join(WAYS)}; the others are compared with the first")
     ] = "torch,hf",
-    nproc: Annotated[int, typer.Option(min=1, help="processes of each")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="number of processes of each")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each")] = 20,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="nats between equal losses; default by precision")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="a new folder for everything that is written; default: none")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a new folder that keeps everything that is written; default: nothing is kept")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="curves as .png, .svg or .pdf")] = None,
 ) -> None:
     """Train the same rows from the same weights with several engines, and say where their losses part.
@@ -134,35 +144,39 @@ def compare(
     Rows come in the order of the files, whatever the YAML says. Exit code 1: an engine of ours failed, or its losses
     differ from the first one's.
     """
-    from llm_trainer.config.errors import ConfigError
-    from llm_trainer.config.load import load_config
-
+    # 1. what is compared
     ways = list(dict.fromkeys(engines.split(",")))
-    if unknown := sorted(set(ways) - set(WAYS)):
+    unknown = sorted(set(ways) - set(WAYS))
+    if unknown:
         raise ConfigError(f"--engines: got {', '.join(unknown)}, expected some of {', '.join(WAYS)}")
     config = load_config(run, overrides or ())
     if out is not None and out.is_dir() and any(out.iterdir()):
         raise ConfigError(
             f"--out {out}: the folder is not empty, and old curves must not pass for new ones; name another"
         )
-    allowed = _tolerance(config) if tolerance is None else tolerance
+    if tolerance is None:
+        tolerance = _tolerance(config)
+
+    # 2. train each way
+    outcomes = []
     with TemporaryDirectory() as temporary:
         folder = out or Path(temporary)
-        outcomes = [
-            _train(way, run, overrides or (), _changes(config, folder, way, steps), folder / way, nproc) for way in ways
-        ]
+        for way in ways:
+            arguments = [str(run), *(overrides or ()), *_changes(config, folder, way, steps)]
+            outcomes.append(_train(way, arguments, folder / way, nproc))
+
+    # 3. side by side
     trained = [outcome for outcome in outcomes if not outcome.problem]
-    typer.echo("\n".join(["", *_loss_table(trained), "", *_summary(outcomes, allowed)]))
+    typer.echo("\n".join(["", *_loss_table(trained), "", *_summary(outcomes, tolerance)]))
     if output is not None and trained:
         typer.echo(save({outcome.way: _drawn(outcome.curves) for outcome in trained}, output))
-    if any(_is_mistake(outcome, trained, allowed) for outcome in outcomes):
+    if any(_is_mistake(outcome, trained, tolerance) for outcome in outcomes):
         raise typer.Exit(1)
 
 
 def _tolerance(config: TrainConfig) -> float:
-    from llm_trainer.engine.torch import choose_precision, detect_device
-
-    return TOLERANCES[choose_precision(config.run_config.precision, detect_device(config.run_config.device))]
+    device = detect_device(config.run_config.device)
+    return TOLERANCES[choose_precision(config.run_config.precision, device)]
 
 
 def _changes(config: TrainConfig, folder: Path, way: str, steps: int) -> list[str]:
@@ -184,22 +198,25 @@ def _changes(config: TrainConfig, folder: Path, way: str, steps: int) -> list[st
     ]
 
 
-def _train(way: str, run: Path, overrides: Sequence[str], changes: Sequence[str], folder: Path, nproc: int) -> Outcome:
+def _train(way: str, arguments: Sequence[str], folder: Path, nproc: int) -> Outcome:
     """Train in a process of its own."""
-    how, arguments = WAYS[way], [str(run), *overrides, *changes]
-    if how.package and find_spec(how.package) is None:
-        return Outcome(way, {}, problem=f"pip install {how.package}", is_skipped=True)
-    if how.script and not EXAMPLES.is_dir():
-        return Outcome(way, {}, problem=f"{how.script[0]} is in the repository, not in the package", is_skipped=True)
+    # 1. is everything there that it takes?
+    recipe = WAYS[way]
+    if recipe.package and find_spec(recipe.package) is None:
+        return Outcome(way, {}, problem=f"pip install {recipe.package}", is_skipped=True)
+    if recipe.script and not EXAMPLES.is_dir():
+        problem = f"{recipe.script[0]} is in the repository, not in the package"
+        return Outcome(way, {}, problem=problem, is_skipped=True)
+
+    # 2. train
     typer.echo(f"{way} ...")
-    started, log = time.monotonic(), folder / "output.txt"
+    started = time.monotonic()
+    log = folder / "output.txt"
     code, peak_bytes = _run(_command(way, arguments, nproc), log)
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    if code == EXIT_UNAVAILABLE:
-        return Outcome(way, {}, problem=lines[-1], is_skipped=True)
+
+    # 3. what came of it
     if code:
-        told = [line for line in lines if "rror: " in line][-3:] or lines[-12:]  # torchrun says much after the reason
-        return Outcome(way, {}, problem="\n  ".join([f"exit code {code}, its last words:", *told]))
+        return _failure(way, code, log)
     typer.echo(f"{way}: {time.monotonic() - started:.0f} s")
     try:
         return Outcome(way, read_curves(folder / "log" / "metrics.jsonl"), peak_bytes)
@@ -207,17 +224,31 @@ def _train(way: str, run: Path, overrides: Sequence[str], changes: Sequence[str]
         return Outcome(way, {}, problem=str(error))
 
 
+def _failure(way: str, code: int, log: Path) -> Outcome:
+    """Why a way did not train, from its exit code and its output."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if code == EXIT_UNAVAILABLE:
+        return Outcome(way, {}, problem=lines[-1], is_skipped=True)
+    errors = [line for line in lines if "rror: " in line]  # torchrun says much after the reason
+    shown = errors[-3:] or lines[-12:]
+    return Outcome(way, {}, problem="\n  ".join([f"exit code {code}, its last words:", *shown]))
+
+
 def _command(way: str, arguments: Sequence[str], nproc: int) -> list[str]:
-    how = WAYS[way]
-    name, *options = how.script or ("",)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    if how.launches_itself:
-        torchrun, options = [], [*options, "--nproc", str(nproc)]
-    target = [str(EXAMPLES / name), *arguments, *options]
-    if not how.script:
+    recipe = WAYS[way]
+    if recipe.script:
+        name, *options = recipe.script
+        target = [str(EXAMPLES / name), *arguments, *options]
+    else:
         target = ["-m", "llm_trainer.cli.main", "train", *arguments, f"run_config.engine={way}"]
+
+    torchrun: list[str] = []
+    if recipe.launches_itself:
+        target += ["--nproc", str(nproc)]
+    elif nproc > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     # PARALLEL_TYPE: `train` would start itself once per GPU.
-    return ["env", "PARALLEL_TYPE=none", sys.executable, *(torchrun if nproc > 1 else ()), *target]
+    return ["env", "PARALLEL_TYPE=none", sys.executable, *torchrun, *target]
 
 
 def _run(command: Sequence[str], log: Path) -> tuple[int, int]:
@@ -226,7 +257,7 @@ def _run(command: Sequence[str], log: Path) -> tuple[int, int]:
     memory = log.with_suffix(".memory")
     with log.open("wb") as file:
         before = list(_gpu_bytes())
-        peak = [0 for _ in before]
+        peak = [0] * len(before)
         metered = [sys.executable, "-S", "-c", METER, str(memory), *command]
         process = subprocess.Popen(metered, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -237,14 +268,14 @@ def _run(command: Sequence[str], log: Path) -> tuple[int, int]:
             if process.returncode is None:  # interrupted
                 os.killpg(process.pid, signal.SIGTERM)
     on_gpu = max((most - idle for most, idle in zip(peak, before, strict=True)), default=0)
-    resident = int(memory.read_text()) * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KiB
-    return process.returncode, on_gpu or resident
+    if on_gpu:
+        return process.returncode, on_gpu
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes, on Linux KiB
+    return process.returncode, unit * int(memory.read_text())
 
 
 def _gpu_bytes() -> Iterator[int]:
     """Memory in use on each GPU, by whomever."""
-    import torch
-
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         yield total - free
@@ -269,11 +300,14 @@ def _is_mistake(outcome: Outcome, trained: Sequence[Outcome], tolerance: float) 
 def _loss_table(trained: Sequence[Outcome]) -> Iterator[str]:
     """The losses of every step, or of evenly spread ones, in columns."""
     losses = {outcome.way: outcome.losses() for outcome in trained}
-    all_steps = sorted({step for curve in losses.values() for step in curve})
+    all_steps: set[int] = set()
+    for curve in losses.values():
+        all_steps |= curve.keys()
     every = max(1, math.ceil(len(all_steps) / ROWS))
     yield "loss" + "".join(f"{way:>14}" for way in losses)
-    for step in all_steps[::every]:
-        yield f"{step:>4}" + "".join(f"{curve.get(step, math.nan):>14.6f}" for curve in losses.values())
+    for step in sorted(all_steps)[::every]:
+        values = [curve.get(step, math.nan) for curve in losses.values()]
+        yield f"{step:>4}" + "".join(f"{value:>14.6f}" for value in values)
 
 
 def _summary(outcomes: Sequence[Outcome], tolerance: float) -> Iterator[str]:
@@ -283,7 +317,8 @@ def _summary(outcomes: Sequence[Outcome], tolerance: float) -> Iterator[str]:
     hints = []
     for outcome in outcomes:
         if outcome.problem or reference is None:
-            yield f"{outcome.way:<14}{'skipped' if outcome.is_skipped else 'FAILED'}: {outcome.problem}"
+            verdict = "skipped" if outcome.is_skipped else "FAILED"
+            yield f"{outcome.way:<14}{verdict}: {outcome.problem}"
             continue
         step = parting(reference.losses(), outcome.losses(), tolerance)
         if outcome is reference:
@@ -293,8 +328,9 @@ def _summary(outcomes: Sequence[Outcome], tolerance: float) -> Iterator[str]:
         else:
             verdict = f"PARTS at step {step}, by more than {tolerance:g} ({_largest(reference, outcome):.1e} at most)"
             hints.append(f"{outcome.way}: {_factor(reference, outcome)}{WAYS[outcome.way].hint}")
+        mebibytes = f"{outcome.peak_bytes / 2**20:,.0f} MiB"
         code = f"{outcome.lines_of_code()} lines"
-        yield f"{outcome.way:<14}{outcome.speed():>10,.0f}{outcome.peak_bytes / 2**20:>10,.0f} MiB{code:>12}  {verdict}"
+        yield f"{outcome.way:<14}{outcome.speed():>10,.0f}{mebibytes:>14}{code:>12}  {verdict}"
     yield from hints
 
 
@@ -314,4 +350,4 @@ def _factor(reference: Outcome, outcome: Outcome) -> str:
 
 
 def _drawn(curves: Curves) -> Curves:
-    return {name: curve for name, curve in curves.items() if name in ("loss", "grad_norm", "learning_rate")}
+    return {name: curve for name, curve in curves.items() if name in DRAWN}

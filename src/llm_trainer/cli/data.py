@@ -1,19 +1,24 @@
 """`llm-trainer data check` and `llm-trainer data prepare`: look at data before training, and turn it into tokens."""
 
-from __future__ import annotations
-
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from llm_trainer.data.check import FileReport, Piece
-    from llm_trainer.data.encode.chat import ChatFormat
-    from llm_trainer.data.encode.store import TokenStore
-    from llm_trainer.data.ledger import Ledger
+from llm_trainer.data.check import FileReport, Piece, check_file
+from llm_trainer.data.datasets import Documents
+from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, spans_from_ids
+from llm_trainer.data.encode.store import TokenStore
+from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.data.ledger import Ledger
+from llm_trainer.data.prepare import KINDS, DataOptions, files_of, store_of
 
 PROBLEMS_SHOWN = 10
 _BAR = 40  # characters of the longest bar
@@ -23,11 +28,12 @@ app = typer.Typer(help="Look at training data, and turn it into tokens.", rich_m
 Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="files or folders of them")]
 
 
-def _chat_format(tokenizer: str) -> ChatFormat:
-    from llm_trainer.data.encode.chat import ChatFormat
-    from llm_trainer.data.encode.tokenizer import load_tokenizer
-
-    return ChatFormat(load_tokenizer(tokenizer))
+def _all_files(given: Iterable[Path]) -> list[Path]:
+    """Files, and those of folders."""
+    found: list[Path] = []
+    for path in given:
+        found += files_of(path)
+    return found
 
 
 @app.command()
@@ -36,19 +42,18 @@ def check(
     tokenizer: Annotated[
         str | None, typer.Option(help="tokenizer folder: count tokens, show what is trained on")
     ] = None,
-    schema: Annotated[str | None, typer.Option(help="the rows' schema, instead of recognising it")] = None,
+    schema: Annotated[str | None, typer.Option(help="the rows' schema, instead of detecting it")] = None,
     stage: Annotated[str | None, typer.Option(help="pretrain, sft, preference, unpaired or prompt")] = None,
     block_size: Annotated[int | None, typer.Option(min=2, help="tokens of the context")] = None,
 ) -> None:
     """Show what files hold: schema, lengths, duplicates, broken rows. Exits with 1 if training on them would stop."""
-    from llm_trainer.data.check import check_file
-    from llm_trainer.data.prepare import files_of
-
     if block_size is not None and tokenizer is None:
         raise typer.BadParameter("is counted in tokens and needs --tokenizer", param_hint="--block-size")
-    chat = None if tokenizer is None else _chat_format(tokenizer)
+    chat: ChatFormat | None = None
+    if tokenizer is not None:
+        chat = ChatFormat(load_tokenizer(tokenizer))
     stops = False
-    for path in (file for given in files for file in files_of(given)):
+    for path in _all_files(files):
         report = check_file(path, chat, schema=schema, stage=stage, block_size=block_size)
         _show(report)
         stops = stops or report.stops_training
@@ -57,8 +62,6 @@ def check(
 
 
 def _show(report: FileReport) -> None:
-    from rich.console import Console
-
     console = Console(highlight=False, soft_wrap=True)
 
     def say(text: str | Text) -> None:
@@ -67,23 +70,28 @@ def _show(report: FileReport) -> None:
     say(f"{report.path}")
     for name, text in _facts(report).items():
         say(f"{name:>12}  {text}")
-    largest = max((count for *_, count in report.histogram()), default=1)
-    for first, last, count in report.histogram():
-        say(f"{first:>12,} - {last:<9,} {'█' * -(-_BAR * count // largest):{_BAR}} {count:,}")
+    histogram = report.histogram()
+    largest = max((count for *_, count in histogram), default=1)
+    for first, last, count in histogram:
+        bar = "█" * math.ceil(_BAR * count / largest)
+        say(f"{first:>12,} - {last:<9,} {bar:{_BAR}} {count:,}")
     for error in report.problems[:PROBLEMS_SHOWN]:
         say(f"{'problem':>12}  {error}")
     if len(report.problems) > PROBLEMS_SHOWN:
         say(f"{'':>12}  ... and {len(report.problems) - PROBLEMS_SHOWN:,} more")
+    mark, shown_by = _mark, "in [[ ]]"
+    if console.is_terminal:
+        mark, shown_by = _colour, "green"
     for number, pieces in enumerate(report.examples, 1):
-        say(f"{f'example {number}':>12}  (what is trained on is {'green' if console.is_terminal else 'in [[ ]]'})")
-        say(_colour(pieces) if console.is_terminal else _mark(pieces))
+        say(f"{f'example {number}':>12}  (what is trained on is {shown_by})")
+        say(mark(pieces))
 
 
 def _facts(report: FileReport) -> dict[str, str]:
     """The lines of the screen, by their labels."""
-    facts = {"schema": f"{report.schema or 'none'} (rows of kind '{report.kind}', for {', '.join(report.stages)})"}
     if not report.schema:
         return {"schema": "not recognised"}
+    facts = {"schema": f"{report.schema} (rows of kind '{report.kind}', for {', '.join(report.stages)})"}
     if report.kind == "vision":
         facts["images"] = "the text of these rows is checked, their images are not opened"
     facts["rows"] = f"{report.rows:,}, {len(report.lengths):,} samples, {report.duplicates:,} exact duplicates"
@@ -100,14 +108,21 @@ def _facts(report: FileReport) -> dict[str, str]:
     return facts
 
 
-def _mark(pieces: list[Piece]) -> str:
-    return "".join(f"[[{text}]]" if trained else text for text, trained in pieces)
+def _mark(pieces: list[Piece]) -> Text:
+    marked = Text()
+    for text, trained in pieces:
+        if trained:
+            text = f"[[{text}]]"
+        marked.append(text)
+    return marked
 
 
 def _colour(pieces: list[Piece]) -> Text:
-    from rich.text import Text
-
-    return Text.assemble(*((text, "bold green" if trained else "dim") for text, trained in pieces))
+    coloured = Text()
+    for text, trained in pieces:
+        style = "bold green" if trained else "dim"
+        coloured.append(text, style)
+    return coloured
 
 
 @app.command()
@@ -119,22 +134,19 @@ def prepare(
     workers: Annotated[int, typer.Option(min=1, help="processes that tokenize large files")] = 1,
     drop_bad_rows: Annotated[bool, typer.Option("--drop-bad-rows", help="count and leave out rows that fail")] = False,
 ) -> None:
-    """Tokenize files once, ahead of training. A run that was killed goes on where it stopped when started again."""
-    import shutil
-
-    from llm_trainer.data.datasets import Documents
-    from llm_trainer.data.prepare import KINDS, DataOptions, files_of, store_of
-
+    """Tokenize files once, ahead of training. Started again after a kill, it continues where it stopped."""
     if stage not in KINDS:
         raise typer.BadParameter(f"got {stage!r}, expected {' or '.join(KINDS)}", param_hint="--stage")
-    paths, stores = [file for given in files for file in files_of(given)], out / ".stores"
-    targets = {path: out / f"{path.name.split('.')[0]}{'.npy' if stage == 'pretrain' else '.pkl'}" for path in paths}
-    if len(set(targets.values())) < len(targets):
-        raise ValueError(
-            f"several files would be written to the same name in {out}: prepare them into separate folders"
-        )
-    options = DataOptions(stage, bad_rows="drop" if drop_bad_rows else "error", workers=workers)
-    chat, total = _chat_format(tokenizer), None
+    # 1. what is written where
+    suffix = ".npy" if stage == "pretrain" else ".pkl"
+    targets = _targets(_all_files(files), out, suffix)
+
+    # 2. the tokens of each file; stores stay until all is done, so that a killed run can go on
+    stores = out / ".stores"
+    bad_rows = "drop" if drop_bad_rows else "error"
+    options = DataOptions(stage, bad_rows=bad_rows, workers=workers)
+    chat: ChatFormat = ChatFormat(load_tokenizer(tokenizer))
+    total: Ledger | None = None
     for path, target in targets.items():
         store = store_of(path, chat, options, stores)
         if stage == "pretrain":
@@ -145,11 +157,26 @@ def prepare(
         _print_ledger(f"{path} -> {target}", ledger)
         total = ledger if total is None else total.merge(ledger)
     shutil.rmtree(stores)
-    if total is not None and len(paths) > 1:
+
+    # 3. what to do with them
+    if total is not None and len(targets) > 1:
         _print_ledger("all files", total)
     typer.echo(f"train with file_dataset: [{', '.join(map(str, targets.values()))}] and {stage}_config")
     if stage == "sft":
         typer.echo("the mask of trained tokens is not in the files: training finds it again from the ids")
+
+
+def _targets(paths: list[Path], out: Path, suffix: str) -> dict[Path, Path]:
+    """The file of tokens of each file, by the first part of its name."""
+    targets = {}
+    for path in paths:
+        stem = path.name.split(".")[0]
+        targets[path] = out / f"{stem}{suffix}"
+    if len(set(targets.values())) < len(targets):
+        raise ValueError(
+            f"several files would be written to the same name in {out}: prepare them into separate folders"
+        )
+    return targets
 
 
 def _print_ledger(title: str, ledger: Ledger) -> None:
@@ -158,9 +185,6 @@ def _print_ledger(title: str, ledger: Ledger) -> None:
 
 def _write_flat(store: TokenStore, target: Path) -> None:
     """The ids of all documents end to end, as one memory-mappable array: the store's own file under another name."""
-    import os
-    import shutil
-
     partial = target.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     source = store.folder / "input_ids.values.npy"
@@ -177,10 +201,6 @@ def _write_lists(store: TokenStore, target: Path, chat: ChatFormat) -> None:
     Raises:
         ValueError: what is trained on in a row cannot be told from its ids.
     """
-    import pickle
-
-    from llm_trainer.data.encode.chat import ChatTemplateError, spans_from_ids
-
     lists, differing = [], 0
     for row in range(len(store)):
         ids = store["input_ids"][row].tolist()

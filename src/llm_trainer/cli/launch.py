@@ -3,8 +3,6 @@
 Exit codes: 0, the code of the first process that failed, or 75 when the run was interrupted and can be started again.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex
@@ -14,15 +12,21 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from signal import SIGTERM
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
 
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.config.errors import ConfigError
-
-if TYPE_CHECKING:
-    from llm_trainer.config.schema import TrainConfig
+from llm_trainer.config.load import load_config
+from llm_trainer.config.schema import TrainConfig
+from llm_trainer.train.signals import EXIT_INTERRUPTED
 
 SAVE_SECONDS = 3600  # torchrun kills what has not ended this long after a signal; its own 30 s are short for a save
+DEFAULT_PORT = 29500  # torchrun's own
 NAMES = {"py": "plain python", "ddp": "DDP through torchrun", "ds": "DeepSpeed through torchrun"}
 
 
@@ -41,15 +45,15 @@ class Machine:
     deepspeed: bool
 
     @classmethod
-    def look(cls) -> Machine:
+    def look(cls) -> "Machine":
         """This machine."""
-        import torch
-
         return cls(torch.cuda.device_count(), os.cpu_count() or 1, find_spec("deepspeed") is not None)
 
     def __str__(self) -> str:
-        gpus = f"{self.num_gpus} GPU(s)" if self.num_gpus else "no GPU"
-        return f"{gpus}, {self.num_cores} CPU cores, DeepSpeed {'' if self.deepspeed else 'not '}installed"
+        gpus = {0: "no GPU", 1: "1 GPU"}.get(self.num_gpus, f"{self.num_gpus} GPUs")
+        cores = {1: "1 CPU core"}.get(self.num_cores, f"{self.num_cores} CPU cores")
+        deepspeed = "DeepSpeed installed" if self.deepspeed else "DeepSpeed not installed"
+        return f"{gpus}, {cores}, {deepspeed}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Plan:
     variables: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return " ".join([*(f"{name}={value}" for name, value in self.variables.items()), shlex.join(self.command)])
+        variables = [f"{name}={value}" for name, value in self.variables.items()]
+        return " ".join([*variables, shlex.join(self.command)])
 
 
 def make_plan(
@@ -110,54 +115,79 @@ def make_plan(
         if (nodes.nproc or 1) > 1 or nodes.is_several():
             raise ConfigError(f"several processes were asked for, but {reason}: use ddp_train")
         return Plan(kind, reason, [sys.executable, *target], {"PARALLEL_TYPE": "none"})
-    processes = nodes.nproc or machine.num_gpus or 1
-    variables = {
-        **({"PARALLEL_TYPE": kind} if engine == "auto" else {}),
-        "OMP_NUM_THREADS": str(max(1, machine.num_cores // processes)),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS),
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *_meeting_point(nodes)]
-    return Plan(kind, reason, [*torchrun, *target], variables)
+
+    # Several processes: torchrun starts them.
+    num_processes = nodes.nproc or machine.num_gpus or 1
+    variables = {}
+    if engine == "auto":
+        variables["PARALLEL_TYPE"] = kind
+    variables["OMP_NUM_THREADS"] = str(max(1, machine.num_cores // num_processes))
+    variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+    return Plan(kind, reason, [*torchrun, *_meeting_point(nodes), *target], variables)
 
 
 def _choose(machine: Machine, several: bool, forced: str | None, engine: str) -> tuple[str, str]:
-    if engine != "auto" and forced is not None and (engine == "deepspeed") != (forced == "ds"):
-        raise ConfigError(
-            f"run_config.engine: the run's engine is {engine}, but {forced}_train was asked for; use smart_train, or "
-            f"set run_config.engine=auto and remove the other engine's section"
-        )
-    if engine != "auto" and forced is None:
-        kind = "ds" if engine == "deepspeed" else "ddp" if several else "py"
-        return kind, f"the run's engine is {engine}, with {'several processes' if several else 'one device'}"
-    wanted = environment().parallel_type
-    meant = {None: None, "none": "py", "fsdp": "ddp"}.get(wanted, wanted)  # FSDP is started as DDP is
-    if forced is not None:
-        if meant not in (None, forced):
+    """A key of `NAMES`, and the reason for it."""
+    # 1. a YAML that names its engine
+    if engine != "auto":
+        if forced is None:
+            return _kind_of_engine(engine, several)
+        if (engine == "deepspeed") != (forced == "ds"):
             raise ConfigError(
-                f"environment variable PARALLEL_TYPE: got {wanted!r}, but {forced}_train was asked for; unset the one, "
-                f"or use smart_train"
+                f"run_config.engine: the run's engine is {engine}, but {forced}_train was asked for; use smart_train, or "
+                f"set run_config.engine=auto and remove the other engine's section"
+            )
+
+    # 2. the name of the command, then the environment
+    wanted = environment().parallel_type
+    from_environment = {None: None, "none": "py", "fsdp": "ddp"}.get(wanted, wanted)  # FSDP is started as DDP is
+    if forced is not None:
+        if from_environment not in (None, forced):
+            raise ConfigError(
+                f"environment variable PARALLEL_TYPE: got {wanted!r}, but {forced}_train was asked for; unset the "
+                f"variable, or use smart_train"
             )
         return forced, f"{forced}_train was asked for"
-    if meant is not None:
-        return meant, f"PARALLEL_TYPE is {wanted}"
+    if from_environment is not None:
+        return from_environment, f"PARALLEL_TYPE is {wanted}"
+
+    # 3. the machine
     if not several:
         return "py", "there is one device"
-    if machine.deepspeed and machine.num_gpus > 1:
+    if machine.num_gpus > 1 and machine.deepspeed:
         return "ds", "there are several GPUs and DeepSpeed is installed"
-    return "ddp", "there are several processes and no DeepSpeed" if machine.num_gpus else "there are several processes"
+    if machine.num_gpus:
+        return "ddp", "there are several processes and no DeepSpeed"
+    return "ddp", "there are several processes"
+
+
+def _kind_of_engine(engine: str, several: bool) -> tuple[str, str]:
+    kind, where = "py", "one device"
+    if several:
+        kind, where = "ddp", "several processes"
+    if engine == "deepspeed":
+        kind = "ds"
+    return kind, f"the run's engine is {engine}, with {where}"
 
 
 def _meeting_point(nodes: Nodes) -> list[str]:
     """Where the processes find each other; on one machine torchrun takes a free port."""
     if not nodes.is_several():
-        return ["--standalone"] if nodes.master_port is None else [f"--master-port={nodes.master_port}"]
+        if nodes.master_port is None:
+            return ["--standalone"]
+        return [f"--master-port={nodes.master_port}"]
     if nodes.master_addr is None or nodes.node_rank is None:
         raise ConfigError(
             f"--nnodes {nodes.nnodes}: expected --node-rank (0 on the first machine) and --master-addr (the first "
             f"machine's address, the same on all)"
         )
-    place = {"nnodes": nodes.nnodes, "node-rank": nodes.node_rank, "master-addr": nodes.master_addr}
-    return [f"--{name}={value}" for name, value in (place | {"master-port": nodes.master_port or 29500}).items()]
+    return [
+        f"--nnodes={nodes.nnodes}",
+        f"--node-rank={nodes.node_rank}",
+        f"--master-addr={nodes.master_addr}",
+        f"--master-port={nodes.master_port or DEFAULT_PORT}",
+    ]
 
 
 def start(plan: Plan) -> NoReturn:
@@ -167,17 +197,12 @@ def start(plan: Plan) -> NoReturn:
     sys.stdout.flush()
     if plan.kind == "py":
         os.execv(plan.command[0], plan.command)  # becomes the script: its signals, its terminal, its exit code
-    sys.exit(_run_workers(plan.command[plan.command.index("torch.distributed.run") + 1 :]))
+    after_torchrun = plan.command.index("torch.distributed.run") + 1
+    sys.exit(_run_workers(plan.command[after_torchrun:]))
 
 
 def _run_workers(arguments: list[str]) -> int:
     """torchrun in this process, as only here its workers' exit codes can be seen: its own code is always 1."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    from llm_trainer.train.signals import EXIT_INTERRUPTED
-
     try:
         run(parse_args(arguments))
     except SignalException:  # was passed on to the workers, and they have ended
@@ -187,19 +212,20 @@ def _run_workers(arguments: list[str]) -> int:
         codes = [failure.exitcode for failure in failures]
         if EXIT_INTERRUPTED in codes and set(codes) <= {EXIT_INTERRUPTED, -SIGTERM}:  # torchrun ends the slower ones
             return EXIT_INTERRUPTED
-        return codes[0] if codes[0] > 0 else 128 - codes[0]
+        if codes[0] < 0:  # a signal ended it: what a shell makes of that
+            return 128 - codes[0]
+        return codes[0]
     return 0
 
 
 def _target(script: str, arguments: list[str]) -> tuple[list[str], str]:
-    """What follows `python`, and the engine that a YAML asks for; a mistake in it is told here once, not by every process."""
+    """What follows `python`, and the engine that a YAML asks for. A mistake in it is reported once, not by every process."""
     if not Path(script).is_file():
         raise ConfigError(f"{script}: no such file, expected a python script or the YAML of a run")
     if Path(script).suffix not in (".yaml", ".yml"):
         return [script, *arguments], "auto"
-    from llm_trainer.config.load import load_config
-
-    config = load_config(script, [argument for argument in arguments if not argument.startswith("--")])
+    overrides = [argument for argument in arguments if not argument.startswith("--")]
+    config = load_config(script, overrides)
     return ["-m", "llm_trainer.cli.main", "train", script, *arguments], engine_of(config)
 
 
@@ -207,20 +233,30 @@ def engine_of(config: TrainConfig) -> str:
     """The engine that a configuration asks for by itself, whatever the machine and PARALLEL_TYPE say; else auto."""
     if config.run_config.engine != "auto" or environment().parallel_type is not None:
         return config.run_config.engine
-    return "deepspeed" if config.ds_config is not None else "fsdp" if config.fsdp_config is not None else "auto"
+    if config.ds_config is not None:
+        return "deepspeed"
+    if config.fsdp_config is not None:
+        return "fsdp"
+    return "auto"
 
 
 def _command(name: str, forced: str | None, arguments: Sequence[str] | None) -> None:
-    what = "on whatever this machine has" if forced is None else f"with {NAMES[forced]}"
-    parser = argparse.ArgumentParser(prog=name, description=f"Run a training script {what}.", allow_abbrev=False)
-    parser.add_argument("--nproc", "--nproc-per-node", type=int, metavar="N", help="processes here; default: the GPUs")
-    parser.add_argument("--nnodes", help="machines, such as 2")
-    parser.add_argument("--node-rank", type=int, metavar="I", help="number of this machine, from 0")
+    how = "the way that suits this machine"
+    if forced is not None:
+        how = f"with {NAMES[forced]}"
+    parser = argparse.ArgumentParser(prog=name, description=f"Run a training script {how}.", allow_abbrev=False)
+    parser.add_argument(
+        "--nproc", "--nproc-per-node", type=int, metavar="N", help="processes on this machine; default: one per GPU"
+    )
+    parser.add_argument("--nnodes", help="number of machines, such as 2")
+    parser.add_argument("--node-rank", type=int, metavar="I", help="index of this machine, from 0")
     parser.add_argument("--master-addr", help="address of machine 0")
-    parser.add_argument("--master-port", type=int, help="a port of machine 0; default: a free one, or 29500")
-    parser.add_argument("--dry-run", action="store_true", help="print the exact command and stop")
+    parser.add_argument(
+        "--master-port", type=int, help=f"port on machine 0; default: a free one, of several machines {DEFAULT_PORT}"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the exact command and exit")
     parser.add_argument("script", help="a python script, or the YAML of a run")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script, or changes to the YAML")
     given = parser.parse_args(arguments)
     nodes = Nodes(given.nproc, given.nnodes, given.node_rank, given.master_addr, given.master_port)
     try:

@@ -1,192 +1,91 @@
-"""`llm-trainer`: train from a YAML file, and what comes before and after it. Heavy imports wait inside the commands."""
-
-from __future__ import annotations
+"""`llm-trainer`: the table of its commands. A command's file is imported when the command is used, so `--help` is quick."""
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import typer
+from typer.core import TyperGroup
 
-from llm_trainer.cli import data
-from llm_trainer.cli.chat import chat
-from llm_trainer.cli.compare import compare
-from llm_trainer.cli.plan import plan
-from llm_trainer.cli.score import score
-
-if TYPE_CHECKING:
-    from llm_trainer.config.schema import TrainConfig
-    from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.cli.errors import RunFailed
 
 TRACEBACK = "--traceback"
 
-app = typer.Typer(
+
+class Entry(NamedTuple):
+    """Where a command is (`module:function`, or `module:app` of a group of commands), and its line of help."""
+
+    target: str
+    help: str
+
+
+COMMANDS = {
+    "train": Entry("llm_trainer.cli.train:train", "Train from a YAML file, on all GPUs of this machine."),
+    "config": Entry("llm_trainer.cli.config:config", "Print a complete configuration to start from."),
+    "plot": Entry("llm_trainer.cli.plot:plot", "Draw the curves of a run."),
+    "chat": Entry("llm_trainer.cli.chat:chat", "Talk to a saved model."),
+    "plan": Entry("llm_trainer.cli.plan:plan", "Plan a run on GPUs that are not here."),
+    "score": Entry("llm_trainer.cli.score:score", "Score answers or their steps with a reward model."),
+    "compare": Entry("llm_trainer.cli.compare:compare", "Train one YAML file with several engines and compare."),
+    "data": Entry("llm_trainer.cli.data:app", "Look at training data, and turn it into tokens."),
+    "tokenizer": Entry("llm_trainer.cli.tokenizer:app", "Train tokenizers."),
+}
+
+
+class LazyCommands(TyperGroup):
+    """The commands of `COMMANDS`; only the one that is called is imported."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import the command, or None where the table has no such name."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, attribute = entry.target.partition(":")
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            return typer.main.get_group(found)
+        # rich alone takes longer to import than everything else that --help needs
+        one = typer.Typer(add_completion=False, rich_markup_mode=None)
+        one.command(cmd_name)(found)
+        return typer.main.get_command(one)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The lines of help come from the table: click would import every command for them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+commands = LazyCommands(
+    name="llm-trainer",
     help="Train language models from one YAML file.",
     epilog=f"{TRACEBACK}, anywhere in a command, shows where in the code an error came from. "
     "Exit codes: 2 wrong configuration or data, 1 a run that failed, 75 a run that was interrupted and can go on.",
-    rich_markup_mode=None,  # rich alone takes longer to import than everything else that --help needs
-    pretty_exceptions_enable=False,
-    add_completion=False,
+    rich_markup_mode=None,
     no_args_is_help=True,
 )
-tokenizers = typer.Typer(help="Make tokenizers.", rich_markup_mode=None, no_args_is_help=True)
-
-
-class RunFailed(Exception):
-    """A run that started and could not go on; the message says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; errors that users can mend are one message, without a stack trace."""
+    """The command line. Errors that users can fix are one message, without a stack trace."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     wanted = [argument for argument in given if argument != TRACEBACK]
     try:
-        app(args=wanted, prog_name="llm-trainer", obj=given)
+        commands.main(args=wanted, prog_name="llm-trainer", obj=given)
     except (ValueError, RunFailed, OSError) as error:
         if TRACEBACK in given:
             raise
-        is_users = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | PermissionError)
-        hint = f"\n({TRACEBACK} shows where this came from)" if type(error) is ValueError else ""
+        # A subclass of ValueError is ours and explains itself; a bare one may come from a library.
+        hint = ""
+        if type(error) is ValueError:
+            hint = f"\n({TRACEBACK} shows where this came from)"
         print(f"error: {error}{hint}", file=sys.stderr)
+        is_users = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | PermissionError)
         sys.exit(2 if is_users else 1)
-
-
-@app.command()
-def train(
-    context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="the configuration of the run")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c...", help="changes to it")] = None,
-) -> None:
-    """Train; on all GPUs of this machine, unless run_config.device or PARALLEL_TYPE=none says otherwise."""
-    from llm_trainer.config.load import load_config
-
-    config = load_config(run, overrides or ())
-    _spread_out(config, context.obj)
-    name = algorithm(config, str(run))
-
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from llm_trainer.checkpoint import CheckpointError
-    from llm_trainer.engine import dist
-    from llm_trainer.train.guards import NonFiniteError
-    from llm_trainer.train.signals import TrainingInterrupted
-    from llm_trainer.trainers import create_trainer
-
-    disable_progress_bar()  # of loading and saving weights; the run has its own
-    trainer = create_trainer(name, train_config=config)
-    try:
-        trainer.train()
-    except TrainingInterrupted:
-        dist.stop()
-        raise
-    except (NonFiniteError, CheckpointError) as error:
-        raise RunFailed(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        advice = (
-            "lower batch_size, set data_loader_config.micro_batch_tokens, or run_config.gradient_checkpointing=true"
-        )
-        raise RunFailed(f"the device is out of memory: {advice}. {error}") from error
-    if dist.is_main():
-        _say_goodbye(trainer)
-    dist.stop()
-
-
-def algorithm(config: TrainConfig, where: str) -> str:
-    """The name of the trainer whose section the configuration has.
-
-    Raises:
-        ConfigError: there is no such section, or several.
-    """
-    from llm_trainer.config.errors import ConfigError
-    from llm_trainer.trainers import TRAINERS, get_trainer_class
-
-    sections: dict[str, str] = {}
-    for name in TRAINERS:
-        sections.setdefault(get_trainer_class(name).config_section, name)
-    present = [section for section in sections if getattr(config, section) is not None]
-    if len(present) != 1:
-        found = " and ".join(present) or "none of them"
-        raise ConfigError(
-            f"{where}: expected exactly one of {', '.join(sections)}, which says how to train; found {found}; "
-            + ("remove the others" if present else "add for example `sft_config: {}`")
-        )
-    return sections[present[0]]
-
-
-def _spread_out(config: TrainConfig, arguments: list[str]) -> None:
-    """Start this command once per GPU, if there are several and nobody has done so."""
-    from llm_trainer.config.env import environment
-
-    wanted = config.run_config.device
-    if environment().launched or environment().parallel_type == "none" or wanted not in (None, "cuda"):
-        return
-    from llm_trainer.cli import launch
-
-    machine = launch.Machine.look()
-    if machine.num_gpus > 1:
-        target = ["-m", "llm_trainer.cli.main", *arguments]
-        plan = launch.make_plan(target, machine, launch.Nodes(), engine=launch.engine_of(config))
-        print(f"found {machine}: {launch.NAMES[plan.kind]}, because {plan.reason}", file=sys.stderr)
-        launch.start(plan)
-
-
-def _say_goodbye(trainer: BaseTrainer) -> None:
-    from transformers import GenerationMixin
-
-    run = trainer.run
-    model = run.save_dir / "model"
-    if not model.exists():
-        return
-    print(f"model  {model} (of {model.resolve().parent.name})")
-    print(f"logs   {run.log_dir} (llm-trainer plot {run.log_dir})")
-    if isinstance(trainer.base_model, GenerationMixin):  # a reward model does not talk
-        print(f"chat   llm-trainer chat {model}{' --raw' if trainer.config_section == 'pretrain_config' else ''}")
-
-
-@app.command()
-def config(stage: Annotated[str, typer.Argument(help="pretrain, sft, ...")]) -> None:
-    """Print a complete configuration to start from, each key with its meaning."""
-    from llm_trainer.config.load import example
-
-    typer.echo(example(stage), nl=False)
-
-
-@app.command()
-def plot(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the save_dir of a run, or its log folder")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="a .png, .svg or .pdf")] = None,
-    smooth: Annotated[float, typer.Option(min=0, max=0.99, help="weight of the past")] = 0.0,
-) -> None:
-    """Draw the curves of a run."""
-    from llm_trainer.cli.plots import plot_run
-
-    logs = run / "log" if (run / "log").is_dir() else run
-    typer.echo(plot_run(logs, output or run / "plot.png", smooth))
-
-
-app.command()(chat)
-app.command()(plan)
-app.command()(score)
-app.command()(compare)
-app.add_typer(data.app, name="data")
-app.add_typer(tokenizers, name="tokenizer")
-
-
-@tokenizers.command("train")
-def train_tokenizer(
-    files: data.Files,
-    vocab_size: Annotated[int, typer.Option(min=1, help="number of tokens")],
-    out: Annotated[Path, typer.Option(help="folder of the tokenizer")],
-) -> None:
-    """Train a byte-level BPE tokenizer, with a chat template, on the text of files of any known schema."""
-    from llm_trainer.data.check import read_texts
-    from llm_trainer.data.encode.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer((text for path in files for text in read_texts(path)), vocab_size)
-    tokenizer.save_pretrained(out)
-    typer.echo(f"{len(tokenizer):,} tokens in {out}")
 
 
 if __name__ == "__main__":

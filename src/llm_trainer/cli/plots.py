@@ -1,19 +1,16 @@
 """`vis_log` and `vis_lr`: the curves of one or several runs as small multiples, in a window, a PNG or an SVG."""
 
-from __future__ import annotations
-
 import argparse
-import itertools
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Curves = dict[str, tuple[list[int], list[float]]]
 """Steps and values of each metric."""
@@ -37,13 +34,17 @@ def _numbers(line: str) -> Mapping[str, object]:
         found = json.loads(line)
     except json.JSONDecodeError:  # the run may be writing this line just now
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return found
 
 
 def _number(value: object) -> float:
     """A number, or NaN (a gap in the curve) for null and for text."""
+    if not isinstance(value, str | int | float):
+        return math.nan
     try:
-        return float(value) if isinstance(value, str | int | float) else math.nan
+        return float(value)
     except ValueError:
         return math.nan
 
@@ -62,7 +63,8 @@ def read_curves(path: str | Path) -> Curves:
     if not any(lines):
         raise LogError(f"{path}: the file is empty; has the run logged its first step?")
     curves: Curves = {}
-    for numbers in map(_numbers, lines):
+    for line in lines:
+        numbers = _numbers(line)
         step = _number(numbers.get("step"))
         if math.isnan(step):
             continue
@@ -83,41 +85,55 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
     `m_t = weight * m_(t-1) + (1 - weight) * x_t`, divided by `1 - weight^t`; NaN is passed over.
     """
-    mean, mass, result = 0.0, 0.0, []
+    mean, mass = 0.0, 0.0
+    result = []
     for value in values:
         if not math.isnan(value):
-            mean, mass = weight * mean + (1 - weight) * value, weight * mass + (1 - weight)
+            mean = weight * mean + (1 - weight) * value
+            mass = weight * mass + (1 - weight)
         result.append(mean / mass if mass else math.nan)
     return result
 
 
-def _num_shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many first parts are the same everywhere."""
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
+def _num_shared(paths: Sequence[Sequence[str]]) -> int:
+    """How many first components are the same in all paths."""
+    count = 0
+    for column in zip(*paths, strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """Names that tell files apart: what is left of their paths without the parts that all share."""
-    parts = [path.absolute().parts for path in paths]
-    if len(set(parts)) < 2:
-        return [path.name for path in paths]
-    head = _num_shared(parts)
-    tail = _num_shared([part[head:][::-1] for part in parts])
-    return ["/".join(part[head : len(part) - tail]) or path.name for part, path in zip(parts, paths, strict=True)]
+def _labels(files: Sequence[Path]) -> list[str]:
+    """Names that tell files apart: what is left of their paths without the components that all share."""
+    paths = [file.absolute().parts for file in files]
+    if len(set(paths)) < 2:
+        return [file.name for file in files]
+    head = _num_shared(paths)
+    tail = _num_shared([path[head:][::-1] for path in paths])
+    labels = []
+    for path, file in zip(paths, files, strict=True):
+        own = path[head : len(path) - tail]
+        labels.append("/".join(own) or file.name)
+    return labels
 
 
 def _panels(runs: Mapping[str, Curves]) -> list[str]:
     """One panel per metric, the well-known ones first; `eval_loss` shares the panel of `loss`."""
-    names = {name for curves in runs.values() for name in curves}
-    bases = {name.removeprefix("eval_") for name in names}
-    return sorted(bases, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+    names: set[str] = set()
+    for curves in runs.values():
+        names |= {name.removeprefix("eval_") for name in curves}
+    known = [name for name in _FIRST if name in names]
+    return known + sorted(names - set(known))
 
 
 def draw(figure: Figure, runs: Mapping[str, Curves], smooth: float = 0.0) -> None:
     """Draws the curves of all runs, by label, into a figure: one panel per metric, one colour per run."""
     panels = _panels(runs)
-    columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
-    rows = -(-len(panels) // columns)
+    widest = 2 if len(panels) in (2, 4) else 3
+    columns = min(len(panels), widest)
+    rows = math.ceil(len(panels) / columns)
     figure.set_size_inches(max(4.4 * columns, 7.0), max(2.9 * rows, 3.6))
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     for number, name in enumerate(panels, 1):
@@ -135,27 +151,41 @@ def _colors(number: int) -> Iterator[str]:
 
 
 def _draw_panel(axes: Axes, name: str, runs: Mapping[str, Curves], smooth: float) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     weight = 0.0 if name == "learning_rate" else smooth  # a schedule has no noise
     for number, (color, curves) in enumerate(zip(_colors(len(runs)), runs.values(), strict=True)):
         width = 1.6 + (1 - (number + 1) / len(runs)) * 2  # equal curves show as stripes
         if name in curves:
-            steps, values = curves[name]
-            if weight:
-                axes.plot(steps, values, color=color, lw=0.8, alpha=0.3)
-            marker = "o" if len(steps) == 1 else ""
-            axes.plot(steps, smoothed(values, weight), color=color, lw=width, marker=marker, label="train")
+            _draw_training(axes, curves[name], weight, color, width)
         if f"eval_{name}" in curves:
             own = color if len(runs) > 1 else _COLORS[1]
-            style = {"color": own, "lw": width - 0.4, "ls": (0, (4, 2)), "marker": "o", "mec": "white", "mew": 0.8}
-            axes.plot(*curves[f"eval_{name}"], label="eval", ms=3.4 + width, **style)  # type: ignore[arg-type]
+            _draw_evaluation(axes, curves[f"eval_{name}"], own, width)
+
     handles, labels = axes.get_legend_handles_labels()
     kinds = dict(zip(labels, handles, strict=True))
     if len(kinds) > 1:
         axes.legend(kinds.values(), kinds.keys(), frameon=False, fontsize=8, labelcolor=_INK)
     title = name if "train" in kinds else f"eval_{name}"
     axes.set_title(title.replace("_", " "), loc="left", fontsize=10.5, fontweight="bold", color=_INK)
+    _style(axes)
+
+
+def _draw_training(axes: Axes, curve: tuple[list[int], list[float]], weight: float, color: str, width: float) -> None:
+    """A curve, and where it is smoothed the noisy one behind it."""
+    steps, values = curve
+    if weight:
+        axes.plot(steps, values, color=color, lw=0.8, alpha=0.3)
+    marker = "o" if len(steps) == 1 else ""
+    axes.plot(steps, smoothed(values, weight), color=color, lw=width, marker=marker, label="train")
+
+
+def _draw_evaluation(axes: Axes, curve: tuple[list[int], list[float]], color: str, width: float) -> None:
+    """Dashed, with a dot per evaluation."""
+    steps, values = curve
+    dots: dict[str, Any] = {"marker": "o", "ms": 3.4 + width, "mec": "white", "mew": 0.8}
+    axes.plot(steps, values, label="eval", color=color, lw=width - 0.4, ls=(0, (4, 2)), **dots)
+
+
+def _style(axes: Axes) -> None:
     axes.grid(color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -172,8 +202,6 @@ def save(runs: Mapping[str, Curves], output: str | Path, smooth: float = 0.0) ->
     Raises:
         LogError: when the suffix is none of them.
     """
-    from matplotlib.figure import Figure
-
     output = Path(output)
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise LogError(f"{output}: expected a name that ends in .png, .svg or .pdf")
@@ -186,18 +214,34 @@ def save(runs: Mapping[str, Curves], output: str | Path, smooth: float = 0.0) ->
 
 def plot_run(log_dir: str | Path, output: str | Path, smooth: float = 0.0) -> Path:
     """Draws all metrics of the run that logged to `log_dir` into the file `output`, and returns its path."""
-    return save({Path(log_dir).name: read_curves(Path(log_dir) / "metrics.jsonl")}, output, smooth)
+    folder = Path(log_dir)
+    curves = read_curves(folder / "metrics.jsonl")
+    return save({folder.name: curves}, output, smooth)
 
 
 def _show(runs: Mapping[str, Curves], smooth: float) -> bool:
     """Opens a window and waits for it to be closed; False where there is no display."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # NOTE: here, because it looks for a display and chooses a backend when imported
 
     if pyplot.get_backend().lower() == "agg":  # what matplotlib falls back to without a display
         return False
     draw(pyplot.figure(), runs, smooth)
     pyplot.show()
     return True
+
+
+def _read_runs(files: Sequence[Path], only: str | None) -> dict[str, Curves]:
+    """The curves of each file by its label; of all metrics, or `only` of one."""
+    runs: dict[str, Curves] = {}
+    for label, file in zip(_labels(files), files, strict=True):
+        curves = read_curves(file)
+        if only is not None:
+            curves = {name: curve for name, curve in curves.items() if name == only}
+        runs[label] = curves
+    missing = [label for label, curves in runs.items() if not curves]
+    if missing:
+        raise LogError(f"{', '.join(missing)}: no {only} in it")
+    return runs
 
 
 def _command(name: str, only: str | None, arguments: Sequence[str] | None) -> None:
@@ -209,11 +253,7 @@ def _command(name: str, only: str | None, arguments: Sequence[str] | None) -> No
     if not 0 <= given.smooth < 1:
         parser.error(f"--smooth: got {given.smooth}, expected at least 0 and below 1")
     try:
-        runs = {label: read_curves(path) for label, path in zip(_labels(given.files), given.files, strict=True)}
-        if only is not None:
-            runs = {label: {n: c for n, c in curves.items() if n == only} for label, curves in runs.items()}
-            if missing := [label for label, curves in runs.items() if not curves]:
-                raise LogError(f"{', '.join(missing)}: no {only} in it")
+        runs = _read_runs(given.files, only)
         if given.output is None and _show(runs, given.smooth):
             return
         print(save(runs, given.output or given.files[0].with_suffix(".png"), given.smooth))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
+from llm_trainer.models.pretrained import Kind, find_pretrained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -63,51 +64,70 @@ def build_model(
     attention: str = "auto",
     dtype: torch.dtype | str = torch.float32,
     empty: bool = False,
+    key: str = "model_config",
 ) -> "PreTrainedModel":
-    """A model with random weights from a `ModelConfig`, or the weights of a Hugging Face folder or name.
+    """A model with random weights from a `ModelConfig`, or the language model that `find_pretrained` finds.
 
     Args:
         source: what to build or load; nothing is downloaded for a `ModelConfig`.
         attention: attention implementation (see `models.attention`); `auto` is the CPU's, as models are built there.
         dtype: of the parameters.
         empty: build it on the meta device, without weights: an engine that shards takes them from another process.
+        key: what the configuration calls `source`, for messages.
 
     Raises:
-        ValueError: the folder is not there or holds no model, or its weights are not finite.
+        ValueError: there is no language model at `source`, or its weights are not finite.
     """
+    attention = resolve_attention(attention)
+    if isinstance(source, str | Path):
+        return _load_model(source, attention, dtype, empty, key)
+    return _model_of_config(build_config(source), attention, dtype, empty)
+
+
+def _model_of_config(
+    config: "PretrainedConfig", attention: str, dtype: torch.dtype | str, empty: bool
+) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("meta") if empty else nullcontext()
+    with device:
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def _load_model(
+    source: str | Path, attention: str, dtype: torch.dtype | str, empty: bool, key: str
+) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    attention = resolve_attention(attention)
-    place = torch.device("meta") if empty else nullcontext()
-    if not isinstance(source, str | Path):
-        with place:
-            return AutoModelForCausalLM.from_config(build_config(source), attn_implementation=attention, dtype=dtype)
-    folder, source = Path(source), str(source)
-    looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not (folder / "config.json").exists():
-        raise ValueError(
-            f"model_config: {source!r} holds no model: expected a Hugging Face folder with config.json and "
-            f"model.safetensors (or a name of the hub); a run's model is in its save_dir, under model/"
-        )
-    config = AutoConfig.from_pretrained(source)
-    if attention == "blocked" and config.model_type not in BLOCKED_ARCHITECTURES:
-        attention = "sdpa"
+    found = find_pretrained(source, (Kind.LANGUAGE_MODEL,), key)
+    attention = supported_attention(attention, found.config)
     if empty:
-        with place:
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, dtype=dtype)
-    check_finite(model, source)
+        return _model_of_config(AutoConfig.from_pretrained(found.source), attention, dtype, empty)
+    model = AutoModelForCausalLM.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
+    check_finite(model, str(source))
     return model
+
+
+def supported_attention(attention: str, config: dict[str, Any]) -> str:
+    """`attention`, or `sdpa` where the model of a config.json does not know blocked attention."""
+    if attention == "blocked" and config["model_type"] not in BLOCKED_ARCHITECTURES:
+        return "sdpa"
+    return attention
 
 
 def check_finite(model: nn.Module, source: str) -> None:
     """Raise ValueError naming the tensors of `model` that hold NaN or infinity."""
-    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    broken = []
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            broken.append(name)
     if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        names = ", ".join(broken[:3])
+        if len(broken) > 3:
+            names += f" and {len(broken) - 3} more"
         raise ValueError(
-            f"{source}: weights that are not finite (NaN or infinity) in {', '.join(broken[:3])}{more}; expected finite "
-            f"numbers. Load an earlier checkpoint: training cannot mend these"
+            f"{source}: weights that are not finite (NaN or infinity) in {names}; expected finite numbers. Load an "
+            f"earlier checkpoint: training cannot repair these"
         )
 
 
@@ -130,11 +150,16 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
     """
     c = model.config
     embedding = cast(Tensor, model.get_input_embeddings().weight).numel()
-    count = num_parameters(model) - (0 if c.tie_word_embeddings else embedding)
-    experts = getattr(c, "num_experts", 0)
-    if experts:
-        one = 3 * c.hidden_size * c.moe_intermediate_size
-        count -= c.num_hidden_layers * (experts - c.num_experts_per_tok) * one
+    # 1. the parameters of matrix products
+    count = num_parameters(model)
+    if not c.tie_word_embeddings:
+        count -= embedding
+    num_experts = getattr(c, "num_experts", 0)
+    if num_experts:
+        expert_size = 3 * c.hidden_size * c.moe_intermediate_size
+        count -= c.num_hidden_layers * (num_experts - c.num_experts_per_tok) * expert_size
+
+    # 2. attention: every token with every other one, as the paper counts it
     heads = c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
     return 6.0 * count + 12.0 * c.num_hidden_layers * heads * head_dim * seq_len

@@ -21,6 +21,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether `model` is one of the `peft` library, whose base stays as it is while its adapters learn."""
+    # By name, so that `peft` is not imported where nobody uses it.
     return any(kind.__module__.startswith("peft.") and kind.__name__ == "PeftModel" for kind in type(model).__mro__)
 
 
@@ -34,7 +35,9 @@ class AdaptersOff:
     """
 
     def __init__(self, model: nn.Module, policy: nn.Module, knows_branches: Callable[[torch.device], bool]) -> None:
-        self.model, self.policy, self.knows_branches = model, policy, knows_branches
+        self.model = model
+        self.policy = policy
+        self.knows_branches = knows_branches
 
     def __call__(self, **inputs: Any) -> Any:
         """What the policy returns without its adapters and without dropout."""
@@ -50,7 +53,9 @@ class AdaptersOff:
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Whether two models have parameters of the same names and values."""
     ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
-    return ours.keys() == theirs.keys() and all(_equal(ours[name], theirs[name]) for name in ours)
+    if ours.keys() != theirs.keys():
+        return False
+    return all(_equal(ours[name], theirs[name]) for name in ours)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

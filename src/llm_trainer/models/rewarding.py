@@ -1,6 +1,5 @@
 """Reward models: a language model's body with a head that gives one number, for an answer or for each of its steps."""
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -8,7 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, knows_branches
+from llm_trainer.models.attention import knows_branches
+from llm_trainer.models.build import supported_attention
+from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,11 +31,13 @@ class Rewarding(nn.Module):
         super().__init__()
         from transformers import PreTrainedModel
 
-        if not isinstance(model, PreTrainedModel) or not isinstance(head := model.get_submodule("score"), nn.Linear):
+        head = model.get_submodule("score") if isinstance(model, PreTrainedModel) else None
+        if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(model).__name__} is no reward model; make one with models.rewarding.reward_model")
         if head.out_features != 1:
             raise ValueError(f"{type(model).__name__} has {head.out_features} labels, expected 1: num_labels=1")
-        self.body, self.head = cast("PreTrainedModel", model.base_model), head
+        self.body = cast("PreTrainedModel", model.base_model)
+        self.head = head
 
     def knows_branches(self, device: torch.device) -> bool:
         """Whether flat batches may have branches (see `models.attention`) when the model runs on `device`."""
@@ -51,15 +54,21 @@ class Rewarding(nn.Module):
         """Rewards `[B]` of rows `[B, T]` or of B documents laid flat `[1, N]`; of `every_token`: like `input_ids`."""
         given = {"attention_mask": attention_mask, "position_ids": position_ids}
         inputs = {name: value for name, value in given.items() if value is not None}
-        hidden = self.body(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # [B, T, D]
-        if not every_token and document_lengths is not None:
-            hidden = hidden[0, document_lengths.cumsum(0) - 1]  # [B, D]
-        elif not every_token:
-            assert attention_mask is not None
-            positions = torch.arange(hidden.shape[1], device=hidden.device)
-            last = torch.where(attention_mask.bool(), positions, -1).amax(1)  # [B]
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        hidden = self.body(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, D)
+        if not every_token:
+            hidden = _last_tokens(hidden, attention_mask, document_lengths)  # (B, D)
         return self.head(hidden).squeeze(-1).float()
+
+
+def _last_tokens(hidden: Tensor, attention_mask: Tensor | None, document_lengths: Tensor | None) -> Tensor:
+    """`hidden [B, T, D]` of rows, or `[1, N, D]` of B documents laid flat -> `[B, D]`, at the last token of each."""
+    if document_lengths is not None:
+        return hidden[0, document_lengths.cumsum(0) - 1]
+    assert attention_mask is not None
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    last = torch.where(attention_mask.bool(), positions, -1).amax(1)  # (B,)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, last]
 
 
 def reward_model(model: "PreTrainedModel", pad_token_id: int | None = None) -> "PreTrainedModel":
@@ -81,56 +90,53 @@ def process_reward_model(model: "PreTrainedModel", pad_token_id: int | None = No
     return _classifier(AutoModelForTokenClassification, model, pad_token_id)
 
 
-def _classifier(kind: Any, model: "PreTrainedModel", pad_token_id: int | None) -> "PreTrainedModel":
+def _classifier(auto_class: Any, model: "PreTrainedModel", pad_token_id: int | None) -> "PreTrainedModel":
+    # 1. the class that fits the body, without weights
     config = deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, pad_token_id
     with torch.device("meta"):
-        empty = kind.from_config(config)
-    bias = empty.score.bias is not None
-    head = nn.Linear(config.hidden_size, 1, bias=bias, dtype=model.dtype)
+        classifier = auto_class.from_config(config)
+
+    # 2. a new head, and the body of `model`
+    has_bias = classifier.score.bias is not None
+    head = nn.Linear(config.hidden_size, 1, bias=has_bias, dtype=model.dtype)
     nn.init.normal_(head.weight, std=config.initializer_range)
-    if bias:
+    if has_bias:
         nn.init.zeros_(head.bias)
-    setattr(empty, empty.base_model_prefix, model.base_model)
-    empty.score = head
-    return empty
+    setattr(classifier, classifier.base_model_prefix, model.base_model)
+    classifier.score = head
+    return classifier
 
 
 def judged_in(folder: str | Path) -> str | None:
     """What the model of a Hugging Face folder judges: `ANSWERS`, `STEPS`, or None where it is no classifier."""
-    path = Path(folder) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = config.get("architectures") or []
-    return next((kind for kind in (ANSWERS, STEPS) for name in names if name.endswith(kind)), None)
+    if not (Path(folder) / "config.json").is_file():
+        return None
+    found = find_pretrained(folder, hub=False)
+    return {Kind.ANSWER_REWARD_MODEL: ANSWERS, Kind.STEP_REWARD_MODEL: STEPS}.get(found.kind)
 
 
 def load_reward_model(
-    folder: str | Path, attention: str = "sdpa", dtype: torch.dtype | str = torch.float32
+    source: str | Path, attention: str = "sdpa", dtype: torch.dtype | str = torch.float32
 ) -> "PreTrainedModel":
-    """The reward model of a Hugging Face folder.
+    """The reward model that `find_pretrained` finds.
 
     Args:
-        folder: of a classification model with one label.
+        source: of a classification model with one label.
         attention: as `resolve_attention` gives it.
         dtype: of the parameters.
 
     Raises:
-        ValueError: the folder holds another model: transformers would give any language model a head of random numbers.
+        ValueError: there is another model: transformers would give any language model a head of random numbers.
     """
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    judged = judged_in(folder)
-    if judged is None:
-        names = ", ".join(config.get("architectures") or ["no architecture"])
-        raise ValueError(
-            f"{folder}: found {names}, expected a reward model (...{ANSWERS}, or ...{STEPS} for steps), as a run with a "
-            f"reward_config saves it"
-        )
-    labels = len(config["id2label"]) if "id2label" in config else 2  # the default, which transformers does not write
-    if labels != 1:
-        raise ValueError(f"{folder}: found a classifier with {labels} labels, expected one, the reward")
-    if attention == "blocked" and config["model_type"] not in BLOCKED_ARCHITECTURES:
-        attention = "sdpa"
-    kind: Any = AutoModelForSequenceClassification if judged == ANSWERS else AutoModelForTokenClassification
-    return kind.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
+    found = find_pretrained(source, REWARD_MODELS)
+    num_labels = len(found.config.get("id2label", range(2)))  # transformers does not write its default, 2
+    if num_labels != 1:
+        raise ValueError(f"{source}: found a classifier with {num_labels} labels, expected one, the reward")
+    model_class: Any = AutoModelForSequenceClassification
+    if found.kind is Kind.STEP_REWARD_MODEL:
+        model_class = AutoModelForTokenClassification
+    attention = supported_attention(attention, found.config)
+    return model_class.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)

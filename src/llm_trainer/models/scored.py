@@ -108,23 +108,36 @@ class ScoredModel(nn.Module):
             repeats: `[B, T]` how many tokens each one stands for in `aux_loss`: those that branches share are several.
             model_inputs: handed to the model as they are, such as `pixel_values`.
         """
+        # 1. which positions are scored
         if labels is None:
-            labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORE)
+            labels = input_ids
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, IGNORE)
         supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
         chosen = labels[:, 1:][supervised]  # (N,)
+
+        # 2. the model, up to what its head is given
         given = {"attention_mask": attention_mask, "position_ids": position_ids, **model_inputs}
         states, output = self.states(input_ids, supervised, document_lengths=document_lengths, **given)
+
+        # 3. the head and the scores
         if self._split is None:
             scores = self._scores_of_logits(states / temperature, chosen, differentiable_logprobs)
         else:
             scores = self._scores_of_hidden(states, chosen, differentiable_logprobs, temperature)
+
+        # 4. back to the shape of the labels
+        entropy = None
+        if scores.entropy is not None:
+            entropy = _spread(scores.entropy, supervised)
+        token_weights = attention_mask if repeats is None else repeats
         return TokenScores(
             loss_sum=scores.loss_sum,
             num_tokens=supervised.sum(),
             logprobs=_spread(scores.logprobs, supervised),
             correct=_spread(scores.correct, supervised),
-            entropy=None if scores.entropy is None else _spread(scores.entropy, supervised),
-            aux_loss=self._aux_loss(output, attention_mask if repeats is None else repeats),
+            entropy=entropy,
+            aux_loss=self._aux_loss(output, token_weights),
             distance=None if distance is None else distance(states, self.head),
         )
 
@@ -153,21 +166,25 @@ class ScoredModel(nn.Module):
         if position_ids is None and document_lengths is not None:
             position_ids = restarting_positions(document_lengths).to(input_ids.device)
         given = {"position_ids": position_ids, **model_inputs}
-        inputs = self._inputs(given, document_lengths is not None)
+        inputs = self._inputs(given, is_packed=document_lengths is not None)
         if self._split is not None:
             inputs |= document_bounds(self._split.backbone.config, input_ids, position_ids, document_lengths)
         output = self._run(input_ids, **inputs)
-        whole = output.last_hidden_state if self._split else _logits_of(output, type(self.base).__name__)
-        return whole[:, :-1][supervised], output
+        if self._split is None:
+            states = _logits_of(output, type(self.base).__name__)  # (B, T, V)
+        else:
+            states = output.last_hidden_state  # (B, T, D)
+        return states[:, :-1][supervised], output
 
     def _call(self, input_ids: Tensor, **inputs: Any) -> Any:
         """The part of the model that is called as a module: all of it, or all but the head."""
-        return (self.base if self._split is None else self._split.backbone)(input_ids, **inputs)
+        called = self.base if self._split is None else self._split.backbone
+        return called(input_ids, **inputs)
 
-    def _inputs(self, given: dict[str, Any], packed: bool) -> dict[str, Any]:
+    def _inputs(self, given: dict[str, Any], is_packed: bool) -> dict[str, Any]:
         """What of `given` the model is called with."""
         inputs = {name: value for name, value in given.items() if value is not None}
-        if packed and not self._accepts("position_ids"):
+        if is_packed and not self._accepts("position_ids"):
             raise ValueError(
                 f"{type(self.base).__name__}.forward takes no position_ids, so documents laid flat in one row would see "
                 "each other; train it on padded batches (packing off), or give it the argument"
@@ -190,7 +207,9 @@ class ScoredModel(nn.Module):
         assert self._split is not None
         weight, bias = weight_and_bias(self._split.head)
         if temperature != 1.0:  # (x / t) W + b / t, without touching the logits
-            hidden, bias = hidden / temperature, None if bias is None else bias / temperature
+            hidden = hidden / temperature
+            if bias is not None:
+                bias = bias / temperature
         if differentiable:
             return chunked_logprobs(hidden, weight, bias, chosen, self.with_entropy)
         return chunked_loss(hidden, weight, bias, chosen, self.loss, self.with_entropy)
@@ -230,15 +249,20 @@ def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: boo
 
 def weight_and_bias(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """What a head that is read but not called computes with, also where every process has it whole (tensor parallelism)."""
-    pair = (p.to_local() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
-    return cast("tuple[Tensor, Tensor | None]", tuple(pair))
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if isinstance(weight, DTensor):
+        weight = weight.to_local()
+    if isinstance(bias, DTensor):
+        bias = bias.to_local()
+    return weight, bias
 
 
 def restarting_positions(document_lengths: Tensor) -> Tensor:
     """`document_lengths [K]` -> `[1, N]`: 0, 1, 2, ... in every document."""
     starts = document_lengths.cumsum(0) - document_lengths
-    total = torch.arange(int(document_lengths.sum()), device=document_lengths.device)
-    return (total - starts.repeat_interleave(document_lengths))[None]
+    positions = torch.arange(int(document_lengths.sum()), device=document_lengths.device)  # (N,), of the whole row
+    return (positions - starts.repeat_interleave(document_lengths))[None]
 
 
 def _spread(values: Tensor, supervised: Tensor) -> Tensor:
@@ -259,7 +283,9 @@ def _logits_of(output: Any, name: str) -> Tensor:
     if isinstance(output, Tensor):
         return output
     try:
-        return output["logits"] if isinstance(output, dict) else output.logits  # transformers' outputs are dicts too
+        if isinstance(output, dict):  # transformers' outputs are dicts too
+            return output["logits"]
+        return output.logits
     except (KeyError, AttributeError):
         raise ValueError(
             f"{name}.forward returned {type(output).__name__}; expected logits [B, T, V] as a tensor, an object with "
@@ -279,8 +305,10 @@ def _experts(model: nn.Module) -> tuple[int, int] | None:
     """(experts, experts per token) of a transformers mixture of experts, else None."""
     from transformers import PreTrainedModel
 
-    pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    settings = {} if pretrained is None else pretrained.config.to_dict()
+    pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if pretrained is None:
+        return None
+    settings = pretrained.config.to_dict()
     num_experts = settings.get("num_experts") or settings.get("num_local_experts")
     if not num_experts or "output_router_logits" not in settings:
         return None
@@ -302,20 +330,22 @@ def _split(model: nn.Module) -> _Split | None:
     Tried out rather than read from the class: the head's output is replaced by large numbers, so that soft-capping, a
     scale or a second head would show, on two tokens in evaluation mode.
     """
-    from transformers import PreTrainedModel
-
-    pretrained = (m for m in model.modules() if isinstance(m, PreTrainedModel))
-    outer = next((m for m in pretrained if type(m.get_output_embeddings()) is nn.Linear), None)
+    # 1. the candidates
+    outer = _with_linear_head(model)
     if outer is None or outer.base_model is outer or outer.config.is_encoder_decoder:
         return None
-    split = _Split(cast("PreTrainedModel", outer.base_model), outer.get_output_embeddings())
+    split = _Split(cast("PreTrainedModel", outer.base_model), cast(nn.Linear, outer.get_output_embeddings()))
     if any(parameter.is_meta for parameter in model.parameters()):  # its weights will come from another process
-        return split if model is outer and _split(_small_sibling(outer)) is not None else None
+        sibling_splits = model is outer and _split(_small_sibling(outer)) is not None
+        return split if sibling_splits else None
+
+    # 2. both ways to the logits
     seen: dict[str, Tensor] = {}
 
     def replace_logits(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        large = torch.linspace(-100, 100, output.shape[-1], dtype=output.dtype, device=output.device)
         seen["hidden"] = args[0]
-        seen["logits"] = output + torch.linspace(-100, 100, output.shape[-1], dtype=output.dtype, device=output.device)
+        seen["logits"] = output + large
         return seen["logits"]
 
     modes = [(module, module.training) for module in model.modules()]
@@ -330,7 +360,20 @@ def _split(model: nn.Module) -> _Split | None:
         hook.remove()
         for module, training in modes:
             module.training = training
-    same = "logits" in seen and logits.shape == seen["logits"].shape and hidden.shape == seen["hidden"].shape
-    # In float32: many models cast what the head returns, as the scores do with theirs.
-    close = same and torch.allclose(logits.float(), seen["logits"].float(), 1e-4)
-    return split if close and torch.allclose(hidden.float(), seen["hidden"].float(), 1e-3, 1e-4) else None
+
+    # 3. the same? In float32: many models cast what the head returns, as the scores do with theirs.
+    if "logits" not in seen or logits.shape != seen["logits"].shape or hidden.shape != seen["hidden"].shape:
+        return None
+    same_logits = torch.allclose(logits.float(), seen["logits"].float(), 1e-4)
+    same_hidden = torch.allclose(hidden.float(), seen["hidden"].float(), 1e-3, 1e-4)
+    return split if same_logits and same_hidden else None
+
+
+def _with_linear_head(model: nn.Module) -> "PreTrainedModel | None":
+    """The outermost transformers model in `model` whose output embeddings are a plain linear layer."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and type(module.get_output_embeddings()) is nn.Linear:
+            return module
+    return None

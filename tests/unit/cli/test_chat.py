@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm_trainer.cli import chat
-from llm_trainer.cli.chat import Speaker, model_folder
+from llm_trainer.cli.chat import Speaker
 from llm_trainer.cli.main import main
 from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
 
@@ -74,23 +74,9 @@ def test_plain_text_where_there_is_no_chat_template(saved, capsys):
     assert "--system: plain text has no system message" in capsys.readouterr().err
 
 
-def test_folders_are_resolved(saved, tmp_path, capsys):
-    def save(step):
-        from llm_trainer.checkpoint import CheckpointManager
-
-        return CheckpointManager(tmp_path / "run").save(step, lambda f: (f / "config.json").write_text("{}"), {})
-
-    assert model_folder(saved / "talks") == saved / "talks"
-    older, newest = save(1), save(2)
-    assert model_folder(older) == older / "model"
-    assert model_folder(tmp_path / "run") == newest / "model"
-    (tmp_path / "run" / "model").symlink_to("checkpoint-00000001/model")
-    assert model_folder(tmp_path / "run") == tmp_path / "run" / "model"
+def test_a_folder_without_a_model_is_one_message(saved, tmp_path, capsys):
     assert run(tmp_path / "nowhere") == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no model in it \\(found nothing\\)"):
-        model_folder(tmp_path / "empty")
 
 
 def test_a_conversation_survives_control_c_and_ends_with_control_d(saved, monkeypatch, capsys):

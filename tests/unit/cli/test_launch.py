@@ -108,7 +108,7 @@ def test_dry_run_prints_what_would_run_and_says_why(monkeypatch, tmp_path, capsy
     launch.smart_train(["--dry-run", str(script), "--nproc", "7"])  # what follows the script is the script's
     printed = capsys.readouterr()
     assert shlex.split(printed.out)[-3:] == [str(script), "--nproc", "7"]
-    assert "found 4 GPU(s), 32 CPU cores, DeepSpeed not installed" in printed.err
+    assert "found 4 GPUs, 32 CPU cores, DeepSpeed not installed" in printed.err
     assert "DDP through torchrun, because there are several processes and no DeepSpeed" in printed.err
 
 
