@@ -169,6 +169,17 @@ def resumed(folder: Path, halves: list[tuple[int, str, str]]) -> list[dict[str, 
     return found
 
 
+def possible(what: Any) -> Any:
+    """What of a list or a mapping, at any depth, this CPU can compute: DeepSpeed's fp16 needs instructions for it."""
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return what
+    if isinstance(what, dict):
+        return {key: possible(value) for key, value in what.items()}
+    if isinstance(what, list):
+        return [possible(value) for value in what if "fp16" not in str(value)]
+    return what
+
+
 FAST: dict[str, Any] = {
     "cells": [Cell("sft", 1, 4, 2), Cell("dpo", 2, 2, 2, True, 40)],
     "precisions": ["plain", "autocast-2", "bf16-0", "bf16-3", "fp16-1"],
@@ -218,4 +229,4 @@ def main(folder: Path, what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), {"fast": FAST, "slow": SLOW}[sys.argv[2]])
+    main(Path(sys.argv[1]), possible({"fast": FAST, "slow": SLOW}[sys.argv[2]]))

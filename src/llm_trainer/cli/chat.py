@@ -51,7 +51,7 @@ class Speaker:
 
         from llm_trainer.data.encode.chat import ChatFormat
         from llm_trainer.data.encode.tokenizer import load_tokenizer
-        from llm_trainer.engine.torch import detect_device
+        from llm_trainer.engine.device import detect_device
 
         disable_progress_bar()  # of loading weights
         tokenizer = load_tokenizer(folder)

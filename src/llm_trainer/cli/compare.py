@@ -160,7 +160,7 @@ def compare(
 
 
 def _tolerance(config: TrainConfig) -> float:
-    from llm_trainer.engine.torch import choose_precision, detect_device
+    from llm_trainer.engine.device import choose_precision, detect_device
 
     return TOLERANCES[choose_precision(config.run_config.precision, detect_device(config.run_config.device))]
 

@@ -44,7 +44,7 @@ class Judge:
         from llm_trainer.data.encode.chat import ChatFormat
         from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
         from llm_trainer.data.steps import StepFormat
-        from llm_trainer.engine.torch import detect_device
+        from llm_trainer.engine.device import detect_device
         from llm_trainer.models.rewarding import STEPS, Rewarding, judged_in, load_reward_model
 
         disable_progress_bar()  # of loading weights

@@ -1,13 +1,15 @@
 """Which engine a run is executed by."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llm_trainer.config.env import environment
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
-from llm_trainer.engine.torch import TorchEngine, choose_precision
+from llm_trainer.engine.device import choose_precision
+from llm_trainer.engine.torch import TorchEngine
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -38,6 +40,29 @@ def engine_name(name: str, *, fsdp: bool, deepspeed: bool) -> str:
 def engine_of(settings: "Settings") -> str:
     """The engine that `settings` ask for, by name and never 'auto'."""
     return engine_name(settings.engine, fsdp=settings.fsdp is not None, deepspeed=settings.deepspeed is not None)
+
+
+def check_precision(
+    engine: str, precision: str, deepspeed: Mapping[str, Any] | None, device: torch.device, use_amp: bool = True
+) -> None:
+    """Refuse arithmetic that this machine does not have, before anything is read, tokenized or built.
+
+    Args:
+        engine: its name, never 'auto'.
+        precision: as it was asked for.
+        deepspeed: DeepSpeed's JSON, if any.
+        use_amp: whether mixed precision may be used.
+
+    Raises:
+        ValueError: (or a subclass) this device, or DeepSpeed on it, does not compute in that precision.
+    """
+    chosen = choose_precision(precision, device) if use_amp else "fp32"
+    if engine == "deepspeed":
+        from llm_trainer.engine.deepspeed import check_arithmetic
+        from llm_trainer.engine.zero import complete
+
+        config, _ = complete(deepspeed or {}, chosen)
+        check_arithmetic(config, device)
 
 
 def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, together: bool) -> Engine:

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from llm_trainer import checkpoint
 from llm_trainer.engine import dist
+from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.tensor import split_layers
-from llm_trainer.engine.torch import DTYPES, TorchEngine
+from llm_trainer.engine.torch import TorchEngine
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Fsdp

@@ -18,7 +18,7 @@ from llm_trainer.data.collate import Filler
 from llm_trainer.data.stream import as_step_source
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import choose_engine, engine_of
-from llm_trainer.engine.torch import detect_device
+from llm_trainer.engine.device import detect_device
 from llm_trainer.state import Progress
 from llm_trainer.train import guards, hooks, loop, preflight, snapshot
 from llm_trainer.train.metrics import ConsoleWriter, Metrics, Writer, open_writers
