@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 SHAPE = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+END = "end of the runs without DeepSpeed"
 FP16 = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}
 
 
@@ -36,6 +37,11 @@ def auto_precision(folder: Path) -> dict[str, Any]:
 
     trainer = SFTTrainer(train_config=described(folder))
     last = trainer.train()
+    # Once more, from the folder that was written, under transformers.
+    config = described(folder, model_config=str(folder / "run" / "model"))
+    config.run_config.save_dir, config.run_config.engine = str(folder / "again"), "hf"
+    SFTTrainer(train_config=config).train()
+    print(END)
     return {"precision": trainer.run.engine.precision_name, "loss": last["loss"], "step": trainer.run.progress.step}
 
 
@@ -80,12 +86,19 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     poor = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(command, env=poor, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"said": done.stdout, "noise": done.stderr}
 
 
 def test_auto_precision_is_fp32(report: dict[str, Any]) -> None:
     assert report["trained"]["precision"] == "fp32"
     assert report["trained"]["step"] == 4 and 0 < report["trained"]["loss"] < 7
+
+
+def test_libraries_add_nothing_to_what_a_run_says(report: dict[str, Any]) -> None:
+    """Neither bars of reading and writing weights nor, of runs that do not use it, DeepSpeed's accelerator."""
+    said = report["said"].partition(END)[0]
+    assert said.count("step 4/4") == 2 and "Setting accelerator" not in said
+    assert "Loading weights" not in report["noise"] and "Writing model shards" not in report["noise"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

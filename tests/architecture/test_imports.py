@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "generation": set(),
     "data": {"config"},
-    "models": {"losses", "config"},
+    "models": {"losses", "config", "checkpoint"},
     "engine": {"config", "checkpoint"},
     "trainers": {"losses", "models", "generation", "config"},
     "state": set(),

@@ -1,5 +1,6 @@
 """Which engine a run is executed by."""
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,11 @@ def check_precision(
         check_arithmetic(config, device)
 
 
+def _is_not_about_its_choice(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's log says more than which kind of device it has found."""
+    return "Setting accelerator to" not in record.getMessage()
+
+
 def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, together: bool) -> Engine:
     """The engine that `settings` ask for.
 
@@ -74,6 +80,8 @@ def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, tog
     """
     name = engine_of(settings)
     precision = choose_precision(settings.precision, device) if use_amp else "fp32"
+    if name == "hf":  # transformers' Trainer imports DeepSpeed where it is installed, and this run does not use it
+        logging.getLogger("DeepSpeed").addFilter(_is_not_about_its_choice)
     several = together and dist.num_processes() > 1
     if name == "fsdp" and several:
         from llm_trainer.config.options import Fsdp

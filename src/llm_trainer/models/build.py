@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def build_model(
     if empty:
         with place:
             return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, dtype=dtype)
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, dtype=dtype)
     check_finite(model, source)
     return model
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, knows_branches
 
 if TYPE_CHECKING:
@@ -133,4 +134,5 @@ def load_reward_model(
     if attention == "blocked" and config["model_type"] not in BLOCKED_ARCHITECTURES:
         attention = "sdpa"
     kind: Any = AutoModelForSequenceClassification if judged == ANSWERS else AutoModelForTokenClassification
-    return kind.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
+    with without_progress_bars():
+        return kind.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
