@@ -12,6 +12,7 @@ import typer
 from llm_trainer.cli import data
 from llm_trainer.cli.chat import chat
 from llm_trainer.cli.compare import compare
+from llm_trainer.cli.executable import typed
 from llm_trainer.cli.plan import plan
 from llm_trainer.cli.score import score
 
@@ -140,9 +141,9 @@ def _say_goodbye(trainer: BaseTrainer) -> None:
     if not model.exists():
         return
     print(f"model  {model} (of {model.resolve().parent.name})")
-    print(f"logs   {run.log_dir} (llm-trainer plot {run.log_dir})")
+    print(f"logs   {run.log_dir} ({typed()} plot {run.log_dir})")
     if isinstance(trainer.base_model, GenerationMixin):  # a reward model does not talk
-        print(f"chat   llm-trainer chat {model}{' --raw' if trainer.config_section == 'pretrain_config' else ''}")
+        print(f"chat   {typed()} chat {model}{' --raw' if trainer.config_section == 'pretrain_config' else ''}")
 
 
 @app.command()
