@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,22 @@ def inf_on_one(folder: Path) -> dict[str, Any]:
 # Ranks.
 
 
+def import_once() -> None:
+    """Import what ranks will need before they are forked: otherwise each of dozens imports it again, a second or more."""
+    from importlib.util import find_spec
+
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel
+    from transformers import PreTrainedModel  # noqa: F401
+
+    torch.set_num_threads(1)
+    if find_spec("deepspeed") is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parts of torch that it imports
+            import deepspeed  # noqa: F401
+
+
 def fork_ranks(scenario: Callable[[Path], Any], folder: Path, ranks: int) -> dict[str, Any]:
     """Run a scenario in `ranks` processes; their exit codes, output, results, and seconds until the last one ended."""
     with socket.socket() as probe:
@@ -212,9 +229,8 @@ def play(scenario: Callable[[Path], Any], folder: Path, rank: int, ranks: int, p
 
 def main(folder: Path) -> None:
     """Play everything."""
-    torch.set_num_threads(1)
-    make_trainer(folder / "unused")  # what is imported now is not imported in every rank
-    from transformers import PreTrainedModel  # noqa: F401
+    import_once()
+    make_trainer(folder / "unused")  # imports the rest
 
     report: dict[str, Any] = {}
     for scenario in (train, no_terms):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "invariance"))
-from ranks import INF, NONE, ONE, fork_ranks, mean_trainer
+from ranks import INF, NONE, ONE, fork_ranks, import_once, mean_trainer
 from table import ROWS_PER_STEP, TRAINERS, Cell, data_of, tiny_model
 
 from llm_trainer import configure_optimizer, get_trainer_class
@@ -206,11 +205,7 @@ def several(folder: Path, plays: dict[str, Callable[[Path], Any]]) -> dict[str, 
 
 def main(folder: Path, what: dict[str, Any]) -> None:
     """Play everything."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed  # noqa: F401  (once, not in every rank)
-        from transformers import PreTrainedModel  # noqa: F401
+    import_once()
 
     begin, go_on = partial(whole, names=what["ways"]), what["halves"]
     with_two: dict[str, Callable[[Path], Any]] = {
