@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+sys.path += [str(Path(__file__).parents[1] / "faults"), str(Path(__file__).parents[1])]
 from victim import Rows, make_trainer, metric_lines
 
 from llm_trainer import BaseTrainer
@@ -28,6 +27,7 @@ from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.train.hooks import Hook
+from machine import free_port
 
 QUIET = {"val_loader": None, "scheduler": None, "max_epochs": 1, "log_interval": 1, "save_interval_steps": None}
 
@@ -198,9 +198,7 @@ def import_once() -> None:
 
 def fork_ranks(scenario: Callable[[Path], Any], folder: Path, ranks: int) -> dict[str, Any]:
     """Run a scenario in `ranks` processes; their exit codes, output, results, and seconds until the last one ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     out, began = folder.parent / f"{folder.name}-out", time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     children = [os.fork() or play(scenario, folder, rank, ranks, port, out) for rank in range(ranks)]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from machine import has_fp16
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 needs_fp16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    not has_fp16(),
     reason="DeepSpeed's fp16 needs a CPU with AVX512-FP16 or AMX-FP16, which this one has not (or ONEDNN_MAX_CPU_ISA hides)",
 )
 Curve = list[list[float]]

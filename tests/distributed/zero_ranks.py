@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "invariance"))
+sys.path += [str(Path(__file__).parents[1] / "invariance"), str(Path(__file__).parents[1])]
 from ranks import INF, NONE, ONE, fork_ranks, import_once, mean_trainer
 from table import ROWS_PER_STEP, TRAINERS, Cell, data_of, tiny_model
 
@@ -18,6 +16,7 @@ from llm_trainer import configure_optimizer, get_trainer_class
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.train.hooks import Hook
+from machine import has_fp16
 
 STAGES = (0, 1, 2, 3)
 ON_HOST = {"device": "cpu", "pin_memory": False}
@@ -170,7 +169,7 @@ def resumed(folder: Path, halves: list[tuple[int, str, str]]) -> list[dict[str, 
 
 def possible(what: Any) -> Any:
     """What of a list or a mapping, at any depth, this CPU can compute: DeepSpeed's fp16 needs instructions for it."""
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if has_fp16():
         return what
     if isinstance(what, dict):
         return {key: possible(value) for key, value in what.items()}
