@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from table import ENGINES, TRAINERS, Cell, cells, differences, engine_cells, run
 
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes over gloo made of all cells of every engine."""
     out = tmp_path_factory.mktemp("curves") / "curves.json"
     command = [sys.executable, str(Path(__file__).parent / "engines.py"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
