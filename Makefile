@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: install demo test lint test-slow gpu clean
+.PHONY: install demo test lint test-poor-cpu test-slow gpu clean
 
 install: $(READY)
 
@@ -23,8 +23,14 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Two workers side by side, one thread per process. A file stays with one worker, where its processes are started once;
+# files in the order of their folders, so that none with few but long tests comes last.
 test: lint ## Style, types and all tests but the slow ones.
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+
+test-poor-cpu: install ## All tests but the slow ones as on a CPU with neither AVX-512 nor 16-bit arithmetic.
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 test-slow: install ## Hundreds of kills and long learning runs; results belong in docs/results.md.
 	$(BIN)/python -m pytest -m slow --timeout=3600

@@ -71,7 +71,7 @@ def run(case: str, how: dict[str, Any], out: Path) -> None:
     from llm_trainer.data.collate import collate_padded
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
-    from llm_trainer.engine.torch import detect_device
+    from llm_trainer.engine.device import detect_device
     from llm_trainer.models.attention import resolve_attention
     from llm_trainer.models.build import build_model
     from llm_trainer.train.hooks import Hook

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from llm_trainer.cli.executable import typed
 from llm_trainer.cli.plots import plot_run
 from llm_trainer.data.encode.tokenizer import train_tokenizer
 from llm_trainer.train_configs import (
@@ -172,7 +173,7 @@ def main(folder: Path = Path("runs/demo")) -> None:
             print(f"{stage:<12}{label:<18}{values[f'before_{metric}']:>10.3f}{values[metric]:>10.3f}")
         print(f"{'':<12}curves: {plot_run(folder / stage / 'log', folder / stage / 'curves.png')}")
     print(f"\nmodel: {folder / 'dpo' / 'model'}    ({time.monotonic() - started:.0f} s in all)")
-    print(f"talk to it: llm-trainer chat {folder / 'dpo'}")
+    print(f"talk to it: {typed()} chat {folder / 'dpo'}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.stream import mix_seeds
-from llm_trainer.engine.torch import choose_precision, detect_device
+from llm_trainer.engine.device import choose_precision, detect_device
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.optimizers import get_parameter_groups
 from llm_trainer.train.writers import open_writers

@@ -34,7 +34,7 @@ from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.encode.templates import default_template
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.stream import SampleStream
-from llm_trainer.engine.torch import choose_precision, detect_device
+from llm_trainer.engine.device import choose_precision, detect_device
 from llm_trainer.train.writers import JsonLines
 from llm_trainer.trainers import get_trainer_class
 

@@ -24,8 +24,9 @@ from llm_trainer.data.prepare import DataOptions, files_of, load_language_data
 from llm_trainer.data.steps import collate_steps, holds_steps, load_steps
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
-from llm_trainer.engine.choose import engine_name
-from llm_trainer.engine.torch import DTYPES, TorchEngine, choose_precision, detect_device
+from llm_trainer.engine.choose import check_precision, engine_name
+from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
+from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.losses.preference import PreferenceLoss, resolve_loss_type
 from llm_trainer.losses.unpaired import mismatched_order
 from llm_trainer.models.attention import knows_branches, resolve_attention
@@ -71,6 +72,8 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
     """
     run = config.run_config
     device = detect_device(run.device)
+    deepspeed = None if config.ds_config is None else config.ds_config.to_json()
+    check_precision(_engine(config), run.precision, deepspeed, device, given.get("use_amp", True))
     dist.start(device, run.ddp_timeout_s)
     if config.fsdp_config is not None and _engine(config) == "fsdp":
         dist.share_data(config.fsdp_config.tensor_parallel_size)

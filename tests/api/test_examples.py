@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from llm_trainer.config.load import load_config
+from machine import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -59,10 +59,7 @@ def curve(save_dir: Path, *processes: subprocess.Popen) -> list[float]:
 def test_distributed(tmp_path: Path) -> None:
     """Plain python, two processes by torchrun, and two "nodes" of one process each."""
     torchrun = ["-m", "torch.distributed.run"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     alone = curve(tmp_path / "1", start(tmp_path / "1", []))
     together = curve(tmp_path / "2", start(tmp_path / "2", [*torchrun, "--standalone", "--nproc_per_node=2"]))
     nodes = [start(tmp_path / "nodes", [*torchrun, *place, f"--node_rank={rank}"]) for rank in (0, 1)]

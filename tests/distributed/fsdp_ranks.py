@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.append(str(Path(__file__).parent))
 from layouts import make_trainer
-from ranks import fork_ranks
+from ranks import fork_ranks, import_once
 from table import tiny_model
 
 from llm_trainer import DPOTrainer, SFTTrainer, create_trainer
@@ -152,9 +152,8 @@ def described(folder: Path, engine: str) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    make_trainer(folder / "unused", 1)  # what is imported now is not imported in every process
-    from transformers import PreTrainedModel  # noqa: F401
+    import_once()
+    make_trainer(folder / "unused", 1)  # imports the rest
 
     rows = [
         [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": " ".join(map(str, range(n)))}]

@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "invariance")]
-from ranks import fork_ranks
+from ranks import fork_ranks, import_once
 from table import Rows, tiny_model
 
 from llm_trainer import SFTTrainer, configure_optimizer
@@ -78,9 +76,8 @@ def run(layout: str, folder: Path, max_steps: int) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Layouts by themselves, and going on from one another."""
-    torch.set_num_threads(1)
-    make_trainer(folder / "unused", 1)  # what is imported now is not imported in every process
-    from transformers import PreTrainedModel  # noqa: F401
+    import_once()
+    make_trainer(folder / "unused", 1)  # imports the rest
 
     report: dict[str, Any] = {}
     for first in LAYOUTS:

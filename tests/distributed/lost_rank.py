@@ -15,7 +15,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 from layouts import make_trainer
-from ranks import fork_ranks
+from ranks import fork_ranks, import_once
 
 from llm_trainer.engine import dist, watch
 from llm_trainer.train.hooks import Hook
@@ -100,11 +100,10 @@ def restarted(folder: Path) -> None:
 
 
 def main(number: int) -> None:
-    torch.set_num_threads(1)
+    import_once()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_trainer(folder / "unused", 1)  # what is imported now is not imported in every process
-        from transformers import PreTrainedModel  # noqa: F401
+        make_trainer(folder / "unused", 1)  # imports the rest
 
         report = {scenario.__name__: fork_ranks(scenario, folder / scenario.__name__, 2) for scenario in (stuck, fails)}
         print(json.dumps(report | {"kills": kills(folder, number)}))

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from ranks import fork_ranks
+from ranks import fork_ranks, import_once
 
 from llm_trainer import DPOTrainer, KTOTrainer
 from llm_trainer.engine import dist
@@ -52,8 +51,7 @@ def unpaired(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """Play both with one and two ranks."""
-    torch.set_num_threads(1)
-    from transformers import PreTrainedModel  # noqa: F401  # imported once, before the forks
+    import_once()
 
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     report: dict[str, Any] = {}

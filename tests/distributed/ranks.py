@@ -8,17 +8,17 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+sys.path += [str(Path(__file__).parents[1] / "faults"), str(Path(__file__).parents[1])]
 from victim import Rows, make_trainer, metric_lines
 
 from llm_trainer import BaseTrainer
@@ -27,6 +27,7 @@ from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.train.hooks import Hook
+from machine import free_port
 
 QUIET = {"val_loader": None, "scheduler": None, "max_epochs": 1, "log_interval": 1, "save_interval_steps": None}
 
@@ -179,11 +180,25 @@ def inf_on_one(folder: Path) -> dict[str, Any]:
 # Ranks.
 
 
+def import_once() -> None:
+    """Import what ranks will need before they are forked: otherwise each of dozens imports it again, a second or more."""
+    from importlib.util import find_spec
+
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel
+    from transformers import PreTrainedModel  # noqa: F401
+
+    torch.set_num_threads(1)
+    if find_spec("deepspeed") is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parts of torch that it imports
+            import deepspeed  # noqa: F401
+
+
 def fork_ranks(scenario: Callable[[Path], Any], folder: Path, ranks: int) -> dict[str, Any]:
     """Run a scenario in `ranks` processes; their exit codes, output, results, and seconds until the last one ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     out, began = folder.parent / f"{folder.name}-out", time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     children = [os.fork() or play(scenario, folder, rank, ranks, port, out) for rank in range(ranks)]
@@ -212,9 +227,8 @@ def play(scenario: Callable[[Path], Any], folder: Path, rank: int, ranks: int, p
 
 def main(folder: Path) -> None:
     """Play everything."""
-    torch.set_num_threads(1)
-    make_trainer(folder / "unused")  # what is imported now is not imported in every rank
-    from transformers import PreTrainedModel  # noqa: F401
+    import_once()
+    make_trainer(folder / "unused")  # imports the rest
 
     report: dict[str, Any] = {}
     for scenario in (train, no_terms):

@@ -3,22 +3,20 @@
 import hashlib
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "invariance"))
-from ranks import INF, NONE, ONE, fork_ranks, mean_trainer
+sys.path += [str(Path(__file__).parents[1] / "invariance"), str(Path(__file__).parents[1])]
+from ranks import INF, NONE, ONE, fork_ranks, import_once, mean_trainer
 from table import ROWS_PER_STEP, TRAINERS, Cell, data_of, tiny_model
 
 from llm_trainer import configure_optimizer, get_trainer_class
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.train.hooks import Hook
+from machine import has_fp16
 
 STAGES = (0, 1, 2, 3)
 ON_HOST = {"device": "cpu", "pin_memory": False}
@@ -169,6 +167,17 @@ def resumed(folder: Path, halves: list[tuple[int, str, str]]) -> list[dict[str, 
     return found
 
 
+def possible(what: Any) -> Any:
+    """What of a list or a mapping, at any depth, this CPU can compute: DeepSpeed's fp16 needs instructions for it."""
+    if has_fp16():
+        return what
+    if isinstance(what, dict):
+        return {key: possible(value) for key, value in what.items()}
+    if isinstance(what, list):
+        return [possible(value) for value in what if "fp16" not in str(value)]
+    return what
+
+
 FAST: dict[str, Any] = {
     "cells": [Cell("sft", 1, 4, 2), Cell("dpo", 2, 2, 2, True, 40)],
     "precisions": ["plain", "autocast-2", "bf16-0", "bf16-3", "fp16-1"],
@@ -195,11 +204,7 @@ def several(folder: Path, plays: dict[str, Callable[[Path], Any]]) -> dict[str, 
 
 def main(folder: Path, what: dict[str, Any]) -> None:
     """Play everything."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed  # noqa: F401  (once, not in every rank)
-        from transformers import PreTrainedModel  # noqa: F401
+    import_once()
 
     begin, go_on = partial(whole, names=what["ways"]), what["halves"]
     with_two: dict[str, Callable[[Path], Any]] = {
@@ -218,4 +223,4 @@ def main(folder: Path, what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), {"fast": FAST, "slow": SLOW}[sys.argv[2]])
+    main(Path(sys.argv[1]), possible({"fast": FAST, "slow": SLOW}[sys.argv[2]]))

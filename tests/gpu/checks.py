@@ -160,7 +160,8 @@ def ddp_of_one_process(device: str) -> Numbers:
 def _ddp_steps(device_name: str) -> None:
     """Two steps with and without DDP in this process, started by torchrun; prints how far apart their norms are."""
     from llm_trainer import configure_optimizer
-    from llm_trainer.engine.torch import TorchEngine, detect_device
+    from llm_trainer.engine.device import detect_device
+    from llm_trainer.engine.torch import TorchEngine
     from llm_trainer.models.scored import scored
 
     device = detect_device(device_name)

@@ -195,7 +195,7 @@ def main(out: str, engine: str = "torch", device: str = "cpu") -> None:
     """Run every cell of an engine in one process group; the main process writes the curves."""
     from llm_trainer.config.env import environment
     from llm_trainer.engine import dist
-    from llm_trainer.engine.torch import detect_device
+    from llm_trainer.engine.device import detect_device
 
     torch.set_num_threads(1)
     dist.start(detect_device(device), 60)

@@ -50,7 +50,7 @@ def write_model(
     folder, model = Path(folder), unwrap(model)
     folder.mkdir(parents=True, exist_ok=True)
     if _is_pretrained(model):
-        with _no_progress_bar():
+        with without_progress_bars(), _unwrapped_already():
             model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     elif weights is None:
         save_model(model, str(folder / "model.safetensors"))
@@ -62,8 +62,8 @@ def write_model(
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one for every folder; the run has its own."""
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws one for every folder that it reads or writes; the run has its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -73,6 +73,23 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _unwrapped_already() -> Iterator[None]:
+    """transformers asks accelerate what a model is wrapped in before it saves it. We know that: nothing, by now.
+
+    accelerate would import DeepSpeed to ask it too: a second or more, and a line about accelerators on the screen of a run
+    that does not use it.
+    """
+    from transformers import modeling_utils
+
+    theirs = modeling_utils.unwrap_model
+    modeling_utils.unwrap_model = lambda model: model  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        modeling_utils.unwrap_model = theirs
 
 
 def read_model(model: nn.Module, folder: str | Path) -> None:
@@ -104,7 +121,7 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     kind = next(
         c for c in type(model).__mro__ if not c.__name__.startswith("FSDP")
     )  # what sharding made a class of its own
-    with _no_progress_bar():
+    with without_progress_bars():
         loaded, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
     problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):

@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
-from llm_trainer.engine.torch import detect_device
+from llm_trainer.engine.device import detect_device
 from llm_trainer.generation.sampler import stream
 from llm_trainer.models.pretrained import Kind, find_pretrained
 

@@ -22,7 +22,7 @@ from llm_trainer.cli.plots import Curves, LogError, read_curves, save
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
-from llm_trainer.engine.torch import choose_precision, detect_device
+from llm_trainer.engine.device import choose_precision, detect_device
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "three_ways"
 # EX_UNAVAILABLE of sysexits.h: how a script says that it lacks something; its last line says what.

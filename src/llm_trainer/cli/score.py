@@ -20,7 +20,7 @@ from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import read_rows
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 from llm_trainer.data.steps import StepFormat
-from llm_trainer.engine.torch import detect_device
+from llm_trainer.engine.device import detect_device
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 from llm_trainer.models.rewarding import Rewarding, load_reward_model
 

@@ -1,30 +1,14 @@
-"""`llm-trainer train`: a run from its YAML file, on all GPUs of this machine."""
+"""`llm-trainer train`, as far as it is quick: read the YAML file, and start once per GPU. `training.py` does the rest."""
 
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import GenerationMixin
-from transformers.utils.logging import disable_progress_bar
 
-from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.cli import launch
-from llm_trainer.cli.errors import RunFailed
 from llm_trainer.config.env import environment
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
-from llm_trainer.engine import dist
-from llm_trainer.train.guards import NonFiniteError
-from llm_trainer.train.signals import TrainingInterrupted
-from llm_trainer.trainers import create_trainer
-from llm_trainer.trainers.base import BaseTrainer
-
-OUT_OF_MEMORY = (
-    "the device is out of memory: lower batch_size, set data_loader_config.micro_batch_tokens, or "
-    "run_config.gradient_checkpointing=true"
-)
 
 
 def train(
@@ -37,20 +21,10 @@ def train(
     _start_once_per_gpu(config, context.obj)
     name = algorithm(config, str(run))
 
-    disable_progress_bar()  # of loading and saving weights; the run has its own
-    trainer = create_trainer(name, train_config=config)
-    try:
-        trainer.train()
-    except TrainingInterrupted:
-        dist.stop()
-        raise
-    except (NonFiniteError, CheckpointError) as error:
-        raise RunFailed(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise RunFailed(f"{OUT_OF_MEMORY}. {error}") from error
-    if dist.is_main():
-        _say_goodbye(trainer)
-    dist.stop()
+    # A mistake in the file has been said by now: the libraries that train take seconds to import.
+    from llm_trainer.cli.training import run_training
+
+    run_training(config, name)
 
 
 def algorithm(config: TrainConfig, where: str) -> str:
@@ -80,24 +54,11 @@ def _start_once_per_gpu(config: TrainConfig, arguments: list[str]) -> None:
     started = environment().launched or environment().parallel_type == "none"
     if started or config.run_config.device not in (None, "cuda"):
         return
+    from llm_trainer.cli import launch  # which asks torch for GPUs
+
     machine = launch.Machine.look()
     if machine.num_gpus > 1:
         target = ["-m", "llm_trainer.cli.main", *arguments]
         plan = launch.make_plan(target, machine, launch.Nodes(), engine=launch.engine_of(config))
         print(f"found {machine}: {launch.NAMES[plan.kind]}, because {plan.reason}", file=sys.stderr)
         launch.start(plan)
-
-
-def _say_goodbye(trainer: BaseTrainer) -> None:
-    """Where the model and the logs are, and what to do with them."""
-    run = trainer.run
-    model = run.save_dir / "model"
-    if not model.exists():
-        return
-    print(f"model  {model} (of {model.resolve().parent.name})")
-    print(f"logs   {run.log_dir} (llm-trainer plot {run.log_dir})")
-    if isinstance(trainer.base_model, GenerationMixin):  # a reward model does not talk
-        raw = ""
-        if trainer.config_section == "pretrain_config":
-            raw = " --raw"
-        print(f"chat   llm-trainer chat {model}{raw}")

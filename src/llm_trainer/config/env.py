@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from llm_trainer.config.errors import ConfigError
 
 PARALLEL_TYPES = ("ds", "ddp", "fsdp", "none")
+# The names that oneDNN knows (https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html), in its order.
+AVX512_16_BITS = ("avx512_core_bf16", "avx512_core_fp16", "avx512_core_amx", "avx512_core_amx_fp16")
+AVX10 = ("avx10_1_512", "avx10_1_512_amx", "avx10_1_512_amx_fp16", "avx10_2_512", "avx10_2_512_amx_2")
+CPU_ISAS_WITHOUT_BF16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
+CPU_ISAS = (*CPU_ISAS_WITHOUT_BF16, *AVX512_16_BITS, *AVX10, "default")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ class Environment:
         launched: whether torchrun (or another launcher) started this process: `RANK` and `WORLD_SIZE` are set.
         agent_store: whether the processes meet in a store that torchrun itself keeps (`TORCHELASTIC_USE_AGENT_STORE`).
         restarts: `TORCHELASTIC_RESTART_COUNT`, how often torchrun has started the processes again.
+        max_cpu_isa: `ONEDNN_MAX_CPU_ISA`, the richest CPU instructions to use, one of `CPU_ISAS` in any case. oneDNN, which
+            computes matrix products on CPUs, reads it too, and so does DeepSpeed through it: with AVX2 a rich CPU stands in
+            for a poor one.
     """
 
     token_dir: str | None = None
@@ -46,6 +54,7 @@ class Environment:
     launched: bool = False
     agent_store: bool = False
     restarts: int = 0
+    max_cpu_isa: str = "default"
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -69,6 +78,11 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     if parallel_type not in (None, *PARALLEL_TYPES):
         expected = ", ".join(PARALLEL_TYPES)
         raise ConfigError(f"environment variable PARALLEL_TYPE: got {parallel_type!r}, expected one of {expected}")
+    # oneDNN ignores a name it does not know: a typing error would hide nothing, and nobody would notice.
+    isa = given.get("ONEDNN_MAX_CPU_ISA", Environment.max_cpu_isa)
+    if isa.lower() not in CPU_ISAS:
+        expected = ", ".join(CPU_ISAS).upper()
+        raise ConfigError(f"environment variable ONEDNN_MAX_CPU_ISA: got {isa!r}, expected one of {expected}")
     return Environment(
         token_dir=given.get("TOKEN_DIR"),
         log_dir=given.get("LOG_DIR"),
@@ -84,6 +98,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         launched="RANK" in given and "WORLD_SIZE" in given,
         agent_store=given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         restarts=number("TORCHELASTIC_RESTART_COUNT", Environment.restarts),
+        max_cpu_isa=isa.lower(),
     )
 
 

@@ -1,6 +1,6 @@
 """Which engine executes a run, and what drives it: one table, a line per engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ import torch
 from llm_trainer.config.env import environment
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
-from llm_trainer.engine.torch import choose_precision
+from llm_trainer.engine.device import choose_precision
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -71,6 +71,29 @@ def join_processes(device: torch.device, settings: "Settings") -> None:
     dist.start(device, settings.ddp_timeout_s)
     if settings.fsdp is not None and engine_of(settings) == "fsdp":
         dist.share_data(settings.fsdp.tensor_parallel_size)
+
+
+def check_precision(
+    engine: str, precision: str, deepspeed: Mapping[str, Any] | None, device: torch.device, use_amp: bool = True
+) -> None:
+    """Refuse arithmetic that this machine does not have, before anything is read, tokenized or built.
+
+    Args:
+        engine: its name, never 'auto'.
+        precision: as it was asked for.
+        deepspeed: DeepSpeed's JSON, if any.
+        use_amp: whether mixed precision may be used.
+
+    Raises:
+        ValueError: (or a subclass) this device, or DeepSpeed on it, does not compute in that precision.
+    """
+    chosen = choose_precision(precision, device) if use_amp else "fp32"
+    if engine == "deepspeed":
+        from llm_trainer.engine.deepspeed import check_arithmetic
+        from llm_trainer.engine.zero import complete
+
+        config, _ = complete(deepspeed or {}, chosen)
+        check_arithmetic(config, device)
 
 
 def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, together: bool) -> Engine:

@@ -19,10 +19,51 @@ from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
-from llm_trainer.engine.torch import DTYPES
+from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
 
 MASTER = "master"  # an optimizer's fp32 copy of a 16-bit parameter, in its saved state
+
+
+def _import_deepspeed() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the parts of torch that it imports
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise DeepSpeedError("engine: deepspeed needs a package: pip install deepspeed") from error
+    return deepspeed
+
+
+def check_arithmetic(config: Mapping[str, Any], device: torch.device) -> None:
+    """Ask DeepSpeed whether it computes in the 16 bits of its JSON on this machine, now rather than with a model loaded.
+
+    Raises:
+        DeepSpeedError: it does not.
+    """
+    wanted = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
+    if not wanted:
+        return
+    accelerator = _import_deepspeed().get_accelerator()
+    if accelerator.device_name() != device.type:
+        return  # another error, which `prepare` explains
+    is_supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    needs = {"fp16": "AVX512-FP16 or AMX-FP16", "bf16": "AVX512-BF16 or AMX"}
+    for name in wanted:
+        if is_supported[name]():
+            continue
+        hardware = "a newer GPU"
+        if device.type == "cpu":
+            hardware = f"a CPU with {needs[name]}, or a GPU"
+        (other,) = needs.keys() - {name}
+        alternative = "leave both sections out and set precision: fp32"
+        if is_supported[other]():
+            alternative = f"switch on {other} instead, or {alternative}"
+        raise DeepSpeedError(
+            f"deepspeed: got {name}, which this {device.type} does not compute in; it needs {hardware}. Instead, "
+            f"{alternative}"
+        )
 
 
 def make(options: EngineOptions) -> "DeepSpeedEngine":
@@ -47,6 +88,7 @@ class DeepSpeedEngine(Engine):
         self.device = device
         self.config, self.precision_name = complete(config or {}, precision)
         self.stage = stage_of(self.config)
+        check_arithmetic(self.config, device)
         self._base: nn.Module
         self._optimizer: torch.optim.Optimizer  # the user's, which DeepSpeed hands its pieces
         self._groups: list[dict[str, nn.Parameter]]  # by name; the user's groups before they were cut up
@@ -87,10 +129,7 @@ class DeepSpeedEngine(Engine):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the parts of torch that it imports
             warnings.simplefilter("ignore", FutureWarning)
-            try:
-                import deepspeed
-            except ImportError as error:
-                raise DeepSpeedError("engine: deepspeed needs a package: pip install deepspeed") from error
+            deepspeed = _import_deepspeed()
             if self.device.type != (found := deepspeed.get_accelerator().device_name()):
                 raise DeepSpeedError(
                     f"device: got {self.device}, but DeepSpeed has found {found}: choose that, or set DS_ACCELERATOR"

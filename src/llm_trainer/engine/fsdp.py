@@ -14,8 +14,9 @@ from llm_trainer import checkpoint
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import EngineOptions
+from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.tensor import split_layers
-from llm_trainer.engine.torch import DTYPES, TorchEngine
+from llm_trainer.engine.torch import TorchEngine
 
 
 def make(options: EngineOptions) -> TorchEngine:

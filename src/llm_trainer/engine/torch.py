@@ -13,54 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llm_trainer import checkpoint
-from llm_trainer.config.env import environment
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
+from llm_trainer.engine.device import DTYPES
 
 # The forward need not exchange buffers; torch 2.13 renamed the switch and warns of the old name.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def detect_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best one of this process: its own GPU under torchrun, else any GPU, else the CPU.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    if name is not None:
-        there = ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()]
-        if name.split(":")[0] not in there:
-            raise ValueError(f"device: got {name!r}, but this machine has {', '.join(there)}")
-        if name != "cuda":  # without a number it means each process's own
-            return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", environment().local_rank)
-    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """True where bf16 matrix products have hardware of their own: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """Resolve 'auto': bf16 where it is fast, fp16 (with a loss scaler) on older GPUs, fp32 elsewhere.
-
-    Raises:
-        ValueError: `name` is unknown, or fp16 is asked for on a device other than a GPU.
-    """
-    if name == "auto":
-        return "bf16" if has_fast_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
-    if name not in DTYPES:
-        raise ValueError(f"precision: got {name!r}, expected one of auto, {', '.join(DTYPES)}")
-    if name == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision: fp16 needs a GPU, this run is on {device}; use bf16 or fp32")
-    return name
 
 
 def make(options: EngineOptions) -> "TorchEngine":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from llm_trainer.engine.torch import DTYPES
+from llm_trainer.engine.device import DTYPES
 
 # What DeepSpeed wants to know beforehand and the loop decides step by step. More than one micro-batch makes it ready to
 # add up offloaded gradients; neither number scales anything here.

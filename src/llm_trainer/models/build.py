@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
 from llm_trainer.models.pretrained import Kind, find_pretrained
 
@@ -103,7 +104,8 @@ def _load_model(
     attention = supported_attention(attention, found.config)
     if empty:
         return _model_of_config(AutoConfig.from_pretrained(found.source), attention, dtype, empty)
-    model = AutoModelForCausalLM.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
     check_finite(model, str(source))
     return model
 

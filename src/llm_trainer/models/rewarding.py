@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import knows_branches
 from llm_trainer.models.build import supported_attention
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
@@ -139,4 +140,5 @@ def load_reward_model(
     if found.kind is Kind.STEP_REWARD_MODEL:
         model_class = AutoModelForTokenClassification
     attention = supported_attention(attention, found.config)
-    return model_class.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
+    with without_progress_bars():
+        return model_class.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)

@@ -15,7 +15,7 @@ from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.stream import StepSource, as_step_source
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import choose_driver, choose_engine, join_processes
-from llm_trainer.engine.torch import detect_device
+from llm_trainer.engine.device import detect_device
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.state import Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, snapshot

@@ -4,6 +4,7 @@ Forward, backward, accumulation, wrapping (accelerate), clipping, update and sch
 batches, weights, metrics, evaluation, checkpoints, signals and resuming are the run's, as under `loop.fit`.
 """
 
+import logging
 import math
 import sys
 import time
@@ -86,10 +87,17 @@ def fit(
         ValueError: an argument contradicts the run, or transformers cannot do what the run is set to.
         NonFiniteError: see `Run.after`.
     """
+    # transformers imports DeepSpeed where it is installed, and this run does not use it.
+    logging.getLogger("DeepSpeed").addFilter(_is_not_about_its_choice)
     random = checkpoint.random_state()  # transformers seeds everything anew
     driver = Driver(work, progress, after, _training_arguments(work, arguments), list(callbacks))
     checkpoint.set_random_state(random)
     driver.train()  # a callback may end it early; the run notices
+
+
+def _is_not_about_its_choice(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's log says more than which kind of device it has found."""
+    return "Setting accelerator to" not in record.getMessage()
 
 
 def _training_arguments(work: Work, given: dict[str, Any]) -> TrainingArguments:

@@ -28,6 +28,10 @@ def test_checkpoint_folder_has_two_names():
     assert environment({"DIST_CHECKPOINT_DIR": "d", "CHECKPOINT_DIR": "c"}).checkpoint_dir == "c"
 
 
+def test_names_of_instructions_are_read_as_onednn_reads_them():
+    assert environment({"ONEDNN_MAX_CPU_ISA": "AVX512_core"}).max_cpu_isa == "avx512_core"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -35,6 +39,7 @@ def test_checkpoint_folder_has_two_names():
         ("WORLD_SIZE", "two", "an integer of at least 1"),
         ("RANK", "-1", "an integer of at least 0"),
         ("PARALLEL_TYPE", "tp", "one of ds, ddp, fsdp, none"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512", "one of SSE41, AVX, AVX2, AVX2_VNNI, AVX2_VNNI_2, AVX512_CORE, "),
     ],
 )
 def test_nonsense_is_named(name, value, expected):

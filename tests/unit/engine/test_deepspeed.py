@@ -36,8 +36,9 @@ def test_the_loop_decides_batches_and_clipping() -> None:
     ],
 )
 def test_a_section_that_is_switched_on_wins_over_the_precision(
-    sections: dict[str, Any], asked: str, found: str, key: str
+    sections: dict[str, Any], asked: str, found: str, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("llm_trainer.engine.deepspeed.check_arithmetic", lambda *_: None)  # of this machine
     whole, precision = complete(STAGE_2 | sections, asked)
     switched_on = [name for name in ("torch_autocast", "bf16", "fp16") if whole.get(name, {}).get("enabled")]
     assert (precision, switched_on) == (found, [key])

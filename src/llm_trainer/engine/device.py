@@ -1,0 +1,57 @@
+"""What this machine has: the device of a process, and the arithmetic in which it is fast."""
+
+import torch
+
+from llm_trainer.config.env import CPU_ISAS_WITHOUT_BF16, environment
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def detect_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best one of this process: its own GPU under torchrun, else any GPU, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name is not None:
+        available = ["cpu"]
+        if torch.cuda.is_available():
+            available.append("cuda")
+        if torch.backends.mps.is_available():
+            available.append("mps")
+        if name.split(":")[0] not in available:
+            raise ValueError(f"device: got {name!r}, but this machine has {', '.join(available)}")
+        if name != "cuda":  # without a number it means each process's own
+            return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", environment().local_rank)
+    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """True where bf16 matrix products have hardware of their own: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX.
+
+    A CPU whose instructions `ONEDNN_MAX_CPU_ISA` hides from oneDNN, which computes the products, has none.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or environment().max_cpu_isa in CPU_ISAS_WITHOUT_BF16:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Resolve 'auto': bf16 where it is fast, fp16 (with a loss scaler) on older GPUs, fp32 elsewhere.
+
+    Raises:
+        ValueError: `name` is unknown, or fp16 is asked for on a device other than a GPU.
+    """
+    if name == "auto":
+        if has_fast_bf16(device):
+            return "bf16"
+        return "fp16" if device.type == "cuda" else "fp32"
+    if name not in DTYPES:
+        raise ValueError(f"precision: got {name!r}, expected one of auto, {', '.join(DTYPES)}")
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision: fp16 needs a GPU, this run is on {device}; use bf16 or fp32")
+    return name

@@ -1,0 +1,40 @@
+"""The cells of every engine with two processes: `python engines.py OUT` forks them all from one import.
+
+Writes, for each engine, how its processes ended and the curves of its cells.
+"""
+
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
+from ranks import fork_ranks, import_once
+from table import ENGINES, TRAINERS, cells, engine_cells, run
+
+RANKS = 2
+
+
+def curves(folder: Path, engine: str) -> dict[str, Any]:
+    """Every cell of an engine, one after the other in the same processes."""
+    make = cells if engine == "torch" else partial(engine_cells, engine=engine)
+    return {str(cell): run(cell) for trainer in TRAINERS for cell in make(trainer, ranks=RANKS)}
+
+
+def main(out: Path) -> None:
+    """Play everything."""
+    import_once()
+    import transformers.trainer  # noqa: F401  # of the engine 'hf'
+
+    report = {}
+    with tempfile.TemporaryDirectory() as name:
+        for engine in ENGINES:
+            done = fork_ranks(partial(curves, engine=engine), Path(name) / engine, RANKS)
+            report[engine] = {"codes": done["codes"], "texts": done["texts"], "curves": done["results"][0]}
+    out.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
