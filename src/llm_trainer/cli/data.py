@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,19 +37,21 @@ def check(
         str | None, typer.Option(help="tokenizer folder: count tokens, show what is trained on")
     ] = None,
     schema: Annotated[str | None, typer.Option(help="the rows' schema, instead of recognising it")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain, sft, preference, unpaired or prompt")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="text, conversations, pairs, unpaired, process, prompts, or your own")
+    ] = None,
     block_size: Annotated[int | None, typer.Option(min=2, help="tokens of the context")] = None,
 ) -> None:
     """Show what files hold: schema, lengths, duplicates, broken rows. Exits with 1 if training on them would stop."""
     from llm_trainer.data.check import check_file
-    from llm_trainer.data.prepare import files_of
+    from llm_trainer.data.read.files import files_of
 
     if block_size is not None and tokenizer is None:
         raise typer.BadParameter("is counted in tokens and needs --tokenizer", param_hint="--block-size")
     chat = None if tokenizer is None else _chat_format(tokenizer)
     stops = False
     for path in (file for given in files for file in files_of(given)):
-        report = check_file(path, chat, schema=schema, stage=stage, block_size=block_size)
+        report = check_file(path, chat, schema=schema, kind=kind, block_size=block_size)
         _show(report)
         stops = stops or report.stops_training
     if stops:
@@ -81,7 +83,8 @@ def _show(report: FileReport) -> None:
 
 def _facts(report: FileReport) -> dict[str, str]:
     """The lines of the screen, by their labels."""
-    facts = {"schema": f"{report.schema or 'none'} (rows of kind '{report.kind}', for {', '.join(report.stages)})"}
+    usable_as = ", ".join(report.usable_as) or "no training yet"
+    facts = {"schema": f"{report.schema or 'none'} (rows of kind '{report.kind}', for {usable_as})"}
     if not report.schema:
         return {"schema": "not recognised"}
     if report.kind == "vision":
@@ -115,40 +118,39 @@ def prepare(
     files: Files,
     tokenizer: Annotated[str, typer.Option(help="tokenizer folder")],
     out: Annotated[Path, typer.Option(help="folder of the token files")],
-    stage: Annotated[str, typer.Option(help="pretrain (flat .npy) or sft (.pkl of id lists)")] = "pretrain",
+    kind: Annotated[str, typer.Option(help="text (flat .npy), conversations or prompts (.pkl of id lists)")] = "text",
     workers: Annotated[int, typer.Option(min=1, help="processes that tokenize large files")] = 1,
     drop_bad_rows: Annotated[bool, typer.Option("--drop-bad-rows", help="count and leave out rows that fail")] = False,
 ) -> None:
     """Tokenize files once, ahead of training. A run that was killed goes on where it stopped when started again."""
     import shutil
 
-    from llm_trainer.data.datasets import Documents
-    from llm_trainer.data.prepare import KINDS, DataOptions, files_of, store_of
+    from llm_trainer.data.kinds import DataOptions, get_kind
+    from llm_trainer.data.load import store_of
+    from llm_trainer.data.read.files import files_of
 
-    if stage not in KINDS:
-        raise typer.BadParameter(f"got {stage!r}, expected {' or '.join(KINDS)}", param_hint="--stage")
+    if kind not in _WRITERS:
+        raise typer.BadParameter(f"got {kind!r}, expected {' or '.join(_WRITERS)}", param_hint="--kind")
+    suffix, write = _WRITERS[kind]
     paths, stores = [file for given in files for file in files_of(given)], out / ".stores"
-    targets = {path: out / f"{path.name.split('.')[0]}{'.npy' if stage == 'pretrain' else '.pkl'}" for path in paths}
+    targets = {path: out / f"{path.name.split('.')[0]}{suffix}" for path in paths}
     if len(set(targets.values())) < len(targets):
         raise ValueError(
             f"several files would be written to the same name in {out}: prepare them into separate folders"
         )
-    options = DataOptions(stage, bad_rows="drop" if drop_bad_rows else "error", workers=workers)
-    chat, total = _chat_format(tokenizer), None
+    options = DataOptions(bad_rows="drop" if drop_bad_rows else "error", workers=workers)
+    rows, chat, total = get_kind(kind), _chat_format(tokenizer), None
     for path, target in targets.items():
-        store = store_of(path, chat, options, stores)
-        if stage == "pretrain":
-            _write_flat(store, target)
-        else:
-            _write_lists(store, target, chat)
-        ledger = Documents(store, str(path), None).ledger
+        store = store_of(path, rows, chat, options, stores)
+        write(store, target, chat)
+        ledger = rows.rows(store, str(path), options).ledger
         _print_ledger(f"{path} -> {target}", ledger)
         total = ledger if total is None else total.merge(ledger)
     shutil.rmtree(stores)
     if total is not None and len(paths) > 1:
         _print_ledger("all files", total)
-    typer.echo(f"train with file_dataset: [{', '.join(map(str, targets.values()))}] and {stage}_config")
-    if stage == "sft":
+    typer.echo(f"train with file_dataset: [{', '.join(map(str, targets.values()))}] and {rows.section}")
+    if kind == "conversations":
         typer.echo("the mask of trained tokens is not in the files: training finds it again from the ids")
 
 
@@ -156,7 +158,7 @@ def _print_ledger(title: str, ledger: Ledger) -> None:
     typer.echo("\n  ".join([title, *ledger.lines()]))
 
 
-def _write_flat(store: TokenStore, target: Path) -> None:
+def _write_flat(store: TokenStore, target: Path, chat: ChatFormat) -> None:
     """The ids of all documents end to end, as one memory-mappable array: the store's own file under another name."""
     import os
     import shutil
@@ -177,8 +179,6 @@ def _write_lists(store: TokenStore, target: Path, chat: ChatFormat) -> None:
     Raises:
         ValueError: what is trained on in a row cannot be told from its ids.
     """
-    import pickle
-
     from llm_trainer.data.encode.chat import ChatTemplateError, spans_from_ids
 
     lists, differing = [], 0
@@ -196,7 +196,39 @@ def _write_lists(store: TokenStore, target: Path, chat: ChatFormat) -> None:
             f"WARNING: in {differing:,} of {len(store):,} rows of {store.meta['source']} the mask that is found "
             "again differs from that of the text (loss weights, cut turns); train on the text to keep it"
         )
+    _write_pickle(lists, target)
+
+
+def _write_prompts(store: TokenStore, target: Path, chat: ChatFormat) -> None:
+    """A pickled list of `{"prompt": ids, "answer": ids}`; rows without a reference answer have no `answer`."""
+    from llm_trainer.data.kinds import DataOptions
+    from llm_trainer.data.kinds.prompts import PromptRows
+
+    rows, dicts, differing = PromptRows(store, store.meta["source"], DataOptions()), [], 0
+    for i in range(len(rows.lengths)):
+        sample = rows[i]
+        ids = {"prompt": sample["input_ids"].tolist()}
+        if sample["answer"] is not None:
+            ids["answer"] = chat.tokenizer(sample["answer"], add_special_tokens=False).input_ids
+            differing += chat.tokenizer.decode(ids["answer"]) != sample["answer"]
+        dicts.append(ids)
+    if differing:
+        typer.echo(f"WARNING: {differing:,} of {len(dicts):,} answers are another text when read from their ids again")
+    typer.echo("the files hold prompts and answers; train on the text where a reward reads other columns of the rows")
+    _write_pickle(dicts, target)
+
+
+def _write_pickle(rows: list[Any], target: Path) -> None:
+    import pickle
+
     partial = target.with_suffix(".partial")
     with partial.open("wb") as file:
-        pickle.dump(lists, file)
+        pickle.dump(rows, file)
     partial.replace(target)
+
+
+_WRITERS = {  # kind of rows -> suffix of its token files, and what writes one
+    "text": (".npy", _write_flat),
+    "conversations": (".pkl", _write_lists),
+    "prompts": (".pkl", _write_prompts),
+}

@@ -220,9 +220,9 @@ def _table(found: list[Choice], chosen: Choice | None, budget: float | None) -> 
 
 def _changes(config: TrainConfig, job: Job, chosen: Choice) -> list[str]:
     """The choice as changes to the configuration."""
-    from llm_trainer.assemble import STAGES
+    from llm_trainer.assemble import SECTIONS
 
-    section = next(name for name in STAGES if getattr(config, name) is not None)
+    section = next(name for name in SECTIONS if getattr(config, name) is not None)
     strategy, engine = chosen.strategy, []
     if strategy.is_zero:
         engine = [f"ds_config.zero_config.stage={strategy.optimizer + strategy.gradients + strategy.weights}"]

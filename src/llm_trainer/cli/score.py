@@ -43,7 +43,7 @@ class Judge:
 
         from llm_trainer.data.encode.chat import ChatFormat
         from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
-        from llm_trainer.data.steps import StepFormat
+        from llm_trainer.data.kinds.process import ProcessFormat
         from llm_trainer.engine.torch import detect_device
         from llm_trainer.models.rewarding import STEPS, Rewarding, judged_in, load_reward_model
 
@@ -51,7 +51,7 @@ class Judge:
         model = load_reward_model(folder, dtype="auto").eval()
         self.judges_steps = judged_in(folder) == STEPS
         self.chat: ChatFormat = ChatFormat(load_tokenizer(tokenizer or folder))
-        self.steps = StepFormat(self.chat)
+        self.steps = ProcessFormat(self.chat)
         check_vocabulary(self.chat.tokenizer, model.get_input_embeddings().num_embeddings)
         self.device = detect_device(None)
         self.context: int = model.config.get_text_config().max_position_embeddings
@@ -61,7 +61,7 @@ class Judge:
         """The answers of a sample as ids, up to the last token of the answer, where training reads the reward."""
         from llm_trainer.data.read.errors import DataError
 
-        if kind == "steps":
+        if kind == "process":
             return {"steps": self.steps.encode(sample["prompt"], sample["steps"])}
         encoded: dict[str, EncodedChat]
         if kind == "completion":
@@ -192,7 +192,7 @@ def score(
 
     known = get_schema(schema) if schema else recognise(list(islice(read_rows(file), 50)))
     judge, left_out = Judge(model_folder(folder), tokenizer), Counter[str]()
-    kinds = ("steps",) if judge.judges_steps else ("chat", "completion", "preference", "unpaired")
+    kinds = ("process",) if judge.judges_steps else ("chat", "completion", "preference", "unpaired")
     if known.kind not in kinds:
         found, fix = f"rows of kind '{known.kind}'", "choose another file, or force its schema with --schema"
         raise DataError(Location(file), found, f"what this model judges: {' or '.join(kinds)} rows", fix)

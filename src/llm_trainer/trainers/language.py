@@ -34,6 +34,7 @@ class Trainer(BaseTrainer):
     """
 
     config_section = "pretrain_config"
+    rows = ("text",)
 
     def __init__(
         self,
@@ -116,6 +117,7 @@ class SFTTrainer(Trainer):
     """Supervised fine-tuning: language modelling whose labels are -100 on everything but the answers."""
 
     config_section = "sft_config"
+    rows = ("conversations",)
 
 
 PretrainTrainer = SFTTrainer  # in the explicit style the labels alone tell them apart
