@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "optimizer": {"optim"},
     "checkpoint": set(),
     "generation": set(),
-    "data": {"config"},
+    "data": {"config", "losses"},  # pure functions of ids: which prompts two answers share, or are mismatched
     "models": {"losses", "config"},
     "engine": {"config", "checkpoint"},
     "trainers": {"losses", "models", "generation", "config"},
