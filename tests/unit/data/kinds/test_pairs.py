@@ -162,7 +162,11 @@ def test_a_flat_batch_holds_all_chosen_documents_before_all_rejected(tmp_path: P
     assert batch["document_lengths"].tolist() == [9, 6, 9, 5] and rows.lengths.tolist() == [11, 15, 18]
     assert batch["labels"][0, :9].tolist() == [-100] * 7 + [8, 9]
     assert batch["ref_chosen_logps"].tolist() == [4, 0] and batch["ref_rejected_logps"].tolist() == [5, 1]
-    assert PairRows(store_of(tmp_path, EXAMPLES), "x", DataOptions()).lengths.tolist() == [12, 16, 18]  # as padded rows cost
+    assert PairRows(store_of(tmp_path, EXAMPLES), "x", DataOptions()).lengths.tolist() == [
+        12,
+        16,
+        18,
+    ]  # as padded rows cost
 
 
 def test_pairs_of_token_ids_are_those_of_text(chat: ChatFormat, tmp_path: Path) -> None:
