@@ -42,24 +42,23 @@ def real_pairs(files: list[Path]) -> list[Pair]:
 
     from llm_trainer.data.encode.chat import ChatFormat
     from llm_trainer.data.encode.tokenizer import load_tokenizer
-    from llm_trainer.data.pairs import SIDES, PairRows, load_answers
-    from llm_trainer.data.prepare import DataOptions
-    from llm_trainer.losses.unpaired import mismatched_order
+    from llm_trainer.data.kinds import DataOptions, get_kind
+    from llm_trainer.data.kinds.pairs import SIDES
+    from llm_trainer.data.load import load
 
     pairs: list[Pair] = []
     chat = ChatFormat(load_tokenizer(SHARED / "tokenizer" / "minimind"))
     with tempfile.TemporaryDirectory() as cache:
-        how = DataOptions(stage="preference", block_size=CONTEXT, bad_rows="drop")
-        for part in load_answers([str(file) for file in files], chat, how, Path(cache), mismatched_order).parts:
-            assert isinstance(part, PairRows)
-            for i in range(len(part.lengths)):
-                row, pair = part[i], dict[str, list[int]]()
-                for side in SIDES:
-                    sample = row["chosen"] if side == "chosen" else row["rejected"]
-                    first = int(np.argmax(sample["trained"]))
-                    pair[side] = sample["input_ids"][first:].tolist()
-                    pair["prompt"] = sample["input_ids"][:first].tolist()
-                pairs.append(pair)
+        options = DataOptions(block_size=CONTEXT, bad_rows="drop")
+        rows = load([str(file) for file in files], get_kind("pairs"), chat, options, Path(cache))
+        for i in range(len(rows.lengths)):
+            row, pair = rows[i], dict[str, list[int]]()
+            for side in SIDES:
+                sample = row[side]
+                first = int(np.argmax(sample["trained"]))
+                pair[side] = sample["input_ids"][first:].tolist()
+                pair["prompt"] = sample["input_ids"][:first].tolist()
+            pairs.append(pair)
     return pairs
 
 
@@ -185,7 +184,7 @@ def run_ours(job: Job) -> None:
 
     from llm_trainer import DPOTrainer, create_optimizer
     from llm_trainer.data.collate import LanguageSample, collate_flat
-    from llm_trainer.data.pairs import PairSample, collate_pairs
+    from llm_trainer.data.kinds.pairs import PairSample, collate_pairs
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.models.attention import resolve_attention
     from llm_trainer.train.hooks import Hook
@@ -216,7 +215,7 @@ def run_ours(job: Job) -> None:
             optimizer=create_optimizer(model.parameters(), "adamw", lr=LEARNING_RATE, weight_decay=0.0),
             train_loader=SampleStream(
                 Rows(job.pairs()),
-                partial(collate_pairs, collate=collate_flat),
+                partial(collate_pairs, lay=collate_flat),
                 rows_per_step=PAIRS_PER_STEP,
                 batch_size=PAIRS_PER_MICRO_BATCH,
                 micro_batch_tokens=MICRO_BATCH_TOKENS,

@@ -15,9 +15,10 @@ from typing import Any
 from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, SFTConfig
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.schema import TrainConfig
-from llm_trainer.data.prepare import ROWS_LOOKED_AT, DataOptions, files_of, find_schema
+from llm_trainer.data.kinds import DataOptions, get_kind
+from llm_trainer.data.load import ROWS_LOOKED_AT, find_schema
 from llm_trainer.data.read.errors import DataError, DroppedRow
-from llm_trainer.data.read.files import read_rows
+from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.messages import Message
 from llm_trainer.data.read.schemas import Schema
 
@@ -256,8 +257,8 @@ def _preference(section: DPOConfig, result: Translation) -> None:
 def add_data(config: TrainConfig, folder: Path, result: Translation) -> None:
     """Name every data file in `datasets`; files that LLaMA-Factory cannot read are written anew into `folder`."""
     stage, _ = stage_of(config)
+    wanted = get_kind({"pt": "text", "sft": "conversations", "dpo": "pairs"}[stage])
     options = DataOptions(
-        {"pt": "pretrain", "sft": "sft", "dpo": "preference"}[stage],
         schema=config.data_loader_config.schema,
         text_unit=config.data_loader_config.text_unit,
         bad_rows=config.data_loader_config.bad_rows,
@@ -268,7 +269,7 @@ def add_data(config: TrainConfig, folder: Path, result: Translation) -> None:
         paths = [given[i] for i in range(len(given))] if given is not None else []
         for path in (file for one in paths for file in files_of(Path(one))):
             name = f"{use}_{len(names[use])}_{path.stem}".replace(",", "_")
-            schema = find_schema(path, options)
+            schema = find_schema(path, wanted, options)
             result.datasets[name] = _entry(schema, path, options, folder / f"{name}.jsonl", result)
             names[use].append(name)
             kinds[path.name] = schema.kind

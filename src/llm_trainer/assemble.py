@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +14,18 @@ from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, RewardConfi
 from llm_trainer.config.load import dump_config
 from llm_trainer.config.options import Fsdp, Sampling
 from llm_trainer.config.schema import ModelConfig, TrainConfig
-from llm_trainer.data.collate import collate_flat, collate_padded
-from llm_trainer.data.datasets import Joined
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
-from llm_trainer.data.pairs import PairRows, collate_pairs, collate_unpaired, load_answers
-from llm_trainer.data.prepare import DataOptions, files_of, load_language_data
-from llm_trainer.data.steps import collate_steps, holds_steps, load_steps
+from llm_trainer.data.kinds import DataOptions, Kind
+from llm_trainer.data.kinds.pairs import PairRows
+from llm_trainer.data.load import choose_kind, load, open_stream
+from llm_trainer.data.read.files import files_of
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import check_precision, engine_name
 from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.losses.preference import PreferenceLoss, resolve_loss_type
-from llm_trainer.losses.unpaired import mismatched_order
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.frozen import fingerprint, freeze, frozen_copy
@@ -43,19 +40,13 @@ from llm_trainer.models.rewarding import (
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.optimizers import configure_optimizer
 from llm_trainer.optim.schedules import create_scheduler
-from llm_trainer.trainers.completions import as_rows, num_shared, placed, score, share_prompts
+from llm_trainer.trainers.completions import as_rows, placed, score, share_prompts
 from llm_trainer.trainers.distill import Distillation, check_same_tokenizer
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.base import BaseTrainer
 
-STAGES = {  # section of the configuration -> what its rows are
-    "pretrain_config": "pretrain",
-    "sft_config": "sft",
-    "dpo_config": "preference",
-    "reward_config": "preference",
-    "kto_config": "unpaired",
-}
+SECTIONS = ("pretrain_config", "sft_config", "dpo_config", "reward_config", "kto_config")  # one per algorithm
 OPTIMIZER_NAMES = {"adam": "adamw"}  # the configuration's 'adam' decouples its weight decay
 
 
@@ -202,7 +193,7 @@ def make_reward_model(
     Raises:
         ValueError: the model of the folder judges the other of the two.
     """
-    steps, folder = stage_of(config, trainer_class) == "steps", config.model_config
+    steps, folder = kind_of(config, trainer_class).name == "process", config.model_config
     judged = judged_in(folder) if isinstance(folder, str) else None
     if judged is None or not isinstance(folder, str):
         make = process_reward_model if steps else reward_model
@@ -216,15 +207,14 @@ def make_reward_model(
     return load_reward_model(folder, resolve_attention(config.run_config.attention, device))
 
 
-def stage_of(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> str:
-    """What the rows are used for; a reward model learns from pairs or, where the first file holds such, from steps."""
-    section, loader = section_of(config, trainer_class), config.data_loader_config
-    if section == "reward_config":
-        options = DataOptions(stage="steps", schema=loader.schema, text_unit=loader.text_unit)
-        first = next((file for path in _paths(config.file_dataset) for file in files_of(Path(path))), None)
-        if first is not None and holds_steps(first, options):
-            return "steps"
-    return STAGES.get(section, "sft")
+def kind_of(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> Kind:
+    """What a row of the data is: the kind of rows of the trainer, of several the one that the first file holds."""
+    names = trainer_class.rows
+    if section_of(config, trainer_class) == "pretrain_config":
+        names = ("text",)  # PretrainTrainer is SFTTrainer: the configuration tells which of them is meant
+    loader = config.data_loader_config
+    options = DataOptions(schema=loader.schema, text_unit=loader.text_unit)
+    return choose_kind(names, _paths(config.file_dataset), options)
 
 
 def make_streams(
@@ -232,48 +222,39 @@ def make_streams(
 ) -> tuple[SampleStream, dict[str, SampleStream]]:
     """Training and validation data as streams of micro-batches for this rank; of several validation files, by name."""
     loader, sft = config.data_loader_config, config.sft_config
-    section, stage = getattr(config, section_of(config, trainer_class)), stage_of(config, trainer_class)
-    packing = loader.packing or ("wrapped" if stage == "pretrain" else "none")
+    section, kind = getattr(config, section_of(config, trainer_class)), kind_of(config, trainer_class)
     context = model.config.max_position_embeddings
     block_size = config.dataset_block_size or context
     if block_size > context:
         raise ValueError(f"dataset_block_size: got {block_size}, but the model's longest sequence is {context}")
-    may_share = stage == "preference" and isinstance(section, DPOConfig | RewardConfig) and section.share_prompts
-    shares_prompts = may_share and knows_branches(model.config, detect_device(config.run_config.device))
+    may_share = kind.may_share and isinstance(section, DPOConfig | RewardConfig) and section.share_prompts
     options = DataOptions(
-        stage=stage,
         schema=loader.schema,
         block_size=block_size,
-        packing=packing,
+        packing=loader.packing or kind.packings[0],
         truncation=loader.truncation,
         bad_rows=loader.bad_rows,
         text_unit=loader.text_unit,
         workers=loader.data_loader_num_workers,
+        share_prompts=may_share and knows_branches(model.config, detect_device(config.run_config.device)),
     )
     chat = ChatFormat(tokenizer) if sft is None else ChatFormat(tokenizer, train_on=sft.train_on, thinking=sft.thinking)
     cache = Path(loader.cache_dir or Path(config.run_config.save_dir) / "data")
-    flat = packing in ("flat", "bfd", "bfd_split")
-    collate: Any = collate_flat if flat else partial(collate_padded, pad_id=tokenizer.pad_token_id)
-    load: Any = load_language_data
-    if stage == "steps":
-        collate, load = partial(collate_steps, collate=collate), load_steps
-    elif stage in ("preference", "unpaired"):
-        collate = partial(collate_pairs if stage == "preference" else collate_unpaired, collate=collate)
-        load = partial(load_answers, pair_up=mismatched_order, num_shared=num_shared if shares_prompts else None)
     world = dist.world_size()
 
     def stream(paths: list[str], batch_size: int, rows_per_step: int, **how: Any) -> SampleStream:
         with dist.main_process_first():
-            dataset: Joined = load(paths, chat, options, cache)
-        return SampleStream(
+            dataset = load(paths, kind, chat, options, cache)
+        return open_stream(
             dataset,
-            collate,
+            kind,
+            options,
+            tokenizer.pad_token_id,
             rows_per_step=rows_per_step,
             batch_size=batch_size,
             rank=dist.rank(),
             world_size=world,
             micro_batch_tokens=loader.micro_batch_tokens,
-            flat=flat or shares_prompts,
             seed=config.run_config.seed,
             num_workers=loader.data_loader_num_workers,
             pin_memory=loader.data_loader_pin_memory,

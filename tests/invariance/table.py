@@ -114,13 +114,14 @@ class Answers:
 def data_of(cell: Cell) -> tuple[Any, Any]:
     """The rows of a trainer, and how they become batches."""
     from llm_trainer.data.collate import collate_flat, collate_padded
-    from llm_trainer.data.pairs import collate_pairs, collate_unpaired
+    from llm_trainer.data.kinds.pairs import collate_pairs
+    from llm_trainer.data.kinds.unpaired import collate_unpaired
 
     collate: Any = collate_flat if cell.flat else collate_padded
     if cell.trainer in ("pretrain", "sft"):
         return Rows(cell.trainer, 512), collate
     return Answers(cell.trainer, 512), partial(
-        collate_unpaired if cell.trainer == "kto" else collate_pairs, collate=collate
+        collate_unpaired if cell.trainer == "kto" else collate_pairs, lay=collate
     )
 
 

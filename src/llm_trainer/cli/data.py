@@ -6,19 +6,21 @@ import pickle
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from llm_trainer.data.check import FileReport, Piece, check_file
-from llm_trainer.data.datasets import Documents
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.data.kinds import DataOptions, get_kind
+from llm_trainer.data.kinds.prompts import PromptRows
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.prepare import KINDS, DataOptions, files_of, store_of
+from llm_trainer.data.load import store_of
+from llm_trainer.data.read.files import files_of
 
 PROBLEMS_SHOWN = 10
 _BAR = 40  # characters of the longest bar
@@ -43,7 +45,9 @@ def check(
         str | None, typer.Option(help="tokenizer folder: count tokens, show what is trained on")
     ] = None,
     schema: Annotated[str | None, typer.Option(help="the rows' schema, instead of detecting it")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain, sft, preference, unpaired or prompt")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="text, conversations, pairs, unpaired, process, prompts, or your own")
+    ] = None,
     block_size: Annotated[int | None, typer.Option(min=2, help="tokens of the context")] = None,
 ) -> None:
     """Show what files hold: schema, lengths, duplicates, broken rows. Exits with 1 if training on them would stop."""
@@ -54,7 +58,7 @@ def check(
         chat = ChatFormat(load_tokenizer(tokenizer))
     stops = False
     for path in _all_files(files):
-        report = check_file(path, chat, schema=schema, stage=stage, block_size=block_size)
+        report = check_file(path, chat, schema=schema, kind=kind, block_size=block_size)
         _show(report)
         stops = stops or report.stops_training
     if stops:
@@ -91,7 +95,8 @@ def _facts(report: FileReport) -> dict[str, str]:
     """The lines of the screen, by their labels."""
     if not report.schema:
         return {"schema": "not recognised"}
-    facts = {"schema": f"{report.schema} (rows of kind '{report.kind}', for {', '.join(report.stages)})"}
+    usable_as = ", ".join(report.usable_as) or "no training yet"
+    facts = {"schema": f"{report.schema} (rows of kind '{report.kind}', for {usable_as})"}
     if report.kind == "vision":
         facts["images"] = "the text of these rows is checked, their images are not opened"
     facts["rows"] = f"{report.rows:,}, {len(report.lengths):,} samples, {report.duplicates:,} exact duplicates"
@@ -130,30 +135,28 @@ def prepare(
     files: Files,
     tokenizer: Annotated[str, typer.Option(help="tokenizer folder")],
     out: Annotated[Path, typer.Option(help="folder of the token files")],
-    stage: Annotated[str, typer.Option(help="pretrain (flat .npy) or sft (.pkl of id lists)")] = "pretrain",
+    kind: Annotated[str, typer.Option(help="text (flat .npy), conversations or prompts (.pkl of id lists)")] = "text",
     workers: Annotated[int, typer.Option(min=1, help="processes that tokenize large files")] = 1,
     drop_bad_rows: Annotated[bool, typer.Option("--drop-bad-rows", help="count and leave out rows that fail")] = False,
 ) -> None:
     """Tokenize files once, ahead of training. Started again after a kill, it continues where it stopped."""
-    if stage not in KINDS:
-        raise typer.BadParameter(f"got {stage!r}, expected {' or '.join(KINDS)}", param_hint="--stage")
+    if kind not in _WRITERS:
+        raise typer.BadParameter(f"got {kind!r}, expected {' or '.join(_WRITERS)}", param_hint="--kind")
     # 1. what is written where
-    suffix = ".npy" if stage == "pretrain" else ".pkl"
+    suffix, write = _WRITERS[kind]
     targets = _targets(_all_files(files), out, suffix)
 
     # 2. the tokens of each file; stores stay until all is done, so that a killed run can go on
     stores = out / ".stores"
     bad_rows = "drop" if drop_bad_rows else "error"
-    options = DataOptions(stage, bad_rows=bad_rows, workers=workers)
+    options = DataOptions(bad_rows=bad_rows, workers=workers)
+    rows = get_kind(kind)
     chat: ChatFormat = ChatFormat(load_tokenizer(tokenizer))
     total: Ledger | None = None
     for path, target in targets.items():
-        store = store_of(path, chat, options, stores)
-        if stage == "pretrain":
-            _write_flat(store, target)
-        else:
-            _write_lists(store, target, chat)
-        ledger = Documents(store, str(path), None).ledger
+        store = store_of(path, rows, chat, options, stores)
+        write(store, target, chat)
+        ledger = rows.rows(store, str(path), options).ledger
         _print_ledger(f"{path} -> {target}", ledger)
         total = ledger if total is None else total.merge(ledger)
     shutil.rmtree(stores)
@@ -161,8 +164,8 @@ def prepare(
     # 3. what to do with them
     if total is not None and len(targets) > 1:
         _print_ledger("all files", total)
-    typer.echo(f"train with file_dataset: [{', '.join(map(str, targets.values()))}] and {stage}_config")
-    if stage == "sft":
+    typer.echo(f"train with file_dataset: [{', '.join(map(str, targets.values()))}] and {rows.section}")
+    if kind == "conversations":
         typer.echo("the mask of trained tokens is not in the files: training finds it again from the ids")
 
 
@@ -183,7 +186,7 @@ def _print_ledger(title: str, ledger: Ledger) -> None:
     typer.echo("\n  ".join([title, *ledger.lines()]))
 
 
-def _write_flat(store: TokenStore, target: Path) -> None:
+def _write_flat(store: TokenStore, target: Path, chat: ChatFormat) -> None:
     """The ids of all documents end to end, as one memory-mappable array: the store's own file under another name."""
     partial = target.with_suffix(".partial")
     partial.unlink(missing_ok=True)
@@ -216,7 +219,35 @@ def _write_lists(store: TokenStore, target: Path, chat: ChatFormat) -> None:
             f"WARNING: in {differing:,} of {len(store):,} rows of {store.meta['source']} the mask that is found "
             "again differs from that of the text (loss weights, cut turns); train on the text to keep it"
         )
+    _write_pickle(lists, target)
+
+
+def _write_prompts(store: TokenStore, target: Path, chat: ChatFormat) -> None:
+    """A pickled list of `{"prompt": ids, "answer": ids}`; rows without a reference answer have no `answer`."""
+    rows = PromptRows(store, store.meta["source"], DataOptions())
+    dicts, differing = [], 0
+    for i in range(len(rows.lengths)):
+        sample = rows[i]
+        ids = {"prompt": sample["input_ids"].tolist()}
+        if sample["answer"] is not None:
+            ids["answer"] = chat.tokenizer(sample["answer"], add_special_tokens=False).input_ids
+            differing += chat.tokenizer.decode(ids["answer"]) != sample["answer"]
+        dicts.append(ids)
+    if differing:
+        typer.echo(f"WARNING: {differing:,} of {len(dicts):,} answers are another text when read from their ids again")
+    typer.echo("the files hold prompts and answers; train on the text where a reward reads other columns of the rows")
+    _write_pickle(dicts, target)
+
+
+def _write_pickle(rows: list[Any], target: Path) -> None:
     partial = target.with_suffix(".partial")
     with partial.open("wb") as file:
-        pickle.dump(lists, file)
+        pickle.dump(rows, file)
     partial.replace(target)
+
+
+_WRITERS = {  # kind of rows -> suffix of its token files, and what writes one
+    "text": (".npy", _write_flat),
+    "conversations": (".pkl", _write_lists),
+    "prompts": (".pkl", _write_prompts),
+}

@@ -16,10 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, EncodedChat
 from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
+from llm_trainer.data.kinds.process import ProcessFormat
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import read_rows
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
-from llm_trainer.data.steps import StepFormat
 from llm_trainer.engine.device import detect_device
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 from llm_trainer.models.rewarding import Rewarding, load_reward_model
@@ -48,7 +48,7 @@ class Judge:
         model = load_reward_model(found.source, dtype="auto").eval()
         self.judges_steps = found.kind is Kind.STEP_REWARD_MODEL
         self.chat: ChatFormat = ChatFormat(load_tokenizer(tokenizer or found.source))
-        self.steps = StepFormat(self.chat)
+        self.steps = ProcessFormat(self.chat)
         check_vocabulary(self.chat.tokenizer, model.get_input_embeddings().num_embeddings)
         self.device = detect_device(None)
         self.context: int = model.config.get_text_config().max_position_embeddings

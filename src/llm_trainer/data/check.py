@@ -15,16 +15,16 @@ import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.encode.templates import ChatTemplateError
-from llm_trainer.data.prepare import KINDS, ROWS_LOOKED_AT, DataOptions, find_schema
+from llm_trainer.data.kinds import KINDS, DataOptions, get_kind, kinds_that_accept
+from llm_trainer.data.load import ROWS_LOOKED_AT, find_schema
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import TOKEN_SUFFIXES, Rows, data_files, open_tokens, read_rows
-from llm_trainer.data.read.schemas import STAGES, Schema, get_schema, recognise
+from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 
 Sample = dict[str, Any]
 Piece = tuple[str, bool]  # some text, and whether it is trained on
 NUM_EXAMPLES = 2
 EXAMPLE_TOKENS = 400  # of an example that are shown
-_STAGES = {"sequences": ("pretrain", "sft"), "preference": ("preference",), "prompt": ("prompt",)}
 
 
 @dataclass
@@ -35,7 +35,7 @@ class FileReport:
         path: the file.
         schema: name of the schema of its rows; '' when it has none.
         kind: canonical kind of its samples.
-        stages: training stages that can use them.
+        usable_as: names of the kinds of rows (`data.kinds`) that they can become.
         unit: what lengths are counted in, 'tokens' or 'characters'.
         rows: rows that were read.
         lengths: length of each sample; of a preference pair, the longer of both conversations.
@@ -51,7 +51,7 @@ class FileReport:
     path: Path
     schema: str = ""
     kind: str = ""
-    stages: Sequence[str] = ()
+    usable_as: Sequence[str] = ()
     unit: str = "characters"
     rows: int = 0
     lengths: list[int] = field(default_factory=list)
@@ -110,7 +110,7 @@ def check_file(
     chat: ChatFormat | None = None,
     *,
     schema: str | None = None,
-    stage: str | None = None,
+    kind: str | None = None,
     block_size: int | None = None,
 ) -> FileReport:
     """Read a whole file as training would and report instead of stopping.
@@ -119,19 +119,19 @@ def check_file(
         path: a text file or a token file.
         chat: tokenizer and template; None: lengths are in characters and nothing is said about what is trained on.
         schema: forced schema name; None: recognised from the rows.
-        stage: a key of `STAGES` that the rows are meant for; None: any.
+        kind: name of the kind of rows that is wanted of the file; None: any.
         block_size: tokens of the context, to count what truncation would do.
 
     Raises:
-        ValueError: `schema` or `stage` is unknown.
+        ValueError: `schema` or `kind` is unknown.
     """
     report = FileReport(Path(path), unit="characters" if chat is None else "tokens")
     inspector = _Inspector(report, chat, block_size)
     try:
         if report.path.suffix in TOKEN_SUFFIXES:
-            inspector.read_tokens(stage)
+            inspector.read_tokens(kind)
         else:
-            inspector.read_text(schema, stage)
+            inspector.read_text(schema, kind)
     except DataError as error:
         report.problems.append(error)
     return report
@@ -144,15 +144,15 @@ class _Inspector:
         self.report, self.chat, self.block_size = report, chat, block_size
         self._seen: set[bytes] = set()
 
-    def read_text(self, schema: str | None, stage: str | None) -> None:
+    def read_text(self, schema: str | None, wanted: str | None) -> None:
         report = self.report
         rows = read_rows(report.path, on_error=report.problems.append)
         head = list(islice(rows, ROWS_LOOKED_AT))
         if not head:
             return  # every row is broken, and is reported as such
-        found = _schema_of(report.path, head, schema, stage)
+        found = _schema_of(report.path, head, schema, wanted)
         report.schema, report.kind = found.name, found.kind
-        report.stages = [name for name, kinds in STAGES.items() if found.kind in KINDS.get(name, kinds)]
+        report.usable_as = kinds_that_accept(found.kind)
         if found.kind == "text":
             self.block_size = None  # documents are laid end to end and cut into blocks: nothing is lost
         for location, sample in self._samples(found, chain(head, rows)):
@@ -183,28 +183,29 @@ class _Inspector:
                 self._note_duplicate(json.dumps(sample, sort_keys=True, default=repr).encode())
                 yield location, sample
 
-    def read_tokens(self, stage: str | None) -> None:
+    def read_tokens(self, wanted: str | None) -> None:
         report, tokens = self.report, open_tokens(self.report.path)
-        report.schema, report.kind, report.unit, report.stages = "token_ids", "tokens", "tokens", _STAGES[tokens.kind]
-        if stage is not None and stage not in report.stages:
-            fits = " or ".join(report.stages)
+        report.schema, report.kind, report.unit = "token_ids", "tokens", "tokens"
+        report.usable_as = [name for name in KINDS if get_kind(name).token_kind == tokens.kind]
+        if wanted is not None and get_kind(wanted).name not in report.usable_as:
+            fits = " or ".join(report.usable_as)
             found = f"token rows of kind '{tokens.kind}'"
-            raise DataError(Location(report.path), found, f"rows for {stage}", f"use them for {fits}")
-        if stage != "sft":
+            raise DataError(Location(report.path), found, f"rows for {wanted}", f"use them for {fits}")
+        if wanted != "conversations":
             self.block_size = None
         for row in range(len(tokens)):
             report.rows += 1
             try:
                 columns = tokens[row]
                 self._note_duplicate(b"|".join(ids.tobytes() for ids in columns.values()))
-                encoded = [self._from_ids(ids, Location(report.path, row + 1), stage) for ids in columns.values()]
+                encoded = [self._from_ids(ids, Location(report.path, row + 1), wanted) for ids in columns.values()]
             except DataError as error:
                 report.problems.append(error)
             else:
                 self._count(encoded)
 
-    def _from_ids(self, ids: np.ndarray, location: Location, stage: str | None) -> EncodedChat:
-        """A row of ids as the stage would train on it; without a tokenizer only its length is known."""
+    def _from_ids(self, ids: np.ndarray, location: Location, wanted: str | None) -> EncodedChat:
+        """A row of ids as the wanted kind would train on it; without a tokenizer only its length is known."""
         if self.chat is None:
             return EncodedChat(range(len(ids)), [True] * len(ids), "")  # type: ignore[arg-type]
         if len(ids) and int(ids.max()) >= (size := len(self.chat.tokenizer)):
@@ -212,7 +213,7 @@ class _Inspector:
             raise DataError(location, f"token id {int(ids.max())}", f"ids below {size}, the vocabulary's size", fix)
         values = ids.tolist()
         try:
-            trained = spans_from_ids(values, self.chat) if stage == "sft" else [True] * len(values)
+            trained = spans_from_ids(values, self.chat) if wanted == "conversations" else [True] * len(values)
         except ChatTemplateError as error:
             fix = "store text, or set sft_config.mask_prompt: false to train on every token"
             raise DataError(location, str(error), "ids of a conversation in the chat template", fix) from error
@@ -237,10 +238,10 @@ class _Inspector:
             report.examples.append(_pieces(self.chat, encoded[0]))
 
 
-def _schema_of(path: Path, head: list[tuple[Location, Any]], schema: str | None, stage: str | None) -> Schema:
-    if stage in STAGES:
-        return find_schema(path, DataOptions(stage=stage, schema=schema))
-    return get_schema(schema) if schema else recognise(head, stage)
+def _schema_of(path: Path, head: list[tuple[Location, Any]], schema: str | None, wanted: str | None) -> Schema:
+    if wanted is not None:
+        return find_schema(path, get_kind(wanted), DataOptions(schema=schema))
+    return get_schema(schema) if schema else recognise(head)
 
 
 def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:

@@ -1,4 +1,4 @@
-"""Packing: which documents share a row, and which rows share a micro-batch. Pure functions of lengths.
+"""Packing: which documents share a row, and which rows share a micro-batch. Pure functions of lengths, and their rows.
 
 Every packing is a list of rows, each a list of `Piece`s in the order in which they are laid out.
 """
@@ -6,9 +6,16 @@ Every packing is a list of rows, each a list of `Piece`s in the order in which t
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from llm_trainer.data.collate import LanguageSample
+from llm_trainer.data.ledger import Ledger
+from llm_trainer.data.read.errors import DataError, Location
+
+if TYPE_CHECKING:
+    from llm_trainer.data.kinds.language import Documents
 
 Lengths = Sequence[int] | np.ndarray
 
@@ -145,3 +152,58 @@ def _as_list(lengths: Lengths) -> list[int]:
 def _check_capacity(capacity: int) -> None:
     if capacity < 1:
         raise ValueError(f"the token limit of a row is {capacity}, expected at least 1")
+
+
+# --- rows
+
+PACKERS = {"bfd": pack_bfd, "bfd_split": pack_bfd_split}
+
+
+class Packed:
+    """Rows of up to `capacity` tokens that hold several documents each, by best-fit decreasing ('bfd', 'bfd_split')."""
+
+    def __init__(self, documents: "Documents", capacity: int, strategy: str) -> None:
+        self.documents = documents
+        self.rows = PACKERS[strategy](documents.lengths, capacity)
+        self.lengths = np.array([sum(p.stop - p.start for p in row) for row in self.rows], dtype=np.int64)
+        self.file_sizes = [len(self.rows)]
+        self.ledger = documents.ledger
+        self.ledger.rows = len(self.rows)
+        split = sum(p.start > 0 for row in self.rows for p in row)
+        self.ledger.trained -= split  # the first token of a split-off piece is context
+        self.ledger.context += split
+
+    def __getitem__(self, index: int) -> LanguageSample:
+        pieces = [self.documents.piece(p.document, p.start, p.stop) for p in self.rows[index]]
+        return LanguageSample(
+            input_ids=np.concatenate([p["input_ids"] for p in pieces]),
+            trained=np.concatenate([p["trained"] for p in pieces]),
+            document_lengths=[len(p["input_ids"]) for p in pieces],
+        )
+
+
+class Blocks:
+    """A flat array of ids cut into consecutive rows of `block_size`; the last row may be shorter.
+
+    Nothing is computed per row, so a memory-mapped array of any size costs no memory.
+    """
+
+    def __init__(self, ids: np.ndarray, name: str, block_size: int) -> None:
+        self.ids, self.block_size = ids, block_size
+        full, rest = divmod(len(ids), block_size)
+        self.count = full + (rest > 1)
+        self.lengths: np.ndarray = np.full(self.count, block_size, dtype=np.int64)
+        if rest > 1:
+            self.lengths[-1] = rest
+        self.file_sizes = [self.count]
+        self.ledger = Ledger(name=name, rows=self.count, read=int(self.lengths.sum()), context=self.count)
+        self.ledger.trained = self.ledger.read - self.count
+        if rest == 1:
+            self.ledger.drop("a last block of one token", 1)
+        self.ledger.check()
+        if not self.count:
+            raise DataError(Location(name), f"{len(ids)} tokens", "at least two, to predict one from", "add text")
+
+    def __getitem__(self, index: int) -> LanguageSample:
+        ids = self.ids[index * self.block_size : (index + 1) * self.block_size]
+        return LanguageSample(input_ids=ids, trained=np.ones(len(ids), dtype=bool), document_lengths=[len(ids)])

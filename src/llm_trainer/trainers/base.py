@@ -55,6 +55,7 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
     """
 
     config_section: ClassVar[str] = ""
+    rows: ClassVar[tuple[str, ...]] = ("conversations",)  # kinds of `data/kinds`: the first that the first file fits
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.losses.language import IGNORE
+from llm_trainer.losses.pairs import num_shared
 from llm_trainer.models.frozen import AdaptersOff, freeze, frozen_copy, has_adapters
 from llm_trainer.models.scored import scored
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
-# A branch costs attention further kernels, which as much time as this part of a pair's tokens pays for. Measured:
-# benchmarks/preference_throughput.py.
-MIN_SHARED = 0.02
 _PER_TOKEN = ("input_ids", "labels", "completion")
 _PADDING = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
 
@@ -102,13 +100,17 @@ def share_prompts(rows: Batch) -> Batch:
     columns = {name: _documents(rows[name], rows) for name in _PER_TOKEN if name in rows}
     order = torch.arange(num_answers(rows)).view(-1, 2).T.flatten()
     pieces: dict[str, list[Tensor]] = {name: [] for name in (*columns, "position_ids", "repeats")}
-    for chosen in range(len(order) // 2):
-        rejected = chosen + len(order) // 2
-        ids = [columns["input_ids"][i] for i in (chosen, rejected)]
-        shared = num_shared(ids[0], ids[1], columns["labels"][rejected] != IGNORE)
-        for name, documents in columns.items():
-            pieces[name] += [documents[chosen], documents[rejected][shared:]]
-        positions = [torch.arange(len(ids[0])), torch.arange(shared, len(ids[1]))]
+    half = len(order) // 2
+    documents = columns["input_ids"]
+    sizes = torch.tensor([len(ids) for ids in documents])
+    chosen_ids, rejected_ids = torch.cat(list(documents[:half])), torch.cat(list(documents[half:]))
+    is_label = torch.cat(list(columns["labels"][half:])) != IGNORE
+    shared_tokens = num_shared(chosen_ids, sizes[:half], rejected_ids, sizes[half:], is_label).tolist()
+    for chosen, shared in enumerate(shared_tokens):
+        rejected = chosen + half
+        for name, values in columns.items():
+            pieces[name] += [values[chosen], values[rejected][shared:]]
+        positions = [torch.arange(len(documents[chosen])), torch.arange(shared, len(documents[rejected]))]
         pieces["position_ids"] += positions
         pieces["repeats"] += [1 + (positions[0] < shared).long(), torch.ones_like(positions[1])]
     laid = {name: torch.cat(parts)[None] for name, parts in pieces.items()}
@@ -124,20 +126,6 @@ def _documents(values: Tensor, rows: Batch) -> Sequence[Tensor]:
         return values[0].split(rows["document_lengths"].tolist())
     mask = rows["attention_mask"].bool() if "attention_mask" in rows else torch.ones_like(values, dtype=torch.bool)
     return [row[present] for row, present in zip(values, mask, strict=True)]
-
-
-def num_shared(chosen: Tensor, rejected: Tensor, is_label: Tensor) -> int:
-    """Tokens that begin both sides of a pair and are worth running once.
-
-    Args:
-        chosen: `[T]` ids of prompt and answer.
-        rejected: `[T']` likewise.
-        is_label: `[T']` bool, what of `rejected` is predicted; the token before the first of them is not shared.
-    """
-    length = min(len(chosen), len(rejected))
-    common = int((chosen[:length] == rejected[:length]).cumprod(0).sum())
-    shared = min(common, int(is_label[1:].long().argmax()))
-    return shared if shared >= MIN_SHARED * (len(chosen) + len(rejected)) else 0
 
 
 def num_answers(rows: Batch) -> int:

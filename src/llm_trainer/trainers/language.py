@@ -34,6 +34,7 @@ class Trainer(BaseTrainer):
     """
 
     config_section = "pretrain_config"
+    rows = ("text",)
     prompt_format: ClassVar[PromptFormat] = "text"
 
     def __init__(
@@ -116,6 +117,7 @@ class SFTTrainer(Trainer):
     """Supervised fine-tuning: language modelling whose labels are -100 on everything but the answers."""
 
     config_section = "sft_config"
+    rows = ("conversations",)
     prompt_format: ClassVar[PromptFormat] = "chat"
 
 

@@ -67,6 +67,7 @@ class DPOTrainer(BaseTrainer):
     """
 
     config_section = "dpo_config"
+    rows = ("pairs",)
 
     def __init__(
         self,

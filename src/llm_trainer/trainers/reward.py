@@ -35,6 +35,7 @@ class RewardTrainer(BaseTrainer):
     """
 
     config_section = "reward_config"
+    rows = ("pairs", "process")
 
     def __init__(
         self,

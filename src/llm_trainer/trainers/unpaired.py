@@ -50,6 +50,7 @@ class KTOTrainer(BaseTrainer):
     """
 
     config_section = "kto_config"
+    rows = ("unpaired",)
 
     def __init__(
         self,

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from llm_trainer.cli.main import main
-from llm_trainer.data.encode import store
+from llm_trainer.data.encode import workers
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
-from llm_trainer.data.prepare import DataOptions, load_language_data
+from llm_trainer.data.kinds import DataOptions, get_kind
+from llm_trainer.data.load import load
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_check_shows_facts_and_marks_what_is_trained_on(tmp_path, tokenizer, cap
     assert run("data", "check", path, "--tokenizer", tokenizer, "--block-size", 8) == 1  # not a row fits
     assert run("data", "check", path, "--tokenizer", tokenizer) == 0
     shown = capsys.readouterr().out
-    assert "messages (rows of kind 'chat', for sft)" in shown
+    assert "messages (rows of kind 'chat', for conversations)" in shown
     assert "2, 2 samples, 1 exact duplicates" in shown
     assert "[[good day<|im_end|>]]" in shown
     assert "█" in shown
@@ -69,27 +70,26 @@ def test_prepare_pretraining_data_is_one_flat_memory_mapped_array(tmp_path, toke
     assert ids.tolist() == sum(expected, [])
     assert [entry.name for entry in out.iterdir()] == ["a.npy"]
     assert f"3 rows, {len(ids)} tokens read = {len(ids) - 3} trained on" in capsys.readouterr().out
-    blocks = load_language_data(
-        [str(out / "a.npy")], chat, DataOptions("pretrain", block_size=4, packing="wrapped"), tmp_path
-    )
+    options = DataOptions(block_size=4, packing="wrapped")
+    blocks = load([str(out / "a.npy")], get_kind("text"), chat, options, tmp_path)
     assert blocks[0]["input_ids"].tolist() == ids[:4].tolist()
 
 
 def test_prepare_sft_data_trains_on_the_same_tokens_as_the_text(tmp_path, tokenizer, chat, capsys):
     rows = [conversation("hello", "good day"), conversation("and?", "that is all")]
     path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "out"
-    assert run("data", "prepare", path, "--tokenizer", tokenizer, "--out", out, "--stage", "sft") == 0
+    assert run("data", "prepare", path, "--tokenizer", tokenizer, "--out", out, "--kind", "conversations") == 0
     assert "finds it again from the ids" in capsys.readouterr().out
     expected = [chat.encode(row["messages"]) for row in rows]
     assert pickle.loads((out / "a.pkl").read_bytes()) == [one.input_ids for one in expected]
-    loaded = load_language_data([str(out / "a.pkl")], chat, DataOptions("sft", block_size=64), tmp_path)
+    loaded = load([str(out / "a.pkl")], get_kind("conversations"), chat, DataOptions(block_size=64), tmp_path)
     assert [loaded[i]["trained"].tolist() for i in range(2)] == [one.trained for one in expected]
 
 
 def test_prepare_says_where_ids_alone_do_not_suffice(tmp_path, tokenizer, capsys):
     twice = conversation("q", "a", loss_weight=0)["messages"] + conversation("r", "b")["messages"]
     path, out = write(tmp_path / "a.jsonl", [{"messages": twice}, conversation("q", "a")]), tmp_path / "out"
-    sft = ("--tokenizer", tokenizer, "--out", out, "--stage", "sft")
+    sft = ("--tokenizer", tokenizer, "--out", out, "--kind", "conversations")
     assert run("data", "prepare", path, *sft) == 0
     assert "WARNING: in 1 of 2 rows" in capsys.readouterr().out
     assert run("data", "prepare", write(tmp_path / "b.jsonl", [{"prompt": "1+1=", "completion": "2"}]), *sft) == 2
@@ -99,21 +99,21 @@ def test_prepare_says_where_ids_alone_do_not_suffice(tmp_path, tokenizer, capsys
 def test_prepare_goes_on_after_a_kill(tmp_path, tokenizer, chat, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(9)])
     command = ("data", "prepare", path, "--tokenizer", tokenizer, "--out", tmp_path / "out")
-    monkeypatch.setattr(store, "ROWS_PER_PART", 2)
-    save_part, saved = store._save_part, []
+    monkeypatch.setattr(workers, "ROWS_PER_PART", 2)
+    write_part, saved = workers.write_part, []
 
-    def save_until_killed(target, part):
+    def write_until_killed(folder, number, part):
         if len(saved) == 3:
             raise SystemExit("killed")
-        saved.append(target.name)
-        save_part(target, part)
+        saved.append(number)
+        write_part(folder, number, part)
 
-    monkeypatch.setattr(store, "_save_part", save_until_killed)
+    monkeypatch.setattr(workers, "write_part", write_until_killed)
     assert run(*command) == "killed"
     assert not (tmp_path / "out" / "a.npy").exists()
-    monkeypatch.setattr(store, "_save_part", lambda target, part: (saved.append(target.name), save_part(target, part)))
+    monkeypatch.setattr(workers, "write_part", lambda *part: (saved.append(part[1]), write_part(*part)))
     assert run(*command) == 0
-    assert saved == [f"part-{i:06d}.npz" for i in range(5)]  # nothing twice
+    assert saved == [0, 1, 2, 3, 4]  # nothing twice
     ids = np.load(tmp_path / "out" / "a.npy").tolist()
     assert ids == [token for i in range(9) for token in chat.encode_text(f"document {i}").input_ids]
 
@@ -133,4 +133,17 @@ def test_prepare_refuses_what_it_cannot_write(tmp_path, tokenizer, capsys):
     both = (tmp_path / "a.jsonl", tmp_path / "a.txt", "--tokenizer", tokenizer, "--out", tmp_path)
     assert run("data", "prepare", *both) == 2
     assert "several files would be written to the same name" in capsys.readouterr().err
-    assert run("data", "prepare", *both, "--stage", "dpo") == 2
+    assert run("data", "prepare", *both, "--kind", "dpo") == 2
+
+
+def test_prepared_prompts_are_those_of_the_text(tmp_path, tokenizer, chat, capsys):
+    rows = [{"prompt": "2+2?", "answer": "4", "level": 1}, {"prompt": "and?"}]
+    path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    assert run("data", "prepare", path, "--tokenizer", tokenizer, "--out", out, "--kind", "prompts") == 0
+    assert "train on the text where a reward reads other columns" in capsys.readouterr().out
+    kind = get_kind("prompts")
+    text, ids = (load([str(file)], kind, chat, DataOptions(), tmp_path / "c") for file in (path, out / "a.pkl"))
+    for i in range(2):
+        assert ids[i]["input_ids"].tolist() == text[i]["input_ids"].tolist()
+        assert ids[i]["answer"] == text[i]["answer"]
+    assert text[0]["row"] == rows[0]

@@ -124,7 +124,7 @@ def test_steps_are_judged_as_the_trainer_judges_them(tokenizer, tmp_path, capsys
         f"8 answers, 16 steps: accuracy {accuracy:.1%}, every step of {sum(map(all, agree)) / 8:.1%}"
     )
     assert run(folder, write(tmp_path / "pairs.jsonl", PAIRS)) == 2
-    assert "expected what this model judges: steps rows" in capsys.readouterr().err
+    assert "expected what this model judges: process rows" in capsys.readouterr().err
 
 
 def test_rows_that_cannot_be_scored_are_counted(judge, tmp_path, capsys):

@@ -30,7 +30,12 @@ def test_counts_lengths_duplicates_and_problems_by_row(tmp_path):
     good = {"messages": turns("hello", "good day")}
     rows = [good, {"messages": turns("a", 7)}, "{broken", good, {"messages": turns("hi", "there")}]
     report = check_file(write(tmp_path / "chat.jsonl", rows))
-    assert (report.schema, report.kind, list(report.stages), report.unit) == ("messages", "chat", ["sft"], "characters")
+    assert (report.schema, report.kind, list(report.usable_as), report.unit) == (
+        "messages",
+        "chat",
+        ["conversations"],
+        "characters",
+    )
     assert (report.rows, report.lengths, report.duplicates) == (4, [13, 13, 7], 1)
     assert [(error.location.row, error.reason) for error in report.problems] == [(3, "bad_json"), (2, "wrong_type")]
     assert report.stops_training
@@ -50,7 +55,7 @@ def test_what_is_trained_on_is_the_answer_and_its_end(tmp_path, chat):
 
 def test_of_a_pair_only_the_answers_are_trained_on(tmp_path, chat):
     row = {"prompt": turns("one", "two", "three"), "chosen": "yes", "rejected": "no, " * 20}
-    report = check_file(write(tmp_path / "a.jsonl", [row]), chat, stage="preference")
+    report = check_file(write(tmp_path / "a.jsonl", [row]), chat, kind="pairs")
     (pieces,) = report.examples
     assert [text.startswith("yes") for text, trained in pieces if trained] == [True]
     rejected = chat.encode([*row["prompt"], {"role": "assistant", "content": row["rejected"]}])
@@ -74,21 +79,21 @@ def test_documents_are_cut_into_blocks_and_lose_nothing(tmp_path, chat):
 
 
 def test_prompts_have_nothing_to_train_on_and_that_is_no_problem(tmp_path, chat):
-    report = check_file(write(tmp_path / "a.jsonl", [{"prompt": "2 + 2?", "answer": "4"}]), chat, stage="prompt")
+    report = check_file(write(tmp_path / "a.jsonl", [{"prompt": "2 + 2?", "answer": "4"}]), chat, kind="prompts")
     assert (report.kind, report.trained, report.untrained, report.stops_training) == ("prompt", 0, 0, False)
 
 
 @pytest.mark.parametrize(
-    ("rows", "stage", "message"),
+    ("rows", "kind", "message"),
     [
-        ([{"text": "a"}], "sft", "expected rows of kind chat or completion"),
-        ([{"text": "a"}], "preference", "expected kind preference"),
+        ([{"text": "a"}], "conversations", "expected rows of kind chat or completion"),
+        ([{"text": "a"}], "pairs", "expected rows of kind preference"),
         ([{"colour": "red"}], None, "expected a known format"),
         ([""], None, "no rows"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_problem(tmp_path, rows, stage, message):
-    report = check_file(write(tmp_path / "a.jsonl", rows), stage=stage)
+def test_a_file_that_cannot_be_used_is_one_problem(tmp_path, rows, kind, message):
+    report = check_file(write(tmp_path / "a.jsonl", rows), kind=kind)
     assert message in str(report.problems[0])
     assert report.stops_training
 
@@ -96,16 +101,16 @@ def test_a_file_that_cannot_be_used_is_one_problem(tmp_path, rows, stage, messag
 def test_token_files(tmp_path, chat):
     np.save(tmp_path / "flat.npy", np.arange(500, dtype=np.uint16))
     flat = check_file(tmp_path / "flat.npy", chat)
-    assert (flat.kind, flat.unit, flat.lengths, flat.trained, list(flat.stages)) == (
-        "tokens", "tokens", [500], 499, ["pretrain", "sft"],
+    assert (flat.kind, flat.unit, flat.lengths, flat.trained, list(flat.usable_as)) == (
+        "tokens", "tokens", [500], 499, ["text", "conversations"],
     )  # fmt: skip
     np.save(tmp_path / "flat.npy", np.array([1, 2, 512]))
     assert "token id 512; expected ids below 512" in str(check_file(tmp_path / "flat.npy", chat).problems[0])
     conversation = chat.encode(turns("q", "an answer"))
     np.save(tmp_path / "ids.npy", np.array([conversation.input_ids]))
-    found_again = check_file(tmp_path / "ids.npy", chat, stage="sft")
+    found_again = check_file(tmp_path / "ids.npy", chat, kind="conversations")
     assert found_again.trained == sum(conversation.trained)
-    assert "expected rows for preference" in str(check_file(tmp_path / "ids.npy", stage="preference").problems[0])
+    assert "expected rows for pairs" in str(check_file(tmp_path / "ids.npy", kind="pairs").problems[0])
 
 
 def test_histogram_counts_every_sample_between_powers_of_two(tmp_path):
@@ -118,8 +123,8 @@ def test_histogram_counts_every_sample_between_powers_of_two(tmp_path):
 
 def test_unknown_names_are_the_users_mistake(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match="unknown stage 'pretran'; did you mean 'pretrain'"):
-        check_file(path, stage="pretran")
+    with pytest.raises(ValueError, match="unknown kind of rows 'txt'; did you mean 'text'"):
+        check_file(path, kind="txt")
     with pytest.raises(ValueError, match="unknown data format 'txt'"):
         check_file(path, schema="txt")
 

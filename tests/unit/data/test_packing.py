@@ -1,11 +1,18 @@
 """Properties of packings and of micro-batches that hold for any lengths."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
-from llm_trainer.data.packing import cut_by_tokens, pack_bfd, pack_bfd_split, pack_wrapped
+from llm_trainer.data.collate import collate_flat
+from llm_trainer.data.encode.store import Part
+from llm_trainer.data.encode.workers import build_store
+from llm_trainer.data.kinds import DataOptions
+from llm_trainer.data.kinds.language import Documents
+from llm_trainer.data.packing import Blocks, Packed, cut_by_tokens, pack_bfd, pack_bfd_split, pack_wrapped
 
 
 @pytest.fixture
@@ -88,3 +95,50 @@ def test_a_row_must_have_room() -> None:
     for call in (pack_bfd, pack_bfd_split, pack_wrapped, lambda lengths, limit: cut_by_tokens(lengths, limit, True)):
         with pytest.raises(ValueError, match="token limit of a row is 0"):
             call([1], 0)
+
+
+# --- packed rows
+
+
+def store_of(folder, rows):
+    """A store of (ids, number of leading tokens that are not trained on)."""
+
+    def encode(chunk):
+        ids = [np.asarray(ids, dtype=np.uint16) for ids, _ in chunk]
+        trained = [(np.arange(len(ids)) >= prompt).astype(np.uint8) for ids, prompt in chunk]
+        return Part({"input_ids": ids, "trained": trained})
+
+    return build_store(folder, rows, encode, ("input_ids", "trained"))
+
+
+ROWS = [(range(10, 15), 2), (range(20, 32), 10), (range(40, 43), 3), (range(50, 58), 0)]
+
+
+def test_packed_rows_hold_whole_documents_and_lose_nothing(tmp_path):
+    documents = Documents(store_of(tmp_path, ROWS), "x", DataOptions(block_size=12))
+    packed = Packed(documents, 13, "bfd")
+    rows = [packed[i] for i in range(len(packed.rows))]
+    assert sorted(n for row in rows for n in row["document_lengths"]) == [5, 8, 12]
+    batch = collate_flat(rows)
+    assert int((batch["labels"] != -100).sum()) == packed.ledger.trained == 3 + 2 + 7
+    starts = torch.tensor([0, *batch["document_lengths"].cumsum(0)[:-1]])
+    assert (batch["labels"][0, starts] == -100).all() and (batch["position_ids"][0, starts] == 0).all()
+
+
+def test_split_documents_are_counted(tmp_path):
+    documents = Documents(store_of(tmp_path, [(range(30), 0)]), "x", DataOptions())
+    packed = Packed(documents, 8, "bfd_split")
+    labels = [collate_flat([packed[i]])["labels"] for i in range(len(packed.rows))]
+    assert sum(int((label != -100).sum()) for label in labels) == packed.ledger.check().trained == 30 - 4
+
+
+def test_blocks_cover_everything_and_cost_no_memory(tmp_path):
+    blocks = Blocks(np.arange(11), "x", 4)
+    assert [blocks[i]["input_ids"].tolist() for i in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert (blocks.ledger.trained, blocks.ledger.context) == (8, 3)
+    ids = np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.uint16, shape=(50_000_000,))
+    tracemalloc.start()
+    big = Blocks(ids, "big", 1024)
+    assert len(big[40_000]["input_ids"]) == 1024
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()

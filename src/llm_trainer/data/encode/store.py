@@ -1,23 +1,19 @@
 """Token stores: ragged columns on disk, memory mapped, so that memory stays flat and every length is known.
 
 A store is a folder: `meta.json`, and for each column `<name>.values.npy` (all rows end to end) with
-`<name>.offsets.npy` (row i is values[offsets[i]:offsets[i + 1]]). It is built in parts that survive a kill.
+`<name>.offsets.npy` (row i is values[offsets[i]:offsets[i + 1]]). It is written in parts, by whoever has their rows, which
+survive a kill; then they are joined, and `meta.json` comes last.
 """
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-ROWS_PER_PART = 2000
 
 
 @dataclass
@@ -76,60 +72,67 @@ class TokenStore:
         return (folder / "meta.json").exists()
 
 
-def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, ROWS_PER_PART)):
-        yield chunk
+def compact_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """Ids in the smallest type that holds the vocabulary."""
+    return np.asarray(ids, dtype=np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def _save_part(folder: Path, part: Part) -> None:
-    """Write a part under a temporary name and rename it: it is there whole or not at all."""
+def part_path(folder: Path, number: int) -> Path:
+    """Where part `number` of the store at `folder` is written."""
+    return folder / "parts" / f"part-{number:06d}.npz"
+
+
+def write_part(folder: Path, number: int, part: Part) -> None:
+    """Write part `number` (from 0) of the store at `folder`.
+
+    It is written under a temporary name and renamed: it is there whole or not at all. Several processes may write
+    different parts at once.
+    """
     arrays: dict[str, Any] = {}
     for name, rows in part.columns.items():
         arrays[f"{name}.lengths"] = np.array([len(row) for row in rows], dtype=np.int64)
         arrays[f"{name}.values"] = np.concatenate(rows) if rows else np.empty(0, dtype=np.uint16)
     arrays["dropped"] = np.frombuffer(json.dumps([part.dropped, part.dropped_tokens]).encode(), dtype=np.uint8)
-    partial = folder.with_suffix(".tmp.npz")
+    path = part_path(folder, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp.npz")
     np.savez(partial, **arrays)
-    partial.rename(folder)
+    partial.rename(path)
 
 
-_encode: Callable[[list[Any]], Part]
+def join_parts(
+    folder: Path,
+    num_parts: int,
+    columns: Sequence[str],
+    *,
+    meta: dict[str, Any] | None = None,
+    unreadable: Counter[str] | None = None,
+) -> TokenStore:
+    """Make the store at `folder` of its parts, in the order of their numbers; afterwards they are removed.
 
-
-def _start_worker(encode: Callable[[list[Any]], Part]) -> None:
-    global _encode
-    _encode = encode
-
-
-def _encode_and_save(path: Path, chunk: list[Any]) -> None:
-    _save_part(path, _encode(chunk))
-
-
-def _encode_parts(folder: Path, rows: Iterable[Any], encode: Callable[[list[Any]], Part], workers: int) -> list[Path]:
-    """Encode all rows into part files, several processes at once; finished parts of a killed build are kept."""
-    paths: list[Path] = []
-    missing = []
-    pool = None
-    if workers > 1:
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(encode,))
-    try:
-        for number, chunk in enumerate(_chunks(rows)):
-            paths.append(folder / f"part-{number:06d}.npz")
-            if paths[-1].exists():
-                continue
-            if pool is None:
-                _save_part(paths[-1], encode(chunk))
-                continue
-            missing.append(pool.submit(_encode_and_save, paths[-1], chunk))
-            if len(missing) > 2 * workers:  # bounds the rows held in memory
-                missing.pop(0).result()
-        for future in missing:
-            future.result()
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-    return paths
+    Args:
+        folder: where `write_part` wrote.
+        num_parts: parts 0 to `num_parts` - 1 are joined.
+        columns: names of the columns that every part has.
+        meta: further facts to keep in meta.json.
+        unreadable: rows that never came into a part, by reason.
+    """
+    parts = [part_path(folder, number) for number in range(num_parts)]
+    (folder / "parts").mkdir(parents=True, exist_ok=True)  # there is none where there was no row
+    counts = {name: _join_column(folder, name, parts) for name in columns}
+    assert len(set(counts.values())) <= 1, f"columns of different numbers of rows: {counts}"
+    dropped, dropped_tokens = Counter[str](unreadable or {}), Counter[str]()
+    for path in parts:
+        with np.load(path) as part:
+            rows_left_out, tokens_left_out = json.loads(part["dropped"].tobytes())
+            dropped.update(rows_left_out)
+            dropped_tokens.update(tokens_left_out)
+    facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped, "dropped_tokens": dropped_tokens}
+    partial = folder / "meta.json.tmp"
+    partial.write_text(json.dumps(facts | (meta or {}), indent=1), encoding="utf-8")
+    partial.rename(folder / "meta.json")
+    shutil.rmtree(folder / "parts")
+    return TokenStore(folder)
 
 
 def _join_column(folder: Path, name: str, parts: Sequence[Path]) -> int:
@@ -155,47 +158,3 @@ def _join_column(folder: Path, name: str, parts: Sequence[Path]) -> int:
             start += len(piece)
     values.flush()
     return len(all_lengths)
-
-
-def build_store(
-    folder: Path,
-    rows: Iterable[Any],
-    encode: Callable[[list[Any]], Part],
-    columns: Sequence[str],
-    *,
-    workers: int = 1,
-    meta: dict[str, Any] | None = None,
-    unreadable: Counter[str] | None = None,
-) -> TokenStore:
-    """Encode `rows` into a store at `folder`, or open the finished one that is already there.
-
-    A build that was killed goes on from its last finished part when it is started again.
-
-    Args:
-        folder: where the store goes; its name should hold a key of everything the encoding depends on.
-        rows: all rows, in an order that is the same at every call.
-        encode: rows -> part; picklable when `workers` > 1.
-        columns: names of the columns that `encode` makes.
-        workers: processes that encode.
-        meta: further facts to keep in meta.json.
-        unreadable: rows that `rows` itself left out, by reason; read after its end.
-    """
-    if TokenStore.exists(folder):
-        return TokenStore(folder)
-    parts_folder = folder / "parts"
-    parts_folder.mkdir(parents=True, exist_ok=True)
-    parts = _encode_parts(parts_folder, rows, encode, workers)
-    counts = {name: _join_column(folder, name, parts) for name in columns}
-    assert len(set(counts.values())) <= 1, f"columns of different numbers of rows: {counts}"
-    dropped, dropped_tokens = Counter[str](unreadable or {}), Counter[str]()
-    for path in parts:
-        with np.load(path) as part:
-            rows_left_out, tokens_left_out = json.loads(part["dropped"].tobytes())
-            dropped.update(rows_left_out)
-            dropped_tokens.update(tokens_left_out)
-    facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped, "dropped_tokens": dropped_tokens}
-    partial = folder / "meta.json.tmp"
-    partial.write_text(json.dumps(facts | (meta or {}), indent=1), encoding="utf-8")
-    partial.rename(folder / "meta.json")
-    shutil.rmtree(parts_folder)
-    return TokenStore(folder)

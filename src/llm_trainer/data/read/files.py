@@ -90,6 +90,11 @@ def data_files(path: Path | str) -> list[Path]:
     return [path]
 
 
+def files_of(path: Path) -> list[Path]:
+    """The token file itself, or the files that `read_rows(path)` reads."""
+    return [path] if path.suffix in TOKEN_SUFFIXES else data_files(path)
+
+
 def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 

@@ -4,7 +4,7 @@
 kind they are, and which function of `conversions.py` reads them. A new format is a function there and a line here.
 
 Kinds: `text` `{"text"}`; `chat` `{"messages", "tools"}`; `completion` `{"prompt", "completion"}` (strings);
-`preference` `{"prompt", "chosen", "rejected", "margin"}`; `unpaired` `{"prompt", "completion", "label"}`; `steps`
+`preference` `{"prompt", "chosen", "rejected", "margin"}`; `unpaired` `{"prompt", "completion", "label"}`; `process`
 `{"prompt", "completion", "steps", "right"}` (per step a text and a number in [0, 1]); `prompt` `{"prompt", "answer"}`;
 `tokens` `{"input_ids", "labels"}`; `vision` `{"messages", "images", "answer"}`, where the text holds one `<image>` per
 image.
@@ -174,7 +174,7 @@ _ENTRIES = (
         has(prompt=is_prompt, completion=is_side, label=is_label),
         partial(read.unpaired, key="prompt"),
     ),
-    Schema("stepwise", "steps", has(prompt=is_prompt, completions=is_strings, labels=is_judgement), read.stepwise),
+    Schema("stepwise", "process", has(prompt=is_prompt, completions=is_strings, labels=is_judgement), read.stepwise),
     Schema("verl", "prompt", has(prompt=is_prompt, reward_model=read.is_graded), read.verl),
     Schema(
         "rlvr",
@@ -230,16 +230,6 @@ _ENTRIES = (
 )
 SCHEMAS: dict[str, Schema] = {schema.name: schema for schema in _ENTRIES}
 
-# Stage -> the kinds it can use, the one it wants first: alpaca rows with a rendered `text` are text to pretraining.
-STAGES: dict[str, tuple[str, ...]] = {
-    "pretrain": ("text", "tokens", "vision", "chat", "completion"),
-    "sft": ("vision", "chat", "completion", "tokens", "text"),
-    "preference": ("preference",),
-    "unpaired": ("unpaired", "preference"),
-    "steps": ("steps",),
-    "prompt": ("vision", "prompt"),
-}
-
 
 def get_schema(name: str) -> Schema:
     """The schema of that name, for data whose format should not be guessed.
@@ -247,43 +237,46 @@ def get_schema(name: str) -> Schema:
     Raises:
         ValueError: unknown; names the nearest.
     """
-    return SCHEMAS[_known(name, SCHEMAS, "data format")]
+    return SCHEMAS[known_name(name, SCHEMAS, "data format")]
 
 
-def _known(name: str, known: Iterable[str], what: str) -> str:
+def known_name(name: str, known: Iterable[str], what: str) -> str:
+    """`name` itself, if it is one of `known`.
+
+    Raises:
+        ValueError: it is not; names the nearest.
+    """
     if name in (names := list(known)):
         return name
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     raise ValueError(f"unknown {what} {name!r}; did you mean {nearest!r}? known: {', '.join(names)}")
 
 
-def recognise(rows: Iterable[tuple[Location, Any]], stage: str | None = None) -> Schema:
+def recognise(rows: Iterable[tuple[Location, Any]], accepts: Sequence[str] = ()) -> Schema:
     """The format of a sample of rows: the first of `SCHEMAS` that more than half of them fit.
 
     Half, so that a bad row is reported as a bad row of its format and does not change what the others are.
 
     Args:
         rows: a few rows from the start of the data, as `read_rows` yields them.
-        stage: a key of `STAGES`; decides what rows are that can be read in several ways. None: the order of `SCHEMAS`.
+        accepts: canonical kinds that are wanted, the most wanted first: alpaca rows with a rendered `text` are text to
+            whoever wants `text`. A format of another kind is returned where none of these fits, and for rows with
+            images, which are nothing else without them.
 
     Raises:
-        DataError: no format fits (names the nearest), or none that the stage can use.
-        ValueError: unknown stage, or no rows.
+        DataError: no format fits (names the nearest).
+        ValueError: no rows.
     """
     sample: Sequence[tuple[Location, Any]] = list(rows)
-    kinds = None if stage is None else STAGES[_known(stage, STAGES, "stage")]
     if not sample:
         raise ValueError("no rows to recognise a format by; give at least one")
     fitting = [s for s in SCHEMAS.values() if 2 * sum(s.fits(row) for _, row in sample) > len(sample)]
-    usable = [s for kind in kinds for s in fitting if s.kind == kind] if kinds else fitting
-    if usable:
-        return usable[0]
-    if fitting and kinds:
-        found = f"rows of kind '{fitting[0].kind}' (format '{fitting[0].name}')"
-        raise DataError(
-            sample[0][0], found, f"kind {' or '.join(kinds)} for stage '{stage}'", "use data for this stage"
-        )
-    raise _unrecognised(*sample[0])
+    if not fitting:
+        raise _unrecognised(*sample[0])
+    wanted = [schema for kind in accepts for schema in fitting if schema.kind == kind]
+    if not wanted or fitting[0].kind == "vision":
+        return fitting[0]
+    return wanted[0]
 
 
 def _unrecognised(location: Location, row: Any) -> DataError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llm_trainer.data.kinds import get_kind
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import read_rows
 from llm_trainer.data.read.messages import ROLE_ALIASES
@@ -19,65 +20,69 @@ B, S = {"role": "assistant", "content": "b"}, {"role": "system", "content": "s"}
 
 # file, stage -> format, rows, samples, rows dropped by reason
 FILES = [
-    ("code/mbpp_train.jsonl", "sft", "mbpp", 373, 373, {}),
-    ("corpus/alice_gutenberg_11-0.txt", "pretrain", "text", 1, 1, {}),
-    ("corpus/c4_demo.jsonl", "pretrain", "text", 190, 190, {}),
-    ("corpus/names.txt", "pretrain", "text", 32033, 32033, {}),
-    ("corpus/tinyshakespeare.txt", "pretrain", "text", 2, 2, {}),
-    ("corpus/wiki_demo.txt", "pretrain", "text", 30, 30, {}),
-    ("corpus/wikitext2_valid.txt", "pretrain", "text", 2, 2, {}),
-    ("corpus/zh/ci_song_0.json", "pretrain", "paragraphs", 1000, 1000, {}),
-    ("corpus/zh/lunyu.json", "pretrain", "paragraphs", 20, 20, {}),
-    ("corpus/zh/shijing.json", "pretrain", "content_lines", 305, 305, {}),
-    ("corpus/zh/shuimotangshi.json", "pretrain", "paragraphs", 176, 176, {}),
-    ("corpus/zh/zh_classics.txt", "pretrain", "text", 1, 1, {}),
-    ("preference/dpo_en.json", "preference", "preference_sharegpt", 191, 191, {}),
-    ("preference/dpo_zh.json", "preference", "preference_sharegpt", 183, 183, {}),
-    ("preference/hh_strings.jsonl", "preference", "hh", 69, 69, {}),
+    ("code/mbpp_train.jsonl", "conversations", "mbpp", 373, 373, {}),
+    ("corpus/alice_gutenberg_11-0.txt", "text", "text", 1, 1, {}),
+    ("corpus/c4_demo.jsonl", "text", "text", 190, 190, {}),
+    ("corpus/names.txt", "text", "text", 32033, 32033, {}),
+    ("corpus/tinyshakespeare.txt", "text", "text", 2, 2, {}),
+    ("corpus/wiki_demo.txt", "text", "text", 30, 30, {}),
+    ("corpus/wikitext2_valid.txt", "text", "text", 2, 2, {}),
+    ("corpus/zh/ci_song_0.json", "text", "paragraphs", 1000, 1000, {}),
+    ("corpus/zh/lunyu.json", "text", "paragraphs", 20, 20, {}),
+    ("corpus/zh/shijing.json", "text", "content_lines", 305, 305, {}),
+    ("corpus/zh/shuimotangshi.json", "text", "paragraphs", 176, 176, {}),
+    ("corpus/zh/zh_classics.txt", "text", "text", 1, 1, {}),
+    ("preference/dpo_en.json", "pairs", "preference_sharegpt", 191, 191, {}),
+    ("preference/dpo_zh.json", "pairs", "preference_sharegpt", 183, 183, {}),
+    ("preference/hh_strings.jsonl", "pairs", "hh", 69, 69, {}),
     ("preference/kto_en.json", "unpaired", "kto", 186, 186, {}),
-    ("preference/prompt_chosen_rejected_zh.jsonl", "preference", "preference", 181, 181, {}),
-    ("preference/stack_exchange_paired.json", "preference", "stack_exchange", 25, 25, {}),
-    ("preference/ultrafeedback_trl.jsonl", "preference", "preference", 10, 6, {"tie": 4}),
-    ("rl/deepmath_messages_string.jsonl", "prompt", "rlvr", 300, 300, {}),
-    ("rl/gsm8k_train_1k.jsonl", "prompt", "question_prompt", 1000, 1000, {}),
-    ("rl/gsm8k_train_1k.jsonl", "sft", "question_answer", 1000, 1000, {}),
-    ("rl/gsm8k_verl_200.jsonl", "prompt", "verl", 200, 200, {}),
-    ("rl/mt_bench_prompts.jsonl", "prompt", "mt_bench", 80, 80, {}),
-    ("rl/rlvr_arith.jsonl", "prompt", "rlvr", 70, 70, {}),
-    ("sft/alpaca_en.json", "sft", "alpaca", 654, 654, {}),
-    ("sft/alpaca_text_tiny.json", "sft", "alpaca", 100, 100, {}),
-    ("sft/alpaca_text_tiny.json", "pretrain", "text", 100, 100, {}),
-    ("sft/alpaca_zh.json", "sft", "alpaca", 653, 653, {}),
-    ("sft/content_parts_loss_weight.jsonl", "sft", "messages", 345, 345, {}),
-    ("sft/glaive_toolcall_en.json", "sft", "sharegpt", 213, 213, {}),
-    ("sft/gpteacher_roleplay.json", "sft", "alpaca", 1200, 1200, {}),
-    ("sft/identity.json", "sft", "alpaca", 91, 91, {}),
-    ("sft/oasst_trees.jsonl", "sft", "oasst", 48, 48, {}),
-    ("sft/openai_bare_list.jsonl", "sft", "message_list", 128, 128, {}),
-    ("sft/openai_messages.jsonl", "sft", "messages", 199, 199, {}),
-    ("sft/prompt_completion.jsonl", "sft", "prompt_completion", 144, 144, {}),
-    ("sft/seed_tasks.jsonl", "sft", "seed_tasks", 173, 173, {}),
-    ("sft/sharegpt_identity.json", "sft", "sharegpt", 500, 500, {}),
-    ("sft/wikisql_text.jsonl", "sft", "text", 500, 500, {}),
-    ("spec_formats/dpo.jsonl", "preference", "preference_dialogues", 60, 60, {}),
-    ("spec_formats/pretrain.jsonl", "pretrain", "text", 200, 200, {}),
-    ("spec_formats/rl_answer.jsonl", "prompt", "prompt", 100, 100, {}),
-    ("spec_formats/rl_prompt_only.jsonl", "prompt", "prompt", 100, 100, {}),
-    ("spec_formats/sft.jsonl", "sft", "message_list", 100, 100, {}),
-    ("vlm/coco_two_images/pretrain_image.jsonl", "pretrain", "vision", 12, 12, {}),
-    ("vlm/coco_two_images/sft_multi_image.jsonl", "sft", "vision", 11, 11, {}),
-    ("vlm/coco_two_images/sft_single_image.jsonl", "sft", "vision", 22, 22, {}),
-    ("vlm/deepeyes_verl_6.parquet", "prompt", "vision", 6, 6, {}),
-    ("vlm/easy_vqa_train/answers.txt", "pretrain", "text", 13, 13, {}),
-    ("vlm/easy_vqa_train/questions.json", "sft", "easy_vqa", 2951, 2951, {}),
-    ("vlm/open_images_qa/conversations.json", "sft", "vision", 20, 20, {}),
+    ("preference/prompt_chosen_rejected_zh.jsonl", "pairs", "preference", 181, 181, {}),
+    ("preference/stack_exchange_paired.json", "pairs", "stack_exchange", 25, 25, {}),
+    ("preference/ultrafeedback_trl.jsonl", "pairs", "preference", 10, 6, {"tie": 4}),
+    ("rl/deepmath_messages_string.jsonl", "prompts", "rlvr", 300, 300, {}),
+    ("rl/gsm8k_train_1k.jsonl", "prompts", "question_prompt", 1000, 1000, {}),
+    ("rl/gsm8k_train_1k.jsonl", "conversations", "question_answer", 1000, 1000, {}),
+    ("rl/gsm8k_verl_200.jsonl", "prompts", "verl", 200, 200, {}),
+    ("rl/mt_bench_prompts.jsonl", "prompts", "mt_bench", 80, 80, {}),
+    ("rl/rlvr_arith.jsonl", "prompts", "rlvr", 70, 70, {}),
+    ("sft/alpaca_en.json", "conversations", "alpaca", 654, 654, {}),
+    ("sft/alpaca_text_tiny.json", "conversations", "alpaca", 100, 100, {}),
+    ("sft/alpaca_text_tiny.json", "text", "text", 100, 100, {}),
+    ("sft/alpaca_zh.json", "conversations", "alpaca", 653, 653, {}),
+    ("sft/content_parts_loss_weight.jsonl", "conversations", "messages", 345, 345, {}),
+    ("sft/glaive_toolcall_en.json", "conversations", "sharegpt", 213, 213, {}),
+    ("sft/gpteacher_roleplay.json", "conversations", "alpaca", 1200, 1200, {}),
+    ("sft/identity.json", "conversations", "alpaca", 91, 91, {}),
+    ("sft/oasst_trees.jsonl", "conversations", "oasst", 48, 48, {}),
+    ("sft/openai_bare_list.jsonl", "conversations", "message_list", 128, 128, {}),
+    ("sft/openai_messages.jsonl", "conversations", "messages", 199, 199, {}),
+    ("sft/prompt_completion.jsonl", "conversations", "prompt_completion", 144, 144, {}),
+    ("sft/seed_tasks.jsonl", "conversations", "seed_tasks", 173, 173, {}),
+    ("sft/sharegpt_identity.json", "conversations", "sharegpt", 500, 500, {}),
+    ("sft/wikisql_text.jsonl", "conversations", "text", 500, 500, {}),
+    ("spec_formats/dpo.jsonl", "pairs", "preference_dialogues", 60, 60, {}),
+    ("spec_formats/pretrain.jsonl", "text", "text", 200, 200, {}),
+    ("spec_formats/rl_answer.jsonl", "prompts", "prompt", 100, 100, {}),
+    ("spec_formats/rl_prompt_only.jsonl", "prompts", "prompt", 100, 100, {}),
+    ("spec_formats/sft.jsonl", "conversations", "message_list", 100, 100, {}),
+    ("vlm/coco_two_images/pretrain_image.jsonl", "text", "vision", 12, 12, {}),
+    ("vlm/coco_two_images/sft_multi_image.jsonl", "conversations", "vision", 11, 11, {}),
+    ("vlm/coco_two_images/sft_single_image.jsonl", "conversations", "vision", 22, 22, {}),
+    ("vlm/deepeyes_verl_6.parquet", "prompts", "vision", 6, 6, {}),
+    ("vlm/easy_vqa_train/answers.txt", "text", "text", 13, 13, {}),
+    ("vlm/easy_vqa_train/questions.json", "conversations", "easy_vqa", 2951, 2951, {}),
+    ("vlm/open_images_qa/conversations.json", "conversations", "vision", 20, 20, {}),
 ]
 
 
-def load(path: Path, stage: str | None, schema: str | None = None, **options: Any) -> tuple[str, int, list, Counter]:
+def accepted(kind: str | None) -> tuple[str, ...]:
+    return () if kind is None else get_kind(kind).accepts
+
+
+def load(path: Path, kind: str | None, schema: str | None = None, **options: Any) -> tuple[str, int, list, Counter]:
     """Name of the format, number of rows, samples, reasons of dropped rows."""
     rows = list(read_rows(path, **options))
-    chosen = get_schema(schema) if schema else recognise(rows[:20], stage)
+    chosen = get_schema(schema) if schema else recognise(rows[:20], accepted(kind))
     samples, dropped = [], Counter[str]()
     for location, row in rows:
         try:
@@ -87,11 +92,11 @@ def load(path: Path, stage: str | None, schema: str | None = None, **options: An
     return chosen.name, len(rows), samples, dropped
 
 
-@pytest.mark.parametrize(("file", "stage", "name", "num_rows", "num_samples", "dropped"), FILES)
+@pytest.mark.parametrize(("file", "kind", "name", "num_rows", "num_samples", "dropped"), FILES)
 def test_real_files_are_what_they_are(
-    shared_data: Path, file: str, stage: str, name: str, num_rows: int, num_samples: int, dropped: dict[str, int]
+    shared_data: Path, file: str, kind: str, name: str, num_rows: int, num_samples: int, dropped: dict[str, int]
 ) -> None:
-    found, rows, samples, reasons = load(shared_data / file, stage)
+    found, rows, samples, reasons = load(shared_data / file, kind)
     assert (found, rows, len(samples), reasons) == (name, num_rows, num_samples, dropped)
     is_ambiguous = {"question_prompt", "text"} & {name}
     if not is_ambiguous:
@@ -106,7 +111,7 @@ def test_every_real_file_is_listed(shared_data: Path) -> None:
 
 def test_real_conversations(shared_data: Path) -> None:
     sft = shared_data / "sft"
-    tools = load(sft / "glaive_toolcall_en.json", "sft")[2]
+    tools = load(sft / "glaive_toolcall_en.json", "conversations")[2]
     assert sum(sample["tools"] is None for sample in tools) == 82
     assert tools[0]["tools"][0]["function"]["name"] == "search_recipes"
     call = next(m for m in tools[0]["messages"] if "tool_calls" in m)
@@ -118,13 +123,13 @@ def test_real_conversations(shared_data: Path) -> None:
     }
     assert sum("tool_calls" in m for sample in tools for m in sample["messages"]) == 153
     assert Counter(m["role"] for sample in tools for m in sample["messages"])["tool"] == 153
-    tutor = load(shared_data / "spec_formats/sft.jsonl", "sft")[2][0]["messages"]
+    tutor = load(shared_data / "spec_formats/sft.jsonl", "conversations")[2][0]["messages"]
     assert [m["role"] for m in tutor] == ["system", "user", "assistant"]
     assert tutor[2]["content"] == "72" and tutor[2]["reasoning_content"].startswith("Natalia sold 48/2 = 24 clips")
-    weighted = load(sft / "content_parts_loss_weight.jsonl", "sft")[2][0]["messages"]
+    weighted = load(sft / "content_parts_loss_weight.jsonl", "conversations")[2][0]["messages"]
     assert [m["loss_weight"] for m in weighted] == [0.0, 1.0] and weighted[0]["content"] == "hi"
     assert "{{name}}" in weighted[1]["content"]
-    assert "{{name}}" in load(sft / "identity.json", "sft")[2][0]["messages"][1]["content"]
+    assert "{{name}}" in load(sft / "identity.json", "conversations")[2][0]["messages"][1]["content"]
 
 
 def test_real_trees(shared_data: Path) -> None:
@@ -139,33 +144,36 @@ def test_real_trees(shared_data: Path) -> None:
 
 def test_real_preferences(shared_data: Path) -> None:
     folder = shared_data / "preference"
-    sharegpt = load(folder / "dpo_en.json", "preference")[2]
-    contract = load(shared_data / "spec_formats/dpo.jsonl", "preference")[2]
+    sharegpt = load(folder / "dpo_en.json", "pairs")[2]
+    contract = load(shared_data / "spec_formats/dpo.jsonl", "pairs")[2]
     assert contract == sharegpt[:60]  # one was derived from the other
     assert Counter(sample["prompt"][0]["role"] for sample in sharegpt)["system"] > 40
-    hh = load(folder / "hh_strings.jsonl", "preference")[2]
+    hh = load(folder / "hh_strings.jsonl", "pairs")[2]
     assert Counter(len(sample["prompt"]) for sample in hh) == {1: 28, 3: 18, 5: 14, 7: 8, 13: 1}
     assert hh[0]["prompt"] == [{"role": "user", "content": "What will happen if I drive my car into the water?"}]
     assert all(len(sample["chosen"]) == 1 and sample["chosen"] != sample["rejected"] for sample in hh)
-    ultra = load(folder / "ultrafeedback_trl.jsonl", "preference")[2]
+    ultra = load(folder / "ultrafeedback_trl.jsonl", "pairs")[2]
     assert all(len(sample["prompt"]) == len(sample["chosen"]) == 1 and sample["margin"] > 0 for sample in ultra)
     kto = load(folder / "kto_en.json", "unpaired")[2]
     assert Counter(sample["label"] for sample in kto) == {True: 100, False: 86}
     assert all(len(sample["completion"]) == 1 and sample["prompt"][-1]["role"] == "user" for sample in kto)
-    json_answer = load(folder / "prompt_chosen_rejected_zh.jsonl", "preference")[2][145]["chosen"][0]["content"]
+    json_answer = load(folder / "prompt_chosen_rejected_zh.jsonl", "pairs")[2][145]["chosen"][0]["content"]
     assert json_answer.startswith("[{")  # an answer that is JSON stays text
 
 
 def test_real_prompts(shared_data: Path) -> None:
     folder = shared_data / "rl"
-    verl, gsm8k = load(folder / "gsm8k_verl_200.jsonl", "prompt")[2], load(folder / "gsm8k_train_1k.jsonl", "prompt")[2]
+    verl, gsm8k = (
+        load(folder / "gsm8k_verl_200.jsonl", "prompts")[2],
+        load(folder / "gsm8k_train_1k.jsonl", "prompts")[2],
+    )
     assert [sample["answer"] for sample in verl] == [sample["answer"] for sample in gsm8k[:200]]
-    assert load(shared_data / "spec_formats/rl_answer.jsonl", "prompt")[2] == gsm8k[:100]
+    assert load(shared_data / "spec_formats/rl_answer.jsonl", "prompts")[2] == gsm8k[:100]
     assert all(sample["answer"].lstrip("-").replace(".", "").isdigit() for sample in gsm8k)
-    assert load(shared_data / "spec_formats/rl_prompt_only.jsonl", "prompt")[2][0]["answer"] is None
-    deepmath = load(folder / "deepmath_messages_string.jsonl", "prompt")[2][0]
+    assert load(shared_data / "spec_formats/rl_prompt_only.jsonl", "prompts")[2][0]["answer"] is None
+    deepmath = load(folder / "deepmath_messages_string.jsonl", "prompts")[2][0]
     assert [m["role"] for m in deepmath["prompt"]] == ["system", "user"] and deepmath["answer"] == "1"
-    bench = load(folder / "mt_bench_prompts.jsonl", "prompt")[2]
+    bench = load(folder / "mt_bench_prompts.jsonl", "prompts")[2]
     assert sum(sample["answer"] is not None for sample in bench) == 39 and len(bench[0]["prompt"]) == 1
 
 
@@ -179,15 +187,15 @@ def test_real_texts(shared_data: Path) -> None:
 
 def test_real_images(shared_data: Path) -> None:
     folder = shared_data / "vlm"
-    later = load(folder / "coco_two_images/sft_multi_image.jsonl", "sft")[2][10]
+    later = load(folder / "coco_two_images/sft_multi_image.jsonl", "conversations")[2][10]
     assert sum("<image>" in m["content"] for m in later["messages"][1:]) == 1
     assert all(image.startswith("resource/mscoco_") for image in later["images"])
-    pretrain = load(folder / "coco_two_images/pretrain_image.jsonl", "pretrain")[2][0]
+    pretrain = load(folder / "coco_two_images/pretrain_image.jsonl", "text")[2][0]
     assert [m["role"] for m in pretrain["messages"]] == ["assistant"] and len(pretrain["images"]) == 2
-    deepeyes = load(folder / "deepeyes_verl_6.parquet", "prompt")[2][0]
+    deepeyes = load(folder / "deepeyes_verl_6.parquet", "prompts")[2][0]
     assert deepeyes["images"][0].startswith(b"\xff\xd8\xff")
     assert deepeyes["answer"] == "No, the car is not on the left side of the person."
-    vqa = load(folder / "easy_vqa_train/questions.json", "sft")[2][0]
+    vqa = load(folder / "easy_vqa_train/questions.json", "conversations")[2][0]
     assert vqa["images"] == ["images/0.png"] and vqa["messages"][0]["content"] == "<image>what is the blue shape?"
 
 
@@ -201,10 +209,10 @@ SMALL: list[tuple[Any, str | None, str, dict]] = [
     ({"instruction": "q", "context": "", "response": "a"}, None, "dolly", {"messages": [U, A], "tools": None}),
     ({"prompt": "q", "response": "a"}, None, "prompt_response", {"messages": [U, A], "tools": None}),
     ({"content": "hello"}, None, "content", {"text": "hello"}),
-    ({"input_ids": [1, 2]}, "pretrain", "token_ids", {"input_ids": [1, 2], "labels": None}),
+    ({"input_ids": [1, 2]}, "text", "token_ids", {"input_ids": [1, 2], "labels": None}),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, None,
      "sharegpt", {"messages": [S, U, A], "tools": None}),
-    ({"messages": json.dumps([U, A])}, "sft", "messages", {"messages": [U, A], "tools": None}),
+    ({"messages": json.dumps([U, A])}, "conversations", "messages", {"messages": [U, A], "tools": None}),
     ({"messages": [U, {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}]}]}, None, "messages",  # noqa: E501
      {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"id": "1", **CALL[0]}]}], "tools": None}),
     ({"prompt": [S, U, A, U], "completion": [B]}, None, "prompt_completion_turns",
@@ -215,7 +223,7 @@ SMALL: list[tuple[Any, str | None, str, dict]] = [
      {"prompt": [U], "chosen": [{**A, "content": " a"}], "rejected": [B], "margin": 2.0}),
     ({"prompt": "q", "chosen": [U, A, U, B], "rejected": [U, B, U, A, U]}, None, "preference",
      {"prompt": [U], "chosen": [A, U, B], "rejected": [B, U, A], "margin": None}),
-    ({"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, "preference", "preference_alpaca",
+    ({"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, "pairs", "preference_alpaca",
      {"prompt": [U], "chosen": [A], "rejected": [B], "margin": None}),
     ({"chosen": HH + "\n\nHuman: q", "rejected": HH[:-1] + "b"}, None, "hh",
      {"prompt": [U], "chosen": [A], "rejected": [B], "margin": None}),
@@ -223,19 +231,19 @@ SMALL: list[tuple[Any, str | None, str, dict]] = [
      {"prompt": [U], "completion": [A], "label": False}),
     ({"conversations": [S, U, A, U, B, U], "label": 1}, None, "kto_sharegpt",
      {"prompt": [S, U, A, U], "completion": [B], "label": True}),
-    ({"prompt": "q", "answer": 7}, "prompt", "prompt", {"prompt": [U], "answer": "7"}),
-    ({"question": "q", "answer": "so\n#### 1,080"}, "prompt", "question_prompt", {"prompt": [U], "answer": "1080"}),
-    ({"messages": [U], "ground_truth": ["x", "子"]}, "prompt", "rlvr", {"prompt": [U], "answer": '["x", "子"]'}),
-    ({"conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}], "image": "i.jpg"}, "sft", "vision",  # noqa: E501
+    ({"prompt": "q", "answer": 7}, "prompts", "prompt", {"prompt": [U], "answer": "7"}),
+    ({"question": "q", "answer": "so\n#### 1,080"}, "prompts", "question_prompt", {"prompt": [U], "answer": "1080"}),
+    ({"messages": [U], "ground_truth": ["x", "子"]}, "prompts", "rlvr", {"prompt": [U], "answer": '["x", "子"]'}),
+    ({"conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}], "image": "i.jpg"}, "conversations", "vision",  # noqa: E501
      {"messages": [{**U, "content": "<image>q"}, A], "images": ["i.jpg"], "answer": None}),
     ({"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}, A], "images": [{"bytes": None, "path": "p"}]},  # noqa: E501
      None, "vision", {"messages": [{**U, "content": "<image>q"}, A], "images": ["p"], "answer": None}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "stage", "name", "sample"), SMALL)
-def test_small_rows(row: Any, stage: str | None, name: str, sample: dict) -> None:
-    schema = recognise([(HERE, row)], stage)
+@pytest.mark.parametrize(("row", "kind", "name", "sample"), SMALL)
+def test_small_rows(row: Any, kind: str | None, name: str, sample: dict) -> None:
+    schema = recognise([(HERE, row)], accepted(kind))
     assert (schema.name, schema.normalise(row, HERE)) == (name, sample)
 
 
@@ -399,17 +407,16 @@ def test_errors_cross_process_borders() -> None:
     assert str(again) == "f.jsonl:4711: key 'chosen[0].role': found a tie; expected two; fix: delete"
 
 
-def test_unknown_formats_names_and_stages() -> None:
+def test_unknown_formats_names_and_kinds() -> None:
     with pytest.raises(DataError, match=r"the columns instruction, reply; .*'alpaca' \(instruction, output\)"):
         recognise([(HERE, {"instruction": "x", "reply": "y"})])
     with pytest.raises(DataError, match=r"found int 3; expected an object, or a list of messages"):
         recognise([(HERE, 3)])
-    with pytest.raises(DataError, match=r"rows of kind 'preference' \(format 'hh'\); .*for stage 'sft'"):
-        recognise([(HERE, {"chosen": HH, "rejected": HH})], "sft")
+    assert recognise([(HERE, {"chosen": HH, "rejected": HH})], accepted("conversations")).name == "hh"
     with pytest.raises(ValueError, match="unknown data format 'alpacca'; did you mean 'alpaca'"):
         get_schema("alpacca")
-    with pytest.raises(ValueError, match="unknown stage 'dpo'"):
-        recognise([(HERE, {"text": "x"})], "dpo")
+    with pytest.raises(ValueError, match="unknown kind of rows 'dpo'"):
+        accepted("dpo")
     with pytest.raises(ValueError, match="no rows"):
         recognise([])
 

@@ -10,9 +10,11 @@ import pytest
 from llm_trainer.data.collate import collate_flat, collate_padded, take_rows
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
-from llm_trainer.data.prepare import DataOptions
+from llm_trainer.data.kinds import DataOptions, get_kind
+from llm_trainer.data.kinds.process import ProcessFormat, collate_process
+from llm_trainer.data.load import choose_kind
+from llm_trainer.data.load import load as load_rows
 from llm_trainer.data.read.errors import DataError
-from llm_trainer.data.steps import StepFormat, collate_steps, holds_steps, load_steps
 
 ROWS = [
     {"prompt": "2+2*3?", "completions": ["2*3 is 6", "2+6 is 9"], "labels": [True, False]},
@@ -31,12 +33,12 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def load(path: Path, chat: ChatFormat, **how):
-    return load_steps([str(path)], chat, DataOptions(stage="steps", **how), path.parent / "cache")
+    return load_rows([str(path)], get_kind("process"), chat, DataOptions(**how), path.parent / "cache")
 
 
 def test_each_step_is_judged_at_its_last_token(chat: ChatFormat, tmp_path: Path) -> None:
     path = write(tmp_path / "steps.jsonl", ROWS)
-    assert holds_steps(path, DataOptions(stage="steps"))
+    assert choose_kind(("pairs", "process"), [str(path)], DataOptions()) is get_kind("process")
     first, second = (load(path, chat)[i] for i in range(2))
     prompt = chat.encode_prompt([{"role": "user", "content": "2+2*3?"}])
     ids, ends = first["row"]["input_ids"], np.flatnonzero(first["row"]["trained"])
@@ -44,7 +46,9 @@ def test_each_step_is_judged_at_its_last_token(chat: ChatFormat, tmp_path: Path)
     assert chat.tokenizer.decode(ids[len(prompt) : ends[0] + 1]) == "2*3 is 6\n"
     assert chat.tokenizer.decode(ids[ends[0] + 1 :]) == "2+6 is 9\n"
     assert first["right"][ends].tolist() == [1.0, 0.0] and second["right"][-1] == 0.25
-    assert StepFormat(chat).encode(ROWS[1]["prompt"], ROWS[1]["completions"])[0] == second["row"]["input_ids"].tolist()
+    assert (
+        ProcessFormat(chat).encode(ROWS[1]["prompt"], ROWS[1]["completions"])[0] == second["row"]["input_ids"].tolist()
+    )
     special = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")  # only text here, where somebody wrote it
     wrote = second["row"]["input_ids"][len(chat.encode_prompt(ROWS[1]["prompt"])) :]
     assert special not in wrote
@@ -52,8 +56,8 @@ def test_each_step_is_judged_at_its_last_token(chat: ChatFormat, tmp_path: Path)
 
 def test_batches_have_labels_where_steps_end(chat: ChatFormat, tmp_path: Path) -> None:
     data = load(write(tmp_path / "steps.jsonl", ROWS), chat)
-    padded = collate_steps([data[0], data[1]], partial(collate_padded, pad_id=0))
-    flat = collate_steps([data[0], data[1]], collate_flat)
+    padded = collate_process([data[0], data[1]], partial(collate_padded, pad_id=0))
+    flat = collate_process([data[0], data[1]], collate_flat)
     for batch in (padded, flat):
         labels = batch["step_labels"]
         assert labels.shape == batch["input_ids"].shape and "labels" not in batch

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +9,15 @@ import pytest
 import torch
 
 from llm_trainer.data.collate import collate_flat, collate_padded
-from llm_trainer.data.datasets import EMPTY_AFTER_CUT, TOO_LONG
 from llm_trainer.data.encode.chat import ChatFormat
-from llm_trainer.data.encode.store import Part, TokenStore, build_store
+from llm_trainer.data.encode.store import Part, TokenStore
 from llm_trainer.data.encode.tokenizer import load_tokenizer
-from llm_trainer.data.pairs import (
-    EQUAL_AFTER_CUT,
-    PairEncoder,
-    PairRows,
-    UnpairedRows,
-    collate_pairs,
-    collate_unpaired,
-    load_answers,
-)
-from llm_trainer.data.prepare import DataOptions
+from llm_trainer.data.encode.workers import build_store
+from llm_trainer.data.kinds import DataOptions
+from llm_trainer.data.kinds.pairs import EQUAL_AFTER_CUT, PAIRS, PairRows, collate_pairs
+from llm_trainer.data.load import load as load_rows
 from llm_trainer.data.read.errors import DataError
-from llm_trainer.losses.unpaired import mismatched_order
+from llm_trainer.data.windows import EMPTY_AFTER_CUT, TOO_LONG
 
 Example = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
@@ -35,17 +27,13 @@ def chat(reference_dir: Path) -> ChatFormat:
     return ChatFormat(load_tokenizer(reference_dir / "tokenizer"))
 
 
-def pairs(**options) -> DataOptions:
-    return DataOptions(stage="preference", **options)
-
-
-def load(path: Path, chat: ChatFormat, how: DataOptions):
-    return load_answers([str(path)], chat, how, path.parent / "cache", mismatched_order)
+def load(path: Path, chat: ChatFormat, **options):
+    return load_rows([str(path)], PAIRS, chat, DataOptions(**options), path.parent / "cache")
 
 
 def store_of(folder: Path, examples: list[Example]) -> TokenStore:
     def encode(chunk: list[Example]) -> Part:
-        part = Part({name: [] for name in PairEncoder.columns})
+        part = Part({name: [] for name in PAIRS.columns})
         for prompt, *sides in chunk:
             for side, answer in zip(("chosen", "rejected"), sides, strict=True):
                 part.columns[side].append(np.array(prompt + answer, dtype=np.uint16))
@@ -53,7 +41,7 @@ def store_of(folder: Path, examples: list[Example]) -> TokenStore:
             part.columns["margin"].append(np.zeros(1, dtype=np.float32))
         return part
 
-    return build_store(folder, examples, encode, PairEncoder.columns)
+    return build_store(folder, examples, encode, PAIRS.columns)
 
 
 def test_a_pair_is_two_conversations_in_which_the_answer_is_trained_on(chat: ChatFormat, tmp_path: Path) -> None:
@@ -64,7 +52,7 @@ def test_a_pair_is_two_conversations_in_which_the_answer_is_trained_on(chat: Cha
         side: [*asked, {"role": "assistant", "content": text}] for side, text in (("chosen", "4"), ("rejected", "5 5"))
     }
     path.write_text(json.dumps(sides | {"score_chosen": 3.0, "score_rejected": 1.0}) + "\n")
-    sample = load(path, chat, pairs())[0]
+    sample = load(path, chat)[0]
     assert sample["margin"] == 2.0
     prompt = chat.encode_prompt(asked)
     for side, text in (("chosen", "4"), ("rejected", "5 5")):
@@ -92,7 +80,7 @@ def test_pairs_that_teach_nothing_are_dropped_by_name(row: dict, reason: str, ch
     good = good if "prompt" not in row else {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in (good, row, good)))
-    data = load(path, chat, pairs())
+    data = load(path, chat)
     assert data.ledgers[0].dropped_rows == {reason: 1} and data.file_sizes == [2]
 
 
@@ -112,20 +100,12 @@ def test_real_preference_files(name: str, shared_data: Path, chat: ChatFormat, t
     rows = json.loads(lines) if name.endswith("json") else [json.loads(line) for line in lines.splitlines()]
     path = tmp_path / "some.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
-    data = load(path, chat, pairs(block_size=2048, truncation="keep_end"))
+    data = load(path, chat, block_size=2048, truncation="keep_end")
     ledger = data.ledgers[0].check()
     assert ledger.rows + sum(ledger.dropped_rows.values()) == len(rows[:12])
     assert ledger.rows >= 6 and 0 < ledger.trained < ledger.read
     for i in range(ledger.rows):
         assert all(data[i][side]["trained"][1:].any() for side in ("chosen", "rejected"))
-
-
-def test_real_judged_answers(shared_data: Path, chat: ChatFormat, tmp_path: Path) -> None:
-    rows = json.loads((shared_data / "preference" / "kto_en.json").read_text())[:20]
-    path = tmp_path / "kto.json"
-    path.write_text(json.dumps(rows))
-    data = load(path, chat, DataOptions(stage="unpaired"))
-    assert [data[i]["desirable"] for i in range(len(data.lengths))].count(True) == sum(row["label"] for row in rows)
 
 
 EXAMPLES: list[Example] = [
@@ -144,7 +124,7 @@ EXAMPLES: list[Example] = [
     ],
 )
 def test_truncation_keeps_the_stated_end(truncation: str, kept: list, dropped: dict, tmp_path: Path) -> None:
-    rows = PairRows(store_of(tmp_path, EXAMPLES), "x", pairs(block_size=6, truncation=truncation))
+    rows = PairRows(store_of(tmp_path, EXAMPLES), "x", DataOptions(block_size=6, truncation=truncation))
     assert [rows[i]["chosen"]["input_ids"].tolist() for i in range(rows.ledger.rows)] == kept
     ledger = rows.ledger.check()
     assert dict(ledger.dropped_rows) == dropped
@@ -156,16 +136,16 @@ def test_truncation_keeps_the_stated_end(truncation: str, kept: list, dropped: d
 def test_too_long_pairs_can_be_an_error_and_no_pair_left_always_is(tmp_path: Path) -> None:
     store = store_of(tmp_path, EXAMPLES)
     with pytest.raises(DataError, match="x:2: found 8 tokens; expected at most 6"):
-        PairRows(store, "x", pairs(block_size=6, truncation="error"))
+        PairRows(store, "x", DataOptions(block_size=6, truncation="error"))
     with pytest.raises(DataError, match="no row to train on.*nothing to train on after truncation"):
-        PairRows(store, "x", pairs(block_size=2))
+        PairRows(store, "x", DataOptions(block_size=2))
 
 
 @pytest.mark.parametrize("name", ["None_keep_start", "9_keep_start", "9_keep_end"])
 def test_batches_are_those_of_trl(name: str, reference_dir: Path, tmp_path: Path) -> None:
     case = json.loads((reference_dir / "data" / "cases.json").read_text())["cases"][f"pref_collate_{name}"]
     examples = [(e["prompt_ids"], e["chosen_ids"], e["rejected_ids"]) for e in case["examples"]]
-    how = pairs(block_size=case["max_length"], truncation=case["truncation_mode"])
+    how = DataOptions(block_size=case["max_length"], truncation=case["truncation_mode"])
     rows = PairRows(store_of(tmp_path, examples), "x", how)
     batch = collate_pairs([rows[i] for i in range(len(examples))], collate_padded)
     for key in ("input_ids", "attention_mask"):
@@ -175,14 +155,18 @@ def test_batches_are_those_of_trl(name: str, reference_dir: Path, tmp_path: Path
 
 
 def test_a_flat_batch_holds_all_chosen_documents_before_all_rejected(tmp_path: Path) -> None:
-    how = pairs(packing="flat")
+    how = DataOptions(packing="flat")
     rows = PairRows(store_of(tmp_path, EXAMPLES), "x", how)
     rows.ref_logps = np.arange(6, dtype=np.float32).reshape(3, 2)
     batch = collate_pairs([rows[2], rows[0]], collate_flat)
     assert batch["document_lengths"].tolist() == [9, 6, 9, 5] and rows.lengths.tolist() == [11, 15, 18]
     assert batch["labels"][0, :9].tolist() == [-100] * 7 + [8, 9]
     assert batch["ref_chosen_logps"].tolist() == [4, 0] and batch["ref_rejected_logps"].tolist() == [5, 1]
-    assert PairRows(store_of(tmp_path, EXAMPLES), "x", pairs()).lengths.tolist() == [12, 16, 18]  # as padded rows cost
+    assert PairRows(store_of(tmp_path, EXAMPLES), "x", DataOptions()).lengths.tolist() == [
+        12,
+        16,
+        18,
+    ]  # as padded rows cost
 
 
 def test_pairs_of_token_ids_are_those_of_text(chat: ChatFormat, tmp_path: Path) -> None:
@@ -192,41 +176,11 @@ def test_pairs_of_token_ids_are_those_of_text(chat: ChatFormat, tmp_path: Path) 
     turns = [{"role": "user", "content": row["prompt"]}]
     ids = {s: chat.encode([*turns, {"role": "assistant", "content": row[s]}]).input_ids for s in ("chosen", "rejected")}
     (tmp_path / "ids.pkl").write_bytes(pickle.dumps([ids, {"chosen": ids["chosen"], "rejected": ids["chosen"]}]))
-    expected, found = load(text, chat, pairs())[0], load(tmp_path / "ids.pkl", chat, pairs())
+    expected, found = load(text, chat)[0], load(tmp_path / "ids.pkl", chat)
     for side in ("chosen", "rejected"):
         for key in ("input_ids", "trained"):
             assert np.array_equal(found[0][side][key], expected[side][key])
     assert found.ledgers[0].dropped_rows == {"identical": 1}
-
-
-def test_prompts_meet_answers_to_other_prompts_whatever_the_order(chat: ChatFormat, tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(4)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = load(path, chat, DataOptions(stage="unpaired"))
-    assert [data[i]["desirable"] for i in range(8)] == [True, False] * 4
-    for i in range(8):
-        sample = data[i]
-        text = chat.tokenizer.decode(sample["mismatched"]["input_ids"])
-        assert f"question {i // 2}" in text
-        assert not any(f"{word} {i // 2}" in text for word in ("yes", "no"))
-        answer = sample["mismatched"]["input_ids"][sample["mismatched"]["trained"]]
-        assert any(f"{word} {j}" in chat.tokenizer.decode(answer) for word in ("yes", "no") for j in range(4))
-    batch = collate_unpaired([data[0], data[3]], partial(collate_padded, pad_id=0))
-    assert batch["desirable"].tolist() == [True, False] and batch["kl_labels"].shape == batch["kl_input_ids"].shape
-
-
-def test_mismatched_rows_fit_the_context_and_one_row_alone_is_refused(chat: ChatFormat, tmp_path: Path) -> None:
-    path = tmp_path / "kto.jsonl"
-    rows = [{"prompt": "a " * n, "completion": "b " * n, "label": n % 2 == 0} for n in (2, 9, 12)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = load(path, chat, DataOptions(stage="unpaired", block_size=40, truncation="keep_end"))
-    assert max(len(data[i]["mismatched"]["input_ids"]) for i in range(len(data.lengths))) <= 40
-    path.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(DataError, match="found one answer; expected at least two"):
-        load(path, chat, DataOptions(stage="unpaired"))
-    with pytest.raises(ValueError, match="'none' or 'flat'"):
-        load(path, chat, DataOptions(stage="unpaired", packing="bfd"))
 
 
 def test_a_row_that_the_template_refuses_is_named_or_dropped(tmp_path: Path, reference_dir: Path) -> None:
@@ -237,19 +191,6 @@ def test_a_row_that_the_template_refuses_is_named_or_dropped(tmp_path: Path, ref
     rows = [{"prompt": "a", "chosen": "b", "rejected": r} for r in ("c", "x", "d")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"pairs.jsonl:2.*no x"):
-        load(path, chat, pairs())
-    data = load(path, chat, pairs(bad_rows="drop"))
+        load(path, chat)
+    data = load(path, chat, bad_rows="drop")
     assert data.file_sizes == [2] and data.ledgers[0].dropped_rows == {"template": 1}
-
-
-def test_partners_are_asked_for_once(tmp_path: Path, chat: ChatFormat) -> None:
-    path = tmp_path / "kto.jsonl"
-    path.write_text("".join(json.dumps({"prompt": p, "completion": "b", "label": True}) + "\n" for p in "aabc"))
-    asked: list[torch.Tensor] = []
-
-    def pair_up(prompts: torch.Tensor) -> torch.Tensor:
-        asked.append(prompts)
-        return mismatched_order(prompts)
-
-    data = load_answers([str(path)], chat, DataOptions(stage="unpaired"), tmp_path / "cache", pair_up)
-    assert [x.tolist() for x in asked] == [[0, 0, 2, 3]] and isinstance(data.parts[0], UnpairedRows)

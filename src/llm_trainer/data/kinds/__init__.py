@@ -1,0 +1,127 @@
+"""Kinds of rows: what trainers learn from. A kind is one value in one file, and one line of `KINDS`.
+
+A row goes one way whatever its kind (`data/load.py`): file -> samples of a schema -> `Kind.encode` -> token store ->
+`Kind.rows` -> `Kind.collate` -> micro-batch.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llm_trainer.data.read.schemas import known_name
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llm_trainer.data.collate import LanguageSample
+    from llm_trainer.data.encode.chat import ChatFormat
+    from llm_trainer.data.encode.store import TokenStore
+    from llm_trainer.data.read.errors import Location
+    from llm_trainer.data.read.files import TokenFile
+
+# name -> module and value. A kind of your own, anywhere: KINDS["mine"] = "my_package.my_module:MINE"
+KINDS = {
+    "text": "llm_trainer.data.kinds.language:TEXT",
+    "conversations": "llm_trainer.data.kinds.language:CONVERSATIONS",
+    "pairs": "llm_trainer.data.kinds.pairs:PAIRS",
+    "unpaired": "llm_trainer.data.kinds.unpaired:UNPAIRED",
+    "process": "llm_trainer.data.kinds.process:PROCESS",
+    "prompts": "llm_trainer.data.kinds.prompts:PROMPTS",
+}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How files become rows.
+
+    Attributes:
+        schema: forced schema name; None: recognised from the rows.
+        block_size: tokens of the context; None: no limit.
+        packing: 'none', 'flat', 'bfd', 'bfd_split' or 'wrapped'.
+        truncation: what happens to longer rows: 'error', 'drop', 'keep_start' or 'keep_end'.
+        bad_rows: 'error', or 'drop' to count and leave out rows that cannot be read.
+        text_unit: what one document of a .txt is: 'auto', 'file', 'line' or 'paragraph'.
+        workers: processes that encode large files.
+        share_prompts: the trainer runs what both answers of a pair begin with once; a token budget counts it once.
+    """
+
+    schema: str | None = None
+    block_size: int | None = None
+    packing: str = "none"
+    truncation: str = "keep_start"
+    bad_rows: str = "error"
+    text_unit: str = "auto"
+    workers: int = 1
+    share_prompts: bool = False
+
+
+class Sample(NamedTuple):
+    """What a schema made of a row.
+
+    Attributes:
+        kind: the schema's canonical kind (`data/read/schemas.py`).
+        values: the fields of that kind.
+        row: the row as the file has it.
+        location: where it is.
+    """
+
+    kind: str
+    values: dict[str, Any]
+    row: Any
+    location: "Location"
+
+
+Encoded = Mapping[str, "np.ndarray"] | str  # column -> values `[T]` of a row; or why it has nothing to teach
+Lay = Callable[[Sequence["LanguageSample"]], Any]  # samples -> batch: collate_flat, or collate_padded with its pad_id
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of rows.
+
+    Attributes:
+        name: its key in `KINDS`.
+        accepts: canonical kinds of samples that become such rows; where a file can be read in several ways, the first.
+        columns: of the token store.
+        encode: samples of one schema, at least one -> their rows. It may raise `ChatTemplateError`: then the samples
+            come again one by one, to name the row.
+        rows: a store, the name of its file and the options -> an object with `__getitem__`, `lengths`, `file_sizes` and
+            `ledger`; most kinds subclass `windows.Rows`.
+        collate: samples of `rows`, and how language rows are laid out -> micro-batch.
+        packings: values of `DataOptions.packing` that make sense; the first is the default.
+        section: the section of a configuration that learns from such rows, for messages.
+        token_kind: kind of the token files (`TokenFile.kind`) that can be used; '': none.
+        encode_ids: as `encode`, for the rows of such a file: column -> ids.
+        in_place: such a file whose ids are used where they lie -> rows; None from it: a store is made.
+        may_share: whether `DataOptions.share_prompts` applies.
+    """
+
+    name: str
+    accepts: tuple[str, ...]
+    columns: tuple[str, ...]
+    encode: Callable[["ChatFormat", Sequence[Sample]], Iterable[Encoded]]
+    rows: Callable[["TokenStore", str, DataOptions], Any]
+    collate: Callable[[Sequence[Any], Lay], Batch]
+    packings: tuple[str, ...] = ("none", "flat")
+    section: str = ""
+    token_kind: str = ""
+    encode_ids: Callable[["ChatFormat", Sequence[Sample]], Iterable[Encoded]] | None = None
+    in_place: Callable[["TokenFile", DataOptions], Any] | None = None
+    may_share: bool = False
+
+
+def get_kind(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    module, value = KINDS[known_name(name, KINDS, "kind of rows")].split(":")
+    return getattr(import_module(module), value)
+
+
+def kinds_that_accept(sample_kind: str) -> list[str]:
+    """Names of the kinds that samples of a schema's kind can become."""
+    return [name for name in KINDS if sample_kind in get_kind(name).accepts]

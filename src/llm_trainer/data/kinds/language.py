@@ -1,0 +1,118 @@
+"""Rows of language modelling: plain text, whose every token is learnt, and conversations, whose answers are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from llm_trainer.data.collate import LanguageSample
+from llm_trainer.data.encode.chat import ChatFormat, spans_from_ids
+from llm_trainer.data.encode.store import TokenStore, compact_ids
+from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
+from llm_trainer.data.packing import PACKERS, Blocks, Packed
+from llm_trainer.data.read.files import TokenFile
+from llm_trainer.data.windows import Column, Rows, note_dropped
+
+
+class Documents(Rows):
+    """The rows of a store of texts or conversations: `input_ids` and, unless everything is trained on, `trained`."""
+
+    def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
+        trained = "trained" if "trained" in store.columns else None
+        self.tokens = Column(store, "input_ids", trained, how)
+        super().__init__(store, name, how, [self.tokens])
+
+    def __getitem__(self, index: int) -> LanguageSample:
+        return self.tokens.sample(index)
+
+    def piece(self, index: int, start: int, stop: int) -> LanguageSample:
+        """The tokens `[start, stop)` of row `index`."""
+        return self.tokens.sample(index, start, stop)
+
+
+def language_rows(store: TokenStore, name: str, how: DataOptions) -> Documents | Packed | Blocks:
+    """Training rows of a store, in the packing that was asked for."""
+    if how.packing == "wrapped":
+        assert how.block_size is not None
+        blocks = Blocks(store["input_ids"].values, name, how.block_size)
+        note_dropped(blocks.ledger, store)
+        return blocks
+    if how.packing not in PACKERS:
+        return Documents(store, name, how)
+    assert how.block_size is not None
+    limits = replace(how, block_size=None) if how.packing == "bfd_split" else how  # long documents are split, not cut
+    return Packed(Documents(store, name, limits), how.block_size, how.packing)
+
+
+def collate_language(samples: Sequence[LanguageSample], lay: Lay) -> Batch:
+    """Rows as `data.collate.LanguageBatch`."""
+    return lay(samples)
+
+
+def encode_text(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
+    """Texts -> ids, with the end token; every token is trained on, so no column says it."""
+    vocab_size = len(chat.tokenizer)
+    for sample in samples:
+        encoded = chat.encode_text(sample.values["text"])
+        yield {"input_ids": compact_ids(encoded.input_ids, vocab_size)}
+
+
+def encode_text_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
+    """Ids as they are."""
+    for sample in samples:
+        yield {"input_ids": sample.values["input_ids"].astype(np.uint32)}
+
+
+def flat_array(tokens: TokenFile, how: DataOptions) -> Blocks | None:
+    """Blocks of a memory-mapped array of ids, where it lies; None: the file holds lists."""
+    if not isinstance(tokens.rows, np.ndarray) or not how.block_size:
+        return None
+    return Blocks(tokens.rows.reshape(-1), str(tokens.path), how.block_size)
+
+
+def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
+    """Conversations, or plain prompts with their completions -> ids, and which of them are trained on."""
+    if samples[0].kind == "completion":
+        encoded = [chat.encode_completion(s.values["prompt"], s.values["completion"]) for s in samples]
+    else:
+        conversations = [sample.values["messages"] for sample in samples]
+        encoded = chat.encode_many(conversations, [sample.values.get("tools") for sample in samples])
+    vocab_size = len(chat.tokenizer)
+    for one in encoded:
+        trained = np.asarray(one.trained, dtype=np.uint8)
+        yield {"input_ids": compact_ids(one.input_ids, vocab_size), "trained": trained}
+
+
+def encode_conversation_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
+    """Conversations in ids; what is trained on is found again from the marks of the chat template."""
+    for sample in samples:
+        ids = sample.values["input_ids"]
+        trained = spans_from_ids(ids.tolist(), chat)
+        yield {"input_ids": ids.astype(np.uint32), "trained": np.asarray(trained, dtype=np.uint8)}
+
+
+TEXT = Kind(
+    name="text",
+    accepts=("text",),
+    columns=("input_ids",),
+    encode=encode_text,
+    rows=language_rows,
+    collate=collate_language,
+    packings=("wrapped", "none", "flat", "bfd", "bfd_split"),
+    section="pretrain_config",
+    token_kind="sequences",
+    encode_ids=encode_text_ids,
+    in_place=flat_array,
+)
+CONVERSATIONS = Kind(
+    name="conversations",
+    accepts=("chat", "completion"),
+    columns=("input_ids", "trained"),
+    encode=encode_conversations,
+    rows=language_rows,
+    collate=collate_language,
+    packings=("none", "flat", "bfd", "bfd_split"),  # 'wrapped' cuts anywhere, and would train on prompts
+    section="sft_config",
+    token_kind="sequences",
+    encode_ids=encode_conversation_ids,
+)

@@ -1,0 +1,95 @@
+"""Rows of prompts, whose answers are written in training: the ids, the reference answer, and the row as the file has it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from llm_trainer.data.collate import pad_right
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.store import TokenStore, compact_ids
+from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
+from llm_trainer.data.windows import Column, Rows
+
+
+class PromptSample(TypedDict):
+    """One prompt.
+
+    Attributes:
+        input_ids: `[T]`, up to where the assistant begins to write.
+        answer: the reference answer, None where the row has none.
+        row: every column of the row in the file, for rewards that read them.
+    """
+
+    input_ids: np.ndarray
+    answer: str | None
+    row: Any
+
+
+def _as_json(answer: str | None, row: Any) -> np.ndarray:
+    """The facts of a prompt as the bytes of a JSON text; what JSON has no form for (dates in tables) becomes text."""
+    facts = json.dumps({"answer": answer, "row": row}, ensure_ascii=False, default=str)
+    return np.frombuffer(facts.encode(), dtype=np.uint8)
+
+
+def encode_prompts(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
+    """Prompts -> ids that end where the assistant begins to write, and the facts beside them."""
+    vocab_size = len(chat.tokenizer)
+    for sample in samples:
+        ids = chat.encode_prompt(sample.values["prompt"])
+        yield {"input_ids": compact_ids(ids, vocab_size), "facts": _as_json(sample.values["answer"], sample.row)}
+
+
+def encode_prompt_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
+    """Prompts in ids as they are, and their answers, where there are any, as text again."""
+    for sample in samples:
+        answer = None
+        if "answer" in sample.values:
+            answer = str(chat.tokenizer.decode(sample.values["answer"].tolist()))
+        yield {"input_ids": sample.values["prompt"].astype(np.uint32), "facts": _as_json(answer, {})}
+
+
+class PromptRows(Rows):
+    """The prompts of a store; nothing of them is trained on."""
+
+    def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
+        self.prompts = Column(store, "input_ids", None, how)
+        super().__init__(store, name, how, [self.prompts], learns=False)
+        self.facts = store["facts"]
+
+    def __getitem__(self, index: int) -> PromptSample:
+        facts = json.loads(self.facts[self.stored[index]].tobytes())
+        ids, _ = self.prompts.tokens(index)
+        return PromptSample(input_ids=ids, answer=facts["answer"], row=facts["row"])
+
+
+def collate_prompts(samples: Sequence[PromptSample], lay: Lay) -> Batch:
+    """Prompts padded on the left, as generation wants them; `lay` is for rows that are trained on and is not used.
+
+    Returns:
+        `prompts [B, P]`, `prompt_attention_mask [B, P]`, and `answers` and `rows`, lists of B.
+    """
+    reversed_ids = [sample["input_ids"][::-1] for sample in samples]
+    present = [np.ones(len(ids), dtype=np.int64) for ids in reversed_ids]
+    return {
+        "prompts": torch.flip(pad_right(reversed_ids, 0), [1]),
+        "prompt_attention_mask": torch.flip(pad_right(present, 0), [1]),
+        "answers": [sample["answer"] for sample in samples],
+        "rows": [sample["row"] for sample in samples],
+    }
+
+
+PROMPTS = Kind(
+    name="prompts",
+    accepts=("prompt",),
+    columns=("input_ids", "facts"),
+    encode=encode_prompts,
+    rows=PromptRows,
+    collate=collate_prompts,
+    packings=("none",),
+    section="grpo_config or ppo_config",
+    token_kind="prompt",
+    encode_ids=encode_prompt_ids,
+)

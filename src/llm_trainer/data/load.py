@@ -1,0 +1,278 @@
+"""Files -> token stores -> one dataset of a kind of rows. Everything that reads text for training goes through here."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_trainer.data.collate import collate_flat, collate_padded
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.store import Part, TokenStore
+from llm_trainer.data.encode.templates import ChatTemplateError
+from llm_trainer.data.encode.workers import build_store
+from llm_trainer.data.kinds import DataOptions, Encoded, Kind, Sample, get_kind, kinds_that_accept
+from llm_trainer.data.packing import PACKERS
+from llm_trainer.data.read.errors import DataError, DroppedRow, Location
+from llm_trainer.data.read.files import TOKEN_SUFFIXES, TokenFile, files_of, open_tokens, read_rows
+from llm_trainer.data.read.schemas import Schema, get_schema, recognise
+from llm_trainer.data.stream import SampleStream
+
+VERSION = 2  # part of every cache key: raise it when the same rows are encoded differently
+ROWS_LOOKED_AT = 50  # to recognise a schema
+PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
+
+
+@dataclass
+class Joined:
+    """Several datasets, one after another."""
+
+    parts: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        self.file_sizes = [size for part in self.parts for size in part.file_sizes]
+        self.lengths = np.concatenate([part.lengths for part in self.parts])
+        self._firsts = np.cumsum([0, *(len(part.lengths) for part in self.parts)])
+        self.ledgers = [part.ledger for part in self.parts]
+
+    def __getitem__(self, index: int) -> Any:
+        part = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self.parts[part][index - int(self._firsts[part])]
+
+
+def load(paths: Iterable[str], kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Joined:
+    """All files as one dataset of rows of `kind`, in the order given.
+
+    Args:
+        paths: files or folders.
+        kind: what the rows are (`data.kinds.get_kind`).
+        chat: how conversations become ids.
+        options: schema, context, packing and truncation.
+        cache: folder of the token stores: a file is encoded once and found again.
+
+    Raises:
+        DataError: a file, a row, or what is asked of them cannot be used; the message says where and how to mend it.
+        ValueError: no file, or a packing that makes no sense for these rows.
+    """
+    if options.packing not in kind.packings:
+        known = " or ".join(map(repr, kind.packings))
+        raise ValueError(f"data_loader_config.packing: got {options.packing!r}, expected {known} for {kind.name}")
+    files = [file for path in paths for file in files_of(Path(path))]
+    if not files:
+        raise ValueError("file_dataset: no file was given, expected at least one path")
+    return Joined([_rows_of(file, kind, chat, options, cache) for file in files])
+
+
+def _rows_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Any:
+    if path.suffix in TOKEN_SUFFIXES and kind.in_place is not None:
+        in_place = kind.in_place(_open_tokens(path, kind, chat), options)
+        if in_place is not None:
+            return in_place
+    return kind.rows(store_of(path, kind, chat, options, cache), str(path), options)
+
+
+def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, **how: Any) -> SampleStream:
+    """A dataset as a stream of micro-batches, laid out as its kind and the packing say.
+
+    Args:
+        dataset: what `load` gave for `kind` and `options`.
+        kind: see there.
+        options: see there.
+        pad_id: token that fills up padded rows.
+        **how: batch size, ranks, order and the like, of `SampleStream`.
+    """
+    flat = options.packing == "flat" or options.packing in PACKERS
+    lay: Any = collate_flat if flat else partial(collate_padded, pad_id=pad_id)
+    collate: Any = kind.collate
+    collate = partial(collate, lay=lay)
+    return SampleStream(dataset, collate, flat=flat or options.share_prompts, **how)
+
+
+# --- what a file holds
+
+
+def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
+    """The schema that was forced, or the one that the first rows of a file have, checked against the kind.
+
+    Raises:
+        DataError: no known schema, or one whose samples cannot become rows of this kind.
+    """
+    rows = islice(read_rows(path, options.text_unit, on_error=lambda error: None), ROWS_LOOKED_AT)
+    schema = get_schema(options.schema) if options.schema else recognise(list(rows), kind.accepts)
+    if schema.kind not in kind.accepts:
+        sections = [get_kind(name).section for name in kinds_that_accept(schema.kind)]
+        fix = "force another schema with data_loader_config.schema"
+        if sections:
+            fix = f"train on it with {' or '.join(sections)}"
+        found = f"rows of kind '{schema.kind}' (format '{schema.name}')"
+        expected = f"rows of kind {' or '.join(kind.accepts)} for {kind.name}"
+        raise DataError(Location(path), found, expected, fix)
+    return schema
+
+
+def choose_kind(names: Sequence[str], paths: Iterable[str], options: DataOptions) -> Kind:
+    """The first of several kinds that the first file's rows fit; the first kind where none does.
+
+    Args:
+        names: keys of `KINDS`; of a single one no file is read.
+        paths: files or folders.
+        options: its schema and text unit are read.
+    """
+    kinds = [get_kind(name) for name in names]
+    files = (file for path in paths for file in files_of(Path(path)))
+    first = next(files, None) if len(kinds) > 1 else None
+    if first is None:
+        return kinds[0]
+    return next((kind for kind in kinds if _fits(first, kind, options)), kinds[0])
+
+
+def _fits(path: Path, kind: Kind, options: DataOptions) -> bool:
+    if path.suffix in TOKEN_SUFFIXES:
+        return open_tokens(path).kind == kind.token_kind
+    try:
+        find_schema(path, kind, options)
+    except DataError:  # what is wrong with it is said when it is loaded
+        return False
+    return True
+
+
+# --- files -> token stores
+
+
+def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> TokenStore:
+    """The token store of a file, made now or found in `cache`."""
+    is_tokens = path.suffix in TOKEN_SUFFIXES
+    schema = None if is_tokens else find_schema(path, kind, options).name
+    key = cache_key(path, [schema or "tokens", kind.name, options.bad_rows, options.text_unit], chat)
+    unreadable: Counter[str] = Counter()
+
+    def note(error: DataError) -> None:
+        if options.bad_rows == "error":
+            raise error
+        unreadable[error.reason] += 1
+
+    return build_store(
+        cache / f"{path.stem}-{key}",
+        _token_rows(_open_tokens(path, kind, chat)) if is_tokens else read_rows(path, options.text_unit, on_error=note),
+        RowEncoder(kind, schema, chat, options.bad_rows),
+        kind.columns,
+        workers=options.workers if path.stat().st_size >= PARALLEL_FROM else 1,
+        meta={"source": str(path), "schema": schema},
+        unreadable=unreadable,
+    )
+
+
+def cache_key(path: Path, facts: list[Any], chat: ChatFormat) -> str:
+    """Hash of everything that the encoding of a file depends on."""
+    stat = path.stat()
+    tokenizer = hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    how = [chat.template, chat.tokenizer.chat_template, chat.train_on, chat.thinking, chat.parse_special_tokens]
+    everything = [VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, tokenizer, how, facts]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
+
+
+@dataclass
+class RowEncoder:
+    """Rows of one schema, or (schema None) of token ids, -> a part of a store. Picklable: several processes can encode."""
+
+    kind: Kind
+    schema: str | None
+    chat: ChatFormat
+    bad_rows: str
+
+    def __call__(self, rows: list[tuple[Location, Any]]) -> Part:
+        part = Part({name: [] for name in self.kind.columns})
+        for encoded in self._encode(self._samples(rows, part), part):
+            if isinstance(encoded, str):  # the reason why there is nothing to learn
+                part.dropped[encoded] += 1
+                continue
+            for name, column in part.columns.items():
+                column.append(encoded[name])
+        return part
+
+    def _samples(self, rows: list[tuple[Location, Any]], part: Part) -> list[Sample]:
+        """What the schema makes of the rows; rows of token ids are samples already."""
+        if self.schema is None:
+            return [Sample("tokens", ids, ids, location) for location, ids in rows]
+        schema = get_schema(self.schema)
+        samples: list[Sample] = []
+        for location, row in rows:
+            try:
+                found = schema.samples(row, location)
+            except DroppedRow as nothing_to_teach:
+                part.dropped[nothing_to_teach.reason] += 1
+            except DataError as error:
+                self._drop(error, part)
+            else:
+                samples += [Sample(schema.kind, values, row, location) for values in found]
+        return samples
+
+    def _encode(self, samples: list[Sample], part: Part) -> list[Encoded]:
+        """The rows of all samples; a sample that does not fit the chat template is dropped, or an error."""
+        if not samples:
+            return []
+        encode = self.kind.encode
+        if self.schema is None:
+            assert self.kind.encode_ids is not None
+            encode = self.kind.encode_ids
+        try:
+            return list(encode(self.chat, samples))
+        except ChatTemplateError:
+            pass  # one among these does not fit: find it, and name its row
+        encoded: list[Encoded] = []
+        for sample in samples:
+            try:
+                encoded += encode(self.chat, [sample])
+            except ChatTemplateError as error:
+                self._drop(self._misfit(sample.location, error), part)
+        return encoded
+
+    def _misfit(self, location: Location, error: ChatTemplateError) -> DataError:
+        if self.schema is None:
+            expected = "ids of a conversation in the chat template"
+            fix = "store text, or set sft_config.mask_prompt: false to train on every token"
+            return DataError(location, str(error), expected, fix, "no answer found in the ids")
+        found = f"a conversation the chat template cannot render ({error})"
+        fix = "mend the row, choose another chat template, or set data_loader_config.bad_rows: drop"
+        return DataError(location, found, "turns that the template knows", fix, "template")
+
+    def _drop(self, error: DataError, part: Part) -> None:
+        if self.bad_rows == "error":
+            raise error
+        part.dropped[error.reason] += 1
+
+
+# --- token files
+
+
+def _open_tokens(path: Path, kind: Kind, chat: ChatFormat) -> TokenFile:
+    """A token file that the kind can use and whose first and last million ids are in the vocabulary.
+
+    Raises:
+        DataError: it is another kind's, or was made with another tokenizer.
+    """
+    tokens = open_tokens(path)
+    if tokens.kind != kind.token_kind:
+        found = f"token rows of kind '{tokens.kind}'"
+        expected = f"text, or token rows of kind '{kind.token_kind or 'none'}', for {kind.name}"
+        raise DataError(Location(path), found, expected, "use the matching trainer, or store the rows as text")
+    vocab_size = len(chat.tokenizer)
+    for row in (*tokens[0].values(), *tokens[len(tokens) - 1].values()):
+        for piece in (row[: 1 << 20], row[-(1 << 20) :]):
+            largest = int(piece.max(initial=0))
+            if largest >= vocab_size:
+                expected = f"ids below {vocab_size}, the size of the vocabulary"
+                fix = "use the tokenizer that made the file, or make the file again"
+                raise DataError(Location(path), f"token id {largest}", expected, fix)
+    return tokens
+
+
+def _token_rows(tokens: TokenFile) -> Iterator[tuple[Location, dict[str, np.ndarray]]]:
+    for i in range(len(tokens)):
+        yield Location(tokens.path, i + 1), tokens[i]

@@ -1,0 +1,223 @@
+"""The rows of a token store as they are trained on: cut to the context, counted, and accounted for in a ledger.
+
+A row has one or several sequences of tokens (a text; both conversations of a pair). Of each, a window is used.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llm_trainer.data.collate import LanguageSample
+from llm_trainer.data.encode.store import TokenStore
+from llm_trainer.data.kinds import DataOptions
+from llm_trainer.data.ledger import Ledger
+from llm_trainer.data.read.errors import DataError, Location
+
+TOKENS_AT_ONCE = 1 << 18  # of what is computed for all rows: bounds the memory, and fits a cache
+
+EMPTY = "nothing to train on"
+EMPTY_AFTER_CUT = "nothing to train on after truncation"
+TOO_LONG = "longer than the context"
+FIX_TOO_LONG = "raise dataset_block_size, or set data_loader_config.truncation to keep_start, keep_end or drop"
+FIX_EMPTY = "`llm-trainer data check FILE` shows what each row holds; a longer dataset_block_size keeps more of it"
+
+
+def row_blocks(sizes: np.ndarray) -> Iterator[slice]:
+    """Consecutive rows of at most `TOKENS_AT_ONCE` tokens together; a row longer than that comes alone.
+
+    Args:
+        sizes: `[rows]` tokens of each row.
+    """
+    ends = np.cumsum(sizes)
+    first = 0
+    while first < len(sizes):
+        before = int(ends[first - 1]) if first else 0
+        stop = int(np.searchsorted(ends, before + TOKENS_AT_ONCE, side="right"))
+        stop = max(stop, first + 1)
+        yield slice(first, stop)
+        first = stop
+
+
+def count_trained(trained: np.ndarray | None, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Tokens that the loss counts in each window; nothing predicts a window's first token, so it is never among them.
+
+    Args:
+        trained: `[N]` nonzero where trained on, all rows end to end; None: everywhere.
+        starts: `[rows]` first tokens of the windows, ascending.
+        stops: `[rows]` their ends, exclusive.
+
+    Returns:
+        `[rows]` int64.
+    """
+    counts = np.maximum(stops - starts - 1, 0)
+    if trained is None or not len(starts):
+        return counts
+    for rows in row_blocks(np.diff(starts, append=stops[-1])):
+        base, end = starts[rows.start], stops[rows.stop - 1]
+        sums = np.concatenate([[0], np.cumsum(trained[base:end] != 0)])
+        firsts = np.minimum(starts[rows] + 1, stops[rows])
+        counts[rows] = sums[stops[rows] - base] - sums[firsts - base]
+    return counts
+
+
+def lay_flat(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """`values` of the windows `[starts, stops)`, end to end."""
+    if np.array_equal(starts[1:], stops[:-1]):  # nothing lies between them
+        return values[starts[0] : stops[-1]]
+    lengths = stops - starts
+    firsts = np.cumsum(lengths) - lengths  # of each window in the result
+    index = np.arange(lengths.sum()) + np.repeat(starts - firsts, lengths)
+    return values[index]
+
+
+class Column:
+    """One sequence of tokens per row of a store, and the window `[starts, stops)` of each that is used.
+
+    Args:
+        store: has the columns.
+        ids: name of the column of token ids.
+        trained: name of the column that says which of them are trained on; None: all.
+        how: the context, and which end of a longer row is cut.
+
+    Attributes:
+        full: `[rows of the store]` tokens before truncation.
+        too_long: `[rows of the store]` bool.
+        counts: `[rows]` tokens of the window that the loss counts.
+    """
+
+    def __init__(self, store: TokenStore, ids: str, trained: str | None, how: DataOptions) -> None:
+        self.ids = store[ids].values
+        self.trained = None if trained is None else store[trained].values
+        offsets = np.asarray(store[ids].offsets)
+        self.starts, self.stops = offsets[:-1].copy(), offsets[1:].copy()
+        self.full = self.stops - self.starts
+        self.too_long = np.zeros(len(self.full), dtype=bool)
+        if how.block_size is not None:
+            self.too_long = self.full > how.block_size
+            if how.truncation == "keep_end":
+                self.starts[self.too_long] = self.stops[self.too_long] - how.block_size
+            elif how.truncation == "keep_start":
+                self.stops[self.too_long] = self.starts[self.too_long] + how.block_size
+        self.counts = count_trained(self.trained, self.starts, self.stops)
+
+    def select(self, keep: np.ndarray) -> None:
+        """Keep the rows where `keep [rows]` is True."""
+        self.starts, self.stops, self.counts = self.starts[keep], self.stops[keep], self.counts[keep]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[rows]` tokens that are used."""
+        return self.stops - self.starts
+
+    def tokens(self, row: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids `[T]` of a row, or the part `[start, stop)` of its window; and which of them are trained on."""
+        first = int(self.starts[row])
+        last = int(self.stops[row]) if stop is None else first + stop
+        where = slice(first + start, last)
+        ids = self.ids[where]
+        trained = np.ones(len(ids), dtype=bool) if self.trained is None else self.trained[where] != 0
+        return ids, trained
+
+    def sample(self, row: int, start: int = 0, stop: int | None = None) -> LanguageSample:
+        """A row, or a part of it, as language data."""
+        ids, trained = self.tokens(row, start, stop)
+        return LanguageSample(input_ids=ids, trained=trained, document_lengths=[len(ids)])
+
+
+class Rows:
+    """The rows of a store that are used; a subclass says what a sample of them is (`__getitem__`).
+
+    Args:
+        store: what the file became.
+        name: the file, for messages.
+        how: context and truncation.
+        columns: the sequences of a row; one whose window has nothing to learn from is never used.
+        unusable: `[rows of the store]` bool, rows that are left out besides, and the reason.
+        learns: False: nothing is trained on in these rows, they are only read.
+
+    Attributes:
+        stored: `[rows]` where each row is in the store.
+        lengths: `[rows]` tokens, as a token budget counts them.
+
+    Raises:
+        DataError: no row is left, or one is too long and `how.truncation` is 'error'.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        name: str,
+        how: DataOptions,
+        columns: Sequence[Column],
+        unusable: tuple[np.ndarray, str] | None = None,
+        learns: bool = True,
+    ) -> None:
+        self.store, self.how, self.columns = store, how, columns
+        self.ledger = Ledger(name=name)
+        note_dropped(self.ledger, store)
+        keep = account(self.ledger, columns, how, unusable, learns)
+        self.stored = keep.nonzero()[0]
+        self.lengths: np.ndarray = np.sum([column.lengths for column in columns], axis=0)
+        self.file_sizes = [len(self.lengths)]
+
+
+def note_dropped(ledger: Ledger, store: TokenStore) -> None:
+    """Count the rows that were left out when `store` was made."""
+    for reason, rows in store.meta["dropped"].items():
+        ledger.drop(reason, store.meta["dropped_tokens"].get(reason, 0), rows)
+
+
+def account(
+    ledger: Ledger,
+    columns: Sequence[Column],
+    how: DataOptions,
+    unusable: tuple[np.ndarray, str] | None = None,
+    learns: bool = True,
+) -> np.ndarray:
+    """Leave out the rows that cannot be used, and account for every token of all `columns` in `ledger`.
+
+    Arguments and errors: see `Rows`.
+
+    Returns:
+        `[rows of the store]` bool: the rows that are kept, also in `columns`.
+    """
+    too_long = np.any([column.too_long for column in columns], axis=0)
+    full = np.sum([column.full for column in columns], axis=0)
+    if how.truncation == "error" and too_long.any():
+        _refuse_first_too_long(ledger.name, columns, too_long, how)
+    # 1. which rows are left out, each for its first reason
+    counts = [column.counts if learns else column.lengths for column in columns]
+    empty = np.any([count == 0 for count in counts], axis=0)
+    cut = too_long & (how.truncation != "drop")
+    reasons = [(too_long & ~cut, TOO_LONG), (empty & cut, EMPTY_AFTER_CUT), (empty & ~cut, EMPTY)]
+    if unusable is not None:
+        reasons.append(unusable)
+    keep = np.ones(len(full), dtype=bool)
+    for mask, reason in reasons:
+        dropped = mask & keep
+        if dropped.any():
+            ledger.drop(reason, int(full[dropped].sum()), int(dropped.sum()))
+            keep &= ~dropped
+    for column in columns:
+        column.select(keep)
+    # 2. where the tokens of the others go
+    lengths = sum(int(column.lengths.sum()) for column in columns)
+    ledger.rows = int(keep.sum())
+    ledger.read += int(full[keep].sum())
+    ledger.trained = sum(int(column.counts.sum()) for column in columns) if learns else 0
+    ledger.context = lengths - ledger.trained
+    ledger.truncated = int(full[keep].sum()) - lengths
+    ledger.truncated_rows = int((cut & keep).sum())
+    ledger.dropped_rows = +ledger.dropped_rows
+    ledger.check()
+    if not ledger.rows:
+        found = "; ".join(ledger.lines()[1:]) or "an empty file"
+        raise DataError(Location(ledger.name), f"no row to train on ({found})", "rows with answers that fit", FIX_EMPTY)
+    return keep
+
+
+def _refuse_first_too_long(name: str, columns: Sequence[Column], too_long: np.ndarray, how: DataOptions) -> None:
+    row = int(too_long.argmax())
+    longest = max(int(column.full[row]) for column in columns)
+    expected = f"at most {how.block_size:,}, the context"
+    raise DataError(Location(name, row + 1), f"{longest:,} tokens", expected, FIX_TOO_LONG)

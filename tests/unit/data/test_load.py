@@ -1,0 +1,127 @@
+"""One path from files to rows: which kind a file is, what it is refused for, and a kind of one's own."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.data.kinds import KINDS, DataOptions, get_kind
+from llm_trainer.data.load import Joined, choose_kind, find_schema, load, open_stream
+from llm_trainer.data.packing import Blocks
+from llm_trainer.data.read.errors import DataError
+
+HH = "\n\nHuman: q\n\nAssistant: "
+
+
+@pytest.fixture(scope="module")
+def chat(reference_dir: Path) -> ChatFormat:
+    return ChatFormat(load_tokenizer(reference_dir / "tokenizer"))
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_joined_finds_samples_by_file(tmp_path):
+    joined = Joined([Blocks(np.arange(8), "a", 4), Blocks(np.arange(100, 108), "b", 4)])
+    assert joined.file_sizes == [2, 2] and joined[2]["input_ids"].tolist() == [100, 101, 102, 103]
+
+
+def test_every_kind_can_be_found_by_name_and_an_unknown_one_names_the_nearest():
+    assert [get_kind(name).name for name in KINDS] == list(KINDS)
+    with pytest.raises(ValueError, match="unknown kind of rows 'pair'; did you mean 'pairs'"):
+        get_kind("pair")
+
+
+def test_rows_of_another_kind_are_refused_with_the_section_that_takes_them(tmp_path: Path):
+    pairs = write(tmp_path / "pairs.jsonl", [{"chosen": HH + "a", "rejected": HH + "b"}])
+    found = r"rows of kind 'preference' \(format 'hh'\); expected rows of kind chat or completion for conversations; "
+    with pytest.raises(DataError, match=found + "fix: train on it with dpo_config or reward_config or kto_config"):
+        find_schema(pairs, get_kind("conversations"), DataOptions())
+    text = write(tmp_path / "text.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match="expected rows of kind preference for pairs; fix: train on it with pretrain"):
+        find_schema(text, get_kind("pairs"), DataOptions(schema="text"))
+    images = [{"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}]
+    seen = write(tmp_path / "seen.jsonl", [row | {"images": ["a.png"]} for row in images])
+    with pytest.raises(DataError, match="rows of kind 'vision'"):  # never trained on without their images
+        find_schema(seen, get_kind("conversations"), DataOptions())
+
+
+def test_the_first_kind_that_fits_the_first_file_is_chosen(tmp_path: Path, chat: ChatFormat):
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    judged = write(tmp_path / "judged.jsonl", [{"prompt": "a", "completions": ["b"], "labels": [True]}])
+    names = ("pairs", "process")
+    for paths, expected in (([pairs, judged], "pairs"), ([judged, pairs], "process"), ([], "pairs")):
+        assert choose_kind(names, map(str, paths), DataOptions()).name == expected
+    text = write(tmp_path / "text.jsonl", [{"text": "a"}])
+    chosen = choose_kind(names, [str(text)], DataOptions())
+    assert chosen.name == "pairs"  # which then says what is wrong with the file
+    with pytest.raises(DataError, match="expected rows of kind preference"):
+        load([str(text)], chosen, chat, DataOptions(), tmp_path)
+    with pytest.raises(ValueError, match="file_dataset: no file was given"):
+        load([], chosen, chat, DataOptions(), tmp_path)
+    assert choose_kind(("text",), ["/nowhere"], DataOptions()).name == "text", "a single kind reads no file"
+
+
+def test_a_packing_that_makes_no_sense_is_refused(tmp_path: Path, chat: ChatFormat):
+    with pytest.raises(ValueError, match="got 'wrapped', expected 'none' or 'flat' or .* for conversations"):
+        load(["a.jsonl"], get_kind("conversations"), chat, DataOptions(packing="wrapped"), tmp_path)
+
+
+def test_token_files_of_another_kind_or_tokenizer_are_refused(tmp_path: Path, chat: ChatFormat):
+    np.save(tmp_path / "flat.npy", np.array([1, 2, 512]))
+    options = DataOptions(block_size=4, packing="wrapped")
+    with pytest.raises(DataError, match="token id 512; expected ids below 512"):
+        load([str(tmp_path / "flat.npy")], get_kind("text"), chat, options, tmp_path)
+    np.save(tmp_path / "flat.npy", np.arange(10))
+    rows = load([str(tmp_path / "flat.npy")], get_kind("text"), chat, options, tmp_path)
+    assert isinstance(rows.parts[0], Blocks) and rows.file_sizes == [3]
+    with pytest.raises(DataError, match="token rows of kind 'sequences'; expected text, or .* 'preference', for pairs"):
+        load([str(tmp_path / "flat.npy")], get_kind("pairs"), chat, DataOptions(), tmp_path)
+
+
+OWN = """
+import numpy as np
+import torch
+from llm_trainer.data.kinds import Kind
+from llm_trainer.data.kinds.language import Documents
+
+def encode(chat, samples):
+    for sample in samples:
+        one = chat.encode(sample.values["messages"])
+        if sample.row["stars"] == 0:
+            yield "no stars"
+            continue
+        columns = {"input_ids": np.array(one.input_ids), "trained": np.array(one.trained, dtype=np.uint8)}
+        yield columns | {"stars": np.array([sample.row["stars"]])}
+
+class StarredRows(Documents):
+    def __getitem__(self, index):
+        return {"row": super().__getitem__(index), "stars": int(self.store["stars"][self.stored[index]][0])}
+
+def collate(samples, lay):
+    return lay([sample["row"] for sample in samples]) | {"stars": torch.tensor([s["stars"] for s in samples])}
+
+STARRED = Kind("starred", ("chat",), ("input_ids", "trained", "stars"), encode, StarredRows, collate)
+"""
+
+
+def test_a_kind_of_ones_own_is_a_file_and_a_line(tmp_path: Path, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_rows.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(KINDS, "starred", "my_rows:STARRED")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write(tmp_path / "rows.jsonl", [{"messages": turns, "stars": stars} for stars in (5, 0, 3)])
+    kind, options = get_kind("starred"), DataOptions(packing="flat")
+    dataset = load([str(path)], kind, chat, options, tmp_path / "cache")
+    assert dataset.ledgers[0].check().dropped_rows == {"no stars": 1}
+    stream = open_stream(dataset, kind, options, 0, rows_per_step=2, batch_size=2, shuffle=False)
+    (batch,), position = next(stream.steps(0))
+    assert (batch["stars"].tolist(), position) == ([5, 3], 2)
+    assert batch["document_lengths"].tolist() == dataset.lengths.tolist() and batch["input_ids"].shape[0] == 1
+    sys.modules.pop("my_rows")
