@@ -38,7 +38,7 @@ from llm_trainer.engine.torch import choose_precision, detect_device
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.optimizers import get_parameter_groups
 from llm_trainer.train.metrics import open_writers
-from llm_trainer.trainers.language import SFTTrainer, Trainer
+from llm_trainer.trainers.language import SFTTrainer, Trainer, language_loss
 
 
 def working_copy(kept: nn.Module, device: torch.device) -> nn.Module:
@@ -67,7 +67,7 @@ def eight_bit_adamw(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
             f"optim_config.optim_type: got {options.optim_type!r}, but 8-bit state is Adam's; use --state host"
         )
     groups = get_parameter_groups(model, options.weight_decay)
-    return AdamW8bit(groups, lr=options.initial_lr, betas=options.betas, eps=options.eps)
+    return AdamW8bit(groups, lr=options.initial_lr, betas=options.betas or (0.9, 0.999), eps=options.eps)
 
 
 def read_arguments() -> tuple[TrainConfig, str]:
@@ -112,7 +112,7 @@ class Loop:
         else:
             self.working = self.kept if device.type == "cpu" else working_copy(self.kept, self.device)
             self.optimizer = make_optimizer(config, self.kept)
-        self.model = scored(self.working, trainer_class._from_config(config)["loss"], with_entropy=False).train()
+        self.model = scored(self.working, language_loss(config.loss_config), with_entropy=False).train()
         every = self.stream.num_steps() * config.n_epochs
         self.num_steps = min(every, run.max_steps or every)
         self.scheduler = make_scheduler(config, self.optimizer, self.num_steps)

@@ -1,49 +1,40 @@
 """The door of the config style: a `TrainConfig` becomes the objects that a trainer takes. Below it there are no configs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from llm_trainer.checkpoint import CheckpointManager, load_checkpoint, load_weights
-from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from llm_trainer.config.algorithms import DPOConfig, RewardConfig
+from llm_trainer.config.errors import fields_of
 from llm_trainer.config.load import dump_config
-from llm_trainer.config.options import Fsdp, Sampling
+from llm_trainer.config.options import EarlyStopping, Execution
+from llm_trainer.config.registry import accumulation, options_of, section_of
 from llm_trainer.config.schema import ModelConfig, TrainConfig
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.datasets import Joined
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
-from llm_trainer.data.pairs import PairRows, collate_pairs, collate_unpaired, load_answers
+from llm_trainer.data.pairs import collate_pairs, collate_unpaired, load_answers
 from llm_trainer.data.prepare import DataOptions, files_of, load_language_data
 from llm_trainer.data.steps import collate_steps, holds_steps, load_steps
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import engine_name
 from llm_trainer.engine.torch import DTYPES, TorchEngine, choose_precision, detect_device
-from llm_trainer.losses.preference import PreferenceLoss, resolve_loss_type
 from llm_trainer.losses.unpaired import mismatched_order
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
-from llm_trainer.models.frozen import fingerprint, freeze, frozen_copy
-from llm_trainer.models.rewarding import (
-    ANSWERS,
-    STEPS,
-    judged_in,
-    load_reward_model,
-    process_reward_model,
-    reward_model,
-)
-from llm_trainer.models.scored import scored
+from llm_trainer.models.frozen import freeze, frozen_copy
 from llm_trainer.optim.optimizers import configure_optimizer
 from llm_trainer.optim.schedules import create_scheduler
-from llm_trainer.trainers.completions import as_rows, num_shared, placed, score, share_prompts
-from llm_trainer.trainers.distill import Distillation, check_same_tokenizer
+from llm_trainer.trainers.completions import num_shared
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.base import BaseTrainer
@@ -55,7 +46,6 @@ STAGES = {  # section of the configuration -> what its rows are
     "reward_config": "preference",
     "kto_config": "unpaired",
 }
-OPTIMIZER_NAMES = {"adam": "adamw"}  # the configuration's 'adam' decouples its weight decay
 
 
 def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dict[str, Any]) -> dict[str, Any]:
@@ -63,34 +53,24 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
 
     Args:
         config: the whole run.
-        trainer_class: the algorithm; its own section of the configuration goes through its `_from_config`.
+        trainer_class: the algorithm, which makes its model and its own keywords by itself, with the help of a `Builder`.
         given: keywords that the caller passes himself; they are not made here.
 
     Raises:
         ValueError: (or a subclass) what the configuration describes cannot be made; the message says why.
     """
-    run = config.run_config
-    device = detect_device(run.device)
-    dist.start(device, run.ddp_timeout_s)
-    if config.fsdp_config is not None and _engine(config) == "fsdp":
+    run, build = config.run_config, Builder(config, trainer_class, given)
+    dist.start(build.device, run.ddp_timeout_s)
+    if config.fsdp_config is not None and build.engine == "fsdp":
         dist.share_data(config.fsdp_config.tensor_parallel_size)
     if dist.is_main():
         CheckpointManager(run.save_dir)  # a folder that cannot be written shows now, not after an hour of tokenizing
-    if config.tokenizer is None:
-        raise ValueError("tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR")
-    tokenizer = load_tokenizer(config.tokenizer)
-    if "model" in given:
-        model = given["model"]
-    elif trainer_class.config_section == "reward_config":
-        model = make_reward_model(config, trainer_class, tokenizer, device)
-    else:
-        empty = shares_weights(config, trainer_class) and not dist.is_main()
-        model = make_model(config, tokenizer, device, empty)
-    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
-    distillation = make_distillation(config, trainer_class, tokenizer, given)
-    train, evaluation = make_streams(config, trainer_class, tokenizer, model)
-    if _engine(config) in ("torch", "hf"):  # the others shard it on the way there: it may be too big for one device
-        model.to(device)
+    model = build.policy
+    check_vocabulary(build.tokenizer, model.get_input_embeddings().num_embeddings)
+    own = trainer_class._from_config(config, build)
+    train, *_ = build.streams
+    if build.engine in ("torch", "hf"):  # the others shard it on the way there: it may be too big for one device
+        model.to(build.device)
     optimizer = given["optimizer"] if "optimizer" in given else make_optimizer(config, model)
     steps = train.num_steps() * config.n_epochs
     return {
@@ -98,79 +78,121 @@ def assemble(config: TrainConfig, trainer_class: "type[BaseTrainer]", given: dic
         "optimizer": optimizer,
         "scheduler": make_scheduler(config, optimizer, min(steps, run.max_steps or steps)),
         "train_loader": train,
-        "val_loader": evaluation or None,
-        "device": str(device),
+        "val_loader": build.evaluation or None,
+        "device": str(build.device),
         "max_epochs": config.n_epochs,
         "grad_accum_steps": accumulation(config, trainer_class),
         "max_grad_norm": config.optim_config.max_grad_norm,
         "log_interval": run.log_interval,
         "save_dir": run.save_dir,
-        "tokenizer": tokenizer,
+        "tokenizer": build.tokenizer,
         "eval_prompts": config.eval_prompts,
-        **_settings(config, [*train.dataset.ledgers]),  # type: ignore[attr-defined]
-        **trainer_class._from_config(config),
-        **distillation,
-        **({} if "ref_model" in given else make_reference(config, trainer_class, model, (train, *evaluation.values()))),
+        **_settings(config, build.engine, [*train.dataset.ledgers]),
+        **own,
     }
 
 
-def _engine(config: TrainConfig) -> str:
-    given = {"fsdp": config.fsdp_config is not None, "deepspeed": config.ds_config is not None}
-    return engine_name(config.run_config.engine, **given)
+class Builder:
+    """The objects of one run, each made when it is first asked for (`trainers.building.Build` says what they are)."""
+
+    def __init__(
+        self, config: TrainConfig, trainer_class: "type[BaseTrainer]", given: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config, self.trainer_class, self.given = config, trainer_class, given or {}
+        self.section = options_of(config, trainer_class)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return detect_device(self.config.run_config.device)
+
+    @cached_property
+    def engine(self) -> str:
+        """The name of what executes the steps."""
+        config = self.config
+        named = {"fsdp": config.fsdp_config is not None, "deepspeed": config.ds_config is not None}
+        return engine_name(config.run_config.engine, **named)
+
+    @cached_property
+    def _half(self) -> str:
+        return choose_precision(self.config.run_config.precision, self.device)
+
+    @property
+    def precision(self) -> Callable[[], AbstractContextManager[None]]:
+        return TorchEngine(self.device, self._half).precision
+
+    @cached_property
+    def stage(self) -> str:
+        return stage_of(self.config, self.trainer_class)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self.config.tokenizer is None:
+            raise ValueError(
+                "tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR"
+            )
+        return load_tokenizer(self.config.tokenizer)
+
+    def tokenizer_of(self, source: str) -> Any:
+        return load_tokenizer(source)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return tuple(ChatFormat(self.tokenizer).stop_token_ids())
+
+    @cached_property
+    def policy(self) -> Any:
+        return (
+            self.given["model"] if "model" in self.given else self.trainer_class._model_from_config(self.config, self)
+        )
+
+    @cached_property
+    def _data(self) -> tuple[SampleStream, dict[str, SampleStream]]:
+        return make_streams(self.config, self.trainer_class, self.tokenizer, self.policy)
+
+    @property
+    def evaluation(self) -> dict[str, SampleStream]:
+        """Validation data by name."""
+        return self._data[1]
+
+    @property
+    def streams(self) -> tuple[Any, ...]:
+        train, evaluation = self._data
+        return train, *evaluation.values()
+
+    def model(self, source: str | None = None, in_half: bool = False) -> Any:
+        if source is None:
+            sharded = self.engine == "fsdp" and dist.num_processes() > 1
+            empty = sharded and self.trainer_class.shards_first_weights and not dist.is_main()
+            return make_model(self.config, self.tokenizer, self.device, empty)
+        attention = resolve_attention(self.config.run_config.attention, self.device)
+        return build_model(source, attention=attention, dtype=DTYPES[self._half if in_half else "fp32"])
+
+    def frozen(self, source: Any) -> nn.Module:
+        if isinstance(source, str) and (Path(source) / "config.json").exists():
+            return freeze(self.model(source))
+        reference = frozen_copy(self.policy)
+        if isinstance(source, str):
+            load_checkpoint(source, model=reference)
+        else:
+            load_weights(reference, source, "ref_model_checkpoint")
+        return reference
 
 
-def _settings(config: TrainConfig, ledgers: list[Any]) -> dict[str, Any]:
-    run, evaluation = config.run_config, config.eval_config
-    return {
-        "max_steps": run.max_steps,
-        "seed": run.seed,
-        "precision": run.precision,
-        "engine": _engine(config),
-        "fsdp": None if config.fsdp_config is None else Fsdp(**vars(config.fsdp_config)),
+def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str, Any]:
+    """The fields of `Settings`: those of shared groups by their names, then what one style alone has."""
+    shared = {name: getattr(config.run_config, name) for name in fields_of(Execution)}
+    stopping = {name: getattr(config.eval_config, name) for name in fields_of(EarlyStopping)}
+    own = {
+        "engine": engine,
+        "fsdp": config.fsdp_config,
         "deepspeed": None if config.ds_config is None else config.ds_config.to_json(),
-        "compile": run.compile,
-        "gradient_checkpointing": run.gradient_checkpointing,
-        "max_bad_steps": run.max_bad_steps,
-        "eval_interval": evaluation.eval_batch_interval,
-        "save_interval_steps": run.save_interval_steps,
-        "checkpoints_to_keep": run.checkpoints_to_keep,
-        "early_stopping_patience": evaluation.early_stopping_patience,
-        "early_stopping_min_delta": evaluation.early_stopping_min_delta,
-        "resume": run.resume,
-        "log_dir": run.log_dir,
-        "writers": run.writers,
-        "progress": run.progress,
-        "ddp_timeout_s": run.ddp_timeout_s,
+        "eval_interval": config.eval_config.eval_batch_interval,
         "best_file": False,
-        "sampling": Sampling(evaluation.max_seq_len, evaluation.temperature, evaluation.top_p, evaluation.top_k),
+        "sampling": config.eval_config,
         "ledgers": ledgers,
         "description": dump_config(config),
     }
-
-
-def accumulation(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> int:
-    """Micro-batches per optimizer step, from the algorithm's section."""
-    section = getattr(config, section_of(config, trainer_class))
-    return 1 if section is None else section.gradient_accumulation_steps
-
-
-def section_of(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> str:
-    """The section of the configuration that steers `trainer_class`: its own, or the only one that is there."""
-    own = trainer_class.config_section
-    if not own:
-        raise ValueError(
-            f"{trainer_class.__name__} has no section in a configuration: set its class attribute config_section (to "
-            f"'sft_config', say) and write _from_config, or give it model, optimizer and train_loader"
-        )
-    if own == "sft_config" and config.sft_config is None and config.pretrain_config is not None:
-        return "pretrain_config"  # PretrainTrainer is SFTTrainer: the configuration tells which of them is meant
-    return own
-
-
-def shares_weights(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> bool:
-    """Whether only the main process needs the first weights whole: nothing else is made of them before they are sharded."""
-    language = section_of(config, trainer_class) in ("pretrain_config", "sft_config")
-    return language and _engine(config) == "fsdp" and dist.num_processes() > 1
+    return shared | stopping | own
 
 
 def make_model(config: TrainConfig, tokenizer: Any, device: torch.device, empty: bool = False) -> Any:
@@ -189,28 +211,6 @@ def make_model(config: TrainConfig, tokenizer: Any, device: torch.device, empty:
     if config.init_weights_path is not None:
         load_checkpoint(config.init_weights_path, model=model)
     return model
-
-
-def make_reward_model(
-    config: TrainConfig, trainer_class: "type[BaseTrainer]", tokenizer: Any, device: torch.device
-) -> Any:
-    """The reward model of a folder, to train on, or a new head on a language model: of answers or, as the data is, steps.
-
-    Raises:
-        ValueError: the model of the folder judges the other of the two.
-    """
-    steps, folder = stage_of(config, trainer_class) == "steps", config.model_config
-    judged = judged_in(folder) if isinstance(folder, str) else None
-    if judged is None or not isinstance(folder, str):
-        make = process_reward_model if steps else reward_model
-        return make(make_model(config, tokenizer, device), tokenizer.pad_token_id)
-    wanted = STEPS if steps else ANSWERS
-    if judged != wanted:
-        raise ValueError(
-            f"model_config: {folder} holds a ...{judged} model, but the rows of file_dataset are "
-            f"{'answers judged step by step' if steps else 'pairs of answers'}; expected ...{wanted}, or a language model"
-        )
-    return load_reward_model(folder, resolve_attention(config.run_config.attention, device))
 
 
 def stage_of(config: TrainConfig, trainer_class: "type[BaseTrainer]") -> str:
@@ -320,96 +320,12 @@ def _file_weights(config: TrainConfig) -> list[float] | None:
     return [weight for weight, path in zip(weights, paths, strict=True) for _ in files_of(Path(path))]
 
 
-def make_distillation(
-    config: TrainConfig, trainer_class: "type[BaseTrainer]", tokenizer: Any, given: dict[str, Any]
-) -> dict[str, Any]:
-    """The `kd` of a language trainer, its teacher loaded and its tokenizer compared; nothing without a `kd_config`."""
-    section = getattr(config, section_of(config, trainer_class))
-    if not isinstance(section, PretrainConfig | SFTConfig) or section.kd_config is None or "kd" in given:
-        return {}
-    kd, run, teacher = section.kd_config, config.run_config, None
-    if kd.teacher_model is not None and "teacher_model" not in given:
-        theirs = load_tokenizer(kd.teacher_model)
-        check_same_tokenizer(tokenizer.get_vocab(), theirs.get_vocab(), kd.teacher_model)
-        device = detect_device(run.device)
-        dtype = DTYPES[choose_precision(run.precision, device)]  # it is only read: no need for more
-        teacher = build_model(kd.teacher_model, attention=resolve_attention(run.attention, device), dtype=dtype)
-    stops = tuple(ChatFormat(tokenizer).stop_token_ids())
-    return {"kd": Distillation(**vars(kd) | {"teacher_model": teacher, "stop_token_ids": stops})}
-
-
-def make_reference(
-    config: TrainConfig, trainer_class: "type[BaseTrainer]", model: Any, streams: Iterable[SampleStream]
-) -> dict[str, Any]:
-    """What the policy is compared with, as keywords of the trainer; none: the trainer makes a copy, or needs none."""
-    own = trainer_class.config_section
-    section = config.dpo_config if own == "dpo_config" else config.kto_config if own == "kto_config" else None
-    source = None if section is None else section.ref_model_checkpoint
-    reference = None if source is None else freeze(load_reference(config, source, model))
-    if isinstance(section, DPOConfig) and section.precompute_ref_log_probs:
-        if not PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo)).needs_reference:
-            return {}
-        for stream in streams:
-            precompute_reference(config, stream, model if reference is None else reference)
-        return {"ref_log_probs_given": True, "starts_at_reference": reference is None}
-    return {} if reference is None else {"ref_model": reference}
-
-
-def load_reference(config: TrainConfig, source: Any, model: Any) -> nn.Module:
-    """The model of a Hugging Face folder, or one like `model` with the weights of a checkpoint or state dict."""
-    if isinstance(source, str) and (Path(source) / "config.json").exists():
-        device = detect_device(config.run_config.device)
-        return build_model(source, attention=resolve_attention(config.run_config.attention, device))
-    reference = frozen_copy(model)
-    if isinstance(source, str):
-        load_checkpoint(source, model=reference)
-    else:
-        load_weights(reference, source, "ref_model_checkpoint")
-    return reference
-
-
-@torch.no_grad()
-def precompute_reference(config: TrainConfig, stream: SampleStream, reference: nn.Module) -> None:
-    """Give every pair the reference's summed log-probs, from a file beside the pairs' tokens or computed now.
-
-    All ranks score their share, the main process writes the file.
-    """
-    device = detect_device(config.run_config.device)
-    precision = TorchEngine(device, choose_precision(config.run_config.precision, device)).precision
-    model, was_training, key = scored(reference).to(device), reference.training, fingerprint(reference)
-    assert config.dpo_config is not None
-    shares_prompts = config.dpo_config.share_prompts and model.knows_branches(device)
-    model.eval()
-    for rows in stream.dataset.parts:  # type: ignore[attr-defined]
-        assert isinstance(rows, PairRows)
-        path = rows.store.folder / f"ref_logps-{key}-{rows.how.block_size}-{rows.how.truncation}.npy"
-        if not dist.broadcast_object(path.exists()):
-            table = torch.zeros(len(rows.lengths), 2, device=device)
-            mine = np.argsort(-rows.lengths)[dist.rank() :: dist.world_size()]  # of similar lengths together
-            for first in range(0, len(mine), stream.batch_size):
-                group = mine[first : first + stream.batch_size].tolist()
-                batch = stream.collate([rows[i] for i in group])
-                batch = placed(share_prompts(batch) if shares_prompts else batch, device)
-                with precision():
-                    sums = as_rows(score(model, batch).logprobs, batch).sum(1)  # [2B], chosen first
-                table[group] = sums.view(2, -1).T
-            table = dist.all_reduce(table)
-            if dist.is_main():
-                partial_path = path.with_suffix(".tmp.npy")
-                np.save(partial_path, table.cpu().numpy())
-                partial_path.rename(path)
-            dist.broadcast_object(None)  # nobody reads before it is written
-        rows.ref_logps = np.load(path)
-    model.train(was_training)
-
-
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the configuration; matrices decay, norms and biases do not."""
     options = config.optim_config
-    name = OPTIMIZER_NAMES.get(options.optim_type, options.optim_type)
     return configure_optimizer(
         model,
-        name,
+        options.optimizer,
         lr=options.initial_lr,
         weight_decay=options.weight_decay,
         betas=options.betas,

@@ -23,11 +23,11 @@ MAY_IMPORT = {
     "generation": set(),
     "data": {"config"},
     "models": {"losses", "config"},
-    "engine": {"config", "checkpoint"},
+    "engine": {"config", "checkpoint", "optim"},
     "trainers": {"losses", "models", "generation", "config"},
     "state": set(),
-    "train": {"state", "engine", "checkpoint", "data", "config", "plan"},
-    "plan": {"config", "losses"},
+    "train": {"state", "engine", "checkpoint", "data", "config", "plan", "optim"},
+    "plan": {"config", "losses", "models", "data", "optim"},
     "cli": {"config", "data"},
 }
 FREE = {"assemble", "py"}  # the door sees everything

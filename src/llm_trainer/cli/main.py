@@ -60,6 +60,7 @@ def train(
 ) -> None:
     """Train; on all GPUs of this machine, unless run_config.device or PARALLEL_TYPE=none says otherwise."""
     from llm_trainer.config.load import load_config
+    from llm_trainer.config.registry import algorithm
 
     config = load_config(run, overrides or ())
     _spread_out(config, context.obj)
@@ -93,28 +94,6 @@ def train(
     dist.stop()
 
 
-def algorithm(config: TrainConfig, where: str) -> str:
-    """The name of the trainer whose section the configuration has.
-
-    Raises:
-        ConfigError: there is no such section, or several.
-    """
-    from llm_trainer.config.errors import ConfigError
-    from llm_trainer.trainers import TRAINERS, get_trainer_class
-
-    sections: dict[str, str] = {}
-    for name in TRAINERS:
-        sections.setdefault(get_trainer_class(name).config_section, name)
-    present = [section for section in sections if getattr(config, section) is not None]
-    if len(present) != 1:
-        found = " and ".join(present) or "none of them"
-        raise ConfigError(
-            f"{where}: expected exactly one of {', '.join(sections)}, which says how to train; found {found}; "
-            + ("remove the others" if present else "add for example `sft_config: {}`")
-        )
-    return sections[present[0]]
-
-
 def _spread_out(config: TrainConfig, arguments: list[str]) -> None:
     """Start this command once per GPU, if there are several and nobody has done so."""
     from llm_trainer.config.env import environment
@@ -142,15 +121,18 @@ def _say_goodbye(trainer: BaseTrainer) -> None:
     print(f"model  {model} (of {model.resolve().parent.name})")
     print(f"logs   {run.log_dir} (llm-trainer plot {run.log_dir})")
     if isinstance(trainer.base_model, GenerationMixin):  # a reward model does not talk
-        print(f"chat   llm-trainer chat {model}{' --raw' if trainer.config_section == 'pretrain_config' else ''}")
+        print(f"chat   llm-trainer chat {model}{' --raw' if trainer.section == 'pretrain_config' else ''}")
 
 
 @app.command()
-def config(stage: Annotated[str, typer.Argument(help="pretrain, sft, ...")]) -> None:
+def config(
+    stage: Annotated[str, typer.Argument(help="pretrain, sft, ...")],
+    plugin: Annotated[list[str] | None, typer.Option(help="a module or .py file with an algorithm of your own")] = None,
+) -> None:
     """Print a complete configuration to start from, each key with its meaning."""
     from llm_trainer.config.load import example
 
-    typer.echo(example(stage), nl=False)
+    typer.echo(example(stage, plugin or ()), nl=False)
 
 
 @app.command()

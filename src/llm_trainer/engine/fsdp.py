@@ -14,6 +14,7 @@ from llm_trainer import checkpoint
 from llm_trainer.engine import dist
 from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import DTYPES, TorchEngine
+from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Fsdp
@@ -37,10 +38,12 @@ class FsdpEngine(TorchEngine):
         self._root: FSDPModule
 
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        if isinstance(optimizer, torch.optim.Adafactor):
+        recipe = recipe_of(optimizer)
+        if recipe is not None and not recipe.takes_shards:
+            others = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_shards)
             raise ValueError(
-                "optimizer: Adafactor's sums over rows and columns of a matrix are not offered for sharded ones (FSDP); "
-                "use adamw, lion, sgd or muon, or engine: torch"
+                f"optimizer: {type(optimizer).__name__} cannot update matrices that are sharded (FSDP); use one of {others}, "
+                "or engine: torch"
             )
         self._module, self._base, self._optimizer = module, base, optimizer
         state = checkpoint.optimizer_state_by_name(base, optimizer)

@@ -108,7 +108,7 @@ def sample(run: "Run") -> None:
         answers = generate(
             trainer.base_model,
             prompts,
-            max_new_tokens=how.max_new_tokens,
+            max_new_tokens=how.max_seq_len,
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,

@@ -10,6 +10,7 @@ import torch
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.plan.gpus import half_peak
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Size:
         trained: those with gradients.
         bytes: of all.
         trained_bytes: of those with gradients.
+        optimizer_bytes: that the optimizer will keep as its state.
         flops_per_token: of a training step; None for modules that are no transformers language model.
     """
 
@@ -56,6 +58,7 @@ class Size:
     trained: int
     bytes: int
     trained_bytes: int
+    optimizer_bytes: int
     flops_per_token: float | None
 
     @classmethod
@@ -73,6 +76,7 @@ class Size:
             trained=sum(p.numel() for p in trained),
             bytes=sum(p.numel() * p.element_size() for p in every),
             trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+            optimizer_bytes=state_bytes(run.trainer.optimizer),
             flops_per_token=flops,
         )
 
@@ -92,11 +96,10 @@ def _human(count: float, unit: str = "") -> str:
 
 def expected_memory(run: "Run") -> dict[str, float]:
     """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where their formula is known."""
-    slots = 2 if {"betas"} <= run.trainer.optimizer.defaults.keys() else 1
     whole = {
         "weights": run.size.bytes,
         "gradients": run.size.trained_bytes,
-        "optimizer": slots * run.size.trained_bytes,
+        "optimizer": run.size.optimizer_bytes,
     }
     memory = {name: size * part for (name, size), part in zip(whole.items(), run.engine.parts(), strict=True)}
     activations = _expected_activations(run)

@@ -311,7 +311,7 @@ class Run:
 
     def encode_prompt(self, chat: Any, text: str) -> list[int]:
         """Ids that a sample is generated from: a user turn after SFT, plain text after pretraining."""
-        if self.trainer.config_section == "pretrain_config":
+        if self.trainer.section == "pretrain_config":
             return chat.encode_text(text).input_ids[:-1]
         return chat.encode_prompt([{"role": "user", "content": text}])
 

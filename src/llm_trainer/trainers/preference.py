@@ -28,9 +28,12 @@ from llm_trainer.trainers.completions import (
     supervised,
     with_prompts,
 )
+from llm_trainer.trainers.references import precompute_reference
 
 if TYPE_CHECKING:
+    from llm_trainer.config.algorithms import DPOConfig
     from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build, Sketch
 
 SIDES = ("chosen", "rejected")
 _AT_REFERENCE = {"fp32": 1e-4}  # log-ratio per token that rounding explains, before the first update
@@ -66,7 +69,7 @@ class DPOTrainer(BaseTrainer):
         ValueError: `ref_model` is the policy itself, or an option of the loss makes no sense.
     """
 
-    config_section = "dpo_config"
+    section = "dpo_config"
 
     def __init__(
         self,
@@ -102,11 +105,9 @@ class DPOTrainer(BaseTrainer):
         self.shares_prompts = share_prompts and all(model.knows_branches(self.device) for model in models)
 
     @classmethod
-    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
-        section = config.dpo_config
-        if section is None:
-            return {}
-        return {
+    def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        section: DPOConfig = build.section
+        return cls._reference_from_config(section, build) | {
             "loss_type": resolve_loss_type(section.loss_type, section.loss_ipo),
             "beta": section.loss_beta,
             "label_smoothing": section.loss_label_smoothing,
@@ -121,6 +122,30 @@ class DPOTrainer(BaseTrainer):
             "share_prompts": section.share_prompts,
             "aux_loss_coef": config.loss_config.aux_loss_coef,
         }
+
+    @classmethod
+    def _reference_from_config(cls, section: "DPOConfig", build: "Build") -> dict[str, Any]:
+        """What the policy is compared with, as keywords; none: the constructor makes a copy, or needs none."""
+        if "ref_model" in build.given:
+            return {}
+        source = section.ref_model_checkpoint
+        reference = None if source is None else build.frozen(source)
+        if not section.precompute_ref_log_probs:
+            return {} if reference is None else {"ref_model": reference}
+        if not PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo)).needs_reference:
+            return {}
+        scorer = build.policy if reference is None else reference
+        for stream in build.streams:
+            precompute_reference(stream, scorer, build.device, build.precision, section.share_prompts)
+        return {"ref_log_probs_given": True, "starts_at_reference": reference is None}
+
+    @classmethod
+    def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
+        section: DPOConfig = sketch.section
+        loss = PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo))
+        keeps_reference = loss.needs_reference and not section.precompute_ref_log_probs
+        reference = sketch.frozen() if keeps_reference else {}
+        return {"rows_per_sample": len(SIDES), **reference}
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)

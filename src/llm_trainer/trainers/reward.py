@@ -6,12 +6,23 @@ from torch import Tensor, nn
 
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.losses.reward import bradley_terry, process_reward
-from llm_trainer.models.rewarding import Rewarding
+from llm_trainer.models.attention import resolve_attention
+from llm_trainer.models.rewarding import (
+    ANSWERS,
+    STEPS,
+    Rewarding,
+    judged_in,
+    load_reward_model,
+    process_reward_model,
+    reward_model,
+)
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.completions import Batch, count_tokens, join, num_pairs, placed, share_prompts
 
 if TYPE_CHECKING:
+    from llm_trainer.config.algorithms import RewardConfig
     from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build, Sketch
 
 SIDES = ("chosen", "rejected")
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "document_lengths")
@@ -34,7 +45,7 @@ class RewardTrainer(BaseTrainer):
         share_prompts: run the prompt of a pair once, as `DPOTrainer` does.
     """
 
-    config_section = "reward_config"
+    section = "reward_config"
 
     def __init__(
         self,
@@ -49,15 +60,38 @@ class RewardTrainer(BaseTrainer):
         self.shares_prompts = share_prompts and self._rewarding.knows_branches(self.device)
 
     @classmethod
-    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
-        section = config.reward_config
-        if section is None:
-            return {}
+    def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        section: RewardConfig = build.section
         return {
             "center_coef": section.center_coef,
             "use_margin": section.use_margin,
             "share_prompts": section.share_prompts,
         }
+
+    @classmethod
+    def _model_from_config(cls, config: "TrainConfig", build: "Build") -> nn.Module:
+        """The reward model of a folder, to train on, or a new head on a language model: of answers or, as the data is, steps.
+
+        Raises:
+            ValueError: the model of the folder judges the other of the two.
+        """
+        of_steps, folder = build.stage == "steps", config.model_config
+        judged = judged_in(folder) if isinstance(folder, str) else None
+        if judged is None:
+            make = process_reward_model if of_steps else reward_model
+            return make(build.model(), build.tokenizer.pad_token_id)
+        wanted = STEPS if of_steps else ANSWERS
+        if judged != wanted:
+            rows = "answers judged step by step" if of_steps else "pairs of answers"
+            raise ValueError(
+                f"model_config: {folder} holds a ...{judged} model, but the rows of file_dataset are {rows}; expected "
+                f"...{wanted}, or a language model"
+            )
+        return load_reward_model(str(folder), resolve_attention(config.run_config.attention, build.device))
+
+    @classmethod
+    def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
+        return {"rows_per_sample": len(SIDES), "has_head": False}
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._rewarding = Rewarding(model)

@@ -23,7 +23,9 @@ from llm_trainer.trainers.completions import (
 )
 
 if TYPE_CHECKING:
+    from llm_trainer.config.algorithms import KTOConfig
     from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build, Sketch
 
 _KL = "kl_"  # keys of a batch's mismatched rows: prompts with the completions of other prompts
 
@@ -49,7 +51,7 @@ class KTOTrainer(BaseTrainer):
         aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model.
     """
 
-    config_section = "kto_config"
+    section = "kto_config"
 
     def __init__(
         self,
@@ -76,17 +78,24 @@ class KTOTrainer(BaseTrainer):
         self.reference = reference_of(reference, self, self._policy)
 
     @classmethod
-    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
-        section = config.kto_config
-        if section is None:
-            return {}
-        return {
+    def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        section: KTOConfig = build.section
+        source = section.ref_model_checkpoint
+        reference = {}
+        if source is not None and "ref_model" not in build.given:
+            reference["ref_model"] = build.frozen(source)
+        return reference | {
             "loss_type": section.loss_type,
             "beta": section.loss_beta,
             "desirable_weight": section.desirable_weight,
             "undesirable_weight": section.undesirable_weight,
             "aux_loss_coef": config.loss_config.aux_loss_coef,
         }
+
+    @classmethod
+    def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
+        # For the KL both models score mismatched answers too.
+        return sketch.frozen(forwards=3 if sketch.section.loss_type == "kto" else 1)
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)
