@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from engines import SHAPES, SMALLEST_VOCABULARY, Rows
 from gpu_report import Report, peak_memory, wait_for
-from llm_trainer.data.kinds.pairs import collate_pairs
 
 from llm_trainer import DPOTrainer, SFTTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.collate import collate_padded
+from llm_trainer.data.kinds.pairs import collate_pairs
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.build import build_model, flops_per_token

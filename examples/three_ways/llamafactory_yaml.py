@@ -146,6 +146,7 @@ def translate(
         total_steps: optimizer steps of the whole run.
     """
     run, loader = config.run_config, config.data_loader_config
+    betas = config.optim_config.betas or (0.9, 0.999)
     stage, section = stage_of(config)
     values = {name: value for name, value, _ in leaves(config)}
     writers: list[str] = [*run.writers]
@@ -158,8 +159,8 @@ def translate(
         "max_steps": run.max_steps or -1,
         "cutoff_len": cutoff_len,
         "gradient_accumulation_steps": section.gradient_accumulation_steps,
-        "adam_beta1": config.optim_config.betas[0],
-        "adam_beta2": config.optim_config.betas[1],
+        "adam_beta1": betas[0],
+        "adam_beta2": betas[1],
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": on_cpu,

@@ -27,17 +27,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from llm_trainer.assemble import make_model, make_optimizer, make_scheduler, make_streams
+from llm_trainer.assemble import make_optimizer, make_scheduler
+from llm_trainer.builder import Builder
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
-from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine.device import choose_precision, detect_device
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.optimizers import get_parameter_groups
 from llm_trainer.train.writers import open_writers
-from llm_trainer.trainers.language import SFTTrainer, Trainer
+from llm_trainer.trainers.language import SFTTrainer, Trainer, language_loss
 
 
 def working_copy(kept: nn.Module, device: torch.device) -> nn.Module:
@@ -66,7 +66,7 @@ def eight_bit_adamw(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
             f"optim_config.optim_type: got {options.optim_type!r}, but 8-bit state is Adam's; use --state host"
         )
     groups = get_parameter_groups(model, options.weight_decay)
-    return AdamW8bit(groups, lr=options.initial_lr, betas=options.betas, eps=options.eps)
+    return AdamW8bit(groups, lr=options.initial_lr, betas=options.betas or (0.9, 0.999), eps=options.eps)
 
 
 def read_arguments() -> tuple[TrainConfig, str]:
@@ -100,18 +100,17 @@ class Loop:
             mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu"
         )
         self.device = self.accelerator.device
-        self.tokenizer = load_tokenizer(str(config.tokenizer))
-        self.kept = make_model(config, self.tokenizer, self.device)
+        build = Builder(config, SFTTrainer if config.sft_config else Trainer)
+        self.tokenizer, self.kept = build.tokenizer, build.policy
         self.kept.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        trainer_class = SFTTrainer if config.sft_config else Trainer
-        self.stream, _ = make_streams(config, trainer_class, self.tokenizer, self.kept)
+        self.stream, *_ = build.streams
         if state == "8bit":
             self.working = self.kept.to(self.device)
             self.optimizer = eight_bit_adamw(config, self.kept)
         else:
             self.working = self.kept if device.type == "cpu" else working_copy(self.kept, self.device)
             self.optimizer = make_optimizer(config, self.kept)
-        self.model = scored(self.working, trainer_class._from_config(config)["loss"], with_entropy=False).train()
+        self.model = scored(self.working, language_loss(config.loss_config), with_entropy=False).train()
         every = self.stream.num_steps() * config.n_epochs
         self.num_steps = min(every, run.max_steps or every)
         self.scheduler = make_scheduler(config, self.optimizer, self.num_steps)

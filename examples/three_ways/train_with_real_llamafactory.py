@@ -27,7 +27,7 @@ import yaml
 from llamafactory_yaml import Translation, add_data, stage_of, translate
 from transformers.utils.logging import disable_progress_bar
 
-from llm_trainer.assemble import make_model, make_streams
+from llm_trainer.builder import Builder, make_model
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.collate import collate_padded
@@ -74,7 +74,7 @@ def write_run(config: TrainConfig, folder: Path, our_tokens: bool) -> Translatio
     tokenizer = load_tokenizer(str(config.tokenizer))
     model = make_model(config, tokenizer, torch.device("cpu"))
     trainer_class = get_trainer_class({"pt": "pretrain"}.get(stage, stage))
-    stream, _ = make_streams(config, trainer_class, tokenizer, model)
+    stream, *_ = Builder(config, trainer_class, {"model": model}).streams
     tokenizer.chat_template = tokenizer.chat_template or default_template(tokenizer)  # it reads its template from here
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")

@@ -13,8 +13,8 @@ import sys
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_trainer.cli.train import algorithm
 from llm_trainer.config.load import load_config
+from llm_trainer.config.registry import algorithm
 from llm_trainer.engine import dist
 from llm_trainer.train import transformers_driver as huggingface
 from llm_trainer.trainers import create_trainer

@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_trainer.config.registry import register_algorithm
+    from llm_trainer.config.section import config_section
     from llm_trainer.optim.optimizers import configure_optimizer, create_optimizer, get_parameter_groups
     from llm_trainer.trainers import create_trainer, get_trainer_class
     from llm_trainer.trainers.base import BaseTrainer
@@ -29,6 +31,8 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "get_parameter_groups": "llm_trainer.optim.optimizers",
     "get_trainer_class": "llm_trainer.trainers",
     "create_trainer": "llm_trainer.trainers",
+    "register_algorithm": "llm_trainer.config.registry",
+    "config_section": "llm_trainer.config.section",
 }
 
 __all__ = [
@@ -40,11 +44,13 @@ __all__ = [
     "RewardTrainer",
     "SFTTrainer",
     "Trainer",
+    "config_section",
     "configure_optimizer",
     "create_optimizer",
     "create_trainer",
     "get_parameter_groups",
     "get_trainer_class",
+    "register_algorithm",
 ]
 
 

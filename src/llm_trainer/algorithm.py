@@ -1,7 +1,7 @@
 """What an algorithm says to the machinery, and what it may ask of it. `trainers/` implements one, `train/run.py` the other."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -51,21 +51,6 @@ class Machine(Protocol):
 
     def generating(self) -> AbstractContextManager[None]:
         """The context in which the trained model itself may be called, with other lengths on every rank."""
-
-    def score(
-        self, lengths: Sequence[int], function: Callable[[list[int]], Tensor], columns: int, group_size: int
-    ) -> Tensor:
-        """Numbers of every row of a dataset, computed once by all ranks together, without gradients.
-
-        Args:
-            lengths: tokens of every row; rows of similar length come together.
-            function: numbers of some rows, `n` of them -> `[n, columns]`, on `device`.
-            columns: numbers per row.
-            group_size: most rows that `function` sees at once.
-
-        Returns:
-            `[rows, columns]` fp32, on the CPU, the same on every rank.
-        """
 
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add to a metric: its logged value is sum of totals / sum of counts, over steps and ranks."""

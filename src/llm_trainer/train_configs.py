@@ -2,7 +2,6 @@
 
 from llm_trainer.config.algorithms import (
     DPOConfig,
-    KDConfig,
     KTOConfig,
     PretrainConfig,
     RewardConfig,
@@ -21,10 +20,10 @@ from llm_trainer.config.deepspeed import (
 )
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
+from llm_trainer.config.options import FsdpConfig, KDConfig
 from llm_trainer.config.schema import (
     DataLoaderConfig,
     EvalConfig,
-    FsdpConfig,
     LossConfig,
     ModelConfig,
     MoeConfig,

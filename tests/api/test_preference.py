@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, configure_optimizer, create_trainer, get_trainer_class
+from llm_trainer.builder import Builder
 from llm_trainer.config.load import load_config
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
@@ -226,7 +227,7 @@ def test_registry_and_shipped_configurations() -> None:
     for name in ("dpo", "kto", "reward"):
         described = load_config(folder / f"{name}.yaml")
         assert getattr(described, f"{name}_config") is not None
-        DPOTrainer._from_config(described)
+        DPOTrainer._from_config(described, Builder(described, DPOTrainer))
 
 
 def test_a_contradiction_in_the_section_is_explained(pairs: Path, reference_dir: Path, tmp_path: Path) -> None:

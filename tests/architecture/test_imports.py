@@ -23,21 +23,24 @@ MAY_IMPORT = {
     "optimizer": {"optim"},
     # data, models and engines
     "data": {"config", "losses", "state"},
-    "models": {"config", "losses"},
+    "models": {"config", "losses", "checkpoint"},
     "engine": {"config", "checkpoint", "optim"},
-    "plan": {"config", "losses"},
+    "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
     "algorithm": {"state"},
     "train": {"algorithm", "state", "engine", "checkpoint", "config"},
     "trainers": {"algorithm", "losses", "models", "generation", "config"},
     # a description becomes objects
-    "assemble": {"algorithm", "config", "data", "models", "engine", "optim", "checkpoint"},
-    "cli": {"assemble", "trainers", "config", "data", "plan", "models"},
+    "builder": {"config", "data", "models", "engine", "checkpoint"},
+    "assemble": {"builder", "config", "data", "engine", "optim", "checkpoint"},
+    "cli": {"assemble", "trainers", "train", "config", "data", "plan", "models", "generation", "engine", "checkpoint"},
 }
 # What else is imported, and why: (file, room).
 LICENSED = {
     ("trainers/base.py", "train"): "the one trainer file that starts a run",
     ("trainers/base.py", "assemble"): "the door of the config style",
+    ("plan/describe.py", "data"): "the size of a vocabulary is the tokenizer's",
+    ("plan/describe.py", "models"): "counts the parameters of a model without weights",
     ("train/run.py", "data"): "loaders become step sources here",
     ("train/run.py", "optim"): "tells a plateau schedule the validation loss",
     ("train/loop.py", "data"): "the protocol of a step source",

@@ -15,7 +15,7 @@ from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import Rewarding
 from llm_trainer.models.scored import scored
-from llm_trainer.trainers.completions import join, score
+from llm_trainer.trainers.answers import join, score
 
 PLUS, EQUALS = 10, 11
 SHAPE: dict[str, Any] = {"vocab_size": 12, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

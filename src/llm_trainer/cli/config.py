@@ -7,6 +7,9 @@ import typer
 from llm_trainer.config.load import example
 
 
-def config(stage: Annotated[str, typer.Argument(help="pretrain, sft, ...")]) -> None:
+def config(
+    stage: Annotated[str, typer.Argument(help="pretrain, sft, ...")],
+    plugin: Annotated[list[str] | None, typer.Option(help="a module or .py file with an algorithm of your own")] = None,
+) -> None:
     """Print a complete configuration to start from, each key with its meaning."""
-    typer.echo(example(stage), nl=False)
+    typer.echo(example(stage, plugin or ()), nl=False)

@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_trainer.cli.train import algorithm
 from llm_trainer.config.load import load_config
+from llm_trainer.config.registry import algorithm
+from llm_trainer.config.table import key_of
 from llm_trainer.plan.choices import RESERVE, Choice, choices, recommend, usable
+from llm_trainer.plan.describe import describe
 from llm_trainer.plan.gpus import GB, find_gpu
 from llm_trainer.plan.shapes import Job, Shape
 from llm_trainer.plan.speed import Cluster, Speed
-from llm_trainer.trainers import get_trainer_class
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-    from llm_trainer.config.schema import TrainConfig
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+    pass
 
 
 def plan(
@@ -65,116 +62,7 @@ def plan(
     for line in [*_facts(shape, job, cluster, mfu, budget), "", *_table(found, chosen, budget), "", f"take  {why}"]:
         typer.echo(line)
     if chosen is not None:
-        section = get_trainer_class(name).config_section
-        typer.echo(f"      {' '.join(_changes(section, job, chosen))}")
-
-
-def describe(config: TrainConfig, name: str, has_bf16: bool = True) -> tuple[Shape, Job]:
-    """The model and the work of a step on one device, for the algorithm called `name`; no weights are made.
-
-    Args:
-        config: the whole run.
-        name: of the trainer.
-        has_bf16: what 16 bit means on the device.
-    """
-    from llm_trainer.assemble import OPTIMIZER_NAMES, accumulation
-    from llm_trainer.models.build import flops_per_token
-    from llm_trainer.plan.shapes import Job, optimizer_bytes, shape_of
-    from llm_trainer.trainers import get_trainer_class
-
-    model = _empty(_configuration(config), reward=name == "reward")
-    shape = shape_of(model)
-    length = config.dataset_block_size or model.config.max_position_embeddings
-    precision = config.run_config.precision
-    if precision == "auto":
-        precision = "bf16" if has_bf16 else "fp16"
-    flops = flops_per_token(model, length)
-    if name == "reward" and shape.tied:
-        flops -= 6 * shape.vocabulary_parameters  # which are only looked up
-    optim = config.optim_config
-    job = Job(
-        row_tokens=length,
-        rows=config.batch_size * accumulation(config, get_trainer_class(name)),
-        rows_per_sample=2 if name in ("dpo", "reward") else 1,
-        flops_per_token=flops,
-        state_bytes=optimizer_bytes(OPTIMIZER_NAMES.get(optim.optim_type, optim.optim_type), optim.momentum, model),
-        precision=precision,
-        has_head=name != "reward",
-        **_frozen(config, name, shape, flops, length, precision),
-    )
-    return shape, job
-
-
-def _configuration(config: TrainConfig) -> PretrainedConfig:
-    """The shape of the model in transformers' words."""
-    from dataclasses import replace
-
-    from llm_trainer.config.errors import ConfigError
-    from llm_trainer.data.encode.tokenizer import load_tokenizer
-    from llm_trainer.models.build import build_config
-
-    wanted = config.model_config
-    if isinstance(wanted, str):
-        return _of_folder(wanted)
-    if wanted.vocab_size is None:
-        if config.tokenizer is None:
-            raise ConfigError("model_config.vocab_size: none given, and no tokenizer that would tell; give one of them")
-        wanted = replace(wanted, vocab_size=len(load_tokenizer(config.tokenizer)))
-    return build_config(wanted)
-
-
-def _of_folder(source: str) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    from llm_trainer.config.errors import ConfigError
-
-    try:
-        return AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise ConfigError(
-            f"model_config: {source!r} holds no model: expected a Hugging Face folder with config.json ({error})"
-        ) from None
-
-
-def _empty(configuration: PretrainedConfig, reward: bool = False) -> PreTrainedModel:
-    """A model without memory, on the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from llm_trainer.models.rewarding import reward_model
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(configuration, dtype=torch.float32)
-        return reward_model(model) if reward else model
-
-
-def _frozen(config: TrainConfig, name: str, shape: Shape, flops: float, length: int, precision: str) -> dict[str, Any]:
-    """What the algorithm computes and keeps besides the trained model, as keywords of `Job`; forwards are a third of
-    `flops`.
-    """
-    from llm_trainer.losses.preference import PreferenceLoss, resolve_loss_type
-    from llm_trainer.models.build import flops_per_token
-    from llm_trainer.plan.shapes import shape_of
-    from llm_trainer.trainers.distill import CHUNK_ELEMENTS
-
-    if name == "dpo" and (dpo := config.dpo_config) is not None:
-        loss = PreferenceLoss(resolve_loss_type(dpo.loss_type, dpo.loss_ipo))
-        if not loss.needs_reference or dpo.precompute_ref_log_probs:
-            return {}
-        return {"frozen_bytes": 4.0 * shape.num_parameters, "frozen_flops_per_token": flops / 3}
-    if name == "kto" and config.kto_config is not None:
-        mismatched = config.kto_config.loss_type == "kto"  # both models score mismatched answers too, for the KL
-        return {"frozen_bytes": 4.0 * shape.num_parameters, "frozen_flops_per_token": flops / 3 * (1 + 2 * mismatched)}
-    section = config.pretrain_config or config.sft_config
-    kd = None if section is None else section.kd_config
-    if kd is None or kd.teacher_model is None:
-        return {}
-    teacher = _empty(_of_folder(kd.teacher_model))
-    return {
-        "frozen_bytes": float(_BYTES[precision] * shape_of(teacher).num_parameters),
-        "frozen_flops_per_token": flops_per_token(teacher, length) / 3,
-        "teacher_chunk": CHUNK_ELEMENTS,
-    }
+        typer.echo(f"      {' '.join(_changes(key_of(name), job, chosen))}")
 
 
 def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float | None) -> list[str]:

@@ -8,6 +8,7 @@ import typer
 
 from llm_trainer.config.env import environment
 from llm_trainer.config.load import load_config
+from llm_trainer.config.registry import algorithm
 from llm_trainer.config.schema import TrainConfig
 
 
@@ -25,28 +26,6 @@ def train(
     from llm_trainer.cli.training import run_training
 
     run_training(config, name)
-
-
-def algorithm(config: TrainConfig, where: str) -> str:
-    """The name of the trainer whose section the configuration has.
-
-    Raises:
-        ConfigError: there is no such section, or several.
-    """
-    from llm_trainer.config.errors import ConfigError
-    from llm_trainer.trainers import TRAINERS, get_trainer_class
-
-    sections: dict[str, str] = {}
-    for name in TRAINERS:
-        sections.setdefault(get_trainer_class(name).config_section, name)
-    present = [section for section in sections if getattr(config, section) is not None]
-    if len(present) != 1:
-        found = " and ".join(present) or "none of them"
-        raise ConfigError(
-            f"{where}: expected exactly one of {', '.join(sections)}, which says how to train; found {found}; "
-            + ("remove the others" if present else "add for example `sft_config: {}`")
-        )
-    return sections[present[0]]
 
 
 def _start_once_per_gpu(config: TrainConfig, arguments: list[str]) -> None:

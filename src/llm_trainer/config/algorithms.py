@@ -2,49 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.options import KDConfig
 from llm_trainer.config.section import config_section
-
-
-@config_section
-class KDConfig:
-    """Knowledge distillation: a teacher's distribution is learned beside the labels."""
-
-    teacher_model: str | None = Field(
-        default=None, description="folder or name of the teacher, which has the same tokenizer"
-    )
-    teacher_logits_provider: Callable[..., Any] | None = Field(
-        default=None, description="(input_ids, attention_mask) -> logits [B, L, V], instead of a folder (Python only)"
-    )
-    kd_coef: StrictFloat = Field(
-        default=0.4, ge=0, le=1, description="share of the distillation; the task has the rest"
-    )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        default="forward_kl", description="distance of the student's distribution from the teacher's"
-    )
-    beta: StrictFloat = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in the mixture of jsd")
-    temperature: StrictFloat = Field(default=1.0, gt=0, description="divides the logits of both")
-    t_squared: StrictBool = Field(
-        default=False, description="multiply by temperature^2, which keeps gradients of one size"
-    )
-    on_policy_fraction: StrictFloat = Field(
-        default=0.0, ge=0, le=1, description="share of the steps on answers that the student writes itself (GKD)"
-    )
-    max_new_tokens: StrictInt = Field(
-        default=128, ge=1, description="longest answer that the student writes, in tokens"
-    )
-    sampling_temperature: StrictFloat = Field(
-        default=1.0, ge=0, description="temperature of these answers; 0: the likeliest token"
-    )
-
-    def __post_init__(self) -> None:
-        if self.teacher_model is not None and self.teacher_logits_provider is not None:
-            raise ConfigError("teacher_model: teacher_logits_provider already gives the teacher; give one of them")
 
 
 @config_section

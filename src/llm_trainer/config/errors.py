@@ -7,7 +7,7 @@ import difflib
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -22,6 +22,7 @@ _NOUNS: dict[Any, str] = {
     bool: "true or false",
     dict: "a mapping",
     list: "a list",
+    Callable: "a function",
 }
 _NOUNS_OF_MANY: dict[Any, str] = {int: "integers", float: "numbers", str: "strings"}
 _BOUNDS: dict[type, tuple[str, str]] = {

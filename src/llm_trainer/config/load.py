@@ -14,7 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from llm_trainer.config.errors import ConfigError, expectation, explain, fields_of
 from llm_trainer.config.files import PathSequence
+from llm_trainer.config.registry import import_plugins
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.config.table import ALGORITHMS, key_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -111,6 +113,8 @@ def parse(values: Any, where: str) -> TrainConfig:
     Raises:
         ConfigError: with one line per mistake.
     """
+    if isinstance(values, dict) and isinstance(values.get("plugins"), list):
+        import_plugins(map(str, values["plugins"]), where)  # before the keys that they add are looked at
     try:
         return TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:
@@ -119,10 +123,12 @@ def parse(values: Any, where: str) -> TrainConfig:
 
 PYTHON_ONLY = {"init_state_dict", "teacher_logits_provider"}  # objects that have no place in a text file
 
+PATH_OR_OBJECT = {"ref_model_checkpoint", "teacher_model"}  # which has a place there where it is a path
+
 
 def _is_text(name: str, value: Any) -> bool:
     """Whether a key can be written down: weights and functions given as objects cannot."""
-    return name not in PYTHON_ONLY and not (name == "ref_model_checkpoint" and not isinstance(value, str | None))
+    return name not in PYTHON_ONLY and not (name in PATH_OR_OBJECT and not isinstance(value, str | None))
 
 
 def _plain(value: Any) -> Any:
@@ -146,31 +152,29 @@ def dump_config(config: TrainConfig) -> str:
     return _yaml(_plain(config))
 
 
-_EXAMPLES: dict[str, dict[str, Any]] = {
-    "pretrain": {
-        "model_config": {
-            "hidden_size": 512,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-        },
-        "tokenizer": "path/to/tokenizer",
-        "pretrain_config": {},
-    },
-    **{
-        stage: {"model_config": "path/to/model", "tokenizer": "path/to/model", f"{stage}_config": {}}
-        for stage in ("sft", "dpo", "kto", "reward")
-    },
-}
+def example(name: str, plugins: Sequence[str] = ()) -> str:
+    """A complete YAML file for the algorithm called `name`, each key with its meaning beside it.
 
+    Args:
+        name: a key of the table of algorithms, such as `sft`.
+        plugins: modules or .py files that register further algorithms.
 
-def example(stage: str) -> str:
-    """A complete YAML file for a stage (`pretrain`, `sft`, `dpo`, `kto`, `reward`), each key with its meaning beside it."""
-    if stage not in _EXAMPLES:
-        raise ConfigError(f"stage: got {stage!r}, expected one of {', '.join(_EXAMPLES)}")
-    data = {"file_dataset": "data/train.jsonl", "eval_dataset": "data/eval.jsonl", "eval_prompts": ["Once upon a time"]}
-    config = parse(_EXAMPLES[stage] | data, f"example {stage}")
-    return "\n".join([f"# {stage}: llm-trainer train run.yaml", *_commented(config, ""), ""])
+    Raises:
+        ConfigError: no algorithm has this name.
+    """
+    import_plugins(plugins, f"example {name}")
+    if name not in ALGORITHMS:
+        raise ConfigError(f"stage: got {name!r}, expected one of {', '.join(ALGORITHMS)}")
+    values = {
+        **ALGORITHMS[name].example,
+        "plugins": list(plugins),
+        "file_dataset": "data/train.jsonl",
+        "eval_dataset": "data/eval.jsonl",
+        "eval_prompts": ["Once upon a time"],
+        key_of(name): {},
+    }
+    config = parse(values, f"example {name}")
+    return "\n".join([f"# {name}: llm-trainer train run.yaml", *_commented(config, ""), ""])
 
 
 def _commented(section: Any, indent: str) -> Iterator[str]:

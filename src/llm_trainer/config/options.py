@@ -1,110 +1,178 @@
-"""What every trainer accepts beyond the objects it trains: one frozen set of options, checked by name."""
+"""Groups of options that both styles share: each option's name, type, bound, default and meaning stands here, once.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+A section of the configuration is one of these classes or derives from some of them; `Settings` are those that every
+trainer takes as keywords.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Literal, Self
 
-if TYPE_CHECKING:
-    from llm_trainer.data.ledger import Ledger
+from pydantic import Field, StrictBool, StrictFloat, StrictInt
+
+from llm_trainer.config.env import environment
+from llm_trainer.config.errors import ConfigError, fields_of
+from llm_trainer.config.section import config_section
 
 
-@dataclass(frozen=True)
+@config_section
 class Sampling:
-    """How sample answers are drawn during training.
+    """How sample answers are drawn during training."""
 
-    Attributes:
-        max_new_tokens: tokens of an answer at most.
-        temperature: 0 is greedy.
-        top_p: smallest set of tokens with this probability mass; 1 keeps all.
-        top_k: number of most likely tokens kept; 0 keeps all.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    max_seq_len: StrictInt = Field(default=128, ge=1, description="new tokens of a sample")
+    temperature: StrictFloat = Field(default=1.0, ge=0, description="0: the likeliest token")
+    top_p: StrictFloat = Field(
+        default=1.0, gt=0, le=1, description="sample from the likeliest tokens that hold this much probability"
+    )
+    top_k: StrictInt = Field(default=0, ge=0, description="sample from this many likeliest tokens; 0: all")
 
 
-@dataclass(frozen=True)
+@config_section
+class EarlyStopping:
+    """When a run stops because it no longer improves."""
+
+    early_stopping_patience: StrictInt | None = Field(
+        default=None, ge=1, description="evaluations without progress before stopping; null: never"
+    )
+    early_stopping_min_delta: StrictFloat = Field(
+        default=0.0, ge=0, description="a smaller fall of the loss is no progress"
+    )
+
+
+@config_section
+class MicroBatches:
+    """How steps are cut."""
+
+    micro_batch_tokens: StrictInt | None = Field(
+        default=None, ge=1, description="cut micro-batches by this many tokens; null: by batch_size rows"
+    )
+
+
+@config_section
 class Fsdp:
-    """How a model is sharded over ranks by FSDP2.
+    """How FSDP2 shards a model over ranks."""
 
-    Attributes:
-        reshard_after_forward: free a layer's whole weights after its forward and gather them again for its backward
-            (ZeRO-3); False keeps them until the backward (ZeRO-2): more memory, a third less to send.
-        cpu_offload: parameters, gradients and optimizer state stay in host memory, and so does the update.
-        shard_size: ranks that share one copy of the model, such as those of a node; the groups exchange gradients
-            (hybrid sharding). None: all ranks share one.
-        tensor_parallel_size: neighbouring processes, best of one node, that also split every layer's matrices among them
-            and see the same data: together they count as one rank.
-        sync_each_micro_batch: sum gradients over ranks after every micro-batch, so that only a part of them is kept;
-            False: once per step, with whole gradients kept until then.
-    """
+    reshard_after_forward: StrictBool = Field(
+        default=True,
+        description="free a layer's whole weights between its forward and backward (ZeRO-3); false: more memory, a third "
+        "less to send (ZeRO-2)",
+    )
+    cpu_offload: StrictBool = Field(
+        default=False, description="keep parameters, gradients and optimizer state in host memory, and update there"
+    )
+    shard_size: StrictInt | None = Field(
+        default=None, ge=1, description="ranks that share one copy of the model (hybrid sharding); null: all"
+    )
+    tensor_parallel_size: StrictInt = Field(
+        default=1, ge=1, description="neighbouring processes that split every layer's matrices and see the same data"
+    )
+    sync_each_micro_batch: StrictBool = Field(
+        default=True, description="sum gradients after each micro-batch; false: once per step, for more memory"
+    )
 
-    reshard_after_forward: bool = True
-    cpu_offload: bool = False
-    shard_size: int | None = None
-    tensor_parallel_size: int = 1
-    sync_each_micro_batch: bool = True
+
+FsdpConfig = Fsdp
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Options of a run that all algorithms share (keywords of every trainer).
+@config_section
+class KDConfig:
+    """Knowledge distillation: a teacher's distribution is learned beside the labels."""
 
-    Attributes:
-        max_steps: stop after this many optimizer steps, whatever `max_epochs` says.
-        seed: order of samples and all noise follow from it.
-        precision: 'auto', 'fp32', 'bf16' or 'fp16'; only with `use_amp`.
-        engine: 'torch' (one process, DDP), 'fsdp', 'deepspeed', 'hf' (driven by `transformers.Trainer`), or 'auto':
-            what PARALLEL_TYPE says, else the one that options are given for, else 'torch'.
-        fsdp: how FSDP shards; None: with the defaults of `Fsdp` where `engine` asks for it.
-        deepspeed: DeepSpeed's own configuration (its JSON); None: ZeRO-2 where `engine` asks for it.
-        compile: compile the transformer with `torch.compile`.
-        gradient_checkpointing: recompute activations in the backward to save memory.
-        micro_batch_tokens: cut each step into micro-batches of at most this many tokens instead of by rows.
-        max_bad_steps: steps in a row with a gradient that is not finite before the run stops.
-        eval_interval: steps between evaluations; None: after each epoch.
-        save_interval_steps: steps between checkpoints; None: every `save_interval` epochs.
-        checkpoints_to_keep: newest checkpoints that rotation leaves; the best one stays as well.
-        early_stopping_patience: evaluations without improvement before the run stops; None: never.
-        early_stopping_min_delta: how much lower the validation loss must be to count as an improvement.
-        resume: 'never', 'auto' (the newest valid checkpoint in `save_dir`), or the path of a checkpoint.
-        log_dir: where log.txt, lr.txt and metrics.jsonl go; None: `save_dir`/log.
-        writers: further metric writers, 'tensorboard' and 'wandb'.
-        progress: show progress on the console.
-        ddp_timeout_s: seconds a rank waits for the others.
-        best_file: write best_model.pt beside the checkpoint folders whenever the validation loss improves.
-        sampling: how answers to `eval_prompts` are drawn.
-        ledgers: token ledgers of the data, shown before the first step and stored with the run.
-        description: the resolved configuration as YAML, stored with the run; empty in the explicit style.
-    """
+    teacher_model: str | Callable[..., Any] | None = Field(
+        default=None,
+        description="folder or name of the teacher, which has the same tokenizer; or the model itself (Python only)",
+    )
+    teacher_logits_provider: Callable[..., Any] | None = Field(
+        default=None, description="(input_ids, attention_mask) -> logits [B, L, V], instead of a model (Python only)"
+    )
+    kd_coef: StrictFloat = Field(
+        default=0.4, ge=0, le=1, description="share of the distillation; the task has the rest"
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        default="forward_kl", description="distance of the student's distribution from the teacher's"
+    )
+    beta: StrictFloat = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in the mixture of jsd")
+    temperature: StrictFloat = Field(default=1.0, gt=0, description="divides the logits of both")
+    t_squared: StrictBool = Field(
+        default=False, description="multiply by temperature^2, which keeps gradients of one size"
+    )
+    on_policy_fraction: StrictFloat = Field(
+        default=0.0, ge=0, le=1, description="share of the steps on answers that the student writes itself (GKD)"
+    )
+    max_new_tokens: StrictInt = Field(
+        default=128, ge=1, description="longest answer that the student writes, in tokens"
+    )
+    sampling_temperature: StrictFloat = Field(
+        default=1.0, ge=0, description="temperature of these answers; 0: the likeliest token"
+    )
 
-    max_steps: int | None = None
-    seed: int = 0
-    precision: str = "auto"
-    engine: str = "auto"
-    fsdp: Fsdp | None = None
-    deepspeed: Mapping[str, Any] | None = None
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    micro_batch_tokens: int | None = None
-    max_bad_steps: int = 3
-    eval_interval: int | None = None
-    save_interval_steps: int | None = None
-    checkpoints_to_keep: int = 2
-    early_stopping_patience: int | None = None
-    early_stopping_min_delta: float = 0.0
-    resume: str = "never"
-    log_dir: str | None = None
-    writers: Sequence[str] = ()
-    progress: bool = True
-    ddp_timeout_s: float = 600
-    best_file: bool = True
-    sampling: Sampling = field(default_factory=Sampling)
-    ledgers: Sequence["Ledger"] = ()
-    description: str = ""
+    def __post_init__(self) -> None:
+        if self.teacher_model is not None and self.teacher_logits_provider is not None:
+            raise ConfigError("teacher_model: teacher_logits_provider already gives the teacher; give one of them")
+
+
+@config_section
+class Execution:
+    """How long a run goes on, what it runs on, and what it keeps."""
+
+    log_dir: str | None = Field(
+        default_factory=lambda: environment().log_dir, description="folder of logs (LOG_DIR); null: <save_dir>/log"
+    )
+    max_steps: StrictInt | None = Field(
+        default=None, ge=1, description="stop after this many steps; null: after all epochs"
+    )
+    seed: StrictInt = Field(default=0, ge=0, description="seed of weights, order and dropout")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="what matrices are multiplied in"
+    )
+    engine: Literal["auto", "torch", "fsdp", "deepspeed", "hf"] = Field(
+        default="auto",
+        description="what executes the steps; auto: PARALLEL_TYPE, else deepspeed or fsdp if configured, else torch",
+    )
+    compile: StrictBool = Field(default=False, description="torch.compile the model")
+    gradient_checkpointing: StrictBool = Field(
+        default=False, description="recompute activations: less memory, more time"
+    )
+    save_interval_steps: StrictInt | None = Field(
+        default=None, ge=1, description="steps between checkpoints; null: each epoch"
+    )
+    checkpoints_to_keep: StrictInt = Field(
+        default_factory=lambda: environment().checkpoints_to_keep,
+        ge=1,
+        description="older checkpoints are removed, but for the best one (CKPT_MAX_TO_KEEP)",
+    )
+    resume: str = Field(
+        default="auto", description="auto: go on from save_dir's newest checkpoint; never; or a checkpoint's path"
+    )
+    max_bad_steps: StrictInt = Field(default=3, ge=1, description="non-finite steps in a row before the run stops")
+    writers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="more places for metrics")
+    progress: StrictBool = Field(default=True, description="a live progress bar in terminals")
+    ddp_timeout_s: StrictInt = Field(default=600, ge=1, description="seconds before a silent process counts as lost")
+
+
+@config_section
+class Settings(MicroBatches, EarlyStopping, Execution):
+    """Options of a run that all algorithms share (keywords of every trainer)."""
+
+    # A script that is started twice trains twice; only a described run goes on by itself.
+    resume: str = Field(default="never", description=fields_of(Execution)["resume"].description)
+    fsdp: Fsdp | None = Field(default=None, description="how FSDP shards; None: with the defaults of `Fsdp`")
+    deepspeed: Mapping[str, Any] | None = Field(
+        default=None, description="DeepSpeed's own configuration (its JSON); None: ZeRO-2 where `engine` asks for it"
+    )
+    eval_interval: StrictInt | None = Field(
+        default=None, ge=1, description="steps between evaluations; None: after each epoch"
+    )
+    best_file: StrictBool = Field(
+        default=True, description="write best_model.pt beside the checkpoints whenever the validation loss improves"
+    )
+    sampling: Sampling = Field(default_factory=Sampling, description="how answers to `eval_prompts` are drawn")
+    ledgers: Sequence[Any] = Field(
+        default=(), description="token ledgers of the data, shown before the first step and stored with the run"
+    )
+    description: str = Field(default="", description="the configuration as YAML, stored with the run")
 
     @classmethod
     def of(cls, trainer: str, options: dict[str, Any]) -> Self:
@@ -112,8 +180,9 @@ class Settings:
 
         Raises:
             TypeError: an option is not known; the message names the nearest known one.
+            ConfigError: a value cannot be meant.
         """
-        known = [f.name for f in fields(cls)]
+        known = list(fields_of(cls))
         for name in options:
             if name not in known:
                 near = get_close_matches(name, known, n=1)

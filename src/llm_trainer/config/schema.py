@@ -17,6 +17,7 @@ from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import environment
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import Files
+from llm_trainer.config.options import EarlyStopping, Execution, FsdpConfig, MicroBatches, Sampling
 from llm_trainer.config.section import config_section
 
 
@@ -102,7 +103,7 @@ class ModelConfig:
 
 
 @config_section
-class DataLoaderConfig:
+class DataLoaderConfig(MicroBatches):
     """How files become batches."""
 
     data_loader_num_workers: StrictInt = Field(
@@ -116,9 +117,6 @@ class DataLoaderConfig:
     schema: str | None = Field(default=None, description="the rows' schema; null: recognised from the rows")
     packing: Literal["none", "flat", "bfd", "bfd_split", "wrapped"] | None = Field(
         default=None, description="several documents per row; null: wrapped for pretraining, none for SFT"
-    )
-    micro_batch_tokens: StrictInt | None = Field(
-        default=None, ge=1, description="cut micro-batches by this many tokens; null: by batch_size rows"
     )
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = Field(
         default="keep_start", description="what happens to samples that are too long"
@@ -162,9 +160,13 @@ class OptimConfig:
     weight_decay: StrictFloat = Field(
         default=0.01, ge=0, description="decoupled weight decay of matrices; norms and biases have none"
     )
-    betas: tuple[StrictFloat, StrictFloat] = Field(default=(0.9, 0.999), description="decay rates of the moments")
+    betas: tuple[StrictFloat, StrictFloat] | None = Field(
+        default=None, description="decay rates of the moments; null: the optimizer's own, 0.9 and 0.999 for Adam"
+    )
     eps: StrictFloat = Field(default=1e-8, gt=0, description="added to the root of the second moment")
-    momentum: StrictFloat = Field(default=0.0, ge=0, lt=1, description="momentum (sgd)")
+    momentum: StrictFloat | None = Field(
+        default=None, ge=0, lt=1, description="momentum of sgd and muon; null: the optimizer's own"
+    )
     cosine_annealing_period: StrictInt | None = Field(
         default=None, ge=1, description="steps of the first cosine; null: the whole run"
     )
@@ -183,6 +185,11 @@ class OptimConfig:
         default=1.0, ge=0, description="gradients are scaled down to this norm; 0: never"
     )
 
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name among `OPTIMIZERS`: here `adam` means the one whose weight decay is decoupled."""
+        return {"adam": "adamw"}.get(self.optim_type, self.optim_type)
+
     @model_validator(mode="before")
     @classmethod
     def _top_of_the_schedule(cls, given: Any) -> Any:
@@ -198,95 +205,31 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.min_lr > self.initial_lr:
             raise ConfigError(f"min_lr: got {self.min_lr}, expected at most initial_lr, {self.initial_lr}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas: got {list(self.betas)}, expected numbers of at least 0 and below 1")
+        if not all(0 <= beta < 1 for beta in self.betas or ()):
+            raise ConfigError(f"betas: got {list(self.betas or ())}, expected numbers of at least 0 and below 1")
 
 
 @config_section
-class EvalConfig:
+class EvalConfig(EarlyStopping, Sampling):
     """When the model is evaluated, how samples are drawn, and when to stop early."""
 
     eval_batch_interval: StrictInt = Field(default=100, ge=1, description="steps between evaluations")
     eval_batch_size: StrictInt | None = Field(
         default=None, ge=1, description="rows per evaluation batch; null: batch_size"
     )
-    max_seq_len: StrictInt = Field(default=128, ge=1, description="new tokens of a sample")
-    temperature: StrictFloat = Field(default=1.0, ge=0, description="0: the likeliest token")
-    top_p: StrictFloat = Field(
-        default=1.0, gt=0, le=1, description="sample from the likeliest tokens that hold this much probability"
-    )
-    top_k: StrictInt = Field(default=0, ge=0, description="sample from this many likeliest tokens; 0: all")
-    early_stopping_patience: StrictInt | None = Field(
-        default=None, ge=1, description="evaluations without progress before stopping; null: never"
-    )
-    early_stopping_min_delta: StrictFloat = Field(
-        default=0.0, ge=0, description="a smaller fall of the loss is no progress"
-    )
 
 
 @config_section
-class FsdpConfig:
-    """How FSDP2 shards a model over ranks."""
-
-    reshard_after_forward: StrictBool = Field(
-        default=True, description="free a layer's whole weights between its forward and backward (ZeRO-3)"
-    )
-    cpu_offload: StrictBool = Field(default=False, description="keep parameters and optimizer state in host memory")
-    shard_size: StrictInt | None = Field(
-        default=None, ge=1, description="ranks that share one copy of the model (hybrid sharding); null: all"
-    )
-    tensor_parallel_size: StrictInt = Field(
-        default=1, ge=1, description="neighbouring processes that split every layer's matrices and see the same data"
-    )
-    sync_each_micro_batch: StrictBool = Field(
-        default=True, description="sum gradients after each micro-batch; false: once per step, for more memory"
-    )
-
-
-@config_section
-class RunConfig:
+class RunConfig(Execution):
     """Where a run writes, how long it goes on, and what it runs on."""
 
     save_dir: str = Field(
         default_factory=lambda: environment().checkpoint_dir or "./checkpoints",
         description="folder of checkpoints (CHECKPOINT_DIR)",
     )
-    log_dir: str | None = Field(
-        default_factory=lambda: environment().log_dir, description="folder of logs (LOG_DIR); null: <save_dir>/log"
-    )
-    max_steps: StrictInt | None = Field(
-        default=None, ge=1, description="stop after this many steps; null: after n_epochs"
-    )
-    seed: StrictInt = Field(default=0, ge=0, description="seed of weights, order and dropout")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="what matrices are multiplied in"
-    )
-    engine: Literal["auto", "torch", "fsdp", "deepspeed", "hf"] = Field(
-        default="auto",
-        description="what executes the steps; auto: PARALLEL_TYPE, else deepspeed or fsdp if configured, else torch",
-    )
-    compile: StrictBool = Field(default=False, description="torch.compile the model")
     attention: str = Field(default="auto", description="attention implementation, as in transformers")
     device: str | None = Field(default=None, description="cpu, cuda, mps; null: the best there is")
     log_interval: StrictInt = Field(default=10, ge=1, description="steps between lines of the log")
-    save_interval_steps: StrictInt | None = Field(
-        default=None, ge=1, description="steps between checkpoints; null: each epoch"
-    )
-    checkpoints_to_keep: StrictInt = Field(
-        default_factory=lambda: environment().checkpoints_to_keep,
-        ge=1,
-        description="older checkpoints are removed (CKPT_MAX_TO_KEEP)",
-    )
-    resume: str = Field(
-        default="auto", description="auto: go on from save_dir's newest checkpoint; never; or a checkpoint's path"
-    )
-    max_bad_steps: StrictInt = Field(default=3, ge=1, description="non-finite steps in a row before the run stops")
-    gradient_checkpointing: StrictBool = Field(
-        default=False, description="recompute activations: less memory, more time"
-    )
-    writers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="more places for metrics")
-    progress: StrictBool = Field(default=True, description="a live progress bar in terminals")
-    ddp_timeout_s: StrictInt = Field(default=600, ge=1, description="seconds before a silent process counts as lost")
 
     def __post_init__(self) -> None:
         self.log_dir = self.log_dir or os.path.join(self.save_dir, "log")
@@ -294,7 +237,11 @@ class RunConfig:
 
 @config_section
 class TrainConfig:
-    """A whole run."""
+    """A whole run.
+
+    The optional sections of the algorithms are those of `config.table`, written out here for readers and type checkers; what
+    is registered from outside is added to them.
+    """
 
     model_config: ModelConfig | str = Field(
         description="a shape to train from scratch, or the path or name of a Hugging Face model"
@@ -312,6 +259,9 @@ class TrainConfig:
     init_state_dict: Any = Field(default=None, description="initial weights as an object (Python only)")
     init_weights_path: str | None = Field(default=None, description="initial weights as a file or folder")
     eval_prompts: list[str] = Field(default_factory=list, description="prompts answered at each evaluation")
+    plugins: list[str] = Field(
+        default_factory=list, description="modules or .py files imported first, which register algorithms"
+    )
     data_loader_config: DataLoaderConfig = Field(default_factory=DataLoaderConfig, description="files to batches")
     loss_config: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
     optim_config: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and learning rate")

@@ -6,16 +6,13 @@ Every packing is a list of rows, each a list of `Piece`s in the order in which t
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.read.errors import DataError, Location
-
-if TYPE_CHECKING:
-    from llm_trainer.data.kinds.language import Documents
 
 Lengths = Sequence[int] | np.ndarray
 
@@ -159,10 +156,20 @@ def _check_capacity(capacity: int) -> None:
 PACKERS = {"bfd": pack_bfd, "bfd_split": pack_bfd_split}
 
 
+class Documents(Protocol):
+    """What is packed: rows of known lengths, of which pieces can be had (see `kinds.language.Documents`)."""
+
+    lengths: np.ndarray
+    ledger: Ledger
+
+    def piece(self, index: int, start: int, stop: int) -> LanguageSample:
+        """The tokens `[start, stop)` of row `index`."""
+
+
 class Packed:
     """Rows of up to `capacity` tokens that hold several documents each, by best-fit decreasing ('bfd', 'bfd_split')."""
 
-    def __init__(self, documents: "Documents", capacity: int, strategy: str) -> None:
+    def __init__(self, documents: Documents, capacity: int, strategy: str) -> None:
         self.documents = documents
         self.rows = PACKERS[strategy](documents.lengths, capacity)
         self.lengths = np.array([sum(p.stop - p.start for p in row) for row in self.rows], dtype=np.int64)

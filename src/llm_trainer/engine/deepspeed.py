@@ -21,6 +21,7 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
+from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
 MASTER = "master"  # an optimizer's fp32 copy of a 16-bit parameter, in its saved state
 
@@ -116,13 +117,12 @@ class DeepSpeedEngine(Engine):
         return self._engine
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        whole_matrices = isinstance(optimizer, torch.optim.Adafactor | torch.optim.Muon) or any(
-            group.get("use_muon") for group in optimizer.param_groups
-        )
-        if self.stage and whole_matrices:
+        recipe = recipe_of(optimizer)
+        if self.stage and recipe is not None and not recipe.takes_pieces:
+            others = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_pieces)
             raise DeepSpeedError(
                 f"deepspeed: {type(optimizer).__name__} looks at whole matrices, and ZeRO {self.stage} gives it flat pieces "
-                "of them; use adamw, adam, sgd or lion, or stage 0, or another engine"
+                f"of them; use one of {others}, or stage 0, or another engine"
             )
 
     def _initialize(self, module: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:

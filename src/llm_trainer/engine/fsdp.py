@@ -17,6 +17,7 @@ from llm_trainer.engine.base import EngineOptions
 from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import TorchEngine
+from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
 
 def make(options: EngineOptions) -> TorchEngine:
@@ -45,10 +46,12 @@ class FsdpEngine(TorchEngine):
         self._root: FSDPModule
 
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        if isinstance(optimizer, torch.optim.Adafactor):
+        recipe = recipe_of(optimizer)
+        if recipe is not None and not recipe.takes_shards:
+            others = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_shards)
             raise ValueError(
-                "optimizer: Adafactor's sums over rows and columns of a matrix are not offered for sharded ones (FSDP); "
-                "use adamw, lion, sgd or muon, or engine: torch"
+                f"optimizer: {type(optimizer).__name__} cannot update matrices that are sharded (FSDP); use one of {others}, "
+                "or engine: torch"
             )
         self._module, self._base, self._optimizer = module, base, optimizer
         state = checkpoint.optimizer_state_by_name(base, optimizer)

@@ -15,8 +15,6 @@ from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ANSWERS, STEPS = "ForSequenceClassification", "ForTokenClassification"  # ends of the names of transformers' classes
-
 
 class Rewarding(nn.Module):
     """A `transformers` classification model with one label, read at each row's last token or at every token.
@@ -107,14 +105,6 @@ def _classifier(auto_class: Any, model: "PreTrainedModel", pad_token_id: int | N
     setattr(classifier, classifier.base_model_prefix, model.base_model)
     classifier.score = head
     return classifier
-
-
-def judged_in(folder: str | Path) -> str | None:
-    """What the model of a Hugging Face folder judges: `ANSWERS`, `STEPS`, or None where it is no classifier."""
-    if not (Path(folder) / "config.json").is_file():
-        return None
-    found = find_pretrained(folder, hub=False)
-    return {Kind.ANSWER_REWARD_MODEL: ANSWERS, Kind.STEP_REWARD_MODEL: STEPS}.get(found.kind)
 
 
 def load_reward_model(

@@ -1,9 +1,10 @@
 """Optimizers: one visible table from names to builders, and which parameters decay.
 
-`OPTIMIZERS` lists what `create_optimizer` knows; a new optimizer is one function and one line there.
+`OPTIMIZERS` lists what `create_optimizer` knows; a new optimizer is one function and one line there. Memory plans and the
+engines' checks ask the line.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -129,29 +130,111 @@ def _as_groups(params: Params) -> list[dict[str, Any]]:
     ]
 
 
+Group: TypeAlias = Mapping[str, Any]  # a parameter group with its hyperparameters
+
+
+def _adam_state(parameter: Tensor, group: Group) -> int:
+    """First and second moment, and with amsgrad the largest second moment so far."""
+    return (3 if group.get("amsgrad") else 2) * parameter.numel()
+
+
+def _one_moment(parameter: Tensor, group: Group) -> int:
+    return parameter.numel()
+
+
+def _sgd_state(parameter: Tensor, group: Group) -> int:
+    return parameter.numel() if group["momentum"] else 0
+
+
+def _muon_state(parameter: Tensor, group: Group) -> int:
+    """A momentum for each hidden matrix; the rest is AdamW's."""
+    is_matrix = group.get("use_muon", True) and parameter.ndim == 2
+    return _one_moment(parameter, group) if is_matrix else _adam_state(parameter, group)
+
+
+def _adafactor_state(parameter: Tensor, group: Group) -> int:
+    """A row and a column of statistics for each matrix `[..., R, C]`."""
+    if parameter.ndim < 2:
+        return parameter.numel()
+    return sum(parameter.shape[-2:]) * parameter.shape[:-2].numel()
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How one optimizer is built: its class, what it takes besides `lr` and `weight_decay`, and its vetted defaults.
+    """All that is known about one optimizer.
 
-    `uses` are arguments that `create_optimizer` names; `options` are the ones that only this optimizer understands.
+    Attributes:
+        build: its class.
+        uses: arguments that `create_optimizer` names and it takes, besides `lr` and `weight_decay`.
+        options: arguments that only this optimizer understands.
+        betas, momentum: vetted defaults.
+        state: values that it keeps for a parameter of a group.
+        takes_pieces: it may be given flat pieces of matrices, as ZeRO 1 to 3 hand them out.
+        takes_shards: it may be given matrices whose rows lie on several devices, as FSDP2 does (`DTensor`).
+        also: further classes that are known by this line.
     """
 
-    build: Callable[..., torch.optim.Optimizer]
+    build: type[torch.optim.Optimizer]
     uses: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.0
+    state: Callable[[Tensor, Group], int] = _adam_state
+    takes_pieces: bool = True
+    takes_shards: bool = True
+    also: tuple[type[torch.optim.Optimizer], ...] = ()
 
 
+_ADAM = ("betas", "eps", "fused")
 OPTIMIZERS: dict[str, Recipe] = {
-    "adamw": Recipe(torch.optim.AdamW, ("betas", "eps", "fused"), frozenset({"amsgrad"})),
-    "adam": Recipe(torch.optim.Adam, ("betas", "eps", "fused"), frozenset({"amsgrad"})),
+    "adamw": Recipe(torch.optim.AdamW, _ADAM, frozenset({"amsgrad"})),
+    "adam": Recipe(torch.optim.Adam, _ADAM, frozenset({"amsgrad"})),
     # Not fused: sharded tensors (DTensor) have the fused kernels of Adam only.
-    "sgd": Recipe(torch.optim.SGD, ("momentum",), frozenset({"nesterov", "dampening"})),
-    "lion": Recipe(Lion, ("betas",), betas=(0.9, 0.99)),
-    "muon": Recipe(Muon, ("betas", "eps", "momentum", "fused"), frozenset({"nesterov"}), momentum=0.95),
-    "adafactor": Recipe(torch.optim.Adafactor, (), frozenset({"beta2_decay", "d"})),
+    "sgd": Recipe(torch.optim.SGD, ("momentum",), frozenset({"nesterov", "dampening"}), state=_sgd_state),
+    "lion": Recipe(Lion, ("betas",), betas=(0.9, 0.99), state=_one_moment),
+    "muon": Recipe(
+        Muon,
+        (*_ADAM, "momentum"),
+        frozenset({"nesterov"}),
+        momentum=0.95,
+        state=_muon_state,
+        takes_pieces=False,
+        also=(torch.optim.Muon,),
+    ),
+    "adafactor": Recipe(
+        torch.optim.Adafactor,
+        options=frozenset({"beta2_decay", "d"}),
+        state=_adafactor_state,
+        takes_pieces=False,
+        takes_shards=False,  # torch does not offer its sums over rows and columns for DTensors
+    ),
 }
+
+
+def recipe_of(optimizer: torch.optim.Optimizer) -> Recipe | None:
+    """The line of `OPTIMIZERS` that `optimizer` belongs to; None: it is none of them."""
+    exact = [recipe for recipe in OPTIMIZERS.values() if type(optimizer) in (recipe.build, *recipe.also)]
+    derived = [recipe for recipe in OPTIMIZERS.values() if isinstance(optimizer, (recipe.build, *recipe.also))]
+    return next(iter(exact + derived), None)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state that `optimizer` will keep for its parameters, each in the parameter's own precision.
+
+    One that is none of `OPTIMIZERS` counts as Adam if it has betas, else as one value per parameter.
+    """
+    recipe = recipe_of(optimizer)
+    if recipe is not None:
+        state = recipe.state
+    else:
+        state = _adam_state if "betas" in optimizer.defaults else _one_moment
+    return sum(
+        state(parameter, group) * parameter.element_size()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    )
+
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 

@@ -1,10 +1,10 @@
 """The numbers of a model, of the job it is trained in, and of the optimizer, that a plan is made from."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -115,38 +115,12 @@ class Job:
         return self.row_tokens * self.rows_per_sample
 
 
-def optimizer_bytes(name: str, momentum: float, model: "PreTrainedModel") -> float:
-    """Bytes of the state that the optimizer called `name` (a key of `optim.OPTIMIZERS`) keeps, in fp32.
-
-    Two values per parameter for Adam, one for lion and for sgd with momentum; muon one for the matrices of the layers
-    and Adam's two for the rest; adafactor a row and a column for each matrix.
+def optimizer_bytes(name: str, momentum: float | None, model: "PreTrainedModel") -> float:
+    """Bytes of the state that the optimizer called `name` (a key of `OPTIMIZERS`) keeps for `model`, which may be empty.
 
     Raises:
         ConfigError: the name is not known.
     """
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    tables = {
-        id(p)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-        if module is not None
-        for p in module.parameters()
-    }
-
-    def total(values: Iterable[float]) -> float:
-        return 4.0 * sum(values)
-
-    match name.lower():
-        case "adam" | "adamw":
-            return total(2 * p.numel() for _, p in trained)
-        case "lion":
-            return total(p.numel() for _, p in trained)
-        case "sgd":
-            return total(p.numel() for _, p in trained) if momentum else 0.0
-        case "muon":
-            return total(p.numel() * (1 if p.ndim == 2 and id(p) not in tables else 2) for _, p in trained)
-        case "adafactor":
-            return total(sum(p.shape[-2:]) * p.shape[:-2].numel() if p.ndim > 1 else p.numel() for _, p in trained)
-    raise ConfigError(
-        f"optim_config.optim_type: got {name!r}, whose state is not known here; expected adam, adamw, lion, sgd, muon or "
-        "adafactor"
-    )
+    if name.lower() not in OPTIMIZERS:
+        raise ConfigError(f"optim_config.optim_type: got {name!r}, expected one of {', '.join(OPTIMIZERS)}")
+    return float(state_bytes(configure_optimizer(model, name, momentum=momentum)))

@@ -98,7 +98,7 @@ def answer(
         answers = generate(
             model,
             ids,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=sampling.max_seq_len,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,

@@ -1,14 +1,11 @@
 """What an algorithm may ask of the machinery: see `algorithm.Machine`."""
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import Progress
 from llm_trainer.train.metrics import Metrics
@@ -53,20 +50,6 @@ class RunMachine:
     def generating(self) -> AbstractContextManager[None]:
         """The context in which the trained model itself may be called, with other lengths on every rank."""
         return self._engine.inference(alone=True)
-
-    @torch.no_grad()
-    def score(
-        self, lengths: Sequence[int], function: Callable[[list[int]], Tensor], columns: int, group_size: int
-    ) -> Tensor:
-        """Numbers of every row of a dataset, `[rows, columns]`, computed once by all ranks together."""
-        longest_first = np.argsort(-np.asarray(lengths))
-        mine = longest_first[dist.rank() :: dist.world_size()]  # rows of similar length come together
-        table = torch.zeros(len(lengths), columns, device=self.device)
-        for first in range(0, len(mine), group_size):
-            group = mine[first : first + group_size].tolist()
-            with self._engine.precision():
-                table[group] = function(group).float()
-        return dist.all_reduce(table).cpu()
 
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add to a metric: its logged value is sum of totals / sum of counts, over steps and ranks."""

@@ -14,6 +14,7 @@ from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.plan.gpus import half_peak
 from llm_trainer.state import Horizon, Progress
 
@@ -54,6 +55,7 @@ class Size:
         trained: those with gradients.
         bytes: of all.
         trained_bytes: of those with gradients.
+        optimizer_bytes: that the optimizer will keep as its state.
         flops_per_token: of a training step; None for modules that are no transformers language model.
     """
 
@@ -61,10 +63,11 @@ class Size:
     trained: int
     bytes: int
     trained_bytes: int
+    optimizer_bytes: int
     flops_per_token: float | None
 
     @classmethod
-    def of(cls, model: nn.Module, row_length: int | None) -> Self:
+    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, row_length: int | None) -> Self:
         """The size of a model; FLOPs with rows of `row_length` tokens, where that is known."""
         from transformers import PreTrainedModel
 
@@ -78,6 +81,7 @@ class Size:
             trained=sum(p.numel() for p in trained),
             bytes=sum(p.numel() * p.element_size() for p in every),
             trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+            optimizer_bytes=state_bytes(optimizer),
             flops_per_token=flops,
         )
 
@@ -106,18 +110,16 @@ def describe_size(size: Size) -> str:
 def expected_memory(
     size: Size,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     engine: Engine,
     source: StepSource,
     settings: "Settings",
 ) -> dict[str, float]:
     """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where their formula is known."""
-    slots = 2 if {"betas"} <= optimizer.defaults.keys() else 1
     weights, gradients, states = engine.shard_fractions()
     memory = {
         "weights": size.bytes * weights,
         "gradients": size.trained_bytes * gradients,
-        "optimizer": slots * size.trained_bytes * states,
+        "optimizer": size.optimizer_bytes * states,
     }
     activations = _expected_activations(model, engine, source, settings)
     return memory if activations is None else memory | {"activations": activations}
@@ -187,7 +189,7 @@ def facts(
 ) -> dict[str, str]:
     """What is about to happen, by name: model, batch-size equation, steps, precision, expected memory."""
     model, optimizer, steps = trainer.base_model, trainer.optimizer, horizon.total()
-    memory = expected_memory(size, model, optimizer, engine, source, settings)
+    memory = expected_memory(size, model, engine, source, settings)
     learning_rate = float(optimizer.param_groups[0]["lr"])
     return {
         "trainer": f"{type(trainer).__name__} of {type(model).__name__}",

@@ -116,7 +116,7 @@ class Run:
         if self.settings.compile:
             module.compile()
         # Now: an engine may leave nothing to count in the parameters themselves.
-        self.size = preflight.Size.of(model, preflight.mean_row_length(self.source))
+        self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
         return self.engine.prepare(module, model, self.trainer.optimizer)
 
     @property

@@ -1,19 +1,12 @@
-"""One file per algorithm, and the visible dict of them all."""
+"""One file per algorithm; `config.table` lists them all."""
 
 from difflib import get_close_matches
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from llm_trainer.config.table import ALGORITHMS as TRAINERS
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.base import BaseTrainer
-
-TRAINERS = {  # name -> module and class
-    "pretrain": "llm_trainer.trainers.language:Trainer",
-    "sft": "llm_trainer.trainers.language:SFTTrainer",
-    "dpo": "llm_trainer.trainers.preference:DPOTrainer",
-    "kto": "llm_trainer.trainers.unpaired:KTOTrainer",
-    "reward": "llm_trainer.trainers.reward:RewardTrainer",
-}
 
 
 def get_trainer_class(name: str) -> "type[BaseTrainer]":
@@ -22,13 +15,12 @@ def get_trainer_class(name: str) -> "type[BaseTrainer]":
     Raises:
         ValueError: no trainer has this name; the message lists the known ones.
     """
-    target = TRAINERS.get(name.lower())
-    if target is None:
+    known = TRAINERS.get(name.lower())
+    if known is None:
         near = get_close_matches(name.lower(), TRAINERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown trainer {name!r}: known are {', '.join(sorted(TRAINERS))}{hint}")
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)
+    return known.load()
 
 
 def create_trainer(name: str, **kwargs: Any) -> "BaseTrainer":

@@ -9,9 +9,11 @@ from torch import nn
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.options import Settings
+from llm_trainer.trainers.building import DataRequest
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build, Sketch
 
 
 class TrainerMeta(ABCMeta):
@@ -54,8 +56,11 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         **options: fields of `Settings`.
     """
 
-    config_section: ClassVar[str] = ""
+    section: ClassVar[str] = ""  # the key of its options in a configuration, such as "sft_config"
     rows: ClassVar[tuple[str, ...]] = ("conversations",)  # kinds of `data/kinds`: the first that the first file fits
+    # Whether only the main process needs the first weights, where they are then sharded: False if anything else is made of
+    # them before, such as a copy to compare with.
+    shards_first_weights: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -105,8 +110,27 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         self.model = self.run.prepare(self._build_module(model))
 
     @classmethod
-    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
-        """Keywords of this algorithm's own constructor, from its section of the configuration."""
+    def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        """Keywords of this algorithm's own constructor, from `build.section`; models and data are asked of `build`."""
+        return {}
+
+    @classmethod
+    def _data_from_config(cls, section: Any) -> DataRequest:
+        """What rows it learns from, as its section says; by default of the kinds `rows`."""
+        return DataRequest(cls.rows)
+
+    @classmethod
+    def _model_from_config(cls, config: "TrainConfig", build: "Build") -> nn.Module:
+        """The model to train, if the caller does not give one."""
+        return build.model()
+
+    @classmethod
+    def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
+        """What this algorithm costs beyond the forward and backward of its model, as keywords of `plan.shapes.Job`.
+
+        That is `rows_per_sample`, sequences per row of data; `has_head`, False for a model that gives one number in place
+        of a distribution over the vocabulary; and what `sketch.frozen` says of references and teachers.
+        """
         return {}
 
     # What everybody can call.

@@ -12,20 +12,27 @@ that it learns what the teacher would say in the places where the student really
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from llm_trainer.config.options import KDConfig
+from llm_trainer.config.section import config_section
 from llm_trainer.generation.sampler import generate
 from llm_trainer.losses.distill import TeacherLogits, chunked_divergence, divergence, teacher_head
 from llm_trainer.models.frozen import freeze
 from llm_trainer.models.scored import ScoredModel, scored, weight_and_bias
-from llm_trainer.trainers.completions import IGNORE, Batch, as_rows
+from llm_trainer.trainers.answers import IGNORE, Batch, as_rows
+
+if TYPE_CHECKING:
+    from llm_trainer.trainers.building import Build
 
 Teacher = Callable[[Batch], TeacherLogits]  # a batch -> its logits before each supervised label
 LogitsProvider = Callable[
@@ -40,48 +47,18 @@ class TeacherError(ValueError):
     """A teacher that this student cannot learn from."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Distillation:
-    """From whom, how much and how a student learns.
+@config_section
+class Distillation(KDConfig):
+    """From whom, how much and how a student learns: the options of `KDConfig`, with a model as `teacher_model`.
 
-    Attributes:
-        teacher_model: a causal language model with the student's tokenizer; it is frozen.
-        teacher_logits_provider: instead of a model, `(input_ids [B, L], attention_mask [B, L]) -> logits [B, L, V]`.
-            What exceeds the student's vocabulary is padding and cut off.
-        kd_coef: share of the distillation in the loss; the task has the rest.
-        divergence: `forward_kl` KL(teacher || student), `reverse_kl` KL(student || teacher), or `jsd`, the generalised
-            Jensen-Shannon divergence of GKD.
-        beta: weight of the teacher in the mixture of `jsd`, in (0, 1).
-        temperature: divides the logits of both.
-        t_squared: multiply the divergence by temperature^2, as Hinton et al. do; TRL does not.
-        on_policy_fraction: share of the steps whose answers are the student's own.
-        max_new_tokens: longest such answer.
-        sampling_temperature: of these answers; 0 takes the likeliest token.
-        stop_token_ids: end such an answer.
+    Of a `teacher_logits_provider`, what exceeds the student's vocabulary is padding and cut off. `jsd` is the generalised
+    Jensen-Shannon divergence of GKD. Hinton et al. set `t_squared`, TRL does not.
     """
 
-    teacher_model: nn.Module | None = None
-    teacher_logits_provider: LogitsProvider | None = None
-    kd_coef: float = 0.4
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    temperature: float = 1.0
-    t_squared: bool = False
-    on_policy_fraction: float = 0.0
-    max_new_tokens: int = 128
-    sampling_temperature: float = 1.0
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = Field(default=(), description="where an answer of the student's ends")
 
     def __post_init__(self) -> None:
-        if self.divergence not in (*BETAS, "jsd"):
-            raise ValueError(f"divergence is {self.divergence!r}; expected one of {', '.join(BETAS)}, jsd")
-        if not (0 < self.beta < 1 and self.temperature > 0 and 0 <= self.kd_coef <= 1):
-            raise ValueError(
-                f"beta={self.beta}, temperature={self.temperature}, kd_coef={self.kd_coef}: expected beta in (0, 1) (the "
-                "ends are forward_kl and reverse_kl), temperature above 0 and kd_coef in [0, 1]"
-            )
-        if not 0 <= self.on_policy_fraction <= 1:
-            raise ValueError(f"on_policy_fraction is {self.on_policy_fraction}; expected a share of steps in [0, 1]")
+        super().__post_init__()
         if self.on_policy_fraction and not self.stop_token_ids:
             raise ValueError("on_policy_fraction: expected stop_token_ids, where the student's own answers end")
 
@@ -125,25 +102,41 @@ def _without_bias(states: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
     return F.pad(states, (0, 1), value=1.0), torch.cat([weight, bias[:, None]], dim=1)
 
 
-def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> Teacher:
-    """The teacher of `kd`, frozen and placed.
+def with_teacher(kd: Distillation | None, teacher_model: nn.Module) -> Distillation:
+    """`kd`, or the default of it, with this teacher.
 
     Raises:
-        TeacherError: there is no teacher, there are two, it is the student, or it knows fewer tokens.
+        TeacherError: it has a teacher already.
+    """
+    if kd is not None and kd.teacher_logits_provider is not None:
+        raise _not_one_teacher("both")
+    return replace(kd or Distillation(), teacher_model=teacher_model)
+
+
+def _not_one_teacher(found: str) -> TeacherError:
+    return TeacherError(f"distillation: found {found}; expected a teacher_model or a teacher_logits_provider")
+
+
+def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> Teacher:
+    """The teacher of `kd`, frozen and to_device.
+
+    Raises:
+        TeacherError: there is no teacher, it is the student, or it knows fewer tokens.
     """
     model, provider = kd.teacher_model, kd.teacher_logits_provider
+    if provider is not None:
+        return partial(_of_provider, provider)
+    if model is student:
+        raise _not_one_teacher("the student itself as teacher_model")
+    if not isinstance(model, nn.Module):
+        raise _not_one_teacher("neither" if model is None else f"{model!r} as teacher_model")
     theirs, ours = _num_tokens(model), _num_tokens(student)
     if theirs and theirs < ours:
         raise TeacherError(
             f"teacher_model knows {theirs} tokens, the student {ours}; expected a teacher with the student's tokenizer "
             "and at least as many rows of embeddings; if the student has rows that no token uses, resize its embeddings"
         )
-    if model is not None and provider is None and model is not student:
-        return partial(_of_model, scored(freeze(model), with_entropy=False).to(device))
-    if model is None and provider is not None:
-        return partial(_of_provider, provider)
-    found = "neither" if model is None else "both" if provider is not None else "the student itself as teacher_model"
-    raise TeacherError(f"distillation: found {found}; expected a teacher_model or a teacher_logits_provider")
+    return partial(_of_model, scored(freeze(model), with_entropy=False).to(device))
 
 
 def _num_tokens(model: nn.Module | None) -> int:
@@ -178,6 +171,22 @@ def _of_provider(provider: LogitsProvider, batch: Batch) -> TeacherLogits:
         )
     flat, rows = logits.flatten(0, 1), predicting.flatten().nonzero()[:, 0].to(logits.device)
     return lambda start, stop: flat[rows[start:stop]].to(ids.device)
+
+
+def distillation_from_config(kd: "KDConfig", build: "Build") -> Distillation:
+    """What the section `kd_config` says, its teacher loaded and its tokenizer compared.
+
+    Raises:
+        TeacherError: the teacher's tokenizer is not the student's.
+    """
+    teacher = kd.teacher_model
+    if "teacher_model" in build.given:
+        teacher = None
+    elif isinstance(teacher, str):
+        theirs = build.tokenizer_of(teacher).get_vocab()
+        check_same_tokenizer(build.tokenizer.get_vocab(), theirs, teacher)
+        teacher = build.model(teacher, in_half=True)  # it is only read: no need for more
+    return Distillation(**vars(kd) | {"teacher_model": teacher, "stop_token_ids": build.stop_token_ids})
 
 
 def check_same_tokenizer(student: Mapping[str, int], teacher: Mapping[str, int], name: str) -> None:

@@ -1,23 +1,46 @@
 """Language modelling: next-token prediction on the tokens that are trained on. Pretraining and SFT are this."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from llm_trainer.algorithm import PromptFormat, Source, Step
+from llm_trainer.config.algorithms import PretrainConfig, SFTConfig
+from llm_trainer.config.options import KDConfig
 from llm_trainer.losses.distill import mix_with_task
 from llm_trainer.losses.language import LanguageLoss
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.distill import Distillation, TeacherDistance, make_teacher, own_answers
+from llm_trainer.trainers.building import DataRequest
+from llm_trainer.trainers.distill import (
+    CHUNK_ELEMENTS,
+    Distillation,
+    TeacherDistance,
+    distillation_from_config,
+    make_teacher,
+    own_answers,
+    with_teacher,
+)
 
 if TYPE_CHECKING:
-    from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.config.schema import LossConfig, TrainConfig
+    from llm_trainer.trainers.building import Build, Sketch
 
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "distance")
+
+
+def language_loss(options: "LossConfig") -> LanguageLoss:
+    """The loss of the section `loss_config`, which has every option of `LanguageLoss` under the same name."""
+    values = {f.name: getattr(options, f.name) for f in fields(LanguageLoss)}
+    return LanguageLoss(**values | {"critical_tokens": tuple(options.critical_tokens)})
+
+
+def _kd_of(section: Any) -> KDConfig | None:
+    """The distillation of a section; one from outside the package need not have any."""
+    return section.kd_config if isinstance(section, PretrainConfig | SFTConfig) else None
 
 
 class Trainer(BaseTrainer):
@@ -33,9 +56,10 @@ class Trainer(BaseTrainer):
         teacher_model: the teacher of `kd`; without `kd`, of a `Distillation()`.
     """
 
-    config_section = "pretrain_config"
+    section = "pretrain_config"
     rows = ("text",)
     prompt_format: ClassVar[PromptFormat] = "text"
+    shards_first_weights = True
 
     def __init__(
         self,
@@ -48,23 +72,33 @@ class Trainer(BaseTrainer):
     ) -> None:
         self.loss = loss or LanguageLoss()
         self.aux_loss_coef = aux_loss_coef
-        self.kd = kd if teacher_model is None else replace(kd or Distillation(), teacher_model=teacher_model)
+        self.kd = kd if teacher_model is None else with_teacher(kd, teacher_model)
         super().__init__(*args, **kwargs)
         self.teacher = None if self.kd is None else make_teacher(self.kd, self.base_model, self.device)
 
     @classmethod
-    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
-        options = config.loss_config
-        return {
-            "loss": LanguageLoss(
-                label_smoothing=options.label_smoothing,
-                z_loss_coef=options.z_loss_coef,
-                critical_tokens=tuple(options.critical_tokens),
-                critical_alpha=options.critical_alpha,
-                dft=options.dft,
-            ),
-            "aux_loss_coef": options.aux_loss_coef,
-        }
+    def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        made = {"loss": language_loss(config.loss_config), "aux_loss_coef": config.loss_config.aux_loss_coef}
+        kd = _kd_of(build.section)
+        if kd is None or "kd" in build.given:
+            return made
+        return made | {"kd": distillation_from_config(kd, build)}
+
+    @classmethod
+    def _data_from_config(cls, section: Any) -> DataRequest:
+        if isinstance(section, PretrainConfig):  # of SFTTrainer as well: PretrainTrainer is another name of it
+            return DataRequest(("text",))
+        chat = {}
+        if isinstance(section, SFTConfig):
+            chat = {"train_on": section.train_on, "thinking": section.thinking}
+        return DataRequest(cls.rows, chat=chat)
+
+    @classmethod
+    def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
+        kd = _kd_of(sketch.section)
+        if kd is None or not isinstance(kd.teacher_model, str):
+            return {}
+        return {**sketch.frozen(kd.teacher_model, in_half=True), "teacher_chunk": CHUNK_ELEMENTS}
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         return scored(model, self.loss)
@@ -116,7 +150,7 @@ class Trainer(BaseTrainer):
 class SFTTrainer(Trainer):
     """Supervised fine-tuning: language modelling whose labels are -100 on everything but the answers."""
 
-    config_section = "sft_config"
+    section = "sft_config"
     rows = ("conversations",)
     prompt_format: ClassVar[PromptFormat] = "chat"
 

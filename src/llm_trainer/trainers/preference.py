@@ -12,25 +12,27 @@ from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
 from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
 from llm_trainer.models.frozen import AdaptersOff, same_weights
 from llm_trainer.models.scored import TokenScores, scored
-from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.completions import (
+from llm_trainer.trainers.answers import (
     Batch,
     as_rows,
     count_tokens,
-    default_reference,
     join,
     num_answers,
     num_pairs,
-    placed,
-    reference_of,
     score,
     share_prompts,
     supervised,
+    to_device,
     with_prompts,
 )
+from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.building import DataRequest
+from llm_trainer.trainers.references import default_reference, precompute_reference, reference_of
 
 if TYPE_CHECKING:
+    from llm_trainer.config.algorithms import DPOConfig
     from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build, Sketch
 
 SIDES = ("chosen", "rejected")
 _AT_REFERENCE = {"fp32": 1e-4}  # log-ratio per token that rounding explains, before the first update
@@ -45,7 +47,7 @@ class DPOTrainer(BaseTrainer):
     """Preference optimisation: the mean of `PreferenceLoss` over the pairs of the whole optimizer step.
 
     Batches: `prompt_input_ids [B, P]`, `chosen_input_ids [B, L]`, `rejected_input_ids [B, L]`, each with its
-    `..._attention_mask`, padded on any side; or joined ones (see `trainers.completions`), chosen rows before rejected.
+    `..._attention_mask`, padded on any side; or joined ones (see `trainers.answers`), chosen rows before rejected.
     With `ref_log_probs_given` also `ref_chosen_logps [B]` and `ref_rejected_logps [B]`, summed over the answers.
     Chosen and rejected run in one forward.
 
@@ -66,7 +68,7 @@ class DPOTrainer(BaseTrainer):
         ValueError: `ref_model` is the policy itself, or an option of the loss makes no sense.
     """
 
-    config_section = "dpo_config"
+    section = "dpo_config"
     rows = ("pairs",)
 
     def __init__(
@@ -104,11 +106,9 @@ class DPOTrainer(BaseTrainer):
         self.shares_prompts = share_prompts and all(model.knows_branches(self.device) for model in models)
 
     @classmethod
-    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
-        section = config.dpo_config
-        if section is None:
-            return {}
-        return {
+    def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        section: DPOConfig = build.section
+        return cls._reference_from_config(section, build) | {
             "loss_type": resolve_loss_type(section.loss_type, section.loss_ipo),
             "beta": section.loss_beta,
             "label_smoothing": section.loss_label_smoothing,
@@ -123,6 +123,34 @@ class DPOTrainer(BaseTrainer):
             "share_prompts": section.share_prompts,
             "aux_loss_coef": config.loss_config.aux_loss_coef,
         }
+
+    @classmethod
+    def _reference_from_config(cls, section: "DPOConfig", build: "Build") -> dict[str, Any]:
+        """What the policy is compared with, as keywords; none: the constructor makes a copy, or needs none."""
+        if "ref_model" in build.given:
+            return {}
+        source = section.ref_model_checkpoint
+        reference = None if source is None else build.frozen(source)
+        if not section.precompute_ref_log_probs:
+            return {} if reference is None else {"ref_model": reference}
+        if not PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo)).needs_reference:
+            return {}
+        scorer = build.policy if reference is None else reference
+        for stream in build.streams:
+            precompute_reference(stream, scorer, build, section.share_prompts)
+        return {"ref_log_probs_given": True, "starts_at_reference": reference is None}
+
+    @classmethod
+    def _data_from_config(cls, section: "DPOConfig") -> DataRequest:
+        return DataRequest(cls.rows, share_prompts=section.share_prompts)
+
+    @classmethod
+    def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
+        section: DPOConfig = sketch.section
+        loss = PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo))
+        keeps_reference = loss.needs_reference and not section.precompute_ref_log_probs
+        reference = sketch.frozen() if keeps_reference else {}
+        return {"rows_per_sample": len(SIDES), **reference}
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)
@@ -163,7 +191,7 @@ class DPOTrainer(BaseTrainer):
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = self._joined(batch)
-        rows = placed(share_prompts(rows) if self.shares_prompts else rows, self.device)
+        rows = to_device(share_prompts(rows) if self.shares_prompts else rows, self.device)
         if self.reference is not None and "ref_chosen_logps" not in rows:
             with torch.no_grad():
                 rows["ref_logprobs"] = score(self.reference, rows).logprobs

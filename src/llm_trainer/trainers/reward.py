@@ -6,12 +6,17 @@ from torch import Tensor, nn
 
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.losses.reward import bradley_terry, process_reward
-from llm_trainer.models.rewarding import Rewarding
+from llm_trainer.models.attention import resolve_attention
+from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
+from llm_trainer.models.rewarding import Rewarding, load_reward_model, process_reward_model, reward_model
+from llm_trainer.trainers.answers import Batch, count_tokens, join, num_pairs, share_prompts, to_device
 from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.completions import Batch, count_tokens, join, num_pairs, placed, share_prompts
+from llm_trainer.trainers.building import DataRequest
 
 if TYPE_CHECKING:
+    from llm_trainer.config.algorithms import RewardConfig
     from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build, Sketch
 
 SIDES = ("chosen", "rejected")
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "document_lengths")
@@ -34,7 +39,7 @@ class RewardTrainer(BaseTrainer):
         share_prompts: run the prompt of a pair once, as `DPOTrainer` does.
     """
 
-    config_section = "reward_config"
+    section = "reward_config"
     rows = ("pairs", "process")
 
     def __init__(
@@ -51,15 +56,45 @@ class RewardTrainer(BaseTrainer):
         self.shares_prompts = share_prompts and self._rewarding.knows_branches(self.device)
 
     @classmethod
-    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
-        section = config.reward_config
-        if section is None:
-            return {}
+    def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        section: RewardConfig = build.section
         return {
             "center_coef": section.center_coef,
             "use_margin": section.use_margin,
             "share_prompts": section.share_prompts,
         }
+
+    @classmethod
+    def _model_from_config(cls, config: "TrainConfig", build: "Build") -> nn.Module:
+        """The reward model of a folder, to train on, or a new head on a language model: of answers or, as the data is, steps.
+
+        Raises:
+            ValueError: the model of the folder judges the other of the two.
+        """
+        of_steps, source = build.kind.name == "process", config.model_config
+        wanted = Kind.STEP_REWARD_MODEL if of_steps else Kind.ANSWER_REWARD_MODEL
+        found = None
+        if isinstance(source, str):
+            found = find_pretrained(source, (Kind.LANGUAGE_MODEL, *REWARD_MODELS), key="model_config")
+        if found is None or found.kind is Kind.LANGUAGE_MODEL:
+            make = process_reward_model if of_steps else reward_model
+            return make(build.model(), build.tokenizer.pad_token_id)
+        if found.kind is not wanted:
+            rows = "answers judged step by step" if of_steps else "pairs of answers"
+            raise ValueError(
+                f"model_config: {source} holds {found.kind.value}, but the rows of file_dataset are {rows}; expected "
+                f"{wanted.value}, or a language model"
+            )
+        attention = resolve_attention(config.run_config.attention, build.device)
+        return load_reward_model(found.source, attention)
+
+    @classmethod
+    def _data_from_config(cls, section: "RewardConfig") -> DataRequest:
+        return DataRequest(cls.rows, share_prompts=section.share_prompts)
+
+    @classmethod
+    def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
+        return {"rows_per_sample": len(SIDES), "has_head": False}
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._rewarding = Rewarding(model)
@@ -75,9 +110,9 @@ class RewardTrainer(BaseTrainer):
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         if "step_labels" in batch:
-            return placed(batch, self.device)
+            return to_device(batch, self.device)
         rows = join(batch, SIDES)
-        return placed(share_prompts(rows) if self.shares_prompts else rows, self.device)
+        return to_device(share_prompts(rows) if self.shares_prompts else rows, self.device)
 
     def _forward(self, batch: Batch) -> Tensor:
         """`[2B]` rewards, the chosen answers' first; of judged steps one per token, like `input_ids`."""

@@ -8,22 +8,14 @@ from torch import Tensor, nn
 
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
 from llm_trainer.models.scored import TokenScores, scored
+from llm_trainer.trainers.answers import Batch, as_rows, count_tokens, join, num_answers, score, supervised, to_device
 from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.completions import (
-    Batch,
-    as_rows,
-    count_tokens,
-    default_reference,
-    join,
-    num_answers,
-    placed,
-    reference_of,
-    score,
-    supervised,
-)
+from llm_trainer.trainers.references import default_reference, reference_of
 
 if TYPE_CHECKING:
+    from llm_trainer.config.algorithms import KTOConfig
     from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build, Sketch
 
 _KL = "kl_"  # keys of a batch's mismatched rows: prompts with the completions of other prompts
 
@@ -32,7 +24,7 @@ class KTOTrainer(BaseTrainer):
     """KTO: the mean of `UnpairedLoss` over the answers of the whole optimizer step.
 
     Batches: `prompt_input_ids [B, P]`, `completion_input_ids [B, L]`, each with its `..._attention_mask`, padded on any
-    side; or joined ones (see `trainers.completions`); and `desirable [B]`, bool.
+    side; or joined ones (see `trainers.answers`); and `desirable [B]`, bool.
 
     KTO's KL is one number per step, over the mismatched pairs of all its micro-batches and ranks. A joined batch brings
     them (`kl_input_ids`, `kl_labels`, ...: our own data does, so the KL does not depend on the order or on how a step
@@ -49,7 +41,7 @@ class KTOTrainer(BaseTrainer):
         aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model.
     """
 
-    config_section = "kto_config"
+    section = "kto_config"
     rows = ("unpaired",)
 
     def __init__(
@@ -77,17 +69,24 @@ class KTOTrainer(BaseTrainer):
         self.reference = reference_of(reference, self, self._policy)
 
     @classmethod
-    def _from_config(cls, config: "TrainConfig") -> dict[str, Any]:
-        section = config.kto_config
-        if section is None:
-            return {}
-        return {
+    def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        section: KTOConfig = build.section
+        source = section.ref_model_checkpoint
+        reference = {}
+        if source is not None and "ref_model" not in build.given:
+            reference["ref_model"] = build.frozen(source)
+        return reference | {
             "loss_type": section.loss_type,
             "beta": section.loss_beta,
             "desirable_weight": section.desirable_weight,
             "undesirable_weight": section.undesirable_weight,
             "aux_loss_coef": config.loss_config.aux_loss_coef,
         }
+
+    @classmethod
+    def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
+        # For the KL both models score mismatched answers too.
+        return sketch.frozen(forwards=3 if sketch.section.loss_type == "kto" else 1)
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)
@@ -129,7 +128,7 @@ class KTOTrainer(BaseTrainer):
         """A batch's mismatched rows on the device: those it brings, or its prompts with one another's completions."""
         given = {name.removeprefix(_KL): value for name, value in batch.items() if name.startswith(_KL)}
         if given:
-            return placed(given, self.device)
+            return to_device(given, self.device)
         if len(batch["desirable"]) < 2:
             return None
         if "prompt_input_ids" not in batch:
@@ -140,7 +139,7 @@ class KTOTrainer(BaseTrainer):
         order = mismatched_order(batch["prompt_input_ids"] * batch["prompt_attention_mask"])
         swapped = {name: batch[name][order] for name in batch if name.startswith("completion_")}
         kept = {name: batch[name] for name in batch if name.startswith("prompt_")}
-        return placed(join(kept | swapped, ("completion",)), self.device)
+        return to_device(join(kept | swapped, ("completion",)), self.device)
 
     def _log_ratios(self, logprobs: Tensor, rows: Batch) -> Tensor:
         """`[B]` log-probs of the answers, policy minus reference."""
@@ -150,7 +149,7 @@ class KTOTrainer(BaseTrainer):
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = {name: value for name, value in batch.items() if not name.startswith(_KL)}
-        return placed(join(rows, ("completion",)), self.device)
+        return to_device(join(rows, ("completion",)), self.device)
 
     def _forward(self, batch: Batch) -> TokenScores:
         return score(self.model, batch, differentiable=True)

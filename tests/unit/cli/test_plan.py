@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.cli.main import main
-from llm_trainer.cli.plan import describe
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model, flops_per_token, num_parameters
+from llm_trainer.plan.describe import describe
 from llm_trainer.trainers.distill import CHUNK_ELEMENTS
 
 MODEL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

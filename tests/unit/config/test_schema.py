@@ -147,7 +147,7 @@ def test_every_mistake_is_told_at_once():
     assert str(caught.value).splitlines() == [
         "TrainConfig: model_config: got 4, expected a section (mapping) or a string",
         "TrainConfig: optim_config.eps: got 0, expected a number above 0",
-        "TrainConfig: optim_config.momentum: got 1.0, expected a number of at least 0 and below 1",
+        "TrainConfig: optim_config.momentum: got 1.0, expected a number of at least 0 and below 1 or null",
     ]
 
 

@@ -9,7 +9,14 @@ from torch import nn
 
 from llm_trainer import optimizer
 from llm_trainer.optim import optimizers as optim
-from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, create_optimizer, get_parameter_groups
+from llm_trainer.optim.optimizers import (
+    OPTIMIZERS,
+    configure_optimizer,
+    create_optimizer,
+    get_parameter_groups,
+    recipe_of,
+    state_bytes,
+)
 
 
 class Tiny(nn.Module):
@@ -174,3 +181,23 @@ def test_closure_is_evaluated_with_gradients() -> None:
 
 def test_the_public_import_path_is_the_same_object() -> None:
     assert all(vars(optimizer)[name] is vars(optim)[name] for name in optimizer.__all__)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_recipe_says_how_much_state_its_optimizer_keeps(name: str) -> None:
+    model = Tiny()
+    stepper = configure_optimizer(model, name, lr=0.02)
+    expected = state_bytes(stepper)  # before there is any
+    take_step(model, stepper, seed=0)
+    states = [value for state in stepper.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert expected == sum(value.numel() * value.element_size() for value in states if value.numel() > 1)
+    assert recipe_of(stepper) is OPTIMIZERS[name]
+
+
+def test_state_of_options_and_of_strangers() -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    assert state_bytes(create_optimizer([weight], "adamw", amsgrad=True)) == 3 * 64
+    assert state_bytes(create_optimizer([weight], "sgd", momentum=0.9)) == 64
+    assert state_bytes(torch.optim.Muon([weight])) == 64
+    assert recipe_of(torch.optim.RMSprop([weight])) is None and state_bytes(torch.optim.RMSprop([weight])) == 64
+    assert state_bytes(torch.optim.Adamax([weight])) == 2 * 64

@@ -10,7 +10,7 @@ from llm_trainer import RewardTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import Rewarding, load_reward_model, process_reward_model, reward_model
-from llm_trainer.trainers.completions import join, share_prompts
+from llm_trainer.trainers.answers import join, share_prompts
 
 Batch = dict[str, torch.Tensor]
 

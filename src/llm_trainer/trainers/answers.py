@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from llm_trainer.algorithm import Algorithm
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.losses.pairs import num_shared
-from llm_trainer.models.frozen import AdaptersOff, freeze, frozen_copy, has_adapters
-from llm_trainer.models.scored import scored
 
 if TYPE_CHECKING:
-    from llm_trainer.models.scored import ScoredModel, TokenScores
+    from llm_trainer.models.frozen import AdaptersOff
+    from llm_trainer.models.scored import TokenScores
 
 Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
@@ -175,15 +173,10 @@ def with_prompts(rows: Batch, chosen: int) -> Batch:
     return rows | {"labels": torch.where(wanted, ids, rows["labels"])}
 
 
-def placed(rows: Batch, device: torch.device) -> Batch:
+def to_device(rows: Batch, device: torch.device) -> Batch:
     """The batch on `device`; `document_lengths` stays on the host, which reads it."""
     moved = {name: value.to(device, non_blocking=True) for name, value in rows.items()}
     return moved | {name: rows[name] for name in ("document_lengths",) if name in rows}
-
-
-def default_reference(model: nn.Module) -> nn.Module:
-    """What a policy is compared with if nobody says: itself where only its adapters learn, else a frozen copy."""
-    return model if has_adapters(model) else frozen_copy(model)
 
 
 def score(model: "nn.Module | AdaptersOff", rows: Batch, differentiable: bool = False) -> "TokenScores":
@@ -197,16 +190,3 @@ def count_tokens(batch: Batch) -> int:
     """Tokens of a joined batch, or of its parts, without padding."""
     masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
     return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel()
-
-
-def reference_of(model: nn.Module, trainer: Algorithm, policy: "ScoredModel") -> "ScoredModel | AdaptersOff":
-    """`model` scored, frozen and placed as the policy is: both must round alike.
-
-    Where it is the trained model itself, it is that with its adapters off.
-    """
-    if model is trainer.base_model:
-        return AdaptersOff(model, trainer.model, policy.knows_branches)
-    reference = scored(model)
-    freeze(reference)
-    trainer.machine.place(reference)
-    return reference

@@ -1,0 +1,273 @@
+"""The objects of one run, each made when it is first asked for. `trainers.building.Build` is what algorithms see of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llm_trainer.checkpoint import load_checkpoint, load_weights
+from llm_trainer.config.registry import accumulation, options_of
+from llm_trainer.config.schema import ModelConfig, TrainConfig
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.data.kinds import DataOptions, Kind
+from llm_trainer.data.load import choose_kind, load, open_stream
+from llm_trainer.data.read.files import files_of
+from llm_trainer.data.stream import SampleStream
+from llm_trainer.engine import dist
+from llm_trainer.engine.choose import engine_name
+from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
+from llm_trainer.engine.torch import TorchEngine
+from llm_trainer.models.attention import knows_branches, resolve_attention
+from llm_trainer.models.build import build_model, set_stops
+from llm_trainer.models.frozen import freeze, frozen_copy
+from llm_trainer.models.pretrained import Kind as Found
+from llm_trainer.models.pretrained import find_pretrained
+
+
+class Builder:
+    """Makes what a configuration describes.
+
+    Args:
+        config: the whole run.
+        trainer_class: the algorithm, a subclass of `BaseTrainer`.
+        given: keywords that the caller passes himself; they are not made here.
+    """
+
+    def __init__(self, config: TrainConfig, trainer_class: Any, given: Mapping[str, Any] | None = None) -> None:
+        self.config, self.trainer_class, self.given = config, trainer_class, given or {}
+        self.section = options_of(config, trainer_class)
+
+    # Where it computes.
+
+    @cached_property
+    def device(self) -> torch.device:
+        return detect_device(self.config.run_config.device)
+
+    @cached_property
+    def engine(self) -> str:
+        """The name of what executes the steps."""
+        config = self.config
+        named = {"fsdp": config.fsdp_config is not None, "deepspeed": config.ds_config is not None}
+        return engine_name(config.run_config.engine, **named)
+
+    @cached_property
+    def _precision(self) -> str:
+        return choose_precision(self.config.run_config.precision, self.device)
+
+    # Models.
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self.config.tokenizer is None:
+            raise ValueError(
+                "tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR"
+            )
+        return load_tokenizer(self.config.tokenizer)
+
+    def tokenizer_of(self, source: str) -> Any:
+        return load_tokenizer(source)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return tuple(ChatFormat(self.tokenizer).stop_token_ids())
+
+    @cached_property
+    def policy(self) -> Any:
+        if "model" in self.given:
+            return self.given["model"]
+        return self.trainer_class._model_from_config(self.config, self)
+
+    def model(self, source: str | None = None, in_half: bool = False) -> Any:
+        if source is None:
+            sharded = self.engine == "fsdp" and dist.num_processes() > 1
+            empty = sharded and self.trainer_class.shards_first_weights and not dist.is_main()
+            return make_model(self.config, self.tokenizer, self.device, empty)
+        attention = resolve_attention(self.config.run_config.attention, self.device)
+        dtype = DTYPES[self._precision if in_half else "fp32"]
+        return build_model(source, attention=attention, dtype=dtype)
+
+    def frozen(self, source: Any) -> nn.Module:
+        if isinstance(source, str):
+            found = find_pretrained(source, (Found.LANGUAGE_MODEL, Found.WEIGHTS), key="ref_model_checkpoint")
+            if found.kind is Found.LANGUAGE_MODEL:
+                return freeze(self.model(str(found.source)))
+            reference = frozen_copy(self.policy)
+            load_checkpoint(found.source, model=reference)
+            return reference
+        reference = frozen_copy(self.policy)
+        load_weights(reference, source, "ref_model_checkpoint")
+        return reference
+
+    # Data.
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What a row of the data is: the kind that the algorithm learns from, of several the one that the first file holds."""
+        loader = self.config.data_loader_config
+        options = DataOptions(schema=loader.schema, text_unit=loader.text_unit)
+        return choose_kind(self._wanted.rows, _paths(self.config.file_dataset), options)
+
+    @cached_property
+    def _wanted(self) -> Any:
+        return self.trainer_class._data_from_config(self.section)
+
+    @cached_property
+    def _streams(self) -> tuple[SampleStream, dict[str, SampleStream]]:
+        return make_streams(self.config, self)
+
+    @property
+    def evaluation(self) -> dict[str, SampleStream]:
+        """Validation data by name."""
+        return self._streams[1]
+
+    @property
+    def streams(self) -> tuple[Any, ...]:
+        train, evaluation = self._streams
+        return train, *evaluation.values()
+
+    @torch.no_grad()
+    def score(
+        self, lengths: Any, function: Callable[[list[int]], Tensor], columns: int, group_size: int, cache: Path
+    ) -> np.ndarray:
+        if not dist.broadcast_object(cache.exists()):
+            precision = TorchEngine(self.device, self._precision).precision
+            table = torch.zeros(len(lengths), columns, device=self.device)
+            longest_first = np.argsort(-np.asarray(lengths))
+            mine = longest_first[dist.rank() :: dist.world_size()]  # rows of similar length come together
+            for first in range(0, len(mine), group_size):
+                group = mine[first : first + group_size].tolist()
+                with precision():
+                    table[group] = function(group)
+            table = dist.all_reduce(table)
+            if dist.is_main():
+                partial = cache.with_suffix(".tmp.npy")
+                np.save(partial, table.cpu().numpy())
+                partial.rename(cache)
+            dist.broadcast_object(None)  # nobody reads before it is written
+        return np.load(cache)
+
+    def options(self) -> tuple[DataOptions, ChatFormat]:
+        """How files become rows, and conversations ids.
+
+        Raises:
+            ValueError: rows are to be longer than the model can read.
+        """
+        loader, config = self.config.data_loader_config, self.policy.config
+        context = config.max_position_embeddings
+        block_size = self.config.dataset_block_size or context
+        if block_size > context:
+            raise ValueError(f"dataset_block_size: got {block_size}, but the model's longest sequence is {context}")
+        wants_sharing = self.kind.may_share and self._wanted.share_prompts
+        options = DataOptions(
+            schema=loader.schema,
+            block_size=block_size,
+            packing=loader.packing or self.kind.packings[0],
+            truncation=loader.truncation,
+            bad_rows=loader.bad_rows,
+            text_unit=loader.text_unit,
+            workers=loader.data_loader_num_workers,
+            share_prompts=wants_sharing and knows_branches(config, self.device),
+        )
+        return options, ChatFormat(self.tokenizer, **self._wanted.chat)
+
+
+def make_model(config: TrainConfig, tokenizer: Any, device: torch.device, empty: bool = False) -> Any:
+    """Build or load the model with the weights that the run starts from, the same on every rank; or `empty`, without any."""
+    torch.manual_seed(config.run_config.seed)
+    attention = resolve_attention(config.run_config.attention, device)
+    wanted = config.model_config
+    if isinstance(wanted, ModelConfig) and wanted.vocab_size is None:
+        wanted = replace(wanted, vocab_size=len(tokenizer))
+    model = build_model(wanted, attention=attention, empty=empty)
+    set_stops(model, ChatFormat(tokenizer).stop_token_ids(), tokenizer.pad_token_id)
+    if empty:
+        return model
+    if config.init_state_dict is not None:
+        load_weights(model, config.init_state_dict, "init_state_dict")
+    if config.init_weights_path is not None:
+        load_checkpoint(config.init_weights_path, model=model)
+    return model
+
+
+def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dict[str, SampleStream]]:
+    """Training and validation data as streams of micro-batches for this rank; of several validation files, by name."""
+    loader, world = config.data_loader_config, dist.world_size()
+    options, chat = build.options()
+    cache = Path(loader.cache_dir or Path(config.run_config.save_dir) / "data")
+
+    def stream(paths: list[str], batch_size: int, rows_per_step: int, **how: Any) -> SampleStream:
+        with dist.main_process_first():
+            dataset = load(paths, build.kind, chat, options, cache)
+        return open_stream(
+            dataset,
+            build.kind,
+            options,
+            build.tokenizer.pad_token_id,
+            rows_per_step=rows_per_step,
+            batch_size=batch_size,
+            rank=dist.rank(),
+            world_size=world,
+            micro_batch_tokens=loader.micro_batch_tokens,
+            seed=config.run_config.seed,
+            num_workers=loader.data_loader_num_workers,
+            pin_memory=loader.data_loader_pin_memory,
+            **how,
+        )
+
+    # Training data, all files in one stream.
+    rows = config.batch_size * accumulation(config, build.trainer_class) * world
+    files, weights = _paths(config.file_dataset), _file_weights(config)
+    train = stream(files, config.batch_size, rows, shuffle=loader.data_loader_shuffle, file_weights=weights)
+
+    # Validation data, a stream for each file.
+    eval_rows = config.eval_config.eval_batch_size or config.batch_size
+    named = _named(_paths(config.eval_dataset)) if config.eval_dataset is not None else {}
+    evaluation = {}
+    for name, path in named.items():
+        evaluation[name] = stream([path], eval_rows, eval_rows * world, shuffle=False)
+    return train, evaluation
+
+
+def _paths(files: Any) -> list[str]:
+    return [str(files[i]) for i in range(len(files))]
+
+
+def _named(paths: list[str]) -> dict[str, str]:
+    """Files by the names of their metrics: their stems, numbered where they repeat; a single file needs none."""
+    if len(paths) == 1:
+        return {"": paths[0]}
+    named: dict[str, str] = {}
+    for path in paths:
+        stem = name = Path(path).stem
+        number = 2
+        while name in named:
+            name = f"{stem}_{number}"
+            number += 1
+        named[name] = path
+    return named
+
+
+def _file_weights(config: TrainConfig) -> list[float] | None:
+    """The weight of every file, where a path of `file_dataset` may be a folder of several.
+
+    Raises:
+        ValueError: there is not one weight above 0 per path.
+    """
+    weights, paths = config.data_loader_config.file_weights, _paths(config.file_dataset)
+    if weights is None:
+        return None
+    if len(weights) != len(paths) or min(weights) <= 0:
+        raise ValueError(
+            f"data_loader_config.file_weights: got {weights}, expected {len(paths)} numbers above 0, one for each path of "
+            f"file_dataset"
+        )
+    found = []
+    for weight, path in zip(weights, paths, strict=True):
+        found += [weight] * len(files_of(Path(path)))
+    return found

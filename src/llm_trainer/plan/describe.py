@@ -1,0 +1,111 @@
+"""The model and the work of a run as arithmetic sees them, from its configuration alone; no weights are made."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.registry import accumulation, options_of
+from llm_trainer.config.table import ALGORITHMS
+from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.models.build import build_config, flops_per_token
+from llm_trainer.models.rewarding import reward_model
+from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from llm_trainer.config.schema import TrainConfig
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[Shape, Job]:
+    """The model and the work of a step on one device, for the algorithm called `name`.
+
+    Args:
+        config: the whole run.
+        name: of the algorithm.
+        has_bf16: what 16 bit means on the device.
+
+    Raises:
+        ConfigError: the configuration does not say what the model looks like.
+    """
+    trainer_class = ALGORITHMS[name].load()
+    model = empty_model(_configuration(config))
+    length = config.dataset_block_size or model.config.max_position_embeddings
+    precision = config.run_config.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp16"
+    sketch = Sketch(options_of(config, trainer_class), model, length, precision)
+    costs = {"rows_per_sample": 1, "has_head": True} | trainer_class._plan_costs(config, sketch)
+    if not costs["has_head"]:
+        model = _with_one_number(model)
+    shape, flops = shape_of(model), flops_per_token(model, length)
+    if not costs["has_head"] and shape.tied:
+        flops -= 6 * shape.vocabulary_parameters  # which are only looked up
+    optim = config.optim_config
+    job = Job(
+        row_tokens=length,
+        rows=config.batch_size * accumulation(config, trainer_class),
+        flops_per_token=flops,
+        state_bytes=optimizer_bytes(optim.optimizer, optim.momentum, model),
+        precision=precision,
+        **costs,
+    )
+    return shape, job
+
+
+class Sketch:
+    """What an algorithm is told when it is asked for its costs (`trainers.building.Sketch`)."""
+
+    def __init__(self, section: Any, model: "PreTrainedModel", length: int, precision: str) -> None:
+        self.section, self.model = section, model
+        self.length, self.precision = length, precision
+
+    def frozen(self, source: str | None = None, forwards: float = 1.0, in_half: bool = False) -> dict[str, float]:
+        model = self.model if source is None else empty_model(_of_folder(source))
+        bytes_each = _BYTES[self.precision if in_half else "fp32"]
+        return {
+            "frozen_bytes": float(bytes_each * shape_of(model).num_parameters),
+            "frozen_flops_per_token": flops_per_token(model, self.length) / 3 * forwards,  # a step is three forwards
+        }
+
+
+def _configuration(config: "TrainConfig") -> "PretrainedConfig":
+    """The shape of the model in transformers' words."""
+    wanted = config.model_config
+    if isinstance(wanted, str):
+        return _of_folder(wanted)
+    if wanted.vocab_size is None:
+        if config.tokenizer is None:
+            raise ConfigError("model_config.vocab_size: none given, and no tokenizer that would tell; give one of them")
+        wanted = replace(wanted, vocab_size=len(load_tokenizer(config.tokenizer)))
+    return build_config(wanted)
+
+
+def _of_folder(source: str) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ConfigError(
+            f"model_config: {source!r} holds no model: expected a Hugging Face folder with config.json ({error})"
+        ) from None
+
+
+def empty_model(configuration: "PretrainedConfig") -> "PreTrainedModel":
+    """A language model without memory, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(configuration, dtype=torch.float32)
+
+
+def _with_one_number(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model with a head of one number per row in place of the vocabulary's."""
+    import torch
+
+    with torch.device("meta"):
+        return reward_model(model)

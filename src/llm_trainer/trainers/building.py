@@ -1,0 +1,108 @@
+"""What an algorithm may ask for while it is made from a configuration, and while its costs are planned."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class Build(Protocol):
+    """Makes what several algorithms need, each thing when it is asked for; `assemble` gives it to `_from_config`.
+
+    Attributes:
+        section: the algorithm's own section of the configuration.
+        given: keywords that the caller passes himself, which are not to be made.
+        kind: what a row of the data is (`data.kinds.Kind`); its `name` is 'text', 'conversations', 'pairs', ....
+        device: where this process computes.
+        tokenizer: of the run.
+        stop_token_ids: that end an answer, by the tokenizer's chat template.
+        policy: the model to train, as `_model_from_config` has made it.
+        streams: training data and then each set of validation data, as `SampleStream`s; tokenized when first asked for.
+    """
+
+    section: Any
+    given: Mapping[str, Any]
+
+    @property
+    def kind(self) -> Any: ...
+
+    @property
+    def device(self) -> "torch.device": ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def policy(self) -> Any: ...
+
+    @property
+    def streams(self) -> "tuple[Any, ...]": ...
+
+    def model(self, source: str | None = None, in_half: bool = False) -> Any:
+        """The language model of the Hugging Face folder `source`; None: the one that the configuration describes.
+
+        Args:
+            source: the folder.
+            in_half: weights in the precision of products, for a model that is only read.
+        """
+
+    def tokenizer_of(self, source: str) -> Any:
+        """The tokenizer in a Hugging Face folder."""
+
+    def frozen(self, source: Any) -> "nn.Module":
+        """A model that is only compared with.
+
+        Args:
+            source: a Hugging Face folder; or the path of a checkpoint or a state dict, put into a copy of the policy.
+        """
+
+    def score(
+        self, lengths: Any, function: "Callable[[list[int]], Tensor]", columns: int, group_size: int, cache: Path
+    ) -> Any:
+        """Numbers of every row of a dataset: from the file `cache`, or computed now by all ranks and kept there.
+
+        Args:
+            lengths: tokens of every row; rows of similar length come together.
+            function: numbers of some rows, `n` of them -> `[n, columns]`, on `device`; it runs without gradients.
+            columns: numbers per row.
+            group_size: most rows that `function` sees at once.
+            cache: an .npy file, whose name holds everything that the numbers depend on.
+
+        Returns:
+            Array `[rows, columns]`, the same on every rank.
+        """
+
+
+class DataRequest(NamedTuple):
+    """What an algorithm wants of the data of a configuration.
+
+    Attributes:
+        rows: kinds of `data/kinds`; of several, the first that the first file fits.
+        share_prompts: the prompt of a pair is run once, where attention can do it.
+        chat: keywords of `ChatFormat`: what of a conversation is trained on.
+    """
+
+    rows: tuple[str, ...]
+    share_prompts: bool = False
+    chat: Mapping[str, Any] = {}
+
+
+class Sketch(Protocol):
+    """What `llm-trainer plan` knows before any weight exists, for `_plan_costs`; `section` as for `Build`."""
+
+    section: Any
+
+    def frozen(self, source: str | None = None, forwards: float = 1.0, in_half: bool = False) -> dict[str, float]:
+        """The costs of a frozen model beside the trained one.
+
+        Args:
+            source: its Hugging Face folder; None: it has the shape of the trained one.
+            forwards: that each token of a batch costs.
+            in_half: its weights are kept in the precision of products.
+        """

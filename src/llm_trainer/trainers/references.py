@@ -1,0 +1,58 @@
+"""What a policy is compared with, and what that says about data."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from llm_trainer.algorithm import Algorithm
+from llm_trainer.models.frozen import AdaptersOff, fingerprint, freeze, frozen_copy, has_adapters
+from llm_trainer.models.scored import ScoredModel, scored
+from llm_trainer.trainers.answers import as_rows, score, share_prompts, to_device
+
+if TYPE_CHECKING:
+    from llm_trainer.trainers.building import Build
+
+
+def default_reference(model: nn.Module) -> nn.Module:
+    """What a policy is compared with if nobody says: itself where only its adapters learn, else a frozen copy."""
+    return model if has_adapters(model) else frozen_copy(model)
+
+
+def reference_of(model: nn.Module, trainer: Algorithm, policy: ScoredModel) -> ScoredModel | AdaptersOff:
+    """`model` scored, frozen and placed as the policy is: both must round alike.
+
+    Where it is the trained model itself, it is that with its adapters off.
+    """
+    if model is trainer.base_model:
+        return AdaptersOff(model, trainer.model, policy.knows_branches)
+    reference = scored(model)
+    freeze(reference)
+    trainer.machine.place(reference)
+    return reference
+
+
+def precompute_reference(stream: Any, reference: nn.Module, build: "Build", wants_sharing: bool) -> None:
+    """Give every pair the reference's summed log-probs, from a file beside the pairs' tokens or computed now.
+
+    Args:
+        stream: of pairs (`data.stream.SampleStream`).
+        reference: whatever `scored` takes; it is moved to the device.
+        build: shares the work among ranks and keeps the file.
+        wants_sharing: run the prompt of a pair once, where attention can do it.
+    """
+    model = scored(reference).to(build.device)
+    shares_prompts = wants_sharing and model.knows_branches(build.device)
+    was_training, key = reference.training, fingerprint(reference)
+    model.eval()
+    for rows in stream.dataset.parts:
+
+        def sums(group: list[int], rows: Any = rows) -> Tensor:
+            """`[n, 2]` of chosen and rejected."""
+            batch = stream.collate([rows[i] for i in group])
+            batch = to_device(share_prompts(batch) if shares_prompts else batch, build.device)
+            logprobs = as_rows(score(model, batch).logprobs, batch)
+            return logprobs.sum(1).view(2, -1).T  # all chosen come before all rejected
+
+        cache = rows.store.folder / f"ref_logps-{key}-{rows.how.block_size}-{rows.how.truncation}.npy"
+        rows.ref_logps = build.score(rows.lengths, sums, 2, stream.batch_size, cache)
+    model.train(was_training)
