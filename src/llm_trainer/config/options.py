@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt
+from pydantic import AfterValidator, Field, StrictBool, StrictFloat, StrictInt
 
+from llm_trainer.config.engines import known_engine
 from llm_trainer.config.env import environment
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.section import config_section
@@ -127,9 +128,10 @@ class Execution:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="what matrices are multiplied in"
     )
-    engine: Literal["auto", "torch", "fsdp", "deepspeed", "hf"] = Field(
+    engine: Annotated[str, AfterValidator(known_engine)] = Field(
         default="auto",
-        description="what executes the steps; auto: PARALLEL_TYPE, else deepspeed or fsdp if configured, else torch",
+        description="what executes the steps: torch, fsdp, deepspeed, hf; auto: PARALLEL_TYPE, else deepspeed or fsdp if "
+        "configured, else torch",
     )
     compile: StrictBool = Field(default=False, description="torch.compile the model")
     gradient_checkpointing: StrictBool = Field(

@@ -39,7 +39,7 @@ class Engine(ABC):
     Attributes:
         device: where this process computes.
         precision_name: 'fp32', 'bf16' or 'fp16'.
-        name: of its line in `choose.ENGINES`.
+        name: of its line in `config.engines.ENGINES`.
         in_lockstep: whether a forward or backward needs all ranks, so that each must run as many as the others.
     """
 

@@ -1,12 +1,12 @@
-"""Which engine executes a run, and what drives it: one table, a line per engine."""
+"""Which engine of the table (`config.engines`) executes a run, and what drives it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llm_trainer.config.engines import ENGINES
 from llm_trainer.config.env import environment
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
@@ -15,26 +15,6 @@ from llm_trainer.engine.device import choose_precision
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
 
-
-@dataclass(frozen=True)
-class Entry:
-    """An engine.
-
-    Attributes:
-        make: "module:function" of `(EngineOptions) -> Engine`.
-        driver: "module:function" of what calls the steps, `(work, progress, after)` as `train.loop.fit`.
-    """
-
-    make: str
-    driver: str = "llm_trainer.train.loop:fit"
-
-
-ENGINES: dict[str, Entry] = {
-    "torch": Entry("llm_trainer.engine.torch:make"),
-    "fsdp": Entry("llm_trainer.engine.fsdp:make"),
-    "deepspeed": Entry("llm_trainer.engine.deepspeed:make"),
-    "hf": Entry("llm_trainer.engine.torch:make_unwrapped", driver="llm_trainer.train.transformers_driver:fit"),
-}
 OF_PARALLEL_TYPE = {"ds": "deepspeed", "ddp": "torch", "fsdp": "fsdp", "none": "torch"}
 
 
@@ -45,12 +25,7 @@ def engine_name(name: str, *, fsdp: bool, deepspeed: bool) -> str:
         name: 'auto' or a name in `ENGINES`.
         fsdp: whether options of FSDP are given.
         deepspeed: whether a configuration of DeepSpeed is given.
-
-    Raises:
-        ValueError: `name` is unknown.
     """
-    if name != "auto" and name not in ENGINES:
-        raise ValueError(f"engine: got {name!r}, expected one of auto, {', '.join(ENGINES)}")
     if name != "auto":
         return name
     wanted = OF_PARALLEL_TYPE.get(environment().parallel_type or "")
