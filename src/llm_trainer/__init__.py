@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from llm_trainer.config.registry import register_algorithm
     from llm_trainer.config.section import config_section
     from llm_trainer.optim.optimizers import configure_optimizer, create_optimizer, get_parameter_groups
+    from llm_trainer.train.hooks import Hook
     from llm_trainer.trainers import create_trainer, get_trainer_class
     from llm_trainer.trainers.base import BaseTrainer
     from llm_trainer.trainers.distill import Distillation
@@ -24,6 +25,7 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "PretrainTrainer": "llm_trainer.trainers.language",
     "Distillation": "llm_trainer.trainers.distill",
     "DPOTrainer": "llm_trainer.trainers.preference",
+    "Hook": "llm_trainer.train.hooks",
     "KTOTrainer": "llm_trainer.trainers.unpaired",
     "RewardTrainer": "llm_trainer.trainers.reward",
     "configure_optimizer": "llm_trainer.optim.optimizers",
