@@ -41,6 +41,7 @@ __all__ = [
     "BaseTrainer",
     "DPOTrainer",
     "Distillation",
+    "Hook",
     "KTOTrainer",
     "PretrainTrainer",
     "RewardTrainer",
