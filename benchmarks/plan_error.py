@@ -96,7 +96,7 @@ def predicted(case: Case, model: Any, strategy: Strategy = ONE) -> float:
         teacher_chunk=CHUNK_ELEMENTS if case.algorithm == "kd" else 0,
         has_head=case.algorithm != "reward",
     )
-    step = Step(case.rows * job.sample_tokens, case.checkpointing, not case.whole, case.accumulation > 1)
+    step = Step(case.rows * job.sample_tokens, case.checkpointing, not case.whole, case.accumulation > 1, on_gpu=False)
     return peak(shape, job, strategy, environment().world_size, step).total
 
 

@@ -215,7 +215,7 @@ def test_a_process_reward_model_of_a_configuration(pairs: Path, reference_dir: P
     goes_on = config(path, reference_dir, tmp_path / "on", model_config=saved, reward_config=RewardConfig())
     assert type(RewardTrainer(train_config=goes_on).base_model).__name__ == "Qwen3ForTokenClassification"
     other = config(pairs, reference_dir, tmp_path / "other", model_config=saved, reward_config=RewardConfig())
-    with pytest.raises(ValueError, match="holds a ...ForTokenClassification model, but .* are pairs of answers"):
+    with pytest.raises(ValueError, match="holds a reward model of steps, but .* are pairs of answers"):
         RewardTrainer(train_config=other)
 
 
@@ -227,7 +227,7 @@ def test_registry_and_shipped_configurations() -> None:
     for name in ("dpo", "kto", "reward"):
         described = load_config(folder / f"{name}.yaml")
         assert getattr(described, f"{name}_config") is not None
-        DPOTrainer._from_config(described, Builder(described, DPOTrainer))
+        DPOTrainer._from_config(described, Builder(described, DPOTrainer, {"ref_model": None}))
 
 
 def test_a_contradiction_in_the_section_is_explained(pairs: Path, reference_dir: Path, tmp_path: Path) -> None:

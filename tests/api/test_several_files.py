@@ -73,7 +73,7 @@ def test_loaders_with_names_in_the_explicit_style(reference_dir: Path, tmp_path:
     described = config(reference_dir, tmp_path, file_dataset=files[0], eval_dataset=files, **sft)
     trainer = SFTTrainer(train_config=described)
     batches = {
-        name: [batch for step, _ in source.steps(0, 0) for batch in step]
+        name: [micro_batch.batch for step, _ in source.steps(0, 0) for micro_batch in step]
         for name, source in trainer.run.val_sources.items()
     }
     explicit = SFTTrainer(

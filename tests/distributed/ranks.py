@@ -3,6 +3,7 @@
 Imports once and forks the ranks. `torchrun ranks.py --train FOLDER` trains until a signal comes.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -191,7 +192,8 @@ def import_once() -> None:
 
     torch.set_num_threads(1)
     if find_spec("deepspeed") is not None:
-        with warnings.catch_warnings():
+        # What it logs goes to stdout as it is now, and there is the report.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")  # of the parts of torch that it imports
             import deepspeed  # noqa: F401
 

@@ -30,7 +30,7 @@ def test_one_process(cell: Cell, base: dict[str, list]) -> None:
 def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes over gloo made of all cells of every engine."""
     out = tmp_path_factory.mktemp("curves") / "curves.json"
-    command = [sys.executable, str(Path(__file__).parent / "engines.py"), str(out)]
+    command = [sys.executable, str(Path(__file__).parent / "engine_ranks.py"), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())

@@ -56,7 +56,7 @@ class Judge:
 
     def encode(self, kind: str, sample: dict[str, Any], location: Location) -> dict[str, Answer]:
         """The answers of a sample as ids, up to the last token of the answer, where training reads the reward."""
-        if kind == "steps":
+        if kind == "process":
             return {"steps": self.steps.encode(sample["prompt"], sample["steps"])}
         answers = {}
         for name, encoded in self._conversations(kind, sample).items():
@@ -217,7 +217,7 @@ def score(
     judge = Judge(folder, tokenizer)
     kinds: tuple[str, ...] = ("chat", "completion", "preference", "unpaired")
     if judge.judges_steps:
-        kinds = ("steps",)
+        kinds = ("process",)
     if known.kind not in kinds:
         expected = f"what this model judges: {' or '.join(kinds)} rows"
         fix = "choose another file, or force its schema with --schema"

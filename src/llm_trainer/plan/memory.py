@@ -10,7 +10,7 @@ strategies follow Rajbhandari et al. 2020 (arXiv:1910.02054, section 3 and figur
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from llm_trainer.losses.chunked import CHUNK_BYTES, PRODUCT_BYTES
+from llm_trainer.losses.chunked import CHUNK_BYTES, CHUNK_BYTES_GPU, PRODUCT_BYTES, PRODUCT_BYTES_GPU
 from llm_trainer.plan.shapes import Job, Shape
 
 # DeepSpeed's defaults, in elements (deepspeed.ai/docs/config-json): gradients travel in buckets of this many, and ZeRO-3
@@ -127,12 +127,14 @@ class Step:
         checkpointing: only the inputs of layers are kept, and one layer at a time is computed again.
         chunked: the head takes a few rows at a time; otherwise all logits exist at once, as in a plain loop.
         accumulates: gradients of earlier micro-batches are there already.
+        on_gpu: the head takes chunks of the size that suits GPUs.
     """
 
     tokens: int
     checkpointing: bool = False
     chunked: bool = True
     accumulates: bool = False
+    on_gpu: bool = True
 
 
 def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
@@ -149,11 +151,13 @@ def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     if not step.chunked:
         return 12.0 * step.tokens * shape.vocab_size + e * table * w.cast, after
     logits = step.tokens * shape.vocab_size * e
-    chunk = logits / max(1, -(-logits // CHUNK_BYTES))  # chunks are of equal size
+    chunk_bytes, product_bytes = (CHUNK_BYTES_GPU, PRODUCT_BYTES_GPU) if step.on_gpu else (CHUNK_BYTES, PRODUCT_BYTES)
+    chunk = logits / max(1, -(-logits // chunk_bytes))  # chunks are of equal size
+    product = min(product_bytes, e * table) if e == 2 else 0  # a slice of the weight's gradient in half precision
     per_token = (2 * r + 2 * e if w.cast else r + e) * shape.hidden_size
     casts = e * table * (w.cast or r == 2)  # of the weight before, or of its gradient after
     # After the loss comes a teacher: both models' logits of a chunk in fp32 and what lies between them.
-    buffers = max(2 * chunk + PRODUCT_BYTES / 2 * e, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
+    buffers = max(2 * chunk + product, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
     gradients = 4 * table * (2 if job.teacher_chunk else 1)
     fixed = buffers + gradients + casts
     return step.tokens * per_token + fixed, after

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.cli import launch
+from llm_trainer.cli.executable import typed
 from llm_trainer.cli.main import main
 
 
@@ -13,7 +14,7 @@ def test_train_leaves_a_model_at_a_stable_path(run, run_yaml, tmp_path, capsys):
     assert run("train", run_yaml) == 0
     shown = capsys.readouterr().out
     assert f"model  {out}/model (of checkpoint-00000002)" in shown
-    assert f"chat   llm-trainer chat {out}/model --raw" in shown
+    assert f"chat   {typed()} chat {out}/model --raw" in shown
     assert (out / "model").readlink() == Path("checkpoint-00000002/model")
     assert (out / "model" / "config.json").is_file()
     assert run("train", run_yaml, "run_config.max_steps=3", f"eval_dataset={tmp_path / 'a.jsonl'}") == 0

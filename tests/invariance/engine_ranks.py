@@ -1,4 +1,4 @@
-"""The cells of every engine with two processes: `python engines.py OUT` forks them all from one import.
+"""The cells of every engine with two processes: `python engine_ranks.py OUT` forks them all from one import.
 
 Writes, for each engine, how its processes ended and the curves of its cells.
 """
