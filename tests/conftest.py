@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def reference_dir(request: pytest.FixtureRequest) -> Path:
     """The folder of reference cases (`--reference DIR`, by default tests/reference)."""
     return Path(request.config.getoption("--reference"))
+
+
+@pytest.fixture(scope="session")
+def warm_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `llm-trainer` and `python` that start at once (see `warm.py`), for PATH."""
+    from warm import commands
+
+    with commands(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

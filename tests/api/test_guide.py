@@ -28,16 +28,17 @@ def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
         yield text[: match.start(2)].count("\n"), match[1], match[2]
 
 
-def run_shell(code: str) -> None:
+def run_shell(code: str, commands: Path) -> None:
     batch_script = code.startswith("#!")  # for a cluster: only parsed
-    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    folders = [str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]
+    path = {"PATH": os.pathsep.join(folders)}
     command = ["bash", *(["-n"] if batch_script else []), "-euo", "pipefail", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | path)
     assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(page: Path, tmp_path: Path, warm_commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "guide"}
     for line, language, code in blocks(page):
@@ -49,7 +50,7 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         elif language == "python":
             exec(compile("\n" * line + code, str(page), "exec"), names)  # newlines: tracebacks show the page's lines
         elif language in ("sh", "bash"):
-            run_shell(code)
+            run_shell(code, warm_commands)
         else:
             assert language in ("text", "yaml"), f"{page.name}, line {line}: a block of {language} is not understood"
 

@@ -3,7 +3,7 @@
 import json
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,18 +59,28 @@ def outside(tmp_path: Path, reference_dir: Path) -> Path:
     return tmp_path
 
 
-def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=250)
+Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def command(folder: Path, *arguments: str) -> str:
-    done = python(folder, "-m", "llm_trainer.cli.main", *arguments)
+@pytest.fixture
+def python(outside: Path, warm_commands: Path) -> Python:
+    """Runs python with some arguments in the folder `outside`."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(warm_commands / "python"), *arguments]
+        return subprocess.run(command, cwd=outside, capture_output=True, text=True, timeout=250)
+
+    return run
+
+
+def command(python: Python, *arguments: str) -> str:
+    done = python("-m", "llm_trainer.cli.main", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_the_explicit_style(outside: Path) -> None:
-    done = python(outside, "explicit.py")
+def test_the_explicit_style(python: Python) -> None:
+    done = python("explicit.py")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["same"] == pytest.approx(found["sft"], rel=1e-5)  # without gamma it is cross-entropy
@@ -78,13 +88,13 @@ def test_the_explicit_style(outside: Path) -> None:
     assert found["section"] == "FocalConfig(gamma=1.0, gradient_accumulation_steps=1)"
 
 
-def test_yaml_and_the_commands(outside: Path) -> None:
-    told = command(outside, "config", "focal", "--plugin", "focal.py")
+def test_yaml_and_the_commands(outside: Path, python: Python) -> None:
+    told = command(python, "config", "focal", "--plugin", "focal.py")
     assert "focal_config:  # Supervised fine-tuning that dwells on hard tokens\n  gamma: 2.0  " in told
     assert "\nplugins: [focal.py]" in told
-    planned = json.loads(command(outside, "plan", "run.yaml", "--gpus", "2", "--json"))
+    planned = json.loads(command(python, "plan", "run.yaml", "--gpus", "2", "--json"))
     assert planned["job"]["rows"] == 8 and planned["job"]["rows_per_sample"] == 1
-    command(outside, "train", "run.yaml", "focal_config.gamma=0")
+    command(python, "train", "run.yaml", "focal_config.gamma=0")
     lines = [json.loads(line) for line in (outside / "runs/yaml/log/metrics.jsonl").read_text().splitlines()]
     plain = [
         "plugins=[]",
@@ -92,12 +102,12 @@ def test_yaml_and_the_commands(outside: Path) -> None:
         "sft_config.gradient_accumulation_steps=2",
         "run_config.save_dir=runs/sft",
     ]
-    done = python(outside, "-m", "llm_trainer.cli.main", "train", "run.yaml", *plain)
+    done = python("-m", "llm_trainer.cli.main", "train", "run.yaml", *plain)
     assert done.returncode == 2  # focal_config is no key without its plugin
     assert "focal_config is not a known key" in done.stderr
     saved = (outside / "runs/yaml/config.yaml").read_text()
     assert "\nplugins: [focal.py]" in saved and "gamma: 0.0" in saved
     assert [line["step"] for line in lines if "loss" in line] == [1]
-    command(outside, "train", "run.yaml", *plain[2:], "focal_config=null")
+    command(python, "train", "run.yaml", *plain[2:], "focal_config=null")
     other = [json.loads(line) for line in (outside / "runs/sft/log/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-5)
