@@ -25,8 +25,9 @@ class Location:
 
     def at(self, key: str | int) -> "Location":
         """The same place, one step deeper: a key of an object or an index of a list."""
-        step = f"[{key}]" if isinstance(key, int) else f".{key}" if self.key else key
-        return replace(self, key=self.key + step)
+        if isinstance(key, int):
+            return replace(self, key=f"{self.key}[{key}]")
+        return replace(self, key=f"{self.key}.{key}".removeprefix("."))
 
     def __str__(self) -> str:
         return str(self.path) if self.row is None else f"{self.path}:{self.row}"
