@@ -16,9 +16,10 @@ import numpy as np
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.kinds import KINDS, DataOptions, get_kind, kinds_that_accept
-from llm_trainer.data.load import ROWS_LOOKED_AT, find_schema
+from llm_trainer.data.load import ROWS_LOOKED_AT, check_ids, find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import TOKEN_SUFFIXES, Rows, data_files, open_tokens, read_rows
+from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 
 Sample = dict[str, Any]
@@ -76,16 +77,19 @@ class FileReport:
     def histogram(self) -> list[tuple[int, int, int]]:
         """`(first, last, samples)` for lengths between powers of two, the empty ones at both ends left out."""
         bins = Counter(max(length - 1, 0).bit_length() for length in self.lengths)  # n: 2^(n-1) < length <= 2^n
-        return [((1 << n >> 1) + (n > 0), 1 << n, bins[n]) for n in range(min(bins), max(bins) + 1)] if bins else []
+        if not bins:
+            return []
+        return [((1 << n >> 1) + (n > 0), 1 << n, bins[n]) for n in range(min(bins), max(bins) + 1)]
 
 
-def texts_of(kind: str, sample: Sample) -> Iterator[str]:
+def texts_of(sample: Sample) -> Iterator[str]:
     """Everything in a sample that a model reads or writes."""
-    if kind in ("text", "completion"):
-        yield from (sample[key] for key in ("text", "prompt", "completion") if key in sample)
-        return
-    for key in ("messages", "prompt", "completion", "chosen", "rejected"):
-        for message in sample.get(key, ()):
+    for key in ("text", "messages", "prompt", "completion", "chosen", "rejected"):
+        found = sample.get(key, ())
+        if isinstance(found, str):
+            yield found
+            continue
+        for message in found:
             yield from (str(message[part]) for part in ("reasoning_content", "content") if message.get(part))
 
 
@@ -102,7 +106,7 @@ def read_texts(path: Path | str) -> Iterator[str]:
         for location, row in chain(head, rows):
             with suppress(DroppedRow):
                 for sample in schema.samples(row, location):
-                    yield from texts_of(schema.kind, sample)
+                    yield from texts_of(sample)
 
 
 def check_file(
@@ -125,7 +129,9 @@ def check_file(
     Raises:
         ValueError: `schema` or `kind` is unknown.
     """
-    report = FileReport(Path(path), unit="characters" if chat is None else "tokens")
+    report = FileReport(Path(path))
+    if chat is not None:
+        report.unit = "tokens"
     inspector = _Inspector(report, chat, block_size)
     try:
         if report.path.suffix in TOKEN_SUFFIXES:
@@ -157,14 +163,12 @@ class _Inspector:
             self.block_size = None  # documents are laid end to end and cut into blocks: nothing is lost
         for location, sample in self._samples(found, chain(head, rows)):
             if self.chat is None:
-                report.lengths.append(sum(map(len, texts_of(found.kind, sample))))
+                report.lengths.append(sum(map(len, texts_of(sample))))
                 continue
             try:
                 encoded = _encode(self.chat, found.kind, sample)
             except ChatTemplateError as error:
-                what = f"a conversation the chat template cannot render ({error})"
-                fix = "mend the row, or choose another chat template"
-                report.problems.append(DataError(location, what, "turns the template knows", fix, "template"))
+                report.problems.append(misfit(location, error, in_ids=False))
             else:
                 self._count(encoded)
 
@@ -208,16 +212,14 @@ class _Inspector:
         """A row of ids as the wanted kind would train on it; without a tokenizer only its length is known."""
         if self.chat is None:
             return EncodedChat(range(len(ids)), [True] * len(ids), "")  # type: ignore[arg-type]
-        if len(ids) and int(ids.max()) >= (size := len(self.chat.tokenizer)):
-            fix = "use the tokenizer that made the file, or make the file again"
-            raise DataError(location, f"token id {int(ids.max())}", f"ids below {size}, the vocabulary's size", fix)
+        check_ids(ids, self.chat, location)
         values = ids.tolist()
+        if wanted != "conversations":
+            return EncodedChat(values, [True] * len(values), "")
         try:
-            trained = spans_from_ids(values, self.chat) if wanted == "conversations" else [True] * len(values)
+            return EncodedChat(values, spans_from_ids(values, self.chat), "")
         except ChatTemplateError as error:
-            fix = "store text, or set sft_config.mask_prompt: false to train on every token"
-            raise DataError(location, str(error), "ids of a conversation in the chat template", fix) from error
-        return EncodedChat(values, trained, "")
+            raise misfit(location, error, in_ids=True) from error
 
     def _note_duplicate(self, content: bytes) -> None:
         digest = hashlib.blake2b(content, digest_size=16).digest()
@@ -257,11 +259,14 @@ def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:
         return [EncodedChat(ids, [False] * len(ids), "")]
     if "messages" in sample:
         return [chat.encode(sample["messages"], sample.get("tools"))]
-    asked = [{**message, "loss_weight": 0} for message in sample["prompt"]]
-    return [chat.encode([*asked, *sample[key]]) for key in ("completion", "chosen", "rejected") if key in sample]
+    prompt = read_only(sample["prompt"])
+    return [chat.encode(prompt + sample[key]) for key in ("completion", "chosen", "rejected") if key in sample]
 
 
 def _pieces(chat: ChatFormat, encoded: EncodedChat) -> list[Piece]:
     pairs = list(zip(encoded.input_ids, encoded.trained, strict=True))[:EXAMPLE_TOKENS]
-    runs = groupby(pairs, key=itemgetter(1))
-    return [(str(chat.tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]
+    pieces = []
+    for trained, run in groupby(pairs, key=itemgetter(1)):
+        ids = [token for token, _ in run]
+        pieces.append((str(chat.tokenizer.decode(ids)), trained))
+    return pieces

@@ -42,7 +42,7 @@ class LanguageBatch(TypedDict):
 
 
 def pad_right(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
-    """Rows of `[T_i]` as one int64 tensor `[B, max T_i]`, filled up with `value` on the right."""
+    """Rows of `[T_i]` as one int64 tensor `[B, max T_i]`, padded with `value` on the right."""
     out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
@@ -123,7 +123,8 @@ def take_rows(
             out[key] = torch.stack(pieces)
             continue
         width = max(map(len, pieces)) if parts and key.startswith(parts) else longest
-        table = like.new_full((len(rows), width), IGNORE if key.endswith("labels") else 0)
+        fill = IGNORE if key.endswith("labels") else 0
+        table = like.new_full((len(rows), width), fill)
         for target, piece in zip(table, pieces, strict=True):
             target[: min(width, len(piece))] = piece[:width]
         out[key] = table

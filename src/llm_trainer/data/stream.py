@@ -7,7 +7,7 @@ accumulation steps; resume is a seek, and a changed number of ranks loses and re
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,17 +164,19 @@ class SampleStream:
 
     def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Indices of the samples at the global positions `[start, stop)` of an epoch."""
-        pieces, first, sample = [], 0, 0  # the position, and the sample, that a file begins with
+        pieces = []
+        first_position = first_sample = 0  # of a file
         for number, (size, visits) in enumerate(zip(self.dataset.file_sizes, self.visits, strict=True)):
-            begin, end = max(start, first), min(stop, first + visits)
+            begin, end = max(start - first_position, 0), min(stop - first_position, visits)
             if begin < end:
-                local = np.arange(begin - first, end - first)
-                for turn in range(int(local[0]) // size, int(local[-1]) // size + 1):
-                    mine = local[local // size == turn] % size
-                    pieces.append(
-                        sample + (self._permutation(size, epoch, number, turn)(mine) if self.shuffle else mine)
-                    )
-            first, sample = first + visits, sample + size
+                local = np.arange(begin, end)
+                for turn in range(begin // size, (end - 1) // size + 1):
+                    samples = local[local // size == turn] % size
+                    if self.shuffle:
+                        samples = self._permutation(size, epoch, number, turn)(samples)
+                    pieces.append(first_sample + samples)
+            first_position += visits
+            first_sample += size
         return np.concatenate(pieces)
 
     def _permutation(self, size: int, epoch: int, number: int, turn: int) -> Permutation:
@@ -182,7 +184,7 @@ class SampleStream:
         again = [turn] if turn else []  # the first turn is the same whatever the weights
         return Permutation(size, mix_seeds(self.seed, epoch, number, *again))
 
-    def _cut(self, rows: np.ndarray) -> list[list[int]]:
+    def _micro_batches(self, rows: np.ndarray) -> list[list[int]]:
         if self.micro_batch_tokens is None:
             return [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
         groups = cut_by_tokens(self.dataset.lengths[rows].tolist(), self.micro_batch_tokens, self.flat)
@@ -194,11 +196,14 @@ class SampleStream:
             stop = min(position + self.rows_per_step, len(self))
             rows = self.order(epoch, position, stop)
             mine = rows[self.rank :: self.world_size]
-            yield self._cut(mine if len(mine) else rows[:1]), len(mine) == 0, stop
+            is_filler = len(mine) == 0
+            if is_filler:
+                mine = rows[:1]
+            yield self._micro_batches(mine), is_filler, stop
             position = stop
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
-        groups = (group for step, _, _ in self._plan(epoch, position) for group in step)
+        groups = chain.from_iterable(step for step, _, _ in self._plan(epoch, position))
         loader: DataLoader = DataLoader(
             _Groups(self.dataset, self.collate),
             batch_size=None,
@@ -251,15 +256,15 @@ class LoaderSteps:
         size = self.size()
         return None if size is None else math.ceil(size / (self.accumulation * self.world_size))
 
-    def _entered_at(self, epoch: int, position: int) -> Iterator[Batch]:
+    def _batches_from(self, epoch: int, position: int) -> Iterator[Batch]:
         """The loader's batches from `position` on, in an order that depends on (seed, epoch) alone."""
         if self._distributed is not None:
             self._distributed.set_epoch(epoch)
-        torch.manual_seed(
-            mix_seeds(self.seed, epoch)
-        )  # a shuffling sampler without a generator draws its order from here
+        # NOTE: a shuffling sampler without a generator draws its order from the global one.
+        torch.manual_seed(mix_seeds(self.seed, epoch))
         for generator, seed in self._generators:
-            generator.manual_seed(mix_seeds(seed, epoch) if epoch else seed)
+            epoch_seed = mix_seeds(seed, epoch) if epoch else seed
+            generator.manual_seed(epoch_seed)
         loader = self.loader
         if position == 0 or not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             return islice(iter(loader), position, None)
@@ -279,7 +284,7 @@ class LoaderSteps:
         )
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
-        batches = self._entered_at(epoch, position)
+        batches = self._batches_from(epoch, position)
         while step := list(islice(batches, self.accumulation * self.world_size)):
             position += len(step)
             mine = step[self.rank :: self.world_size]
@@ -292,9 +297,13 @@ class LoaderSteps:
         """The rows of a step cut into micro-batches of at most `micro_batch_tokens`; the optimisation does not notice."""
         if self.micro_batch_tokens is None:
             return batches
-        rows = [(b, r, n) for b, batch in enumerate(batches) for r, n in enumerate(row_lengths(batch))]
-        groups = cut_by_tokens([n for _, _, n in rows], self.micro_batch_tokens, False)
-        return [take_rows(batches, [rows[i] for i in group]) for group in groups]
+        rows = []
+        for number, batch in enumerate(batches):
+            rows += [(number, row, length) for row, length in enumerate(row_lengths(batch))]
+        recut = []
+        for group in cut_by_tokens([length for _, _, length in rows], self.micro_batch_tokens, False):
+            recut.append(take_rows(batches, [rows[i] for i in group]))
+        return recut
 
 
 def as_step_source(loader: Any, **options: Any) -> StepSource:

@@ -121,7 +121,8 @@ def test_a_kind_of_ones_own_is_a_file_and_a_line(tmp_path: Path, chat: ChatForma
     dataset = load([str(path)], kind, chat, options, tmp_path / "cache")
     assert dataset.ledgers[0].check().dropped_rows == {"no stars": 1}
     stream = open_stream(dataset, kind, options, 0, rows_per_step=2, batch_size=2, shuffle=False)
-    (batch,), position = next(stream.steps(0))
+    (micro_batch,), position = next(stream.steps(0))
+    batch = micro_batch.batch
     assert (batch["stars"].tolist(), position) == ([5, 3], 2)
     assert batch["document_lengths"].tolist() == dataset.lengths.tolist() and batch["input_ids"].shape[0] == 1
     sys.modules.pop("my_rows")

@@ -25,10 +25,6 @@ class Documents(Rows):
     def __getitem__(self, index: int) -> LanguageSample:
         return self.tokens.sample(index)
 
-    def piece(self, index: int, start: int, stop: int) -> LanguageSample:
-        """The tokens `[start, stop)` of row `index`."""
-        return self.tokens.sample(index, start, stop)
-
 
 def language_rows(store: TokenStore, name: str, how: DataOptions) -> Documents | Packed | Blocks:
     """Training rows of a store, in the packing that was asked for."""
