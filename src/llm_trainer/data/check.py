@@ -30,39 +30,22 @@ EXAMPLE_TOKENS = 400  # of an example that are shown
 
 @dataclass
 class FileReport:
-    """What was found in one file.
-
-    Attributes:
-        path: the file.
-        schema: name of the schema of its rows; '' when it has none.
-        kind: canonical kind of its samples.
-        usable_as: names of the kinds of rows (`data.kinds`) that they can become.
-        unit: what lengths are counted in, 'tokens' or 'characters'.
-        rows: rows that were read.
-        lengths: length of each sample; of a preference pair, the longer of both conversations.
-        trained: samples' tokens that a loss would count (only with a tokenizer).
-        untrained: samples without any such token, as far as `block_size` keeps them.
-        duplicates: samples that are exactly equal to an earlier one.
-        too_long: samples longer than `block_size`, and the units that truncation would cut from them.
-        dropped: rows that are well formed but have nothing to teach, by reason; training leaves them out.
-        problems: rows, or the file as a whole, that would stop training.
-        examples: the first samples, cut into what is trained on and what is only read.
-    """
+    """What was found in one file."""
 
     path: Path
-    schema: str = ""
-    kind: str = ""
-    usable_as: Sequence[str] = ()
-    unit: str = "characters"
-    rows: int = 0
-    lengths: list[int] = field(default_factory=list)
-    trained: int = 0
-    untrained: int = 0
-    duplicates: int = 0
-    too_long: tuple[int, int] = (0, 0)
-    dropped: Counter[str] = field(default_factory=Counter)
-    problems: list[DataError] = field(default_factory=list)
-    examples: list[list[Piece]] = field(default_factory=list)
+    schema: str = ""  # name of the schema of its rows; '' when it has none
+    kind: str = ""  # canonical kind of its samples
+    usable_as: Sequence[str] = ()  # names of the kinds of rows (`data.kinds`) that they can become
+    unit: str = "characters"  # or 'tokens': what lengths are counted in
+    rows: int = 0  # that were read
+    lengths: list[int] = field(default_factory=list)  # of each sample; of a pair, of its longer conversation
+    trained: int = 0  # tokens that a loss would count (only with a tokenizer)
+    untrained: int = 0  # samples without any such token, as far as `block_size` keeps them
+    duplicates: int = 0  # samples that are exactly equal to an earlier one
+    too_long: tuple[int, int] = (0, 0)  # samples longer than `block_size`, and the units truncation would cut from them
+    dropped: Counter[str] = field(default_factory=Counter)  # well-formed rows that have nothing to teach, by reason
+    problems: list[DataError] = field(default_factory=list)  # rows, or the file as a whole, that would stop training
+    examples: list[list[Piece]] = field(default_factory=list)  # the first samples
 
     @property
     def stops_training(self) -> bool:
@@ -156,7 +139,10 @@ class _Inspector:
         head = list(islice(rows, ROWS_LOOKED_AT))
         if not head:
             return  # every row is broken, and is reported as such
-        found = _schema_of(report.path, head, schema, wanted)
+        if wanted is not None:
+            found = find_schema(report.path, get_kind(wanted), DataOptions(schema=schema))
+        else:
+            found = get_schema(schema) if schema else recognise(head)
         report.schema, report.kind = found.name, found.kind
         report.usable_as = kinds_that_accept(found.kind)
         if found.kind == "text":
@@ -238,12 +224,6 @@ class _Inspector:
         report.untrained += not trained and report.kind not in ("prompt", "vision")
         if self.chat is not None and len(report.examples) < NUM_EXAMPLES:
             report.examples.append(_pieces(self.chat, encoded[0]))
-
-
-def _schema_of(path: Path, head: list[tuple[Location, Any]], schema: str | None, wanted: str | None) -> Schema:
-    if wanted is not None:
-        return find_schema(path, get_kind(wanted), DataOptions(schema=schema))
-    return get_schema(schema) if schema else recognise(head)
 
 
 def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:

@@ -57,7 +57,7 @@ def load(paths: Iterable[str], kind: Kind, chat: ChatFormat, options: DataOption
         cache: folder of the token stores: a file is encoded once and found again.
 
     Raises:
-        DataError: a file, a row, or what is asked of them cannot be used; the message says where and how to mend it.
+        DataError: a file, a row, or what is asked of them cannot be used; the message says where, and the fix.
         ValueError: no file, or a packing that makes no sense for these rows.
     """
     if options.packing not in kind.packings:
@@ -120,10 +120,7 @@ def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
 def choose_kind(names: Sequence[str], paths: Iterable[str], options: DataOptions) -> Kind:
     """The first of several kinds that the first file's rows fit; the first kind where none does.
 
-    Args:
-        names: keys of `KINDS`; of a single one no file is read.
-        paths: files or folders.
-        options: its schema and text unit are read.
+    Of a single kind no file is read.
     """
     kinds = [get_kind(name) for name in names]
     first = next(_files(paths), None) if len(kinds) > 1 else None
@@ -159,7 +156,8 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
         unreadable[error.reason] += 1
 
     if is_tokens:
-        rows = _token_rows(_open_tokens(path, kind, chat))
+        tokens = _open_tokens(path, kind, chat)
+        rows: Any = ((Location(path, i + 1), tokens[i]) for i in range(len(tokens)))
     else:
         rows = read_rows(path, options.text_unit, on_error=note)
     folder, encode = cache / f"{path.stem}-{key}", RowEncoder(kind, schema, chat, options.bad_rows)
@@ -275,14 +273,8 @@ def check_ids(ids: np.ndarray, chat: ChatFormat, location: Location) -> None:
     Raises:
         DataError: one is not.
     """
-    vocab_size = len(chat.tokenizer)
     largest = int(ids.max(initial=0))
-    if largest >= vocab_size:
-        expected = f"ids below {vocab_size}, the size of the vocabulary"
+    if largest >= chat.vocab_size:
+        expected = f"ids below {chat.vocab_size}, the size of the vocabulary"
         fix = "use the tokenizer that made the file, or make the file again"
         raise DataError(location, f"token id {largest}", expected, fix)
-
-
-def _token_rows(tokens: TokenFile) -> Iterator[tuple[Location, dict[str, np.ndarray]]]:
-    for i in range(len(tokens)):
-        yield Location(tokens.path, i + 1), tokens[i]

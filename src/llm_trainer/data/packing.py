@@ -12,7 +12,7 @@ import numpy as np
 
 from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.read.errors import DataError, Location
+from llm_trainer.data.read.errors import DataError, Location, counted
 from llm_trainer.data.windows import Rows
 
 Lengths = Sequence[int] | np.ndarray
@@ -30,14 +30,8 @@ def pack_bfd(lengths: Lengths, capacity: int) -> list[list[Piece]]:
     """Best-fit decreasing; a document longer than `capacity` keeps its first `capacity` tokens.
 
     What is cut off is in no piece, so the caller can report it: `length - stop` of that document. Documents of length 0
-    have no piece. At worst there are about 22 % more rows than needed (11/9; Johnson 1974).
-
-    Args:
-        lengths: tokens of each document.
-        capacity: tokens of a row.
-
-    Returns:
-        Rows in the order in which they were opened: a longest document first.
+    have no piece. At worst there are about 22 % more rows than needed (11/9; Johnson 1974). Rows are in the order in
+    which they were opened: a longest document first.
     """
     _check_capacity(capacity)
     pieces = [Piece(i, 0, min(length, capacity)) for i, length in enumerate(_as_list(lengths)) if length]
@@ -54,14 +48,13 @@ def pack_bfd_split(lengths: Lengths, capacity: int) -> list[list[Piece]]:
 
 
 def cut_by_tokens(lengths: Lengths, max_tokens: int, flat: bool) -> list[list[int]]:
-    """Cut the rows of one optimizer step into micro-batches of at most `max_tokens`, every row exactly once.
+    """Split the rows of one optimizer step into micro-batches of at most `max_tokens`, every row exactly once.
 
     Rows of similar length come together. The micro-batch with the longest row is the first: if memory does not suffice,
     it shows at once. A row longer than `max_tokens` gets a micro-batch of its own.
 
     Args:
         lengths: tokens of each row.
-        max_tokens: most tokens of a micro-batch.
         flat: rows are laid end to end (cost: the sum of lengths) instead of padded (cost: rows * longest row).
 
     Returns:
@@ -166,10 +159,7 @@ class Packed:
 
 
 class Blocks:
-    """A flat array of ids cut into consecutive rows of `block_size`; the last row may be shorter.
-
-    Nothing is computed per row, so a memory-mapped array of any size costs no memory.
-    """
+    """A flat array of ids, memory mapped perhaps, in consecutive rows of `block_size`; the last row may be shorter."""
 
     def __init__(self, ids: np.ndarray, name: str, block_size: int) -> None:
         self.ids, self.block_size = ids, block_size
@@ -185,7 +175,7 @@ class Blocks:
             self.ledger.drop("a last block of one token", 1)
         self.ledger.check()
         if not self.count:
-            raise DataError(Location(name), f"{len(ids)} tokens", "at least two, to predict one from", "add text")
+            raise DataError(Location(name), counted(len(ids), "token"), "at least two, to predict one from", "add text")
 
     def __getitem__(self, index: int) -> LanguageSample:
         ids = self.ids[index * self.block_size : (index + 1) * self.block_size]

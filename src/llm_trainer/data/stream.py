@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, epoch) that can be entered anywhere.
+"""The order of samples: a pure function of (seed, epoch) that can be evaluated at any position.
 
 Position is one global count of samples. Step k consumes the same samples whatever the number of ranks, workers or
 accumulation steps; resume is a seek, and a changed number of ranks loses and repeats nothing.
@@ -7,6 +7,7 @@ accumulation steps; resume is a seek, and a changed number of ranks loses and re
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -87,7 +88,7 @@ class SampleDataset(Protocol):
 
 
 class _Groups(torch.utils.data.Dataset):
-    """Lets a DataLoader fetch whole micro-batches: its "index" is a list of sample indices."""
+    """Lets a DataLoader fetch micro-batches: its "index" is a list of sample indices."""
 
     def __init__(self, dataset: SampleDataset, collate: Callable[[list], Batch]) -> None:
         self.dataset, self.collate = dataset, collate
@@ -111,48 +112,35 @@ class IgnoreSignals:
             self.then(worker)
 
 
+@dataclass(eq=False, repr=False)
 class SampleStream:
     """Steps over a dataset of known lengths, cut into micro-batches by rows or by a token budget.
 
-    Args:
-        dataset: the samples.
-        collate: samples of one micro-batch -> batch.
-        rows_per_step: rows of one optimizer step over all ranks (micro-batch x accumulation x ranks).
-        batch_size: rows of a micro-batch when there is no token budget.
-        rank: this process, of `world_size`.
-        micro_batch_tokens: token budget of a micro-batch instead of `batch_size`; counts padding unless `flat`.
-        flat: whether `collate` lays rows end to end.
-        shuffle: visit each file's samples in an order drawn from (seed, epoch).
-        file_weights: how often each file's samples are visited per epoch; 2.5 is twice all of them and then another
-            half, which is another one in every epoch when shuffled. None: once.
+    `file_weights`: how often each file's samples are visited per epoch; 2.5 is twice all of them and then another half,
+    which is another one in every epoch when shuffled. None: once.
     """
 
-    def __init__(
-        self,
-        dataset: SampleDataset,
-        collate: Callable[[list], Batch],
-        *,
-        rows_per_step: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batch_tokens: int | None = None,
-        flat: bool = False,
-        shuffle: bool = True,
-        file_weights: Sequence[float] | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        weights = [1.0] * len(dataset.file_sizes) if file_weights is None else file_weights
-        pairs = zip(weights, dataset.file_sizes, strict=True)
+    dataset: SampleDataset
+    collate: Callable[[list], Batch]  # samples of one micro-batch -> batch
+    _: KW_ONLY
+    rows_per_step: int  # of one optimizer step over all ranks (micro-batch x accumulation x ranks)
+    batch_size: int  # rows of a micro-batch when there is no token budget
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_tokens: int | None = (
+        None  # budget of a micro-batch instead of `batch_size`; counts padding unless `flat`
+    )
+    flat: bool = False  # whether `collate` lays rows end to end
+    shuffle: bool = True  # visit each file's samples in an order drawn from (seed, epoch)
+    file_weights: Sequence[float] | None = None
+    seed: int = 0
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        weights = [1.0] * len(self.dataset.file_sizes) if self.file_weights is None else self.file_weights
+        pairs = zip(weights, self.dataset.file_sizes, strict=True)
         self.visits = [round(weight * size) or min(1, size) for weight, size in pairs]  # of each file, per epoch
-        self.dataset, self.collate = dataset, collate
-        self.rows_per_step, self.batch_size = rows_per_step, batch_size
-        self.rank, self.world_size = rank, world_size
-        self.micro_batch_tokens, self.flat = micro_batch_tokens, flat
-        self.shuffle, self.seed = shuffle, seed
-        self.num_workers, self.pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
         return sum(self.visits)
@@ -180,7 +168,7 @@ class SampleStream:
         return np.concatenate(pieces)
 
     def _permutation(self, size: int, epoch: int, number: int, turn: int) -> Permutation:
-        """The order in which a file is gone through the `turn`-th time in an epoch."""
+        """The order of a file's samples when they are visited for the `turn`-th time in an epoch."""
         again = [turn] if turn else []  # the first turn is the same whatever the weights
         return Permutation(size, mix_seeds(self.seed, epoch, number, *again))
 
@@ -217,31 +205,31 @@ class SampleStream:
             yield [MicroBatch(next(batches), counts=not is_filler) for _ in step], stop
 
 
+@dataclass(eq=False, repr=False)
 class LoaderSteps:
     """Steps over any iterable of ready micro-batches: a DataLoader, a list, a generator-like object.
 
     Position counts micro-batches over all ranks. Rank r takes micro-batches r, r + world size, ... of each step, unless
-    the loader's own DistributedSampler already deals samples out. A plain map-style DataLoader is entered at a
-    position without loading what comes before it; other iterables are read up to there.
+    the loader's own DistributedSampler already deals samples out. A plain map-style DataLoader starts at a position
+    without loading what comes before it; other iterables are read up to there.
     """
 
-    def __init__(
-        self,
-        loader: Iterable[Batch],
-        *,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batch_tokens: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.loader, self.accumulation, self.seed = loader, accumulation, seed
-        self.micro_batch_tokens = micro_batch_tokens
+    loader: Iterable[Batch]
+    _: KW_ONLY
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        loader = self.loader
         sampler = loader.sampler if isinstance(loader, DataLoader) else None
         if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, IgnoreSignals):
             loader.worker_init_fn = IgnoreSignals(loader.worker_init_fn)
         self._distributed = sampler if isinstance(sampler, DistributedSampler) else None
-        self.rank, self.world_size = (0, 1) if self._distributed else (rank, world_size)
+        if self._distributed is not None:
+            self.rank, self.world_size = 0, 1
         owners = [sampler, loader] if isinstance(loader, DataLoader) else []
         generators = [o.generator for o in owners if isinstance(o, DataLoader | RandomSampler)]
         self._generators = [(g, g.initial_seed()) for g in dict.fromkeys(generators) if g is not None]

@@ -11,7 +11,7 @@ from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.kinds import DataOptions
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.read.errors import DataError, Location
+from llm_trainer.data.read.errors import DataError, Location, counted
 
 TOKENS_AT_ONCE = 1 << 18  # of what is computed for all rows: bounds the memory, and fits a cache
 
@@ -23,11 +23,7 @@ FIX_EMPTY = "`llm-trainer data check FILE` shows what each row holds; a longer d
 
 
 def row_blocks(sizes: np.ndarray) -> Iterator[slice]:
-    """Consecutive rows of at most `TOKENS_AT_ONCE` tokens together; a row longer than that comes alone.
-
-    Args:
-        sizes: `[rows]` tokens of each row.
-    """
+    """Consecutive rows, of `sizes [rows]` tokens, that have at most `TOKENS_AT_ONCE` together, or one that has more."""
     ends = np.cumsum(sizes)
     first = 0
     while first < len(sizes):
@@ -132,9 +128,7 @@ class Rows:
     """The rows of a store that are used; a subclass says what a sample of them is (`__getitem__`).
 
     Args:
-        store: what the file became.
         name: the file, for messages.
-        how: context and truncation.
         columns: the sequences of a row; one whose window has nothing to learn from is never used.
         unusable: `[rows of the store]` bool, rows that are left out besides, and the reason.
         learns: False: nothing is trained on in these rows, they are only read.
@@ -176,7 +170,7 @@ class Rows:
             row = int(too_long.argmax())
             longest = max(int(column.full[row]) for column in columns)
             expected = f"at most {self.how.block_size:,}, the context"
-            raise DataError(Location(ledger.name, row + 1), f"{longest:,} tokens", expected, FIX_TOO_LONG)
+            raise DataError(Location(ledger.name, row + 1), counted(longest, "token"), expected, FIX_TOO_LONG)
         # 1. which rows are left out, each for its first reason
         counts = [column.counts if learns else column.lengths for column in columns]
         empty = np.any([count == 0 for count in counts], axis=0)

@@ -32,8 +32,6 @@ from llm_trainer.data.encode.tokenizer import Span, TextEncoder, any_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ChatFormat", "ChatTemplateError", "EncodedChat", "Message", "default_template", "spans_from_ids"]
-
 Tools = Sequence[Mapping[str, Any]]
 TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["template", "last", "all", "none"]
@@ -46,17 +44,11 @@ _TAG_FIX = (
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Token ids, for each whether the loss counts it, and the text they were made from.
+    """Token ids, for each whether the loss counts it, and the text they were made from."""
 
-    Attributes:
-        input_ids: `[T]`.
-        trained: `[T]`.
-        text: the rendered text; a BOS or eos that is not part of a template is only in the ids.
-    """
-
-    input_ids: list[int]
-    trained: list[bool]
-    text: str
+    input_ids: list[int]  # [T]
+    trained: list[bool]  # [T]
+    text: str  # as rendered; a BOS or eos that is not part of a template is only in the ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +256,7 @@ class ChatFormat:
         if not found:
             raise ChatTemplateError(
                 f"the chat template {describe(self._source(tools))} does not print messages[{index}] ({role}), so it "
-                f"cannot be told which tokens to train on; expected every turn in its output; {_TAG_FIX}"
+                f"is unknown which tokens to train on; expected every turn in its output; {_TAG_FIX}"
             )
         start = _common_start(text, before)
         stop = len(text) - _common_start(text[start:][::-1], after[::-1])
@@ -313,6 +305,11 @@ class ChatFormat:
     @cached_property
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self.tokenizer)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return len(self.tokenizer)
 
     @cached_property
     def _adds_bos(self) -> bool:

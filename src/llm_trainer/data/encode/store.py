@@ -18,15 +18,10 @@ import numpy as np
 
 @dataclass
 class Part:
-    """Some consecutive rows, encoded.
+    """Some consecutive rows, encoded."""
 
-    Attributes:
-        columns: name -> one array `[T_i]` per row; every column has the same number of rows.
-        dropped: rows left out, by reason.
-    """
-
-    columns: dict[str, list[np.ndarray]]
-    dropped: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, list[np.ndarray]]  # name -> one array `[T_i]` per row; as many rows in every column
+    dropped: Counter[str] = field(default_factory=Counter)  # rows left out, by reason
 
 
 class Ragged:
@@ -48,11 +43,10 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.columns = {name: self._open(name) for name in self.meta["columns"]}
-
-    def _open(self, name: str) -> Ragged:
-        values = np.load(self.folder / f"{name}.values.npy", mmap_mode="r")
-        return Ragged(values, np.load(self.folder / f"{name}.offsets.npy", mmap_mode="r"))
+        self.columns: dict[str, Ragged] = {}
+        for name in self.meta["columns"]:
+            values = np.load(folder / f"{name}.values.npy", mmap_mode="r")
+            self.columns[name] = Ragged(values, np.load(folder / f"{name}.offsets.npy", mmap_mode="r"))
 
     def __len__(self) -> int:
         return self.meta["rows"]
@@ -103,11 +97,10 @@ def join_parts(
     meta: dict[str, Any] | None = None,
     unreadable: Counter[str] | None = None,
 ) -> TokenStore:
-    """Make the store at `folder` of its parts, in the order of their numbers; afterwards they are removed.
+    """Make the store at `folder` of its parts 0 to `num_parts` - 1, in this order; afterwards they are removed.
 
     Args:
         folder: where `write_part` wrote.
-        num_parts: parts 0 to `num_parts` - 1 are joined.
         columns: names of the columns that every part has.
         meta: further facts to keep in meta.json.
         unreadable: rows that never came into a part, by reason.

@@ -183,17 +183,11 @@ def describe(source: str) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered conversation without marks.
+    """A rendered conversation without marks."""
 
-    Attributes:
-        text: what is tokenised.
-        blocks: `[start, stop)` in characters of `text`, of each generation block.
-        literals: where in `text` something stands that looks like a special token and is none.
-    """
-
-    text: str
-    blocks: list[tuple[int, int]]
-    literals: frozenset[int]
+    text: str  # what is tokenised
+    blocks: list[tuple[int, int]]  # [start, stop) in characters of `text`, of each generation block
+    literals: frozenset[int]  # where in `text` something stands that looks like a special token and is none
 
 
 def strip_marks(marked: str) -> Rendered:

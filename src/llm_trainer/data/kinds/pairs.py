@@ -68,7 +68,7 @@ def encode_pair_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
 def _row(chat: ChatFormat, chosen: EncodedChat, rejected: EncodedChat, margin: float) -> Encoded:
     row = {"margin": np.array([margin], dtype=np.float32)}
     for side, one in zip(SIDES, (chosen, rejected), strict=True):
-        tokens = up_to_last_trained(one, len(chat.tokenizer))
+        tokens = up_to_last_trained(one, chat.vocab_size)
         if tokens is None:
             return f"empty_{side}"
         row[side], row[f"{side}_trained"] = tokens
@@ -76,26 +76,19 @@ def _row(chat: ChatFormat, chosen: EncodedChat, rejected: EncodedChat, margin: f
 
 
 class PairRows(Rows):
-    """The pairs of a store, each side at most `how.block_size` tokens, cut at the end that `how.truncation` names.
-
-    A pair with equal sides is never used.
-
-    Attributes:
-        lengths: `[rows]` tokens of a pair as a token budget counts them: of both sides, or of two padded rows; what is
-            run once for both (`how.share_prompts`) counts once.
-        ref_logps: `[rows, 2]` summed log-probs of chosen and rejected under the reference model, once they are known.
-    """
+    """The pairs of a store, each side at most `how.block_size` tokens; a pair with equal sides is never used."""
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
         self.chosen, self.rejected = (Column(store, side, f"{side}_trained", how) for side in SIDES)
         equal = _equal_after_cut(self.chosen, self.rejected)
         super().__init__(store, name, how, [self.chosen, self.rejected], (equal, EQUAL_AFTER_CUT))
+        # as a token budget counts them: of both sides, or of two padded rows; what is run once for both counts once
         if how.share_prompts:
             self.lengths = self.lengths - _num_shared(self.chosen, self.rejected)
         elif how.packing != "flat":
             self.lengths = 2 * np.maximum(self.chosen.lengths, self.rejected.lengths)
         self.margins = np.asarray(store["margin"].values)
-        self.ref_logps: np.ndarray | None = None
+        self.ref_logps: np.ndarray | None = None  # [rows, 2] sums of chosen and rejected, once they are known
 
     def __getitem__(self, index: int) -> PairSample:
         chosen, rejected = self.chosen.sample(index), self.rejected.sample(index)

@@ -45,17 +45,16 @@ class ProcessFormat:
 def encode_process(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Judged steps -> ids, which of them end a step, and how right that step is."""
     answers = ProcessFormat(chat)
-    vocab_size = len(chat.tokenizer)
     for sample in samples:
         ids, ends = answers.encode(sample.values["prompt"], sample.values["steps"])
         trained = np.zeros(len(ids), dtype=np.uint8)
         right = np.zeros(len(ids), dtype=np.float32)
         trained[ends], right[ends] = 1, sample.values["right"]
-        yield {"input_ids": compact_ids(ids, vocab_size), "trained": trained, "right": right}
+        yield {"input_ids": compact_ids(ids, chat.vocab_size), "trained": trained, "right": right}
 
 
 class ProcessRows(Rows):
-    """The answers of a store, at most `how.block_size` tokens each, cut at the end that `how.truncation` names."""
+    """The answers of a store, at most `how.block_size` tokens each, truncated as `how.truncation` says."""
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
         self.answers = Column(store, "input_ids", "trained", how)

@@ -36,9 +36,8 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
         for key, label in judged.items():
             conversations.append(read_only(values["prompt"]) + values[key])
             labels.append(label)
-    vocab_size = len(chat.tokenizer)
     for label, one in zip(labels, chat.encode_many(conversations), strict=True):
-        tokens = up_to_last_trained(one, vocab_size)
+        tokens = up_to_last_trained(one, chat.vocab_size)
         if tokens is None:
             yield "empty_completion"
         else:
@@ -49,8 +48,7 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
 class UnpairedRows(Rows):
     """The judged answers of a store, at most `how.block_size` tokens each.
 
-    Which answer is mismatched with which prompt is settled once for the whole file, so it depends neither on the sampler
-    nor on how a step is cut.
+    Prompts and answers are mismatched once per file, independently of the sampler and of how a step is split.
     """
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:

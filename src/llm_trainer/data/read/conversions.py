@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llm_trainer.data.read.errors import DataError, DroppedRow, Location, show
+from llm_trainer.data.read.errors import DataError, DroppedRow, Location, counted, show
 from llm_trainer.data.read.messages import (
     IMAGE,
     ROLE_ALIASES,
@@ -65,7 +65,7 @@ def token_ids(row: Any, location: Location) -> Sample:
         if not isinstance(values, list) or not all(type(value) is int for value in values):
             raise DataError(location.at(key), show(values), "a list of integers", "store token ids", "wrong_type")
     if labels is not None and len(labels) != len(ids):
-        found = f"{len(labels)} labels for {len(ids)} ids"
+        found = f"{counted(len(labels), 'label')} for {counted(len(ids), 'id')}"
         raise DataError(location.at("labels"), found, "one label per id", "repair the row")
     return {"input_ids": ids, "labels": labels}
 
@@ -196,7 +196,7 @@ def tree(row: Any, location: Location, best: bool) -> list[Sample]:
 
 
 def _side(row: Any, key: str, location: Location) -> list[Message]:
-    """A prompt, an answer or a whole dialogue, written as a string, a turn, a list of turns or a transcript.
+    """A prompt, an answer or a dialogue, written as a string, a turn, a list of turns or a transcript.
 
     A string is text even if it is JSON (an answer may well be), except in the columns of `CONVERSATIONS`.
     """
@@ -214,7 +214,7 @@ def _side(row: Any, key: str, location: Location) -> list[Message]:
 def pair(row: Any, location: Location, ask: str = "prompt", better: str = "chosen", worse: str = "rejected") -> Sample:
     """A prompt and two answers.
 
-    A side that starts with an assistant turn answers the prompt column. A side that starts with another turn is a whole
+    A side that starts with an assistant turn answers the prompt column. A side that starts with another turn is a
     dialogue and repeats its prompt. Turns after a side's last answer are cut; the turns both sides share are (the end
     of) the prompt; what follows, from an assistant turn on, is compared. Dialogues that part at a user's turn
     compare answers to different questions and are dropped, as are ties, equal sides and empty sides.
@@ -292,7 +292,7 @@ def stepwise(row: Any, location: Location) -> Sample:
     steps = [text(step, location.at("completions").at(i)) for i, step in enumerate(texts)]
     labels = list_field(row, "labels", location)
     if len(labels) != len(steps):
-        found = f"{len(labels)} labels for {len(steps)} steps"
+        found = f"{counted(len(labels), 'label')} for {counted(len(steps), 'step')}"
         raise DataError(location.at("labels"), found, "one label per step", "repair the row", "label_count")
     for i, label in enumerate(labels):
         if not isinstance(label, int | float) or not 0 <= label <= 1:
@@ -366,7 +366,7 @@ def vision(row: Any, location: Location) -> Sample:
     turns = _system(row, location) + turns
     num_markers = sum(turn["content"].count(IMAGE) for turn in turns)
     if num_markers != len(images):
-        found = f"{num_markers} {IMAGE} markers and {len(images)} images"
+        found = f"{counted(num_markers, f'{IMAGE} marker')} and {counted(len(images), 'image')}"
         raise DataError(location, found, "one marker per image", "repair the text or the list", "image_count")
     grade = row.get("reward_model")
     answer = _answer(grade["ground_truth"]) if is_graded(grade) else None

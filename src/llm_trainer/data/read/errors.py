@@ -11,17 +11,11 @@ _REPR.maxlevel = 3
 
 @dataclass(frozen=True)
 class Location:
-    """A place in the data: a file, a row of it, and a key inside that row.
+    """A place in the data: a file, a row of it, and a key inside that row."""
 
-    Attributes:
-        path: the file (or whatever the user would recognise the source by).
-        row: 1-based; the line number in text formats, the element number elsewhere; None for the file as a whole.
-        key: the path inside the row, such as `messages[2].role`.
-    """
-
-    path: Path | str
-    row: int | None = None
-    key: str = ""
+    path: Path | str  # the file, or whatever the user would recognise the source by
+    row: int | None = None  # from 1: line in text formats, element elsewhere; None: the file as a whole
+    key: str = ""  # the path inside the row, such as `messages[2].role`
 
     def at(self, key: str | int) -> "Location":
         """The same place, one step deeper: a key of an object or an index of a list."""
@@ -56,6 +50,11 @@ class DataError(ValueError):
 
 class DroppedRow(DataError):
     """A row that is well formed but has nothing to teach (a tie, an empty answer): count `reason`, go on."""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def show(value: object) -> str:

@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from llm_trainer.data.read.errors import DataError, Location, show
+from llm_trainer.data.read.errors import DataError, Location, counted, show
 from llm_trainer.data.read.unpickle import safe_load
 
 Rows = Iterator[tuple[Location, Any]]
@@ -249,7 +249,7 @@ def _csv_rows(path: Path, unit: str, on_error: OnError) -> Rows:
                 yield location, dict(zip(header, cells, strict=True))
             elif cells:
                 fix = "quote cells that contain the delimiter, and give the file a header line"
-                on_error(DataError(location, f"{len(cells)} cells", f"{len(header)}, as in the header", fix))
+                on_error(DataError(location, counted(len(cells), "cell"), f"{len(header)}, as in the header", fix))
 
 
 def _parquet_rows(path: Path, unit: str, on_error: OnError) -> Rows:
@@ -260,11 +260,10 @@ def _parquet_rows(path: Path, unit: str, on_error: OnError) -> Rows:
         raise _unreadable(path, "a parquet file without pyarrow", "pip install 'llm_trainer[parquet]'") from error
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=256):  # rows in memory at a time
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Location(path, number), row
+            batches = file.iter_batches(batch_size=256)  # rows in memory at a time
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows, start=1):
+                yield Location(path, number), row
     except pyarrow.ArrowException as error:
         raise _unreadable(path, f"damaged parquet data ({error})", "fetch or write the file again") from error
 
@@ -285,25 +284,18 @@ _READERS: dict[str, Callable[[Path, str, OnError], Rows]] = {
 TokenKind = Literal["sequences", "preference", "prompt"]
 _COLUMNS: dict[TokenKind, tuple[str, ...]] = {  # the first column decides the kind
     "preference": ("chosen", "rejected"),
-    "prompt": ("prompt", "answer"),
+    "prompt": ("prompt", "answer"),  # the answer may be missing
     "sequences": ("input_ids",),
 }
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Rows of token ids that were made elsewhere.
-
-    Attributes:
-        path: the file.
-        kind: `"sequences"` (rows `{"input_ids"}`; a flat `.npy` is one long row), `"preference"`
-            (`{"chosen", "rejected"}`) or `"prompt"` (`{"prompt"}` and perhaps `{"answer"}`).
-        rows: a memory-mapped array `[rows, length]`, or what the pickle held; use `token_file[i]`.
-    """
+    """Rows of token ids that were made elsewhere; `token_file[i]` is row i."""
 
     path: Path
-    kind: TokenKind
-    rows: np.ndarray | Sequence[Any]
+    kind: TokenKind  # of the rows' columns, `_COLUMNS`; a flat .npy is one long row
+    rows: np.ndarray | Sequence[Any]  # a memory-mapped array [rows, length], or what the pickle held
 
     def __len__(self) -> int:
         return len(self.rows)

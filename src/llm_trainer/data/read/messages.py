@@ -272,7 +272,7 @@ def read_only(turns: Sequence[Message]) -> list[Message]:
 
 
 def up_to_last_answer(turns: list[Message]) -> list[Message]:
-    """The conversation without what comes after its last assistant turn: nobody answers that."""
+    """The conversation without what comes after its last assistant turn."""
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     return turns[: last + 1]
 

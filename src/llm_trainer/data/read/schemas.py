@@ -27,18 +27,11 @@ ROW = ""  # as a column: the row itself, for rows that are no objects
 
 @dataclass(frozen=True)
 class Schema:
-    """One format of rows.
+    """One format of rows."""
 
-    Attributes:
-        name: what `get_schema` knows it by.
-        kind: the canonical kind of its samples.
-        columns: column -> test that its value passes (None where the row lacks it); a row fits when all do.
-        convert: row, location -> its sample, or a list of samples.
-    """
-
-    name: str
-    kind: str
-    columns: Mapping[str, Test]
+    name: str  # what `get_schema` knows it by
+    kind: str  # the canonical kind of its samples
+    columns: Mapping[str, Test]  # column -> test that its value passes (None where it is missing); a row fits if all do
     convert: Callable[[Any, Location], Sample | list[Sample]]
 
     def fits(self, row: Any) -> bool:
@@ -61,9 +54,7 @@ class Schema:
 # --- tests of columns
 
 
-def has(**columns: Test) -> dict[str, Test]:
-    """Columns and what is true of their values."""
-    return columns
+has = dict[str, Test]  # columns, and what is true of their values
 
 
 def is_absent(value: Any) -> bool:
@@ -78,8 +69,9 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def is_strings(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+def list_of(*types: type) -> Test:
+    """A list with something in it, all of these types."""
+    return lambda value: isinstance(value, list) and bool(value) and all(isinstance(item, types) for item in value)
 
 
 def is_conversation(value: Any) -> bool:
@@ -99,10 +91,6 @@ def is_label(value: Any) -> bool:
     return str(value).lower() in read.LABELS
 
 
-def is_judgement(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
-
-
 def is_tree(value: Any) -> bool:
     return isinstance(value, dict) and {"text", "role", "replies"} <= value.keys()
 
@@ -113,10 +101,6 @@ def is_instances(value: Any) -> bool:
 
 def is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], int)
-
-
-def is_message_list(row: Any) -> bool:
-    return isinstance(row, list) and is_turns(row)
 
 
 def has_images(row: Any) -> bool:
@@ -167,15 +151,20 @@ _ENTRIES = (
     _schema("kto", "unpaired", _MESSAGES | _LABEL, read.unpaired, key="messages"),
     _schema("kto_sharegpt", "unpaired", _TURNS | _LABEL, read.unpaired, key="conversations"),
     _schema("kto_prompt", "unpaired", has(prompt=is_prompt, completion=is_side) | _LABEL, read.unpaired, key="prompt"),
-    _schema("stepwise", "process", has(prompt=is_prompt, completions=is_strings, labels=is_judgement), read.stepwise),
+    _schema(
+        "stepwise",
+        "process",
+        has(prompt=is_prompt, completions=list_of(str), labels=list_of(int, float)),
+        read.stepwise,
+    ),
     _schema("verl", "prompt", has(prompt=is_prompt, reward_model=read.is_graded), read.verl),
     _schema("rlvr", "prompt", _MESSAGES | _TRUTH, read.prompt_row, key="messages", answer="ground_truth"),
-    _schema("mt_bench", "prompt", has(turns=is_strings), read.mt_bench),
+    _schema("mt_bench", "prompt", has(turns=list_of(str)), read.mt_bench),
     _schema("oasst", "chat", has(prompt=is_tree), read.tree, best=True),
     _schema("oasst_all_paths", "chat", has(prompt=is_tree), read.tree, best=False),
     _schema("sharegpt", "chat", _TURNS | has(chosen=is_absent) | _NO_LABEL, read.conversation, key="conversations"),
     _schema("messages", "chat", _MESSAGES | _NO_LABEL, read.conversation, key="messages"),
-    _schema("message_list", "chat", {ROW: is_message_list}, read.bare_conversation),
+    _schema("message_list", "chat", {ROW: is_turns}, read.bare_conversation),
     _schema("seed_tasks", "chat", has(instruction=is_text, instances=is_instances), read.seed_task),
     _schema("alpaca", "chat", has(instruction=is_text, output=is_text), _answer, ask="instruction", answer="output"),
     _schema("dolly", "chat", _DOLLY, _answer, ask="instruction", answer="response", context="context"),
@@ -187,8 +176,8 @@ _ENTRIES = (
     _schema("question_prompt", "prompt", _QUESTION, read.question_prompt),
     _schema("prompt", "prompt", has(prompt=is_prompt), read.prompt_row),
     _schema("token_ids", "tokens", has(input_ids=is_ids), read.token_ids),
-    _schema("paragraphs", "text", has(paragraphs=is_strings), read.passages, key="paragraphs"),
-    _schema("content_lines", "text", has(content=is_strings), read.passages, key="content"),
+    _schema("paragraphs", "text", has(paragraphs=list_of(str)), read.passages, key="paragraphs"),
+    _schema("content_lines", "text", has(content=list_of(str)), read.passages, key="content"),
     _schema("text", "text", has(text=is_text, code=is_absent), read.text_row),
     _schema("content", "text", has(content=is_text, role=is_absent), read.text_row, key="content"),
 )

@@ -318,8 +318,8 @@ def test_trees_follow_rank_and_skip_what_was_deleted() -> None:
         ("kto", {"messages": [U, A], "label": "maybe"}, r"key 'label': found str 'maybe'; expected true or false"),
         ("verl", {"prompt": [U], "reward_model": {}}, r"key 'reward_model\.ground_truth': found nothing"),
         ("token_ids", {"input_ids": [1, 2.5]}, r"key 'input_ids'.*a list of integers"),
-        ("token_ids", {"input_ids": [1, 2], "labels": [1]}, r"key 'labels': found 1 labels for 2 ids"),
-        ("vision", {"messages": [U, A], "images": ["x"]}, r"0 <image> markers and 1 images"),
+        ("token_ids", {"input_ids": [1, 2], "labels": [1]}, r"key 'labels': found 1 label for 2 ids"),
+        ("vision", {"messages": [U, A], "images": ["x"]}, r"0 <image> markers and 1 image"),
         ("easy_vqa", ["q", "a"], r"expected \[question, answer, image number\]"),
     ],
 )
