@@ -278,4 +278,4 @@ def test_data_of_another_stage_is_refused(
     )
     assert train(path) == 2
     message = capsys.readouterr().err
-    assert f"{file}:1: found rows of kind" in message and "stage 'sft'; fix:" in message
+    assert f"{file}:1: found rows of kind" in message and "for conversations; fix:" in message

@@ -104,8 +104,8 @@ def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
     Raises:
         DataError: no known schema, or one whose samples cannot become rows of this kind.
     """
-    rows = islice(read_rows(path, options.text_unit, on_error=lambda error: None), ROWS_LOOKED_AT)
-    schema = get_schema(options.schema) if options.schema else recognise(list(rows), kind.accepts)
+    rows = list(islice(read_rows(path, options.text_unit, on_error=lambda error: None), ROWS_LOOKED_AT))
+    schema = get_schema(options.schema) if options.schema else recognise(rows, kind.accepts)
     if schema.kind not in kind.accepts:
         sections = [get_kind(name).section for name in kinds_that_accept(schema.kind)]
         fix = "force another schema with data_loader_config.schema"
@@ -113,7 +113,8 @@ def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
             fix = f"train on it with {' or '.join(sections)}"
         found = f"rows of kind '{schema.kind}' (format '{schema.name}')"
         expected = f"rows of kind {' or '.join(kind.accepts)} for {kind.name}"
-        raise DataError(Location(path), found, expected, fix)
+        location = rows[0][0] if rows else Location(path)
+        raise DataError(location, found, expected, fix)
     return schema
 
 
