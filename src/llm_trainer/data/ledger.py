@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llm_trainer.data.read.errors import counted
+from llm_trainer.config.errors import counted
 
 
 @dataclass

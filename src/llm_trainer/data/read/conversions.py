@@ -8,7 +8,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llm_trainer.data.read.errors import DataError, DroppedRow, Location, counted, show
+from llm_trainer.config.errors import counted
+from llm_trainer.data.read.errors import DataError, DroppedRow, Location, show
 from llm_trainer.data.read.messages import (
     IMAGE,
     ROLE_ALIASES,

@@ -52,11 +52,6 @@ class DroppedRow(DataError):
     """A row that is well formed but has nothing to teach (a tie, an empty answer): count `reason`, go on."""
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def show(value: object) -> str:
     """A short description of a value for an error message: its type and the start of it."""
     if value is None:

@@ -20,7 +20,8 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from llm_trainer.data.read.errors import DataError, Location, counted, show
+from llm_trainer.config.errors import counted
+from llm_trainer.data.read.errors import DataError, Location, show
 from llm_trainer.data.read.unpickle import safe_load
 
 Rows = Iterator[tuple[Location, Any]]
