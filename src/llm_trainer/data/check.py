@@ -16,9 +16,10 @@ import numpy as np
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.kinds import KINDS, DataOptions, get_kind, kinds_that_accept
-from llm_trainer.data.load import ROWS_LOOKED_AT, find_schema
+from llm_trainer.data.load import ROWS_LOOKED_AT, check_ids, find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import TOKEN_SUFFIXES, Rows, data_files, open_tokens, read_rows
+from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 
 Sample = dict[str, Any]
@@ -29,39 +30,22 @@ EXAMPLE_TOKENS = 400  # of an example that are shown
 
 @dataclass
 class FileReport:
-    """What was found in one file.
-
-    Attributes:
-        path: the file.
-        schema: name of the schema of its rows; '' when it has none.
-        kind: canonical kind of its samples.
-        usable_as: names of the kinds of rows (`data.kinds`) that they can become.
-        unit: what lengths are counted in, 'tokens' or 'characters'.
-        rows: rows that were read.
-        lengths: length of each sample; of a preference pair, the longer of both conversations.
-        trained: samples' tokens that a loss would count (only with a tokenizer).
-        untrained: samples without any such token, as far as `block_size` keeps them.
-        duplicates: samples that are exactly equal to an earlier one.
-        too_long: samples longer than `block_size`, and the units that truncation would cut from them.
-        dropped: rows that are well formed but have nothing to teach, by reason; training leaves them out.
-        problems: rows, or the file as a whole, that would stop training.
-        examples: the first samples, cut into what is trained on and what is only read.
-    """
+    """What was found in one file."""
 
     path: Path
-    schema: str = ""
-    kind: str = ""
-    usable_as: Sequence[str] = ()
-    unit: str = "characters"
-    rows: int = 0
-    lengths: list[int] = field(default_factory=list)
-    trained: int = 0
-    untrained: int = 0
-    duplicates: int = 0
-    too_long: tuple[int, int] = (0, 0)
-    dropped: Counter[str] = field(default_factory=Counter)
-    problems: list[DataError] = field(default_factory=list)
-    examples: list[list[Piece]] = field(default_factory=list)
+    schema: str = ""  # name of the schema of its rows; '' when it has none
+    kind: str = ""  # canonical kind of its samples
+    usable_as: Sequence[str] = ()  # names of the kinds of rows (`data.kinds`) that they can become
+    unit: str = "characters"  # or 'tokens': what lengths are counted in
+    rows: int = 0  # that were read
+    lengths: list[int] = field(default_factory=list)  # of each sample; of a pair, of its longer conversation
+    trained: int = 0  # tokens that a loss would count (only with a tokenizer)
+    untrained: int = 0  # samples without any such token, as far as `block_size` keeps them
+    duplicates: int = 0  # samples that are exactly equal to an earlier one
+    too_long: tuple[int, int] = (0, 0)  # samples longer than `block_size`, and the units truncation would cut from them
+    dropped: Counter[str] = field(default_factory=Counter)  # well-formed rows that have nothing to teach, by reason
+    problems: list[DataError] = field(default_factory=list)  # rows, or the file as a whole, that would stop training
+    examples: list[list[Piece]] = field(default_factory=list)  # the first samples
 
     @property
     def stops_training(self) -> bool:
@@ -76,16 +60,19 @@ class FileReport:
     def histogram(self) -> list[tuple[int, int, int]]:
         """`(first, last, samples)` for lengths between powers of two, the empty ones at both ends left out."""
         bins = Counter(max(length - 1, 0).bit_length() for length in self.lengths)  # n: 2^(n-1) < length <= 2^n
-        return [((1 << n >> 1) + (n > 0), 1 << n, bins[n]) for n in range(min(bins), max(bins) + 1)] if bins else []
+        if not bins:
+            return []
+        return [((1 << n >> 1) + (n > 0), 1 << n, bins[n]) for n in range(min(bins), max(bins) + 1)]
 
 
-def texts_of(kind: str, sample: Sample) -> Iterator[str]:
+def texts_of(sample: Sample) -> Iterator[str]:
     """Everything in a sample that a model reads or writes."""
-    if kind in ("text", "completion"):
-        yield from (sample[key] for key in ("text", "prompt", "completion") if key in sample)
-        return
-    for key in ("messages", "prompt", "completion", "chosen", "rejected"):
-        for message in sample.get(key, ()):
+    for key in ("text", "messages", "prompt", "completion", "chosen", "rejected"):
+        found = sample.get(key, ())
+        if isinstance(found, str):
+            yield found
+            continue
+        for message in found:
             yield from (str(message[part]) for part in ("reasoning_content", "content") if message.get(part))
 
 
@@ -102,7 +89,7 @@ def read_texts(path: Path | str) -> Iterator[str]:
         for location, row in chain(head, rows):
             with suppress(DroppedRow):
                 for sample in schema.samples(row, location):
-                    yield from texts_of(schema.kind, sample)
+                    yield from texts_of(sample)
 
 
 def check_file(
@@ -125,7 +112,9 @@ def check_file(
     Raises:
         ValueError: `schema` or `kind` is unknown.
     """
-    report = FileReport(Path(path), unit="characters" if chat is None else "tokens")
+    report = FileReport(Path(path))
+    if chat is not None:
+        report.unit = "tokens"
     inspector = _Inspector(report, chat, block_size)
     try:
         if report.path.suffix in TOKEN_SUFFIXES:
@@ -150,21 +139,22 @@ class _Inspector:
         head = list(islice(rows, ROWS_LOOKED_AT))
         if not head:
             return  # every row is broken, and is reported as such
-        found = _schema_of(report.path, head, schema, wanted)
+        if wanted is not None:
+            found = find_schema(report.path, get_kind(wanted), DataOptions(schema=schema))
+        else:
+            found = get_schema(schema) if schema else recognise(head)
         report.schema, report.kind = found.name, found.kind
         report.usable_as = kinds_that_accept(found.kind)
         if found.kind == "text":
             self.block_size = None  # documents are laid end to end and cut into blocks: nothing is lost
         for location, sample in self._samples(found, chain(head, rows)):
             if self.chat is None:
-                report.lengths.append(sum(map(len, texts_of(found.kind, sample))))
+                report.lengths.append(sum(map(len, texts_of(sample))))
                 continue
             try:
                 encoded = _encode(self.chat, found.kind, sample)
             except ChatTemplateError as error:
-                what = f"a conversation the chat template cannot render ({error})"
-                fix = "mend the row, or choose another chat template"
-                report.problems.append(DataError(location, what, "turns the template knows", fix, "template"))
+                report.problems.append(misfit(location, error, in_ids=False))
             else:
                 self._count(encoded)
 
@@ -208,16 +198,14 @@ class _Inspector:
         """A row of ids as the wanted kind would train on it; without a tokenizer only its length is known."""
         if self.chat is None:
             return EncodedChat(range(len(ids)), [True] * len(ids), "")  # type: ignore[arg-type]
-        if len(ids) and int(ids.max()) >= (size := len(self.chat.tokenizer)):
-            fix = "use the tokenizer that made the file, or make the file again"
-            raise DataError(location, f"token id {int(ids.max())}", f"ids below {size}, the vocabulary's size", fix)
+        check_ids(ids, self.chat, location)
         values = ids.tolist()
+        if wanted != "conversations":
+            return EncodedChat(values, [True] * len(values), "")
         try:
-            trained = spans_from_ids(values, self.chat) if wanted == "conversations" else [True] * len(values)
+            return EncodedChat(values, spans_from_ids(values, self.chat), "")
         except ChatTemplateError as error:
-            fix = "store text, or set sft_config.mask_prompt: false to train on every token"
-            raise DataError(location, str(error), "ids of a conversation in the chat template", fix) from error
-        return EncodedChat(values, trained, "")
+            raise misfit(location, error, in_ids=True) from error
 
     def _note_duplicate(self, content: bytes) -> None:
         digest = hashlib.blake2b(content, digest_size=16).digest()
@@ -238,12 +226,6 @@ class _Inspector:
             report.examples.append(_pieces(self.chat, encoded[0]))
 
 
-def _schema_of(path: Path, head: list[tuple[Location, Any]], schema: str | None, wanted: str | None) -> Schema:
-    if wanted is not None:
-        return find_schema(path, get_kind(wanted), DataOptions(schema=schema))
-    return get_schema(schema) if schema else recognise(head)
-
-
 def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:
     """The sequences that training would make of a sample, with what it would train on."""
     if kind == "text":
@@ -257,11 +239,14 @@ def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:
         return [EncodedChat(ids, [False] * len(ids), "")]
     if "messages" in sample:
         return [chat.encode(sample["messages"], sample.get("tools"))]
-    asked = [{**message, "loss_weight": 0} for message in sample["prompt"]]
-    return [chat.encode([*asked, *sample[key]]) for key in ("completion", "chosen", "rejected") if key in sample]
+    prompt = read_only(sample["prompt"])
+    return [chat.encode(prompt + sample[key]) for key in ("completion", "chosen", "rejected") if key in sample]
 
 
 def _pieces(chat: ChatFormat, encoded: EncodedChat) -> list[Piece]:
     pairs = list(zip(encoded.input_ids, encoded.trained, strict=True))[:EXAMPLE_TOKENS]
-    runs = groupby(pairs, key=itemgetter(1))
-    return [(str(chat.tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]
+    pieces = []
+    for trained, run in groupby(pairs, key=itemgetter(1)):
+        ids = [token for token, _ in run]
+        pieces.append((str(chat.tokenizer.decode(ids)), trained))
+    return pieces

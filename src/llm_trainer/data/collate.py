@@ -10,39 +10,28 @@ IGNORE = -100  # the label that no loss counts (torch's own convention)
 
 
 class LanguageSample(TypedDict):
-    """One row of language modelling.
+    """One row of language modelling."""
 
-    Attributes:
-        input_ids: `[T]` token ids.
-        trained: `[T]` True where the token is to be predicted.
-        document_lengths: lengths of the documents that the row consists of, in order; their sum is T.
-    """
-
-    input_ids: np.ndarray
-    trained: np.ndarray
-    document_lengths: Sequence[int]
+    input_ids: np.ndarray  # [T]
+    trained: np.ndarray  # [T] True where the token is to be predicted
+    document_lengths: Sequence[int]  # of the documents that the row consists of, in order; their sum is T
 
 
 class LanguageBatch(TypedDict):
-    """A micro-batch of language modelling; `labels[t]` is the token AT t, position 0 of a document never counts.
+    """A micro-batch of language modelling, padded `[B, T]` or laid flat `[1, N]`.
 
-    Attributes:
-        input_ids: `[B, T]`, or `[1, N]` when laid flat.
-        labels: like `input_ids`, -100 where not trained on.
-        attention_mask: `[B, T]`, 1 on tokens and 0 on padding; absent when flat.
-        position_ids: `[1, N]`, restarting at 0 in every document; only when flat.
-        document_lengths: `[number of documents]`; only when flat.
+    `labels[t]` is the token AT t, -100 where it is not trained on; position 0 of a document never counts.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    attention_mask: NotRequired[torch.Tensor]
-    position_ids: NotRequired[torch.Tensor]
-    document_lengths: NotRequired[torch.Tensor]
+    attention_mask: NotRequired[torch.Tensor]  # [B, T] 1 on tokens and 0 on padding; absent when flat
+    position_ids: NotRequired[torch.Tensor]  # [1, N] restarting at 0 in every document; only when flat
+    document_lengths: NotRequired[torch.Tensor]  # [number of documents]; only when flat
 
 
 def pad_right(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
-    """Rows of `[T_i]` as one int64 tensor `[B, max T_i]`, filled up with `value` on the right."""
+    """Rows of `[T_i]` as one int64 tensor `[B, max T_i]`, padded with `value` on the right."""
     out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
@@ -123,7 +112,8 @@ def take_rows(
             out[key] = torch.stack(pieces)
             continue
         width = max(map(len, pieces)) if parts and key.startswith(parts) else longest
-        table = like.new_full((len(rows), width), IGNORE if key.endswith("labels") else 0)
+        fill = IGNORE if key.endswith("labels") else 0
+        table = like.new_full((len(rows), width), fill)
         for target, piece in zip(table, pieces, strict=True):
             target[: min(width, len(piece))] = piece[:width]
         out[key] = table

@@ -4,32 +4,22 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llm_trainer.config.errors import counted
+
 
 @dataclass
 class Ledger:
-    """Counts of one dataset, in tokens unless said otherwise.
+    """Counts of one dataset, in tokens unless said otherwise."""
 
-    Attributes:
-        name: what was read.
-        rows: rows that will be trained on.
-        read: tokens of all rows that were read.
-        trained: tokens that the loss counts.
-        context: tokens the model only reads (prompts, first tokens of documents).
-        truncated: tokens cut from rows that were kept.
-        dropped: tokens of rows that were left out, by reason.
-        dropped_rows: the number of these rows, by reason.
-        truncated_rows: rows that lost tokens.
-    """
-
-    name: str = ""
-    rows: int = 0
-    read: int = 0
-    trained: int = 0
-    context: int = 0
-    truncated: int = 0
-    truncated_rows: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    dropped_rows: Counter[str] = field(default_factory=Counter)
+    name: str = ""  # what was read
+    rows: int = 0  # that will be trained on
+    read: int = 0  # tokens of all rows that were read
+    trained: int = 0  # that the loss counts
+    context: int = 0  # that the model only reads (prompts, first tokens of documents)
+    truncated: int = 0  # cut from rows that were kept
+    truncated_rows: int = 0  # rows that lost tokens
+    dropped: Counter[str] = field(default_factory=Counter)  # tokens of rows that were left out, by reason
+    dropped_rows: Counter[str] = field(default_factory=Counter)  # the number of these rows, by reason
 
     def drop(self, reason: str, tokens: int = 0, rows: int = 1) -> None:
         """Note rows of `tokens` tokens altogether as left out for `reason`."""
@@ -61,12 +51,11 @@ class Ledger:
         """The ledger as a screen shows it."""
         share = f" ({self.trained / self.read:.1%})" if self.read else ""
         lines = [
-            f"{self.rows:,} rows, {self.read:,} tokens read = {self.trained:,} trained on{share}"
+            f"{counted(self.rows, 'row')}, {counted(self.read, 'token')} read = {self.trained:,} trained on{share}"
             f" + {self.context:,} context only + {self.truncated:,} truncated + {sum(self.dropped.values()):,} dropped"
         ]
         if self.truncated_rows:
-            lines.append(
-                f"{self.truncated_rows:,} rows were longer than the context and lost {self.truncated:,} tokens"
-            )
-        lines += [f"{rows:,} rows dropped: {reason}" for reason, rows in sorted(self.dropped_rows.items())]
+            rows, tokens = counted(self.truncated_rows, "row"), counted(self.truncated, "token")
+            lines.append(f"{rows} longer than the context, truncated by {tokens}")
+        lines += [f"{counted(rows, 'row')} dropped: {reason}" for reason, rows in sorted(self.dropped_rows.items())]
         return lines

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from llm_trainer.data.read.files import TOKEN_SUFFIXES, TokenFile, files_of, ope
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 from llm_trainer.data.stream import SampleStream
 
-VERSION = 2  # part of every cache key: raise it when the same rows are encoded differently
+VERSION = 3  # part of every cache key: raise it when the same rows are encoded differently
 ROWS_LOOKED_AT = 50  # to recognise a schema
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
 
@@ -36,7 +36,7 @@ class Joined:
     parts: Sequence[Any]
 
     def __post_init__(self) -> None:
-        self.file_sizes = [size for part in self.parts for size in part.file_sizes]
+        self.file_sizes = list(chain.from_iterable(part.file_sizes for part in self.parts))
         self.lengths = np.concatenate([part.lengths for part in self.parts])
         self._firsts = np.cumsum([0, *(len(part.lengths) for part in self.parts)])
         self.ledgers = [part.ledger for part in self.parts]
@@ -57,16 +57,20 @@ def load(paths: Iterable[str], kind: Kind, chat: ChatFormat, options: DataOption
         cache: folder of the token stores: a file is encoded once and found again.
 
     Raises:
-        DataError: a file, a row, or what is asked of them cannot be used; the message says where and how to mend it.
+        DataError: a file, a row, or what is asked of them cannot be used; the message says where, and the fix.
         ValueError: no file, or a packing that makes no sense for these rows.
     """
     if options.packing not in kind.packings:
         known = " or ".join(map(repr, kind.packings))
         raise ValueError(f"data_loader_config.packing: got {options.packing!r}, expected {known} for {kind.name}")
-    files = [file for path in paths for file in files_of(Path(path))]
+    files = list(_files(paths))
     if not files:
         raise ValueError("file_dataset: no file was given, expected at least one path")
     return Joined([_rows_of(file, kind, chat, options, cache) for file in files])
+
+
+def _files(paths: Iterable[str]) -> Iterator[Path]:
+    return chain.from_iterable(files_of(Path(path)) for path in paths)
 
 
 def _rows_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Any:
@@ -82,16 +86,13 @@ def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, 
 
     Args:
         dataset: what `load` gave for `kind` and `options`.
-        kind: see there.
-        options: see there.
-        pad_id: token that fills up padded rows.
+        pad_id: token that pads rows.
         **how: batch size, ranks, order and the like, of `SampleStream`.
     """
     flat = options.packing == "flat" or options.packing in PACKERS
     lay: Any = collate_flat if flat else partial(collate_padded, pad_id=pad_id)
     collate: Any = kind.collate
-    collate = partial(collate, lay=lay)
-    return SampleStream(dataset, collate, flat=flat or options.share_prompts, **how)
+    return SampleStream(dataset, partial(collate, lay=lay), flat=flat or options.share_prompts, **how)
 
 
 # --- what a file holds
@@ -103,8 +104,8 @@ def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
     Raises:
         DataError: no known schema, or one whose samples cannot become rows of this kind.
     """
-    rows = islice(read_rows(path, options.text_unit, on_error=lambda error: None), ROWS_LOOKED_AT)
-    schema = get_schema(options.schema) if options.schema else recognise(list(rows), kind.accepts)
+    rows = list(islice(read_rows(path, options.text_unit, on_error=lambda error: None), ROWS_LOOKED_AT))
+    schema = get_schema(options.schema) if options.schema else recognise(rows, kind.accepts)
     if schema.kind not in kind.accepts:
         sections = [get_kind(name).section for name in kinds_that_accept(schema.kind)]
         fix = "force another schema with data_loader_config.schema"
@@ -112,21 +113,18 @@ def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
             fix = f"train on it with {' or '.join(sections)}"
         found = f"rows of kind '{schema.kind}' (format '{schema.name}')"
         expected = f"rows of kind {' or '.join(kind.accepts)} for {kind.name}"
-        raise DataError(Location(path), found, expected, fix)
+        location = rows[0][0] if rows else Location(path)
+        raise DataError(location, found, expected, fix)
     return schema
 
 
 def choose_kind(names: Sequence[str], paths: Iterable[str], options: DataOptions) -> Kind:
     """The first of several kinds that the first file's rows fit; the first kind where none does.
 
-    Args:
-        names: keys of `KINDS`; of a single one no file is read.
-        paths: files or folders.
-        options: its schema and text unit are read.
+    Of a single kind no file is read.
     """
     kinds = [get_kind(name) for name in names]
-    files = (file for path in paths for file in files_of(Path(path)))
-    first = next(files, None) if len(kinds) > 1 else None
+    first = next(_files(paths), None) if len(kinds) > 1 else None
     if first is None:
         return kinds[0]
     return next((kind for kind in kinds if _fits(first, kind, options)), kinds[0])
@@ -149,6 +147,7 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     """The token store of a file, made now or found in `cache`."""
     is_tokens = path.suffix in TOKEN_SUFFIXES
     schema = None if is_tokens else find_schema(path, kind, options).name
+    workers = options.workers if path.stat().st_size >= PARALLEL_FROM else 1
     key = cache_key(path, [schema or "tokens", kind.name, options.bad_rows, options.text_unit], chat)
     unreadable: Counter[str] = Counter()
 
@@ -157,15 +156,14 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
             raise error
         unreadable[error.reason] += 1
 
-    return build_store(
-        cache / f"{path.stem}-{key}",
-        _token_rows(_open_tokens(path, kind, chat)) if is_tokens else read_rows(path, options.text_unit, on_error=note),
-        RowEncoder(kind, schema, chat, options.bad_rows),
-        kind.columns,
-        workers=options.workers if path.stat().st_size >= PARALLEL_FROM else 1,
-        meta={"source": str(path), "schema": schema},
-        unreadable=unreadable,
-    )
+    if is_tokens:
+        tokens = _open_tokens(path, kind, chat)
+        rows: Any = ((Location(path, i + 1), tokens[i]) for i in range(len(tokens)))
+    else:
+        rows = read_rows(path, options.text_unit, on_error=note)
+    folder, encode = cache / f"{path.stem}-{key}", RowEncoder(kind, schema, chat, options.bad_rows)
+    meta = {"source": str(path), "schema": schema}
+    return build_store(folder, rows, encode, kind.columns, workers=workers, meta=meta, unreadable=unreadable)
 
 
 def cache_key(path: Path, facts: list[Any], chat: ChatFormat) -> str:
@@ -230,22 +228,24 @@ class RowEncoder:
             try:
                 encoded += encode(self.chat, [sample])
             except ChatTemplateError as error:
-                self._drop(self._misfit(sample.location, error), part)
+                self._drop(misfit(sample.location, error, in_ids=self.schema is None), part)
         return encoded
-
-    def _misfit(self, location: Location, error: ChatTemplateError) -> DataError:
-        if self.schema is None:
-            expected = "ids of a conversation in the chat template"
-            fix = "store text, or set sft_config.mask_prompt: false to train on every token"
-            return DataError(location, str(error), expected, fix, "no answer found in the ids")
-        found = f"a conversation the chat template cannot render ({error})"
-        fix = "mend the row, choose another chat template, or set data_loader_config.bad_rows: drop"
-        return DataError(location, found, "turns that the template knows", fix, "template")
 
     def _drop(self, error: DataError, part: Part) -> None:
         if self.bad_rows == "error":
             raise error
         part.dropped[error.reason] += 1
+
+
+def misfit(location: Location, error: ChatTemplateError, in_ids: bool) -> DataError:
+    """A conversation that does not fit the chat template, as text or (`in_ids`) as token ids."""
+    if in_ids:
+        expected = "ids of a conversation in the chat template"
+        fix = "store text, or set sft_config.mask_prompt: false to train on every token"
+        return DataError(location, str(error), expected, fix, "no answer found in the ids")
+    found = f"a conversation the chat template cannot render ({error})"
+    fix = "repair the row, choose another chat template, or set data_loader_config.bad_rows: drop"
+    return DataError(location, found, "turns that the template knows", fix, "template")
 
 
 # --- token files
@@ -262,17 +262,20 @@ def _open_tokens(path: Path, kind: Kind, chat: ChatFormat) -> TokenFile:
         found = f"token rows of kind '{tokens.kind}'"
         expected = f"text, or token rows of kind '{kind.token_kind or 'none'}', for {kind.name}"
         raise DataError(Location(path), found, expected, "use the matching trainer, or store the rows as text")
-    vocab_size = len(chat.tokenizer)
     for row in (*tokens[0].values(), *tokens[len(tokens) - 1].values()):
         for piece in (row[: 1 << 20], row[-(1 << 20) :]):
-            largest = int(piece.max(initial=0))
-            if largest >= vocab_size:
-                expected = f"ids below {vocab_size}, the size of the vocabulary"
-                fix = "use the tokenizer that made the file, or make the file again"
-                raise DataError(Location(path), f"token id {largest}", expected, fix)
+            check_ids(piece, chat, Location(path))
     return tokens
 
 
-def _token_rows(tokens: TokenFile) -> Iterator[tuple[Location, dict[str, np.ndarray]]]:
-    for i in range(len(tokens)):
-        yield Location(tokens.path, i + 1), tokens[i]
+def check_ids(ids: np.ndarray, chat: ChatFormat, location: Location) -> None:
+    """Every id must be in the vocabulary.
+
+    Raises:
+        DataError: one is not.
+    """
+    largest = int(ids.max(initial=0))
+    if largest >= chat.vocab_size:
+        expected = f"ids below {chat.vocab_size}, the size of the vocabulary"
+        fix = "use the tokenizer that made the file, or make the file again"
+        raise DataError(location, f"token id {largest}", expected, fix)

@@ -6,13 +6,15 @@ Every packing is a list of rows, each a list of `Piece`s in the order in which t
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.read.errors import DataError, Location
+from llm_trainer.data.windows import Rows
 
 Lengths = Sequence[int] | np.ndarray
 
@@ -29,14 +31,8 @@ def pack_bfd(lengths: Lengths, capacity: int) -> list[list[Piece]]:
     """Best-fit decreasing; a document longer than `capacity` keeps its first `capacity` tokens.
 
     What is cut off is in no piece, so the caller can report it: `length - stop` of that document. Documents of length 0
-    have no piece. At worst there are about 22 % more rows than needed (11/9; Johnson 1974).
-
-    Args:
-        lengths: tokens of each document.
-        capacity: tokens of a row.
-
-    Returns:
-        Rows in the order in which they were opened: a longest document first.
+    have no piece. At worst there are about 22 % more rows than needed (11/9; Johnson 1974). Rows are in the order in
+    which they were opened: a longest document first.
     """
     _check_capacity(capacity)
     pieces = [Piece(i, 0, min(length, capacity)) for i, length in enumerate(_as_list(lengths)) if length]
@@ -46,41 +42,20 @@ def pack_bfd(lengths: Lengths, capacity: int) -> list[list[Piece]]:
 def pack_bfd_split(lengths: Lengths, capacity: int) -> list[list[Piece]]:
     """Best-fit decreasing; a document longer than `capacity` is split, so that every token is in exactly one piece."""
     _check_capacity(capacity)
-    pieces = [
-        Piece(i, start, min(start + capacity, length))
-        for i, length in enumerate(_as_list(lengths))
-        for start in range(0, length, capacity)
-    ]
+    pieces = []
+    for i, length in enumerate(_as_list(lengths)):
+        pieces += [Piece(i, start, min(start + capacity, length)) for start in range(0, length, capacity)]
     return _pack_pieces(pieces, capacity)
 
 
-def pack_wrapped(lengths: Lengths, capacity: int) -> list[list[Piece]]:
-    """Documents one after another, cut every `capacity` tokens wherever that falls; the last row may be shorter."""
-    _check_capacity(capacity)
-    rows: list[list[Piece]] = []
-    room = 0
-    for document, length in enumerate(_as_list(lengths)):
-        start = 0
-        while start < length:
-            if room == 0:
-                rows.append([])
-                room = capacity
-            stop = min(length, start + room)
-            rows[-1].append(Piece(document, start, stop))
-            room -= stop - start
-            start = stop
-    return rows
-
-
 def cut_by_tokens(lengths: Lengths, max_tokens: int, flat: bool) -> list[list[int]]:
-    """Cut the rows of one optimizer step into micro-batches of at most `max_tokens`, every row exactly once.
+    """Split the rows of one optimizer step into micro-batches of at most `max_tokens`, every row exactly once.
 
     Rows of similar length come together. The micro-batch with the longest row is the first: if memory does not suffice,
     it shows at once. A row longer than `max_tokens` gets a micro-batch of its own.
 
     Args:
         lengths: tokens of each row.
-        max_tokens: most tokens of a micro-batch.
         flat: rows are laid end to end (cost: the sum of lengths) instead of padded (cost: rows * longest row).
 
     Returns:
@@ -90,8 +65,7 @@ def cut_by_tokens(lengths: Lengths, max_tokens: int, flat: bool) -> list[list[in
     sizes = _as_list(lengths)
     order = _longest_first(sizes)
     if flat:
-        batches = _best_fit([sizes[row] for row in order], max_tokens)
-        return [sorted(order[position] for position in batch) for batch in batches]
+        return [sorted(batch) for batch in _best_fit(sizes, order, max_tokens)]
     batches = []
     while order:
         # Padded rows all cost as much as the longest, so taking as many as fit is also the fewest micro-batches.
@@ -103,13 +77,15 @@ def cut_by_tokens(lengths: Lengths, max_tokens: int, flat: bool) -> list[list[in
 
 def _pack_pieces(pieces: list[Piece], capacity: int) -> list[list[Piece]]:
     sizes = [piece.stop - piece.start for piece in pieces]
-    order = _longest_first(sizes)
-    rows = _best_fit([sizes[i] for i in order], capacity)
-    return [[pieces[order[position]] for position in row] for row in rows]
+    rows = _best_fit(sizes, _longest_first(sizes), capacity)
+    packed = []
+    for row in rows:
+        packed.append([pieces[i] for i in row])
+    return packed
 
 
-def _best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Put each size, in the given order, into the fullest row that has room for it.
+def _best_fit(sizes: list[int], order: list[int], capacity: int) -> list[list[int]]:
+    """Put each size, in the given order, into the fullest row that has room for it; rows of indices into `sizes`.
 
     Of equally full rows the one that became so first is taken (as TRL does, so rows are the same). Rows wait in one
     queue per remaining space, and a sorted list holds the spaces whose queue is not empty: a size costs one bisection.
@@ -117,7 +93,8 @@ def _best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     waiting: dict[int, deque[int]] = {}
     spaces: list[int] = []
-    for position, size in enumerate(sizes):
+    for item in order:
+        size = sizes[item]
         at = bisect_left(spaces, size)
         if at < len(spaces):
             space = spaces[at]
@@ -127,7 +104,7 @@ def _best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
         else:
             space, row = capacity, len(rows)
             rows.append([])
-        rows[row].append(position)
+        rows[row].append(item)
         left = space - size
         if left > 0:
             queue = waiting.setdefault(left, deque())
@@ -156,32 +133,25 @@ def _check_capacity(capacity: int) -> None:
 PACKERS = {"bfd": pack_bfd, "bfd_split": pack_bfd_split}
 
 
-class Documents(Protocol):
-    """What is packed: rows of known lengths, of which pieces can be had (see `kinds.language.Documents`)."""
-
-    lengths: np.ndarray
-    ledger: Ledger
-
-    def piece(self, index: int, start: int, stop: int) -> LanguageSample:
-        """The tokens `[start, stop)` of row `index`."""
-
-
 class Packed:
-    """Rows of up to `capacity` tokens that hold several documents each, by best-fit decreasing ('bfd', 'bfd_split')."""
+    """Documents, each one column of tokens, several in a row of up to `capacity` tokens ('bfd', 'bfd_split')."""
 
-    def __init__(self, documents: Documents, capacity: int, strategy: str) -> None:
-        self.documents = documents
+    def __init__(self, documents: Rows, capacity: int, strategy: str) -> None:
+        self.column = documents.columns[0]
         self.rows = PACKERS[strategy](documents.lengths, capacity)
-        self.lengths = np.array([sum(p.stop - p.start for p in row) for row in self.rows], dtype=np.int64)
+        self.lengths = np.zeros(len(self.rows), dtype=np.int64)
+        num_continued = 0  # pieces that begin inside a document: their first token is context
+        for number, row in enumerate(self.rows):
+            self.lengths[number] = sum(piece.stop - piece.start for piece in row)
+            num_continued += sum(piece.start > 0 for piece in row)
         self.file_sizes = [len(self.rows)]
         self.ledger = documents.ledger
         self.ledger.rows = len(self.rows)
-        split = sum(p.start > 0 for row in self.rows for p in row)
-        self.ledger.trained -= split  # the first token of a split-off piece is context
-        self.ledger.context += split
+        self.ledger.trained -= num_continued
+        self.ledger.context += num_continued
 
     def __getitem__(self, index: int) -> LanguageSample:
-        pieces = [self.documents.piece(p.document, p.start, p.stop) for p in self.rows[index]]
+        pieces = [self.column.sample(*piece) for piece in self.rows[index]]
         return LanguageSample(
             input_ids=np.concatenate([p["input_ids"] for p in pieces]),
             trained=np.concatenate([p["trained"] for p in pieces]),
@@ -190,10 +160,7 @@ class Packed:
 
 
 class Blocks:
-    """A flat array of ids cut into consecutive rows of `block_size`; the last row may be shorter.
-
-    Nothing is computed per row, so a memory-mapped array of any size costs no memory.
-    """
+    """A flat array of ids, memory mapped perhaps, in consecutive rows of `block_size`; the last row may be shorter."""
 
     def __init__(self, ids: np.ndarray, name: str, block_size: int) -> None:
         self.ids, self.block_size = ids, block_size
@@ -209,7 +176,7 @@ class Blocks:
             self.ledger.drop("a last block of one token", 1)
         self.ledger.check()
         if not self.count:
-            raise DataError(Location(name), f"{len(ids)} tokens", "at least two, to predict one from", "add text")
+            raise DataError(Location(name), counted(len(ids), "token"), "at least two, to predict one from", "add text")
 
     def __getitem__(self, index: int) -> LanguageSample:
         ids = self.ids[index * self.block_size : (index + 1) * self.block_size]

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, epoch) that can be entered anywhere.
+"""The order of samples: a pure function of (seed, epoch) that can be evaluated at any position.
 
 Position is one global count of samples. Step k consumes the same samples whatever the number of ranks, workers or
 accumulation steps; resume is a seek, and a changed number of ranks loses and repeats nothing.
@@ -7,7 +7,8 @@ accumulation steps; resume is a seek, and a changed number of ranks loses and re
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import KW_ONLY, dataclass
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,7 +88,7 @@ class SampleDataset(Protocol):
 
 
 class _Groups(torch.utils.data.Dataset):
-    """Lets a DataLoader fetch whole micro-batches: its "index" is a list of sample indices."""
+    """Lets a DataLoader fetch micro-batches: its "index" is a list of sample indices."""
 
     def __init__(self, dataset: SampleDataset, collate: Callable[[list], Batch]) -> None:
         self.dataset, self.collate = dataset, collate
@@ -111,48 +112,35 @@ class IgnoreSignals:
             self.then(worker)
 
 
+@dataclass(eq=False, repr=False)
 class SampleStream:
     """Steps over a dataset of known lengths, cut into micro-batches by rows or by a token budget.
 
-    Args:
-        dataset: the samples.
-        collate: samples of one micro-batch -> batch.
-        rows_per_step: rows of one optimizer step over all ranks (micro-batch x accumulation x ranks).
-        batch_size: rows of a micro-batch when there is no token budget.
-        rank: this process, of `world_size`.
-        micro_batch_tokens: token budget of a micro-batch instead of `batch_size`; counts padding unless `flat`.
-        flat: whether `collate` lays rows end to end.
-        shuffle: visit each file's samples in an order drawn from (seed, epoch).
-        file_weights: how often each file's samples are visited per epoch; 2.5 is twice all of them and then another
-            half, which is another one in every epoch when shuffled. None: once.
+    `file_weights`: how often each file's samples are visited per epoch; 2.5 is twice all of them and then another half,
+    which is another one in every epoch when shuffled. None: once.
     """
 
-    def __init__(
-        self,
-        dataset: SampleDataset,
-        collate: Callable[[list], Batch],
-        *,
-        rows_per_step: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batch_tokens: int | None = None,
-        flat: bool = False,
-        shuffle: bool = True,
-        file_weights: Sequence[float] | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        weights = [1.0] * len(dataset.file_sizes) if file_weights is None else file_weights
-        pairs = zip(weights, dataset.file_sizes, strict=True)
+    dataset: SampleDataset
+    collate: Callable[[list], Batch]  # samples of one micro-batch -> batch
+    _: KW_ONLY
+    rows_per_step: int  # of one optimizer step over all ranks (micro-batch x accumulation x ranks)
+    batch_size: int  # rows of a micro-batch when there is no token budget
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_tokens: int | None = (
+        None  # budget of a micro-batch instead of `batch_size`; counts padding unless `flat`
+    )
+    flat: bool = False  # whether `collate` lays rows end to end
+    shuffle: bool = True  # visit each file's samples in an order drawn from (seed, epoch)
+    file_weights: Sequence[float] | None = None
+    seed: int = 0
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        weights = [1.0] * len(self.dataset.file_sizes) if self.file_weights is None else self.file_weights
+        pairs = zip(weights, self.dataset.file_sizes, strict=True)
         self.visits = [round(weight * size) or min(1, size) for weight, size in pairs]  # of each file, per epoch
-        self.dataset, self.collate = dataset, collate
-        self.rows_per_step, self.batch_size = rows_per_step, batch_size
-        self.rank, self.world_size = rank, world_size
-        self.micro_batch_tokens, self.flat = micro_batch_tokens, flat
-        self.shuffle, self.seed = shuffle, seed
-        self.num_workers, self.pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
         return sum(self.visits)
@@ -164,25 +152,27 @@ class SampleStream:
 
     def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Indices of the samples at the global positions `[start, stop)` of an epoch."""
-        pieces, first, sample = [], 0, 0  # the position, and the sample, that a file begins with
+        pieces = []
+        first_position = first_sample = 0  # of a file
         for number, (size, visits) in enumerate(zip(self.dataset.file_sizes, self.visits, strict=True)):
-            begin, end = max(start, first), min(stop, first + visits)
+            begin, end = max(start - first_position, 0), min(stop - first_position, visits)
             if begin < end:
-                local = np.arange(begin - first, end - first)
-                for turn in range(int(local[0]) // size, int(local[-1]) // size + 1):
-                    mine = local[local // size == turn] % size
-                    pieces.append(
-                        sample + (self._permutation(size, epoch, number, turn)(mine) if self.shuffle else mine)
-                    )
-            first, sample = first + visits, sample + size
+                local = np.arange(begin, end)
+                for turn in range(begin // size, (end - 1) // size + 1):
+                    samples = local[local // size == turn] % size
+                    if self.shuffle:
+                        samples = self._permutation(size, epoch, number, turn)(samples)
+                    pieces.append(first_sample + samples)
+            first_position += visits
+            first_sample += size
         return np.concatenate(pieces)
 
     def _permutation(self, size: int, epoch: int, number: int, turn: int) -> Permutation:
-        """The order in which a file is gone through the `turn`-th time in an epoch."""
+        """The order of a file's samples when they are visited for the `turn`-th time in an epoch."""
         again = [turn] if turn else []  # the first turn is the same whatever the weights
         return Permutation(size, mix_seeds(self.seed, epoch, number, *again))
 
-    def _cut(self, rows: np.ndarray) -> list[list[int]]:
+    def _micro_batches(self, rows: np.ndarray) -> list[list[int]]:
         if self.micro_batch_tokens is None:
             return [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
         groups = cut_by_tokens(self.dataset.lengths[rows].tolist(), self.micro_batch_tokens, self.flat)
@@ -194,11 +184,14 @@ class SampleStream:
             stop = min(position + self.rows_per_step, len(self))
             rows = self.order(epoch, position, stop)
             mine = rows[self.rank :: self.world_size]
-            yield self._cut(mine if len(mine) else rows[:1]), len(mine) == 0, stop
+            is_filler = len(mine) == 0
+            if is_filler:
+                mine = rows[:1]
+            yield self._micro_batches(mine), is_filler, stop
             position = stop
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
-        groups = (group for step, _, _ in self._plan(epoch, position) for group in step)
+        groups = chain.from_iterable(step for step, _, _ in self._plan(epoch, position))
         loader: DataLoader = DataLoader(
             _Groups(self.dataset, self.collate),
             batch_size=None,
@@ -212,31 +205,31 @@ class SampleStream:
             yield [MicroBatch(next(batches), counts=not is_filler) for _ in step], stop
 
 
+@dataclass(eq=False, repr=False)
 class LoaderSteps:
     """Steps over any iterable of ready micro-batches: a DataLoader, a list, a generator-like object.
 
     Position counts micro-batches over all ranks. Rank r takes micro-batches r, r + world size, ... of each step, unless
-    the loader's own DistributedSampler already deals samples out. A plain map-style DataLoader is entered at a
-    position without loading what comes before it; other iterables are read up to there.
+    the loader's own DistributedSampler already deals samples out. A plain map-style DataLoader starts at a position
+    without loading what comes before it; other iterables are read up to there.
     """
 
-    def __init__(
-        self,
-        loader: Iterable[Batch],
-        *,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batch_tokens: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.loader, self.accumulation, self.seed = loader, accumulation, seed
-        self.micro_batch_tokens = micro_batch_tokens
+    loader: Iterable[Batch]
+    _: KW_ONLY
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        loader = self.loader
         sampler = loader.sampler if isinstance(loader, DataLoader) else None
         if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, IgnoreSignals):
             loader.worker_init_fn = IgnoreSignals(loader.worker_init_fn)
         self._distributed = sampler if isinstance(sampler, DistributedSampler) else None
-        self.rank, self.world_size = (0, 1) if self._distributed else (rank, world_size)
+        if self._distributed is not None:
+            self.rank, self.world_size = 0, 1
         owners = [sampler, loader] if isinstance(loader, DataLoader) else []
         generators = [o.generator for o in owners if isinstance(o, DataLoader | RandomSampler)]
         self._generators = [(g, g.initial_seed()) for g in dict.fromkeys(generators) if g is not None]
@@ -251,15 +244,15 @@ class LoaderSteps:
         size = self.size()
         return None if size is None else math.ceil(size / (self.accumulation * self.world_size))
 
-    def _entered_at(self, epoch: int, position: int) -> Iterator[Batch]:
+    def _batches_from(self, epoch: int, position: int) -> Iterator[Batch]:
         """The loader's batches from `position` on, in an order that depends on (seed, epoch) alone."""
         if self._distributed is not None:
             self._distributed.set_epoch(epoch)
-        torch.manual_seed(
-            mix_seeds(self.seed, epoch)
-        )  # a shuffling sampler without a generator draws its order from here
+        # NOTE: a shuffling sampler without a generator draws its order from the global one.
+        torch.manual_seed(mix_seeds(self.seed, epoch))
         for generator, seed in self._generators:
-            generator.manual_seed(mix_seeds(seed, epoch) if epoch else seed)
+            epoch_seed = mix_seeds(seed, epoch) if epoch else seed
+            generator.manual_seed(epoch_seed)
         loader = self.loader
         if position == 0 or not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             return islice(iter(loader), position, None)
@@ -279,7 +272,7 @@ class LoaderSteps:
         )
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
-        batches = self._entered_at(epoch, position)
+        batches = self._batches_from(epoch, position)
         while step := list(islice(batches, self.accumulation * self.world_size)):
             position += len(step)
             mine = step[self.rank :: self.world_size]
@@ -292,9 +285,13 @@ class LoaderSteps:
         """The rows of a step cut into micro-batches of at most `micro_batch_tokens`; the optimisation does not notice."""
         if self.micro_batch_tokens is None:
             return batches
-        rows = [(b, r, n) for b, batch in enumerate(batches) for r, n in enumerate(row_lengths(batch))]
-        groups = cut_by_tokens([n for _, _, n in rows], self.micro_batch_tokens, False)
-        return [take_rows(batches, [rows[i] for i in group]) for group in groups]
+        rows = []
+        for number, batch in enumerate(batches):
+            rows += [(number, row, length) for row, length in enumerate(row_lengths(batch))]
+        recut = []
+        for group in cut_by_tokens([length for _, _, length in rows], self.micro_batch_tokens, False):
+            recut.append(take_rows(batches, [rows[i] for i in group]))
+        return recut
 
 
 def as_step_source(loader: Any, **options: Any) -> StepSource:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.kinds import DataOptions
@@ -23,11 +24,7 @@ FIX_EMPTY = "`llm-trainer data check FILE` shows what each row holds; a longer d
 
 
 def row_blocks(sizes: np.ndarray) -> Iterator[slice]:
-    """Consecutive rows of at most `TOKENS_AT_ONCE` tokens together; a row longer than that comes alone.
-
-    Args:
-        sizes: `[rows]` tokens of each row.
-    """
+    """Consecutive rows, of `sizes [rows]` tokens, that have at most `TOKENS_AT_ONCE` together, or one that has more."""
     ends = np.cumsum(sizes)
     first = 0
     while first < len(sizes):
@@ -109,6 +106,10 @@ class Column:
         """`[rows]` tokens that are used."""
         return self.stops - self.starts
 
+    def flat_ids(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Ids of several windows, end to end."""
+        return lay_flat(self.ids, self.starts[rows], self.stops[rows])
+
     def tokens(self, row: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids `[T]` of a row, or the part `[start, stop)` of its window; and which of them are trained on."""
         first = int(self.starts[row])
@@ -128,9 +129,7 @@ class Rows:
     """The rows of a store that are used; a subclass says what a sample of them is (`__getitem__`).
 
     Args:
-        store: what the file became.
         name: the file, for messages.
-        how: context and truncation.
         columns: the sequences of a row; one whose window has nothing to learn from is never used.
         unusable: `[rows of the store]` bool, rows that are left out besides, and the reason.
         learns: False: nothing is trained on in these rows, they are only read.
@@ -155,69 +154,59 @@ class Rows:
         self.store, self.how, self.columns = store, how, columns
         self.ledger = Ledger(name=name)
         note_dropped(self.ledger, store)
-        keep = account(self.ledger, columns, how, unusable, learns)
-        self.stored = keep.nonzero()[0]
+        self.stored = self._select(unusable, learns).nonzero()[0]
         self.lengths: np.ndarray = np.sum([column.lengths for column in columns], axis=0)
         self.file_sizes = [len(self.lengths)]
+
+    def _select(self, unusable: tuple[np.ndarray, str] | None, learns: bool) -> np.ndarray:
+        """Leave out the rows that cannot be used, and account for every token in the ledger.
+
+        Returns:
+            `[rows of the store]` bool: the rows that are kept, also in the columns.
+        """
+        columns, ledger = self.columns, self.ledger
+        too_long = np.any([column.too_long for column in columns], axis=0)
+        full = np.sum([column.full for column in columns], axis=0)
+        if self.how.truncation == "error" and too_long.any():
+            row = int(too_long.argmax())
+            longest = max(int(column.full[row]) for column in columns)
+            expected = f"at most {self.how.block_size:,}, the context"
+            raise DataError(Location(ledger.name, row + 1), counted(longest, "token"), expected, FIX_TOO_LONG)
+        # 1. which rows are left out, each for its first reason
+        counts = [column.counts if learns else column.lengths for column in columns]
+        empty = np.any([count == 0 for count in counts], axis=0)
+        truncated = too_long & (self.how.truncation != "drop")
+        reasons = [(too_long & ~truncated, TOO_LONG), (empty & truncated, EMPTY_AFTER_CUT), (empty & ~truncated, EMPTY)]
+        if unusable is not None:
+            reasons.append(unusable)
+        keep = np.ones(len(full), dtype=bool)
+        for mask, reason in reasons:
+            dropped = mask & keep
+            if dropped.any():
+                ledger.drop(reason, int(full[dropped].sum()), int(dropped.sum()))
+                keep &= ~dropped
+        for column in columns:
+            column.select(keep)
+        # 2. where the tokens of the others go
+        num_read, num_used = int(full[keep].sum()), sum(int(column.lengths.sum()) for column in columns)
+        if learns:
+            ledger.trained = sum(int(column.counts.sum()) for column in columns)
+        ledger.rows = int(keep.sum())
+        ledger.read += num_read
+        ledger.context = num_used - ledger.trained
+        ledger.truncated = num_read - num_used
+        ledger.truncated_rows = int((truncated & keep).sum())
+        ledger.dropped_rows = +ledger.dropped_rows
+        ledger.check()
+        if not ledger.rows:
+            why = "; ".join(ledger.lines()[1:]) or "an empty file"
+            raise DataError(
+                Location(ledger.name), f"no row to train on ({why})", "rows with answers that fit", FIX_EMPTY
+            )
+        return keep
 
 
 def note_dropped(ledger: Ledger, store: TokenStore) -> None:
     """Count the rows that were left out when `store` was made."""
     for reason, rows in store.meta["dropped"].items():
-        ledger.drop(reason, store.meta["dropped_tokens"].get(reason, 0), rows)
-
-
-def account(
-    ledger: Ledger,
-    columns: Sequence[Column],
-    how: DataOptions,
-    unusable: tuple[np.ndarray, str] | None = None,
-    learns: bool = True,
-) -> np.ndarray:
-    """Leave out the rows that cannot be used, and account for every token of all `columns` in `ledger`.
-
-    Arguments and errors: see `Rows`.
-
-    Returns:
-        `[rows of the store]` bool: the rows that are kept, also in `columns`.
-    """
-    too_long = np.any([column.too_long for column in columns], axis=0)
-    full = np.sum([column.full for column in columns], axis=0)
-    if how.truncation == "error" and too_long.any():
-        _refuse_first_too_long(ledger.name, columns, too_long, how)
-    # 1. which rows are left out, each for its first reason
-    counts = [column.counts if learns else column.lengths for column in columns]
-    empty = np.any([count == 0 for count in counts], axis=0)
-    cut = too_long & (how.truncation != "drop")
-    reasons = [(too_long & ~cut, TOO_LONG), (empty & cut, EMPTY_AFTER_CUT), (empty & ~cut, EMPTY)]
-    if unusable is not None:
-        reasons.append(unusable)
-    keep = np.ones(len(full), dtype=bool)
-    for mask, reason in reasons:
-        dropped = mask & keep
-        if dropped.any():
-            ledger.drop(reason, int(full[dropped].sum()), int(dropped.sum()))
-            keep &= ~dropped
-    for column in columns:
-        column.select(keep)
-    # 2. where the tokens of the others go
-    lengths = sum(int(column.lengths.sum()) for column in columns)
-    ledger.rows = int(keep.sum())
-    ledger.read += int(full[keep].sum())
-    ledger.trained = sum(int(column.counts.sum()) for column in columns) if learns else 0
-    ledger.context = lengths - ledger.trained
-    ledger.truncated = int(full[keep].sum()) - lengths
-    ledger.truncated_rows = int((cut & keep).sum())
-    ledger.dropped_rows = +ledger.dropped_rows
-    ledger.check()
-    if not ledger.rows:
-        found = "; ".join(ledger.lines()[1:]) or "an empty file"
-        raise DataError(Location(ledger.name), f"no row to train on ({found})", "rows with answers that fit", FIX_EMPTY)
-    return keep
-
-
-def _refuse_first_too_long(name: str, columns: Sequence[Column], too_long: np.ndarray, how: DataOptions) -> None:
-    row = int(too_long.argmax())
-    longest = max(int(column.full[row]) for column in columns)
-    expected = f"at most {how.block_size:,}, the context"
-    raise DataError(Location(name, row + 1), f"{longest:,} tokens", expected, FIX_TOO_LONG)
+        ledger.drop(reason, rows=rows)

@@ -124,7 +124,7 @@ def test_prepare_counts_bad_rows_only_when_told_to(tmp_path, tokenizer, capsys):
     assert run(*command) == 2
     assert f"error: {path}:4: key 'text'" in capsys.readouterr().err
     assert run(*command, "--drop-bad-rows") == 0
-    assert "1 rows dropped: wrong_type" in capsys.readouterr().out
+    assert "1 row dropped: wrong_type" in capsys.readouterr().out
 
 
 def test_prepare_refuses_what_it_cannot_write(tmp_path, tokenizer, capsys):

@@ -12,7 +12,7 @@ from llm_trainer.data.encode.store import Part
 from llm_trainer.data.encode.workers import build_store
 from llm_trainer.data.kinds import DataOptions
 from llm_trainer.data.kinds.language import Documents
-from llm_trainer.data.packing import Blocks, Packed, cut_by_tokens, pack_bfd, pack_bfd_split, pack_wrapped
+from llm_trainer.data.packing import Blocks, Packed, cut_by_tokens, pack_bfd, pack_bfd_split
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def covered(rows: list, lengths: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("capacity", [1, 17, 40, 1000])
 def test_every_token_once_and_no_row_too_long(lengths: list[int], capacity: int) -> None:
-    for pack in (pack_bfd, pack_bfd_split, pack_wrapped):
+    for pack in (pack_bfd, pack_bfd_split):
         rows = pack(lengths, capacity)
         assert max(sum(stop - start for _, start, stop in row) for row in rows) <= capacity
         expected = [min(length, capacity) for length in lengths] if pack is pack_bfd else lengths
@@ -43,7 +43,7 @@ def test_every_token_once_and_no_row_too_long(lengths: list[int], capacity: int)
 def test_best_fit_takes_the_fullest_row(lengths: list[int]) -> None:
     assert [[piece.document for piece in row] for row in pack_bfd([6, 7, 3, 4], 10)] == [[1, 2], [0, 3]]
     needed = -(-sum(lengths) // 240)
-    assert len(pack_bfd(lengths, 240)) == len(pack_wrapped(lengths, 240)) == needed
+    assert len(pack_bfd(lengths, 240)) == needed
 
 
 def test_the_same_as_a_scan_over_all_rows(lengths: list[int]) -> None:
@@ -92,7 +92,7 @@ def test_micro_batches_are_few() -> None:
 
 
 def test_a_row_must_have_room() -> None:
-    for call in (pack_bfd, pack_bfd_split, pack_wrapped, lambda lengths, limit: cut_by_tokens(lengths, limit, True)):
+    for call in (pack_bfd, pack_bfd_split, lambda lengths, limit: cut_by_tokens(lengths, limit, True)):
         with pytest.raises(ValueError, match="token limit of a row is 0"):
             call([1], 0)
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llm_trainer.data.encode.templates import (
@@ -31,8 +32,6 @@ from llm_trainer.data.encode.tokenizer import Span, TextEncoder, any_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ChatFormat", "ChatTemplateError", "EncodedChat", "Message", "default_template", "spans_from_ids"]
-
 Tools = Sequence[Mapping[str, Any]]
 TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["template", "last", "all", "none"]
@@ -45,17 +44,11 @@ _TAG_FIX = (
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Token ids, for each whether the loss counts it, and the text they were made from.
+    """Token ids, for each whether the loss counts it, and the text they were made from."""
 
-    Attributes:
-        input_ids: `[T]`.
-        trained: `[T]`.
-        text: the rendered text; a BOS or eos that is not part of a template is only in the ids.
-    """
-
-    input_ids: list[int]
-    trained: list[bool]
-    text: str
+    input_ids: list[int]  # [T]
+    trained: list[bool]  # [T]
+    text: str  # as rendered; a BOS or eos that is not part of a template is only in the ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +94,8 @@ class ChatFormat:
                 f"tokenizer is a {type(self.tokenizer).__name__}; expected a fast one, which knows the characters of "
                 "each token; fix: load_tokenizer(folder with tokenizer.json)"
             )
-        for name, value, known in (
-            ("train_on", self.train_on, get_args(TrainOn)),
-            ("thinking", self.thinking, get_args(Thinking)),
-        ):
+        for name, known in {"train_on": get_args(TrainOn), "thinking": get_args(Thinking)}.items():
+            value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
 
@@ -145,6 +136,11 @@ class ChatFormat:
         """A document to pretrain on: everything is trained on, the eos after it too."""
         encoded = self._encode_plain(text, (0, len(text)))
         return EncodedChat(encoded.input_ids, [True] * len(encoded.input_ids), text)
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Plain strings, each tokenised by itself, with nothing before or after it."""
+        plain = [self._plain(text) for text in texts]
+        return [ids for ids, _ in self._encoder.encode(plain, [[]] * len(texts))]
 
     def stop_token_ids(self) -> list[int]:
         """Where generation stops: the template's end-of-turn token and the tokenizer's eos."""
@@ -191,20 +187,28 @@ class ChatFormat:
 
         if self.parse_special_tokens:
             mark = clean
-        prepared = [_map_strings(message, clean if _is_assistant(message) else mark) for message in messages]
+        prepared = []
+        for message in messages:
+            change = clean if _is_assistant(message) else mark
+            prepared.append(_map_strings(message, change))
         tools = _map_strings(tools, mark)
-        return (prepared if self.thinking == "template" else self._apply_thinking(prepared, tools)), tools
+        if self.thinking != "template":
+            prepared = self._apply_thinking(prepared, tools)
+        return prepared, tools
 
     def _apply_thinking(self, messages: list[Message], tools: Tools | None) -> list[Message]:
+        # 1. thinking that is not wanted
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         messages = [_split_thinking(message) for message in messages]
         for i, message in enumerate(messages):
             if self.thinking == "none" or (self.thinking == "last" and i < last_user):
                 messages[i] = _without_thinking(message)
-        # Only rendering shows which thinking the template prints: a mark in its place either comes out or it does not.
+        # 2. thinking that the template would drop. Only rendering shows which: a mark in its place comes out or does not
         place = f"{SUBSTITUTE}{{}}{SUBSTITUTE}"
         kept = [i for i, message in enumerate(messages) if message.get("reasoning_content")]
-        probe = [{**m, "reasoning_content": place.format(i)} if i in kept else m for i, m in enumerate(messages)]
+        probe = list(messages)
+        for i in kept:
+            probe[i] = {**messages[i], "reasoning_content": place.format(i)}
         shown = self._render(probe, tools) if kept else ""
         for i in kept:
             if place.format(i) not in shown:
@@ -216,10 +220,11 @@ class ChatFormat:
     def _trained_spans(self, messages: Sequence[Message], tools: Tools | None, rendered: Rendered) -> list[Span]:
         if self.train_on == "all":
             silent = [self._locate(messages, i, rendered.text, tools) for i, m in enumerate(messages) if not _counts(m)]
-            edges = [0, *(edge for span in sorted(silent) for edge in span), len(rendered.text)]
+            edges = [0, *chain.from_iterable(sorted(silent)), len(rendered.text)]
             return list(zip(edges[::2], edges[1::2], strict=True))
         turns = [i for i, message in enumerate(messages) if _is_assistant(message)]
-        wanted = [i for i in (turns[-1:] if self.train_on == "last" else turns) if _counts(messages[i])]
+        candidates = turns[-1:] if self.train_on == "last" else turns
+        wanted = [i for i in candidates if _counts(messages[i])]
         if not wanted:
             return []
         source = self._source(tools)
@@ -251,7 +256,7 @@ class ChatFormat:
         if not found:
             raise ChatTemplateError(
                 f"the chat template {describe(self._source(tools))} does not print messages[{index}] ({role}), so it "
-                f"cannot be told which tokens to train on; expected every turn in its output; {_TAG_FIX}"
+                f"is unknown which tokens to train on; expected every turn in its output; {_TAG_FIX}"
             )
         start = _common_start(text, before)
         stop = len(text) - _common_start(text[start:][::-1], after[::-1])
@@ -302,14 +307,16 @@ class ChatFormat:
         return TextEncoder(self.tokenizer)
 
     @cached_property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return len(self.tokenizer)
+
+    @cached_property
     def _adds_bos(self) -> bool:
         return adds_bos(self.tokenizer)
 
     def _encode_plain(self, text: str, span: Span) -> EncodedChat:
-        literals = (
-            () if self.parse_special_tokens else (match.start() for match in self._encoder.special.finditer(text))
-        )
-        ids, trained = self._encoder.encode([Rendered(text, [], frozenset(literals))], [[span]])[0]
+        ids, trained = self._encoder.encode([self._plain(text)], [[span]])[0]
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos] and self._adds_bos:
             ids, trained = [bos, *ids], [False, *trained]
@@ -317,6 +324,11 @@ class ChatFormat:
         if eos is not None and ids[-1:] != [eos]:
             ids, trained = [*ids, eos], [*trained, True]
         return EncodedChat(ids, trained, text)
+
+    def _plain(self, text: str) -> Rendered:
+        """Text outside of any template; what looks like a special token is only text unless they are parsed."""
+        matches = () if self.parse_special_tokens else self._encoder.special.finditer(text)
+        return Rendered(text, [], frozenset(match.start() for match in matches))
 
 
 def spans_from_ids(ids: Sequence[int], chat_format: ChatFormat) -> list[bool]:
@@ -336,11 +348,10 @@ def spans_from_ids(ids: Sequence[int], chat_format: ChatFormat) -> list[bool]:
     if chat_format.train_on == "all":
         return [True] * len(ids)
     header = chat_format._encoder.backend.encode(chat_format._header, add_special_tokens=False).ids
-    starts = [
-        i + len(header)
-        for i, token in enumerate(ids)
-        if header and token == header[0] and ids[i : i + len(header)] == header
-    ]
+    starts = []
+    for i, token in enumerate(ids):
+        if header and token == header[0] and ids[i : i + len(header)] == header:
+            starts.append(i + len(header))
     if not starts:
         raise ChatTemplateError(
             f"no assistant turn in {len(ids)} token ids: the template's header {chat_format._header!r} = {header} does "
@@ -348,7 +359,9 @@ def spans_from_ids(ids: Sequence[int], chat_format: ChatFormat) -> list[bool]:
         )
     ends = set(chat_format.stop_token_ids())
     trained = [False] * len(ids)
-    for start in starts[-1:] if chat_format.train_on == "last" else starts:
+    if chat_format.train_on == "last":
+        starts = starts[-1:]
+    for start in starts:
         stop = next((i + 1 for i in range(start, len(ids)) if ids[i] in ends), len(ids))
         trained[start:stop] = [True] * (stop - start)
     return trained
@@ -389,7 +402,9 @@ def _split_thinking(message: Message) -> Message:
     if not _is_assistant(message) or message.get("reasoning_content") or not isinstance(content, str):
         return message
     block = _THINK_BLOCK.match(content)
-    return {**message, "reasoning_content": block[1].strip(), "content": content[block.end() :]} if block else message
+    if block is None:
+        return message
+    return {**message, "reasoning_content": block[1].strip(), "content": content[block.end() :]}
 
 
 def _inline_thinking(message: Message) -> Message:

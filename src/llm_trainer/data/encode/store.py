@@ -18,17 +18,10 @@ import numpy as np
 
 @dataclass
 class Part:
-    """Some consecutive rows, encoded.
+    """Some consecutive rows, encoded."""
 
-    Attributes:
-        columns: name -> one array `[T_i]` per row; every column has the same number of rows.
-        dropped: rows left out, by reason.
-        dropped_tokens: their tokens, by reason (0 where they could not be tokenised).
-    """
-
-    columns: dict[str, list[np.ndarray]]
-    dropped: Counter[str] = field(default_factory=Counter)
-    dropped_tokens: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, list[np.ndarray]]  # name -> one array `[T_i]` per row; as many rows in every column
+    dropped: Counter[str] = field(default_factory=Counter)  # rows left out, by reason
 
 
 class Ragged:
@@ -43,10 +36,6 @@ class Ragged:
     def __getitem__(self, row: int) -> np.ndarray:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
-    def lengths(self) -> np.ndarray:
-        """`[rows]` number of values in each row."""
-        return np.diff(self.offsets)
-
 
 class TokenStore:
     """An opened store; columns are memory mapped."""
@@ -54,11 +43,10 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.columns = {name: self._open(name) for name in self.meta["columns"]}
-
-    def _open(self, name: str) -> Ragged:
-        values = np.load(self.folder / f"{name}.values.npy", mmap_mode="r")
-        return Ragged(values, np.load(self.folder / f"{name}.offsets.npy", mmap_mode="r"))
+        self.columns: dict[str, Ragged] = {}
+        for name in self.meta["columns"]:
+            values = np.load(folder / f"{name}.values.npy", mmap_mode="r")
+            self.columns[name] = Ragged(values, np.load(folder / f"{name}.offsets.npy", mmap_mode="r"))
 
     def __len__(self) -> int:
         return self.meta["rows"]
@@ -74,7 +62,8 @@ class TokenStore:
 
 def compact_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
     """Ids in the smallest type that holds the vocabulary."""
-    return np.asarray(ids, dtype=np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    smallest = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    return np.asarray(ids, dtype=smallest)
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -92,7 +81,7 @@ def write_part(folder: Path, number: int, part: Part) -> None:
     for name, rows in part.columns.items():
         arrays[f"{name}.lengths"] = np.array([len(row) for row in rows], dtype=np.int64)
         arrays[f"{name}.values"] = np.concatenate(rows) if rows else np.empty(0, dtype=np.uint16)
-    arrays["dropped"] = np.frombuffer(json.dumps([part.dropped, part.dropped_tokens]).encode(), dtype=np.uint8)
+    arrays["dropped"] = np.frombuffer(json.dumps(part.dropped).encode(), dtype=np.uint8)
     path = part_path(folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp.npz")
@@ -108,11 +97,10 @@ def join_parts(
     meta: dict[str, Any] | None = None,
     unreadable: Counter[str] | None = None,
 ) -> TokenStore:
-    """Make the store at `folder` of its parts, in the order of their numbers; afterwards they are removed.
+    """Make the store at `folder` of its parts 0 to `num_parts` - 1, in this order; afterwards they are removed.
 
     Args:
         folder: where `write_part` wrote.
-        num_parts: parts 0 to `num_parts` - 1 are joined.
         columns: names of the columns that every part has.
         meta: further facts to keep in meta.json.
         unreadable: rows that never came into a part, by reason.
@@ -121,13 +109,11 @@ def join_parts(
     (folder / "parts").mkdir(parents=True, exist_ok=True)  # there is none where there was no row
     counts = {name: _join_column(folder, name, parts) for name in columns}
     assert len(set(counts.values())) <= 1, f"columns of different numbers of rows: {counts}"
-    dropped, dropped_tokens = Counter[str](unreadable or {}), Counter[str]()
+    dropped = Counter[str](unreadable or {})
     for path in parts:
         with np.load(path) as part:
-            rows_left_out, tokens_left_out = json.loads(part["dropped"].tobytes())
-            dropped.update(rows_left_out)
-            dropped_tokens.update(tokens_left_out)
-    facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped, "dropped_tokens": dropped_tokens}
+            dropped.update(json.loads(part["dropped"].tobytes()))
+    facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped}
     partial = folder / "meta.json.tmp"
     partial.write_text(json.dumps(facts | (meta or {}), indent=1), encoding="utf-8")
     partial.rename(folder / "meta.json")
@@ -137,18 +123,21 @@ def join_parts(
 
 def _join_column(folder: Path, name: str, parts: Sequence[Path]) -> int:
     """Join one column of all parts without holding it in memory; returns its number of rows."""
-    lengths, total, dtype = [], 0, np.dtype(np.uint16)
+    # 1. where each row begins
+    lengths = [np.empty(0, dtype=np.int64)]
+    dtype = np.dtype(np.uint16)
     for path in parts:
         with np.load(path) as part:
             lengths.append(part[f"{name}.lengths"])
-            total += int(lengths[-1].sum())
             if len(part[f"{name}.values"]):
                 dtype = part[f"{name}.values"].dtype
-    all_lengths = np.concatenate(lengths) if lengths else np.empty(0, dtype=np.int64)
-    np.save(folder / f"{name}.offsets.npy", np.concatenate([[0], np.cumsum(all_lengths)]).astype(np.int64))
-    if total == 0:
+    offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+    np.save(folder / f"{name}.offsets.npy", offsets)
+    # 2. the values, part after part
+    num_rows, total = len(offsets) - 1, int(offsets[-1])
+    if total == 0:  # an empty file cannot be memory mapped
         np.save(folder / f"{name}.values.npy", np.empty(0, dtype=dtype))
-        return len(all_lengths)
+        return num_rows
     values = np.lib.format.open_memmap(folder / f"{name}.values.npy", mode="w+", dtype=dtype, shape=(total,))
     start = 0
     for path in parts:
@@ -157,4 +146,4 @@ def _join_column(folder: Path, name: str, parts: Sequence[Path]) -> int:
             values[start : start + len(piece)] = piece
             start += len(piece)
     values.flush()
-    return len(all_lengths)
+    return num_rows

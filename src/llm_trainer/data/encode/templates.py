@@ -113,12 +113,13 @@ def default_template(tokenizer: "PreTrainedTokenizerFast") -> str:
             f"tokenizer {tokenizer.name_or_path!r} has neither a chat template, nor <|im_start|> and <|im_end|>, nor "
             "an eos token; expected something that ends an assistant's turn; set tokenizer.eos_token or a chat template"
         )
-    words = {**(_CHATML if chatml else _PLAIN), "FIRST": "bos_token" if adds_bos(tokenizer) else "''"}
+    words = {**_CHATML} if chatml else {**_PLAIN}
+    words["FIRST"] = "bos_token" if adds_bos(tokenizer) else "''"
     return re.sub(r"\b(FIRST|OPEN|TITLE|CLOSE|END|GAP)\b", lambda word: words[word[0]], _DEFAULT)
 
 
 class ChatTemplateError(ValueError):
-    """A chat template that cannot be rendered, or from which the trained tokens cannot be told."""
+    """A chat template that cannot be rendered, or whose output does not show which tokens are trained on."""
 
 
 class _GenerationTag(Extension):
@@ -129,7 +130,8 @@ class _GenerationTag(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        before, after = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (BLOCK_START, BLOCK_END))
+        before = nodes.Output([nodes.TemplateData(BLOCK_START)], lineno=line)
+        after = nodes.Output([nodes.TemplateData(BLOCK_END)], lineno=line)
         return [before, nodes.Scope(body, lineno=line), after]
 
 
@@ -176,22 +178,16 @@ def render(source: str, messages: Sequence[Message], **variables: Any) -> str:
 
 def describe(source: str) -> str:
     """The start of a template, for error messages."""
-    return repr(source if len(source) <= 80 else source[:77] + "...")
+    return repr(source) if len(source) <= 80 else repr(source[:77] + "...")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered conversation without marks.
+    """A rendered conversation without marks."""
 
-    Attributes:
-        text: what is tokenised.
-        blocks: `[start, stop)` in characters of `text`, of each generation block.
-        literals: where in `text` something stands that looks like a special token and is none.
-    """
-
-    text: str
-    blocks: list[tuple[int, int]]
-    literals: frozenset[int]
+    text: str  # what is tokenised
+    blocks: list[tuple[int, int]]  # [start, stop) in characters of `text`, of each generation block
+    literals: frozenset[int]  # where in `text` something stands that looks like a special token and is none
 
 
 def strip_marks(marked: str) -> Rendered:

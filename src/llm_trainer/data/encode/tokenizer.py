@@ -36,9 +36,8 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
     padding is masked by position here, never by token id, so the eos is still learned.
 
     Args:
-        path_or_name: a Hugging Face folder, a `tokenizer.json`, a folder with `vocab.json` and `merges.txt` as GPT-2
-        has
-            them, or the name of a repository on the hub.
+        path_or_name: a Hugging Face folder, a `tokenizer.json`, a folder with GPT-2's `vocab.json` and `merges.txt`, or
+            the name of a repository on the hub.
 
     Raises:
         TokenizerError: nothing there, not a fast tokenizer, or no eos.
@@ -151,7 +150,8 @@ def train_tokenizer(
 
     control = list(dict.fromkeys([*CONTROL_TOKENS, *special_tokens]))
     tags = [tag for tag in TAGS if tag not in control]
-    if vocab_size < (least := _BYTES + len(control) + len(tags)):
+    least = _BYTES + len(control) + len(tags)
+    if vocab_size < least:
         raise TokenizerError(
             f"vocab_size is {vocab_size}; expected at least {least}: {_BYTES} bytes, {len(control)} control tokens and "
             f"{len(tags)} tags"
@@ -209,16 +209,19 @@ class TextEncoder:
         Nothing is added to the text. Special-token text at `literals` becomes ordinary tokens.
         """
         results: dict[int, tuple[list[int], list[bool]]] = {}
-        for literal in (False, True):
-            chosen = [i for i, one in enumerate(rendered) if bool(one.literals) == literal]
-            if not chosen:
-                continue
-            backend, real = (self._literal[0], self._literal[2]) if literal else (self.backend, {})
-            inputs = [self._alias(rendered[i], spans[i]) if literal else (rendered[i].text, spans[i]) for i in chosen]
+        # 1. texts in which everything that looks like a special token is one
+        plain = [i for i, one in enumerate(rendered) if not one.literals]
+        encodings = self.backend.encode_batch([rendered[i].text for i in plain], add_special_tokens=False)
+        for i, encoding in zip(plain, encodings, strict=True):
+            results[i] = encoding.ids, overlaps(encoding.offsets, spans[i])
+        # 2. the others, by a tokenizer that knows the real ones under their aliases
+        marked = [i for i, one in enumerate(rendered) if one.literals]
+        if marked:
+            backend, _, real = self._literal
+            inputs = [self._alias(rendered[i], spans[i]) for i in marked]
             encodings = backend.encode_batch([text for text, _ in inputs], add_special_tokens=False)
-            for i, (_, trained), encoding in zip(chosen, inputs, encodings, strict=True):
-                ids = [real.get(token, token) for token in encoding.ids] if literal else encoding.ids
-                results[i] = ids, overlaps(encoding.offsets, trained)
+            for i, (_, moved), encoding in zip(marked, inputs, encodings, strict=True):
+                results[i] = [real.get(token, token) for token in encoding.ids], overlaps(encoding.offsets, moved)
         return [results[i] for i in range(len(rendered))]
 
     def __getstate__(self) -> dict[str, object]:
@@ -280,8 +283,10 @@ def _widened(offsets: Sequence[Span]) -> list[Span]:
     for start, stop in offsets:
         if start < stop:
             widened.append((start, stop))
+        elif covered < stop:
+            widened.append((covered, stop))
         else:
-            widened.append((covered, stop) if covered < stop else (start, start + 1))
+            widened.append((start, start + 1))
         covered = max(covered, stop)
     return widened
 

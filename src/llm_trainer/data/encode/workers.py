@@ -1,7 +1,7 @@
 """Rows -> a token store: encoded in parts, by several processes at once where the data is large."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
@@ -32,9 +32,7 @@ def build_store(
     Args:
         folder: where the store goes; its name should hold a key of everything the encoding depends on.
         rows: all rows, in an order that is the same at every call.
-        encode: rows -> part; picklable when `workers` > 1.
-        columns: names of the columns that `encode` makes.
-        workers: processes that encode.
+        encode: rows -> part with these `columns`; picklable when several `workers` (processes) encode.
         meta: further facts to keep in meta.json.
         unreadable: rows that `rows` itself left out, by reason; read after its end.
     """
@@ -47,13 +45,15 @@ def build_store(
 def _write_parts(folder: Path, rows: Iterable[Any], encode: Encode, workers: int) -> int:
     """Encode all rows into parts, of which those of a killed build are kept; returns how many there are."""
     num_parts = 0
+    iterator = iter(rows)
     running = []
     pool = None
     if workers > 1:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(encode,))
     try:
-        for number, chunk in enumerate(_chunks(rows)):
-            num_parts = number + 1
+        while chunk := list(islice(iterator, ROWS_PER_PART)):
+            number = num_parts
+            num_parts += 1
             if part_path(folder, number).exists():
                 continue
             if pool is None:
@@ -68,12 +68,6 @@ def _write_parts(folder: Path, rows: Iterable[Any], encode: Encode, workers: int
         if pool is not None:
             pool.shutdown(cancel_futures=True)
     return num_parts
-
-
-def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, ROWS_PER_PART)):
-        yield chunk
 
 
 _encode: Encode  # of a worker process

@@ -33,42 +33,24 @@ KINDS = {
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How files become rows.
+    """How files become rows."""
 
-    Attributes:
-        schema: forced schema name; None: recognised from the rows.
-        block_size: tokens of the context; None: no limit.
-        packing: 'none', 'flat', 'bfd', 'bfd_split' or 'wrapped'.
-        truncation: what happens to longer rows: 'error', 'drop', 'keep_start' or 'keep_end'.
-        bad_rows: 'error', or 'drop' to count and leave out rows that cannot be read.
-        text_unit: what one document of a .txt is: 'auto', 'file', 'line' or 'paragraph'.
-        workers: processes that encode large files.
-        share_prompts: the trainer runs what both answers of a pair begin with once; a token budget counts it once.
-    """
-
-    schema: str | None = None
-    block_size: int | None = None
-    packing: str = "none"
-    truncation: str = "keep_start"
-    bad_rows: str = "error"
-    text_unit: str = "auto"
-    workers: int = 1
-    share_prompts: bool = False
+    schema: str | None = None  # forced schema name; None: recognised from the rows
+    block_size: int | None = None  # tokens of the context; None: no limit
+    packing: str = "none"  # 'none', 'flat', 'bfd', 'bfd_split' or 'wrapped'
+    truncation: str = "keep_start"  # of longer rows: 'error', 'drop', 'keep_start' or 'keep_end'
+    bad_rows: str = "error"  # or 'drop': rows that cannot be read are counted and left out
+    text_unit: str = "auto"  # what one document of a .txt is: 'auto', 'file', 'line' or 'paragraph'
+    workers: int = 1  # processes that encode large files
+    share_prompts: bool = False  # the trainer runs what both answers of a pair begin with once, and it counts once
 
 
 class Sample(NamedTuple):
-    """What a schema made of a row.
+    """What a schema made of a row."""
 
-    Attributes:
-        kind: the schema's canonical kind (`data/read/schemas.py`).
-        values: the fields of that kind.
-        row: the row as the file has it.
-        location: where it is.
-    """
-
-    kind: str
-    values: dict[str, Any]
-    row: Any
+    kind: str  # the schema's canonical kind (`data/read/schemas.py`)
+    values: dict[str, Any]  # the fields of that kind
+    row: Any  # as the file has it
     location: "Location"
 
 

@@ -25,10 +25,6 @@ class Documents(Rows):
     def __getitem__(self, index: int) -> LanguageSample:
         return self.tokens.sample(index)
 
-    def piece(self, index: int, start: int, stop: int) -> LanguageSample:
-        """The tokens `[start, stop)` of row `index`."""
-        return self.tokens.sample(index, start, stop)
-
 
 def language_rows(store: TokenStore, name: str, how: DataOptions) -> Documents | Packed | Blocks:
     """Training rows of a store, in the packing that was asked for."""
@@ -51,10 +47,9 @@ def collate_language(samples: Sequence[LanguageSample], lay: Lay) -> Batch:
 
 def encode_text(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Texts -> ids, with the end token; every token is trained on, so no column says it."""
-    vocab_size = len(chat.tokenizer)
     for sample in samples:
         encoded = chat.encode_text(sample.values["text"])
-        yield {"input_ids": compact_ids(encoded.input_ids, vocab_size)}
+        yield {"input_ids": compact_ids(encoded.input_ids, chat.vocab_size)}
 
 
 def encode_text_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
@@ -77,10 +72,9 @@ def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterato
     else:
         conversations = [sample.values["messages"] for sample in samples]
         encoded = chat.encode_many(conversations, [sample.values.get("tools") for sample in samples])
-    vocab_size = len(chat.tokenizer)
     for one in encoded:
         trained = np.asarray(one.trained, dtype=np.uint8)
-        yield {"input_ids": compact_ids(one.input_ids, vocab_size), "trained": trained}
+        yield {"input_ids": compact_ids(one.input_ids, chat.vocab_size), "trained": trained}
 
 
 def encode_conversation_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:

@@ -14,7 +14,7 @@ from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
-from llm_trainer.data.read.messages import Message
+from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.windows import Column, Rows, lay_flat, row_blocks
 from llm_trainer.losses.pairs import num_shared
 
@@ -23,19 +23,12 @@ EQUAL_AFTER_CUT = "both answers equal after truncation"
 
 
 class PairSample(TypedDict):
-    """One pair; `margin` is by how much the chosen answer is better (0: not stated), `ref_logps` `[2]` the sums under
-    the reference model of chosen and rejected."""
+    """One pair; a reference model's sums are there once they are known."""
 
     chosen: LanguageSample
     rejected: LanguageSample
-    margin: float
-    ref_logps: NotRequired[np.ndarray]
-
-
-def conversation_with(prompt: Sequence[Message], answer: Sequence[Message]) -> list[Message]:
-    """A prompt and an answer to it, of which only the answer is trained on."""
-    read_only: list[Message] = [{**turn, "loss_weight": 0.0} for turn in prompt]  # type: ignore[typeddict-item]
-    return [*read_only, *answer]
+    margin: float  # by how much the chosen answer is better; 0: not stated
+    ref_logps: NotRequired[np.ndarray]  # [2] summed log-probs of chosen and rejected under the reference model
 
 
 def up_to_last_trained(one: EncodedChat, vocab_size: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -52,24 +45,13 @@ def up_to_last_trained(one: EncodedChat, vocab_size: int) -> tuple[np.ndarray, n
 
 def encode_pairs(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Preferences -> both conversations, each up to its last trained token."""
-    conversations = [
-        conversation_with(sample.values["prompt"], sample.values[side]) for sample in samples for side in SIDES
-    ]
-    encoded = iter(chat.encode_many(conversations))
-    vocab_size = len(chat.tokenizer)
+    conversations = []
     for sample in samples:
-        chosen, rejected = next(encoded), next(encoded)
-        yield _row(chosen, rejected, sample.values["margin"] or 0.0, vocab_size)
-
-
-def _row(chosen: EncodedChat, rejected: EncodedChat, margin: float, vocab_size: int) -> Encoded:
-    row = {"margin": np.array([margin], dtype=np.float32)}
-    for side, one in zip(SIDES, (chosen, rejected), strict=True):
-        tokens = up_to_last_trained(one, vocab_size)
-        if tokens is None:
-            return f"empty_{side}"
-        row[side], row[f"{side}_trained"] = tokens
-    return row
+        prompt = read_only(sample.values["prompt"])
+        conversations += [prompt + sample.values[side] for side in SIDES]
+    encoded = chat.encode_many(conversations)
+    for sample, chosen, rejected in zip(samples, encoded[::2], encoded[1::2], strict=True):
+        yield _row(chat, chosen, rejected, sample.values["margin"] or 0.0)
 
 
 def encode_pair_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
@@ -78,38 +60,42 @@ def encode_pair_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
     for sample in samples:
         sides = [sample.values[side].tolist() for side in SIDES]
         chosen, rejected = (EncodedChat(ids, spans_from_ids(ids, last_answer), "") for ids in sides)
-        row = _row(chosen, rejected, 0.0, len(chat.tokenizer))
+        row = _row(chat, chosen, rejected, 0.0)
         is_tie = not isinstance(row, str) and sides[0] == sides[1]
         yield "identical" if is_tie else row
 
 
+def _row(chat: ChatFormat, chosen: EncodedChat, rejected: EncodedChat, margin: float) -> Encoded:
+    row = {"margin": np.array([margin], dtype=np.float32)}
+    for side, one in zip(SIDES, (chosen, rejected), strict=True):
+        tokens = up_to_last_trained(one, chat.vocab_size)
+        if tokens is None:
+            return f"empty_{side}"
+        row[side], row[f"{side}_trained"] = tokens
+    return row
+
+
 class PairRows(Rows):
-    """The pairs of a store, each side at most `how.block_size` tokens, cut at the end that `how.truncation` names.
-
-    A pair with a side that has no token left to learn from, or with equal sides, is never used.
-
-    Attributes:
-        lengths: `[rows]` tokens of a pair as a token budget counts them: of both sides, or of two padded rows; what is
-            run once for both (`how.share_prompts`) counts once.
-        ref_logps: `[rows, 2]` summed log-probs of chosen and rejected under the reference model, once they are known.
-    """
+    """The pairs of a store, each side at most `how.block_size` tokens; a pair with equal sides is never used."""
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
         self.chosen, self.rejected = (Column(store, side, f"{side}_trained", how) for side in SIDES)
         equal = _equal_after_cut(self.chosen, self.rejected)
         super().__init__(store, name, how, [self.chosen, self.rejected], (equal, EQUAL_AFTER_CUT))
+        # as a token budget counts them: of both sides, or of two padded rows; what is run once for both counts once
         if how.share_prompts:
             self.lengths = self.lengths - _num_shared(self.chosen, self.rejected)
         elif how.packing != "flat":
             self.lengths = 2 * np.maximum(self.chosen.lengths, self.rejected.lengths)
         self.margins = np.asarray(store["margin"].values)
-        self.ref_logps: np.ndarray | None = None
+        self.ref_logps: np.ndarray | None = None  # [rows, 2] sums of chosen and rejected, once they are known
 
     def __getitem__(self, index: int) -> PairSample:
         chosen, rejected = self.chosen.sample(index), self.rejected.sample(index)
-        margin = float(self.margins[self.stored[index]])
-        sample = PairSample(chosen=chosen, rejected=rejected, margin=margin)
-        return sample if self.ref_logps is None else sample | {"ref_logps": self.ref_logps[index]}
+        sample = PairSample(chosen=chosen, rejected=rejected, margin=float(self.margins[self.stored[index]]))
+        if self.ref_logps is not None:
+            sample["ref_logps"] = self.ref_logps[index]
+        return sample
 
 
 def _equal_after_cut(chosen: Column, rejected: Column) -> np.ndarray:
@@ -119,19 +105,18 @@ def _equal_after_cut(chosen: Column, rejected: Column) -> np.ndarray:
     candidates = may_be.nonzero()[0]
     for block in row_blocks(chosen.lengths[candidates]):
         rows = candidates[block]
-        ours, theirs = (lay_flat(side.ids, side.starts[rows], side.stops[rows]) for side in (chosen, rejected))
         lengths = chosen.lengths[rows]
-        equal[rows] = np.logical_and.reduceat(ours == theirs, np.cumsum(lengths) - lengths)
+        same = chosen.flat_ids(rows) == rejected.flat_ids(rows)
+        equal[rows] = np.logical_and.reduceat(same, np.cumsum(lengths) - lengths)
     return equal
 
 
 def _num_shared(chosen: Column, rejected: Column) -> np.ndarray:
     """`[rows]` tokens that are run once for both sides of a pair."""
     shared = np.zeros(len(chosen.lengths), dtype=np.int64)
+    assert rejected.trained is not None
     for rows in row_blocks(chosen.lengths + rejected.lengths):
-        assert rejected.trained is not None
-        better = lay_flat(chosen.ids, chosen.starts[rows], chosen.stops[rows]).astype(np.int32)
-        worse = lay_flat(rejected.ids, rejected.starts[rows], rejected.stops[rows]).astype(np.int32)
+        better, worse = (side.flat_ids(rows).astype(np.int32) for side in (chosen, rejected))
         is_label = lay_flat(rejected.trained, rejected.starts[rows], rejected.stops[rows]) != 0
         arrays = (better, chosen.lengths[rows], worse, rejected.lengths[rows], is_label)
         shared[rows] = num_shared(*map(torch.from_numpy, arrays)).numpy()

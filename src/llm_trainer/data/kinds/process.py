@@ -1,7 +1,6 @@
 """Rows of answers that are judged step by step, for process reward models."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import TypedDict
 
 import numpy as np
@@ -10,8 +9,6 @@ import torch
 from llm_trainer.data.collate import IGNORE, LanguageSample
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import TokenStore, compact_ids
-from llm_trainer.data.encode.templates import Rendered
-from llm_trainer.data.encode.tokenizer import TextEncoder
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
 from llm_trainer.data.read.messages import Message
 from llm_trainer.data.windows import Column, Rows
@@ -32,10 +29,6 @@ class ProcessFormat:
     def __init__(self, chat: ChatFormat) -> None:
         self.chat = chat
 
-    @cached_property
-    def _encoder(self) -> TextEncoder:
-        return TextEncoder(self.chat.tokenizer)
-
     def encode(self, prompt: Sequence[Message], steps: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids `[T]`, and the position of each step's last token.
 
@@ -43,33 +36,25 @@ class ProcessFormat:
             ChatTemplateError: the template cannot render the prompt.
         """
         ids, ends = self.chat.encode_prompt(prompt), list[int]()
-        rendered = [Rendered(step + SEPARATOR, [], self._literal(step + SEPARATOR)) for step in steps]
-        for step, _ in self._encoder.encode(rendered, [[]] * len(rendered)):
+        for step in self.chat.encode_pieces([step + SEPARATOR for step in steps]):
             ids += step
             ends.append(len(ids) - 1)
         return ids, ends
-
-    def _literal(self, text: str) -> frozenset[int]:
-        """Where text only looks like a special token."""
-        if self.chat.parse_special_tokens:
-            return frozenset()
-        return frozenset(found.start() for found in self._encoder.special.finditer(text))
 
 
 def encode_process(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Judged steps -> ids, which of them end a step, and how right that step is."""
     answers = ProcessFormat(chat)
-    vocab_size = len(chat.tokenizer)
     for sample in samples:
         ids, ends = answers.encode(sample.values["prompt"], sample.values["steps"])
         trained = np.zeros(len(ids), dtype=np.uint8)
         right = np.zeros(len(ids), dtype=np.float32)
         trained[ends], right[ends] = 1, sample.values["right"]
-        yield {"input_ids": compact_ids(ids, vocab_size), "trained": trained, "right": right}
+        yield {"input_ids": compact_ids(ids, chat.vocab_size), "trained": trained, "right": right}
 
 
 class ProcessRows(Rows):
-    """The answers of a store, at most `how.block_size` tokens each, cut at the end that `how.truncation` names."""
+    """The answers of a store, at most `how.block_size` tokens each, truncated as `how.truncation` says."""
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
         self.answers = Column(store, "input_ids", "trained", how)

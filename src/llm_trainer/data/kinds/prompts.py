@@ -15,17 +15,11 @@ from llm_trainer.data.windows import Column, Rows
 
 
 class PromptSample(TypedDict):
-    """One prompt.
+    """One prompt."""
 
-    Attributes:
-        input_ids: `[T]`, up to where the assistant begins to write.
-        answer: the reference answer, None where the row has none.
-        row: every column of the row in the file, for rewards that read them.
-    """
-
-    input_ids: np.ndarray
-    answer: str | None
-    row: Any
+    input_ids: np.ndarray  # [T], up to where the assistant begins to write
+    answer: str | None  # the reference answer, if the row has one
+    row: Any  # every column of the row in the file, for rewards that read them
 
 
 def _as_json(answer: str | None, row: Any) -> np.ndarray:
@@ -36,10 +30,9 @@ def _as_json(answer: str | None, row: Any) -> np.ndarray:
 
 def encode_prompts(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Prompts -> ids that end where the assistant begins to write, and the facts beside them."""
-    vocab_size = len(chat.tokenizer)
     for sample in samples:
         ids = chat.encode_prompt(sample.values["prompt"])
-        yield {"input_ids": compact_ids(ids, vocab_size), "facts": _as_json(sample.values["answer"], sample.row)}
+        yield {"input_ids": compact_ids(ids, chat.vocab_size), "facts": _as_json(sample.values["answer"], sample.row)}
 
 
 def encode_prompt_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:

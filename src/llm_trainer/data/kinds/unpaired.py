@@ -10,8 +10,9 @@ from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
-from llm_trainer.data.kinds.pairs import SIDES, conversation_with, up_to_last_trained
+from llm_trainer.data.kinds.pairs import SIDES, up_to_last_trained
 from llm_trainer.data.read.errors import DataError, Location
+from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.windows import Column, Rows
 from llm_trainer.losses.unpaired import mismatched_order
 
@@ -33,11 +34,10 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
         if sample.kind == "preference":
             judged = dict(zip(SIDES, (True, False), strict=True))
         for key, label in judged.items():
-            conversations.append(conversation_with(values["prompt"], values[key]))
+            conversations.append(read_only(values["prompt"]) + values[key])
             labels.append(label)
-    vocab_size = len(chat.tokenizer)
     for label, one in zip(labels, chat.encode_many(conversations), strict=True):
-        tokens = up_to_last_trained(one, vocab_size)
+        tokens = up_to_last_trained(one, chat.vocab_size)
         if tokens is None:
             yield "empty_completion"
         else:
@@ -48,8 +48,7 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
 class UnpairedRows(Rows):
     """The judged answers of a store, at most `how.block_size` tokens each.
 
-    Which answer is mismatched with which prompt is settled once for the whole file, so it depends neither on the sampler
-    nor on how a step is cut.
+    Prompts and answers are mismatched once per file, independently of the sampler and of how a step is split.
     """
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
@@ -74,7 +73,8 @@ class UnpairedRows(Rows):
         prompt, answer = self._halves(row)[0], self._halves(partner)[1]
         answer_trained = self.answers.tokens(partner)[1][-len(answer) :]
         trained = np.concatenate([np.zeros(len(prompt), dtype=bool), answer_trained])
-        ids, limit = np.concatenate([prompt, answer]), self.how.block_size
+        ids = np.concatenate([prompt, answer])
+        limit = self.how.block_size
         if limit is not None and len(ids) > limit:
             kept = slice(-limit, None) if self.how.truncation == "keep_end" else slice(limit)
             ids, trained = ids[kept], trained[kept]

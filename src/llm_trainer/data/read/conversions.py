@@ -1,4 +1,4 @@
-"""One row of a format -> its sample or samples; `formats.py` says which function reads which format.
+"""One row of a format -> its sample or samples; `schemas.py` says which function reads which schema.
 
 Every function takes the row and its `Location`, and raises `DataError` for a malformed row or `DroppedRow` for one that
 has nothing to teach.
@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location, show
 from llm_trainer.data.read.messages import (
     IMAGE,
@@ -23,6 +24,7 @@ from llm_trainer.data.read.messages import (
     list_field,
     message,
     messages,
+    read_only,
     text,
     text_field,
     tool_schemas,
@@ -64,7 +66,7 @@ def token_ids(row: Any, location: Location) -> Sample:
         if not isinstance(values, list) or not all(type(value) is int for value in values):
             raise DataError(location.at(key), show(values), "a list of integers", "store token ids", "wrong_type")
     if labels is not None and len(labels) != len(ids):
-        found = f"{len(labels)} labels for {len(ids)} ids"
+        found = f"{counted(len(labels), 'label')} for {counted(len(ids), 'id')}"
         raise DataError(location.at("labels"), found, "one label per id", "repair the row")
     return {"input_ids": ids, "labels": labels}
 
@@ -95,14 +97,18 @@ def bare_conversation(row: Any, location: Location) -> Sample:
 def _instruction(row: Any, location: Location, ask: str, context: str) -> list[Message]:
     """A user turn from an instruction and, on the next line, the input it works on, after system and history."""
     turns = _system(row, location)
-    for i, pair in enumerate(list_field(row, "history", location) if row.get("history") else []):
+    history = list_field(row, "history", location) if row.get("history") else []
+    for i, pair in enumerate(history):
         here = location.at("history").at(i)
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError(here, show(pair), "[question, answer]", "repair the history", "wrong_type")
         turns += [user(text(pair[0], here.at(0))), assistant(text(pair[1], here.at(1)))]
     given = text(row.get(context) or "", location.at(context))
-    question = text_field(row, ask, location)
-    return [*turns, user("\n".join(part for part in (question, given) if part))]
+    return [*turns, _question(text_field(row, ask, location), given)]
+
+
+def _question(instruction: str, given: str) -> Message:
+    return user("\n".join(part for part in (instruction, given) if part))
 
 
 def question_answer(row: Any, location: Location, ask: str, answer: str, context: str = "input") -> Sample:
@@ -114,12 +120,12 @@ def question_answer(row: Any, location: Location, ask: str, answer: str, context
 def seed_task(row: Any, location: Location) -> list[Sample]:
     """The answers are in `instances`: a sample for each."""
     samples = []
+    instruction = text_field(row, "instruction", location)
     for i, instance in enumerate(list_field(row, "instances", location)):
         here = location.at("instances").at(i)
         answer = assistant(text_field(instance, "output", here))
         given = text(instance.get("input") or "", here.at("input"))
-        question = "\n".join(part for part in (text_field(row, "instruction", location), given) if part)
-        samples.append(_chat([user(question), answer], here))
+        samples.append(_chat([_question(instruction, given), answer], here))
     return samples
 
 
@@ -134,7 +140,7 @@ def completion(row: Any, location: Location) -> Sample:
 def completed_turns(row: Any, location: Location) -> Sample:
     """Only the completion is trained on, so earlier answers in the prompt weigh nothing."""
     prompt, completion = (_side(row, key, location) for key in ("prompt", "completion"))
-    return _chat([*({**turn, "loss_weight": 0.0} for turn in prompt), *completion], location)  # type: ignore[list-item]
+    return _chat([*read_only(prompt), *completion], location)
 
 
 # --- Open Assistant trees: a node is {"text", "role", "rank", "replies": [node]}
@@ -152,14 +158,19 @@ def _tree_paths(node: Any, location: Location, before: list[Message], best: bool
         raise DataError(location.at("role"), alias, "prompter or assistant", "rename it", "unknown_role")
     turn: Message = {"role": ROLE_ALIASES[role], "content": text_field(node, "text", location)}
     path, is_answered = [*before, turn], False
-    replies = []
-    for i, reply in enumerate(list_field(node, "replies", location) if node.get("replies") else []):
+    replies = list_field(node, "replies", location) if node.get("replies") else []
+    # the best reply sorts first
+    order = []
+    for i, reply in enumerate(replies):
         here = location.at("replies").at(i)
         text_field(reply, "role", here)
         if not reply.get("deleted"):
-            replies.append((_rank(reply, here), not reply.get("replies"), i))
-    for _, _, i in sorted(replies)[: 1 if best else None]:
-        for found in _tree_paths(node["replies"][i], location.at("replies").at(i), path, best):
+            order.append((_rank(reply, here), not reply.get("replies"), i))
+    order.sort()
+    if best:
+        order = order[:1]
+    for _, _, i in order:
+        for found in _tree_paths(replies[i], location.at("replies").at(i), path, best):
             is_answered = True
             yield found
     if not is_answered and turn["role"] == "assistant":
@@ -186,7 +197,7 @@ def tree(row: Any, location: Location, best: bool) -> list[Sample]:
 
 
 def _side(row: Any, key: str, location: Location) -> list[Message]:
-    """A prompt, an answer or a whole dialogue, written as a string, a turn, a list of turns or a transcript.
+    """A prompt, an answer or a dialogue, written as a string, a turn, a list of turns or a transcript.
 
     A string is text even if it is JSON (an answer may well be), except in the columns of `CONVERSATIONS`.
     """
@@ -197,13 +208,14 @@ def _side(row: Any, key: str, location: Location) -> list[Message]:
         return transcript(value, here)
     if isinstance(value, list) or key in CONVERSATIONS:
         return messages(value, here)
-    return [(user if key in ("prompt", "question") else assistant)(text(value, here))]
+    turn = user if key in ("prompt", "question") else assistant
+    return [turn(text(value, here))]
 
 
 def pair(row: Any, location: Location, ask: str = "prompt", better: str = "chosen", worse: str = "rejected") -> Sample:
     """A prompt and two answers.
 
-    A side that starts with an assistant turn answers the prompt column. A side that starts with another turn is a whole
+    A side that starts with an assistant turn answers the prompt column. A side that starts with another turn is a
     dialogue and repeats its prompt. Turns after a side's last answer are cut; the turns both sides share are (the end
     of) the prompt; what follows, from an assistant turn on, is compared. Dialogues that part at a user's turn
     compare answers to different questions and are dropped, as are ties, equal sides and empty sides.
@@ -217,9 +229,13 @@ def pair(row: Any, location: Location, ask: str = "prompt", better: str = "chose
     chosen, rejected = sides
     if chosen == rejected:
         raise DroppedRow(location, "two equal answers", "different ones", "delete the row", "identical")
-    shared = next((i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), min(len(chosen), len(rejected)))
-    is_whole = chosen[0]["role"] != "assistant"
-    prompt = (_system(row, location) if is_whole else _asked_by(row, ask, location)) + chosen[:shared]
+    # 1. what both sides begin with belongs to the prompt
+    different = [i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b]
+    shared = different[0] if different else min(len(chosen), len(rejected))
+    repeats_prompt = chosen[0]["role"] != "assistant"
+    before = _system(row, location) if repeats_prompt else _asked_by(row, ask, location)
+    prompt = before + chosen[:shared]
+    # 2. the rest is compared
     chosen, rejected = chosen[shared:], rejected[shared:]
     if not chosen or not rejected:
         raise DroppedRow(location, "an answer that only goes on", "two answers", "delete the row", "continuation")
@@ -239,8 +255,9 @@ def _asked_by(row: Any, key: str, location: Location) -> list[Message]:
 
 def _margin(row: Mapping[str, Any], location: Location) -> float | None:
     """By how much the chosen answer is better: `margin`, or the difference of the scores."""
+    keys = ("score_chosen", "score_rejected") if row.get("margin") is None else ("margin",)
     values = []
-    for key in ("margin",) if row.get("margin") is not None else ("score_chosen", "score_rejected"):
+    for key in keys:
         value = row.get(key)
         if value is None:
             return None
@@ -276,14 +293,12 @@ def stepwise(row: Any, location: Location) -> Sample:
     steps = [text(step, location.at("completions").at(i)) for i, step in enumerate(texts)]
     labels = list_field(row, "labels", location)
     if len(labels) != len(steps):
-        found = f"{len(labels)} labels for {len(steps)} steps"
+        found = f"{counted(len(labels), 'label')} for {counted(len(steps), 'step')}"
         raise DataError(location.at("labels"), found, "one label per step", "repair the row", "label_count")
     for i, label in enumerate(labels):
         if not isinstance(label, int | float) or not 0 <= label <= 1:
-            found = show(label)
-            raise DataError(
-                location.at("labels").at(i), found, "true, false or a number from 0 to 1", "repair the label"
-            )
+            here, expected = location.at("labels").at(i), "true, false or a number from 0 to 1"
+            raise DataError(here, show(label), expected, "repair the label")
     prompt = asked(_system(row, location) + _side(row, "prompt", location), location)
     answer = [assistant("\n".join(steps))]
     return {"prompt": prompt, "completion": answer, "steps": steps, "right": [float(label) for label in labels]}
@@ -314,7 +329,8 @@ def question_prompt(row: Any, location: Location) -> Sample:
     solution = text_field(row, "answer", location)
     _, mark, final = solution.rpartition("####")
     question = _instruction(row, location, "question", "input")
-    return {"prompt": asked(question, location), "answer": final.strip().replace(",", "") if mark else solution}
+    answer = final.strip().replace(",", "") if mark else solution
+    return {"prompt": asked(question, location), "answer": answer}
 
 
 def mt_bench(row: Any, location: Location) -> Sample:
@@ -344,19 +360,18 @@ def vision(row: Any, location: Location) -> Sample:
     images: list[str | bytes] = []
     turns = messages(field(row, key, location), location.at(key), images)
     listed = row.get("images") or row.get("image") or []
-    for i, image in enumerate(listed if isinstance(listed, list) else [listed]):
+    if not isinstance(listed, list):
+        listed = [listed]
+    for i, image in enumerate(listed):
         images.append(image_source(image, location.at("images").at(i)))
     turns = _system(row, location) + turns
     num_markers = sum(turn["content"].count(IMAGE) for turn in turns)
     if num_markers != len(images):
-        found = f"{num_markers} {IMAGE} markers and {len(images)} images"
+        found = f"{counted(num_markers, f'{IMAGE} marker')} and {counted(len(images), 'image')}"
         raise DataError(location, found, "one marker per image", "repair the text or the list", "image_count")
     grade = row.get("reward_model")
-    return {
-        "messages": turns,
-        "images": images,
-        "answer": _answer(grade["ground_truth"] if is_graded(grade) else None),
-    }
+    answer = _answer(grade["ground_truth"]) if is_graded(grade) else None
+    return {"messages": turns, "images": images, "answer": answer}
 
 
 def easy_vqa(row: Any, location: Location) -> Sample:

@@ -11,22 +11,17 @@ _REPR.maxlevel = 3
 
 @dataclass(frozen=True)
 class Location:
-    """A place in the data: a file, a row of it, and a key inside that row.
+    """A place in the data: a file, a row of it, and a key inside that row."""
 
-    Attributes:
-        path: the file (or whatever the user would recognise the source by).
-        row: 1-based; the line number in text formats, the element number elsewhere; None for the file as a whole.
-        key: the path inside the row, such as `messages[2].role`.
-    """
-
-    path: Path | str
-    row: int | None = None
-    key: str = ""
+    path: Path | str  # the file, or whatever the user would recognise the source by
+    row: int | None = None  # from 1: line in text formats, element elsewhere; None: the file as a whole
+    key: str = ""  # the path inside the row, such as `messages[2].role`
 
     def at(self, key: str | int) -> "Location":
         """The same place, one step deeper: a key of an object or an index of a list."""
-        step = f"[{key}]" if isinstance(key, int) else f".{key}" if self.key else key
-        return replace(self, key=self.key + step)
+        if isinstance(key, int):
+            return replace(self, key=f"{self.key}[{key}]")
+        return replace(self, key=f"{self.key}.{key}".removeprefix("."))
 
     def __str__(self) -> str:
         return str(self.path) if self.row is None else f"{self.path}:{self.row}"

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.read.errors import DataError, Location, show
 from llm_trainer.data.read.unpickle import safe_load
 
@@ -63,9 +64,8 @@ def read_rows(path: Path | str, text_unit: str = "auto", on_error: OnError | Non
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise _unreadable(file, f"damaged gzip data ({error})", "fetch or write the file again") from error
         if is_empty:
-            raise DataError(
-                Location(file), "no rows (the file is empty)", "at least one row", "remove or refill the file"
-            )
+            found = "no rows (the file is empty)"
+            raise DataError(Location(file), found, "at least one row", "remove or refill the file")
 
 
 def data_files(path: Path | str) -> list[Path]:
@@ -96,7 +96,8 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    name = path.stem if path.suffix.lower() == ".gz" else path.name
+    return Path(name).suffix.lower()
 
 
 def _raise(error: DataError) -> None:
@@ -118,9 +119,8 @@ def _open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
     with opener(path, "rb") as stream:
         head = stream.peek(4096)
         if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-            raise _unreadable(
-                path, "binary data or UTF-16", "convert it to UTF-8 text, or give the file its right suffix"
-            )
+            fix = "convert it to UTF-8 text, or give the file its right suffix"
+            raise _unreadable(path, "binary data or UTF-16", fix)
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
 
@@ -131,12 +131,14 @@ def _text_rows(path: Path, unit: str, on_error: OnError) -> Rows:
     with _open_text(path) as file:
         lines = _numbered_lines(file)
         if unit == "auto":
+            # the start of the file decides, and is then read again
             head, size = [], 0
             while size < MAX_DOCUMENT and (pair := next(lines, None)):
                 head.append(pair)
                 size += len(pair[1])
             has_blank_line = re.search(r"\n[^\S\n]*\n", "".join(line for _, line in head).strip())
-            lines, unit = chain(head, lines), "file" if has_blank_line else "line"
+            lines = chain(head, lines)
+            unit = "file" if has_blank_line else "line"
         for number, text in _documents(lines, unit):
             yield Location(path, number), {"text": text}
 
@@ -155,16 +157,20 @@ def _documents(lines: Iterable[tuple[int, str]], unit: str) -> Iterator[tuple[in
     first, size = 1, 0
     for number, line in lines:
         is_blank = not line.strip()
-        if not is_blank or document:
-            first = first if document else number
+        if not document:
+            first = number
+        if document or not is_blank:
             document.append(line)
             size += len(line)
         at_paragraph = is_blank and (unit == "paragraph" or size >= MAX_DOCUMENT)
         # text without paragraphs still has to be cut somewhere: at a line end
         if document and (unit == "line" or at_paragraph or size >= 2 * MAX_DOCUMENT):
-            yield first, "".join(document[:-1] if is_blank else document).rstrip("\n")
+            if is_blank:
+                document.pop()
+            yield first, "".join(document).rstrip("\n")
             document, size = [], 0
-    if text := "".join(document).rstrip("\n"):
+    text = "".join(document).rstrip("\n")
+    if text:
         yield first, text
 
 
@@ -210,7 +216,8 @@ def _document_rows(file: IO[str], path: Path) -> Rows:
         document = json.load(file)
     except json.JSONDecodeError as error:
         raise _bad_json(Location(path, error.lineno), error) from error
-    for number, row in enumerate(document if isinstance(document, list) else [document], start=1):
+    rows = document if isinstance(document, list) else [document]
+    for number, row in enumerate(rows, start=1):
         yield Location(path, number), row
 
 
@@ -225,8 +232,9 @@ def _bad_json(location: Location, error: json.JSONDecodeError) -> DataError:
 
 def _csv_rows(path: Path, unit: str, on_error: OnError) -> Rows:
     csv.field_size_limit(2**31 - 1)  # documents are longer than csv's default of 128 KiB a cell
+    delimiter = "\t" if _suffix(path) == ".tsv" else ","
     with _open_text(path, newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] = next(reader, [])
         line = reader.line_num + 1
         while True:
@@ -242,7 +250,7 @@ def _csv_rows(path: Path, unit: str, on_error: OnError) -> Rows:
                 yield location, dict(zip(header, cells, strict=True))
             elif cells:
                 fix = "quote cells that contain the delimiter, and give the file a header line"
-                on_error(DataError(location, f"{len(cells)} cells", f"{len(header)}, as in the header", fix))
+                on_error(DataError(location, counted(len(cells), "cell"), f"{len(header)}, as in the header", fix))
 
 
 def _parquet_rows(path: Path, unit: str, on_error: OnError) -> Rows:
@@ -253,11 +261,10 @@ def _parquet_rows(path: Path, unit: str, on_error: OnError) -> Rows:
         raise _unreadable(path, "a parquet file without pyarrow", "pip install 'llm_trainer[parquet]'") from error
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=256):  # rows in memory at a time
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Location(path, number), row
+            batches = file.iter_batches(batch_size=256)  # rows in memory at a time
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows, start=1):
+                yield Location(path, number), row
     except pyarrow.ArrowException as error:
         raise _unreadable(path, f"damaged parquet data ({error})", "fetch or write the file again") from error
 
@@ -278,25 +285,18 @@ _READERS: dict[str, Callable[[Path, str, OnError], Rows]] = {
 TokenKind = Literal["sequences", "preference", "prompt"]
 _COLUMNS: dict[TokenKind, tuple[str, ...]] = {  # the first column decides the kind
     "preference": ("chosen", "rejected"),
-    "prompt": ("prompt", "answer"),
+    "prompt": ("prompt", "answer"),  # the answer may be missing
     "sequences": ("input_ids",),
 }
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Rows of token ids that were made elsewhere.
-
-    Attributes:
-        path: the file.
-        kind: `"sequences"` (rows `{"input_ids"}`; a flat `.npy` is one long row), `"preference"`
-            (`{"chosen", "rejected"}`) or `"prompt"` (`{"prompt"}` and perhaps `{"answer"}`).
-        rows: a memory-mapped array `[rows, length]`, or what the pickle held; use `token_file[i]`.
-    """
+    """Rows of token ids that were made elsewhere; `token_file[i]` is row i."""
 
     path: Path
-    kind: TokenKind
-    rows: np.ndarray | Sequence[Any]
+    kind: TokenKind  # of the rows' columns, `_COLUMNS`; a flat .npy is one long row
+    rows: np.ndarray | Sequence[Any]  # a memory-mapped array [rows, length], or what the pickle held
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -349,11 +349,14 @@ def _load_npy(path: Path) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            is_npy, major = file.read(6) == b"\x93NUMPY", file.read(2)[:1]
-            length = int.from_bytes(file.read(2 if major == b"\x01" else 4), "little")
+            is_npy = file.read(6) == b"\x93NUMPY"
+            major = file.read(2)[:1]
+            size_of_length = 2 if major == b"\x01" else 4
+            length = int.from_bytes(file.read(size_of_length), "little")
             if not is_npy or length > 10_000:  # numpy's own bound on a header
                 raise ValueError("not a .npy header")
-            header = ast.literal_eval(file.read(length).decode("utf-8" if major == b"\x03" else "latin1"))
+            encoding = "utf-8" if major == b"\x03" else "latin1"
+            header = ast.literal_eval(file.read(length).decode(encoding))
             if header["descr"] == "|O":
                 return safe_load(path, offset=file.tell())
             if 0 in header["shape"]:
@@ -375,9 +378,9 @@ def _token_rows(value: Any, location: Location) -> np.ndarray | Sequence[Any]:
         is_columns = all(isinstance(column[0], list | tuple | np.ndarray) for column in value.values())
         if is_columns and len({len(column) for column in value.values()}) > 1:
             raise DataError(location, "columns of different lengths", "one entry per row in each", "repair the columns")
-        return (
-            [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)] if is_columns else [value]
-        )
+        if not is_columns:
+            return [value]
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if isinstance(value, list | tuple) and value and isinstance(value[0], int | np.integer):
         value = _token_ids(value, location)
     if isinstance(value, np.ndarray):
@@ -395,9 +398,9 @@ def _token_ids(value: Any, location: Location) -> np.ndarray:
     if isinstance(value, np.memmap):
         return value
     try:
-        ids = np.asarray(value if value is not None and len(value) else np.empty(0, np.int64))
+        ids = np.asarray(value) if len(value) else np.empty(0, np.int64)
     except (ValueError, TypeError):  # nested to different depths, or not a sequence
         ids = np.empty(0)
-    if value is None or ids.dtype.kind not in "iu" or ids.ndim != 1 or (ids.size and ids.min() < 0):
+    if ids.dtype.kind not in "iu" or ids.ndim != 1 or (ids.size and ids.min() < 0):
         raise DataError(location, show(value), "a flat list of non-negative integers", "store token ids")
     return ids

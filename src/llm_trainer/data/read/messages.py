@@ -5,6 +5,7 @@ Every function takes the `Location` of the value it reads, so an error names the
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Required, TypedDict
 
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location, show
@@ -130,17 +131,18 @@ def message(turn: Any, location: Location, images: list[Any] | None = None) -> M
         known = ", ".join(ROLE_ALIASES)
         fix = "rename the role, or add a line to llm_trainer.data.read.messages.ROLE_ALIASES"
         raise DataError(location.at(role_key), f"the role {show(alias)}", f"one of {known}", fix, "unknown_role")
+    # content and calls: one may be missing, not both
     content_key = "value" if "content" not in turn and "value" in turn else "content"
+    here = location.at(content_key)
     content, calls = turn.get(content_key), turn.get("tool_calls")
     if alias == "function_call":
-        content, calls = None, decoded(text(content, location.at(content_key)), location.at(content_key))
+        content, calls = None, decoded(text(content, here), here)
     tool_calls = _tool_calls(calls, location.at("tool_calls")) if calls else None
     if content is None and not tool_calls:
         field(turn, content_key, location)
-    result: Message = {
-        "role": ROLE_ALIASES[alias],
-        "content": "" if content is None else _content(content, location.at(content_key), images),
-    }
+    said = "" if content is None else _content(content, here, images)
+    result: Message = {"role": ROLE_ALIASES[alias], "content": said}
+    # optional keys
     for key, value in turn.items():
         own = _OWN_NAMES.get(key, key)
         if own not in _OPTIONAL or value is None:
@@ -172,21 +174,24 @@ def _part(part: Any, location: Location, images: list[Any] | None) -> str:
         return part
     kind = text_field(part, "type", location)
     if kind == "text":
-        return text_field(part, "text" if "text" in part else "value", location)
+        key = "text" if "text" in part else "value"
+        return text_field(part, key, location)
     if kind in ("image", "image_url") and images is not None:
         keys = [key for key in ("image", "image_url", "url", "path", "value") if key in part]
         if keys:  # a bare marker takes the next image of the row's own list
             images.append(image_source(part[keys[0]], location.at(keys[0])))
         return IMAGE
-    expected = "a text part" if images is None else "a text or image part"
-    fix = "train such rows as vision data: format 'vision'" if images is None else "remove the part"
+    expected, fix = "a text or image part", "remove the part"
+    if images is None:
+        expected, fix = "a text part", "train such rows as vision data: format 'vision'"
     raise DataError(location, f"a part of type {show(kind)}", expected, fix, "unsupported_part")
 
 
 def image_source(value: Any, location: Location) -> str | bytes:
     """Path, URL or bytes of an image, from itself or from `{"url" | "path" | "bytes": ...}`; bytes come first."""
     if isinstance(value, dict):
-        value = next((value[key] for key in ("bytes", "url", "path") if value.get(key)), value)
+        given = [value[key] for key in ("bytes", "url", "path") if value.get(key)]
+        value = given[0] if given else value
     if not isinstance(value, str | bytes):
         raise DataError(location, show(value), "a path, a URL or bytes", "repair the image reference", "wrong_type")
     return value
@@ -195,8 +200,9 @@ def image_source(value: Any, location: Location) -> str | bytes:
 def _tool_calls(value: Any, location: Location) -> list[dict[str, Any]]:
     """OpenAI-shaped calls; arguments become an object, because templates print them as JSON themselves."""
     value = decoded(value, location)
+    listed = value if isinstance(value, list) else [value]
     calls = []
-    for i, call in enumerate(value if isinstance(value, list) else [value]):
+    for i, call in enumerate(listed):
         here = location.at(i)
         function = call["function"] if isinstance(call, dict) and "function" in call else call
         name = text_field(function, "name", here)
@@ -218,9 +224,8 @@ def tool_schemas(value: Any, location: Location) -> list[dict[str, Any]] | None:
 
 def is_turns(value: Any) -> bool:
     """Whether a value is a list of turns, judged by the first; the others are checked when they are read."""
-    return (
-        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & {*value[0]})
-    )
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and not first.keys().isdisjoint(("role", "from"))
 
 
 def is_transcript(value: Any) -> bool:
@@ -261,8 +266,13 @@ def answered(turns: list[Message], location: Location) -> list[Message]:
     return turns
 
 
+def read_only(turns: Sequence[Message]) -> list[Message]:
+    """The same turns, none of which is trained on."""
+    return [{**turn, "loss_weight": 0.0} for turn in turns]  # type: ignore[typeddict-item]
+
+
 def up_to_last_answer(turns: list[Message]) -> list[Message]:
-    """The conversation without what comes after its last assistant turn: nobody answers that."""
+    """The conversation without what comes after its last assistant turn."""
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     return turns[: last + 1]
 

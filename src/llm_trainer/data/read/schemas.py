@@ -27,24 +27,18 @@ ROW = ""  # as a column: the row itself, for rows that are no objects
 
 @dataclass(frozen=True)
 class Schema:
-    """One format of rows.
+    """One format of rows."""
 
-    Attributes:
-        name: what `get_schema` knows it by.
-        kind: the canonical kind of its samples.
-        columns: column -> test that its value passes (None where the row lacks it); a row fits when all do.
-        convert: row, location -> its sample, or a list of samples.
-    """
-
-    name: str
-    kind: str
-    columns: Mapping[str, Test]
+    name: str  # what `get_schema` knows it by
+    kind: str  # the canonical kind of its samples
+    columns: Mapping[str, Test]  # column -> test that its value passes (None where it is missing); a row fits if all do
     convert: Callable[[Any, Location], Sample | list[Sample]]
 
     def fits(self, row: Any) -> bool:
         """Whether a row looks like this format; its contents may still be wrong."""
-        values = {key: row if key == ROW else row.get(key) if isinstance(row, dict) else None for key in self.columns}
-        return all(test(values[key]) for key, test in self.columns.items())
+        columns = dict(row) if isinstance(row, dict) else {}
+        columns[ROW] = row
+        return all(test(columns.get(key)) for key, test in self.columns.items())
 
     def samples(self, row: Any, location: Location) -> list[Sample]:
         """Every sample of a row: one, except for trees and tasks that hold several.
@@ -56,20 +50,11 @@ class Schema:
         converted = self.convert(row, location)
         return converted if isinstance(converted, list) else [converted]
 
-    def normalise(self, row: Any, location: Location) -> Sample:
-        """The sample of a row that holds one; use `samples` for formats whose rows hold several."""
-        samples = self.samples(row, location)
-        if len(samples) != 1:
-            raise DataError(location, f"{len(samples)} samples in one row", "one", "read the row with Schema.samples")
-        return samples[0]
-
 
 # --- tests of columns
 
 
-def has(**columns: Test) -> dict[str, Test]:
-    """Columns and what is true of their values."""
-    return columns
+has = dict[str, Test]  # columns, and what is true of their values
 
 
 def is_absent(value: Any) -> bool:
@@ -84,8 +69,9 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def is_strings(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+def list_of(*types: type) -> Test:
+    """A list with something in it, all of these types."""
+    return lambda value: isinstance(value, list) and bool(value) and all(isinstance(item, types) for item in value)
 
 
 def is_conversation(value: Any) -> bool:
@@ -105,10 +91,6 @@ def is_label(value: Any) -> bool:
     return str(value).lower() in read.LABELS
 
 
-def is_judgement(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
-
-
 def is_tree(value: Any) -> bool:
     return isinstance(value, dict) and {"text", "role", "replies"} <= value.keys()
 
@@ -121,112 +103,83 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], int)
 
 
-def is_message_list(row: Any) -> bool:
-    return isinstance(row, list) and is_turns(row)
-
-
 def has_images(row: Any) -> bool:
     """Whether a conversation has image parts, or a list of images beside it."""
-    columns: list[Any] = [row.get(key) for key in (*read.CONVERSATIONS, "prompt")] if isinstance(row, dict) else []
-    turns = [turn for column in columns if is_turns(column) for turn in column]
-    if not turns:
+    if not isinstance(row, dict):
         return False
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    is_part = any(isinstance(part, dict) and part.get("type") in ("image", "image_url") for part in parts)
-    return is_part or bool(row.get("images")) or bool(row.get("image"))
+    turns: list[Any] = []
+    for key in (*read.CONVERSATIONS, "prompt"):
+        if is_turns(row.get(key)):
+            turns += row[key]
+    if turns and (row.get("images") or row.get("image")):
+        return True
+    return any(_shows_image(turn.get("content")) for turn in turns if isinstance(turn, dict))
+
+
+def _shows_image(content: Any) -> bool:
+    parts = content if isinstance(content, list) else []
+    return any(isinstance(part, dict) and part.get("type") in ("image", "image_url") for part in parts)
 
 
 # --- the formats, most specific first: the first that fits is taken
 
 
+def _schema(name: str, kind: str, columns: Mapping[str, Test], convert: Callable[..., Any], **names: Any) -> Schema:
+    """A schema whose `convert` gets the names of the columns it reads."""
+    return Schema(name, kind, columns, partial(convert, **names))
+
+
 _PAIR = has(chosen=is_side, rejected=is_side)
+_TURNS = has(conversations=is_conversation)
+_MESSAGES = has(messages=is_conversation)
+_LABEL = has(label=is_label)
+_NO_LABEL = has(label=is_absent)
+_TRUTH = has(ground_truth=is_present)
+_QUESTION = has(question=is_text, answer=is_text)
+_STACK = has(question=is_text, response_j=is_text, response_k=is_text)
+_DOLLY = has(instruction=is_text, response=is_text)
 _answer = read.question_answer
 _ENTRIES = (
-    Schema("easy_vqa", "vision", {ROW: read.is_triple}, read.easy_vqa),
-    Schema("vision", "vision", {ROW: has_images}, read.vision),
-    Schema("hh", "preference", has(chosen=is_transcript, rejected=is_transcript), read.pair),
-    Schema(
-        "preference_sharegpt",
-        "preference",
-        has(conversations=is_conversation) | _PAIR,
-        partial(read.pair, ask="conversations"),
+    _schema("easy_vqa", "vision", {ROW: read.is_triple}, read.easy_vqa),
+    _schema("vision", "vision", {ROW: has_images}, read.vision),
+    _schema("hh", "preference", has(chosen=is_transcript, rejected=is_transcript), read.pair),
+    _schema("preference_sharegpt", "preference", _TURNS | _PAIR, read.pair, ask="conversations"),
+    _schema("preference_alpaca", "preference", has(instruction=is_text) | _PAIR, read.pair, ask="instruction"),
+    _schema("preference", "preference", has(prompt=is_prompt) | _PAIR, read.pair),
+    _schema("preference_dialogues", "preference", has(chosen=is_turns, rejected=is_turns), read.pair),
+    _schema("stack_exchange", "preference", _STACK, read.pair, ask="question", better="response_j", worse="response_k"),
+    _schema("kto", "unpaired", _MESSAGES | _LABEL, read.unpaired, key="messages"),
+    _schema("kto_sharegpt", "unpaired", _TURNS | _LABEL, read.unpaired, key="conversations"),
+    _schema("kto_prompt", "unpaired", has(prompt=is_prompt, completion=is_side) | _LABEL, read.unpaired, key="prompt"),
+    _schema(
+        "stepwise",
+        "process",
+        has(prompt=is_prompt, completions=list_of(str), labels=list_of(int, float)),
+        read.stepwise,
     ),
-    Schema("preference_alpaca", "preference", has(instruction=is_text) | _PAIR, partial(read.pair, ask="instruction")),
-    Schema("preference", "preference", has(prompt=is_prompt) | _PAIR, read.pair),
-    Schema("preference_dialogues", "preference", has(chosen=is_turns, rejected=is_turns), read.pair),
-    Schema(
-        "stack_exchange",
-        "preference",
-        has(question=is_text, response_j=is_text, response_k=is_text),
-        partial(read.pair, ask="question", better="response_j", worse="response_k"),
-    ),
-    Schema("kto", "unpaired", has(messages=is_conversation, label=is_label), partial(read.unpaired, key="messages")),
-    Schema(
-        "kto_sharegpt",
-        "unpaired",
-        has(conversations=is_conversation, label=is_label),
-        partial(read.unpaired, key="conversations"),
-    ),
-    Schema(
-        "kto_prompt",
-        "unpaired",
-        has(prompt=is_prompt, completion=is_side, label=is_label),
-        partial(read.unpaired, key="prompt"),
-    ),
-    Schema("stepwise", "process", has(prompt=is_prompt, completions=is_strings, labels=is_judgement), read.stepwise),
-    Schema("verl", "prompt", has(prompt=is_prompt, reward_model=read.is_graded), read.verl),
-    Schema(
-        "rlvr",
-        "prompt",
-        has(messages=is_conversation, ground_truth=is_present),
-        partial(read.prompt_row, key="messages", answer="ground_truth"),
-    ),
-    Schema("mt_bench", "prompt", has(turns=is_strings), read.mt_bench),
-    Schema("oasst", "chat", has(prompt=is_tree), partial(read.tree, best=True)),
-    Schema("oasst_all_paths", "chat", has(prompt=is_tree), partial(read.tree, best=False)),
-    Schema(
-        "sharegpt",
-        "chat",
-        has(conversations=is_conversation, chosen=is_absent, label=is_absent),
-        partial(read.conversation, key="conversations"),
-    ),
-    Schema(
-        "messages", "chat", has(messages=is_conversation, label=is_absent), partial(read.conversation, key="messages")
-    ),
-    Schema("message_list", "chat", {ROW: is_message_list}, read.bare_conversation),
-    Schema("seed_tasks", "chat", has(instruction=is_text, instances=is_instances), read.seed_task),
-    Schema(
-        "alpaca", "chat", has(instruction=is_text, output=is_text), partial(_answer, ask="instruction", answer="output")
-    ),
-    Schema(
-        "dolly",
-        "chat",
-        has(instruction=is_text, response=is_text),
-        partial(_answer, ask="instruction", answer="response", context="context"),
-    ),
-    Schema(
-        "question_answer",
-        "chat",
-        has(question=is_text, answer=is_text),
-        partial(_answer, ask="question", answer="answer"),
-    ),
-    Schema(
-        "prompt_response",
-        "chat",
-        has(prompt=is_text, response=is_text),
-        partial(_answer, ask="prompt", answer="response"),
-    ),
-    Schema("mbpp", "chat", has(text=is_text, code=is_text), partial(_answer, ask="text", answer="code")),
-    Schema("prompt_completion_turns", "chat", has(prompt=is_turns, completion=is_side), read.completed_turns),
-    Schema("prompt_completion", "completion", has(prompt=is_text, completion=is_text), read.completion),
-    Schema("question_prompt", "prompt", has(question=is_text, answer=is_text), read.question_prompt),
-    Schema("prompt", "prompt", has(prompt=is_prompt), read.prompt_row),
-    Schema("token_ids", "tokens", has(input_ids=is_ids), read.token_ids),
-    Schema("paragraphs", "text", has(paragraphs=is_strings), partial(read.passages, key="paragraphs")),
-    Schema("content_lines", "text", has(content=is_strings), partial(read.passages, key="content")),
-    Schema("text", "text", has(text=is_text, code=is_absent), read.text_row),
-    Schema("content", "text", has(content=is_text, role=is_absent), partial(read.text_row, key="content")),
+    _schema("verl", "prompt", has(prompt=is_prompt, reward_model=read.is_graded), read.verl),
+    _schema("rlvr", "prompt", _MESSAGES | _TRUTH, read.prompt_row, key="messages", answer="ground_truth"),
+    _schema("mt_bench", "prompt", has(turns=list_of(str)), read.mt_bench),
+    _schema("oasst", "chat", has(prompt=is_tree), read.tree, best=True),
+    _schema("oasst_all_paths", "chat", has(prompt=is_tree), read.tree, best=False),
+    _schema("sharegpt", "chat", _TURNS | has(chosen=is_absent) | _NO_LABEL, read.conversation, key="conversations"),
+    _schema("messages", "chat", _MESSAGES | _NO_LABEL, read.conversation, key="messages"),
+    _schema("message_list", "chat", {ROW: is_turns}, read.bare_conversation),
+    _schema("seed_tasks", "chat", has(instruction=is_text, instances=is_instances), read.seed_task),
+    _schema("alpaca", "chat", has(instruction=is_text, output=is_text), _answer, ask="instruction", answer="output"),
+    _schema("dolly", "chat", _DOLLY, _answer, ask="instruction", answer="response", context="context"),
+    _schema("question_answer", "chat", _QUESTION, _answer, ask="question", answer="answer"),
+    _schema("prompt_response", "chat", has(prompt=is_text, response=is_text), _answer, ask="prompt", answer="response"),
+    _schema("mbpp", "chat", has(text=is_text, code=is_text), _answer, ask="text", answer="code"),
+    _schema("prompt_completion_turns", "chat", has(prompt=is_turns, completion=is_side), read.completed_turns),
+    _schema("prompt_completion", "completion", has(prompt=is_text, completion=is_text), read.completion),
+    _schema("question_prompt", "prompt", _QUESTION, read.question_prompt),
+    _schema("prompt", "prompt", has(prompt=is_prompt), read.prompt_row),
+    _schema("token_ids", "tokens", has(input_ids=is_ids), read.token_ids),
+    _schema("paragraphs", "text", has(paragraphs=list_of(str)), read.passages, key="paragraphs"),
+    _schema("content_lines", "text", has(content=list_of(str)), read.passages, key="content"),
+    _schema("text", "text", has(text=is_text, code=is_absent), read.text_row),
+    _schema("content", "text", has(content=is_text, role=is_absent), read.text_row, key="content"),
 )
 SCHEMAS: dict[str, Schema] = {schema.name: schema for schema in _ENTRIES}
 
@@ -246,7 +199,8 @@ def known_name(name: str, known: Iterable[str], what: str) -> str:
     Raises:
         ValueError: it is not; names the nearest.
     """
-    if name in (names := list(known)):
+    names = list(known)
+    if name in names:
         return name
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     raise ValueError(f"unknown {what} {name!r}; did you mean {nearest!r}? known: {', '.join(names)}")
@@ -270,24 +224,28 @@ def recognise(rows: Iterable[tuple[Location, Any]], accepts: Sequence[str] = ())
     sample: Sequence[tuple[Location, Any]] = list(rows)
     if not sample:
         raise ValueError("no rows to recognise a format by; give at least one")
-    fitting = [s for s in SCHEMAS.values() if 2 * sum(s.fits(row) for _, row in sample) > len(sample)]
+    fitting = []
+    for schema in SCHEMAS.values():
+        num_fitting = sum(schema.fits(row) for _, row in sample)
+        if 2 * num_fitting > len(sample):
+            fitting.append(schema)
     if not fitting:
         raise _unrecognised(*sample[0])
-    wanted = [schema for kind in accepts for schema in fitting if schema.kind == kind]
+    wanted = [schema for schema in fitting if schema.kind in accepts]
     if not wanted or fitting[0].kind == "vision":
         return fitting[0]
-    return wanted[0]
+    return min(wanted, key=lambda schema: accepts.index(schema.kind))
 
 
 def _unrecognised(location: Location, row: Any) -> DataError:
     if not isinstance(row, dict):
-        expected = "an object, or a list of messages"
-        return DataError(
-            location, show(row), expected, "give every row the columns of a known format", "unknown_format"
-        )
-    named = {name: [key for key in schema.columns if key != ROW] for name, schema in SCHEMAS.items()}
-    overlap = {name: len({*keys} & row.keys()) / len(keys) for name, keys in named.items() if keys}
+        fix = "give every row the columns of a known format"
+        return DataError(location, show(row), "an object, or a list of messages", fix, "unknown_format")
+    overlap = {}
+    for name, schema in SCHEMAS.items():
+        if ROW not in schema.columns:
+            overlap[name] = len(schema.columns.keys() & row.keys()) / len(schema.columns)
     nearest = sorted(overlap, key=lambda name: -overlap[name])[:3]
-    formats = "; ".join(f"'{name}' ({', '.join(named[name])})" for name in nearest)
+    formats = "; ".join(f"'{name}' ({', '.join(SCHEMAS[name].columns)})" for name in nearest)
     found, expected = f"the columns {', '.join(row) or '(none)'}", f"a known format, such as {formats}"
     return DataError(location, found, expected, "rename the columns, or name the format yourself", "unknown_format")

@@ -80,7 +80,7 @@ def test_a_cut_answer_keeps_the_steps_that_fit(chat: ChatFormat, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"labels": [True]}, "1 labels for 2 steps"),
+        ({"labels": [True]}, "1 label for 2 steps"),
         ({"labels": [True, 2]}, r"labels\[1\].*true, false or a number from 0 to 1"),
         ({"prompt": ""}, "no row to train on"),
     ],
