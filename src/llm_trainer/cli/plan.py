@@ -88,7 +88,10 @@ def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float |
 def _table(found: list[Choice], chosen: Choice | None, budget: float | None) -> list[str]:
     """One line per choice: GB by purpose with the run's own micro-batch, then the fastest way that fits."""
     memories = [asdict(choice.memory) for choice in found]
-    purposes = [purpose for purpose in memories[0] if any(memory[purpose] for memory in memories)]
+    purposes = []
+    for purpose in memories[0]:
+        if any(memory[purpose] for memory in memories):
+            purposes.append(purpose)
     way = ["", "strategy", "recompute", "logits"]
     speed = ["batch", "step s", "wait", "MFU", "tokens/s", "days"]
     lines = [[*way, *purposes, "GB", "rows", *speed]]
@@ -134,7 +137,8 @@ def _aligned(lines: Sequence[Sequence[str]], num_left: int) -> list[str]:
     for line in lines:
         cells = []
         for index, (text, width) in enumerate(zip(line, widths, strict=True)):
-            cells.append(text.ljust(width) if index < num_left else text.rjust(width))
+            aligned_text = text.ljust(width) if index < num_left else text.rjust(width)
+            cells.append(aligned_text)
         aligned.append("  ".join(cells))
     return aligned
 

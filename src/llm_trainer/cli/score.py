@@ -127,7 +127,9 @@ def score_file(
                     kept.append((location.row, answers, _labels_of(sample)))
 
         # 2. their rewards, all at once
-        every_answer = [answer for _, answers, _ in kept for answer in answers.values()]
+        every_answer: list[Answer] = []
+        for _, answers, _ in kept:
+            every_answer += answers.values()
         rewards = iter(judge.rewards(every_answer, batch_size))
 
         # 3. back to their samples

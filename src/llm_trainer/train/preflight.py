@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.plan.gpus import half_peak
-from llm_trainer.state import Horizon, Progress
+from llm_trainer.train.loop import Work
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -84,6 +83,13 @@ class Size:
             optimizer_bytes=state_bytes(optimizer),
             flops_per_token=flops,
         )
+
+
+def mfu_per_rate(size: Size, engine: Engine) -> float | None:
+    """MFU at one token per second over all processes; None for modules whose FLOPs are not known."""
+    if size.flops_per_token is None:
+        return None
+    return size.flops_per_token / (peak_flops(engine) * dist.num_processes())
 
 
 def mean_row_length(source: StepSource) -> int | None:
@@ -171,33 +177,20 @@ def describe_rate(scheduler: Any, learning_rate: float) -> str:
     return scheduler.describe() if isinstance(scheduler, Scheduler) else f"{learning_rate:g}"
 
 
-def describe_processes() -> str:
-    """How many train together."""
-    count = dist.num_processes()
-    return "1 process" if count == 1 else f"{count} processes"
-
-
-def facts(
-    trainer: Algorithm,
-    engine: Engine,
-    source: StepSource,
-    size: Size,
-    settings: "Settings",
-    accumulation: int,
-    horizon: Horizon,
-    progress: Progress,
-) -> dict[str, str]:
+def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> dict[str, str]:
     """What is about to happen, by name: model, batch-size equation, steps, precision, expected memory."""
-    model, optimizer, steps = trainer.base_model, trainer.optimizer, horizon.total()
+    trainer, engine, source = work.algorithm, work.engine, work.source
+    model, count, steps = trainer.base_model, dist.num_processes(), work.horizon.total()
+    processes = "1 process" if count == 1 else f"{count} processes"
     memory = expected_memory(size, model, engine, source, settings)
-    learning_rate = float(optimizer.param_groups[0]["lr"])
+    learning_rate = float(trainer.optimizer.param_groups[0]["lr"])
     return {
         "trainer": f"{type(trainer).__name__} of {type(model).__name__}",
         "parameters": describe_size(size),
         "batch": describe_batch(source, accumulation),
-        "steps": "unknown" if steps is None else f"{steps:,}, from step {progress.step:,}",
+        "steps": "unknown" if steps is None else f"{steps:,}, from step {work.run.progress.step:,}",
         "learning rate": describe_rate(trainer.scheduler, learning_rate),
-        "engine": f"{type(engine).__name__}, {describe_processes()}",
+        "engine": f"{type(engine).__name__}, {processes}",
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),
     }

@@ -112,7 +112,9 @@ class RewardTrainer(BaseTrainer):
         if "step_labels" in batch:
             return to_device(batch, self.device)
         rows = join(batch, SIDES)
-        return to_device(share_prompts(rows) if self.shares_prompts else rows, self.device)
+        if self.shares_prompts:
+            rows = share_prompts(rows)
+        return to_device(rows, self.device)
 
     def _forward(self, batch: Batch) -> Tensor:
         """`[2B]` rewards, the chosen answers' first; of judged steps one per token, like `input_ids`."""
