@@ -38,7 +38,6 @@ class Run:
         source: where they come from.
         val_sources: validation data by name.
         progress: where the run stands.
-        work: what a driver is given.
         driver: the loop, or another library's.
     """
 
@@ -95,15 +94,14 @@ class Run:
         # Where the run stands, and what it remembers between two log lines.
         self.progress = Progress()
         self.signals = Signals()
-        self.stop_requested = False
-        self.new_best = False
+        self.stop_requested = self.new_best = False
         self.values: dict[str, float] = {}
+        self._last_batch: Any = None
         self._metrics = Metrics(self.engine.device)
         self._clock = Clock()
         self._reporter = Reporter(dist.is_main())
-        self.checkpoints = snapshot.Checkpoints(
-            self.engine, self.save_dir, settings.checkpoints_to_keep, self._reporter.warn
-        )
+        keep = settings.checkpoints_to_keep
+        self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)
         self.machine = RunMachine(self.engine, settings, self.progress, self._metrics)
         self._max_grad_norm = max_grad_norm
 
@@ -191,6 +189,7 @@ class Run:
         progress.learning_rate = float(first_group["lr"])  # the one that the step was taken with
         progress.lines = []
         self._clock.add(done.tokens, done.seconds)
+        self._last_batch = done.batches[-1].batch
         self.new_best = False
         self.stop_requested = self.stop_requested or done.stop
         if done.finite:
@@ -299,6 +298,9 @@ class Run:
             return
         mfu_per_rate = preflight.mfu_per_rate(self.size, self.engine)
         self.write(values | self._clock.read(self.progress, self.source.size(), mfu_per_rate))
+        words = "" if self._last_batch is None else self.trainer._get_extra_log_info(self._last_batch)
+        if words:
+            self.say(f"step {self.progress.step:,}  {words}")
 
     def _evaluate(self) -> None:
         """Evaluate; remember the best, lower a plateau schedule, stop early after too many evaluations without progress."""

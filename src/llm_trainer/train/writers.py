@@ -134,7 +134,6 @@ class TextLog:
             self._lr.append(f"step={step} learning_rate={values['learning_rate']:.8g}")
 
     def close(self) -> None:
-        """Closes both files."""
         self._log.close()
         self._lr.close()
 
@@ -152,7 +151,6 @@ class JsonLines:
         self._file.append(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, ensure_ascii=False))
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
@@ -168,13 +166,11 @@ class TensorBoard:
         self._events: Any = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one scalar per metric."""
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
 
     def close(self) -> None:
-        """Closes the event file."""
         self._events.close()
 
 
@@ -193,11 +189,9 @@ class WandB:
         self._run: Any = wandb.init(project="llm_trainer", dir=str(folder), config=dict(config or {}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs the metrics of a step."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Ends the run."""
         self._run.finish()
 
 
