@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llm_trainer.config.errors import counted
 from llm_trainer.config.load import load_config
 from llm_trainer.config.registry import algorithm
 from llm_trainer.config.table import key_of
@@ -77,7 +78,7 @@ def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float |
         length = f"{budget:,.0f} tokens"
     return [
         f"model  {shape.num_parameters:,} parameters, {shape.num_layers} layers of width {shape.hidden_size:,}",
-        f"step   {job.rows:,} rows x {cluster.devices:,} GPUs x {sequences} tokens "
+        f"step   {counted(job.rows, 'row')} x {counted(cluster.devices, 'GPU')} x {sequences} tokens "
         f"= {rows * job.sample_tokens:,} tokens (padding counts as tokens), in {job.precision}",
         f"GPUs   {cluster.devices:,} x {gpu.chip}: {usable(cluster) / 1e9:.1f} GB each ({RESERVE:.0%} are left free), "
         f"{peak / 1e12:.0f} TFLOP/s at {mfu:.0%}, {cluster.bandwidth / 1e9:.0f} GB/s between them",

@@ -14,6 +14,7 @@ import typer
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, EncodedChat
 from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.data.kinds.process import ProcessFormat
@@ -56,7 +57,7 @@ class Judge:
 
     def encode(self, kind: str, sample: dict[str, Any], location: Location) -> dict[str, Answer]:
         """The answers of a sample as ids, up to the last token of the answer, where training reads the reward."""
-        if kind == "steps":
+        if kind == "process":
             return {"steps": self.steps.encode(sample["prompt"], sample["steps"])}
         answers = {}
         for name, encoded in self._conversations(kind, sample).items():
@@ -168,14 +169,16 @@ def _summary_of_pairs(chosen: Sequence[float], rejected: Sequence[float]) -> str
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
     accuracy = sum(margin > 0 for margin in margins) / len(margins)
     return (
-        f"{len(margins):,} pairs: accuracy {accuracy:.1%}, margin mean {statistics.fmean(margins):.4f} and median "
+        f"{counted(len(margins), 'pair')}: accuracy {accuracy:.1%}, margin mean {statistics.fmean(margins):.4f} and median "
         f"{statistics.median(margins):.4f}, chosen {statistics.fmean(chosen):.4f}, "
         f"rejected {statistics.fmean(rejected):.4f}"
     )
 
 
 def _summary_of_answers(scores: Sequence[float], labels: Sequence[Labels]) -> str:
-    text = f"{len(scores):,} answers: mean {statistics.fmean(scores):.4f}, {min(scores):.4f} to {max(scores):.4f}"
+    text = (
+        f"{counted(len(scores), 'answer')}: mean {statistics.fmean(scores):.4f}, {min(scores):.4f} to {max(scores):.4f}"
+    )
     for label, name in ((1.0, "good"), (0.0, "bad")):
         labelled = [score for score, given in zip(scores, labels, strict=True) if given == [label]]
         if labelled:
@@ -195,8 +198,9 @@ def _summary_of_steps(scores: list[list[float]], labels: list[list[float]]) -> s
             agrees.append((score > 0.5) == (label > 0.5))
         agreements += agrees
         answers_that_agree += all(agrees)
+    answers, steps = counted(len(scores), "answer"), counted(len(agreements), "step")
     text = (
-        f"{len(scores):,} answers, {len(agreements):,} steps: accuracy {statistics.fmean(agreements):.1%}, every step of "
+        f"{answers}, {steps}: accuracy {statistics.fmean(agreements):.1%}, every step of "
         f"{answers_that_agree / len(scores):.1%} of the answers"
     )
     for right, name in ((True, "right"), (False, "wrong")):
@@ -219,7 +223,7 @@ def score(
     judge = Judge(folder, tokenizer)
     kinds: tuple[str, ...] = ("chat", "completion", "preference", "unpaired")
     if judge.judges_steps:
-        kinds = ("steps",)
+        kinds = ("process",)
     if known.kind not in kinds:
         expected = f"what this model judges: {' or '.join(kinds)} rows"
         fix = "choose another file, or force its schema with --schema"
@@ -241,7 +245,7 @@ def score(
     # 3. all rows together
     typer.echo(summary(scores, labels))
     for reason, count in left_out.items():
-        typer.echo(f"left out: {count:,} rows ({reason})")
+        typer.echo(f"left out: {counted(count, 'row')} ({reason})")
 
 
 def _for_json(values: Scores) -> dict[str, list[float] | float]:

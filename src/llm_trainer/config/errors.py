@@ -37,6 +37,14 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message has one line per mistake."""
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`, `2 batches`."""
+    if number == 1:
+        return f"1 {noun}"
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def fields_of(section: type) -> Mapping[str, FieldInfo]:
     """The fields of a configuration class by name, with their types, bounds and descriptions."""
     return section.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]

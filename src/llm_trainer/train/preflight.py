@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
@@ -114,11 +115,7 @@ def describe_size(size: Size) -> str:
 
 
 def expected_memory(
-    size: Size,
-    model: nn.Module,
-    engine: Engine,
-    source: StepSource,
-    settings: "Settings",
+    size: Size, model: nn.Module, engine: Engine, source: StepSource, settings: "Settings"
 ) -> dict[str, float]:
     """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where their formula is known."""
     weights, gradients, states = engine.shard_fractions()
@@ -161,13 +158,14 @@ def describe_memory(memory: Mapping[str, float]) -> str:
 
 def describe_batch(source: StepSource, accumulation: int) -> str:
     """What an optimizer step consists of, as an equation."""
-    ranks = dist.world_size()
+    ranks = counted(dist.world_size(), "rank")
     if not isinstance(source, SampleStream):
-        return f"{accumulation} micro-batches x {ranks} ranks = {accumulation * ranks} micro-batches per step"
-    rows = f"{source.batch_size} rows x {accumulation} accumulation x {ranks} ranks = {source.rows_per_step} rows"
-    tokens = source.rows_per_step * float(source.dataset.lengths.mean())
-    budget = f", cut by {source.micro_batch_tokens:,} tokens" if source.micro_batch_tokens else ""
-    return f"{rows} = {human(tokens, 'tokens')} per step{budget}"
+        in_all = counted(accumulation * dist.world_size(), "micro-batch")
+        return f"{counted(accumulation, 'micro-batch')} x {ranks} = {in_all} per step"
+    rows, in_all = counted(source.batch_size, "row"), counted(source.rows_per_step, "row")
+    tokens = human(source.rows_per_step * float(source.dataset.lengths.mean()), "tokens")
+    budget = f", micro-batches of {source.micro_batch_tokens:,} tokens" if source.micro_batch_tokens else ""
+    return f"{rows} x {accumulation} accumulation x {ranks} = {in_all} = {tokens} per step{budget}"
 
 
 def describe_rate(scheduler: Any, learning_rate: float) -> str:
@@ -180,8 +178,8 @@ def describe_rate(scheduler: Any, learning_rate: float) -> str:
 def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> dict[str, str]:
     """What is about to happen, by name: model, batch-size equation, steps, precision, expected memory."""
     trainer, engine, source = work.algorithm, work.engine, work.source
-    model, count, steps = trainer.base_model, dist.num_processes(), work.horizon.total()
-    processes = "1 process" if count == 1 else f"{count} processes"
+    model, steps = trainer.base_model, work.horizon.total()
+    processes = counted(dist.num_processes(), "process")
     memory = expected_memory(size, model, engine, source, settings)
     learning_rate = float(trainer.optimizer.param_groups[0]["lr"])
     return {

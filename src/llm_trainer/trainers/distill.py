@@ -35,9 +35,7 @@ if TYPE_CHECKING:
     from llm_trainer.trainers.building import Build
 
 Teacher = Callable[[Batch], TeacherLogits]  # a batch -> its logits before each supervised label
-LogitsProvider = Callable[
-    [Tensor, Tensor], Tensor
-]  # input_ids [B, L], attention_mask [B, L] -> logits [B, L, V or more]
+LogitsProvider = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask [B, L] -> logits [B, L, V or more]
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}  # the ends of GKD's beta; `jsd` lies between them
 # Elements of one chunk of logits; about six arrays of this size exist at once (128 MiB each in float32).
 CHUNK_ELEMENTS = 2**25

@@ -43,12 +43,7 @@ class RewardTrainer(BaseTrainer):
     rows = ("pairs", "process")
 
     def __init__(
-        self,
-        *args: Any,
-        center_coef: float = 0.0,
-        use_margin: bool = True,
-        share_prompts: bool = True,
-        **kwargs: Any,
+        self, *args: Any, center_coef: float = 0.0, use_margin: bool = True, share_prompts: bool = True, **kwargs: Any
     ) -> None:
         self.center_coef, self.use_margin = center_coef, use_margin
         self._micro_batch_tokens = kwargs.get("micro_batch_tokens")
