@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.optim.optimizers import state_bytes
+from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
 from llm_trainer.train.loop import Work
 
@@ -168,26 +169,21 @@ def describe_batch(source: StepSource, accumulation: int) -> str:
     return f"{rows} x {accumulation} accumulation x {ranks} = {in_all} = {tokens} per step{budget}"
 
 
-def describe_rate(scheduler: Any, learning_rate: float) -> str:
-    """The learning rate over time where the schedule can tell, else as it is now."""
-    from llm_trainer.optim.schedules import Scheduler
-
-    return scheduler.describe() if isinstance(scheduler, Scheduler) else f"{learning_rate:g}"
-
-
 def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> dict[str, str]:
     """What is about to happen, by name: model, batch-size equation, steps, precision, expected memory."""
     trainer, engine, source = work.algorithm, work.engine, work.source
     model, steps = trainer.base_model, work.horizon.total()
     processes = counted(dist.num_processes(), "process")
     memory = expected_memory(size, model, engine, source, settings)
-    learning_rate = float(trainer.optimizer.param_groups[0]["lr"])
+    learning_rate = f"{float(trainer.optimizer.param_groups[0]['lr']):g}"
+    if isinstance(trainer.scheduler, Scheduler):
+        learning_rate = trainer.scheduler.describe()
     return {
         "trainer": f"{type(trainer).__name__} of {type(model).__name__}",
         "parameters": describe_size(size),
         "batch": describe_batch(source, accumulation),
         "steps": "unknown" if steps is None else f"{steps:,}, from step {work.run.progress.step:,}",
-        "learning rate": describe_rate(trainer.scheduler, learning_rate),
+        "learning rate": learning_rate,
         "engine": f"{type(engine).__name__}, {processes}",
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),

@@ -133,7 +133,7 @@ class Checkpoints:
         engine: gathers and restores weights and optimizer state.
         save_dir: their folder; also of best_model.pt, and of the shards of a save in progress.
         keep: newest checkpoints that rotation leaves.
-        warn: told of damaged checkpoints that are skipped.
+        warn: called with a message about damaged checkpoints that are skipped.
     """
 
     def __init__(self, engine: Engine, save_dir: Path, keep: int, warn: Callable[[str], None]) -> None:

@@ -19,7 +19,7 @@ def default_reference(model: nn.Module) -> nn.Module:
 
 
 def reference_of(model: nn.Module, trainer: Algorithm, policy: ScoredModel) -> ScoredModel | AdaptersOff:
-    """`model` scored, frozen and placed as the policy is: both must round alike.
+    """`model` scored, frozen and on the device as the policy is: both must round alike.
 
     Where it is the trained model itself, it is that with its adapters off.
     """
