@@ -4,17 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_trainer.config.registry import register_algorithm
-    from llm_trainer.config.section import config_section
-    from llm_trainer.optim.optimizers import configure_optimizer, create_optimizer, get_parameter_groups
-    from llm_trainer.train.hooks import Hook
-    from llm_trainer.trainers import create_trainer, get_trainer_class
-    from llm_trainer.trainers.base import BaseTrainer
-    from llm_trainer.trainers.distill import Distillation
-    from llm_trainer.trainers.language import PretrainTrainer, SFTTrainer, Trainer
-    from llm_trainer.trainers.preference import DPOTrainer
-    from llm_trainer.trainers.reward import RewardTrainer
-    from llm_trainer.trainers.unpaired import KTOTrainer
+    from llm_trainer.config.registry import register_algorithm as register_algorithm
+    from llm_trainer.config.section import config_section as config_section
+    from llm_trainer.optim.optimizers import configure_optimizer as configure_optimizer
+    from llm_trainer.optim.optimizers import create_optimizer as create_optimizer
+    from llm_trainer.optim.optimizers import get_parameter_groups as get_parameter_groups
+    from llm_trainer.train.hooks import Hook as Hook
+    from llm_trainer.trainers import create_trainer as create_trainer
+    from llm_trainer.trainers import get_trainer_class as get_trainer_class
+    from llm_trainer.trainers.base import BaseTrainer as BaseTrainer
+    from llm_trainer.trainers.distill import Distillation as Distillation
+    from llm_trainer.trainers.language import PretrainTrainer as PretrainTrainer
+    from llm_trainer.trainers.language import SFTTrainer as SFTTrainer
+    from llm_trainer.trainers.language import Trainer as Trainer
+    from llm_trainer.trainers.preference import DPOTrainer as DPOTrainer
+    from llm_trainer.trainers.reward import RewardTrainer as RewardTrainer
+    from llm_trainer.trainers.unpaired import KTOTrainer as KTOTrainer
 
 __version__ = "0.1.0"
 
@@ -37,24 +42,7 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "config_section": "llm_trainer.config.section",
 }
 
-__all__ = [
-    "BaseTrainer",
-    "DPOTrainer",
-    "Distillation",
-    "Hook",
-    "KTOTrainer",
-    "PretrainTrainer",
-    "RewardTrainer",
-    "SFTTrainer",
-    "Trainer",
-    "config_section",
-    "configure_optimizer",
-    "create_optimizer",
-    "create_trainer",
-    "get_parameter_groups",
-    "get_trainer_class",
-    "register_algorithm",
-]
+__all__ = [*_WHERE]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The values that pass between the data, the loop and the run: where a run stands, and what a step takes and gives."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,17 @@ class Progress:
         """Count a finished epoch; the next one begins at its first sample."""
         self.epoch += 1
         self.position = 0
+
+    def note_loss(self, loss: float, min_delta: float) -> bool:
+        """Note a validation loss; whether it is the lowest so far, by more than `min_delta`."""
+        best = math.inf if self.best_loss is None else self.best_loss
+        is_best = loss < best - min_delta  # never where it is NaN
+        if is_best:
+            self.best_loss, self.best_step = loss, self.step
+            self.evals_without_progress = 0
+        else:
+            self.evals_without_progress += 1
+        return is_best
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in JSON types."""

@@ -18,4 +18,6 @@ def typed(name: str = "llm-trainer") -> str:
     if not ours.exists() or (on_path is not None and ours.samefile(on_path)):
         return name
     here = Path.cwd()
-    return str(ours.relative_to(here) if ours.is_relative_to(here) else ours)
+    if ours.is_relative_to(here):
+        ours = ours.relative_to(here)
+    return str(ours)

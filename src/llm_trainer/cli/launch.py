@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from llm_trainer.config.env import environment, set_default
-from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.errors import ConfigError, counted
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.train.signals import EXIT_INTERRUPTED
@@ -50,8 +50,8 @@ class Machine:
         return cls(torch.cuda.device_count(), os.cpu_count() or 1, find_spec("deepspeed") is not None)
 
     def __str__(self) -> str:
-        gpus = {0: "no GPU", 1: "1 GPU"}.get(self.num_gpus, f"{self.num_gpus} GPUs")
-        cores = {1: "1 CPU core"}.get(self.num_cores, f"{self.num_cores} CPU cores")
+        gpus = counted(self.num_gpus, "GPU") if self.num_gpus else "no GPU"
+        cores = counted(self.num_cores, "CPU core")
         deepspeed = "DeepSpeed installed" if self.deepspeed else "DeepSpeed not installed"
         return f"{gpus}, {cores}, {deepspeed}"
 

@@ -72,7 +72,7 @@ commands = LazyCommands(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Errors that users can fix are one message, without a stack trace."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     wanted = [argument for argument in given if argument != TRACEBACK]
     try:
         commands.main(args=wanted, prog_name="llm-trainer", obj=given)
@@ -84,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if type(error) is ValueError:
             hint = f"\n({TRACEBACK} shows where this came from)"
         print(f"error: {error}{hint}", file=sys.stderr)
-        is_users = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | PermissionError)
-        sys.exit(2 if is_users else 1)
+        if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | PermissionError):
+            sys.exit(2)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llm_trainer.config.errors import counted
 from llm_trainer.config.load import load_config
 from llm_trainer.config.registry import algorithm
 from llm_trainer.config.table import key_of
@@ -77,7 +78,7 @@ def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float |
         length = f"{budget:,.0f} tokens"
     return [
         f"model  {shape.num_parameters:,} parameters, {shape.num_layers} layers of width {shape.hidden_size:,}",
-        f"step   {job.rows:,} rows x {cluster.devices:,} GPUs x {sequences} tokens "
+        f"step   {counted(job.rows, 'row')} x {counted(cluster.devices, 'GPU')} x {sequences} tokens "
         f"= {rows * job.sample_tokens:,} tokens (padding counts as tokens), in {job.precision}",
         f"GPUs   {cluster.devices:,} x {gpu.chip}: {usable(cluster) / 1e9:.1f} GB each ({RESERVE:.0%} are left free), "
         f"{peak / 1e12:.0f} TFLOP/s at {mfu:.0%}, {cluster.bandwidth / 1e9:.0f} GB/s between them",
@@ -88,7 +89,10 @@ def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float |
 def _table(found: list[Choice], chosen: Choice | None, budget: float | None) -> list[str]:
     """One line per choice: GB by purpose with the run's own micro-batch, then the fastest way that fits."""
     memories = [asdict(choice.memory) for choice in found]
-    purposes = [purpose for purpose in memories[0] if any(memory[purpose] for memory in memories)]
+    purposes = []
+    for purpose in memories[0]:
+        if any(memory[purpose] for memory in memories):
+            purposes.append(purpose)
     way = ["", "strategy", "recompute", "logits"]
     speed = ["batch", "step s", "wait", "MFU", "tokens/s", "days"]
     lines = [[*way, *purposes, "GB", "rows", *speed]]
@@ -134,7 +138,8 @@ def _aligned(lines: Sequence[Sequence[str]], num_left: int) -> list[str]:
     for line in lines:
         cells = []
         for index, (text, width) in enumerate(zip(line, widths, strict=True)):
-            cells.append(text.ljust(width) if index < num_left else text.rjust(width))
+            aligned_text = text.ljust(width) if index < num_left else text.rjust(width)
+            cells.append(aligned_text)
         aligned.append("  ".join(cells))
     return aligned
 

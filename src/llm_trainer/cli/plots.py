@@ -91,7 +91,8 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
         if not math.isnan(value):
             mean = weight * mean + (1 - weight) * value
             mass = weight * mass + (1 - weight)
-        result.append(mean / mass if mass else math.nan)
+        unbiased = mean / mass if mass else math.nan
+        result.append(unbiased)
     return result
 
 

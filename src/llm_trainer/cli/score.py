@@ -14,6 +14,7 @@ import typer
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, EncodedChat
 from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.data.kinds.process import ProcessFormat
@@ -127,7 +128,9 @@ def score_file(
                     kept.append((location.row, answers, _labels_of(sample)))
 
         # 2. their rewards, all at once
-        every_answer = [answer for _, answers, _ in kept for answer in answers.values()]
+        every_answer: list[Answer] = []
+        for _, answers, _ in kept:
+            every_answer += answers.values()
         rewards = iter(judge.rewards(every_answer, batch_size))
 
         # 3. back to their samples
@@ -166,14 +169,16 @@ def _summary_of_pairs(chosen: Sequence[float], rejected: Sequence[float]) -> str
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
     accuracy = sum(margin > 0 for margin in margins) / len(margins)
     return (
-        f"{len(margins):,} pairs: accuracy {accuracy:.1%}, margin mean {statistics.fmean(margins):.4f} and median "
+        f"{counted(len(margins), 'pair')}: accuracy {accuracy:.1%}, margin mean {statistics.fmean(margins):.4f} and median "
         f"{statistics.median(margins):.4f}, chosen {statistics.fmean(chosen):.4f}, "
         f"rejected {statistics.fmean(rejected):.4f}"
     )
 
 
 def _summary_of_answers(scores: Sequence[float], labels: Sequence[Labels]) -> str:
-    text = f"{len(scores):,} answers: mean {statistics.fmean(scores):.4f}, {min(scores):.4f} to {max(scores):.4f}"
+    text = (
+        f"{counted(len(scores), 'answer')}: mean {statistics.fmean(scores):.4f}, {min(scores):.4f} to {max(scores):.4f}"
+    )
     for label, name in ((1.0, "good"), (0.0, "bad")):
         labelled = [score for score, given in zip(scores, labels, strict=True) if given == [label]]
         if labelled:
@@ -193,8 +198,9 @@ def _summary_of_steps(scores: list[list[float]], labels: list[list[float]]) -> s
             agrees.append((score > 0.5) == (label > 0.5))
         agreements += agrees
         answers_that_agree += all(agrees)
+    answers, steps = counted(len(scores), "answer"), counted(len(agreements), "step")
     text = (
-        f"{len(scores):,} answers, {len(agreements):,} steps: accuracy {statistics.fmean(agreements):.1%}, every step of "
+        f"{answers}, {steps}: accuracy {statistics.fmean(agreements):.1%}, every step of "
         f"{answers_that_agree / len(scores):.1%} of the answers"
     )
     for right, name in ((True, "right"), (False, "wrong")):
@@ -239,7 +245,7 @@ def score(
     # 3. all rows together
     typer.echo(summary(scores, labels))
     for reason, count in left_out.items():
-        typer.echo(f"left out: {count:,} rows ({reason})")
+        typer.echo(f"left out: {counted(count, 'row')} ({reason})")
 
 
 def _for_json(values: Scores) -> dict[str, list[float] | float]:

@@ -256,8 +256,4 @@ class DsConfig:
             "activation_checkpointing": self.activation_checkpointing,
         }
         given = {key: asdict(section) for key, section in sections.items() if section is not None}  # type: ignore[call-overload]
-        return {
-            "zero_optimization": self.zero_config.to_json(),
-            "gradient_clipping": self.gradient_clipping,
-            **given,
-        }
+        return {"zero_optimization": self.zero_config.to_json(), "gradient_clipping": self.gradient_clipping, **given}

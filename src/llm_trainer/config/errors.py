@@ -79,12 +79,11 @@ def _noun(annotation: Any) -> str:
 
 def expectation(field: FieldInfo) -> str:
     """What a field accepts, in words: `an integer of at least 1`, `one of auto, fp32, bf16`, `a string or null`."""
-    bounds = [
-        f"{words} {bound:g}"
-        for rule in field.metadata
-        for kind, (name, words) in _BOUNDS.items()
-        if isinstance(rule, kind) and isinstance(bound := getattr(rule, name), int | float)
-    ]
+    bounds = []
+    for rule in field.metadata:
+        if type(rule) in _BOUNDS:
+            name, words = _BOUNDS[type(rule)]
+            bounds.append(f"{words} {getattr(rule, name):g}")
     nouns = [_noun(member) for member in _members(field.annotation)]
     nouns[0] = " ".join([nouns[0], " and ".join(bounds)]).rstrip()
     return " or ".join(nouns)

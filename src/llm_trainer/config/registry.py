@@ -11,7 +11,7 @@ from typing import Any
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.config.section import add_section
-from llm_trainer.config.table import ALGORITHMS, Algorithm, key_of
+from llm_trainer.config.table import ALGORITHMS, AlgorithmEntry, key_of
 
 
 def register_algorithm(name: str, trainer: str, section: type) -> None:
@@ -37,9 +37,13 @@ def register_algorithm(name: str, trainer: str, section: type) -> None:
             "gradient_accumulation_steps"
         )
     known = ALGORITHMS.get(name)
+    if known is None and key_of(name) in fields_of(TrainConfig):
+        raise ConfigError(
+            f"register_algorithm: name: {key_of(name)} is another section of the configuration; choose another"
+        )
     if known is not None and known.trainer != trainer:  # the same line again is a module that was imported again
         raise ConfigError(f"register_algorithm: name: {name!r} is taken by {known.trainer}; choose another")
-    ALGORITHMS[name] = Algorithm(trainer, section)
+    ALGORITHMS[name] = AlgorithmEntry(trainer, section)
     add_section(TrainConfig, key_of(name), section, ALGORITHMS[name].description)
 
 
@@ -126,8 +130,7 @@ def options_of(config: TrainConfig, trainer_class: Any) -> Any:
     given = getattr(config, key)
     if given is not None:
         return given
-    classes = {key_of(name): algorithm.section for name, algorithm in ALGORITHMS.items()}
-    return classes[key]()
+    return ALGORITHMS[key.removesuffix("_config")].section()
 
 
 def accumulation(config: TrainConfig, trainer_class: Any) -> int:

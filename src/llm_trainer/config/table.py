@@ -21,7 +21,7 @@ _NEW_MODEL = {
 
 
 @dataclass(frozen=True)
-class Algorithm:
+class AlgorithmEntry:
     """One line of the table.
 
     Attributes:
@@ -46,12 +46,12 @@ class Algorithm:
         return getattr(import_module(module), attribute)
 
 
-ALGORITHMS: dict[str, Algorithm] = {
-    "pretrain": Algorithm("llm_trainer.trainers.language:Trainer", PretrainConfig, _NEW_MODEL),
-    "sft": Algorithm("llm_trainer.trainers.language:SFTTrainer", SFTConfig),
-    "dpo": Algorithm("llm_trainer.trainers.preference:DPOTrainer", DPOConfig),
-    "kto": Algorithm("llm_trainer.trainers.unpaired:KTOTrainer", KTOConfig),
-    "reward": Algorithm("llm_trainer.trainers.reward:RewardTrainer", RewardConfig),
+ALGORITHMS: dict[str, AlgorithmEntry] = {
+    "pretrain": AlgorithmEntry("llm_trainer.trainers.language:Trainer", PretrainConfig, _NEW_MODEL),
+    "sft": AlgorithmEntry("llm_trainer.trainers.language:SFTTrainer", SFTConfig),
+    "dpo": AlgorithmEntry("llm_trainer.trainers.preference:DPOTrainer", DPOConfig),
+    "kto": AlgorithmEntry("llm_trainer.trainers.unpaired:KTOTrainer", KTOConfig),
+    "reward": AlgorithmEntry("llm_trainer.trainers.reward:RewardTrainer", RewardConfig),
 }
 
 

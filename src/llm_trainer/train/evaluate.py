@@ -1,10 +1,11 @@
 """Metrics of the validation data, and answers to prompts, with the model as it is now."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.stream import StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
@@ -61,12 +62,13 @@ def _measure(work: Work, source: StepSource) -> Metrics:
                 continue  # nothing is exchanged, so a rank without rows just waits
             weight = float(algorithm._loss_weight(micro_batch.batch))
             alone = replace(micro_batch, weight=weight)
-            begin_step(work, [alone], lambda numbers: numbers)  # each batch is a step of its own
-            with engine.precision(), work.metrics.recording(micro_batch.counts):
-                batch = algorithm._prepare_batch(micro_batch.batch)
-                outputs = algorithm._forward(batch)
-                loss = algorithm._compute_loss(outputs, batch)
-                algorithm.machine.record("loss", loss * weight, weight)
+            with work.metrics.recording(micro_batch.counts):
+                begin_step(work, [alone], lambda numbers: numbers)  # each batch is a step of its own
+                with engine.precision():
+                    batch = algorithm._prepare_batch(micro_batch.batch)
+                    outputs = algorithm._forward(batch)
+                    loss = algorithm._compute_loss(outputs, batch)
+                work.metrics.add("loss", loss * weight, weight)
         stop = int(work.stop_requested())
         if engine.in_lockstep:
             stop = dist.largest(stop, engine.device)
@@ -75,28 +77,22 @@ def _measure(work: Work, source: StepSource) -> Metrics:
     return work.metrics.take()
 
 
-def answer(
-    engine: Engine, model: Any, tokenizer: Any, prompts: list[str], *, as_chat: bool, sampling: "Sampling", seed: int
-) -> list[str]:
-    """The model's answers to prompts; in lockstep all ranks must ask together, and get the same.
-
-    Args:
-        model: with a language head; what the engine has sharded is gathered for it.
-        as_chat: prompts are a user's turns; False: beginnings of a text.
-    """
+def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int) -> list[str]:
+    """What the model answers to each of `eval_prompts`; in lockstep all ranks must ask together, and get the same."""
     from llm_trainer.data.encode.chat import ChatFormat
     from llm_trainer.generation.sampler import generate
 
+    tokenizer = algorithm.tokenizer
     chat = ChatFormat(tokenizer)
     ids = []
-    for prompt in prompts:
-        if as_chat:
+    for prompt in algorithm.eval_prompts:
+        if algorithm.prompt_format == "chat":
             ids.append(chat.encode_prompt([{"role": "user", "content": prompt}]))
         else:
             ids.append(chat.encode_text(prompt).input_ids[:-1])  # without the end of the text
     with torch.no_grad(), engine.inference():
         answers = generate(
-            model,
+            algorithm.base_model,
             ids,
             max_new_tokens=sampling.max_seq_len,
             temperature=sampling.temperature,

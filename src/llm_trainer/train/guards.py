@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import MicroBatch
 
@@ -18,15 +19,30 @@ class NonFiniteError(ArithmeticError):
 
 
 def broken_tensor(engine: Engine, model: nn.Module) -> str | None:
-    """Which parameter of this rank's shard holds a NaN or an infinity, and how many of them; None: all are finite."""
+    """The first parameter that holds a NaN or an infinity, and how many of them; all ranks look at their shards together."""
     shards = [(name, engine.local_shard(parameter)) for name, parameter in model.named_parameters()]
     finite = torch.stack([shard.isfinite().all() for _, shard in shards])  # the host waits for the device once
     broken = (~finite).nonzero().flatten().tolist()
-    if not broken:
-        return None
-    name, shard = shards[broken[0]]
-    count = int((~shard.isfinite()).sum())
-    return f"{name.removeprefix('module.')} ({count} of {shard.numel():,} values are not finite)"
+    found = None
+    if broken:
+        name, shard = shards[broken[0]]
+        count = int((~shard.isfinite()).sum())
+        found = f"{name.removeprefix('module.')} ({count} of {shard.numel():,} values are not finite)"
+    return next(filter(None, dist.gather_objects(found)), None)
+
+
+def check_weights(engine: Engine, model: nn.Module) -> None:
+    """Look at what a run starts from.
+
+    Raises:
+        NonFiniteError: a weight is not finite.
+    """
+    broken = broken_tensor(engine, model)
+    if broken is not None:
+        raise NonFiniteError(
+            f"the weights are broken before the first step: {broken}. Expected finite numbers: load other weights, or "
+            f"mend what made these"
+        )
 
 
 def zero_loss(outputs: Any, module: nn.Module) -> Tensor:
@@ -53,9 +69,10 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
         yield from _tensors_of([getattr(value, f.name) for f in fields(value)])
 
 
-def keep_batches(batches: Sequence[MicroBatch], path: Path) -> str:
+def keep_batches(batches: Sequence[MicroBatch], step: int, save_dir: Path) -> str:
     """Write the micro-batches of a step that was not finite, for inspection; says where they are."""
     kept = [batch.batch for batch in batches if batch.counts]
+    path = save_dir / "bad_steps" / f"step-{step}-rank-{dist.process_number()}.pt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(kept, path)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ class Metrics:
         if not isinstance(value, Tensor):
             return float(value)
         self._device = self._device or value.device
-        return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+        widest = torch.float32 if value.device.type == "mps" else torch.float64
+        return value.detach().to(widest)
 
     def state_dict(self, all_reduce: Callable[[Tensor], Tensor] = lambda table: table) -> dict[str, list[float]]:
         """What was added since the last `reduce`, `[total, count]` over all ranks, for a resumed run to go on from."""
@@ -87,21 +88,30 @@ class Metrics:
 
     def _totals(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
         """Sums and counts over all ranks, in the order of their names."""
-        device = self._device if self._device is not None and self._device.type != "mps" else torch.device("cpu")
-        names, sums = list(self._sums), [value for pair in self._sums.values() for value in pair]
-        moved = [value.to(device) if isinstance(value, Tensor) else value for value in sums]
-        scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in moved]
-        values = torch.stack(scalars).view(-1, 2) if scalars else torch.zeros(0, 2, dtype=torch.float64, device=device)
+        device = torch.device("cpu")
+        if self._device is not None and self._device.type != "mps":
+            device = self._device
+        double: dict[str, Any] = {"dtype": torch.float64, "device": device}
+
+        # 1. A row per name, `[total, count, code ...]`.
+        names = list(self._sums)
+        rows = torch.zeros(len(names), 4 + _WORDS, **double)
+        for row, pair in zip(rows, self._sums.values(), strict=True):
+            for column, value in enumerate(pair):
+                row[column] = value.to(device) if isinstance(value, Tensor) else value
         codes = torch.tensor([_encode(name) for name in names], dtype=torch.float64).view(len(names), 2 + _WORDS)
-        rows = torch.cat([values, codes.to(device)], dim=1)  # [names, 4 + _WORDS]
-        for num_slots in (_SLOTS << doublings for doublings in itertools.count()):
+        rows[:, 2:] = codes.to(device)
+
+        # 2. The sum over ranks, with a larger table until no two names share a slot.
+        num_slots = _SLOTS
+        while True:
             slots = torch.tensor([_slot(name, num_slots) for name in names], dtype=torch.int64, device=device)
-            table = torch.zeros(num_slots, rows.shape[1], dtype=torch.float64, device=device).index_add_(0, slots, rows)
+            table = torch.zeros(num_slots, rows.shape[1], **double).index_add_(0, slots, rows)
             table = all_reduce(table).cpu()  # the host waits for the device here
             found = {_decode(code): (total, count) for total, count, *code in table[table[:, 2] > 0].tolist()}
             if None not in found:
-                break
-        return {name: found[name] for name in sorted(name for name in found if name)}
+                return {name: found[name] for name in sorted(filter(None, found))}
+            num_slots *= 2
 
 
 def _slot(name: str, num_slots: int) -> int:

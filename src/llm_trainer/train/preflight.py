@@ -4,19 +4,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
 
-from llm_trainer.algorithm import Algorithm
+from llm_trainer.config.errors import counted
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.optim.optimizers import state_bytes
+from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
-from llm_trainer.state import Horizon, Progress
+from llm_trainer.train.loop import Work
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -86,6 +87,13 @@ class Size:
         )
 
 
+def mfu_per_rate(size: Size, engine: Engine) -> float | None:
+    """MFU at one token per second over all processes; None for modules whose FLOPs are not known."""
+    if size.flops_per_token is None:
+        return None
+    return size.flops_per_token / (peak_flops(engine) * dist.num_processes())
+
+
 def mean_row_length(source: StepSource) -> int | None:
     """Tokens of a row on average; None where the data does not say."""
     if not isinstance(source, SampleStream):
@@ -108,11 +116,7 @@ def describe_size(size: Size) -> str:
 
 
 def expected_memory(
-    size: Size,
-    model: nn.Module,
-    engine: Engine,
-    source: StepSource,
-    settings: "Settings",
+    size: Size, model: nn.Module, engine: Engine, source: StepSource, settings: "Settings"
 ) -> dict[str, float]:
     """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where their formula is known."""
     weights, gradients, states = engine.shard_fractions()
@@ -155,49 +159,32 @@ def describe_memory(memory: Mapping[str, float]) -> str:
 
 def describe_batch(source: StepSource, accumulation: int) -> str:
     """What an optimizer step consists of, as an equation."""
-    ranks = dist.world_size()
+    ranks = counted(dist.world_size(), "rank")
     if not isinstance(source, SampleStream):
-        return f"{accumulation} micro-batches x {ranks} ranks = {accumulation * ranks} micro-batches per step"
-    rows = f"{source.batch_size} rows x {accumulation} accumulation x {ranks} ranks = {source.rows_per_step} rows"
-    tokens = source.rows_per_step * float(source.dataset.lengths.mean())
-    budget = f", cut by {source.micro_batch_tokens:,} tokens" if source.micro_batch_tokens else ""
-    return f"{rows} = {human(tokens, 'tokens')} per step{budget}"
+        in_all = counted(accumulation * dist.world_size(), "micro-batch")
+        return f"{counted(accumulation, 'micro-batch')} x {ranks} = {in_all} per step"
+    rows, in_all = counted(source.batch_size, "row"), counted(source.rows_per_step, "row")
+    tokens = human(source.rows_per_step * float(source.dataset.lengths.mean()), "tokens")
+    budget = f", micro-batches of {source.micro_batch_tokens:,} tokens" if source.micro_batch_tokens else ""
+    return f"{rows} x {accumulation} accumulation x {ranks} = {in_all} = {tokens} per step{budget}"
 
 
-def describe_rate(scheduler: Any, learning_rate: float) -> str:
-    """The learning rate over time where the schedule can tell, else as it is now."""
-    from llm_trainer.optim.schedules import Scheduler
-
-    return scheduler.describe() if isinstance(scheduler, Scheduler) else f"{learning_rate:g}"
-
-
-def describe_processes() -> str:
-    """How many train together."""
-    count = dist.num_processes()
-    return "1 process" if count == 1 else f"{count} processes"
-
-
-def facts(
-    trainer: Algorithm,
-    engine: Engine,
-    source: StepSource,
-    size: Size,
-    settings: "Settings",
-    accumulation: int,
-    horizon: Horizon,
-    progress: Progress,
-) -> dict[str, str]:
+def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> dict[str, str]:
     """What is about to happen, by name: model, batch-size equation, steps, precision, expected memory."""
-    model, optimizer, steps = trainer.base_model, trainer.optimizer, horizon.total()
+    trainer, engine, source = work.algorithm, work.engine, work.source
+    model, steps = trainer.base_model, work.horizon.total()
+    processes = counted(dist.num_processes(), "process")
     memory = expected_memory(size, model, engine, source, settings)
-    learning_rate = float(optimizer.param_groups[0]["lr"])
+    learning_rate = f"{float(trainer.optimizer.param_groups[0]['lr']):g}"
+    if isinstance(trainer.scheduler, Scheduler):
+        learning_rate = trainer.scheduler.describe()
     return {
         "trainer": f"{type(trainer).__name__} of {type(model).__name__}",
         "parameters": describe_size(size),
         "batch": describe_batch(source, accumulation),
-        "steps": "unknown" if steps is None else f"{steps:,}, from step {progress.step:,}",
-        "learning rate": describe_rate(trainer.scheduler, learning_rate),
-        "engine": f"{type(engine).__name__}, {describe_processes()}",
+        "steps": "unknown" if steps is None else f"{steps:,}, from step {work.run.progress.step:,}",
+        "learning rate": learning_rate,
+        "engine": f"{type(engine).__name__}, {processes}",
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),
     }

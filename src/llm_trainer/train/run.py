@@ -1,16 +1,15 @@
 """A run: the conductor of everything around the loop. What lies below takes values, or a protocol of `algorithm` or `hooks`."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llm_trainer.algorithm import Algorithm
-from llm_trainer.checkpoint import CheckpointError, write_model
+from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.stream import StepSource, as_step_source
 from llm_trainer.engine import dist
@@ -25,7 +24,7 @@ from llm_trainer.train.loop import Work
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
 from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
-from llm_trainer.train.writers import Reporter, open_writers
+from llm_trainer.train.writers import Reporter
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -39,7 +38,6 @@ class Run:
         source: where they come from.
         val_sources: validation data by name.
         progress: where the run stands.
-        work: what a driver is given.
         driver: the loop, or another library's.
     """
 
@@ -96,15 +94,14 @@ class Run:
         # Where the run stands, and what it remembers between two log lines.
         self.progress = Progress()
         self.signals = Signals()
-        self.stop_requested = False
-        self.new_best = False
+        self.stop_requested = self.new_best = False
         self.values: dict[str, float] = {}
+        self._last_batch: Any = None
         self._metrics = Metrics(self.engine.device)
         self._clock = Clock()
         self._reporter = Reporter(dist.is_main())
-        self.checkpoints = snapshot.Checkpoints(
-            self.engine, self.save_dir, settings.checkpoints_to_keep, self._reporter.warn
-        )
+        keep = settings.checkpoints_to_keep
+        self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)
         self.machine = RunMachine(self.engine, settings, self.progress, self._metrics)
         self._max_grad_norm = max_grad_norm
 
@@ -188,9 +185,11 @@ class Run:
         progress = self.progress
         progress.tokens += done.tokens
         progress.train_seconds += done.seconds
-        progress.learning_rate = self._learning_rate()  # the one that the step was taken with
+        first_group = self.trainer.optimizer.param_groups[0]
+        progress.learning_rate = float(first_group["lr"])  # the one that the step was taken with
         progress.lines = []
         self._clock.add(done.tokens, done.seconds)
+        self._last_batch = done.batches[-1].batch
         self.new_best = False
         self.stop_requested = self.stop_requested or done.stop
         if done.finite:
@@ -201,40 +200,38 @@ class Run:
             if self.trainer.scheduler is not None:
                 self.trainer.scheduler.step()
         else:
-            self._refuse(done)
+            self._skip(done)
         progress.advance(done.position)
 
-    def _refuse(self, done: StepDone) -> None:
+    def _skip(self, done: StepDone) -> None:
         """Count a step whose gradient was not finite, keep its batches for inspection, stop after too many in a row."""
         progress = self.progress
         progress.bad_steps += 1
         progress.skipped_steps += 1
         step, loss = progress.step + 1, dist.all_reduce(done.loss).item()
-        path = self.save_dir / "bad_steps" / f"step-{step}-rank-{dist.process_number()}.pt"
-        kept = guards.keep_batches(done.batches, path)
+        kept = guards.keep_batches(done.batches, step, self.save_dir)
         message = f"step {step}: loss {loss:g}, gradient not finite; the update was skipped, {kept}"
         self._reporter.warn(message)
         limit = self.settings.max_bad_steps
         if self.engine.state_dict()["scaler"]:
             limit += 20  # fp16 finds its loss scale so
         if progress.bad_steps >= limit:
-            cause = guards.likely_cause(loss, self._broken_tensor())
+            cause = guards.likely_cause(loss, guards.broken_tensor(self.engine, self.trainer.base_model))
             raise guards.NonFiniteError(
                 f"{message}. {progress.bad_steps} steps in a row were not finite, so the run stops; nothing was updated "
                 f"by them. Likely cause: {cause}. Last valid checkpoint: {self.checkpoints.newest_for_messages()}"
             )
 
-    def _broken_tensor(self) -> str | None:
-        """The first parameter that is not finite, of any rank's shard."""
-        found = dist.gather_objects(guards.broken_tensor(self.engine, self.trainer.base_model))
-        return next(filter(None, found), None)
-
     def _call_hooks(self) -> None:
         """Call the hooks that are due; after a signal, save and stop the process with exit code 75."""
+        was_finished = self.finished()
         for hook in self._hooks:
-            if not self.stop_requested and hook.is_due(self, self.finished()):
-                self.progress.hooks_done[hook.name] = self.progress.step
-                hook.call(self)
+            if self.stop_requested or not hook.is_due(self, self.finished()):
+                continue
+            self.progress.hooks_done[hook.name] = self.progress.step
+            hook.call(self)
+            if self.finished() and not was_finished:
+                return self._call_hooks()  # this hook ended the run: those before it may be due at the end
         if self.stop_requested:
             path = self.save(is_best=self.new_best)
             self.say(f"interrupted at step {self.progress.step}: saved {path}; start the same command again to go on")
@@ -262,82 +259,48 @@ class Run:
 
     def _open(self) -> None:
         """Check the weights, show what is about to happen, and open the logs."""
-        broken = self._broken_tensor()
-        if broken is not None:
-            raise guards.NonFiniteError(
-                f"the weights are broken before the first step: {broken}. Expected finite numbers: load other weights, or "
-                f"mend what made these"
-            )
+        guards.check_weights(self.engine, self.trainer.base_model)
         self.checkpoints.set_later_aside(self.progress.step)  # a folder that cannot be written shows here
         if dist.is_main():
             self.log_dir.mkdir(parents=True, exist_ok=True)
             if self.settings.description:
                 (self.save_dir / "config.yaml").write_text(self.settings.description, encoding="utf-8")
-        self.say(preflight.screen(self._facts(), self.settings.ledgers))
-        writers = open_writers(
-            self.log_dir,
-            is_main=dist.is_main(),
-            total_steps=self.horizon.total(),
-            last_step=self.progress.step - 1,
-            extra=self.settings.writers,
-            live=self.settings.progress,
-            config=asdict(self.settings),
-        )
-        self._reporter.open(writers)
+        facts = preflight.facts(self.work, self.size, self.settings, self.accumulation)
+        folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
+        own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
+        self.say(preflight.screen(facts | folders | own, self.settings.ledgers))
+        self._reporter.open(self.log_dir, self.settings, self.horizon.total(), self.progress.step - 1)
         written, self.progress.lines = self.progress.lines, []
         for values in written:
             self.write(values)
-
-    def _facts(self) -> dict[str, str]:
-        """What is about to happen, for the screen before the first step."""
-        facts = preflight.facts(
-            self.trainer,
-            self.engine,
-            self.source,
-            self.size,
-            self.settings,
-            self.accumulation,
-            self.horizon,
-            self.progress,
-        )
-        own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
-        return facts | {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)} | own
 
     # The hooks of every run.
 
     def _built_in_hooks(self) -> list[Hook]:
         """In the order in which they are called."""
-        settings = self.settings
-        every_epoch = 1 if settings.eval_interval is None else None
-        hooks = [Hook("log", lambda run: self._log(), every_steps=self.log_interval, at_end=True)]
+        eval_steps, save_steps = self.settings.eval_interval, self.settings.save_interval_steps
+        eval_epochs = 1 if eval_steps is None else None
+        save_epochs = self.save_interval if save_steps is None else None
+        hooks = [Hook("log", lambda run: self._log(), self.log_interval, at_end=True)]
         if self.val_sources:
-            hooks.append(
-                Hook("evaluate", lambda run: self._evaluate(), settings.eval_interval, every_epoch, at_end=True)
-            )
+            hooks.append(Hook("evaluate", lambda run: self._evaluate(), eval_steps, eval_epochs, at_end=True))
         if self.trainer.eval_prompts:
-            hooks.append(Hook("sample", lambda run: self.sample(), settings.eval_interval, every_epoch, at_end=True))
-        save_epochs = self.save_interval if settings.save_interval_steps is None else None
-        hooks.append(
-            Hook(
-                "save",
-                lambda run: self._save(),
-                every_steps=settings.save_interval_steps,
-                every_epochs=save_epochs,
-                at_end=True,
-                when=lambda run: self.new_best,
-            )
+            hooks.append(Hook("sample", lambda run: self.sample(), eval_steps, eval_epochs, at_end=True))
+        save = Hook(
+            "save", lambda run: self._save(), save_steps, save_epochs, at_end=True, when=lambda run: self.new_best
         )
-        return hooks
+        return [*hooks, save]
 
     def _log(self) -> None:
         """Write the metrics since the last call."""
         values = self._metrics.reduce(dist.all_reduce)
         if not values:
             return
-        mfu_per_rate = None
-        if self.size.flops_per_token is not None:
-            mfu_per_rate = self.size.flops_per_token / (preflight.peak_flops(self.engine) * dist.num_processes())
+        mfu_per_rate = preflight.mfu_per_rate(self.size, self.engine)
         self.write(values | self._clock.read(self.progress, self.source.size(), mfu_per_rate))
+        words = "" if self._last_batch is None else self.trainer._get_extra_log_info(self._last_batch)
+        if words:
+            self.say(f"step {self.progress.step:,}  {words}")
 
     def _evaluate(self) -> None:
         """Evaluate; remember the best, lower a plateau schedule, stop early after too many evaluations without progress."""
@@ -347,13 +310,9 @@ class Run:
             progress.hooks_done.pop("evaluate", None)  # cut short by a signal: a resumed run evaluates again
             return
         self.write(values)
-        loss = values.get("eval_loss", float("nan"))
-        best = float("inf") if progress.best_loss is None else progress.best_loss
-        if loss < best - settings.early_stopping_min_delta:
-            progress.best_loss, progress.best_step, progress.evals_without_progress = loss, progress.step, 0
+        loss = values.get("eval_loss", math.nan)
+        if progress.note_loss(loss, settings.early_stopping_min_delta):
             self.new_best = True
-        else:
-            progress.evals_without_progress += 1
         if isinstance(self.trainer.scheduler, Scheduler):
             self.trainer.scheduler.observe(loss)
         patience = settings.early_stopping_patience
@@ -365,21 +324,10 @@ class Run:
 
     def sample(self) -> None:
         """Answer `eval_prompts` with the model as it is now, and show the answers."""
-        if self.stop_requested or not (dist.is_main() or self.engine.in_lockstep):
+        if not (dist.is_main() or self.engine.in_lockstep):
             return
-        trainer = self.trainer
-        was_training = trainer.model.training
-        answers = answer(
-            self.engine,
-            trainer.base_model,
-            trainer.tokenizer,
-            trainer.eval_prompts,
-            as_chat=trainer.prompt_format == "chat",
-            sampling=self.settings.sampling,
-            seed=self.settings.seed,
-        )
-        trainer.model.train(was_training)
-        for prompt, text in zip(trainer.eval_prompts, answers, strict=True):
+        answers = answer(self.trainer, self.engine, self.settings.sampling, self.settings.seed)
+        for prompt, text in zip(self.trainer.eval_prompts, answers, strict=True):
             self.say(f"[step {self.progress.step}] {prompt!r} -> {text!r}")
 
     def _save(self) -> None:
@@ -426,28 +374,12 @@ class Run:
         Returns:
             Path of what was written, on every rank; empty where nothing could be.
         """
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        state |= {
-            "optimizer": self.engine.optimizer_state(),
-            "versions": {
-                "torch": torch.__version__,
-                "world_size": dist.world_size(),
-                "engine": type(self.engine).__name__,
-            },
-            "ledger": [ledger.as_dict() for ledger in self.settings.ledgers],
-            "config": self.settings.description,
-        }
+        state = snapshot.state_of(self.work, self.progress, self.settings)
         if path is not None:
             return self.checkpoints.save_file(path, state)
+        best_file = is_best and self.settings.best_file
         try:
-            saved = self.checkpoints.save_folder(
-                self.progress.step,
-                state,
-                self._write_model,
-                is_best=is_best,
-                best_loss=self.progress.best_loss if is_best else None,
-                best_file=is_best and self.settings.best_file,
-            )
+            saved = self.checkpoints.save_folder(self.trainer, self.progress, state, is_best, best_file)
         except CheckpointError as error:
             if not may_fail:
                 raise
@@ -460,33 +392,12 @@ class Run:
     def stop(self, reason: str) -> None:
         """End the run after this hook, as if it had reached its last step."""
         self.progress.stopped_early = True
+        self.progress.hooks_done.pop("save", None)  # a checkpoint of this step must say so
         self.say(reason)
 
     def load(self, path: str) -> None:
         """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
-        self.checkpoints.load(path, self._parts())
-
-    def _parts(self) -> dict[str, snapshot.Part]:
-        """Everything that changes while the run goes on, but weights and optimizer; see `snapshot`."""
-        facts = snapshot.DataFacts(type(self.source).__name__, self.source.size(), self.settings.seed)
-        parts: dict[str, snapshot.Part] = {
-            "data": facts,  # first: nothing is restored into a run with other data
-            "progress": self.progress,
-            "engine": self.engine,
-            "metrics": snapshot.SharedMetrics(self._metrics),
-            "random": snapshot.RandomState(),
-            "trainer": snapshot.AlgorithmState(self.trainer),
-        }
-        if self.trainer.scheduler is not None:
-            parts["scheduler"] = self.trainer.scheduler
-        return parts
-
-    def _write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        write_model(self.trainer.base_model, folder, tokenizer=self.trainer.tokenizer, weights=weights)
-
-    def _learning_rate(self) -> float:
-        """Of the first parameter group."""
-        return float(self.trainer.optimizer.param_groups[0]["lr"])
+        self.checkpoints.load(path, snapshot.parts_of(self.work, self.progress))
 
 
 def _check_numbers(**values: int) -> None:

@@ -36,6 +36,7 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.received = None  # an evaluation afterwards is not cut short
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:

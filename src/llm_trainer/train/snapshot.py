@@ -7,9 +7,11 @@ saved and loaded alike, so that no part can be forgotten in one direction. Weigh
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from llm_trainer import checkpoint
@@ -18,7 +20,12 @@ from llm_trainer.checkpoint import CheckpointError, CheckpointManager
 from llm_trainer.checkpoint.valid import step_folders
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.state import Progress
+from llm_trainer.train.loop import Work
 from llm_trainer.train.metrics import Metrics
+
+if TYPE_CHECKING:
+    from llm_trainer.config.options import Settings
 
 
 class Part(Protocol):
@@ -91,6 +98,34 @@ class DataFacts:
             )
 
 
+def parts_of(work: Work, progress: Progress) -> dict[str, Part]:
+    """Everything that changes while a run goes on, but weights and optimizer."""
+    algorithm, source = work.algorithm, work.source
+    parts: dict[str, Part] = {
+        "data": DataFacts(type(source).__name__, source.size(), work.seed),  # first: other data is refused
+        "progress": progress,
+        "engine": work.engine,
+        "metrics": SharedMetrics(work.metrics),
+        "random": RandomState(),
+        "trainer": AlgorithmState(algorithm),
+    }
+    if algorithm.scheduler is not None:
+        parts["scheduler"] = algorithm.scheduler
+    return parts
+
+
+def state_of(work: Work, progress: Progress, settings: "Settings") -> dict[str, Any]:
+    """All that a checkpoint holds but the weights; all ranks collect it together."""
+    engine = work.engine
+    state = {name: part.state_dict() for name, part in parts_of(work, progress).items()}
+    return state | {
+        "optimizer": engine.optimizer_state(),
+        "versions": {"torch": torch.__version__, "world_size": dist.world_size(), "engine": type(engine).__name__},
+        "ledger": [ledger.as_dict() for ledger in settings.ledgers],
+        "config": settings.description,
+    }
+
+
 class Checkpoints:
     """The checkpoints of one run; all ranks call it together, unless said otherwise.
 
@@ -98,7 +133,7 @@ class Checkpoints:
         engine: gathers and restores weights and optimizer state.
         save_dir: their folder; also of best_model.pt, and of the shards of a save in progress.
         keep: newest checkpoints that rotation leaves.
-        warn: told of damaged checkpoints that are skipped.
+        warn: called with a message about damaged checkpoints that are skipped.
     """
 
     def __init__(self, engine: Engine, save_dir: Path, keep: int, warn: Callable[[str], None]) -> None:
@@ -117,8 +152,11 @@ class Checkpoints:
 
     def newest(self) -> str | None:
         """Path of the newest valid checkpoint."""
-        found = self.manager.latest() if dist.is_main() and self.save_dir.is_dir() else None
-        return dist.broadcast_object(None if found is None else str(found))
+        found = None
+        if dist.is_main() and self.save_dir.is_dir():
+            newest = self.manager.latest()
+            found = None if newest is None else str(newest)
+        return dist.broadcast_object(found)
 
     def newest_for_messages(self) -> str:
         """The newest valid checkpoint, as the main process sees it; any rank may ask alone."""
@@ -162,11 +200,12 @@ class Checkpoints:
                 f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
                 f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
             )
+        missing = next((name for name in parts if name not in state), None)
+        if missing is not None:
+            raise CheckpointError(
+                f"'{path}' holds no {missing} state, which this run has; for its weights alone set init_weights_path"
+            )
         for name, part in parts.items():
-            if name not in state:
-                raise CheckpointError(
-                    f"'{path}' holds no {name} state, which this run has; for its weights alone set init_weights_path"
-                )
             try:
                 part.load_state_dict(state[name])
             except CheckpointError as error:
@@ -190,44 +229,32 @@ class Checkpoints:
         return _same_on_all_ranks(path, failure)
 
     def save_folder(
-        self,
-        step: int,
-        state: dict[str, Any],
-        write_model: Callable[[Path, dict[str, Tensor]], None],
-        *,
-        is_best: bool,
-        best_loss: float | None,
-        best_file: bool,
+        self, algorithm: Algorithm, progress: Progress, state: dict[str, Any], is_best: bool, best_file: bool
     ) -> str:
         """Write a checkpoint folder.
 
         Args:
-            step: its number.
-            state: all of it but the weights.
-            write_model: writes whole weights as a model's folder.
+            algorithm: its model and tokenizer become the model's folder.
+            progress: says which step it is of, and how good the best one is.
+            state: see `state_of`.
             is_best: this is the best checkpoint so far.
-            best_loss: its validation loss, where there was an evaluation.
             best_file: write best_model.pt too.
 
         Raises:
             CheckpointError: It could not be written.
         """
+        model, tokenizer = algorithm.base_model, algorithm.tokenizer
         weights = self.engine.weights()
         gathered = _gathered(state) if best_file else {}
+        best_loss = progress.best_loss if is_best else None
         path, failure = "", None
         try:
             shards = self._write_shards(state)
             if dist.is_main():
                 if best_file:  # first: a run that is killed in between writes it again
                     checkpoint.write_file(self.save_dir / "best_model.pt", weights, gathered)
-                saved = self.manager.save(
-                    step,
-                    lambda folder: write_model(folder, weights),
-                    state,
-                    metric=best_loss,
-                    is_best=is_best,
-                    shards=shards,
-                )
+                write = partial(checkpoint.write_model, model, tokenizer=tokenizer, weights=weights)
+                saved = self.manager.save(progress.step, write, state, metric=best_loss, is_best=is_best, shards=shards)
                 path = str(saved)
                 if shards is not None:
                     shutil.rmtree(shards, ignore_errors=True)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -124,9 +125,8 @@ def _training_arguments(work: Work, given: dict[str, Any]) -> TrainingArguments:
         "disable_tqdm": True,
     }
     arguments = TrainingArguments(**(defaults | given))
-    arguments.mixed_precision = (
-        "no"  # accelerate's launcher may say something else; the run sees to it, see `compute_loss`
-    )
+    # accelerate's launcher may say something else; the run sees to precision, see `compute_loss`.
+    arguments.mixed_precision = "no"
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process trains on one GPU; transformers would take all it sees
     ours, theirs = engine.device, arguments.device
     if (ours.type, ours.index or 0) != (theirs.type, theirs.index or 0):
@@ -154,7 +154,8 @@ class Driver(transformers.Trainer):
 
     micro_batches: list[MicroBatch]  # of the step under way
     total: float  # terms of that step, over all ranks
-    done: StepDone
+    started: float  # when that step began, as `time.perf_counter` says it
+    done: StepDone  # that step, but for its seconds
     loss_is_scaled_for_ga = True  # a share is already one of the whole step, over micro-batches and ranks
 
     def __init__(
@@ -191,7 +192,7 @@ class Driver(transformers.Trainer):
         """
         micro_batches, position = inputs
         algorithm, engine = self.work.algorithm, self.work.engine
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         torch.manual_seed(mix_seeds(self.work.seed, self.progress.step, dist.rank()))
         self.micro_batches = fill_up(engine, micro_batches)
         self.total, tokens, stop = count_terms(self.work, self.micro_batches)
@@ -201,25 +202,18 @@ class Driver(transformers.Trainer):
         try:
             for number in range(len(self.micro_batches)):
                 is_last = number == len(self.micro_batches) - 1
-                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                quiet = nullcontext() if is_last else self.accelerator.no_sync(model)
+                with quiet:
                     super().training_step(model, {"number": number})
         finally:
             algorithm.model = unwrapped
         algorithm._end_step(dist.all_reduce)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        grad_norm = (
-            get_total_norm(gradients).float().item()
-        )  # the one place in a step where the host waits for the device
-        self.done = StepDone(
-            self.loss_sum,
-            grad_norm,
-            math.isfinite(grad_norm),
-            tokens,
-            time.perf_counter() - started,
-            stop,
-            self.micro_batches,
-            position,
-        )
+        norm = get_total_norm(gradients).float()
+        grad_norm = norm.item()  # the one place in a step where the host waits for the device
+        finite = math.isfinite(grad_norm)
+        seconds = 0.0  # transformers' update is still to come, see `RunCallback.on_step_end`
+        self.done = StepDone(self.loss_sum, grad_norm, finite, tokens, seconds, stop, self.micro_batches, position)
         return self.loss_sum * dist.world_size()
 
     def compute_loss(
@@ -303,7 +297,8 @@ class RunCallback(TrainerCallback):
         self.driver.accelerator.gradient_state._set_sync_gradients(self.driver.done.finite)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._after(self.driver.done, args, state, control)
+        seconds = time.perf_counter() - self.driver.started
+        self._after(replace(self.driver.done, seconds=seconds), args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -8,13 +8,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from llm_trainer.config.env import set_default
+
+if TYPE_CHECKING:
+    from llm_trainer.config.options import Settings
 
 
 class Writer(Protocol):
@@ -96,8 +100,11 @@ class _LineFile:
 
     def _rewind(self, path: Path, last_step: int) -> None:
         """Drops lines of steps that will be run again, and a line that was torn when the process died."""
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if (found := self._STEP.search(line)) and int(found[1]) <= last_step]
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            found = self._STEP.search(line)
+            if found and int(found[1]) <= last_step:
+                kept.append(line)
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
@@ -127,7 +134,6 @@ class TextLog:
             self._lr.append(f"step={step} learning_rate={values['learning_rate']:.8g}")
 
     def close(self) -> None:
-        """Closes both files."""
         self._log.close()
         self._lr.close()
 
@@ -145,7 +151,6 @@ class JsonLines:
         self._file.append(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, ensure_ascii=False))
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
@@ -161,13 +166,11 @@ class TensorBoard:
         self._events: Any = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one scalar per metric."""
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
 
     def close(self) -> None:
-        """Closes the event file."""
         self._events.close()
 
 
@@ -186,11 +189,9 @@ class WandB:
         self._run: Any = wandb.init(project="llm_trainer", dir=str(folder), config=dict(config or {}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs the metrics of a step."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Ends the run."""
         self._run.finish()
 
 
@@ -238,9 +239,17 @@ class Reporter:
         self.is_main = is_main
         self._writers: Sequence[Writer] = ()
 
-    def open(self, writers: Sequence[Writer]) -> None:
-        """Give metrics to `writers` from now on, and messages to the console among them."""
-        self._writers = writers
+    def open(self, folder: Path, settings: Settings, total_steps: int | None, last_step: int) -> None:
+        """Give metrics to the writers that `settings` ask for from now on, and messages to the console among them."""
+        self._writers = open_writers(
+            folder,
+            is_main=self.is_main,
+            total_steps=total_steps,
+            last_step=last_step,
+            extra=settings.writers,
+            live=settings.progress,
+            config=asdict(settings),
+        )
 
     def close(self) -> None:
         """Finish what is open; messages are printed from now on."""

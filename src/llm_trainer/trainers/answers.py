@@ -44,18 +44,21 @@ def join(batch: Batch, answers: Sequence[str]) -> Batch:
     if "labels" in batch:
         rows = batch
     else:
-        parts = [f"{part}_{kind}" for part in ("prompt", *answers) for kind in ("input_ids", "attention_mask")]
-        if missing := [name for name in parts if name not in batch]:
+        keys = []
+        for part in ("prompt", *answers):
+            keys += [f"{part}_input_ids", f"{part}_attention_mask"]
+        missing = [key for key in keys if key not in batch]
+        if missing:
             raise ValueError(
-                f"a batch with the keys {', '.join(batch)} lacks {', '.join(missing)}; expected {', '.join(parts)}, or "
+                f"a batch with the keys {', '.join(batch)} lacks {', '.join(missing)}; expected {', '.join(keys)}, or "
                 f"input_ids, attention_mask and labels of prompt and answer already joined"
             )
         sides = [_join_side(batch, answer) for answer in answers]
         width = max(side["input_ids"].shape[1] for side in sides)
-        rows = {
-            name: torch.cat([F.pad(side[name], (0, width - side[name].shape[1]), value=value) for side in sides])
-            for name, value in _PADDING.items()
-        } | {name: value for name, value in batch.items() if name not in parts}
+        rows = {key: value for key, value in batch.items() if key not in keys}
+        for key, padding in _PADDING.items():
+            padded = [F.pad(side[key], (0, width - side[key].shape[1]), value=padding) for side in sides]
+            rows[key] = torch.cat(padded)
     _require_answers(rows, answers)
     return rows
 

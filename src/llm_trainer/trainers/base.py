@@ -89,12 +89,13 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.tokenizer, self.eval_prompts = tokenizer, list(eval_prompts)
+        device_name = None if device is None else str(device)
         self.run = Run(
             self,
             Settings.of(type(self).__name__, options),
             train_loader=train_loader,
             val_loader=val_loader,
-            device=None if device is None else str(device),
+            device=device_name,
             max_epochs=max_epochs,
             grad_accum_steps=grad_accum_steps,
             max_grad_norm=max_grad_norm,

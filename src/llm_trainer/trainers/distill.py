@@ -35,9 +35,7 @@ if TYPE_CHECKING:
     from llm_trainer.trainers.building import Build
 
 Teacher = Callable[[Batch], TeacherLogits]  # a batch -> its logits before each supervised label
-LogitsProvider = Callable[
-    [Tensor, Tensor], Tensor
-]  # input_ids [B, L], attention_mask [B, L] -> logits [B, L, V or more]
+LogitsProvider = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask [B, L] -> logits [B, L, V or more]
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}  # the ends of GKD's beta; `jsd` lies between them
 # Elements of one chunk of logits; about six arrays of this size exist at once (128 MiB each in float32).
 CHUNK_ELEMENTS = 2**25
@@ -118,7 +116,7 @@ def _not_one_teacher(found: str) -> TeacherError:
 
 
 def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> Teacher:
-    """The teacher of `kd`, frozen and to_device.
+    """The teacher of `kd`, frozen and on `device`.
 
     Raises:
         TeacherError: there is no teacher, it is the student, or it knows fewer tokens.
@@ -128,8 +126,10 @@ def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> 
         return partial(_of_provider, provider)
     if model is student:
         raise _not_one_teacher("the student itself as teacher_model")
+    if model is None:
+        raise _not_one_teacher("neither")
     if not isinstance(model, nn.Module):
-        raise _not_one_teacher("neither" if model is None else f"{model!r} as teacher_model")
+        raise _not_one_teacher(f"{model!r} as teacher_model")
     theirs, ours = _num_tokens(model), _num_tokens(student)
     if theirs and theirs < ours:
         raise TeacherError(
@@ -200,7 +200,8 @@ def check_same_tokenizer(student: Mapping[str, int], teacher: Mapping[str, int],
     Raises:
         TeacherError: they do not; the message names the first ids that differ.
     """
-    ours, theirs = ({number: token for token, number in vocabulary.items()} for vocabulary in (student, teacher))
+    ours = {number: token for token, number in student.items()}
+    theirs = {number: token for token, number in teacher.items()}
     different = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
     if different:
         examples = "; ".join(f"id {i} is {ours.get(i)!r} here and {theirs.get(i)!r} there" for i in different[:3])
@@ -221,30 +222,47 @@ def own_answers(batch: Batch, student: nn.Module, kd: Distillation, seed: int) -
         batch: `input_ids`, `labels`, perhaps `attention_mask` `[B, T]`; or a flat one.
     """
     mask = as_rows(batch.get("attention_mask", torch.ones_like(batch["input_ids"])), batch).bool()
-    columns = as_rows(batch["input_ids"], batch), as_rows(batch["labels"], batch)
-    rows = [tuple(column[r, present].tolist() for column in columns) for r, present in enumerate(mask)]
-    starts = {r: start for r, (_, labels) in enumerate(rows) if (start := _start_of_last_answer(labels))}
+    every_id, every_label = as_rows(batch["input_ids"], batch), as_rows(batch["labels"], batch)
+    ids = [row[present].tolist() for row, present in zip(every_id, mask, strict=True)]
+    labels = [row[present].tolist() for row, present in zip(every_label, mask, strict=True)]
+
+    # 1. What the student writes after each prompt.
+    starts = {}
+    for r, row_labels in enumerate(labels):
+        start = _start_of_last_answer(row_labels)
+        if start:
+            starts[r] = start
     written = generate(
         student,
-        [rows[r][0][:start] for r, start in starts.items()],
+        [ids[r][:start] for r, start in starts.items()],
         max_new_tokens=kd.max_new_tokens,
         pad_token_id=0,
         stop_token_ids=kd.stop_token_ids,
         temperature=kd.sampling_temperature,
         seed=seed,
-        row_numbers=[zlib.crc32(repr(rows[r]).encode()) for r in starts],
+        row_numbers=[zlib.crc32(repr((ids[r], labels[r])).encode()) for r in starts],
     )
+
+    # 2. In place of the answers that were there.
     for (r, start), answer in zip(starts.items(), written.ids, strict=True):
-        rows[r] = rows[r][0][:start] + answer, [IGNORE] * start + answer
-    ids, labels = ([torch.tensor(row[i]) for row in rows] for i in (0, 1))
+        ids[r] = ids[r][:start] + answer
+        labels[r] = [IGNORE] * start + answer
+    id_rows = [torch.tensor(row) for row in ids]
+    label_rows = [torch.tensor(row) for row in labels]
     return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "input_ids": pad_sequence(id_rows, batch_first=True),
+        "labels": pad_sequence(label_rows, batch_first=True, padding_value=IGNORE),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in id_rows], batch_first=True),
     }
 
 
 def _start_of_last_answer(labels: list[int]) -> int:
     """Where the last run of supervised labels `[T]` begins; 0: there is none, as position 0 is never predicted."""
-    last = max((i for i in range(1, len(labels)) if labels[i] != IGNORE), default=0)
-    return 1 + max((i for i in range(last) if i == 0 or labels[i] == IGNORE), default=-1)
+    start = len(labels)
+    while start > 1 and labels[start - 1] == IGNORE:  # what follows the answer
+        start -= 1
+    if start <= 1:
+        return 0
+    while start > 1 and labels[start - 1] != IGNORE:
+        start -= 1
+    return start

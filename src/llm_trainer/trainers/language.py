@@ -123,10 +123,10 @@ class Trainer(BaseTrainer):
             yield batches, after
 
     def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        placed: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        on_device: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         if self.kd is not None and self.teacher is not None:
-            placed["distance"] = TeacherDistance(self.teacher(placed), self.kd)
-        return placed
+            on_device["distance"] = TeacherDistance(self.teacher(on_device), self.kd)
+        return on_device
 
     def _forward(self, batch: dict[str, Any]) -> TokenScores:
         return self.model(**{name: batch[name] for name in _INPUTS if name in batch})

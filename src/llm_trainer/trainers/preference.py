@@ -191,7 +191,9 @@ class DPOTrainer(BaseTrainer):
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = self._joined(batch)
-        rows = to_device(share_prompts(rows) if self.shares_prompts else rows, self.device)
+        if self.shares_prompts:
+            rows = share_prompts(rows)
+        rows = to_device(rows, self.device)
         if self.reference is not None and "ref_chosen_logps" not in rows:
             with torch.no_grad():
                 rows["ref_logprobs"] = score(self.reference, rows).logprobs

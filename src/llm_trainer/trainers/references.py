@@ -19,7 +19,7 @@ def default_reference(model: nn.Module) -> nn.Module:
 
 
 def reference_of(model: nn.Module, trainer: Algorithm, policy: ScoredModel) -> ScoredModel | AdaptersOff:
-    """`model` scored, frozen and placed as the policy is: both must round alike.
+    """`model` scored, frozen and on the device as the policy is: both must round alike.
 
     Where it is the trained model itself, it is that with its adapters off.
     """
@@ -49,7 +49,9 @@ def precompute_reference(stream: Any, reference: nn.Module, build: "Build", want
         def sums(group: list[int], rows: Any = rows) -> Tensor:
             """`[n, 2]` of chosen and rejected."""
             batch = stream.collate([rows[i] for i in group])
-            batch = to_device(share_prompts(batch) if shares_prompts else batch, build.device)
+            if shares_prompts:
+                batch = share_prompts(batch)
+            batch = to_device(batch, build.device)
             logprobs = as_rows(score(model, batch).logprobs, batch)
             return logprobs.sum(1).view(2, -1).T  # all chosen come before all rejected
 

@@ -43,12 +43,7 @@ class RewardTrainer(BaseTrainer):
     rows = ("pairs", "process")
 
     def __init__(
-        self,
-        *args: Any,
-        center_coef: float = 0.0,
-        use_margin: bool = True,
-        share_prompts: bool = True,
-        **kwargs: Any,
+        self, *args: Any, center_coef: float = 0.0, use_margin: bool = True, share_prompts: bool = True, **kwargs: Any
     ) -> None:
         self.center_coef, self.use_margin = center_coef, use_margin
         self._micro_batch_tokens = kwargs.get("micro_batch_tokens")
@@ -112,7 +107,9 @@ class RewardTrainer(BaseTrainer):
         if "step_labels" in batch:
             return to_device(batch, self.device)
         rows = join(batch, SIDES)
-        return to_device(share_prompts(rows) if self.shares_prompts else rows, self.device)
+        if self.shares_prompts:
+            rows = share_prompts(rows)
+        return to_device(rows, self.device)
 
     def _forward(self, batch: Batch) -> Tensor:
         """`[2B]` rewards, the chosen answers' first; of judged steps one per token, like `input_ids`."""

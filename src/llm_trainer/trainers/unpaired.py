@@ -86,7 +86,8 @@ class KTOTrainer(BaseTrainer):
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         # For the KL both models score mismatched answers too.
-        return sketch.frozen(forwards=3 if sketch.section.loss_type == "kto" else 1)
+        forwards = 3 if sketch.section.loss_type == "kto" else 1
+        return sketch.frozen(forwards=forwards)
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)
@@ -102,9 +103,14 @@ class KTOTrainer(BaseTrainer):
         self, batches: list[Batch], weights: list[float], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
         """Count the step's good and bad answers, and estimate its KL from its mismatched pairs."""
-        labels = [batch["desirable"].bool() for batch, weight in zip(batches, weights, strict=True) if weight]
-        counts = [sum(int((given == kind).sum()) for given in labels) for kind in (True, False)]
-        self._num_of_kind = sum_over_ranks(torch.tensor(counts, dtype=torch.float32, device=self.device))
+        num_good = num_bad = 0
+        for batch, weight in zip(batches, weights, strict=True):
+            if weight:
+                desirable = batch["desirable"].bool()
+                num_good += int(desirable.sum())
+                num_bad += int((~desirable).sum())
+        counts = torch.tensor([num_good, num_bad], dtype=torch.float32, device=self.device)
+        self._num_of_kind = sum_over_ranks(counts)
         if self.loss.loss_type != "kto":
             return
         total, number = torch.zeros((), device=self.device), 0

@@ -132,8 +132,8 @@ def test_rows_that_cannot_be_scored_are_counted(judge, tmp_path, capsys):
     assert run(judge, write(tmp_path / "pairs.jsonl", rows), "--out", tmp_path / "scores.jsonl") == 0
     said = capsys.readouterr().out
     assert [one["row"] for one in read(tmp_path / "scores.jsonl")] == [1]
-    assert said.startswith("1 pairs") and "left out: 1 rows (longer than the model's context)" in said
-    assert said.count("left out: 1 rows") == 2
+    assert said.startswith("1 pair:") and "left out: 1 row (longer than the model's context)" in said
+    assert said.count("left out: 1 row ") == 2
 
 
 def test_other_models_and_files_are_refused(judge, tokenizer, tmp_path, capsys):

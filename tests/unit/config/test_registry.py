@@ -67,6 +67,7 @@ def test_exactly_one_section_says_how_to_train() -> None:
         (("unlikely", "a.B", DPOConfig), "trainer: got 'a.B', expected 'package.module:Class'"),
         (("unlikely", "a:B", LossConfig), "section: got .* expected a class made with config_section"),
         (("dpo", "a:B", DPOConfig), "name: 'dpo' is taken by llm_trainer.trainers.preference:DPOTrainer"),
+        (("optim", "a:B", DPOConfig), "name: optim_config is another section of the configuration"),
     ],
 )
 def test_lines_that_cannot_be_meant(line: tuple[str, str, type], message: str) -> None:

@@ -1,5 +1,6 @@
 """The loop: what is trained on, what is refused, and what a signal does."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -154,3 +155,57 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, [GOOD] * 4, hooks=[Hook("send", send, every_steps=1)]).train()
+
+
+def test_a_hook_that_stops_a_run_lets_it_end_as_if_it_were_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last metrics are logged, the model is evaluated and saved, and the checkpoint says that this was the end."""
+    stop = Hook("stop", lambda run: run.progress.step == 3 and run.stop("that is enough"), every_steps=1)
+    options: dict[str, Any] = {"val_loader": [GOOD], "log_interval": 2, "eval_interval": 100}
+    saves: dict[str, Any] = {
+        "save_interval_steps": 3
+    }  # a checkpoint of this very step is there when the hook is called
+    make(tmp_path, [GOOD] * 8, hooks=[stop], **options, **saves).train()
+    lines = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 3]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3]
+    again = make(tmp_path, [GOOD] * 8, resume="auto", **options, **saves)
+    again.train()
+    assert again.run.progress.step == 3
+    assert "already finished at step 3, nothing to do: stopped early" in capsys.readouterr().out
+
+
+def test_an_evaluation_after_an_interrupted_run_sees_all_data(tmp_path: Path) -> None:
+    send = Hook("send", lambda run: run.progress.step == 1 and os.kill(os.getpid(), signal.SIGTERM), every_steps=1)
+    held_out = [GOOD, 3 * GOOD, 5 * GOOD]
+    trainer = make(tmp_path, [GOOD] * 4, val_loader=held_out, hooks=[send])
+    with pytest.raises(TrainingInterrupted):
+        trainer.train()
+    inputs, targets = torch.cat(held_out, 1)
+    with torch.no_grad():
+        expected = (trainer.base_model(inputs[:, None])[:, 0] - targets).pow(2).mean().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_evaluation_that_fails_leaves_mode_and_metrics_as_they_were(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [GOOD], val_loader=[GOOD, "no batch"])
+    trainer.record("mine", 2.0)
+    with pytest.raises(AttributeError, match="'str' object has no attribute 'shape'"):
+        trainer.evaluate()
+    assert trainer.model.training
+    trainer.run.val_sources = {}
+    assert trainer.train()["mine"] == 2.0
+
+
+def test_words_of_the_algorithm_follow_the_log_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Talking(Regression):
+        def _get_extra_log_info(self, batch: torch.Tensor) -> str:
+            return f"largest input {batch[0].max():g}"
+
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"max_epochs": 1, "log_interval": 1, "progress": False, "device": "cpu"}
+    Talking(model, optimizer, [GOOD, 3 * GOOD], save_dir=str(tmp_path), use_amp=False, **options).train()
+    shown = capsys.readouterr().out
+    assert "step 1  largest input 2\n" in shown and "step 2  largest input 6\n" in shown

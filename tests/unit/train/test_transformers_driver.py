@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -241,3 +242,15 @@ def test_what_transformers_cannot_do_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="use_ddp=False, but engine 'hf' trains with all 2 processes"):
         alone.train()
+
+
+def test_the_time_of_a_step_includes_the_update(tmp_path: Path) -> None:
+    class Slow(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            time.sleep(0.05)
+            super().step(closure)
+
+    trainer = regression(tmp_path, [GOOD] * 4)
+    trainer.optimizer = trainer.run.engine._optimizer = Slow(trainer.base_model.parameters(), lr=0.1)
+    trainer.train()
+    assert trainer.run.progress.train_seconds >= 4 * 0.05
