@@ -16,18 +16,18 @@ Optimizer state is kept by parameter *name*: it means the same in one process, u
 
 from llm_trainer.checkpoint.manager import (
     CheckpointManager,
-    LoadedCheckpoint,
     load_checkpoint,
     load_folder,
     read_checkpoint,
     save_checkpoint,
     write_file,
 )
-from llm_trainer.checkpoint.state import read_tensors, restore, set_tensors_aside, write_tensors
-from llm_trainer.checkpoint.valid import CheckpointError, find_damage, valid_checkpoints
+from llm_trainer.checkpoint.state import restore, set_tensors_aside, write_tensors
+from llm_trainer.checkpoint.valid import CheckpointError, valid_checkpoints
 from llm_trainer.checkpoint.weights import (
     check_groups,
     full_tensor,
+    gathered_weights,
     load_optimizer_state_by_name,
     load_weights,
     optimizer_state_by_name,
@@ -44,10 +44,9 @@ from llm_trainer.checkpoint.weights import (
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
-    "LoadedCheckpoint",
     "check_groups",
-    "find_damage",
     "full_tensor",
+    "gathered_weights",
     "load_checkpoint",
     "load_folder",
     "load_optimizer_state_by_name",
@@ -57,7 +56,6 @@ __all__ = [
     "random_state",
     "read_checkpoint",
     "read_model",
-    "read_tensors",
     "read_weights",
     "restore",
     "save_checkpoint",

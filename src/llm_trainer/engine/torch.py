@@ -70,18 +70,20 @@ class TorchEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         # DDP averages gradients over ranks; a step's loss is a sum of shares, so the average is multiplied back.
-        self._scaler.scale(loss * dist.world_size() if self.ddp else loss).backward()
+        if self.ddp:
+            loss = loss * dist.world_size()
+        self._scaler.scale(loss).backward()
 
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
         self._scaler.unscale_(self._optimizer)
-        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters: list[nn.Parameter] = sum((group["params"] for group in self._optimizer.param_groups), [])
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
         norm = checkpoint.full_tensor(norm).to(self.device)
         grad_norm = norm.item()  # the one place in a step where the host waits for the device
         finite = math.isfinite(grad_norm)
         if finite:
             if max_grad_norm > 0:
-                parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
                 clip_grads_with_norm_(parameters, max_grad_norm, norm)
             self._scaler.step(self._optimizer)
         self._scaler.update()
