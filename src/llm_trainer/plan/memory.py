@@ -88,7 +88,9 @@ class Widths:
         """As `strategy` computes in `precision`."""
         if precision == "fp32":
             return cls(4, 4)
-        return cls(2, 2 if strategy.weights or strategy.is_zero else 4)
+        if strategy.weights or strategy.is_zero:
+            return cls(2, 2)
+        return cls(2, 4)
 
     @property
     def cast(self) -> bool:
