@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llm_trainer import checkpoint
 from llm_trainer.checkpoint import CheckpointError
@@ -19,6 +18,7 @@ from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import DTYPES
+from llm_trainer.engine.torch import clip
 from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
@@ -216,16 +216,12 @@ class DeepSpeedEngine(Engine):
 
     def _step_whole(self, max_grad_norm: float) -> tuple[float, bool]:
         """A step of stage 0 on fp32 weights: DeepSpeed has averaged the gradients and leaves the rest to the optimizer."""
-        grads = [p.grad for p in self._pieces if p.grad is not None]
-        norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
-        grad_norm = norm.item()
-        if not math.isfinite(grad_norm):
+        grad_norm, finite = clip(self._pieces, max_grad_norm, self.device)
+        if finite:
+            self._engine.step()
+        else:
             self._engine.zero_grad()
-            return grad_norm, False
-        if max_grad_norm > 0:
-            clip_grads_with_norm_(self._pieces, max_grad_norm, norm)
-        self._engine.step()
-        return grad_norm, True
+        return grad_norm, finite
 
     def _scaler(self) -> dict[str, Any]:
         """The variables of DeepSpeed's loss scale, as it keeps them; empty without one."""

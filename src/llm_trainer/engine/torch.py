@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,18 @@ DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcas
 def make(options: EngineOptions) -> "TorchEngine":
     """One process, or DDP where there are several."""
     return TorchEngine(options.device, options.precision, ddp=options.several)
+
+
+def clip(parameters: Collection[nn.Parameter], max_grad_norm: float, device: torch.device) -> tuple[float, bool]:
+    """Scale gradients down to `max_grad_norm` (0: never) if they are finite; their norm before, and whether they are."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = get_total_norm(grads).float() if grads else torch.zeros(())
+    norm = checkpoint.full_tensor(norm).to(device)
+    grad_norm = norm.item()  # the one place in a step where the host waits for the device
+    finite = math.isfinite(grad_norm)
+    if finite and max_grad_norm > 0:
+        clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    return grad_norm, finite
 
 
 def make_unwrapped(options: EngineOptions) -> "TorchEngine":
@@ -77,14 +89,8 @@ class TorchEngine(Engine):
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
         self._scaler.unscale_(self._optimizer)
         parameters: list[nn.Parameter] = sum((group["params"] for group in self._optimizer.param_groups), [])
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
-        norm = checkpoint.full_tensor(norm).to(self.device)
-        grad_norm = norm.item()  # the one place in a step where the host waits for the device
-        finite = math.isfinite(grad_norm)
+        grad_norm, finite = clip(parameters, max_grad_norm, self.device)
         if finite:
-            if max_grad_norm > 0:
-                clip_grads_with_norm_(parameters, max_grad_norm, norm)
             self._scaler.step(self._optimizer)
         self._scaler.update()
         # DDP's gradients lie in its buckets, for good: without them the next ones would be allocated beside the buckets.

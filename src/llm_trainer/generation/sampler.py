@@ -228,11 +228,7 @@ def _decode(
 
 
 class _CachedReader:
-    """Reads a transformers model's logits one token at a time; prompts are padded on the left.
-
-    Args:
-        prompts: Token ids per row.
-    """
+    """Reads a transformers model's logits one token at a time; prompts, token ids per row, are padded on the left."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> None:
         longest = max(map(len, prompts), default=0)
@@ -268,11 +264,7 @@ class _CachedReader:
 
 
 class _UncachedReader:
-    """Reads any causal module's logits by running it on all tokens so far; padding is on the right, out of its sight.
-
-    Args:
-        prompts: Token ids per row.
-    """
+    """Reads any causal module's logits by running it on all tokens so far; padding is on the right, out of its sight."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> None:
         longest = max(map(len, prompts), default=0)

@@ -332,13 +332,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def _flash_backward(
-    on_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_normaliser: Tensor,
-    scale: float,
+    on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_normaliser: Tensor, scale: float
 ) -> Gradients:
     """The kernel of torch, which wants as many key heads as query heads.
 
@@ -347,30 +341,23 @@ def _flash_backward(
     groups = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     prefix = key.shape[2] - query.shape[2]
-    pieces = [(slice(prefix, None), True)] + [(slice(prefix), False)] * (prefix > 0)
-    results = [
+
+    def of_piece(piece: slice, causal: bool) -> Gradients:
         # Output and log normaliser are those over all keys, so each piece gets its share of the weight.
-        flash_backward(
-            on_output, query, keys[:, :, piece], values[:, :, piece], output, log_normaliser, 0.0, causal, scale=scale
-        )
-        for piece, causal in pieces
-    ]
-    on_query, on_key, on_value = results[0]
+        at = (slice(None), slice(None), piece)
+        return flash_backward(on_output, query, keys[at], values[at], output, log_normaliser, 0.0, causal, scale=scale)
+
+    on_query, on_key, on_value = of_piece(slice(prefix, None), causal=True)
     if prefix:
-        on_query = on_query + results[1][0]
-        on_key = torch.cat([results[1][1], on_key], 2)
-        on_value = torch.cat([results[1][2], on_value], 2)
+        before = of_piece(slice(prefix), causal=False)
+        on_query = on_query + before[0]
+        on_key = torch.cat([before[1], on_key], 2)
+        on_value = torch.cat([before[2], on_value], 2)
     return on_query, on_key.unflatten(1, (-1, groups)).sum(2), on_value.unflatten(1, (-1, groups)).sum(2)
 
 
 def _blocked_backward(
-    on_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_normaliser: Tensor,
-    scale: float,
+    on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_normaliser: Tensor, scale: float
 ) -> Gradients:
     """Row blocks of queries against all keys before them; the query heads of a key head are further rows of the block.
 

@@ -119,10 +119,7 @@ def supported_attention(attention: str, config: dict[str, Any]) -> str:
 
 def check_finite(model: nn.Module, source: str) -> None:
     """Raise ValueError naming the tensors of `model` that hold NaN or infinity."""
-    broken = []
-    for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            broken.append(name)
+    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
     if broken:
         names = ", ".join(broken[:3])
         if len(broken) > 3:

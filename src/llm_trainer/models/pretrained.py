@@ -21,10 +21,7 @@ class Kind(Enum):
 
 
 # ends of the names of transformers' classes; what ends otherwise is taken for a language model
-ENDINGS = {
-    "ForSequenceClassification": Kind.ANSWER_REWARD_MODEL,
-    "ForTokenClassification": Kind.STEP_REWARD_MODEL,
-}
+ENDINGS = {"ForSequenceClassification": Kind.ANSWER_REWARD_MODEL, "ForTokenClassification": Kind.STEP_REWARD_MODEL}
 REWARD_MODELS = tuple(ENDINGS.values())
 
 
