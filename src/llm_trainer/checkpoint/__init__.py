@@ -22,21 +22,17 @@ from llm_trainer.checkpoint.manager import (
     save_checkpoint,
     write_file,
 )
-from llm_trainer.checkpoint.state import restore, set_tensors_aside, write_tensors
+from llm_trainer.checkpoint.state import restore, set_tensors_aside
 from llm_trainer.checkpoint.valid import CheckpointError, valid_checkpoints
 from llm_trainer.checkpoint.weights import (
-    check_groups,
     full_tensor,
-    gathered_weights,
     load_optimizer_state_by_name,
     load_weights,
     optimizer_state_by_name,
     plain_name,
     random_state,
     read_model,
-    read_weights,
     set_random_state,
-    shard_like,
     unwrap,
     write_model,
 )
@@ -44,9 +40,7 @@ from llm_trainer.checkpoint.weights import (
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
-    "check_groups",
     "full_tensor",
-    "gathered_weights",
     "load_checkpoint",
     "load_folder",
     "load_optimizer_state_by_name",
@@ -56,15 +50,12 @@ __all__ = [
     "random_state",
     "read_checkpoint",
     "read_model",
-    "read_weights",
     "restore",
     "save_checkpoint",
     "set_random_state",
     "set_tensors_aside",
-    "shard_like",
     "unwrap",
     "valid_checkpoints",
     "write_file",
     "write_model",
-    "write_tensors",
 ]

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from llm_trainer import checkpoint
 from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.checkpoint.weights import first_few, of_another_shape, portable_group
+from llm_trainer.checkpoint.weights import (
+    check_groups,
+    first_few,
+    gathered_weights,
+    of_another_shape,
+    portable_group,
+    read_weights,
+)
 from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
@@ -264,7 +271,7 @@ class DeepSpeedEngine(Engine):
             with GatheredParameters([tensor]):
                 return tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor.detach()[:0]
 
-        found = checkpoint.gathered_weights(self._base, gather)
+        found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -303,9 +310,9 @@ class DeepSpeedEngine(Engine):
         if "optimizer" not in state:
             raise CheckpointError(f"'{path}' holds no optimizer state: for its weights alone set init_weights_path")
         if isinstance(weights, Path):
-            weights = checkpoint.read_weights(self._base, weights)
+            weights = read_weights(self._base, weights)
         saved = state.pop("optimizer")
-        checkpoint.check_groups(self._groups, saved["param_groups"])
+        check_groups(self._groups, saved["param_groups"])
         self._load_weights(weights, path)
         self._load_optimizer(saved)
         return state

@@ -11,6 +11,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from llm_trainer import checkpoint
+from llm_trainer.checkpoint.state import write_tensors
+from llm_trainer.checkpoint.weights import gathered_weights, shard_like
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import EngineOptions
@@ -122,7 +124,7 @@ class FsdpEngine(TorchEngine):
             for name, parameter in module.named_parameters():
                 value = full[name] if dist.is_main() else torch.empty(parameter.shape, dtype=parameter.dtype)
                 value = dist.broadcast_tensor(value.to(self.device, parameter.dtype))
-                parameter.copy_(checkpoint.shard_like(value, parameter))
+                parameter.copy_(shard_like(value, parameter))
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -170,14 +172,14 @@ class FsdpEngine(TorchEngine):
             value = checkpoint.full_tensor(tensor.detach())
             return value.cpu() if dist.is_main() else value[:0]
 
-        found = checkpoint.gathered_weights(self._base, gather)
+        found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
 
     def write_shards(self, folder: Path, state: Mapping[str, Any]) -> bool:
         tensors: dict[str, Tensor] = {}
         for name, part in state.items():
             checkpoint.set_tensors_aside(part, name, tensors)
-        checkpoint.write_tensors(folder / "tensors", tensors, together=True)
+        write_tensors(folder / "tensors", tensors, together=True)
         return True
 
     def load(self, path: str | Path) -> dict[str, Any]:

@@ -307,9 +307,3 @@ def create_scheduler(optimizer: torch.optim.Optimizer, name: str = "constant", *
     """Build the schedule called `name` for `optimizer` with its largest rate as the top; see `create_schedule`."""
     top = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
     return Scheduler(optimizer, create_schedule(name, top, **hyper))
-
-
-def learning_rates(name: str, steps: int, **hyper: Any) -> list[float]:
-    """The rates of updates 0 to `steps - 1`, without an optimizer: `learning_rates("cosine", 50, lr=1e-3, ...)`."""
-    schedule = create_schedule(name, **hyper)
-    return [schedule(step) for step in range(steps)]
