@@ -56,7 +56,7 @@ def _is_other_process(pid: int) -> bool:
 
 @contextmanager
 def whole_or_nothing(partial: Path, target: Path) -> Iterator[None]:
-    """Leave no `partial` behind, however the block ends; a full or read-only disk is told from a mistake in the code."""
+    """Leave no `partial` behind, however the block ends; name a full or read-only disk as the cause."""
     try:
         remove(partial)
         yield

@@ -56,7 +56,7 @@ def write_model(
     Each tensor keeps its dtype; tied weights are written once. A tokenizer is written beside them.
 
     Args:
-        weights: The whole tensors of a model that is sharded; by default the model's own.
+        weights: The full tensors of a model that is sharded; by default the model's own.
     """
     folder, model = Path(folder), unwrap(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """`value` sharded as `like` is, without asking other ranks: they all hold it whole."""
+    """`value` sharded as `like` is, without asking other ranks: they all have all of it."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor) or isinstance(value, DTensor):

@@ -149,7 +149,7 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3:
                 self._lower(module)
                 home = config["zero_optimization"].get("offload_param", {}).get("device")
-                # Parameter by parameter, so that the device never holds all of them whole.
+                # Parameter by parameter, so that the device never holds all of them in full.
                 deepspeed.zero.Init(module=module, remote_device=home, config_dict_or_path=config)
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -248,7 +248,7 @@ class DeepSpeedEngine(Engine):
         if alone and self.stage == 3:
             raise DeepSpeedError(
                 "deepspeed: the model answers during training, with other lengths on every rank, for which stage 3 would "
-                "have to gather it whole; use stage 2, or engine: fsdp"
+                "have to gather all of it; use stage 2, or engine: fsdp"
             )
         return self.precision()
 
@@ -275,7 +275,7 @@ class DeepSpeedEngine(Engine):
         return found if dist.is_main() else {}
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The whole of it in the main process's host memory, one tensor after the other; names and groups on all."""
+        """All of it in the main process's host memory, one tensor after the other; names and groups on all."""
         groups, state = [], {}
         for members, group in zip(self._groups, self._optimizer.param_groups, strict=True):
             groups.append(portable_group(group, list(members)))
@@ -318,7 +318,7 @@ class DeepSpeedEngine(Engine):
         return state
 
     def _load_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
-        """Put whole tensors into the model, and into the copies that the optimizer has of it."""
+        """Put full tensors into the model, and into the copies that the optimizer has of it."""
         if self.stage < 3:
             checkpoint.load_weights(self._base, weights, source)
         else:
@@ -348,7 +348,7 @@ class DeepSpeedEngine(Engine):
                     buffer.copy_(weights[checkpoint.plain_name(name)])
 
     def _load_optimizer(self, saved: Mapping[str, Any]) -> None:
-        """Give the pieces of this rank their part of a whole state."""
+        """Give the pieces of this rank their part of a full state."""
         state = self._optimizer.state
         state.clear()
         for members, group, old in zip(self._groups, self._optimizer.param_groups, saved["param_groups"], strict=True):
@@ -375,7 +375,7 @@ class DeepSpeedEngine(Engine):
             lazy_init_hp_params_optimizer_state([parameter], self._pieces[parameter], self._optimizer.state)
 
     def _put(self, parameter: nn.Parameter, value: Tensor, target: Tensor, key: str | None) -> None:
-        """Write this rank's part of a whole `value`: the optimizer's state called `key`, or its copy of the parameter.
+        """Write this rank's part of a full `value`: the optimizer's state called `key`, or its copy of the parameter.
 
         Args:
             target: the tensor that has a place for it.

@@ -51,7 +51,7 @@ def split_layers(module: nn.Module, mesh: DeviceMesh) -> None:
 
     Raises:
         ValueError: there is no such model, it has no plan, the plan has a part that is not known here, or its heads
-            cannot be dealt out evenly.
+            cannot be divided evenly.
     """
     from transformers import PreTrainedModel
 

@@ -31,7 +31,7 @@ class Completions:
         ids: New tokens per row, with the stop token that ended it, if one did; neither prompt nor padding.
         logprobs: Of each of them, under `softmax(logits / temperature)` of the whole vocabulary (temperature 0: of the
             logits), before top-k, top-p and suppression: what a trainer recomputes.
-        finished: Whether a stop token ended the row; otherwise it was cut.
+        finished: Whether a stop token ended the row; otherwise it was truncated.
     """
 
     ids: list[list[int]]

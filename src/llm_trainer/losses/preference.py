@@ -227,7 +227,7 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, "PreferenceLoss"], Tensor]] = {
 ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "sppo": "sppo_hard"}
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
 PER_TOKEN_REWARDS = frozenset({"simpo", "orpo"})  # their rewards and log-probs are reported per token
-BATCH_COUPLED = frozenset({"aot", "aot_unpaired"})  # these sort the pairs of the call: cut differently, a step changes
+BATCH_COUPLED = frozenset({"aot", "aot_unpaired"})  # they sort pairs: split differently, a step changes
 _WITH_NLL = frozenset({"cpo", "orpo"})  # defined with the NLL term, coefficient 1
 _OF_MARGIN = frozenset({"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "discopop"})
 _SMOOTHED = frozenset(
@@ -291,7 +291,7 @@ class PreferenceTerms:
         """The loss `[]`: `sum(losses) / num_pairs + nll_coef * sum(nll_sums) / num_nll_terms`.
 
         With the counts of the whole step (`len(losses)` and `nll_counts.sum()` over its micro-batches and ranks), the
-        contributions of the micro-batches add up to the step's loss however it was cut. None: these pairs alone.
+        contributions of the micro-batches add up to the step's loss however it was split. None: these pairs alone.
         """
         if num_pairs is None:
             num_pairs = len(self.losses)

@@ -5,7 +5,7 @@ transformers recognises that (when it gets no attention mask); sdpa and eager th
 under `torch.compile` they build it for every batch, because positions are not known while a model is traced.
 `"blocked"`, ours, makes no mask. On the CPU it runs the flash kernel on one document after the other, and a backward
 of our own, in row blocks of matrix products. It is one operator to `torch.compile`, so lengths never recompile a model.
-On a GPU it runs the flash kernel for documents of several lengths, and is told these lengths (`document_bounds`).
+On a GPU it runs the flash kernel for documents of several lengths, which it is given (`document_bounds`).
 
 On the CPU it also knows branches, for which others would need a mask: positions that restart at s > 0 go on from the first s
 tokens of the document before them, so 0 1 2 3 4 | 2 3 4 5 are two answers behind one prompt of two tokens.

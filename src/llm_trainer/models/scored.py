@@ -247,7 +247,7 @@ def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: boo
 
 
 def weight_and_bias(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """What a head that is read but not called computes with, also where every process has it whole (tensor parallelism)."""
+    """What a head that is read but not called computes with, also where it is replicated (tensor parallelism)."""
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
     if isinstance(weight, DTensor):

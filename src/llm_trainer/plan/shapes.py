@@ -96,7 +96,7 @@ class Job:
         rows_per_sample: sequences per row of data: 2 for pairs of answers.
         flops_per_token: of training, forward and backward of the trained model.
         frozen_flops_per_token: of the forward of reference or teacher.
-        frozen_bytes: weights of reference or teacher, which every device holds whole.
+        frozen_bytes: weights of reference or teacher, which every device holds in full.
         state_bytes: of the optimizer, for all parameters.
         precision: fp32, bf16 or fp16.
         has_head: the vocabulary head runs (not in reward models).
