@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from llm_trainer.optim.schedules import create_schedule
+
 GROUPS = ("lm_ce", "pref", "reward", "kd", "moe", "grpo", "advantage", "kl", "ppo", "optim", "lr")
 
 
@@ -92,3 +94,9 @@ def follow(
         **options,
     ).train()
     return seen
+
+
+def learning_rates(name: str, steps: int, **hyper: Any) -> list[float]:
+    """The rates of updates 0 to `steps - 1` of the schedule called `name`, without an optimizer."""
+    schedule = create_schedule(name, **hyper)
+    return [schedule(step) for step in range(steps)]

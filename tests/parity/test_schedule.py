@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llm_trainer.optim.schedules import create_scheduler, learning_rates
-from reference_cases import Case
+from llm_trainer.optim.schedules import create_scheduler
+from reference_cases import Case, learning_rates
 
 
 def name_and_hyper(case: Case) -> tuple[str, dict]:

@@ -16,17 +16,15 @@ Optimizer state is kept by parameter *name*: it means the same in one process, u
 
 from llm_trainer.checkpoint.manager import (
     CheckpointManager,
-    LoadedCheckpoint,
     load_checkpoint,
     load_folder,
     read_checkpoint,
     save_checkpoint,
     write_file,
 )
-from llm_trainer.checkpoint.state import read_tensors, restore, set_tensors_aside, write_tensors
-from llm_trainer.checkpoint.valid import CheckpointError, find_damage, valid_checkpoints
+from llm_trainer.checkpoint.state import restore, set_tensors_aside
+from llm_trainer.checkpoint.valid import CheckpointError, valid_checkpoints
 from llm_trainer.checkpoint.weights import (
-    check_groups,
     full_tensor,
     load_optimizer_state_by_name,
     load_weights,
@@ -34,9 +32,7 @@ from llm_trainer.checkpoint.weights import (
     plain_name,
     random_state,
     read_model,
-    read_weights,
     set_random_state,
-    shard_like,
     unwrap,
     write_model,
 )
@@ -44,9 +40,6 @@ from llm_trainer.checkpoint.weights import (
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
-    "LoadedCheckpoint",
-    "check_groups",
-    "find_damage",
     "full_tensor",
     "load_checkpoint",
     "load_folder",
@@ -57,16 +50,12 @@ __all__ = [
     "random_state",
     "read_checkpoint",
     "read_model",
-    "read_tensors",
-    "read_weights",
     "restore",
     "save_checkpoint",
     "set_random_state",
     "set_tensors_aside",
-    "shard_like",
     "unwrap",
     "valid_checkpoints",
     "write_file",
     "write_model",
-    "write_tensors",
 ]

@@ -13,19 +13,8 @@ from safetensors import SafetensorError
 from llm_trainer.checkpoint.valid import CheckpointError, name_valid_neighbour, read_manifest, valid_checkpoints
 
 LEFT_BEHIND = re.compile(r"(.+)\.(partial|replaced)-(\d+)")
-
-
-STORAGE_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
+FULL_OR_BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 def partial_path(target: Path) -> Path:
@@ -67,12 +56,13 @@ def _is_other_process(pid: int) -> bool:
 
 @contextmanager
 def whole_or_nothing(partial: Path, target: Path) -> Iterator[None]:
-    """Leave no `partial` behind, however the block ends; tell a full or read-only disk from a mistake in the code."""
+    """Leave no `partial` behind, however the block ends; name a full or read-only disk as the cause."""
     try:
         remove(partial)
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if (reason := storage_failure(error)) is None:
+        reason = storage_failure(error)
+        if reason is None:
             raise
         raise CheckpointError(explain_storage_failure(reason, partial, target)) from error
     finally:
@@ -84,9 +74,13 @@ def storage_failure(error: BaseException) -> str | None:
     """The operating system's reason behind an error of safetensors, torch or Python; None: it has another cause."""
     cause: BaseException | None = error
     while cause is not None:
+        code = None
         in_rust = re.search(r"\(os error (\d+)\)", str(cause))  # safetensors has the number in its text only
-        code = int(in_rust[1]) if in_rust else cause.errno if isinstance(cause, OSError) else None
-        if code in STORAGE_ERRORS:
+        if in_rust:
+            code = int(in_rust[1])
+        elif isinstance(cause, OSError):
+            code = cause.errno
+        if code in FULL_OR_BROKEN | NOT_WRITABLE:
             return os.strerror(code)
         cause = cause.__cause__ or cause.__context__
     return None
@@ -98,8 +92,11 @@ def explain_storage_failure(reason: str, partial: Path, target: Path) -> str:
         return f"'{target}' could not be saved: {reason}. Choose another folder"
     written = sum(path.stat().st_size for path in [partial, *partial.rglob("*")] if path.is_file())
     free = shutil.disk_usage(target.parent).free
-    previous = [read_manifest(path)["files"].values() for path in valid_checkpoints(target.parent, "sizes")][:1]
-    needed = max([written, *(sum(file["size"] for file in files) for files in previous)])
+    needed = written
+    previous = next(valid_checkpoints(target.parent, "sizes"), None)
+    if previous is not None:
+        size = sum(file["size"] for file in read_manifest(previous)["files"].values())
+        needed = max(written, size)
     return (
         f"'{target}' could not be saved: {reason}. It needs at least {needed / 1e6:.1f} MB; {written / 1e6:.1f} MB "
         f"were written and {free / 1e6:.1f} MB are free. Free some space or choose another folder. "

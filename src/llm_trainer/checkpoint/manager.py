@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm_trainer.checkpoint.atomic import clear_left_behind, partial_path, remove, whole_or_nothing
-from llm_trainer.checkpoint.state import (
-    JSON_FILES,
-    read_tensors,
-    restore,
-    set_tensors_aside,
-    write_state,
-)
+from llm_trainer.checkpoint.state import JSON_FILES, read_tensors, restore, set_tensors_aside, write_state
 from llm_trainer.checkpoint.valid import (
     CheckpointError,
     find_damage,
@@ -60,11 +54,11 @@ class LoadedCheckpoint:
 
 
 class CheckpointManager:
-    """The checkpoints of one run: saves, rotates, and finds the newest one that is whole.
+    """The checkpoints of one run: saves, rotates, and finds the newest valid one.
 
     Args:
         folder: Where the checkpoints are; created if needed. One process writes.
-        keep: How many of the newest are kept; the best one and the last whole one are never deleted.
+        keep: How many of the newest are kept; the best one and the last valid one are never deleted.
         warn: Called with a message when a damaged checkpoint is skipped.
 
     Raises:
@@ -131,8 +125,7 @@ class CheckpointManager:
         later = [path for path in step_folders(self.folder) if step_of(path) > after]
         if not later:
             return None
-        numbered = (self.folder / f"set-aside-{number}" for number in itertools.count(1))
-        folder = next(path for path in numbered if not path.exists())
+        folder = _unused(self.folder, "set-aside")
         folder.mkdir()
         for path in sorted(later):
             path.rename(folder / path.name)
@@ -148,7 +141,7 @@ class CheckpointManager:
 
     def best(self, verify: str = "full") -> Path | None:
         """The newest valid checkpoint that was saved with `is_best=True`."""
-        return next((path for path in self._valid(verify) if read_manifest(path)["is_best"]), None)
+        return next(filter(_is_best, self._valid(verify)), None)
 
     def publish(self) -> Path | None:
         """Make `model` in the folder lead to the weights to use, the best checkpoint's or else the newest's: a stable path.
@@ -169,7 +162,7 @@ class CheckpointManager:
         if (link / OUR_COPY).exists() and not link.is_symlink():
             shutil.rmtree(link)
         elif link.is_dir() and not link.is_symlink():  # something of the user's: it is kept
-            link.rename(next(p for i in itertools.count(1) if not (p := link.with_name(f"model.before-{i}")).exists()))
+            link.rename(_unused(self.folder, "model.before"))
         partial.replace(link)
         return link
 
@@ -179,7 +172,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: It is damaged (the message names the newest valid one), or there is none.
         """
-        path = Path(path) if path is not None else self.latest(verify)
+        path = path or self.latest(verify)
         if path is None:
             raise CheckpointError(f"no valid checkpoint in '{self.folder}': expected a folder checkpoint-<step>")
         return load_folder(path, verify)
@@ -188,14 +181,25 @@ class CheckpointManager:
         return valid_checkpoints(self.folder, verify, self.warn)
 
     def _rotate(self, just_saved: Path) -> None:
-        """Delete what is older than `just_saved` and neither among the newest whole ones nor the best."""
-        whole = list(valid_checkpoints(self.folder, "sizes"))
-        best = [path for path in whole if read_manifest(path)["is_best"]][:1]
+        """Delete what is older than `just_saved` and neither among the newest valid ones nor the best."""
+        valid = list(valid_checkpoints(self.folder, "sizes"))
+        best = next(filter(_is_best, valid), None)
         for path in step_folders(self.folder):
-            if step_of(path) < step_of(just_saved) and path not in [*whole[: self.keep], *best]:
+            is_spared = path in valid[: self.keep] or path == best
+            if step_of(path) < step_of(just_saved) and not is_spared:
                 doomed = partial_path(path)  # under a name that is cleared at the next start, should we die half-way
                 os.rename(path, doomed)
                 remove(doomed)
+
+
+def _is_best(path: Path) -> bool:
+    return read_manifest(path)["is_best"]
+
+
+def _unused(folder: Path, name: str) -> Path:
+    """The first of `name`-1, `name`-2, ... that is not there."""
+    numbered = (folder / f"{name}-{number}" for number in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
 
 
 def load_folder(
@@ -214,7 +218,9 @@ def load_folder(
         raise CheckpointError(f"{problem}. {name_valid_neighbour(path)}")
     manifest = read_manifest(path)
     plain, with_tensors = (json.loads((path / name).read_text()) for name in JSON_FILES)
-    tensors = read_tensors(path / "tensors", like) if (path / "tensors").exists() else {}
+    tensors = {}
+    if (path / "tensors").exists():
+        tensors = read_tensors(path / "tensors", like)
     state = {name: restore(part, tensors) for name, part in {**plain, **with_tensors}.items()}
     return LoadedCheckpoint(path, manifest["step"], manifest["metric"], path / "model", state)
 
@@ -296,8 +302,9 @@ def read_checkpoint(
     """The weights (or the folder of `write_model` that they are in) and the state of a checkpoint: see `load_checkpoint`."""
     path = Path(path)
     if path.is_dir():
-        newest = path if (path / "manifest.json").exists() else next(valid_checkpoints(path, warn=WARN), path)
-        loaded = load_folder(newest, like=like)
+        if not (path / "manifest.json").exists():  # the folder of a run
+            path = next(valid_checkpoints(path, warn=WARN), path)
+        loaded = load_folder(path, like=like)
         return loaded.model_folder, loaded.state
     state = _load_file(path)
     return (state.pop("model"), state) if "model" in state else (state, {})

@@ -20,12 +20,12 @@ JSON_FILES = ("trainer_state.json", "tensors.json")
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write `state` as two JSON files and a folder of tensors, unless all ranks together have written that one."""
     tensors: dict[str, Tensor] = {}
-    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    contents: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # without tensors, with tensors
     for name, part in state.items():
         before = len(tensors)
         plain = set_tensors_aside(part, name, tensors)
-        parts[len(tensors) > before][name] = plain
-    for file, content in zip(JSON_FILES, parts, strict=True):
+        contents[len(tensors) > before][name] = plain
+    for file, content in zip(JSON_FILES, contents, strict=True):
         (folder / file).write_text(json.dumps(content, indent=1), encoding="utf-8")
     if tensors and not (folder / "tensors").exists():
         write_tensors(folder / "tensors", tensors)
@@ -102,13 +102,10 @@ def read_tensors(folder: Path, like: Callable[[str], Tensor | None] = lambda nam
                 return _MetadataUnpickler(file).load()
 
     reader = Reader(folder)
-    described = {
-        name: entry
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)  # bytes would be unpickled: not ours, never read
-    }
     tensors: dict[str, Tensor] = {}
-    for name, entry in described.items():
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue  # bytes would be unpickled: not ours, never read
         model, dtype = like(name), entry.properties.dtype
         if model is not None and model.shape == entry.size:
             tensors[name] = torch.empty_like(model, dtype=dtype)

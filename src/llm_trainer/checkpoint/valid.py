@@ -1,4 +1,4 @@
-"""What is whole: the manifest of a checkpoint folder, and the newest checkpoint that it vouches for."""
+"""What is valid: the manifest of a checkpoint folder, and the newest checkpoint that it vouches for."""
 
 import hashlib
 import json
@@ -21,7 +21,8 @@ def valid_checkpoints(
 ) -> Iterator[Path]:
     """The checkpoint folders whose manifest holds, newest step first; `warn` hears about the others on the way."""
     for path in step_folders(folder):
-        if problem := find_damage(path, verify):
+        problem = find_damage(path, verify)
+        if problem:
             warn(f"checkpoint skipped: {problem}")
         else:
             yield path
@@ -43,7 +44,8 @@ def find_damage(path: Path, verify: str = "full") -> str | None:
         file = path / name
         if not file.is_file():
             return f"'{file}' is missing"
-        if (size := file.stat().st_size) != expected["size"]:
+        size = file.stat().st_size
+        if size != expected["size"]:
             return f"'{file}' is damaged: {size} bytes instead of {expected['size']}"
         if verify == "full" and _sha256(file) != expected["sha256"]:
             return f"'{file}' is damaged: its hash differs from the manifest"
@@ -74,14 +76,16 @@ def _json_hash(content: dict[str, Any]) -> str:
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """List and flush everything under `folder`: first the files, then the manifest, then the folders that name them."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    listed = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files
-    }
+    found = sorted(folder.rglob("*"))
+    files = [path for path in found if path.is_file()]
+    listed = {}
+    for file in files:
+        listed[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
     content = {**facts, "files": listed}
     sealed = json.dumps({"sha256": _json_hash(content), **content}, indent=1)
     (folder / "manifest.json").write_text(sealed, encoding="utf-8")
-    for path in [*files, folder / "manifest.json", *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+    folders = [path for path in found if path.is_dir()]
+    for path in [*files, folder / "manifest.json", *folders, folder]:
         flush(path)
 
 
@@ -91,11 +95,12 @@ def _sha256(path: Path) -> str:
 
 
 def name_valid_neighbour(path: Path) -> str:
-    """One sentence that names the newest whole checkpoint in the folder of `path`."""
+    """One sentence that names the newest valid checkpoint in the folder of `path`."""
     if path.parent.is_dir():
         files = sorted(path.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime, reverse=True)
-        whole = (file for file in files if not is_damaged_zip(file))
-        if valid := next(valid_checkpoints(path.parent), None) or next(whole, None):
+        valid_files = (file for file in files if not is_damaged_zip(file))
+        valid = next(valid_checkpoints(path.parent), None) or next(valid_files, None)
+        if valid is not None:
             return f"The newest valid checkpoint there is '{valid}'"
     return "There is no valid checkpoint beside it"
 

@@ -1,7 +1,7 @@
 """Model weights, optimizer state by parameter name, and the state of random generators."""
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,17 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
+def gathered_weights(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The tensors of a sharded model by name, each as `gather` returns it; tied ones stay one tensor."""
+    found: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}  # by parameter
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            gathered[id(tensor)] = gather(tensor)
+        found[plain_name(name)] = gathered[id(tensor)]
+    return found
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that is sharded over ranks (FSDP2), which all take part; another tensor itself."""
     from torch.distributed.tensor import DTensor
@@ -45,7 +56,7 @@ def write_model(
     Each tensor keeps its dtype; tied weights are written once. A tokenizer is written beside them.
 
     Args:
-        weights: The whole tensors of a model that is sharded; by default the model's own.
+        weights: The full tensors of a model that is sharded; by default the model's own.
     """
     folder, model = Path(folder), unwrap(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,15 +128,17 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     # transformers renames and merges weights while loading (experts), so its own loader has to do it. It loads all
     # weights in one dtype: the widest of the model, which holds the others exactly.
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else max([torch.float32, *dtypes], key=lambda dtype: dtype.itemsize)
-    kind = next(
-        c for c in type(model).__mro__ if not c.__name__.startswith("FSDP")
-    )  # what sharding made a class of its own
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+    else:
+        dtype = max([torch.float32, *dtypes], key=lambda dtype: dtype.itemsize)
+    # NOTE: sharding makes a class of its own of it.
+    model_class: Any = next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
     with without_progress_bars():
-        loaded, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+        loaded, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
-        raise CheckpointError(f"the weights in '{folder}' do not fit a {kind.__name__}: {first_few(problems)}")
+        raise CheckpointError(f"the weights in '{folder}' do not fit a {model_class.__name__}: {first_few(problems)}")
     return loaded.state_dict()
 
 
@@ -145,17 +158,21 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     problems = {
         "missing": [name for name in own if name not in weights and _memory(own[name]) not in given],
         "unexpected": [name for name in weights if name not in own],
-        "of another shape": [
-            f"{name} ({list(tensor.shape)} instead of {list(own[name].shape)})"
-            for name, tensor in weights.items()
-            if name in own and tensor.shape != own[name].shape
-        ],
+        "of another shape": of_another_shape(weights, {name: tensor.shape for name, tensor in own.items()}),
     }
     if any(problems.values()):
         raise CheckpointError(f"the weights in '{source}' do not fit a {type(model).__name__}: {first_few(problems)}")
-    model.load_state_dict(
-        {names[name]: shard_like(tensor, own[name]) for name, tensor in weights.items()}, strict=False
-    )
+    sharded = {names[name]: shard_like(tensor, own[name]) for name, tensor in weights.items()}
+    model.load_state_dict(sharded, strict=False)
+
+
+def of_another_shape(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
+    """The tensors that do not have the shape that the model has under their name, for messages."""
+    found = []
+    for name, tensor in weights.items():
+        if name in shapes and tensor.shape != shapes[name]:
+            found.append(f"{name} ({list(tensor.shape)} instead of {list(shapes[name])})")
+    return found
 
 
 def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
@@ -167,7 +184,7 @@ def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """`value` sharded as `like` is, without asking other ranks: they all hold it whole."""
+    """`value` sharded as `like` is, without asking other ranks: they all have all of it."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
@@ -175,12 +192,16 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def first_few(problems: Mapping[str, list[str]], num: int = 3) -> str:
-    return "; ".join(
-        f"{len(names)} {kind}: {', '.join(names[:num])}{', ...' if len(names) > num else ''}"
-        for kind, names in problems.items()
-        if names
-    )
+def first_few(problems: Mapping[str, list[str]]) -> str:
+    """`5 missing: a, b, c, ...; 1 unexpected: d`, of what there is."""
+    listed = []
+    for kind, names in problems.items():
+        shown = names[:3]
+        if len(names) > len(shown):
+            shown.append("...")
+        if names:
+            listed.append(f"{len(names)} {kind}: {', '.join(shown)}")
+    return "; ".join(listed)
 
 
 def _is_pretrained(model: nn.Module) -> bool:
@@ -202,33 +223,40 @@ def optimizer_state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str,
     groups, state = [], {}
     for group in optimizer.param_groups:
         members = {_name_of(parameter, names): parameter for parameter in group["params"]}
-        groups.append({**{k: v for k, v in group.items() if k not in IMPLEMENTATION}, "params": list(members)})
+        groups.append(portable_group(group, list(members)))
         state.update({name: dict(optimizer.state[p]) for name, p in members.items() if optimizer.state.get(p)})
     return {"state": state, "param_groups": groups}
+
+
+def portable_group(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """A parameter group with the names of its parameters, and without what is this machine's choice."""
+    kept = {key: value for key, value in group.items() if key not in IMPLEMENTATION}
+    return kept | {"params": names}
 
 
 def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Put back what `optimizer_state_by_name` returned, bit for bit (torch would cast to the parameter's dtype).
 
     Hyper-parameters of the groups (lr, betas, ...) are restored too. Tensors go to their parameter's device, and are
-    cut where the parameter is sharded (FSDP2).
+    sharded where the parameter is (FSDP2).
 
     Raises:
         CheckpointError: The groups hold other parameters than those saved; the optimizer is unchanged.
     """
     names = _parameter_names(model)
     groups, old_groups = optimizer.param_groups, saved["param_groups"]
-    members = [{_name_of(parameter, names): parameter for parameter in group["params"]} for group in groups]
+    members = []
+    for group in groups:
+        members.append({_name_of(parameter, names): parameter for parameter in group["params"]})
     check_groups(members, old_groups)
     for group, own, old in zip(groups, members, old_groups, strict=True):
         group.update({key: value for key, value in old.items() if key != "params"})
-        host_step = not (group.get("fused") or group.get("capturable"))  # where torch's kernels read it
+        step_on_host = not (group.get("fused") or group.get("capturable"))  # where torch's kernels read it
         for name, parameter in own.items():
             optimizer.state.pop(parameter, None)
-            if entry := saved["state"].get(name):
-                optimizer.state[parameter] = {
-                    key: _place(value, parameter, on_host=host_step and key == "step") for key, value in entry.items()
-                }
+            for key, value in saved["state"].get(name, {}).items():
+                on_host = step_on_host and key == "step"
+                optimizer.state[parameter][key] = _to_device(value, parameter, on_host)
 
 
 def check_groups(members: Sequence[Collection[str]], saved: Sequence[Mapping[str, Any]]) -> None:
@@ -261,13 +289,14 @@ def _name_of(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]) -> str:
     return names[parameter]
 
 
-def _place(value: Any, parameter: nn.Parameter, on_host: bool) -> Any:
-    """A copy of a state tensor where its parameter is, cut as its parameter is."""
+def _to_device(value: Any, parameter: nn.Parameter, on_host: bool) -> Any:
+    """A copy of a state tensor on its parameter's device, or on the host, and sharded as its parameter is."""
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape and not on_host:
         value = shard_like(value, parameter)
-    return value.detach().to("cpu" if on_host else parameter.device, copy=True)
+    device = torch.device("cpu") if on_host else parameter.device
+    return value.detach().to(device, copy=True)
 
 
 def random_state() -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Engine(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The whole tensors of `base` by name, on the main process; nothing on the others."""
+        """The full tensors of `base` by name, on the main process; nothing on the others."""
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def check_precision(
         from llm_trainer.engine.deepspeed import check_arithmetic
         from llm_trainer.engine.zero import complete
 
-        config, _ = complete(deepspeed or {}, chosen)
+        config, _ = complete(deepspeed, chosen)
         check_arithmetic(config, device)
 
 
@@ -90,5 +90,6 @@ def choose_driver(settings: "Settings") -> Callable[..., None]:
 
 
 def _load(where: str) -> Any:
+    """What `"module:name"` means."""
     module, _, name = where.partition(":")
     return getattr(import_module(module), name)

@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO 0 to 3 under our loop, saved by parameter name like everything else, whatever was cut in how many pieces."""
+"""DeepSpeed: ZeRO 0 to 3 under our loop, saved by parameter name like everything else, however it was sharded."""
 
 import math
 import warnings
@@ -10,16 +10,22 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llm_trainer import checkpoint
 from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.checkpoint.weights import IMPLEMENTATION, first_few
-from llm_trainer.config.deepspeed import DsConfig
+from llm_trainer.checkpoint.weights import (
+    check_groups,
+    first_few,
+    gathered_weights,
+    of_another_shape,
+    portable_group,
+    read_weights,
+)
 from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import DTYPES
+from llm_trainer.engine.torch import clip
 from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
@@ -69,8 +75,7 @@ def check_arithmetic(config: Mapping[str, Any], device: torch.device) -> None:
 
 def make(options: EngineOptions) -> "DeepSpeedEngine":
     """ZeRO as its JSON says; ZeRO-2 where there is none."""
-    config = DsConfig().to_json() if options.deepspeed is None else options.deepspeed
-    return DeepSpeedEngine(options.device, options.precision, config)
+    return DeepSpeedEngine(options.device, options.precision, options.deepspeed)
 
 
 class DeepSpeedEngine(Engine):
@@ -79,7 +84,8 @@ class DeepSpeedEngine(Engine):
     Args:
         device: where this process computes; of the kind that DeepSpeed has found.
         precision: 'fp32', 'bf16' or 'fp16', unless the JSON switches on one of the latter.
-        config: DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json) without optimizer, scheduler and batch sizes.
+        config: DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json) without optimizer, scheduler and batch sizes;
+            None: ZeRO-2.
     """
 
     name: ClassVar[str] = "deepspeed"
@@ -87,12 +93,12 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, device: torch.device, precision: str = "fp32", config: Mapping[str, Any] | None = None) -> None:
         self.device = device
-        self.config, self.precision_name = complete(config or {}, precision)
+        self.config, self.precision_name = complete(config, precision)
         self.stage = stage_of(self.config)
         check_arithmetic(self.config, device)
         self._base: nn.Module
         self._optimizer: torch.optim.Optimizer  # the user's, which DeepSpeed hands its pieces
-        self._groups: list[dict[str, nn.Parameter]]  # by name; the user's groups before they were cut up
+        self._groups: list[dict[str, nn.Parameter]]  # by name; the user's groups before they were flattened
         self._pieces: dict[nn.Parameter, Tensor]  # what the user's optimizer updates in place of a parameter
         self._engine: Any
         self._frozen: list[Any] = []  # the engines of frozen models, whose hooks gather their parameters
@@ -100,7 +106,7 @@ class DeepSpeedEngine(Engine):
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         self._check(optimizer)
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]  # DeepSpeed cuts up no others
+            group["params"] = [p for p in group["params"] if p.requires_grad]  # DeepSpeed shards no others
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self._base, self._optimizer = base, optimizer
         named = checkpoint.optimizer_state_by_name(base, optimizer)["param_groups"]
@@ -143,7 +149,7 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3:
                 self._lower(module)
                 home = config["zero_optimization"].get("offload_param", {}).get("device")
-                # Parameter by parameter, so that the device never holds all of them whole.
+                # Parameter by parameter, so that the device never holds all of them in full.
                 deepspeed.zero.Init(module=module, remote_device=home, config_dict_or_path=config)
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -212,28 +218,28 @@ class DeepSpeedEngine(Engine):
         self._engine.optimizer.clip_grad = max_grad_norm
         self._engine.step()  # checks the norm on all ranks, and updates nothing if it is not finite
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
-        return norm.item(), bool(norm.isfinite())
+        grad_norm = norm.item()
+        return grad_norm, math.isfinite(grad_norm)
 
     def _step_whole(self, max_grad_norm: float) -> tuple[float, bool]:
         """A step of stage 0 on fp32 weights: DeepSpeed has averaged the gradients and leaves the rest to the optimizer."""
-        grads = [p.grad for p in self._pieces if p.grad is not None]
-        norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
-        grad_norm = norm.item()
-        if not math.isfinite(grad_norm):
+        grad_norm, finite = clip(self._pieces, max_grad_norm, self.device)
+        if finite:
+            self._engine.step()
+        else:
             self._engine.zero_grad()
-            return grad_norm, False
-        if max_grad_norm > 0:
-            clip_grads_with_norm_(self._pieces, max_grad_norm, norm)
-        self._engine.step()
-        return grad_norm, True
+        return grad_norm, finite
 
     def _scaler(self) -> dict[str, Any]:
         """The variables of DeepSpeed's loss scale, as it keeps them; empty without one."""
         return vars(self._engine.optimizer.loss_scaler) if self.precision_name == "fp16" else {}
 
     def shard_fractions(self) -> tuple[float, float, float]:
-        cut = 1 / dist.world_size()
-        return cut if self.stage == 3 else 1.0, cut if self.stage >= 2 else 1.0, cut if self.stage >= 1 else 1.0
+        share = 1 / dist.world_size()
+        weights = share if self.stage >= 3 else 1.0
+        gradients = share if self.stage >= 2 else 1.0
+        optimizer = share if self.stage >= 1 else 1.0
+        return weights, gradients, optimizer
 
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
         return parameter.ds_tensor.detach() if self.stage == 3 else parameter.detach()  # type: ignore[attr-defined]
@@ -242,7 +248,7 @@ class DeepSpeedEngine(Engine):
         if alone and self.stage == 3:
             raise DeepSpeedError(
                 "deepspeed: the model answers during training, with other lengths on every rank, for which stage 3 would "
-                "have to gather it whole; use stage 2, or engine: fsdp"
+                "have to gather all of it; use stage 2, or engine: fsdp"
             )
         return self.precision()
 
@@ -261,20 +267,18 @@ class DeepSpeedEngine(Engine):
             return {checkpoint.plain_name(name): tensor for name, tensor in state.items()}
         from deepspeed.runtime.zero import GatheredParameters
 
-        found: dict[str, Tensor] = {}
-        kept: dict[int, Tensor] = {}  # by parameter: tied ones stay one tensor
-        for name, tensor in self._base.state_dict(keep_vars=True).items():
-            if id(tensor) not in kept:
-                with GatheredParameters([tensor]):
-                    kept[id(tensor)] = tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor.detach()[:0]
-            found[checkpoint.plain_name(name)] = kept[id(tensor)]
+        def gather(tensor: Tensor) -> Tensor:
+            with GatheredParameters([tensor]):
+                return tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor.detach()[:0]
+
+        found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The whole of it in the main process's host memory, one tensor after the other; names and groups on all."""
+        """All of it in the main process's host memory, one tensor after the other; names and groups on all."""
         groups, state = [], {}
         for members, group in zip(self._groups, self._optimizer.param_groups, strict=True):
-            groups.append({k: v for k, v in group.items() if k not in IMPLEMENTATION} | {"params": list(members)})
+            groups.append(portable_group(group, list(members)))
             for name, parameter in members.items():
                 entry = self._whole_entry(parameter)
                 if entry and dist.is_main():
@@ -288,14 +292,15 @@ class DeepSpeedEngine(Engine):
         entry = dict(self._optimizer.state.get(piece, {}))
         if parameter.dtype != piece.dtype:
             entry[MASTER] = piece.detach()
-        for key in filter(lambda key: self.stage and _is_cut(entry[key]), entry):
-            own = None if key == MASTER else key
-            entry[key] = (
-                self._engine.optimizer.get_full_hp_param(parameter, own)
-                if self.stage == 3
-                else parameter.get_full_hp_param(own)  # type: ignore[attr-defined]
-            )
-        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for key, value in entry.items():
+            if self.stage and _is_sharded(value):
+                own = None if key == MASTER else key
+                if self.stage == 3:
+                    value = self._engine.optimizer.get_full_hp_param(parameter, own)
+                else:
+                    value = parameter.get_full_hp_param(own)  # type: ignore[attr-defined]
+            entry[key] = value.cpu() if isinstance(value, Tensor) else value
+        return entry
 
     def load(self, path: str | Path) -> dict[str, Any]:
         offloaded = self.config.get("zero_optimization", {}).get("offload_optimizer", {})
@@ -305,33 +310,30 @@ class DeepSpeedEngine(Engine):
         if "optimizer" not in state:
             raise CheckpointError(f"'{path}' holds no optimizer state: for its weights alone set init_weights_path")
         if isinstance(weights, Path):
-            weights = checkpoint.read_weights(self._base, weights)
+            weights = read_weights(self._base, weights)
         saved = state.pop("optimizer")
-        checkpoint.check_groups(self._groups, saved["param_groups"])
+        check_groups(self._groups, saved["param_groups"])
         self._load_weights(weights, path)
         self._load_optimizer(saved)
         return state
 
     def _load_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
-        """Put whole tensors into the model, and into the copies that the optimizer has of it."""
+        """Put full tensors into the model, and into the copies that the optimizer has of it."""
         if self.stage < 3:
             checkpoint.load_weights(self._base, weights, source)
         else:
-            self._load_cut_weights({checkpoint.plain_name(name): value for name, value in weights.items()}, source)
+            self._load_sharded_weights({checkpoint.plain_name(name): value for name, value in weights.items()}, source)
         if self._engine.optimizer is not self._optimizer:
             self._engine.optimizer.refresh_fp32_params()
 
-    def _load_cut_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    def _load_sharded_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
         from deepspeed.runtime.zero import GatheredParameters
 
         own = {checkpoint.plain_name(name): parameter for name, parameter in self._base.named_parameters()}
+        shapes = {name: parameter.ds_shape for name, parameter in own.items()}  # type: ignore[attr-defined]
         problems = {
             "missing": [name for name in own if name not in weights],
-            "of another shape": [
-                f"{name} ({list(weights[name].shape)} instead of {list(parameter.ds_shape)})"  # type: ignore[attr-defined]
-                for name, parameter in own.items()
-                if name in weights and weights[name].shape != parameter.ds_shape  # type: ignore[attr-defined]
-            ],
+            "of another shape": of_another_shape(weights, shapes),
         }
         if any(problems.values()):
             kind = type(self._base).__name__
@@ -346,22 +348,24 @@ class DeepSpeedEngine(Engine):
                     buffer.copy_(weights[checkpoint.plain_name(name)])
 
     def _load_optimizer(self, saved: Mapping[str, Any]) -> None:
-        """Give the pieces of this rank their part of a whole state."""
+        """Give the pieces of this rank their part of a full state."""
         state = self._optimizer.state
         state.clear()
         for members, group, old in zip(self._groups, self._optimizer.param_groups, saved["param_groups"], strict=True):
             group.update({key: value for key, value in old.items() if key != "params"})
             on_host = not (group.get("fused") or group.get("capturable"))  # where torch's kernels read the step
             for name, parameter in members.items():
-                entry, piece = dict(saved["state"].get(name, {})), self._pieces[parameter]
+                entry = dict(saved["state"].get(name, {}))
+                piece = self._pieces[parameter]
                 master = entry.pop(MASTER, None)
                 if entry and piece not in state:
                     state[piece] = {key: _blank(value, piece, on_host) for key, value in entry.items()}
                 self._link(parameter)
                 if master is not None and parameter.dtype != piece.dtype:
                     self._put(parameter, master, piece, None)
-                for key in filter(lambda key: _is_cut(entry[key]), entry):
-                    self._put(parameter, entry[key], state[piece][key], key)
+                for key, value in entry.items():
+                    if _is_sharded(value):
+                        self._put(parameter, value, state[piece][key], key)
 
     def _link(self, parameter: nn.Parameter) -> None:
         """Let DeepSpeed find a parameter's part of a piece's state; by itself it does so for the first group only."""
@@ -371,7 +375,7 @@ class DeepSpeedEngine(Engine):
             lazy_init_hp_params_optimizer_state([parameter], self._pieces[parameter], self._optimizer.state)
 
     def _put(self, parameter: nn.Parameter, value: Tensor, target: Tensor, key: str | None) -> None:
-        """Write this rank's part of a whole `value`: the optimizer's state called `key`, or its copy of the parameter.
+        """Write this rank's part of a full `value`: the optimizer's state called `key`, or its copy of the parameter.
 
         Args:
             target: the tensor that has a place for it.
@@ -388,13 +392,16 @@ class DeepSpeedEngine(Engine):
             self._engine.optimizer.set_local_hp_param(part, parameter, key)
 
 
-def _is_cut(value: Any) -> bool:
+def _is_sharded(value: Any) -> bool:
     """Whether a value of an optimizer's state belongs to the elements of a parameter: all but its count of steps do."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _blank(value: Any, piece: Tensor, on_host: bool) -> Any:
     """What takes the place of a saved `value` in the state of a `piece`, still without the parts of the parameters."""
-    if _is_cut(value):
+    if _is_sharded(value):
         return torch.zeros_like(piece, requires_grad=False)
-    return value.to("cpu" if on_host else piece.device, copy=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    device = torch.device("cpu") if on_host else piece.device
+    return value.to(device, copy=True)

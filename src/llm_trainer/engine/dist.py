@@ -99,7 +99,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of parts that the data is dealt out in: of processes, unless some share their data."""
+    """Number of parts that the data is divided into: of processes, unless some share their data."""
     return num_processes() // _same_data
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 (`torch.distributed.fsdp.fully_shard`): every rank holds a part of each parameter, gradient and optimizer state."""
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): every rank holds a shard of each parameter, gradient and optimizer state."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +11,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from llm_trainer import checkpoint
+from llm_trainer.checkpoint.state import write_tensors
+from llm_trainer.checkpoint.weights import gathered_weights, shard_like
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import EngineOptions
@@ -55,12 +57,12 @@ class FsdpEngine(TorchEngine):
             )
         self._module, self._base, self._optimizer = module, base, optimizer
         state = checkpoint.optimizer_state_by_name(base, optimizer)
-        names = [[checkpoint.plain_name(name) for name in group["params"]] for group in state["param_groups"]]
         self._root = self._shard(module)
+        # NOTE: sharding has put new parameters into the module.
         sharded = {checkpoint.plain_name(name): parameter for name, parameter in base.named_parameters()}
         optimizer.state.clear()
-        for group, members in zip(optimizer.param_groups, names, strict=True):
-            group["params"] = [sharded[name] for name in members]  # sharding has put new parameters into the module
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group["params"] = [sharded[name] for name in saved["params"]]
         checkpoint.load_optimizer_state_by_name(base, optimizer, state)
         return module
 
@@ -76,8 +78,10 @@ class FsdpEngine(TorchEngine):
         return here.to_local() if isinstance(here, DTensor) else here
 
     def _shard(self, module: nn.Module) -> FSDPModule:
-        """Shard the layers of `module`, then the rest of it, and give every rank its part of the main one's weights."""
-        whole = {name: parameter.detach() for name, parameter in module.named_parameters()} if dist.is_main() else {}
+        """Shard the layers of `module`, then the rest of it, and give every rank its shards of the main one's weights."""
+        full = {}
+        if dist.is_main():
+            full = {name: parameter.detach() for name, parameter in module.named_parameters()}
         if any(parameter.is_meta for parameter in module.parameters()):
             _allocate(module)
         mesh, layers = self._mesh(), layers_of(module)
@@ -91,13 +95,13 @@ class FsdpEngine(TorchEngine):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=self.options.reshard_after_forward, **how)
         fully_shard(module, reshard_after_forward=False, **how)  # what its forward ends with, its backward begins with
-        self._scatter(module, whole)
+        self._scatter(module, full)
         for buffer in module.buffers():
             buffer.data = dist.broadcast_tensor(buffer.data.to(self.device))
         return cast(FSDPModule, module)
 
     def _mesh(self) -> Any:
-        """All processes by (copy of the model, part of it, part of a layer); dimensions of one are there too."""
+        """All processes by (copy of the model, shard of it, part of a layer); dimensions of one are there too."""
         world, size = dist.world_size(), self.options.shard_size or dist.world_size()
         if world % size:
             raise ValueError(f"fsdp shard_size: got {size}, expected a divisor of the number of ranks, {world}")
@@ -114,13 +118,13 @@ class FsdpEngine(TorchEngine):
     def _offloads(self) -> bool:
         return self.options.cpu_offload and self.device.type != "cpu"
 
-    def _scatter(self, module: nn.Module, whole: Mapping[str, Tensor]) -> None:
-        """Cut the main process's `whole` tensors into the parameters of `module`, one tensor at a time."""
+    def _scatter(self, module: nn.Module, full: Mapping[str, Tensor]) -> None:
+        """Shard the main process's `full` tensors into the parameters of `module`, one tensor at a time."""
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                value = whole[name] if dist.is_main() else torch.empty(parameter.shape, dtype=parameter.dtype)
+                value = full[name] if dist.is_main() else torch.empty(parameter.shape, dtype=parameter.dtype)
                 value = dist.broadcast_tensor(value.to(self.device, parameter.dtype))
-                parameter.copy_(checkpoint.shard_like(value, parameter))
+                parameter.copy_(shard_like(value, parameter))
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -152,7 +156,7 @@ class FsdpEngine(TorchEngine):
             self._reshard()
 
     def _reshard(self) -> None:
-        """Free the whole weights that a forward without a backward has left."""
+        """Free the full weights that a forward without a backward has left."""
         for module in cast(nn.Module, self._root).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -163,20 +167,19 @@ class FsdpEngine(TorchEngine):
 
     def weights(self) -> dict[str, Tensor]:
         self._reshard()
-        kept: dict[int, Tensor] = {}  # by parameter: tied ones stay one tensor
-        found = {}
-        for name, tensor in self._base.state_dict(keep_vars=True).items():
-            if id(tensor) not in kept:
-                value = checkpoint.full_tensor(tensor.detach())
-                kept[id(tensor)] = value.cpu() if dist.is_main() else value[:0]
-            found[checkpoint.plain_name(name)] = kept[id(tensor)]
+
+        def gather(tensor: Tensor) -> Tensor:
+            value = checkpoint.full_tensor(tensor.detach())
+            return value.cpu() if dist.is_main() else value[:0]
+
+        found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
 
     def write_shards(self, folder: Path, state: Mapping[str, Any]) -> bool:
         tensors: dict[str, Tensor] = {}
         for name, part in state.items():
             checkpoint.set_tensors_aside(part, name, tensors)
-        checkpoint.write_tensors(folder / "tensors", tensors, together=True)
+        write_tensors(folder / "tensors", tensors, together=True)
         return True
 
     def load(self, path: str | Path) -> dict[str, Any]:
@@ -193,16 +196,16 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     """The layers that are sharded one by one: those a transformers model names, else the members of every `ModuleList`."""
     from transformers import PreTrainedModel
 
-    names = {name for m in module.modules() if isinstance(m, PreTrainedModel) for name in m._no_split_modules or ()}
+    names: set[str] = set()
+    in_lists: list[nn.Module] = []
+    for inner in module.modules():
+        if isinstance(inner, PreTrainedModel):
+            names.update(inner._no_split_modules or ())
+        elif isinstance(inner, nn.ModuleList):
+            in_lists += [layer for layer in inner if next(layer.parameters(), None) is not None]
     if names:
-        return [m for m in module.modules() if type(m).__name__ in names]
-    return [
-        layer
-        for m in module.modules()
-        if isinstance(m, nn.ModuleList)
-        for layer in m
-        if any(True for _ in layer.parameters())
-    ]
+        return [inner for inner in module.modules() if type(inner).__name__ in names]
+    return in_lists
 
 
 def _allocate(module: nn.Module) -> None:

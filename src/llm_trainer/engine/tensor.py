@@ -1,8 +1,8 @@
 """Tensor parallelism: the matrices of every layer split over neighbouring processes, by the plan of transformers models.
 
 Megatron's scheme (Shoeybi et al. 2019, arXiv:1909.08053, section 3): the first matrices of attention and feed-forward are
-cut by columns and the last ones by rows, so that a layer needs two sums over the processes in its forward and two in its
-backward. Every other parameter is whole on all of them.
+sharded by columns and the last ones by rows, so that a layer needs two sums over the processes in its forward and two in
+its backward. Every other parameter is replicated.
 """
 
 import re
@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 
-class Whole(ParallelStyle):
-    """A module whose parameters every process has whole.
+class Replicated(ParallelStyle):
+    """A module whose parameters are the same on every process.
 
     Args:
-        dim: of its input and output that is cut (the heads that a norm inside attention sees); None: they are whole too.
-            The gradient of the parameters is then the sum over the processes.
+        dim: of its input and output that is sharded (the heads that a norm inside attention sees), for which the gradient
+            of the parameters is the sum over the processes; None: input and output are replicated too.
     """
 
     def __init__(self, dim: int | None = None) -> None:
@@ -30,19 +30,19 @@ class Whole(ParallelStyle):
         def wrap(value: Any) -> Any:
             return DTensor.from_local(value, device_mesh, [self.placement], run_check=False)
 
-        def enter(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> tuple:
+        def wrap_inputs(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> tuple:
             return tuple(wrap(value) if isinstance(value, Tensor) else value for value in inputs)
 
-        def leave(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        def unwrap_output(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
             return output.redistribute(placements=[self.placement]).to_local()
 
-        return distribute_module(module, device_mesh, None, enter, leave)  # type: ignore[arg-type]
+        return distribute_module(module, device_mesh, None, wrap_inputs, unwrap_output)  # type: ignore[arg-type]
 
 
 STYLES: dict[str, Any] = {  # of transformers' plans
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
-    "replicated_with_grad_allreduce": partial(Whole, 2),  # norms of heads, [B, T, heads, D]
+    "replicated_with_grad_allreduce": partial(Replicated, 2),  # norms of heads, [B, T, heads, D]
 }
 
 
@@ -51,7 +51,7 @@ def split_layers(module: nn.Module, mesh: DeviceMesh) -> None:
 
     Raises:
         ValueError: there is no such model, it has no plan, the plan has a part that is not known here, or its heads
-            cannot be dealt out evenly.
+            cannot be divided evenly.
     """
     from transformers import PreTrainedModel
 
@@ -64,18 +64,27 @@ def split_layers(module: nn.Module, mesh: DeviceMesh) -> None:
         )
     _check(type(model).__name__, model.config, plan, mesh.size())
     body = cast(nn.Module, model.base_model)
+
+    # 1. the body: what the plan names, and everything else that has parameters of its own
     styles: dict[str, ParallelStyle] = {}
-    for name, part in body.named_modules():
+    for name, inner in body.named_modules():
         wanted = next((style for pattern, style in plan.items() if _matches(pattern, name)), None)
         if wanted is not None:
             styles[name] = STYLES[wanted]()
-        elif any(True for _ in part.parameters(recurse=False)):
-            styles[name] = Whole()
+        elif _has_own_parameters(inner):
+            styles[name] = Replicated()
     parallelize_module(body, mesh, styles)
+
+    # 2. around it: the head
     inside = set(body.modules())
-    for part in [m for m in model.modules() if m not in inside and any(True for _ in m.parameters(recurse=False))]:
-        parallelize_module(part, mesh, Whole())  # the head
+    for inner in model.modules():
+        if inner not in inside and _has_own_parameters(inner):
+            parallelize_module(inner, mesh, Replicated())
     model.tie_weights()
+
+
+def _has_own_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def _check(name: str, config: Any, plan: dict[str, str], size: int) -> None:

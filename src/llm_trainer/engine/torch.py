@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,18 @@ DDP_OPTIONS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcas
 def make(options: EngineOptions) -> "TorchEngine":
     """One process, or DDP where there are several."""
     return TorchEngine(options.device, options.precision, ddp=options.several)
+
+
+def clip(parameters: Collection[nn.Parameter], max_grad_norm: float, device: torch.device) -> tuple[float, bool]:
+    """Scale gradients down to `max_grad_norm` (0: never) if they are finite; their norm before, and whether they are."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = get_total_norm(grads).float() if grads else torch.zeros(())
+    norm = checkpoint.full_tensor(norm).to(device)
+    grad_norm = norm.item()  # the one place in a step where the host waits for the device
+    finite = math.isfinite(grad_norm)
+    if finite and max_grad_norm > 0:
+        clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    return grad_norm, finite
 
 
 def make_unwrapped(options: EngineOptions) -> "TorchEngine":
@@ -70,19 +82,15 @@ class TorchEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         # DDP averages gradients over ranks; a step's loss is a sum of shares, so the average is multiplied back.
-        self._scaler.scale(loss * dist.world_size() if self.ddp else loss).backward()
+        if self.ddp:
+            loss = loss * dist.world_size()
+        self._scaler.scale(loss).backward()
 
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
         self._scaler.unscale_(self._optimizer)
-        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm(grads).float() if grads else torch.zeros((), device=self.device)
-        norm = checkpoint.full_tensor(norm).to(self.device)
-        grad_norm = norm.item()  # the one place in a step where the host waits for the device
-        finite = math.isfinite(grad_norm)
+        parameters: list[nn.Parameter] = sum((group["params"] for group in self._optimizer.param_groups), [])
+        grad_norm, finite = clip(parameters, max_grad_norm, self.device)
         if finite:
-            if max_grad_norm > 0:
-                parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-                clip_grads_with_norm_(parameters, max_grad_norm, norm)
             self._scaler.step(self._optimizer)
         self._scaler.update()
         # DDP's gradients lie in its buckets, for good: without them the next ones would be allocated beside the buckets.

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, and how a model is made ready for it."""
+"""The configuration that DeepSpeed is given, and how a model is made ready for it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.engine.device import DTYPES
 
 # What DeepSpeed wants to know beforehand and the loop decides step by step. More than one micro-batch makes it ready to
@@ -19,8 +20,8 @@ class DeepSpeedError(ValueError):
     """DeepSpeed cannot do what is asked for."""
 
 
-def complete(given: Mapping[str, Any], precision: str) -> tuple[dict[str, Any], str]:
-    """DeepSpeed's JSON with what this engine decides, and the name of the precision that it then computes in.
+def complete(given: Mapping[str, Any] | None, precision: str) -> tuple[dict[str, Any], str]:
+    """DeepSpeed's JSON (None: ZeRO-2) with what this engine decides, and the precision that it then computes in.
 
     A `bf16` or `fp16` section that is switched on keeps the weights themselves in 16 bits, with fp32 copies in the
     optimizer. Without one, `precision` means what it means everywhere: bf16 multiplies in 16 bits on fp32 weights
@@ -29,13 +30,15 @@ def complete(given: Mapping[str, Any], precision: str) -> tuple[dict[str, Any], 
     Raises:
         DeepSpeedError: the JSON decides what the trainer decides.
     """
+    if given is None:
+        given = DsConfig().to_json()
     if decided := sorted(OF_THE_TRAINER & given.keys()):
         raise DeepSpeedError(
             f"deepspeed: got {', '.join(decided)}, which the trainer decides: expected neither optimizer, scheduler nor "
             "batch sizes; give them to the trainer (optim_config, batch_size, gradient_accumulation_steps)"
         )
     own = next((name for name in DTYPES if given.get(name, {}).get("enabled")), None)
-    whole: dict[str, Any] = {
+    config: dict[str, Any] = {
         **given,
         **BATCH,
         "gradient_clipping": 0.0,  # the loop says at each step
@@ -44,14 +47,14 @@ def complete(given: Mapping[str, Any], precision: str) -> tuple[dict[str, Any], 
     }
     if own is None and precision == "bf16":
         # In modules that are called safe, gradients would be exchanged in 16 bits.
-        whole["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif own is None and precision == "fp16":
-        whole["fp16"] = {"enabled": True}
-    if stage_of(whole) == 0 and (own or precision) == "fp16":
+        config["fp16"] = {"enabled": True}
+    if stage_of(config) == 0 and (own or precision) == "fp16":
         raise DeepSpeedError(  # 0.19.8 divides gradients by the scale there, and does not multiply the loss by it
             "deepspeed: got fp16 with ZeRO stage 0, which scales no loss; use stage 1, 2 or 3, or bf16"
         )
-    return whole, own or precision
+    return config, own or precision
 
 
 def stage_of(config: Mapping[str, Any]) -> int:

@@ -31,7 +31,7 @@ class Completions:
         ids: New tokens per row, with the stop token that ended it, if one did; neither prompt nor padding.
         logprobs: Of each of them, under `softmax(logits / temperature)` of the whole vocabulary (temperature 0: of the
             logits), before top-k, top-p and suppression: what a trainer recomputes.
-        finished: Whether a stop token ended the row; otherwise it was cut.
+        finished: Whether a stop token ended the row; otherwise it was truncated.
     """
 
     ids: list[list[int]]
@@ -100,8 +100,10 @@ class Decoding:
             # probability 0 is never chosen.
             target = noise.float().clamp(max=1 - 2**-24)[:, None] * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)
-            chosen = chosen if order is None else order.gather(1, chosen)
-        return chosen[:, 0], (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True))[:, 0]
+            if order is not None:
+                chosen = order.gather(1, chosen)
+        logprobs = logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)
+        return chosen[:, 0], logprobs[:, 0]
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Unnormalised probabilities `[B, K]` and the ids `[B, K]` they belong to (None: every id, in order)."""
@@ -112,7 +114,8 @@ class Decoding:
             values, order = logits.topk(min(self.top_k, vocabulary))
             probabilities = values.softmax(-1)
         else:  # the vocabulary's head nearly always holds enough, and is 15 times faster than sorting it all
-            num, total = min(NUM_CANDIDATES, vocabulary), logits.logsumexp(-1, keepdim=True)
+            num = min(NUM_CANDIDATES, vocabulary)
+            total = logits.logsumexp(-1, keepdim=True)
             values, order = logits.topk(num)
             while num < vocabulary and not ((values - total).exp().sum(-1) >= self.top_p).all():  # host waits here
                 num = min(8 * num, vocabulary)
@@ -142,25 +145,12 @@ class Decoding:
                     f"prompt {row} has {len(prompt)} tokens, but the model's context is {context_length} tokens: "
                     "shorten the prompt so that at least one new token fits"
                 )
-        most = self.max_new_tokens
-        return [most if context_length is None else min(most, context_length - len(prompt)) for prompt in prompts]
+        if context_length is None:
+            return [self.max_new_tokens] * len(prompts)
+        return [min(self.max_new_tokens, context_length - len(prompt)) for prompt in prompts]
 
 
-def generate(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    pad_token_id: int,
-    stop_token_ids: Sequence[int] = (),
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    suppress_tokens: Sequence[int] = (),
-    seed: int | None = None,
-    row_numbers: Sequence[int] | None = None,
-    context_length: int | None = None,
-) -> Completions:
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], **settings: Any) -> Completions:
     """Write a completion of each prompt, all prompts in one batch.
 
     Precision is the caller's (autocast around the call). The model is in evaluation mode meanwhile.
@@ -169,31 +159,20 @@ def generate(
         model: A transformers causal LM, or any module whose `forward(ids [B, T])` gives causal logits `[B, T, V]`: a
             tensor, an object with `.logits`, or a mapping with `"logits"`.
         prompts: Token ids per row, without padding.
-
-    The settings are those of `Decoding`.
+        **settings: Those of `Decoding`; `max_new_tokens` is required.
 
     Raises:
         ValueError: A prompt is empty or fills the context, a setting is out of range, or the logits are not finite.
     """
-    decoding = Decoding(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_token_id,
-        stop_token_ids=stop_token_ids,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        suppress_tokens=suppress_tokens,
-        seed=seed,
-        row_numbers=row_numbers,
-        context_length=context_length,
-    )
+    decoding = Decoding(**settings)
     ids: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     for chosen in _decode(model, prompts, decoding):
         for row, (token, logprob) in chosen.items():
             ids[row].append(token)
             logprobs[row].append(logprob)
-    return Completions(ids, logprobs, [bool(row) and row[-1] in stop_token_ids for row in ids])
+    finished = [bool(row) and row[-1] in decoding.stop_token_ids for row in ids]
+    return Completions(ids, logprobs, finished)
 
 
 def stream(model: nn.Module, prompt_ids: Sequence[int], **settings: Any) -> Iterator[int]:
@@ -214,17 +193,26 @@ def _decode(
     model: nn.Module, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> Iterator[dict[int, tuple[int, float]]]:
     """Yield, token by token, the (id, log-probability) of every row that has not ended."""
+    # 1. what reads the model, and how far each row may go
     while isinstance(model, DistributedDataParallel) or "_orig_mod" in dict(model.named_children()):
         model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
-    has_cache = "past_key_values" in inspect.signature(model.forward).parameters
-    budgets = decoding.budgets(prompts, decoding.context_length or (_configured_context(model) if has_cache else None))
-    anchor = next(chain(model.parameters(), model.buffers()), torch.empty(0))
-    noise = decoding.noise(len(prompts)).to(anchor.device)  # [B, max_new_tokens]
-    reader = (_CachedReader if has_cache else _WholeReader)(model, prompts, decoding.pad_token_id, anchor.device)
-    stops, alive, new = frozenset(decoding.stop_token_ids), [True] * len(prompts), None
+    make_reader: type[_CachedReader] | type[_UncachedReader] = _UncachedReader
+    context_length = decoding.context_length
+    if "past_key_values" in inspect.signature(model.forward).parameters:
+        make_reader = _CachedReader
+        context_length = context_length or _configured_context(model)
+    budgets = decoding.budgets(prompts, context_length)
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    noise = decoding.noise(len(prompts)).to(device)  # [B, max_new_tokens]
+    reader = make_reader(model, prompts, decoding.pad_token_id, device)
+
+    # 2. token by token
+    stops = frozenset(decoding.stop_token_ids)
+    alive = [True] * len(prompts)
+    new = None
     with _evaluating(model):
         for index in range(max(budgets, default=0)):
-            logits = reader.read(new, torch.tensor(alive, device=anchor.device))
+            logits = reader.read(new, torch.tensor(alive, device=device))
             new, logprobs = decoding.choose(logits, noise[:, index])
             tokens, scores = new.tolist(), logprobs.tolist()  # the host waits for the device, once per token
             for row in range(len(prompts)):
@@ -240,11 +228,7 @@ def _decode(
 
 
 class _CachedReader:
-    """Reads a transformers model's logits one token at a time; prompts are padded on the left.
-
-    Args:
-        prompts: Token ids per row.
-    """
+    """Reads a transformers model's logits one token at a time; prompts, token ids per row, are padded on the left."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> None:
         longest = max(map(len, prompts), default=0)
@@ -279,12 +263,8 @@ class _CachedReader:
         return output.logits[:, -1]
 
 
-class _WholeReader:
-    """Reads any causal module's logits by running it on all tokens so far; padding is on the right, out of its sight.
-
-    Args:
-        prompts: Token ids per row.
-    """
+class _UncachedReader:
+    """Reads any causal module's logits by running it on all tokens so far; padding is on the right, out of its sight."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> None:
         longest = max(map(len, prompts), default=0)

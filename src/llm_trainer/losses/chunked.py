@@ -108,7 +108,8 @@ def _statistics(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Ten
     correct = (chosen.squeeze(-1) == 0) & (best_before < 0)
     # H = log Z - E[logit], of logits shifted so that no large numbers are subtracted.
     entropy = total.log() - (exps * shifted).sum(-1) / total if with_entropy else torch.zeros_like(total)
-    logprobs, mean_logprobs = chosen.squeeze(-1) - total.log(), shifted.mean(-1) - total.log()
+    logprobs = chosen.squeeze(-1) - total.log()
+    mean_logprobs = shifted.mean(-1) - total.log()
     return logprobs, largest.squeeze(-1) + total.log(), mean_logprobs, correct, entropy
 
 
@@ -206,9 +207,13 @@ class _Head:
     def gradient_buffers(self, wanted: tuple[bool, ...]) -> Gradients:
         """Zeros for the gradients of hidden, weight and bias that are `wanted`."""
         precise = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        hidden = torch.zeros_like(self.hidden) if wanted[0] else None
-        weight = torch.zeros_like(self.weight, dtype=precise) if wanted[1] else None
-        bias = None if self.bias is None or not wanted[2] else torch.zeros_like(self.bias, dtype=precise)
+        hidden = weight = bias = None
+        if wanted[0]:
+            hidden = torch.zeros_like(self.hidden)
+        if wanted[1]:
+            weight = torch.zeros_like(self.weight, dtype=precise)
+        if wanted[2] and self.bias is not None:
+            bias = torch.zeros_like(self.bias, dtype=precise)
         return hidden, weight, bias
 
     def backward(
@@ -343,10 +348,10 @@ def chunked_loss(
         with_entropy: also return the entropies.
     """
     loss = loss or LanguageLoss()
-    # Inside `forward` gradients always look switched off, so it is told.
+    # NOTE: inside `forward` gradients always look switched off, so that it has to be given.
     options = (loss, with_entropy, torch.is_grad_enabled())
-    loss_sum, logprobs, correct, entropy = _LossSum.apply(hidden, weight, bias, labels, *options)
-    return HeadScores(loss_sum, logprobs, correct, entropy if with_entropy else None)
+    scores = HeadScores(*_LossSum.apply(hidden, weight, bias, labels, *options))
+    return scores if with_entropy else scores._replace(entropy=None)
 
 
 def chunked_logprobs(
@@ -354,4 +359,5 @@ def chunked_logprobs(
 ) -> HeadScores:
     """Differentiable log-probabilities of `labels`; arguments as in `chunked_loss`; `loss_sum` is their negative sum."""
     logprobs, correct, entropy = _Logprobs.apply(hidden, weight, bias, labels, with_entropy)
-    return HeadScores(-logprobs.sum(), logprobs, correct, entropy if with_entropy else None)
+    scores = HeadScores(-logprobs.sum(), logprobs, correct, entropy)
+    return scores if with_entropy else scores._replace(entropy=None)

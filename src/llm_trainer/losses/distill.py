@@ -54,7 +54,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0
 
     Args:
         student_logits: `[..., V]`.
-        teacher_logits: `[..., V or more]`; what exceeds `V` is padding of the teacher's vocabulary and cut off before
+        teacher_logits: `[..., V or more]`; what exceeds `V` is padding of the teacher's vocabulary and dropped before
             the softmax. No gradient flows to it.
         beta: 0 forward KL, 1 reverse KL, between them the generalised Jensen-Shannon divergence.
         temperature: divides both logits.
@@ -164,9 +164,8 @@ def chunked_divergence(
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1.")
     mask = hidden.new_ones(len(hidden), dtype=torch.bool) if mask is None else mask.bool()
-    return _ChunkedDivergence.apply(
-        hidden, head, mask, teacher, (beta, temperature, chunk_size, torch.is_grad_enabled())
-    )
+    options = (beta, temperature, chunk_size, torch.is_grad_enabled())
+    return _ChunkedDivergence.apply(hidden, head, mask, teacher, options)
 
 
 def mix_with_task(task_loss: Tensor, distill_loss: Tensor, kd_coef: float) -> Tensor:

@@ -75,7 +75,7 @@ def token_losses(logits: Tensor, labels: Tensor, loss: LanguageLoss | None = Non
     """
     labels = labels[:, 1:]
     supervised = labels != IGNORE
-    # The last logits predict nothing and masked positions may hold anything: they are cut off before the softmax.
+    # The last logits predict nothing and masked positions may hold anything: they are dropped before the softmax.
     values, _ = flat_losses(logits[:, :-1][supervised], labels[supervised], loss or LanguageLoss())
     return F.pad(values.new_zeros(labels.shape).masked_scatter(supervised, values), (1, 0))
 

@@ -71,13 +71,17 @@ def ld_dpo_loss(pairs: Pairs, options: "PreferenceLoss") -> Tensor:
     """
     if pairs.surplus is None:
         raise ValueError("loss_type 'ld_dpo' needs log-probs per token, found stored sums; use pairs_from_tokens.")
-    chosen, rejected = (r - (1 - options.ld_alpha) * s for r, s in zip(pairs.log_ratios(), pairs.surplus, strict=True))
-    return _logistic(options.beta * (chosen - rejected), options.label_smoothing)
+    chosen, rejected = pairs.log_ratios()
+    less_chosen, less_rejected = pairs.surplus
+    discount = 1 - options.ld_alpha
+    margin = (chosen - discount * less_chosen) - (rejected - discount * less_rejected)
+    return _logistic(options.beta * margin, options.label_smoothing)
 
 
 def robust_loss(pairs: Pairs, options: "PreferenceLoss") -> Tensor:
     """Unbiased under flipped labels: rDPO (Chowdhury et al. 2024, arXiv:2403.00409); may be negative. `[B]`."""
-    h, eps = options.beta * _margin(pairs, options), options.label_smoothing
+    h = options.beta * _margin(pairs, options)
+    eps = options.label_smoothing
     return (-(1 - eps) * F.logsigmoid(h) + eps * F.logsigmoid(-h)) / (1 - 2 * eps)
 
 
@@ -113,7 +117,8 @@ def exo_pair_loss(pairs: Pairs, options: "PreferenceLoss") -> Tensor:
 
     Label smoothing 0 would make the loss infinite and therefore means 1e-3, the paper's value.
     """
-    h, eps = options.beta * _margin(pairs, options), options.label_smoothing or 1e-3
+    h = options.beta * _margin(pairs, options)
+    eps = options.label_smoothing or 1e-3
     log_right, log_wrong = F.logsigmoid(h), F.logsigmoid(-h)
     return log_right.exp() * (log_right - math.log1p(-eps)) + log_wrong.exp() * (log_wrong - math.log(eps))
 
@@ -222,7 +227,7 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, "PreferenceLoss"], Tensor]] = {
 ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "sppo": "sppo_hard"}
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
 PER_TOKEN_REWARDS = frozenset({"simpo", "orpo"})  # their rewards and log-probs are reported per token
-BATCH_COUPLED = frozenset({"aot", "aot_unpaired"})  # these sort the pairs of the call: cut differently, a step changes
+BATCH_COUPLED = frozenset({"aot", "aot_unpaired"})  # they sort pairs: split differently, a step changes
 _WITH_NLL = frozenset({"cpo", "orpo"})  # defined with the NLL term, coefficient 1
 _OF_MARGIN = frozenset({"sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "discopop"})
 _SMOOTHED = frozenset(
@@ -286,12 +291,14 @@ class PreferenceTerms:
         """The loss `[]`: `sum(losses) / num_pairs + nll_coef * sum(nll_sums) / num_nll_terms`.
 
         With the counts of the whole step (`len(losses)` and `nll_counts.sum()` over its micro-batches and ranks), the
-        contributions of the micro-batches add up to the step's loss however it was cut. None: these pairs alone.
+        contributions of the micro-batches add up to the step's loss however it was split. None: these pairs alone.
         """
-        pairs = torch.as_tensor(len(self.losses) if num_pairs is None else num_pairs)
-        terms = torch.as_tensor(self.nll_counts.sum() if num_nll_terms is None else num_nll_terms)
-        nll = self.nll_sums.sum() / terms.clamp(min=1)
-        return self.losses.sum() / pairs.clamp(min=1) + self.nll_coef * nll
+        if num_pairs is None:
+            num_pairs = len(self.losses)
+        if num_nll_terms is None:
+            num_nll_terms = self.nll_counts.sum()
+        nll = self.nll_sums.sum() / torch.as_tensor(num_nll_terms).clamp(min=1)
+        return self.losses.sum() / torch.as_tensor(num_pairs).clamp(min=1) + self.nll_coef * nll
 
 
 @dataclass(frozen=True)
@@ -376,15 +383,18 @@ class PreferenceLoss:
     def nll_weight(self) -> float:
         """The weight that the NLL term has in the end."""
         weights = resolve_loss_type(self.loss_type)
-        own = sum(weights[name] for name in weights.keys() & _WITH_NLL)
-        return (own if self.nll_loss_coef is None else self.nll_loss_coef) + weights.get("sft", 0.0)
+        coef = self.nll_loss_coef
+        if coef is None:
+            coef = sum(weights[name] for name in weights.keys() & _WITH_NLL)
+        return coef + weights.get("sft", 0.0)
 
     def _metrics(self, pairs: Pairs, names: set[str]) -> dict[str, Tensor]:
         """Per pair, `[B]`. Rewards are `beta` times summed log-ratios, whatever the loss averages (as in TRL)."""
         logps = pairs.chosen_logps, pairs.rejected_logps
         if names <= PER_TOKEN_REWARDS | {"sft"}:
             logps = pairs.average_logps()
-        chosen, rejected = (self.beta * x for x in (logps if names <= REFERENCE_FREE else pairs.log_ratios()))
+        compared = logps if names <= REFERENCE_FREE else pairs.log_ratios()
+        chosen, rejected = (self.beta * value for value in compared)
         metrics = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,

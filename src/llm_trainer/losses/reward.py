@@ -28,8 +28,8 @@ def bradley_terry(
         extremes within a pair: take the minimum and maximum over pairs, not the mean.
     """
     difference = chosen - rejected
-    losses = -F.logsigmoid(difference if margin is None else difference - margin)
-    losses = losses + center_coef * (chosen + rejected).square()
+    beyond_margin = difference if margin is None else difference - margin
+    losses = -F.logsigmoid(beyond_margin) + center_coef * (chosen + rejected).square()
     metrics = {
         "accuracy": (difference > 0).to(chosen.dtype),
         "margin": difference.detach(),
@@ -56,6 +56,8 @@ def process_reward(scores: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor
         "accuracy" `[B, T]`, likewise: does the score's sign agree with `label > 0.5`.
     """
     judged = mask.bool()
-    scores, labels = scores.masked_fill(~judged, 0.0), labels.to(scores.dtype).masked_fill(~judged, 0.0)
+    scores = scores.masked_fill(~judged, 0.0)
+    labels = labels.to(scores.dtype).masked_fill(~judged, 0.0)
     losses = F.binary_cross_entropy_with_logits(scores, labels, reduction="none").masked_fill(~judged, 0.0)
-    return losses, {"accuracy": (((scores > 0) == (labels > 0.5)) & judged).to(losses.dtype)}
+    agrees = (scores > 0) == (labels > 0.5)
+    return losses, {"accuracy": (agrees & judged).to(losses.dtype)}

@@ -72,8 +72,10 @@ def kto_kl(mismatched_log_ratios: Tensor, num_pairs: Tensor | int | None = None)
         mismatched_log_ratios: `[N]`, those of all mismatched pairs, or totals of several.
         num_pairs: how many pairs these are; N if not given.
     """
-    count = torch.as_tensor(mismatched_log_ratios.numel() if num_pairs is None else num_pairs)
-    return (mismatched_log_ratios.detach().sum() / count.clamp(min=1)).clamp(min=0)
+    if num_pairs is None:
+        num_pairs = mismatched_log_ratios.numel()
+    count = torch.as_tensor(num_pairs).clamp(min=1)
+    return (mismatched_log_ratios.detach().sum() / count).clamp(min=0)
 
 
 def mismatched_order(prompts: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ transformers recognises that (when it gets no attention mask); sdpa and eager th
 under `torch.compile` they build it for every batch, because positions are not known while a model is traced.
 `"blocked"`, ours, makes no mask. On the CPU it runs the flash kernel on one document after the other, and a backward
 of our own, in row blocks of matrix products. It is one operator to `torch.compile`, so lengths never recompile a model.
-On a GPU it runs the flash kernel for documents of several lengths, and is told these lengths (`document_bounds`).
+On a GPU it runs the flash kernel for documents of several lengths, which it is given (`document_bounds`).
 
 On the CPU it also knows branches, for which others would need a mask: positions that restart at s > 0 go on from the first s
 tokens of the document before them, so 0 1 2 3 4 | 2 3 4 5 are two answers behind one prompt of two tokens.
@@ -74,45 +74,31 @@ def knows_branches(config: "PretrainedConfig", device: torch.device) -> bool:
     """Whether a model of this configuration reads branches on `device`: only `"blocked"` does, and never with a mask."""
     settings = config.to_dict()
     masked = settings.get("attention_dropout") or settings.get("sliding_window")
-    ours = config._attn_implementation == "blocked" and config.model_type in BLOCKED_ARCHITECTURES
-    return ours and not masked and device.type == "cpu"
+    return _is_ours(config) and not masked and device.type == "cpu"
 
 
-def blocked_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    config: "PretrainedConfig",
-    **rest: Any,
-) -> Tensor | None:
+def _is_ours(config: "PretrainedConfig") -> bool:
+    """Whether the layers of a model of this configuration call `blocked_attention`."""
+    return config._attn_implementation == "blocked" and config.model_type in BLOCKED_ARCHITECTURES
+
+
+def blocked_mask(*, config: "PretrainedConfig", **asked: Any) -> Tensor | None:
     """The mask of a layer: None where `blocked_attention` needs none, else the dense mask of sdpa `[B, 1, q, kv]`.
 
-    transformers calls it with the lengths, the `attention_mask [B, T]` of padding and what the architecture asks for.
+    transformers asks with the lengths of queries and keys, the `attention_mask [B, T]` of padding, and whatever else the
+    architecture wants: see `transformers.masking_utils.sdpa_mask`.
     """
-    plain = attention_mask is None and not use_vmap and (local_size is None or local_size >= q_length)
-    whole = q_length == kv_length and q_offset == 0 and kv_offset == 0
-    known = config.model_type in BLOCKED_ARCHITECTURES and not config.to_dict().get("attention_dropout")
-    if plain and whole and known and torch.device(device).type in OUR_DEVICES:
+    length, window = asked["q_length"], asked.get("local_size")
+    is_plain = asked.get("attention_mask") is None and not asked.get("use_vmap")
+    sees_all = window is None or window >= length
+    without_cache = length == asked["kv_length"] and not asked.get("q_offset") and not asked.get("kv_offset")
+    is_known = config.model_type in BLOCKED_ARCHITECTURES and not config.to_dict().get("attention_dropout")
+    runs_here = torch.device(asked.get("device", "cpu")).type in OUR_DEVICES
+    if is_plain and sees_all and without_cache and is_known and runs_here:
         return None
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        use_vmap=use_vmap,
-        device=device,
-        **rest,
-    )
+    return sdpa_mask(**asked)
 
 
 def blocked_attention(
@@ -127,10 +113,11 @@ def blocked_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `query [B, H, T, D]`, `key` and `value [B, K, T, D]` -> `[B, T, H, D]`."""
-    whole = query.shape[2] == key.shape[2]
-    if attention_mask is None and whole and query.device.type == GPU and dropout == 0.0:
+    without_cache = query.shape[2] == key.shape[2]
+    is_ours = attention_mask is None and without_cache and dropout == 0.0
+    if is_ours and query.device.type == GPU:
         return gpu_attention(module, query, key, value, scaling, position_ids, kwargs.get("cu_seq_lens_q"), kwargs)
-    if attention_mask is not None or not whole or query.device.type != "cpu" or dropout > 0.0:
+    if not is_ours or query.device.type != "cpu":
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -161,8 +148,8 @@ def document_bounds(
         Where documents begin and end, `[K + 1]`, and a length that none exceeds; nothing for other models, and nothing
         where only the positions tell documents apart.
     """
-    ours = config._attn_implementation == "blocked" and config.model_type in BLOCKED_ARCHITECTURES
-    if not ours or input_ids.device.type != GPU or (document_lengths is None and position_ids is not None):
+    only_positions_tell = document_lengths is None and position_ids is not None
+    if not _is_ours(config) or input_ids.device.type != GPU or only_positions_tell:
         return {}
     rows, length = input_ids.shape
     lengths = torch.full((rows,), length) if document_lengths is None else document_lengths
@@ -194,8 +181,7 @@ def document_attention(
         output, log_normaliser = flash(query, key, value, 0.0, True, scale=scale)
         return _heads_inside(output), log_normaliser.contiguous()
     output, log_normaliser = _empty_outputs(query)
-    for part in parts:
-        own, before = part.own, part.prefix
+    for own, before in parts:
         found = flash(query[own], key[own], value[own], 0.0, True, scale=scale)
         if before is not None:
             found = _merged(found, flash(query[own], key[before], value[before], 0.0, False, scale=scale))
@@ -257,13 +243,14 @@ def _documents(position_ids: Tensor, num_rows: int, length: int) -> list[Part]:
         inner = restarts[row % len(restarts)].nonzero().flatten() + 1
         bounds = [0, *inner.tolist(), length]
         document = slice(0, 0)  # the last one that began at position 0
+        one = slice(row, row + 1)
         for (a, b), first in zip(pairwise(bounds), positions[bounds[:-1]].tolist(), strict=True):
-            goes_on = 0 < first <= document.stop - document.start
-            prefix = slice(document.start, document.start + first) if goes_on else None
+            prefix = None
             if first == 0:
                 document = slice(a, b)
-            one = slice(row, row + 1)
-            parts.append(Part((one, every, slice(a, b)), None if prefix is None else (one, every, prefix)))
+            elif 0 < first <= document.stop - document.start:
+                prefix = (one, every, slice(document.start, document.start + first))
+            parts.append(Part((one, every, slice(a, b)), prefix))
     return parts
 
 
@@ -315,8 +302,9 @@ def document_attention_backward(
     def of_part(own: Place, keys: Tensor, values: Tensor) -> Gradients:
         inputs = (on_output[own], query[own], keys, values, output[own], log_normaliser[own])
         # The kernel of torch is good in float32 and on short rows; in bfloat16 products are several times faster.
-        blocked = query.dtype == torch.bfloat16 and inputs[0].shape[2] > BLOCK_ROWS
-        return (_blocked_backward if blocked else _flash_backward)(*inputs, scale)
+        if query.dtype == torch.bfloat16 and inputs[0].shape[2] > BLOCK_ROWS:
+            return _blocked_backward(*inputs, scale)
+        return _flash_backward(*inputs, scale)
 
     parts = _documents(position_ids, *query.shape[::2])
     if len(parts) == 1:
@@ -344,13 +332,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def _flash_backward(
-    on_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_normaliser: Tensor,
-    scale: float,
+    on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_normaliser: Tensor, scale: float
 ) -> Gradients:
     """The kernel of torch, which wants as many key heads as query heads.
 
@@ -359,27 +341,23 @@ def _flash_backward(
     groups = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     prefix = key.shape[2] - query.shape[2]
-    pieces = [(slice(prefix, None), True)] + [(slice(prefix), False)] * (prefix > 0)
-    results = [
+
+    def of_piece(piece: slice, causal: bool) -> Gradients:
         # Output and log normaliser are those over all keys, so each piece gets its share of the weight.
-        flash_backward(
-            on_output, query, keys[:, :, piece], values[:, :, piece], output, log_normaliser, 0.0, causal, scale=scale
-        )
-        for piece, causal in pieces
-    ]
-    on_query = results[0][0] if len(results) == 1 else results[0][0] + results[1][0]
-    on_key, on_value = (torch.cat([result[i] for result in reversed(results)], 2) for i in (1, 2))
-    return on_query, *(x.unflatten(1, (-1, groups)).sum(2) for x in (on_key, on_value))
+        at = (slice(None), slice(None), piece)
+        return flash_backward(on_output, query, keys[at], values[at], output, log_normaliser, 0.0, causal, scale=scale)
+
+    on_query, on_key, on_value = of_piece(slice(prefix, None), causal=True)
+    if prefix:
+        before = of_piece(slice(prefix), causal=False)
+        on_query = on_query + before[0]
+        on_key = torch.cat([before[1], on_key], 2)
+        on_value = torch.cat([before[2], on_value], 2)
+    return on_query, on_key.unflatten(1, (-1, groups)).sum(2), on_value.unflatten(1, (-1, groups)).sum(2)
 
 
 def _blocked_backward(
-    on_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_normaliser: Tensor,
-    scale: float,
+    on_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_normaliser: Tensor, scale: float
 ) -> Gradients:
     """Row blocks of queries against all keys before them; the query heads of a key head are further rows of the block.
 

@@ -82,16 +82,16 @@ def build_model(
     attention = resolve_attention(attention)
     if isinstance(source, str | Path):
         return _load_model(source, attention, dtype, empty, key)
-    return _model_of_config(build_config(source), attention, dtype, empty)
+    return model_of_config(build_config(source), attention, dtype, empty)
 
 
-def _model_of_config(
-    config: "PretrainedConfig", attention: str, dtype: torch.dtype | str, empty: bool
+def model_of_config(
+    config: "PretrainedConfig", attention: str = "sdpa", dtype: torch.dtype | str = torch.float32, empty: bool = False
 ) -> "PreTrainedModel":
+    """A language model with random weights, or `empty` ones on the meta device; arguments of `build_model`."""
     from transformers import AutoModelForCausalLM
 
-    device = torch.device("meta") if empty else nullcontext()
-    with device:
+    with torch.device("meta") if empty else nullcontext():
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
@@ -103,7 +103,7 @@ def _load_model(
     found = find_pretrained(source, (Kind.LANGUAGE_MODEL,), key)
     attention = supported_attention(attention, found.config)
     if empty:
-        return _model_of_config(AutoConfig.from_pretrained(found.source), attention, dtype, empty)
+        return model_of_config(AutoConfig.from_pretrained(found.source), attention, dtype, empty)
     with without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
     check_finite(model, str(source))
@@ -119,10 +119,7 @@ def supported_attention(attention: str, config: dict[str, Any]) -> str:
 
 def check_finite(model: nn.Module, source: str) -> None:
     """Raise ValueError naming the tensors of `model` that hold NaN or infinity."""
-    broken = []
-    for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            broken.append(name)
+    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
     if broken:
         names = ", ".join(broken[:3])
         if len(broken) > 3:

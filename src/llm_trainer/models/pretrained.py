@@ -1,15 +1,13 @@
 """What is at a path, or behind a name of the hub: the one place that knows where a model may lie and what tells its kind."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from llm_trainer.checkpoint import valid_checkpoints
-
-NAMES_SHOWN = 8  # of what lies in a folder, in messages
 
 
 class Kind(Enum):
@@ -23,10 +21,7 @@ class Kind(Enum):
 
 
 # ends of the names of transformers' classes; what ends otherwise is taken for a language model
-ENDINGS = {
-    "ForSequenceClassification": Kind.ANSWER_REWARD_MODEL,
-    "ForTokenClassification": Kind.STEP_REWARD_MODEL,
-}
+ENDINGS = {"ForSequenceClassification": Kind.ANSWER_REWARD_MODEL, "ForTokenClassification": Kind.STEP_REWARD_MODEL}
 REWARD_MODELS = tuple(ENDINGS.values())
 
 
@@ -66,24 +61,24 @@ def find_pretrained(
     Raises:
         ValueError: there is nothing, or something that is not expected.
     """
-    path = Path(source)
-    where = f"{source}"
-    if key:
-        where = f"{key}: {source}"
+    path, name = Path(source), str(source)
+    is_name = not name.startswith((".", "/", "~")) and name.count("/") <= 1  # `name` or `owner/name`, not a path
 
     # 1. what is there
+    problem = "no such folder or file"
+    found = None
     if path.is_dir():
         found = _in_folder(path)
-        problem = f"no model in it (found {_names_in(path)})"
+        names = sorted(entry.name for entry in path.iterdir())
+        problem = f"no model in it (found {', '.join(names[:8]) or 'nothing'})"
     elif path.is_file():
-        found = _of_file(path)
-        problem = ""
-    elif hub and _may_be_a_hub_name(str(source)):
-        found, problem = _on_the_hub(str(source))
-    else:
-        found, problem = None, "no such folder or file"
+        kind = Kind.TOKENIZER if path.name == "tokenizer.json" else Kind.WEIGHTS
+        found = Pretrained(kind, path)
+    elif hub and is_name:
+        found, problem = _on_the_hub(name)
 
     # 2. is it what the caller wants?
+    where = f"{key}: {name}" if key else name
     if found is None:
         raise ValueError(f"{where}: {problem}; expected {_looked_for(expected, hub)}")
     if found.kind not in expected:
@@ -92,30 +87,27 @@ def find_pretrained(
 
 
 def _in_folder(folder: Path) -> Pretrained | None:
-    for candidate in _model_folders(folder):
-        config_file = candidate / "config.json"
-        if config_file.is_file():
-            config = _read_json(config_file)
-            return Pretrained(_kind_of(config), candidate, config)
-    for checkpoint in (folder, *valid_checkpoints(folder, "sizes")):
-        if (checkpoint / "manifest.json").is_file():
-            return Pretrained(Kind.WEIGHTS, checkpoint)
-    if _holds_tokenizer(folder):
+    places = [folder, *valid_checkpoints(folder, "sizes")]
+    for place in places:
+        for candidate in (place, place / "model"):  # of a checkpoint, or a run's link to that of its newest or best one
+            if (candidate / "config.json").is_file():
+                config = _read_config(candidate / "config.json")
+                return Pretrained(_kind_of(config), candidate, config)
+    for place in places:
+        if (place / "manifest.json").is_file():
+            return Pretrained(Kind.WEIGHTS, place)
+    names = {entry.name for entry in folder.iterdir()}
+    if names & {"tokenizer_config.json", "tokenizer.json"} or names >= {"vocab.json", "merges.txt"}:
         return Pretrained(Kind.TOKENIZER, folder)
     return None
 
 
-def _model_folders(folder: Path) -> Iterator[Path]:
-    yield folder
-    yield folder / "model"  # of a checkpoint, or a run's link to that of its newest or best one
-    for checkpoint in valid_checkpoints(folder, "sizes"):
-        yield checkpoint / "model"
-
-
-def _of_file(path: Path) -> Pretrained:
-    if path.name == "tokenizer.json":
-        return Pretrained(Kind.TOKENIZER, path)
-    return Pretrained(Kind.WEIGHTS, path)
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        message = f"{path}: not valid JSON ({error}); expected the config.json of a Hugging Face folder"
+        raise ValueError(message) from None
 
 
 def _kind_of(config: dict[str, Any]) -> Kind:
@@ -124,16 +116,6 @@ def _kind_of(config: dict[str, Any]) -> Kind:
             if name.endswith(ending):
                 return kind
     return Kind.LANGUAGE_MODEL
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    names = {entry.name for entry in folder.iterdir()}
-    return bool(names & {"tokenizer_config.json", "tokenizer.json"}) or names >= {"vocab.json", "merges.txt"}
-
-
-def _may_be_a_hub_name(source: str) -> bool:
-    """Whether `source` is `name` or `owner/name`, and not written as a path."""
-    return not source.startswith((".", "/", "~")) and source.count("/") <= 1
 
 
 def _on_the_hub(name: str) -> tuple[Pretrained | None, str]:
@@ -146,20 +128,6 @@ def _on_the_hub(name: str) -> tuple[Pretrained | None, str]:
         reason = str(error).strip().split("\n")[0]
         return None, f"no such folder or file here, and no model of this name could be read from the hub ({reason})"
     return Pretrained(_kind_of(config), name, config), ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error}); expected the config.json of a Hugging Face folder"
-        ) from None
-
-
-def _names_in(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return ", ".join(names[:NAMES_SHOWN]) or "nothing"
 
 
 def _looked_for(expected: Collection[Kind], hub: bool) -> str:

@@ -131,15 +131,17 @@ class ScoredModel(nn.Module):
         if scores.entropy is not None:
             entropy = _spread(scores.entropy, supervised)
         token_weights = attention_mask if repeats is None else repeats
-        return TokenScores(
+        token_scores = TokenScores(
             loss_sum=scores.loss_sum,
             num_tokens=supervised.sum(),
             logprobs=_spread(scores.logprobs, supervised),
             correct=_spread(scores.correct, supervised),
             entropy=entropy,
             aux_loss=self._aux_loss(output, token_weights),
-            distance=None if distance is None else distance(states, self.head),
         )
+        if distance is not None:
+            token_scores = token_scores._replace(distance=distance(states, self.head))
+        return token_scores
 
     def knows_branches(self, device: torch.device) -> bool:
         """Whether flat batches may have branches (see `models.attention`) when the model runs on `device`."""
@@ -184,7 +186,7 @@ class ScoredModel(nn.Module):
     def _inputs(self, given: dict[str, Any], is_packed: bool) -> dict[str, Any]:
         """What of `given` the model is called with."""
         inputs = {name: value for name, value in given.items() if value is not None}
-        if is_packed and not self._accepts("position_ids"):
+        if is_packed and self._accepted is not None and "position_ids" not in self._accepted:
             raise ValueError(
                 f"{type(self.base).__name__}.forward takes no position_ids, so documents laid flat in one row would see "
                 "each other; train it on padded batches (packing off), or give it the argument"
@@ -198,9 +200,6 @@ class ScoredModel(nn.Module):
         if self._experts is not None:
             inputs["output_router_logits"] = True
         return inputs
-
-    def _accepts(self, name: str) -> bool:
-        return self._accepted is None or name in self._accepted
 
     def _scores_of_hidden(self, hidden: Tensor, chosen: Tensor, differentiable: bool, temperature: float) -> HeadScores:
         """`hidden [N, D]`, `chosen [N]`."""
@@ -248,7 +247,7 @@ def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: boo
 
 
 def weight_and_bias(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """What a head that is read but not called computes with, also where every process has it whole (tensor parallelism)."""
+    """What a head that is read but not called computes with, also where it is replicated (tensor parallelism)."""
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
     if isinstance(weight, DTensor):

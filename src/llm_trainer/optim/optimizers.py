@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
             )
         if rest:
             inner.append(torch.optim.AdamW(rest, lr, betas, eps, weight_decay, fused=fused))
-        super().__init__([group for half in inner for group in half.param_groups], {})
+        super().__init__(sum((half.param_groups for half in inner), []), {})
         self._halves = [(half, len(half.param_groups)) for half in inner]
 
     @torch.no_grad()
@@ -105,17 +105,18 @@ def _evaluate(closure: Closure | None) -> float | None:
 
 
 def _split_for_muon(params: Params) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Cut parameters or groups into (groups of matrices for Muon, groups of everything else)."""
-    matrices, rest = [], []
+    """Split parameters or groups into (groups of matrices for Muon, groups of everything else)."""
+    matrices: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
     for group in _as_groups(params):
-        wanted = group.get("use_muon", True)
-        chosen = [param for param in group["params"] if wanted and param.ndim == 2]
-        others = [param for param in group["params"] if not (wanted and param.ndim == 2)]
-        if chosen:
-            matrices.append({**group, "params": chosen, "use_muon": True})
-        if others:
-            rest.append({**group, "params": others, "use_muon": False})
+        not_matrices = {param for param in group["params"] if not _is_for_muon(param, group)}
+        for part in _separate(group, not_matrices):
+            (matrices if part["use_muon"] else rest).append(part)
     return matrices, rest
+
+
+def _is_for_muon(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    return bool(group.get("use_muon", True)) and parameter.ndim == 2
 
 
 def _as_groups(params: Params) -> list[dict[str, Any]]:
@@ -124,10 +125,12 @@ def _as_groups(params: Params) -> list[dict[str, Any]]:
     groups = [entry for entry in entries if isinstance(entry, dict)]
     if not groups:
         return [{"params": entries}]
-    return [
-        {**group, "params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])}
-        for group in groups
-    ]
+    listed = []
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        listed.append({**group, "params": members})
+    return listed
 
 
 Group: TypeAlias = Mapping[str, Any]  # a parameter group with its hyperparameters
@@ -148,8 +151,8 @@ def _sgd_state(parameter: Tensor, group: Group) -> int:
 
 def _muon_state(parameter: Tensor, group: Group) -> int:
     """A momentum for each hidden matrix; the rest is AdamW's."""
-    is_matrix = group.get("use_muon", True) and parameter.ndim == 2
-    return _one_moment(parameter, group) if is_matrix else _adam_state(parameter, group)
+    state = _one_moment if _is_for_muon(parameter, group) else _adam_state
+    return state(parameter, group)
 
 
 def _adafactor_state(parameter: Tensor, group: Group) -> int:
@@ -228,12 +231,11 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         state = recipe.state
     else:
         state = _adam_state if "betas" in optimizer.defaults else _one_moment
-    return sum(
-        state(parameter, group) * parameter.element_size()
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
-    )
+    num_bytes = 0
+    for group in optimizer.param_groups:
+        trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+        num_bytes += sum(state(parameter, group) * parameter.element_size() for parameter in trained)
+    return num_bytes
 
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
@@ -270,11 +272,12 @@ def create_optimizer(
     recipe = OPTIMIZERS.get(optimizer_type.lower())
     if recipe is None:
         raise ValueError(f"unknown optimizer {optimizer_type!r}; known optimizers: {', '.join(sorted(OPTIMIZERS))}")
-    if unknown := options.keys() - recipe.options:
+    unknown = options.keys() - recipe.options
+    if unknown:
         known = ", ".join(sorted(recipe.options)) or "none of its own"
         raise ValueError(f"{optimizer_type!r} has no option {', '.join(sorted(unknown))}; its options: {known}")
     groups = _as_groups(params)
-    tensors = [param for group in groups for param in group["params"]]
+    tensors: list[Tensor] = sum((group["params"] for group in groups), [])
     if not tensors:
         raise ValueError("there is no parameter to optimize: is every parameter of the model frozen?")
     if fused is None:
@@ -315,8 +318,8 @@ def get_parameter_groups(model: nn.Module, weight_decay: float, no_decay: Sequen
     plain: list[Tensor] = []
     for name, param in model.named_parameters():  # yields a tied parameter once
         if param.requires_grad:
-            exempt = param.ndim < 2 or any(piece in name for piece in no_decay)
-            (plain if exempt else decaying).append(param)
+            is_exempt = param.ndim < 2 or any(piece in name for piece in no_decay)
+            (plain if is_exempt else decaying).append(param)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -337,7 +340,7 @@ def configure_optimizer(
     groups = get_parameter_groups(model, weight_decay, no_decay)
     if optimizer_type.lower() == "muon":
         tables = _vocabulary_tables(model)
-        groups = [part for group in groups for part in _separate(group, tables)]
+        groups = sum((_separate(group, tables) for group in groups), [])
     return create_optimizer(groups, optimizer_type, lr=lr, weight_decay=weight_decay, **options)
 
 
@@ -352,9 +355,8 @@ def _vocabulary_tables(model: nn.Module) -> set[Tensor]:
 
 
 def _separate(group: dict[str, Any], tables: set[Tensor]) -> list[dict[str, Any]]:
-    """Cut one group into (tables, for AdamW) and (the rest), dropping an empty part."""
-    parts = [
-        {**group, "params": [p for p in group["params"] if (p in tables) == is_table], "use_muon": not is_table}
-        for is_table in (False, True)
-    ]
+    """Split one group into (the rest, for Muon) and (`tables`, for AdamW), dropping an empty part."""
+    matrices = [parameter for parameter in group["params"] if parameter not in tables]
+    others = [parameter for parameter in group["params"] if parameter in tables]
+    parts = [{**group, "params": matrices, "use_muon": True}, {**group, "params": others, "use_muon": False}]
     return [part for part in parts if part["params"]]

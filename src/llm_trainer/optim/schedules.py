@@ -7,7 +7,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,8 +78,10 @@ class Schedule:
 
     def describe(self) -> str:
         """One line for people, such as `cosine: 0 -> 0.001 in 10 warm-up steps, 1e-05 at step 45`."""
-        start = f"{self.first_lr:g} -> {self.lr:g} in {self.warmup_steps} warm-up steps"
-        parts = [f"{self.name}: {start if self.warmup_steps else f'{self.lr:g}'}"]
+        rates = f"{self.lr:g}"
+        if self.warmup_steps:
+            rates = f"{self.first_lr:g} -> {self.lr:g} in {self.warmup_steps} warm-up steps"
+        parts = [f"{self.name}: {rates}"]
         if self.total_steps is not None:
             parts.append(f"{self(self.total_steps):g} at step {self.total_steps}")
         return ", ".join(parts + [f"{name}={value}" for name, value in self.options.items()])
@@ -121,7 +123,9 @@ def _cosine_restarts(s: Schedule, k: int, period: int, period_mul: int = 0) -> f
 def _hard_restarts(s: Schedule, k: int, num_cycles: int = 1) -> float:
     """`num_cycles` equal cosine waves inside `total_steps`, as in transformers."""
     progress = s.progress(k)
-    return s.between(_half_wave(num_cycles * progress % 1.0 if progress < 1 else 1.0))
+    if progress == 1:
+        return s.between(_half_wave(1.0))
+    return s.between(_half_wave(num_cycles * progress % 1.0))
 
 
 def _wsd(s: Schedule, k: int, decay_steps: int, stable_steps: int | None = None, decay_type: str = "linear") -> float:
@@ -244,14 +248,17 @@ class Scheduler(LRScheduler):
         self._apply()
 
     def observe(self, loss: float) -> None:
-        """Tell the schedule a validation loss; only `reduce_on_plateau` listens."""
+        """Give the schedule a validation loss; only `reduce_on_plateau` reads it."""
         if self.plateau is not None:
             self.plateau.observe(loss)
             self._apply()
 
     def state_dict(self) -> dict[str, Any]:
         """`{"step": int}`, and what `reduce_on_plateau` has seen."""
-        return {"step": self.last_epoch} | ({"plateau": asdict(self.plateau)} if self.plateau is not None else {})
+        state: dict[str, Any] = {"step": self.last_epoch}
+        if self.plateau is not None:
+            state["plateau"] = asdict(self.plateau)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the step of `state_dict` and set the optimizer's rates to it."""
@@ -259,7 +266,7 @@ class Scheduler(LRScheduler):
         self._step_count = self.last_epoch + 1
         if self.plateau is not None and "plateau" in state_dict:
             seen = state_dict["plateau"]
-            self.plateau.scale, self.plateau.best, self.plateau.num_bad = seen["scale"], seen["best"], seen["num_bad"]
+            self.plateau = replace(self.plateau, scale=seen["scale"], best=seen["best"], num_bad=seen["num_bad"])
         self._apply()
 
     def describe(self) -> str:
@@ -298,12 +305,5 @@ def create_schedule(
 
 def create_scheduler(optimizer: torch.optim.Optimizer, name: str = "constant", **hyper: Any) -> Scheduler:
     """Build the schedule called `name` for `optimizer` with its largest rate as the top; see `create_schedule`."""
-    groups = optimizer.param_groups
-    top = max(float(group["initial_lr"] if "initial_lr" in group else group["lr"]) for group in groups)
+    top = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
     return Scheduler(optimizer, create_schedule(name, top, **hyper))
-
-
-def learning_rates(name: str, steps: int, **hyper: Any) -> list[float]:
-    """The rates of updates 0 to `steps - 1`, without an optimizer: `learning_rates("cosine", 50, lr=1e-3, ...)`."""
-    schedule = create_schedule(name, **hyper)
-    return [schedule(step) for step in range(steps)]

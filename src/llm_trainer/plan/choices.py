@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from llm_trainer.plan.memory import DDP, FSDP2, ONE, STRATEGIES, Memory, Step, Strategy, peak
 from llm_trainer.plan.shapes import Job, Shape
@@ -59,13 +60,14 @@ def choices(shape: Shape, job: Job, cluster: Cluster, micro_tokens: int, share: 
         share: of the peak that products reach while nothing waits.
     """
     strategies = (ONE,) if cluster.devices == 1 else STRATEGIES
-    return [
-        _choice(shape, job, cluster, strategy, Step(micro_tokens, checkpointing, chunked), share)
-        for strategy in strategies
-        if not (strategy is FSDP2 and job.precision == "fp16")  # which needs a loss scale that FSDP2 has not
-        for checkpointing in (False, True)
-        for chunked in ((True, False) if job.has_head else (True,))
-    ]
+    heads = (True, False) if job.has_head else (True,)
+    found = []
+    for strategy, checkpointing, chunked in product(strategies, (False, True), heads):
+        if strategy is FSDP2 and job.precision == "fp16":
+            continue  # fp16 needs a loss scale, which FSDP2 does not have
+        step = Step(micro_tokens, checkpointing, chunked)
+        found.append(_choice(shape, job, cluster, strategy, step, share))
+    return found
 
 
 def _choice(shape: Shape, job: Job, cluster: Cluster, strategy: Strategy, given: Step, share: float) -> Choice:
@@ -100,7 +102,10 @@ def _largest(fits: Callable[[int], bool]) -> int:
     low, high = 0, MOST_ROWS
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
     return low
 
 
@@ -112,10 +117,8 @@ def recommend(shape: Shape, job: Job, cluster: Cluster, found: Sequence[Choice])
     best = max(speed.tokens_per_second for speed in running.values())
     close = [choice for choice, speed in running.items() if speed.tokens_per_second >= (1 - CLOSE) * best]
     chosen = min(close, key=lambda choice: (choice.checkpointing, SIMPLE_FIRST.index(choice.strategy.name)))
-    return (
-        chosen,
-        f"{chosen.name}, because {', and '.join(_reasons(job, cluster, found, chosen, running[chosen], best))}",
-    )
+    reasons = ", and ".join(_reasons(job, cluster, found, chosen, running[chosen], best))
+    return chosen, f"{chosen.name}, because {reasons}"
 
 
 def _reasons(
@@ -128,20 +131,19 @@ def _reasons(
     yield "it is the fastest that fits" if faster <= 0 else f"it is within {CLOSE:.0%} of the fastest and simpler"
     waits = speed.exposed_s / speed.step_s
     if cluster.devices > 1:
-        hidden = "computing hides its communication" if waits < 0.05 else f"the network takes {waits:.0%} of a step"
-        yield hidden
+        yield "computing hides its communication" if waits < 0.05 else f"the network takes {waits:.0%} of a step"
 
 
 def _what_would_fit(shape: Shape, job: Job, cluster: Cluster) -> str:
     step = Step(job.sample_tokens, checkpointing=True)
     leanest = ONE if cluster.devices == 1 else FSDP2
     needed = peak(shape, job, leanest, cluster.devices, step).total
-    told = (
+    message = (
         f"nothing fits: {leanest.name} with activation checkpointing and one row of {job.row_tokens:,} tokens needs "
         f"{needed / 1e9:.0f} GB of {usable(cluster) / 1e9:.0f}"
     )
     more = (2**k for k in range(1, 14) if 2**k > cluster.devices)
     enough = next((n for n in more if peak(shape, job, FSDP2, n, step).total <= usable(cluster)), None)
     if enough is None:
-        return f"{told}; more of these GPUs do not help: shorten dataset_block_size, or take GPUs with more memory"
-    return f"{told}; FSDP2 on {enough} of these GPUs would fit"
+        return f"{message}; more of these GPUs do not help: shorten dataset_block_size, or take GPUs with more memory"
+    return f"{message}; FSDP2 on {enough} of these GPUs would fit"

@@ -3,11 +3,13 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
-from llm_trainer.models.build import build_config, flops_per_token
+from llm_trainer.models.build import build_config, flops_per_token, model_of_config
 from llm_trainer.models.rewarding import reward_model
 from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
 
@@ -31,7 +33,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
         ConfigError: the configuration does not say what the model looks like.
     """
     trainer_class = ALGORITHMS[name].load()
-    model = empty_model(_configuration(config))
+    model = model_of_config(_configuration(config), empty=True)
     length = config.dataset_block_size or model.config.max_position_embeddings
     precision = config.run_config.precision
     if precision == "auto":
@@ -39,8 +41,10 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
     sketch = Sketch(options_of(config, trainer_class), model, length, precision)
     costs = {"rows_per_sample": 1, "has_head": True} | trainer_class._plan_costs(config, sketch)
     if not costs["has_head"]:
-        model = _with_one_number(model)
-    shape, flops = shape_of(model), flops_per_token(model, length)
+        with torch.device("meta"):
+            model = reward_model(model)
+    shape = shape_of(model)
+    flops = flops_per_token(model, length)
     if not costs["has_head"] and shape.tied:
         flops -= 6 * shape.vocabulary_parameters  # which are only looked up
     optim = config.optim_config
@@ -56,17 +60,19 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
 
 
 class Sketch:
-    """What an algorithm is told when it is asked for its costs (`trainers.building.Sketch`)."""
+    """What an algorithm is given when it is asked for its costs (`trainers.building.Sketch`)."""
 
     def __init__(self, section: Any, model: "PreTrainedModel", length: int, precision: str) -> None:
         self.section, self.model = section, model
         self.length, self.precision = length, precision
 
     def frozen(self, source: str | None = None, forwards: float = 1.0, in_half: bool = False) -> dict[str, float]:
-        model = self.model if source is None else empty_model(_of_folder(source))
-        bytes_each = _BYTES[self.precision if in_half else "fp32"]
+        model = self.model
+        if source is not None:
+            model = model_of_config(_of_folder(source), empty=True)
+        precision = self.precision if in_half else "fp32"
         return {
-            "frozen_bytes": float(bytes_each * shape_of(model).num_parameters),
+            "frozen_bytes": float(_BYTES[precision] * shape_of(model).num_parameters),
             "frozen_flops_per_token": flops_per_token(model, self.length) / 3 * forwards,  # a step is three forwards
         }
 
@@ -92,20 +98,3 @@ def _of_folder(source: str) -> "PretrainedConfig":
         raise ConfigError(
             f"model_config: {source!r} holds no model: expected a Hugging Face folder with config.json ({error})"
         ) from None
-
-
-def empty_model(configuration: "PretrainedConfig") -> "PreTrainedModel":
-    """A language model without memory, on the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(configuration, dtype=torch.float32)
-
-
-def _with_one_number(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model with a head of one number per row in place of the vocabulary's."""
-    import torch
-
-    with torch.device("meta"):
-        return reward_model(model)

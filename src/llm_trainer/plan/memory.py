@@ -88,7 +88,9 @@ class Widths:
         """As `strategy` computes in `precision`."""
         if precision == "fp32":
             return cls(4, 4)
-        return cls(2, 2 if strategy.weights or strategy.is_zero else 4)
+        if strategy.weights or strategy.is_zero:
+            return cls(2, 2)
+        return cls(2, 4)
 
     @property
     def cast(self) -> bool:
@@ -140,7 +142,7 @@ class Step:
 def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     """Bytes of the head while the loss is computed, and those that remain until the backward of the last layer.
 
-    Chunked: a chunk of logits, its gradient, the slices of the weight's gradient and that gradient in fp32; of every
+    Chunked: a chunk of logits, its gradient, in 16 bit a slice of the weight's gradient, and that gradient in fp32; of every
     token the hidden state, its copy for the product, and the gradients of both. Whole: the log-softmax of fp32 logits
     and the gradients of both.
     """
@@ -156,6 +158,7 @@ def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     product = min(product_bytes, e * table) if e == 2 else 0  # a slice of the weight's gradient in half precision
     per_token = (2 * r + 2 * e if w.cast else r + e) * shape.hidden_size
     casts = e * table * (w.cast or r == 2)  # of the weight before, or of its gradient after
+    product = 0 if e == 4 else min(PRODUCT_BYTES, e * table)
     # After the loss comes a teacher: both models' logits of a chunk in fp32 and what lies between them.
     buffers = max(2 * chunk + product, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
     gradients = 4 * table * (2 if job.teacher_chunk else 1)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from torch import Tensor, nn
+
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -52,21 +53,21 @@ def shape_of(model: "PreTrainedModel") -> Shape:
     Raises:
         ConfigError: it has no stack of equal blocks, so that nothing is known about its activations.
     """
-    from torch import nn
-
-    blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(blocks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(stacks, key=_count, default=None)
     c = model.config.get_text_config()
     if layers is None or len(layers) != c.num_hidden_layers:
         raise ConfigError(
             f"model_config: {type(model).__name__} has no single stack of layers; plan cannot describe it"
         )
     values = c.to_dict()
-    chosen = values.get("num_experts_per_tok") or 0
-    width = values["moe_intermediate_size"] * chosen if chosen else values.get("intermediate_size") or 4 * c.hidden_size
+    num_chosen = values.get("num_experts_per_tok") or 0
+    width = values.get("intermediate_size") or 4 * c.hidden_size
+    if num_chosen:
+        width = values["moe_intermediate_size"] * num_chosen
     return Shape(
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        num_parameters=_count(model),
+        layer_parameters=max(map(_count, layers)),
         product_parameters=sum(p.numel() for p in layers.parameters() if p.ndim > 1),
         num_layers=len(layers),
         hidden_size=c.hidden_size,
@@ -74,11 +75,15 @@ def shape_of(model: "PreTrainedModel") -> Shape:
         num_kv_heads=values.get("num_key_value_heads") or c.num_attention_heads,
         head_dim=values.get("head_dim") or c.hidden_size // c.num_attention_heads,
         intermediate_size=width,
-        vocab_size=cast("torch.Tensor", model.get_input_embeddings().weight).shape[0],
-        experts_per_token=chosen,
+        vocab_size=cast(Tensor, model.get_input_embeddings().weight).shape[0],
+        experts_per_token=num_chosen,
         normed_heads=any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters()),
         tied=bool(values.get("tie_word_embeddings")),
     )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Job:
         rows_per_sample: sequences per row of data: 2 for pairs of answers.
         flops_per_token: of training, forward and backward of the trained model.
         frozen_flops_per_token: of the forward of reference or teacher.
-        frozen_bytes: weights of reference or teacher, which every device holds whole.
+        frozen_bytes: weights of reference or teacher, which every device holds in full.
         state_bytes: of the optimizer, for all parameters.
         precision: fp32, bf16 or fp16.
         has_head: the vocabulary head runs (not in reward models).

@@ -78,7 +78,7 @@ def _sent(shape: Shape, job: Job, strategy: Strategy) -> tuple[float, float, flo
 def estimate(
     shape: Shape, job: Job, strategy: Strategy, cluster: Cluster, *, checkpointing: bool, micro_rows: int, share: float
 ) -> Speed:
-    """The speed of a step of `job.rows` rows per device, cut into micro-batches of `micro_rows`.
+    """The speed of a step of `job.rows` rows per device, split into micro-batches of `micro_rows`.
 
     Args:
         shape: the model.

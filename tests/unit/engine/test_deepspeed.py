@@ -25,6 +25,13 @@ def test_the_loop_decides_batches_and_clipping() -> None:
     assert not {"fp16", "bf16", "torch_autocast"} & whole.keys()
 
 
+def test_without_a_json_it_is_zero_2_which_scales_the_losses_of_fp16() -> None:
+    whole, precision = complete(None, "fp16")
+    assert whole["zero_optimization"]["stage"] == 2 and precision == "fp16" and whole["fp16"] == {"enabled": True}
+    with pytest.raises(DeepSpeedError, match="fp16 with ZeRO stage 0"):
+        complete({}, "fp16")
+
+
 @pytest.mark.parametrize(
     ("sections", "asked", "found", "key"),
     [

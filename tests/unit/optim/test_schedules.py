@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llm_trainer.optim.schedules import SHAPES, Schedule, create_schedule, create_scheduler, learning_rates
+from llm_trainer.optim.schedules import SHAPES, Schedule, create_schedule, create_scheduler
+from reference_cases import learning_rates
 
 COSINE = {"warmup_steps": 3, "total_steps": 10, "min_lr": 1e-3}
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llm_trainer.optim.schedules import learning_rates
 from llm_trainer.tutorial import AdamWFromScratch, SGDFromScratch, cross_entropy_sum, warmup_cosine
-from reference_cases import Case
+from reference_cases import Case, learning_rates
 
 PAIRS = [
     (AdamWFromScratch, torch.optim.AdamW, {"lr": 0.03}),
