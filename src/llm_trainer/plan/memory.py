@@ -158,7 +158,6 @@ def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     product = min(product_bytes, e * table) if e == 2 else 0  # a slice of the weight's gradient in half precision
     per_token = (2 * r + 2 * e if w.cast else r + e) * shape.hidden_size
     casts = e * table * (w.cast or r == 2)  # of the weight before, or of its gradient after
-    product = 0 if e == 4 else min(PRODUCT_BYTES, e * table)
     # After the loss comes a teacher: both models' logits of a chunk in fp32 and what lies between them.
     buffers = max(2 * chunk + product, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
     gradients = 4 * table * (2 if job.teacher_chunk else 1)
