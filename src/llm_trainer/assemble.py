@@ -14,7 +14,7 @@ from llm_trainer.config.registry import accumulation
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.encode.tokenizer import check_vocabulary
 from llm_trainer.engine import dist
-from llm_trainer.engine.choose import check_precision
+from llm_trainer.engine.choose import check_precision, join_processes
 from llm_trainer.optim.optimizers import configure_optimizer
 from llm_trainer.optim.schedules import create_scheduler
 
@@ -35,9 +35,7 @@ def assemble(config: TrainConfig, trainer_class: Any, given: dict[str, Any]) -> 
     # 1. What can go wrong at once, goes wrong now and not after an hour of tokenizing.
     deepspeed = None if config.ds_config is None else config.ds_config.to_json()
     check_precision(build.engine, run.precision, deepspeed, build.device, given.get("use_amp", True))
-    dist.start(build.device, run.ddp_timeout_s)
-    if config.fsdp_config is not None and build.engine == "fsdp":
-        dist.share_data(config.fsdp_config.tensor_parallel_size)
+    join_processes(build.device, build.engine, config.fsdp_config, run.ddp_timeout_s)
     if dist.is_main():
         CheckpointManager(run.save_dir)  # a folder that cannot be written is an error
 

@@ -13,7 +13,7 @@ from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import choose_precision
 
 if TYPE_CHECKING:
-    from llm_trainer.config.options import Settings
+    from llm_trainer.config.options import Fsdp, Settings
 
 OF_PARALLEL_TYPE = {"ds": "deepspeed", "ddp": "torch", "fsdp": "fsdp", "none": "torch"}
 
@@ -41,11 +41,11 @@ def engine_of(settings: "Settings") -> str:
     return engine_name(settings.engine, fsdp=settings.fsdp is not None, deepspeed=settings.deepspeed is not None)
 
 
-def join_processes(device: torch.device, settings: "Settings") -> None:
-    """Join the processes that were started together, as the engine of `settings` needs them."""
-    dist.start(device, settings.ddp_timeout_s)
-    if settings.fsdp is not None and engine_of(settings) == "fsdp":
-        dist.share_data(settings.fsdp.tensor_parallel_size)
+def join_processes(device: torch.device, engine: str, fsdp: "Fsdp | None", timeout_s: float) -> None:
+    """Join the processes that were started together, as the engine called `engine` needs them."""
+    dist.start(device, timeout_s)
+    if fsdp is not None and engine == "fsdp":
+        dist.share_data(fsdp.tensor_parallel_size)
 
 
 def check_precision(

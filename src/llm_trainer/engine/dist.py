@@ -103,6 +103,11 @@ def world_size() -> int:
     return num_processes() // _same_data
 
 
+def shares_data() -> bool:
+    """Whether neighbouring processes see the same data (see `share_data`)."""
+    return _same_data > 1
+
+
 def is_main() -> bool:
     """True in the one process that prints and saves."""
     return process_number() == 0

@@ -10,6 +10,7 @@ from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_config, flops_per_token, model_of_config
+from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.rewarding import reward_model
 from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
 
@@ -69,7 +70,7 @@ class Sketch:
     def frozen(self, source: str | None = None, forwards: float = 1.0, in_half: bool = False) -> dict[str, float]:
         model = self.model
         if source is not None:
-            model = model_of_config(_of_folder(source), empty=True)
+            model = model_of_config(_of_folder(source, "teacher_model"), empty=True)
         precision = self.precision if in_half else "fp32"
         return {
             "frozen_bytes": float(_BYTES[precision] * shape_of(model).num_parameters),
@@ -89,12 +90,7 @@ def _configuration(config: "TrainConfig") -> "PretrainedConfig":
     return build_config(wanted)
 
 
-def _of_folder(source: str) -> "PretrainedConfig":
+def _of_folder(source: str, key: str = "model_config") -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise ConfigError(
-            f"model_config: {source!r} holds no model: expected a Hugging Face folder with config.json ({error})"
-        ) from None
+    return AutoConfig.from_pretrained(find_pretrained(source, (Kind.LANGUAGE_MODEL,), key).source)

@@ -9,8 +9,9 @@ from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.stream import StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
-from llm_trainer.train.loop import Work, begin_step, fill_up
+from llm_trainer.train.loop import Work
 from llm_trainer.train.metrics import Metrics
+from llm_trainer.train.terms import begin_step, fill_up
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Sampling
@@ -63,7 +64,7 @@ def _measure(work: Work, source: StepSource) -> Metrics:
             weight = float(algorithm._loss_weight(micro_batch.batch))
             alone = replace(micro_batch, weight=weight)
             with work.metrics.recording(micro_batch.counts):
-                begin_step(work, [alone], lambda numbers: numbers)  # each batch is a step of its own
+                begin_step(algorithm, engine, [alone], lambda numbers: numbers)  # each batch is a step of its own
                 with engine.precision():
                     batch = algorithm._prepare_batch(micro_batch.batch)
                     outputs = algorithm._forward(batch)

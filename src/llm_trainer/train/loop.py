@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from llm_trainer.algorithm import Algorithm, SumOverRanks
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.stream import StepSource, mix_seeds
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import Horizon, MicroBatch, Progress, StepDone
-from llm_trainer.train.guards import zero_loss
 from llm_trainer.train.hooks import RunView
 from llm_trainer.train.metrics import Metrics
+from llm_trainer.train.terms import begin_step, count_terms, fill_up, share_of_step
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
 
     # 2. Count what the step's loss is a mean of, before the first micro-batch runs.
     batches = fill_up(engine, micro_batches)
-    total, tokens, stop = count_terms(work, batches)
-    begin_step(work, batches, dist.all_reduce)
+    total, tokens, stop = count_terms(algorithm, engine, batches, work.stop_requested())
+    begin_step(algorithm, engine, batches, dist.all_reduce)
 
     # 3. Add up gradients. The losses ADD, over micro-batches and over ranks.
     loss_sum = torch.zeros((), device=engine.device)
@@ -90,39 +89,3 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
     # 4. Update the weights, unless the gradient is not finite. The host waits for the device here, and nowhere else.
     grad_norm, finite = engine.step(work.max_grad_norm)
     return StepDone(loss_sum, grad_norm, finite, tokens, time.perf_counter() - started, stop, batches, position)
-
-
-def fill_up(engine: Engine, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-    """The micro-batches of a step, and in lockstep as many fillers as another rank has more of them."""
-    if not engine.in_lockstep:
-        return micro_batches
-    missing = dist.largest(len(micro_batches), engine.device) - len(micro_batches)
-    return micro_batches + [micro_batches[0].filler()] * missing
-
-
-def count_terms(work: Work, batches: list[MicroBatch]) -> tuple[float, int, bool]:
-    """Weigh every micro-batch; terms and tokens of the step on all ranks, and whether any of them is to stop."""
-    tokens = 0
-    for batch in batches:
-        if batch.counts:
-            batch.weight = float(work.algorithm._loss_weight(batch.batch))
-            tokens += work.algorithm._count_tokens(batch.batch)
-    terms = sum(batch.weight for batch in batches)
-    total, all_tokens, stops = dist.sum_numbers(
-        [terms, float(tokens), float(work.stop_requested())], work.engine.device
-    )
-    return max(total, 1.0), int(all_tokens), stops > 0
-
-
-@torch.no_grad()
-def begin_step(work: Work, batches: list[MicroBatch], sum_over_ranks: SumOverRanks) -> None:
-    """Let the algorithm see all micro-batches of a step before the first of them runs."""
-    with work.engine.precision():
-        work.algorithm._begin_step([b.batch for b in batches], [b.weight for b in batches], sum_over_ranks)
-
-
-def share_of_step(loss: Tensor, batch: MicroBatch, total: float, outputs: object, algorithm: Algorithm) -> Tensor:
-    """`[]` what a micro-batch contributes to the loss of its step: its mean, times its share of the step's terms."""
-    if not batch.weight:
-        return zero_loss(outputs, algorithm.model)
-    return loss * (batch.weight / total)

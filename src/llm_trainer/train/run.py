@@ -13,7 +13,7 @@ from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.stream import StepSource, as_step_source
 from llm_trainer.engine import dist
-from llm_trainer.engine.choose import choose_driver, choose_engine, join_processes
+from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import detect_device
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.state import Horizon, Progress, StepDone
@@ -73,7 +73,7 @@ class Run:
             set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         together = environment().world_size > 1 if use_ddp is None else use_ddp
         if together:
-            join_processes(place, settings)
+            join_processes(place, engine_of(settings), settings.fsdp, settings.ddp_timeout_s)
         self.engine = choose_engine(settings, place, use_amp, together)
         self.driver: Callable[..., None] = choose_driver(settings)
 

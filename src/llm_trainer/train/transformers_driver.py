@@ -27,7 +27,8 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.state import MicroBatch, Progress, StepDone
-from llm_trainer.train.loop import Work, begin_step, count_terms, fill_up, share_of_step
+from llm_trainer.train.loop import Work
+from llm_trainer.train.terms import begin_step, count_terms, fill_up, share_of_step
 
 # What the run says already -> the fields of TrainingArguments that would say something else.
 OF_THE_RUN = {
@@ -195,8 +196,8 @@ class Driver(transformers.Trainer):
         self.started = time.perf_counter()
         torch.manual_seed(mix_seeds(self.work.seed, self.progress.step, dist.rank()))
         self.micro_batches = fill_up(engine, micro_batches)
-        self.total, tokens, stop = count_terms(self.work, self.micro_batches)
-        begin_step(self.work, self.micro_batches, dist.all_reduce)
+        self.total, tokens, stop = count_terms(algorithm, engine, self.micro_batches, self.work.stop_requested())
+        begin_step(algorithm, engine, self.micro_batches, dist.all_reduce)
         self.loss_sum = torch.zeros((), device=engine.device)
         unwrapped, algorithm.model = algorithm.model, model
         try:

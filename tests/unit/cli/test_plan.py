@@ -128,7 +128,7 @@ def test_json_adds_up(run, capsys):
     [
         (["--gpu", "abacus"], "--gpu: got 'abacus', expected one of b200"),
         (["optim_config.optim_type=magic"], "optim_config.optim_type: got 'magic'"),
-        (["model_config=./nowhere"], "model_config: './nowhere' holds no model"),
+        (["model_config=./nowhere"], "model_config: ./nowhere: no such folder or file; expected a language model"),
         (["model_config.vocab_size=null"], "model_config.vocab_size: none given"),
     ],
 )
