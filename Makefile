@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: install demo test lint test-poor-cpu test-slow gpu clean
+.PHONY: install demo test lint test-poor-cpu test-slow golden gpu clean
 
 install: $(READY)
 
@@ -34,6 +34,11 @@ test-poor-cpu: install ## All tests but the slow ones as on a CPU with neither A
 
 test-slow: install ## Hundreds of kills and long learning runs; results belong in docs/results.md.
 	$(BIN)/python -m pytest -m slow --timeout=3600
+
+AGAINST ?= HEAD
+
+golden: install ## Curves of every trainer on every engine, compared to the last bit with those of revision AGAINST.
+	$(BIN)/python tests/golden/curves.py --against $(AGAINST)
 
 GPU_OUT ?= runs/gpu
 

@@ -1,8 +1,8 @@
 """Curves of every trainer on every engine, to the last bit: what a rearrangement of the code must not change.
 
 `python tests/golden/curves.py --against REV` runs this checkout and revision REV of it on this machine and compares every
-number of every step. `--out FILE` writes the curves; tests/golden/curves.json was made that way, and the fast suite holds
-the one-process part of it to a tolerance, since other processors round differently.
+number of every step. `--out FILE` writes the curves. Losses and gradient norms of one process stand in curves.json, and the
+fast suite holds them to a tolerance, since other processors round differently.
 """
 
 import argparse
