@@ -60,9 +60,13 @@ def leg(folder: Path, max_steps: int, **options: Any) -> None:
     make_trainer(folder, max_steps, **options).train()
 
 
-def run(layout: str, folder: Path, max_steps: int) -> dict[str, Any]:
+ONE_SAVE = {"val_loader": None, "save_interval": 0}  # only the one at the end: the other saves take half of a short run
+
+
+def run(layout: str, folder: Path, max_steps: int, **options: Any) -> dict[str, Any]:
     """One leg; the curve so far and a hash of the newest weights."""
-    processes, options = LAYOUTS[layout]
+    processes, of_layout = LAYOUTS[layout]
+    options |= of_layout
     done = fork_ranks(partial(leg, max_steps=max_steps, **options), folder, processes)
     assert done["codes"] == [0] * processes, "".join(done["texts"])[-3000:]
     lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
@@ -83,11 +87,11 @@ def main(folder: Path) -> None:
     for first in LAYOUTS:
         if (first, first) in PAIRS:
             report[first] = run(first, folder / first, LAST)
-        run(first, folder / f"{first}-half", FIRST)
+        run(first, folder / f"{first}-half", FIRST, **ONE_SAVE)
     for first, second in PAIRS:
         both = folder / f"{first}-{second}"
         shutil.copytree(folder / f"{first}-half", both, symlinks=True)
-        report[f"{first} {second}"] = run(second, both, LAST)
+        report[f"{first} {second}"] = run(second, both, LAST, **ONE_SAVE)
     report["files"] = {
         name: run_file(second, folder / f"{name}-file", folder / name / "best_model.pt")
         for name, second in (("fsdp-2", "one"), ("one", "fsdp-2"))

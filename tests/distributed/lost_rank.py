@@ -20,7 +20,7 @@ from ranks import fork_ranks, import_once
 from llm_trainer.engine import dist, watch
 from llm_trainer.train.hooks import Hook
 
-FINAL = 40  # steps of a whole run
+FINAL = 20  # steps of a whole run
 
 
 def train(folder: Path, die: tuple[int, int] | None = None, **options: Any) -> None:

@@ -58,9 +58,9 @@ def test_torchrun_starts_everybody_again_and_the_run_goes_on(tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = re.search(r"continuing from .*: step (\d+),", done.stdout)  # killed soon after step 11
-    assert resumed is not None and 10 <= int(resumed[1]) < 40
+    assert resumed is not None and 10 <= int(resumed[1]) < 20
     lines = [json.loads(line) for line in (tmp_path / "run" / "log" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 41)]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 21)]
 
 
 @pytest.mark.slow
