@@ -13,7 +13,8 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "llm_trainer"
 MAY_IMPORT = {
     # leaves
     "config": set(),
-    "losses": set(),
+    "compiler": set(),
+    "losses": {"compiler"},
     "state": set(),
     "tutorial": set(),
     "checkpoint": set(),
@@ -23,12 +24,12 @@ MAY_IMPORT = {
     "optimizer": {"optim"},
     # data, models and engines
     "data": {"config", "losses", "state"},
-    "models": {"config", "losses", "checkpoint"},
+    "models": {"config", "losses", "checkpoint", "compiler"},
     "engine": {"config", "checkpoint", "optim"},
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
     "algorithm": {"state"},
-    "train": {"algorithm", "state", "engine", "checkpoint", "config"},
+    "train": {"algorithm", "state", "engine", "checkpoint", "config", "compiler"},
     "trainers": {"algorithm", "losses", "models", "generation", "config"},
     # a description becomes objects
     "builder": {"config", "data", "models", "engine", "checkpoint"},

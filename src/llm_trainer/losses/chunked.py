@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llm_trainer.compiler import compiled
 from llm_trainer.losses.language import LanguageLoss, at_least_float32
 
 # One chunk of logits, in bytes. Fewer chunks mean fewer passes over the weight's gradient; measured on 2 CPU cores at
@@ -50,13 +51,6 @@ class HeadScores(NamedTuple):
     logprobs: Tensor
     correct: Tensor
     entropy: Tensor | None
-
-
-def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
-    """`torch.compile`, without the warnings of the parts of torch that the compiler imports and torch deprecates."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.compile(function, dynamic=dynamic)
 
 
 class CompiledKernel:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llm_trainer.losses.chunked import HeadScores, chunked_logprobs, chunked_loss, compiled
+from llm_trainer.compiler import compiled
+from llm_trainer.losses.chunked import HeadScores, chunked_logprobs, chunked_loss
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses, load_balancing_loss
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.compiler import compile_module
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import Progress
 from llm_trainer.train.metrics import Metrics
@@ -39,7 +40,7 @@ class RunMachine:
 
     def place(self, frozen: nn.Module) -> None:
         if self._settings.compile:  # both must round alike
-            frozen.compile()
+            compile_module(frozen)
         self._engine.place(frozen)
 
     def generating(self) -> AbstractContextManager[None]:

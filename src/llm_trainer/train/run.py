@@ -10,6 +10,7 @@ from torch import nn
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.compiler import compile_module
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.stream import StepSource, as_step_source
 from llm_trainer.engine import dist
@@ -111,7 +112,7 @@ class Run:
         if self.settings.gradient_checkpointing:
             _recompute_activations(model)
         if self.settings.compile:
-            module.compile()
+            compile_module(module)
         # Now: an engine may leave nothing to count in the parameters themselves.
         self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
         return self.engine.prepare(module, model, self.trainer.optimizer)

@@ -88,9 +88,10 @@ def test_single_answers_have_the_scores_of_the_pairs_sides(judge, tmp_path, caps
     judged = [{"prompt": row["prompt"], "completion": row["rejected"], "label": n < 4} for n, row in enumerate(PAIRS)]
     run(judge, write(tmp_path / "kto.jsonl", judged), "--out", tmp_path / "kto.out")
     pairs = read(tmp_path / "pairs.out")
-    assert [one["score"] for one in read(tmp_path / "chat.out")] == pytest.approx([one["chosen"] for one in pairs])
+    alone = [one["score"] for one in read(tmp_path / "chat.out")]
+    assert alone == pytest.approx([one["chosen"] for one in pairs], abs=1e-5)  # other rows share its batch
     scores = [one["score"] for one in read(tmp_path / "kto.out")]
-    assert scores == pytest.approx([one["rejected"] for one in pairs])
+    assert scores == pytest.approx([one["rejected"] for one in pairs], abs=1e-5)
     said = capsys.readouterr().out.splitlines()[2]
     assert f"4 good ones {sum(scores[:4]) / 4:.4f}; 6 bad ones {sum(scores[4:]) / 6:.4f}" in said
 

@@ -1,0 +1,31 @@
+"""A cache of compiled code that CPUs with vectors of several widths share."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import torch
+from llm_trainer.compiler import compiled
+values = torch.randn(70, 4099, generator=torch.Generator().manual_seed(0))
+def entropy(x):
+    shifted = x - x.amax(-1, keepdim=True)
+    exps = shifted.exp()
+    total = exps.sum(-1)
+    return (total.log() - (exps * shifted).sum(-1) / total).sum()
+torch.testing.assert_close(compiled(entropy, dynamic=True)(values), entropy(values), rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="vectors of one width only")
+def test_a_narrower_cpu_does_not_run_the_kernels_of_a_wider_one(tmp_path: Path) -> None:
+    for capability in ("avx512", "avx2"):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{capability}: {done.stderr[-2000:]}"
