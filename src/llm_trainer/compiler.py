@@ -1,7 +1,8 @@
 """`torch.compile`, asked for in one place."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,18 +11,23 @@ from torch import nn
 
 def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
     """`torch.compile`, without the warnings of the parts of torch that the compiler imports and torch deprecates."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        _tell_vector_widths_apart()
+    with _ready_compiler():
         return torch.compile(function, dynamic=dynamic)
 
 
 def compile_module(module: nn.Module) -> None:
     """Compile a module in place: its parameters keep their names."""
+    with _ready_compiler():
+        module.compile()
+
+
+@contextmanager
+def _ready_compiler() -> Iterator[None]:
+    """The compiler, imported without those warnings and set up."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         _tell_vector_widths_apart()
-        module.compile()
+        yield
 
 
 def _tell_vector_widths_apart() -> None:

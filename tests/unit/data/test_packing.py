@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from llm_trainer.data.collate import collate_flat
-from llm_trainer.data.encode.store import Part
-from llm_trainer.data.encode.workers import build_store
 from llm_trainer.data.kinds import DataOptions
 from llm_trainer.data.kinds.language import Documents
 from llm_trainer.data.packing import Blocks, Packed, cut_by_tokens, pack_bfd, pack_bfd_split
+from token_stores import ROWS, store_of
 
 
 @pytest.fixture
@@ -98,20 +97,6 @@ def test_a_row_must_have_room() -> None:
 
 
 # --- packed rows
-
-
-def store_of(folder, rows):
-    """A store of (ids, number of leading tokens that are not trained on)."""
-
-    def encode(chunk):
-        ids = [np.asarray(ids, dtype=np.uint16) for ids, _ in chunk]
-        trained = [(np.arange(len(ids)) >= prompt).astype(np.uint8) for ids, prompt in chunk]
-        return Part({"input_ids": ids, "trained": trained})
-
-    return build_store(folder, rows, encode, ("input_ids", "trained"))
-
-
-ROWS = [(range(10, 15), 2), (range(20, 32), 10), (range(40, 43), 3), (range(50, 58), 0)]
 
 
 def test_packed_rows_hold_whole_documents_and_lose_nothing(tmp_path):

@@ -4,26 +4,11 @@ import numpy as np
 import pytest
 
 from llm_trainer.data import windows
-from llm_trainer.data.encode.store import Part
-from llm_trainer.data.encode.workers import build_store
 from llm_trainer.data.kinds import DataOptions
 from llm_trainer.data.kinds.language import Documents
 from llm_trainer.data.read.errors import DataError
 from llm_trainer.data.windows import EMPTY, EMPTY_AFTER_CUT, TOO_LONG, count_trained, lay_flat, row_blocks
-
-
-def store_of(folder, rows):
-    """A store of (ids, number of leading tokens that are not trained on)."""
-
-    def encode(chunk):
-        ids = [np.asarray(ids, dtype=np.uint16) for ids, _ in chunk]
-        trained = [(np.arange(len(ids)) >= prompt).astype(np.uint8) for ids, prompt in chunk]
-        return Part({"input_ids": ids, "trained": trained})
-
-    return build_store(folder, rows, encode, ("input_ids", "trained"))
-
-
-ROWS = [(range(10, 15), 2), (range(20, 32), 10), (range(40, 43), 3), (range(50, 58), 0)]
+from token_stores import ROWS, store_of
 
 
 def test_ledger_of_truncated_rows_balances(tmp_path):

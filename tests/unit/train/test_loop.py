@@ -3,48 +3,19 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llm_trainer import BaseTrainer
 from llm_trainer.train.guards import NonFiniteError
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted
+from regression import Regression
 
 GOOD = torch.tensor([[1.0, 2.0], [0.5, 0.5]])
 BAD = torch.tensor([[1.0, float("inf")], [0.5, 0.5]])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower with two, far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Regression(BaseTrainer):
-    """Inputs and targets, each `[n]`, as one tensor `[2, n]`; the loss is a mean over n, and 0 / 0 where n is 0."""
-
-    def _loss_weight(self, batch: torch.Tensor) -> float:
-        return float(batch.shape[1])
-
-    def _count_tokens(self, batch: torch.Tensor) -> int:
-        return batch.shape[1]
-
-    def _prepare_batch(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch
-
-    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.model(batch[0][:, None])[:, 0]
-
-    def _compute_loss(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        return (outputs - batch[1]).pow(2).mean()
 
 
 def make(folder: Path, batches: Any, **options: Any) -> Regression:

@@ -5,13 +5,11 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from llm_trainer import Trainer
 from llm_trainer.checkpoint import CheckpointError
@@ -22,15 +20,6 @@ from llm_trainer.train_configs import ModelConfig, PretrainConfig, RunConfig, Tr
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 from victim import make_trainer, outcome
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower with two, far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def stop_after(step: int) -> Hook:

@@ -25,27 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 import table
 from victim import make_trainer, metric_lines, outcome
 
+from regression import Regression
+
 GOOD = torch.tensor([[1.0, 2.0], [0.5, 0.5]])
 BAD = torch.tensor([[1.0, float("nan")], [0.5, 0.5]])
-
-
-class Regression(BaseTrainer):
-    """A user's own algorithm: inputs and targets, each `[n]`, as one tensor `[2, n]`; the loss is a mean over n."""
-
-    def _loss_weight(self, batch: torch.Tensor) -> float:
-        return float(batch.shape[1])
-
-    def _count_tokens(self, batch: torch.Tensor) -> int:
-        return batch.shape[1]
-
-    def _prepare_batch(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch
-
-    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.model(batch[0][:, None])[:, 0]
-
-    def _compute_loss(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        return (outputs - batch[1]).pow(2).mean()
 
 
 def regression(folder: Path, batches: Sequence[torch.Tensor], **options: Any) -> Regression:
