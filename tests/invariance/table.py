@@ -71,6 +71,23 @@ def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
     ]
 
 
+def weighed_cell(engine: str, ranks: int) -> Cell:
+    """'sft' whose loss weights are hundredths, cut as unevenly as can be: the curve must be that of 'sft'."""
+    per_rank = ROWS_PER_STEP // ranks
+    return Cell("weighed", 2, per_rank // 2, ranks, True, 40, engine)
+
+
+def trainer_class_of(cell: Cell) -> Any:
+    """The class that trains a cell."""
+    from llm_trainer import SFTTrainer, get_trainer_class
+
+    class Weighed(SFTTrainer):
+        def _loss_weight(self, batch: Any) -> float:
+            return 0.01 * super()._loss_weight(batch)
+
+    return Weighed if cell.trainer == "weighed" else get_trainer_class(cell.trainer)
+
+
 class Rows:
     """Ragged rows of random ids.
 
@@ -118,8 +135,8 @@ def data_of(cell: Cell) -> tuple[Any, Any]:
     from llm_trainer.data.kinds.unpaired import collate_unpaired
 
     collate: Any = collate_flat if cell.flat else collate_padded
-    if cell.trainer in ("pretrain", "sft"):
-        return Rows(cell.trainer, 512), collate
+    if cell.trainer in ("pretrain", "sft", "weighed"):
+        return Rows(cell.trainer.replace("weighed", "sft"), 512), collate
     return Answers(cell.trainer, 512), partial(
         collate_unpaired if cell.trainer == "kto" else collate_pairs, lay=collate
     )
@@ -139,13 +156,13 @@ def tiny_model(attention: str = "sdpa", seed: int = 0) -> Any:
 
 def run(cell: Cell, device: str = "cpu", **options: Any) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step; `options` are further keywords of the trainer."""
-    from llm_trainer import configure_optimizer, get_trainer_class
+    from llm_trainer import configure_optimizer
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
     from llm_trainer.models.rewarding import reward_model
     from llm_trainer.train.hooks import Hook
 
-    model, options = tiny_model(), TRAINERS[cell.trainer] | ENGINES[cell.engine] | {"use_amp": False} | options
+    model, options = tiny_model(), TRAINERS.get(cell.trainer, {}) | ENGINES[cell.engine] | {"use_amp": False} | options
     if cell.trainer in ("dpo", "kto"):
         options["ref_model"] = tiny_model(seed=1)
     elif cell.trainer == "reward":
@@ -168,7 +185,7 @@ def run(cell: Cell, device: str = "cpu", **options: Any) -> list[tuple[float, fl
         curve.append((run.values["loss"], run.values["grad_norm"]))
 
     with tempfile.TemporaryDirectory() as folder:
-        get_trainer_class(cell.trainer)(
+        trainer_class_of(cell)(
             model=model,
             optimizer=configure_optimizer(model=model, lr=1e-3 if cell.trainer == "reward" else 1e-2),
             train_loader=stream,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from table import ENGINES, TRAINERS, Cell, cells, differences, engine_cells, run
+from table import ENGINES, TRAINERS, Cell, cells, differences, engine_cells, run, weighed_cell
 
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
@@ -53,6 +53,16 @@ def test_two_processes(cell: Cell, base: dict[str, list], played: dict[str, Any]
 )
 def test_two_processes_on_other_engines(cell: Cell, base: dict[str, list], played: dict[str, Any]) -> None:
     assert max(differences(curve_of(cell, played), base[cell.trainer])) < TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ["torch", "hf"])
+def test_hundredths_as_loss_weights_in_one_process(engine: str, base: dict[str, list]) -> None:
+    assert max(differences(run(weighed_cell(engine, 1)), base["sft"])) < TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hundredths_as_loss_weights_in_two(engine: str, base: dict[str, list], played: dict[str, Any]) -> None:
+    assert max(differences(curve_of(weighed_cell(engine, 2), played), base["sft"])) < TOLERANCE
 
 
 def test_the_table_would_notice_a_mean_of_means(base: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def mean_over(total: Tensor, count: Tensor) -> Tensor:
+    """`total / count`, and `total` where the count is 0, which is then 0. Both of one shape; a count may be a fraction."""
+    return total / torch.where(count == 0, 1, count)
+
+
 def num_supervised(labels: Tensor) -> Tensor:
     """How many tokens of `labels [B, T]` are predicted from a position before them. -> scalar int64."""
     return (labels[:, 1:] != IGNORE).sum()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.pairs import Pairs
 
 
@@ -297,8 +298,8 @@ class PreferenceTerms:
             num_pairs = len(self.losses)
         if num_nll_terms is None:
             num_nll_terms = self.nll_counts.sum()
-        nll = self.nll_sums.sum() / torch.as_tensor(num_nll_terms).clamp(min=1)
-        return self.losses.sum() / torch.as_tensor(num_pairs).clamp(min=1) + self.nll_coef * nll
+        nll = mean_over(self.nll_sums.sum(), torch.as_tensor(num_nll_terms))
+        return mean_over(self.losses.sum(), torch.as_tensor(num_pairs)) + self.nll_coef * nll
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm_trainer.losses.language import mean_over
+
 
 def kto_loss(log_ratios: Tensor, labels: Tensor, kl: Tensor, beta: float) -> Tensor:
     """KTO (Ethayarajh et al. 2024, arXiv:2402.01306): `1 - sigmoid(+-beta (log_ratio - kl))`. `[B]`."""
@@ -74,8 +76,8 @@ def kto_kl(mismatched_log_ratios: Tensor, num_pairs: Tensor | int | None = None)
     """
     if num_pairs is None:
         num_pairs = mismatched_log_ratios.numel()
-    count = torch.as_tensor(num_pairs).clamp(min=1)
-    return (mismatched_log_ratios.detach().sum() / count).clamp(min=0)
+    total = mismatched_log_ratios.detach().sum()
+    return mean_over(total, torch.as_tensor(num_pairs)).clamp(min=0)
 
 
 def mismatched_order(prompts: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Metrics of the validation data, and answers to prompts, with the model as it is now."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def evaluate(work: Work) -> tuple[dict[str, float], bool]:
     """Metrics of the validation data, `eval_loss` among them: means over all its terms on all ranks.
 
-    Data that has a name also has metrics of its own, `eval_<name>_loss`, ....
+    Data that has a name also has metrics of its own, `eval_<name>_loss`, .... Data without any term has no loss.
 
     Args:
         work: the algorithm and its engine; what the algorithm records goes to `work.metrics`, which must hold nothing else.
@@ -54,6 +55,12 @@ def evaluate(work: Work) -> tuple[dict[str, float], bool]:
     return found, interrupted
 
 
+def unmeasured(sources: Iterable[str], values: Mapping[str, float]) -> list[str]:
+    """The losses that `evaluate` has not found for validation data of these names, because no term of it counts."""
+    wanted = [f"eval_{source}_loss" if source else "eval_loss" for source in sources]
+    return [name for name in wanted if name not in values]
+
+
 def _measure(work: Work, source: StepSource) -> Metrics:
     """The metrics of all data of `source` on this rank, or of what came before a signal."""
     algorithm, engine = work.algorithm, work.engine
@@ -69,7 +76,8 @@ def _measure(work: Work, source: StepSource) -> Metrics:
                     batch = algorithm._prepare_batch(micro_batch.batch)
                     outputs = algorithm._forward(batch)
                     loss = algorithm._compute_loss(outputs, batch)
-                work.metrics.add("loss", loss * weight, weight)
+                if weight:  # without terms the loss may be 0 / 0, and NaN * 0 is NaN
+                    work.metrics.add("loss", loss * weight, weight)
         stop = int(work.stop_requested())
         if engine.in_lockstep:
             stop = dist.largest(stop, engine.device)

@@ -1,6 +1,5 @@
 """A run: the conductor of everything around the loop. What lies below takes values, or a protocol of `algorithm` or `hooks`."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from llm_trainer.engine.device import detect_device
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.state import Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, snapshot
-from llm_trainer.train.evaluate import answer, evaluate
+from llm_trainer.train.evaluate import answer, evaluate, unmeasured
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.loop import Work
 from llm_trainer.train.machine import RunMachine
@@ -310,8 +309,16 @@ class Run:
         if self.stop_requested:
             progress.hooks_done.pop("evaluate", None)  # cut short by a signal: a resumed run evaluates again
             return
-        self.write(values)
-        loss = values.get("eval_loss", math.nan)
+        if values:
+            self.write(values)
+        for name in unmeasured(self.val_sources, values):
+            self._reporter.warn(
+                f"step {progress.step}: {name} could not be measured, since nothing in this validation data counts in the "
+                "loss; expected labels that are not all -100: look at its rows, and at what truncation leaves of them"
+            )
+        loss = values.get("eval_loss")
+        if loss is None:
+            return  # nothing was measured, which is no lack of progress
         if progress.note_loss(loss, settings.early_stopping_min_delta):
             self.new_best = True
         if isinstance(self.trainer.scheduler, Scheduler):

@@ -32,7 +32,7 @@ def count_terms(
     stop = stops > 0
     if dist.shares_data():  # a signal may come between the reads of neighbours, who count among different processes
         stop = dist.largest(int(stop), engine.device) > 0
-    return max(total, 1.0), int(all_tokens), stop
+    return total or 1.0, int(all_tokens), stop  # weights may be fractions: 1 only in place of 0
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from llm_trainer.algorithm import PromptFormat, Source, Step
 from llm_trainer.config.algorithms import PretrainConfig, SFTConfig
 from llm_trainer.config.options import KDConfig
 from llm_trainer.losses.distill import mix_with_task
-from llm_trainer.losses.language import LanguageLoss
+from llm_trainer.losses.language import LanguageLoss, mean_over
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
@@ -136,11 +136,11 @@ class Trainer(BaseTrainer):
         self.record("mean_token_accuracy", outputs.correct.sum(), count)
         if outputs.entropy is not None:
             self.record("entropy", outputs.entropy.sum(), count)
-        loss = outputs.loss_sum / count.clamp(min=1)
+        loss = mean_over(outputs.loss_sum, count)
         if self.kd is not None and outputs.distance is not None:
             self.record("task_loss", outputs.loss_sum.detach(), count)
             self.record("kd_loss", outputs.distance.detach(), count)
-            loss = mix_with_task(loss, outputs.distance / count.clamp(min=1), self.kd.kd_coef)
+            loss = mix_with_task(loss, mean_over(outputs.distance, count), self.kd.kd_coef)
         if outputs.aux_loss is not None and self.aux_loss_coef:
             self.record("aux_loss", outputs.aux_loss.detach() * count, count)
             loss = loss + self.aux_loss_coef * outputs.aux_loss

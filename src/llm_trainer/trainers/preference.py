@@ -187,7 +187,7 @@ class DPOTrainer(BaseTrainer):
                 lengths = supervised(self._joined(batch)).sum(1)[: int(weight)]
                 counts[1] += float(NLL_NORMS[self.loss.nll_norm](lengths, lengths)[1].sum())
         pairs, terms = sum_over_ranks(torch.tensor(counts, device=self.device)).tolist()
-        self._nll_terms_per_pair = terms / max(pairs, 1.0)
+        self._nll_terms_per_pair = terms / (pairs or 1.0)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = self._joined(batch)
@@ -240,7 +240,7 @@ class DPOTrainer(BaseTrainer):
             changes["nll_lengths"] = nll_mask.sum(1)
         if "bco_pair" in self.loss.names:
             total, number = self._baseline.tolist()
-            changes["reward_baseline"] = logps.new_tensor(total / max(number, 1.0))
+            changes["reward_baseline"] = logps.new_tensor(total / (number or 1.0))
         return replace(pairs, **changes)
 
     def _end_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:

@@ -148,7 +148,7 @@ class TrainerFromScratch:
         # The loss of a step is the mean over ALL of its learned tokens. A mean of the micro-batches' means would be
         # another number whenever they hold unequally many, so the tokens of the whole step are counted first.
         total_tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches)
-        total_tokens = max(1, total_tokens)  # nothing to learn at all: loss 0, not 0 / 0
+        total_tokens = total_tokens or 1  # nothing to learn at all: loss 0, not 0 / 0
 
         # L = sum_k S_k / N: S_k is the summed loss of micro-batch k and N the tokens of the step.
         # The derivative of a sum is the sum of the derivatives: each backward() adds its dS_k / N to p.grad.
@@ -232,7 +232,7 @@ class TrainerFromScratch:
             loss_sum += batch_sum.item()
             num_tokens += int(batch_tokens)
         self.model.train()
-        return loss_sum / max(1, num_tokens)
+        return loss_sum / (num_tokens or 1)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

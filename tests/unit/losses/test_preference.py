@@ -176,3 +176,13 @@ def test_half_precision_log_probs_are_summed_in_float32() -> None:
     logps = torch.full((1, 4096), -0.01, dtype=torch.bfloat16)
     total = sequence_logps(logps, torch.ones(1, 4096))
     torch.testing.assert_close(total, logps[0, 0].float().expand(1) * 4096)
+
+
+def test_a_share_of_a_nll_term_is_a_share_and_not_one() -> None:
+    """Where half of a step's chosen answers are empty, a pair has half a term; over none the NLL is 0."""
+    terms = PreferenceLoss(nll_loss_coef=2.0, nll_norm="sequence")(pairs_from_tokens(**tokens(1)))
+    expected = terms.losses.sum() + 2.0 * terms.nll_sums.sum() / 0.5
+    torch.testing.assert_close(terms.total(1, 0.5), expected)
+    empty = tokens(1) | {"chosen_mask": torch.zeros(1, 9, dtype=torch.bool)}
+    none = PreferenceLoss(nll_loss_coef=2.0, nll_norm="sequence")(pairs_from_tokens(**empty))
+    torch.testing.assert_close(none.total(1, 0.0), none.losses.sum())

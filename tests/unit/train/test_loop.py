@@ -18,12 +18,12 @@ GOOD = torch.tensor([[1.0, 2.0], [0.5, 0.5]])
 BAD = torch.tensor([[1.0, float("inf")], [0.5, 0.5]])
 
 
-def make(folder: Path, batches: Any, **options: Any) -> Regression:
+def make(folder: Path, batches: Any, kind: type[Regression] = Regression, **options: Any) -> Regression:
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
     given = {"max_epochs": 1, "log_interval": 1, "use_amp": False, "progress": False, "device": "cpu"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    return Regression(model, optimizer, batches, save_dir=str(folder), **(given | options))
+    return kind(model, optimizer, batches, save_dir=str(folder), **(given | options))
 
 
 def state(trainer: Regression) -> list[torch.Tensor]:
@@ -180,3 +180,50 @@ def test_words_of_the_algorithm_follow_the_log_line(tmp_path: Path, capsys: pyte
     Talking(model, optimizer, [GOOD, 3 * GOOD], save_dir=str(tmp_path), use_amp=False, **options).train()
     shown = capsys.readouterr().out
     assert "step 1  largest input 2\n" in shown and "step 2  largest input 6\n" in shown
+
+
+class Weighed(Regression):
+    """Whose terms count a hundredth each."""
+
+    def _loss_weight(self, batch: torch.Tensor) -> float:
+        return 0.01 * batch.shape[1]
+
+
+def test_fractions_as_loss_weights_change_nothing(tmp_path: Path) -> None:
+    batches = [torch.rand(2, 3), torch.rand(2, 1)]
+    ends = []
+    for kind in (Regression, Weighed):
+        trainer = make(tmp_path / kind.__name__, batches, kind, grad_accum_steps=2, val_loader=batches)
+        ends.append([trainer.train(), state(trainer)])
+    (plain, weights), (weighed, same_weights) = ends
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert weighed[name] == pytest.approx(plain[name], rel=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(weights, same_weights, strict=True))
+
+
+def test_evaluation_is_a_mean_over_terms(tmp_path: Path) -> None:
+    """Of three terms and one, and batches without any in between: neither a mean of means, nor NaN."""
+    first, second, empty = torch.rand(2, 3), torch.rand(2, 1), torch.empty(2, 0)
+    trainer = make(tmp_path, [GOOD], val_loader=[empty, first, empty, second])
+    loss = trainer.train()["eval_loss"]
+    inputs, targets = torch.cat([first, second], 1)
+    with torch.no_grad():
+        errors = (trainer.base_model(inputs[:, None])[:, 0] - targets).pow(2)
+    assert loss == pytest.approx(errors.mean().item(), rel=1e-6)
+    assert abs(loss - (errors[:3].mean() + errors[3]).item() / 2) > 1e-3
+    assert trainer.run.progress.best_loss == loss and (tmp_path / "best_model.pt").exists()
+
+
+def test_an_evaluation_without_any_term_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is neither NaN nor a lack of progress."""
+    held_out = {"empty": [torch.empty(2, 0)], "full": [GOOD]}
+    options: dict[str, Any] = {"eval_interval": 1, "early_stopping_patience": 1}
+    nothing = make(tmp_path / "nothing", [GOOD] * 3, val_loader=held_out["empty"], **options)
+    last = nothing.train()
+    assert nothing.run.progress.step == 3 and not any(name.startswith("eval") for name in last)
+    assert "WARNING: step 1: eval_loss could not be measured, since nothing in this val" in capsys.readouterr().out
+    trainer = make(tmp_path / "some", [GOOD], val_loader=held_out)
+    last = trainer.train()
+    assert last["eval_loss"] == last["eval_full_loss"] == trainer.run.progress.best_loss
+    shown = capsys.readouterr().out
+    assert "step 1: eval_empty_loss could not be measured" in shown and "eval_full_loss could" not in shown
