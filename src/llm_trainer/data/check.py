@@ -18,9 +18,11 @@ from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.kinds import KINDS, DataOptions, get_kind, kinds_that_accept
 from llm_trainer.data.load import ROWS_LOOKED_AT, check_ids, find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
-from llm_trainer.data.read.files import TOKEN_SUFFIXES, Rows, data_files, open_tokens, read_rows
+from llm_trainer.data.read.files import data_files, read_rows
+from llm_trainer.data.read.formats import Rows
 from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
+from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 
 Sample = dict[str, Any]
 Piece = tuple[str, bool]  # some text, and whether it is trained on

@@ -20,8 +20,9 @@ from llm_trainer.data.encode.workers import build_store
 from llm_trainer.data.kinds import DataOptions, Encoded, Kind, Sample, get_kind, kinds_that_accept
 from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
-from llm_trainer.data.read.files import TOKEN_SUFFIXES, TokenFile, files_of, open_tokens, read_rows
+from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
+from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, TokenFile, open_tokens
 from llm_trainer.data.stream import SampleStream
 
 VERSION = 3  # part of every cache key: raise it when the same rows are encoded differently

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llm_trainer.data.encode.chat import ChatFormat
     from llm_trainer.data.encode.store import TokenStore
     from llm_trainer.data.read.errors import Location
-    from llm_trainer.data.read.files import TokenFile
+    from llm_trainer.data.read.token_files import TokenFile
 
 # name -> module and value. A kind of your own, anywhere: KINDS["mine"] = "my_package.my_module:MINE"
 KINDS = {

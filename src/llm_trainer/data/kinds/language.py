@@ -10,7 +10,7 @@ from llm_trainer.data.encode.chat import ChatFormat, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
 from llm_trainer.data.packing import PACKERS, Blocks, Packed
-from llm_trainer.data.read.files import TokenFile
+from llm_trainer.data.read.token_files import TokenFile
 from llm_trainer.data.windows import Column, Rows, note_dropped
 
 

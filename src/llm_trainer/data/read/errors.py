@@ -48,6 +48,11 @@ class DataError(ValueError):
         return type(self), self._said
 
 
+def unreadable(path: Path | str, found: str, fix: str) -> DataError:
+    """The error for a file of which no row can be read."""
+    return DataError(Location(path), found, "a readable data file", fix, reason="unreadable")
+
+
 class DroppedRow(DataError):
     """A row that is well formed but has nothing to teach (a tie, an empty answer): count `reason`, go on."""
 

@@ -12,9 +12,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from llm_trainer.data.read import files as sources
+from llm_trainer.data.read import formats
 from llm_trainer.data.read.errors import DataError
-from llm_trainer.data.read.files import open_tokens, read_rows
+from llm_trainer.data.read.files import read_rows
+from llm_trainer.data.read.token_files import open_tokens
 
 ROWS = [{"text": "a\u2028b\u0085c"}, {"text": 'say "x",\r\nthen'}, {"text": "né 子"}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
@@ -94,7 +95,7 @@ def test_units_of_text(tmp_path: Path) -> None:
 
 
 def test_long_text_is_cut_at_paragraphs_and_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_DOCUMENT", 1000)
+    monkeypatch.setattr(formats, "MAX_DOCUMENT", 1000)
     paragraphs = [f"{i} " + "x" * 300 for i in range(3000)]
     path = write(tmp_path / "long.txt", "\n\n".join(paragraphs).encode())
     tracemalloc.start()
