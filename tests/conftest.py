@@ -1,8 +1,9 @@
 """Options and fixtures that every test room shares."""
 
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,27 @@ def warm_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     with commands(tmp_path_factory.mktemp("warm")) as folder:
         yield folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(bytes)` is a folder with a disk of its own of that size; tests skip where nothing may be mounted."""
+    mounted: list[Path] = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a small disk cannot be mounted here: {getattr(error, 'stderr', '') or error}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a store may still be memory mapped
 
 
 @pytest.fixture(scope="session")

@@ -16,23 +16,24 @@ MAY_IMPORT = {
     "compiler": set(),
     "losses": {"compiler"},
     "state": set(),
+    "disk": set(),
     "tutorial": set(),
-    "checkpoint": set(),
+    "checkpoint": {"disk"},
     "generation": set(),
     "optim": set(),
     "train_configs": {"config"},
     "optimizer": {"optim"},
     # data, models and engines
-    "data": {"config", "losses", "state"},
+    "data": {"config", "losses", "state", "disk"},
     "models": {"config", "losses", "checkpoint", "compiler"},
     "engine": {"config", "checkpoint", "optim"},
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
     "algorithm": {"state"},
-    "train": {"algorithm", "state", "engine", "checkpoint", "config", "compiler"},
+    "train": {"algorithm", "state", "engine", "checkpoint", "config", "compiler", "disk"},
     "trainers": {"algorithm", "losses", "models", "generation", "config"},
     # a description becomes objects
-    "builder": {"config", "data", "models", "engine", "checkpoint"},
+    "builder": {"config", "data", "models", "engine", "checkpoint", "disk"},
     "assemble": {"builder", "config", "data", "engine", "optim", "checkpoint"},
     "cli": {"assemble", "trainers", "train", "config", "data", "plan", "models", "generation", "engine", "checkpoint"},
 }

@@ -1,9 +1,7 @@
 """All or nothing: what is half written never has its final name, and a full disk says what it needs."""
 
-import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,21 +9,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llm_trainer.checkpoint.valid import CheckpointError, name_valid_neighbour, read_manifest, valid_checkpoints
+from llm_trainer.disk import bytes_in, cannot_write, remove, storage_failure
 
 LEFT_BEHIND = re.compile(r"(.+)\.(partial|replaced)-(\d+)")
-FULL_OR_BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 def partial_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial-{os.getpid()}")
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def clear_left_behind(folder: Path) -> None:
@@ -70,35 +60,13 @@ def whole_or_nothing(partial: Path, target: Path) -> Iterator[None]:
             clear_left_behind(target.parent)
 
 
-def storage_failure(error: BaseException) -> str | None:
-    """The operating system's reason behind an error of safetensors, torch or Python; None: it has another cause."""
-    cause: BaseException | None = error
-    while cause is not None:
-        code = None
-        in_rust = re.search(r"\(os error (\d+)\)", str(cause))  # safetensors has the number in its text only
-        if in_rust:
-            code = int(in_rust[1])
-        elif isinstance(cause, OSError):
-            code = cause.errno
-        if code in FULL_OR_BROKEN | NOT_WRITABLE:
-            return os.strerror(code)
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
 def explain_storage_failure(reason: str, partial: Path, target: Path) -> str:
     """The message for a failed save: what was written, what is free, and what is still valid."""
     if not target.parent.is_dir():
         return f"'{target}' could not be saved: {reason}. Choose another folder"
-    written = sum(path.stat().st_size for path in [partial, *partial.rglob("*")] if path.is_file())
-    free = shutil.disk_usage(target.parent).free
-    needed = written
+    needed = written = bytes_in(partial)
     previous = next(valid_checkpoints(target.parent, "sizes"), None)
     if previous is not None:
         size = sum(file["size"] for file in read_manifest(previous)["files"].values())
         needed = max(written, size)
-    return (
-        f"'{target}' could not be saved: {reason}. It needs at least {needed / 1e6:.1f} MB; {written / 1e6:.1f} MB "
-        f"were written and {free / 1e6:.1f} MB are free. Free some space or choose another folder. "
-        f"{name_valid_neighbour(target)}"
-    )
+    return f"{cannot_write(target, reason, needed, written)}. {name_valid_neighbour(target)}"

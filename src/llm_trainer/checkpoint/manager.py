@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llm_trainer.checkpoint.atomic import clear_left_behind, partial_path, remove, whole_or_nothing
+from llm_trainer.checkpoint.atomic import clear_left_behind, partial_path, whole_or_nothing
 from llm_trainer.checkpoint.state import JSON_FILES, read_tensors, restore, set_tensors_aside, write_state
 from llm_trainer.checkpoint.valid import (
     CheckpointError,
     find_damage,
-    flush,
     is_damaged_zip,
     name_valid_neighbour,
     read_manifest,
@@ -37,6 +36,7 @@ from llm_trainer.checkpoint.weights import (
     read_model,
     unwrap,
 )
+from llm_trainer.disk import flush, remove
 
 OUR_COPY = ".published"  # marks a published model that is a copy, which the next one may replace
 WARN: Callable[[str], object] = logging.getLogger(__name__).warning

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from llm_trainer.disk import flush
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -112,12 +113,3 @@ def is_damaged_zip(path: Path) -> bool:
             return archive.testzip() is not None
     except zipfile.BadZipFile:
         return True
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
