@@ -32,6 +32,9 @@ class Machine(Protocol):
         precision_name: 'fp32', 'bf16' or 'fp16'.
         seed: of the run; all noise follows from it.
         step: optimizer steps done.
+        is_distributed: whether several processes train together.
+        rank: which part of the data this process sees, from 0.
+        is_main: true in the one process that prints and saves.
     """
 
     @property
@@ -45,6 +48,15 @@ class Machine(Protocol):
 
     @property
     def step(self) -> int: ...
+
+    @property
+    def is_distributed(self) -> bool: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def is_main(self) -> bool: ...
 
     def place(self, frozen: nn.Module) -> None:
         """Place a frozen module (a reference, a teacher) as the trained one is: sharded and compiled where that is."""

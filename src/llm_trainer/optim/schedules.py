@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 @dataclass(frozen=True)
@@ -307,3 +307,37 @@ def create_scheduler(optimizer: torch.optim.Optimizer, name: str = "constant", *
     """Build the schedule called `name` for `optimizer` with its largest rate as the top; see `create_schedule`."""
     top = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
     return Scheduler(optimizer, create_schedule(name, top, **hyper))
+
+
+# What a run tells any scheduler, ours or another.
+
+
+def check(scheduler: Any, is_evaluated: bool) -> None:
+    """Look at whether a run can give `scheduler` (None: there is none) what it follows.
+
+    Raises:
+        ValueError: it follows a validation loss and there is none, or it waits for one that rises.
+    """
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return
+    if not is_evaluated:
+        raise ValueError(
+            "scheduler: ReduceLROnPlateau follows eval_loss, and the run has no validation data; give a val_loader, or "
+            "another scheduler"
+        )
+    if scheduler.mode != "min":
+        raise ValueError(f"scheduler: got ReduceLROnPlateau with mode={scheduler.mode!r}, expected 'min': a loss falls")
+
+
+def after_update(scheduler: Any) -> None:
+    """Let `scheduler` go on to the next update; torch's ReduceLROnPlateau follows evaluations instead."""
+    if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step()
+
+
+def after_evaluation(scheduler: Any, loss: float) -> None:
+    """Give a validation loss to a `scheduler` that follows it."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(loss)
+    elif isinstance(scheduler, Scheduler):
+        scheduler.observe(loss)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.compiler import compile_module
+from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import Progress
 from llm_trainer.train.metrics import Metrics
@@ -37,6 +38,18 @@ class RunMachine:
     @property
     def step(self) -> int:
         return self._progress.step
+
+    @property
+    def is_distributed(self) -> bool:
+        return dist.num_processes() > 1
+
+    @property
+    def rank(self) -> int:
+        return dist.rank()
+
+    @property
+    def is_main(self) -> bool:
+        return dist.is_main()
 
     def place(self, frozen: nn.Module) -> None:
         if self._settings.compile:  # both must round alike

@@ -15,9 +15,10 @@ from llm_trainer.data.stream import StepSource, as_step_source
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import detect_device
-from llm_trainer.optim.schedules import Scheduler
+from llm_trainer.optim import schedules
 from llm_trainer.state import Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, snapshot
+from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, evaluate, unmeasured
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.loop import Work
@@ -114,7 +115,9 @@ class Run:
             compile_module(module)
         # Now: an engine may leave nothing to count in the parameters themselves.
         self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
-        return self.engine.prepare(module, model, self.trainer.optimizer)
+        prepared = self.engine.prepare(module, model, self.trainer.optimizer)
+        self._configured = ConfiguredOptimizer(self.trainer)
+        return prepared
 
     @property
     def work(self) -> Work:
@@ -197,8 +200,7 @@ class Run:
             world = dist.world_size()
             self._metrics.add("loss", done.loss, 1 / world)
             self._metrics.add("grad_norm", done.grad_norm / world, 1 / world)
-            if self.trainer.scheduler is not None:
-                self.trainer.scheduler.step()
+            schedules.after_update(self.trainer.scheduler)
         else:
             self._skip(done)
         progress.advance(done.position)
@@ -259,6 +261,7 @@ class Run:
 
     def _open(self) -> None:
         """Check the weights, show what is about to happen, and open the logs."""
+        schedules.check(self.trainer.scheduler, is_evaluated=bool(self.val_sources))
         guards.check_weights(self.engine, self.trainer.base_model)
         self.checkpoints.set_later_aside(self.progress.step)  # a folder that cannot be written shows here
         if dist.is_main():
@@ -267,6 +270,8 @@ class Run:
                 (self.save_dir / "config.yaml").write_text(self.settings.description, encoding="utf-8")
         facts = preflight.facts(self.work, self.size, self.settings, self.accumulation)
         folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
+        if self._configured.changes:
+            facts["changed"] = f"since the checkpoint: {', '.join(self._configured.changes)}"
         own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
         self.say(preflight.screen(facts | folders | own, self.settings.ledgers))
         self._reporter.open(self.log_dir, self.settings, self.horizon.total(), self.progress.step - 1)
@@ -321,8 +326,7 @@ class Run:
             return  # nothing was measured, which is no lack of progress
         if progress.note_loss(loss, settings.early_stopping_min_delta):
             self.new_best = True
-        if isinstance(self.trainer.scheduler, Scheduler):
-            self.trainer.scheduler.observe(loss)
+        schedules.after_evaluation(self.trainer.scheduler, loss)
         patience = settings.early_stopping_patience
         if patience is not None and progress.evals_without_progress >= patience:
             self.stop(
@@ -382,7 +386,7 @@ class Run:
         Returns:
             Path of what was written, on every rank; empty where nothing could be.
         """
-        state = snapshot.state_of(self.work, self.progress, self.settings)
+        state = snapshot.state_of(self.work, self.progress, self._configured, self.settings)
         if path is not None:
             return self.checkpoints.save_file(path, state)
         best_file = is_best and self.settings.best_file
@@ -405,7 +409,7 @@ class Run:
 
     def load(self, path: str) -> None:
         """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
-        self.checkpoints.load(path, snapshot.parts_of(self.work, self.progress))
+        self.checkpoints.load(path, snapshot.parts_of(self.work, self.progress, self._configured))
 
 
 def _check_numbers(**values: int) -> None:

@@ -21,6 +21,7 @@ from llm_trainer.checkpoint.valid import step_folders
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import Progress
+from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.loop import Work
 from llm_trainer.train.metrics import Metrics
 
@@ -98,7 +99,7 @@ class DataFacts:
             )
 
 
-def parts_of(work: Work, progress: Progress) -> dict[str, Part]:
+def parts_of(work: Work, progress: Progress, configured: ConfiguredOptimizer) -> dict[str, Part]:
     """Everything that changes while a run goes on, but weights and optimizer."""
     algorithm, source = work.algorithm, work.source
     parts: dict[str, Part] = {
@@ -111,13 +112,13 @@ def parts_of(work: Work, progress: Progress) -> dict[str, Part]:
     }
     if algorithm.scheduler is not None:
         parts["scheduler"] = algorithm.scheduler
-    return parts
+    return parts | {"configured": configured}  # last: it decides between what is loaded and what is configured
 
 
-def state_of(work: Work, progress: Progress, settings: "Settings") -> dict[str, Any]:
+def state_of(work: Work, progress: Progress, configured: ConfiguredOptimizer, settings: "Settings") -> dict[str, Any]:
     """All that a checkpoint holds but the weights; all ranks collect it together."""
     engine = work.engine
-    state = {name: part.state_dict() for name, part in parts_of(work, progress).items()}
+    state = {name: part.state_dict() for name, part in parts_of(work, progress, configured).items()}
     return state | {
         "optimizer": engine.optimizer_state(),
         "versions": {"torch": torch.__version__, "world_size": dist.world_size(), "engine": type(engine).__name__},
@@ -200,6 +201,7 @@ class Checkpoints:
                 f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
                 f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
             )
+        state.setdefault("configured", None)  # checkpoints of earlier versions do not say
         missing = next((name for name in parts if name not in state), None)
         if missing is not None:
             raise CheckpointError(

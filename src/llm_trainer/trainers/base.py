@@ -40,7 +40,8 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         train_loader: iterable of micro-batches, re-iterable once per epoch.
         val_loader: evaluated each epoch (or every `eval_interval` steps); the best model is kept. Several, by name, are
             evaluated together, and each by itself as `eval_<name>_loss`, ....
-        scheduler: anything with `step()`, `state_dict()` and `load_state_dict()`; stepped once per optimizer step.
+        scheduler: anything with `step()`, `state_dict()` and `load_state_dict()`; stepped once per optimizer step, and
+            torch's `ReduceLROnPlateau` with `eval_loss` after every evaluation.
         device: a torch device or its name; None detects.
         max_epochs: passes over `train_loader`.
         grad_accum_steps: micro-batches per optimizer step and rank.
@@ -107,7 +108,6 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
             hooks=hooks,
         )
         self.machine = self.run.machine
-        self.device = self.machine.device
         self.model = self.run.prepare(self._build_module(model))
 
     @classmethod
@@ -134,7 +134,27 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         """
         return {}
 
-    # What everybody can call.
+    # What everybody can ask and call.
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.machine.device
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether several processes train together."""
+        return self.machine.is_distributed
+
+    @property
+    def rank(self) -> int:
+        """Which part of the data this process sees, from 0."""
+        return self.machine.rank
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and saves."""
+        return self.machine.is_main
 
     def record(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1.0) -> None:
         """Add to the metric `name`: its logged value is sum of totals / sum of counts, over steps and ranks."""

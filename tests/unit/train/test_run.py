@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from llm_trainer import Trainer
 from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.optim.schedules import create_scheduler
 from llm_trainer.train import run as run_module
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted
 from llm_trainer.train_configs import ModelConfig, PretrainConfig, RunConfig, TrainConfig
+from regression import Regression
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
-from victim import make_trainer, outcome
+from victim import make_trainer, metric_lines, outcome
 
 
 def stop_after(step: int) -> Hook:
@@ -124,3 +127,89 @@ def test_resume_in_a_billion_tokens_is_a_seek(tmp_path: Path, reference_dir: Pat
     resumed.train()
     assert resumed.run.progress.position == 3_000_003 and time.monotonic() - began < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # KB
+
+
+def resumed(folder: Path, before: dict[str, Any], after: dict[str, Any], steps: int = 2, **options: Any) -> Any:
+    """A trainer that goes on, with other options of the optimizer, from where one stopped after `steps` steps."""
+    trainers = []
+    for values, last in ((before, steps), (after, 2 * steps)):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, **values)
+        data = torch.tensor([[1.0, 2.0], [0.5, 0.5]])
+        how = {"log_interval": 1, "use_amp": False, "progress": False, "device": "cpu", "resume": "auto"}
+        trainer = Regression(model, optimizer, [data] * 9, save_dir=str(folder), max_steps=last, **(how | options))
+        trainer.train()
+        trainers.append(trainer)
+    return trainers[1]
+
+
+def test_other_options_of_the_optimizer_win_over_the_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was configured otherwise is new and said; moments, step counts and unchanged options go on."""
+    first, then = {"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.2, "weight_decay": 0.3, "betas": (0.8, 0.99)}
+    trainer = resumed(tmp_path, first, then)
+    matrices, biases = trainer.optimizer.param_groups
+    assert (matrices["lr"], matrices["weight_decay"], matrices["betas"]) == (0.2, 0.3, (0.8, 0.99))
+    assert (biases["lr"], biases["weight_decay"]) == (0.2, 0.0)
+    assert [int(state["step"]) for state in trainer.optimizer.state.values()] == [4, 4]
+    said = "since the checkpoint: betas (0.9, 0.999) -> (0.8, 0.99), lr 0.1 -> 0.2, weight_decay 0.1 -> 0.3"
+    assert said in capsys.readouterr().out
+    assert [line["learning_rate"] for line in metric_lines(tmp_path)] == [0.1, 0.1, 0.2, 0.2]
+
+
+def test_what_a_hook_has_changed_is_not_configured_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def halve(run: Any) -> None:
+        for group in run.trainer.optimizer.param_groups:
+            group["lr"] /= 2
+
+    trainer = resumed(tmp_path, {"lr": 0.8}, {"lr": 0.8}, hooks=[Hook("halve", halve, every_steps=1)])
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.05 and "since the checkpoint" not in capsys.readouterr().out
+
+
+def test_a_configured_rate_is_new_whatever_the_schedule_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = make_trainer(tmp_path, max_epochs=1, scheduler=None)
+    schedule = create_scheduler(whole.optimizer, "linear", total_steps=8)
+    whole.scheduler = schedule
+    whole.train()
+    assert whole.optimizer.param_groups[0]["lr"] == 0.0
+    rest = make_trainer(tmp_path, max_epochs=2, scheduler=None)  # without a schedule: the rate that is configured
+    rest.train()
+    assert rest.optimizer.param_groups[0]["lr"] == 0.02 and "lr 0 -> 0.02" in capsys.readouterr().out
+
+
+def test_torchs_plateau_follows_evaluations(tmp_path: Path) -> None:
+    """Stepped once per evaluation and never per update; a resumed run goes on with it."""
+
+    def plateau(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
+
+    trainer = make_trainer(tmp_path, max_epochs=1, eval_interval=2, log_interval=1)
+    trainer.scheduler = plateau(trainer.optimizer)
+    trainer.train()
+    rates = [line["learning_rate"] for line in metric_lines(tmp_path) if "loss" in line]
+    assert rates == [0.02, 0.02, 0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025]
+    again = make_trainer(tmp_path, max_epochs=2, eval_interval=2, log_interval=1)
+    again.scheduler = plateau(again.optimizer)
+    again.run._resume()
+    assert again.scheduler.state_dict() == trainer.scheduler.state_dict()
+    assert again.optimizer.param_groups[0]["lr"] == trainer.optimizer.param_groups[0]["lr"] == 0.00125
+
+
+def test_a_plateau_without_evaluations_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, val_loader=None)
+    trainer.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.optimizer)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau follows eval_loss, and the run has no validation data"):
+        trainer.train()
+    trainer = make_trainer(tmp_path)
+    trainer.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.optimizer, mode="max")
+    with pytest.raises(ValueError, match="got ReduceLROnPlateau with mode='max', expected 'min'"):
+        trainer.train()
+
+
+def test_a_trainer_says_where_it_stands(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    assert (trainer.is_distributed, trainer.rank, trainer.is_main) == (False, 0, True)
+    assert trainer.device == torch.device("cpu")
