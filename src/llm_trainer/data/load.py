@@ -25,7 +25,7 @@ from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, TokenFile, open_tokens
 from llm_trainer.data.stream import SampleStream
 
-VERSION = 3  # part of every cache key: raise it when the same rows are encoded differently
+VERSION = 4  # part of every cache key: raise it when the same rows are encoded differently
 ROWS_LOOKED_AT = 50  # to recognise a schema
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llm_trainer.config.errors import counted
+from llm_trainer.data.encode.templates import describe_default
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
@@ -178,7 +179,7 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
     learning_rate = f"{float(trainer.optimizer.param_groups[0]['lr']):g}"
     if isinstance(trainer.scheduler, Scheduler):
         learning_rate = trainer.scheduler.describe()
-    return {
+    found = {
         "trainer": f"{type(trainer).__name__} of {type(model).__name__}",
         "parameters": describe_size(size),
         "batch": describe_batch(source, accumulation),
@@ -188,6 +189,9 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),
     }
+    if trainer.prompt_format == "chat" and trainer.tokenizer is not None and not trainer.tokenizer.chat_template:
+        found["chat template"] = describe_default(trainer.tokenizer)
+    return found
 
 
 def screen(facts: Mapping[str, str], ledgers: Sequence[Ledger]) -> str:

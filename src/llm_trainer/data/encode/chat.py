@@ -6,10 +6,10 @@ multi-byte character (tests/reference/README.md, point 27).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llm_trainer.data.encode.templates import (
@@ -143,8 +143,9 @@ class ChatFormat:
         return [ids for ids, _ in self._encoder.encode(plain, [[]] * len(texts))]
 
     def stop_token_ids(self) -> list[int]:
-        """Where generation stops: the template's end-of-turn token and the tokenizer's eos."""
-        tokens = [token for token in (self._turn_end, self.tokenizer.eos_token) if token]
+        """Where generation stops: the last token of the template's end of a turn, and the tokenizer's eos."""
+        last_of_turn = self._tokens.findall("".join(self._turn_end))[-1:]
+        tokens = [token for token in (*last_of_turn, self.tokenizer.eos_token) if token]
         vocabulary = self.tokenizer.get_vocab()
         return [vocabulary[token] for token in dict.fromkeys(tokens)]
 
@@ -271,26 +272,65 @@ class ChatFormat:
         elif self._header and (place := text.rfind(self._header, 0, start)) >= 0:
             header_stop = place + len(self._header)
             # Not the header of an earlier turn: no turn ends in between.
-            if not (self._turn_end and self._turn_end in text[header_stop:start]):
+            if not (self._turn_end and "".join(self._turn_end) in text[header_stop:start]):
                 start = header_stop
-        if self._turn_end and (place := text.find(self._turn_end, start, stop)) >= 0:
-            stop = place  # the end of the conversation also differed, in something else than this turn
+        stop = self._first_end(text, start, stop, messages[index])
         return start, self._turn_stop(text, max(start, stop))
 
+    def _first_end(self, text: str, start: int, stop: int, message: Message) -> int:
+        """Where the turn from `start` ends, if it does so before `stop`: there the end of the conversation differed too.
+
+        What the message itself says is no end of it, even if it reads like one.
+        """
+        end = "".join(self._turn_end)
+        if not end:
+            return stop
+        num_said = sum(string.count(end) for string in _strings(message))
+        place = start - len(end)
+        for _ in range(num_said + 1):
+            place = text.find(end, place + len(end), stop)
+            if place < 0:
+                return stop
+        return place
+
     def _turn_stop(self, text: str, stop: int) -> int:
-        """`stop`, or the end of the end-of-turn token that follows it."""
-        if self._turn_end and (match := re.compile(r"\s*" + re.escape(self._turn_end)).match(text, stop)):
-            return match.end()
+        """`stop`, or the end of what ends a turn there; a generation block may hold the first of its pieces already."""
+        for first in range(len(self._turn_end)):
+            rest = re.escape("".join(self._turn_end[first:]).lstrip())
+            if match := re.compile(r"\s*" + rest).match(text, stop):
+                return match.end()
         return stop
 
     @cached_property
-    def _turn_end(self) -> str:
-        """The token that the template prints after an assistant's turn, '' if none."""
-        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SUBSTITUTE}]
-        after = strip_marks(self._render(probe, None)).text.partition(SUBSTITUTE)[2]
-        tokens = any_of(token.content for token in self._encoder.added.values())
-        first = tokens.match(after.lstrip())
-        return first[0] if first else ""
+    def _turn_end(self) -> list[str]:
+        """What the template prints at the end of an assistant's turn, up to the last special token of it.
+
+        In pieces, each ending with a token: an answer may be closed by several (`</answer></s>`). They are what
+        stands behind the last turn and behind one that is followed by another alike; if these have no token in common,
+        what stands behind the last. Empty if there is none.
+        """
+        asked: list[Message] = [{"role": "user", "content": "?"}]
+        talk = [*asked, {"role": "assistant", "content": SUBSTITUTE}]
+        behind_last = self._behind_substitute(talk)
+        try:
+            behind_earlier = self._behind_substitute(talk + asked)
+        except ChatTemplateError:  # the template takes a single question only
+            behind_earlier = behind_last
+        common = behind_last[: _common_start(behind_last, behind_earlier)]
+        return self._pieces(common) or self._pieces(behind_last)
+
+    def _behind_substitute(self, messages: Sequence[Message]) -> str:
+        return strip_marks(self._render(messages, None)).text.partition(SUBSTITUTE)[2]
+
+    def _pieces(self, text: str) -> list[str]:
+        """Text cut behind each special token; what follows the last is left out."""
+        stops = [match.end() for match in self._tokens.finditer(text)]
+        return [text[start:stop] for start, stop in pairwise([0, *stops])]
+
+    @cached_property
+    def _tokens(self) -> re.Pattern[str]:
+        """Matches the tokens that never merge with their surroundings."""
+        return any_of(token.content for token in self._encoder.added.values())
 
     @cached_property
     def _header(self) -> str:
@@ -305,6 +345,14 @@ class ChatFormat:
     @cached_property
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self.tokenizer)
+
+    @cached_property
+    def _header_ids(self) -> list[int]:
+        return self._encoder.backend.encode(self._header, add_special_tokens=False).ids
+
+    @cached_property
+    def _turn_end_ids(self) -> list[int]:
+        return self._encoder.backend.encode("".join(self._turn_end).lstrip(), add_special_tokens=False).ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -332,7 +380,10 @@ class ChatFormat:
 
 
 def spans_from_ids(ids: Sequence[int], chat_format: ChatFormat) -> list[bool]:
-    """Which tokens of a conversation in ids are trained on: from each assistant header to its end-of-turn token.
+    """Which tokens of a conversation in ids are trained on: from each assistant header to the end of its turn.
+
+    That is the whole of what the template prints there; or its last token, or the eos, where one of them comes first,
+    for files whose answers are closed by less than the template prints.
 
     Args:
         ids: `[T]` token ids; a conversation may be cut off at its end.
@@ -347,24 +398,35 @@ def spans_from_ids(ids: Sequence[int], chat_format: ChatFormat) -> list[bool]:
     ids = list(ids)
     if chat_format.train_on == "all":
         return [True] * len(ids)
-    header = chat_format._encoder.backend.encode(chat_format._header, add_special_tokens=False).ids
-    starts = []
-    for i, token in enumerate(ids):
-        if header and token == header[0] and ids[i : i + len(header)] == header:
-            starts.append(i + len(header))
-    if not starts:
+    header, end = chat_format._header_ids, chat_format._turn_end_ids
+    headers = list(_places(ids, header, 0, len(ids)))
+    if not headers:
         raise ChatTemplateError(
             f"no assistant turn in {len(ids)} token ids: the template's header {chat_format._header!r} = {header} does "
             "not occur; expected conversations made with this tokenizer and template; pass the template they came from"
         )
-    ends = set(chat_format.stop_token_ids())
+    end_tokens = set(chat_format.stop_token_ids())
     trained = [False] * len(ids)
-    if chat_format.train_on == "last":
-        starts = starts[-1:]
-    for start in starts:
-        stop = next((i + 1 for i in range(start, len(ids)) if ids[i] in ends), len(ids))
+    for place, following in pairwise([*headers, len(ids)]):
+        if chat_format.train_on == "last" and place != headers[-1]:
+            continue
+        start = place + len(header)
+        whole = next(_places(ids, end, start, following), len(ids))
+        single = next((i for i in range(start, len(ids)) if ids[i] in end_tokens), len(ids))
+        # An eos before it ends the turn as well: the next whole end may be that of somebody else's turn.
+        stop = single + 1
+        if whole <= single:
+            stop = whole + len(end)
+        stop = min(stop, len(ids))
         trained[start:stop] = [True] * (stop - start)
     return trained
+
+
+def _places(ids: list[int], piece: list[int], start: int, stop: int) -> Iterator[int]:
+    """Where `piece` stands in `ids[start:stop]`."""
+    for i in range(start, stop - len(piece) + 1):
+        if piece and ids[i] == piece[0] and ids[i : i + len(piece)] == piece:
+            yield i
 
 
 def _common_start(a: str, b: str) -> int:
@@ -390,6 +452,15 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_map_strings(item, change) for item in value]
     return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string value in a structure of lists and dicts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
 
 
 def _without_thinking(message: Message) -> Message:

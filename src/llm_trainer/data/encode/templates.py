@@ -35,8 +35,8 @@ MARKS = re.compile("[\ufdd0-\ufdd5]")
 _POSITIONS = re.compile(f"[{BLOCK_START}{BLOCK_END}{LITERAL}{HIDDEN}]")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
-# CHATML and PLAIN fill in the words in capitals. Reasoning is printed only after the last user turn: that is all a
-# model gets to see of it at inference.
+# CHATML, TAGS and PLAIN fill in the words in capitals. Reasoning is printed only after the last user turn, as that is all
+# a model gets to see of it at inference; files of the family TAGS have it in every turn.
 _DEFAULT = """\
 {%- macro body(content) -%}
     {%- if content is string -%}{{ content }}
@@ -67,9 +67,10 @@ _DEFAULT = """\
             {%- set reasoning = content.split('</think>', 1)[0].split('<think>', 1)[1] -%}
             {%- set content = content.split('</think>', 1)[1].lstrip('\\n') -%}
         {%- endif -%}
-        {%- if reasoning and loop.index0 > ns.last_user -%}
-            {{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' -}}
+        {%- if reasoning and loop.index0 > EARLIEST -%}
+            {{- THINK + reasoning.strip('\\n') + THOUGHT -}}
         {%- endif -%}
+        {%- if content and '<answer>' not in content -%}{%- set content = ANSWER + content + ANSWERED -%}{%- endif -%}
         {{- content -}}
         {%- for call in m.tool_calls or [] -%}
             {%- set function = call.function or call -%}
@@ -86,11 +87,26 @@ _DEFAULT = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- head('assistant') -}}
-    {%- if enable_thinking is defined and not enable_thinking -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
+    {%- if enable_thinking is defined and not enable_thinking -%}{{ THINK + THOUGHT }}{%- endif -%}
 {%- endif -%}
 """
-_CHATML = {"OPEN": "'<|im_start|>'", "TITLE": r"'\n'", "CLOSE": "'<|im_end|>'", "END": "'<|im_end|>'", "GAP": r"'\n'"}
+_COMMON = {
+    "OPEN": "'<|im_start|>'",
+    "TITLE": r"'\n'",
+    "CLOSE": "'<|im_end|>'",
+    "END": "'<|im_end|>'",
+    "GAP": r"'\n'",
+    "EARLIEST": "ns.last_user",
+    "THINK": r"'<think>\n'",
+    "THOUGHT": r"'\n</think>\n\n'",
+    "ANSWER": "''",
+    "ANSWERED": "''",
+}
+_CHATML: dict[str, str] = {}
 _PLAIN = {"OPEN": "'### '", "TITLE": r"':\n'", "CLOSE": "''", "END": "eos_token", "GAP": r"'\n\n'"}
+_TAGS = {"OPEN": "'<'", "TITLE": "'>'", "CLOSE": "'</s>'", "END": "'</s>'", "GAP": "''", "EARLIEST": "-1"}
+_TAGS |= {"THINK": "'<think>'", "THOUGHT": "'</think>'"}
+_ANSWER_TAGS = {"ANSWER": "'<answer>'", "ANSWERED": "'</answer>'"}
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -99,23 +115,44 @@ def adds_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
     return bos is not None and tokenizer.backend_tokenizer.encode("").ids[:1] == [bos]
 
 
+def _family(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, dict[str, str]]:
+    """How conversations look where no template says it: for people, and the words of `_DEFAULT` that differ."""
+    vocabulary = tokenizer.get_vocab()
+    if {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
+        return "ChatML, by <|im_start|> and <|im_end|> in its vocabulary", _CHATML
+    if {"<user>", "<assistant>", "</s>"} <= vocabulary.keys():
+        if {"<answer>", "</answer>"} <= vocabulary.keys():
+            shape = "<user>...</s><assistant><answer>...</answer></s>"
+            return f"{shape}, by these tokens in its vocabulary", _TAGS | _ANSWER_TAGS
+        return "<user>...</s><assistant>...</s>, by these tokens in its vocabulary", _TAGS
+    if tokenizer.eos_token is None:
+        raise ChatTemplateError(
+            f"tokenizer {tokenizer.name_or_path!r} has neither a chat template, nor <|im_start|> and <|im_end|>, nor "
+            "<user>, <assistant> and </s>, nor an eos token; expected something that ends an assistant's turn; set "
+            "tokenizer.eos_token or a chat template"
+        )
+    return f"plain headers (### user:), an answer ends with {tokenizer.eos_token}", _PLAIN
+
+
 def default_template(tokenizer: "PreTrainedTokenizerFast") -> str:
     """A chat template for a tokenizer without one: system, tools, calls and their results, thinking, generation tags.
 
     ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) where the vocabulary has its two tokens,
-    so that one token ends a turn; otherwise plain `### role:` headers, and the assistant's turns end with the eos
-    token.
+    so that one token ends a turn. `<user>...</s><assistant><think>...</think><answer>...</answer></s>` where it has
+    those of project_llm_trainer, whose files then read as they were written. Otherwise plain `### role:` headers, and
+    the assistant's turns end with the eos token.
+
+    Raises:
+        ChatTemplateError: nothing in the vocabulary can end a turn.
     """
-    vocabulary = tokenizer.get_vocab()
-    chatml = {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys()
-    if not chatml and tokenizer.eos_token is None:
-        raise ChatTemplateError(
-            f"tokenizer {tokenizer.name_or_path!r} has neither a chat template, nor <|im_start|> and <|im_end|>, nor "
-            "an eos token; expected something that ends an assistant's turn; set tokenizer.eos_token or a chat template"
-        )
-    words = {**_CHATML} if chatml else {**_PLAIN}
+    words = _COMMON | _family(tokenizer)[1]
     words["FIRST"] = "bos_token" if adds_bos(tokenizer) else "''"
-    return re.sub(r"\b(FIRST|OPEN|TITLE|CLOSE|END|GAP)\b", lambda word: words[word[0]], _DEFAULT)
+    return re.sub(rf"\b({'|'.join(words)})\b", lambda word: words[word[0]], _DEFAULT)
+
+
+def describe_default(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """What `default_template` makes of a tokenizer, in a line; it says how to choose otherwise."""
+    return f"the tokenizer has none; {_family(tokenizer)[0]} (tokenizer.chat_template sets another)"
 
 
 class ChatTemplateError(ValueError):
