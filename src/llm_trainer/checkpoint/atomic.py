@@ -1,5 +1,6 @@
 """All or nothing: what is half written never has its final name, and a full disk says what it needs."""
 
+import ctypes
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +13,43 @@ from llm_trainer.checkpoint.valid import CheckpointError, name_valid_neighbour, 
 from llm_trainer.disk import bytes_in, cannot_write, remove, storage_failure
 
 LEFT_BEHIND = re.compile(r"(.+)\.(partial|replaced)-(\d+)")
+CURRENT_FOLDER, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux' renameat2
 
 
 def partial_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial-{os.getpid()}")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def replace(new: Path, target: Path) -> None:
+    """Let `target`, a file, a folder, a link or nothing, be `new` from one instant to the next; what it was is removed.
+
+    Where the system cannot exchange two names, a folder has no name for a moment; `clear_left_behind` puts it back if
+    this process dies then.
+    """
+    has_folder = _is_folder(new) or _is_folder(target)
+    if not has_folder or not os.path.lexists(target):
+        os.replace(new, target)
+    elif exchange(new, target):
+        remove(new)
+    else:
+        before = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+        remove(before)
+        os.rename(target, before)
+        os.rename(new, target)
+        remove(before)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two existing paths swap their names in one instant; whether system and file system can do that."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return False
+    return renameat2(CURRENT_FOLDER, os.fsencode(one), CURRENT_FOLDER, os.fsencode(other), EXCHANGE) == 0
 
 
 def clear_left_behind(folder: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llm_trainer.checkpoint.atomic import clear_left_behind, partial_path, whole_or_nothing
+from llm_trainer.checkpoint.atomic import clear_left_behind, exchange, partial_path, replace, whole_or_nothing
 from llm_trainer.checkpoint.state import JSON_FILES, read_tensors, restore, set_tensors_aside, write_state
 from llm_trainer.checkpoint.valid import (
     CheckpointError,
@@ -91,7 +91,7 @@ class CheckpointManager:
         is_best: bool = False,
         shards: Path | None = None,
     ) -> Path:
-        """Write the checkpoint of `step` (replacing one of the same step) and rotate; nothing is lost if it fails.
+        """Write the checkpoint of `step` (replacing one of the same step), publish and rotate; nothing is lost if it fails.
 
         Args:
             model_writer: Writes the weights into the folder it is given, e.g. `partial(write_model, model)`.
@@ -113,10 +113,9 @@ class CheckpointManager:
                     os.rename(path, partial / path.name)
             write_state(partial, state)
             write_manifest(partial, {"step": step, "metric": metric, "is_best": is_best})
-            if target.exists():  # a folder cannot be renamed over another: set it aside; the constructor puts it back
-                os.rename(target, target.with_name(f"{target.name}.replaced-{os.getpid()}"))
-            os.rename(partial, target)
+            replace(partial, target)
             flush(self.folder)
+        self.publish(may_copy=False)
         self._rotate(target)
         return target
 
@@ -128,8 +127,23 @@ class CheckpointManager:
         folder = _unused(self.folder, "set-aside")
         folder.mkdir()
         for path in sorted(later):
-            path.rename(folder / path.name)
+            self._move(path, folder / path.name)
         return len(later), folder
+
+    def _move(self, path: Path, to: Path) -> None:
+        """Move a checkpoint; if `model` leads to it now, it does so before, meanwhile and afterwards."""
+        if self._published() != path:
+            path.rename(to)
+            return
+        if path.is_symlink():  # a process that was killed right here has moved it
+            to = self.folder / os.readlink(path)
+        else:
+            to.symlink_to(to.relative_to(self.folder), target_is_directory=True)  # leads nowhere until it is exchanged
+            if not exchange(path, to):
+                to.unlink()
+                path.rename(to)
+        self._lead_to(to)
+        remove(path)
 
     def latest(self, verify: str = "full") -> Path | None:
         """The newest checkpoint whose manifest holds; damaged ones are reported and skipped.
@@ -143,28 +157,48 @@ class CheckpointManager:
         """The newest valid checkpoint that was saved with `is_best=True`."""
         return next(filter(_is_best, self._valid(verify)), None)
 
-    def publish(self) -> Path | None:
+    def publish(self, may_copy: bool = True) -> Path | None:
         """Make `model` in the folder lead to the weights to use, the best checkpoint's or else the newest's: a stable path.
+
+        Args:
+            may_copy: where the file system has no links, copy the weights; else what is there stays.
 
         Returns:
             That path; None when there is no checkpoint.
         """
-        chosen = self.best("sizes") or self.latest("sizes")
+        valid = list(valid_checkpoints(self.folder, "sizes"))
+        chosen = next(filter(_is_best, valid), None) or next(iter(valid), None)
         if chosen is None:
             return None
-        link = self.folder / "model"
-        partial = partial_path(link)
+        if not self._lead_to(chosen) and may_copy:
+            copy = partial_path(self.folder / "model")
+            shutil.copytree(chosen / "model", copy)
+            (copy / OUR_COPY).touch()
+            self._replace_model(copy)
+        return self.folder / "model"
+
+    def _lead_to(self, checkpoint: Path) -> bool:
+        """Let `model` be a link to a checkpoint's weights; whether that could be done."""
+        link = partial_path(self.folder / "model")
         try:
-            partial.symlink_to(Path(chosen.name) / "model", target_is_directory=True)
-        except OSError:  # a file system without links
-            shutil.copytree(chosen / "model", partial)
-            (partial / OUR_COPY).touch()
-        if (link / OUR_COPY).exists() and not link.is_symlink():
-            shutil.rmtree(link)
-        elif link.is_dir() and not link.is_symlink():  # something of the user's: it is kept
-            link.rename(_unused(self.folder, "model.before"))
-        partial.replace(link)
-        return link
+            remove(link)  # of a process of the same id that was killed
+            link.symlink_to(checkpoint.relative_to(self.folder) / "model", target_is_directory=True)
+            self._replace_model(link)
+        except OSError:  # a file system without links, or a full one
+            return False
+        return True
+
+    def _replace_model(self, new: Path) -> None:
+        model = self.folder / "model"
+        if model.is_dir() and not model.is_symlink() and not (model / OUR_COPY).exists():  # the user's: it is kept
+            model.rename(_unused(self.folder, "model.before"))
+        replace(new, model)
+        flush(self.folder)  # before anything that it led to is deleted
+
+    def _published(self) -> Path | None:
+        """The checkpoint that `model` leads to."""
+        link = self.folder / "model"
+        return self.folder / os.readlink(link).removesuffix("/model") if link.is_symlink() else None
 
     def load(self, path: str | Path | None = None, verify: str = "full") -> LoadedCheckpoint:
         """Read the checkpoint `path`, by default the newest valid one.
@@ -185,7 +219,7 @@ class CheckpointManager:
         valid = list(valid_checkpoints(self.folder, "sizes"))
         best = next(filter(_is_best, valid), None)
         for path in step_folders(self.folder):
-            is_spared = path in valid[: self.keep] or path == best
+            is_spared = path in [*valid[: self.keep], best, self._published()]
             if step_of(path) < step_of(just_saved) and not is_spared:
                 doomed = partial_path(path)  # under a name that is cleared at the next start, should we die half-way
                 os.rename(path, doomed)

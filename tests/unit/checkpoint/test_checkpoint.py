@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -240,7 +241,7 @@ def test_the_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert json.loads((path / "trainer_state.json").read_text()) == {"nan": float("inf")}
     with pytest.raises(CheckpointError, match=r"'a/0/b' is a set"):
         manager.save(8, partial(write_number, number=8), {"a": [{"b": {1}}]})
-    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "model"]
 
 
 def test_random_state_repeats_the_same_numbers(tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep=2)
     for step in range(1, 7):
         save_number(manager, step, metric=1 / step, is_best=step in (1, 2))
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [f"checkpoint-{n:08d}" for n in (2, 5, 6)]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [*(f"checkpoint-{n:08d}" for n in (2, 5, 6)), "model"]
     assert manager.best() == tmp_path / "checkpoint-00000002" and manager.latest() == tmp_path / "checkpoint-00000006"
 
 
@@ -332,7 +333,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
             manager.save(2, partial(write_number, number=2), {"tensor": large.weight})
         with pytest.raises(CheckpointError, match=r"could not be saved: File too large"):
             save_checkpoint(tmp_path / "best_model.pt", model=large)
-    assert [p.name for p in tmp_path.iterdir()] == [good.name] and manager.latest() == good
+    assert sorted(p.name for p in tmp_path.iterdir()) == [good.name, "model"] and manager.latest() == good
     assert before == {path: path.read_bytes() for path in good.rglob("*") if path.is_file()}
 
 
@@ -367,7 +368,7 @@ def test_what_dead_processes_left_is_cleared(tmp_path: Path) -> None:
         (tmp_path / left).mkdir()
     (tmp_path / f"best_model.pt.partial-{dead.pid}").touch()
     assert CheckpointManager(tmp_path).latest() == good
-    assert {p.name for p in tmp_path.iterdir()} == {good.name, f"checkpoint-00000004.partial-{os.getppid()}"}
+    assert {p.name for p in tmp_path.iterdir()} == {good.name, "model", f"checkpoint-00000004.partial-{os.getppid()}"}
 
 
 KILLED = """
@@ -488,6 +489,65 @@ def test_the_published_model_is_a_copy_where_there_are_no_links(
     manager.save(1, lambda folder: (folder / "weights").write_text("best"), {}, is_best=True)
     model = manager.publish()
     assert model is not None and (model.is_symlink(), (model / "weights").read_text()) == (True, "best")
+
+
+def test_a_kill_inside_publishing_blocks_none_that_has_the_same_process_id(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2):
+        (tmp_path / f"model.partial-{os.getpid()}").symlink_to("checkpoint-00000009/model")  # killed before its rename
+        path = save_number(manager, step)
+        assert (tmp_path / "model").resolve() == path / "model"
+    (tmp_path / f"model.partial-{os.getpid()}").symlink_to("checkpoint-00000002/model")
+    CheckpointManager(tmp_path)
+    assert not list(tmp_path.glob("model.partial-*")) and (path / "model").is_dir()
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_the_published_model_opens_at_every_moment(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While checkpoints are rotated, replaced and set aside; where names cannot be exchanged, between those moments."""
+    if not can_exchange:
+        monkeypatch.setattr(f"{CheckpointManager.__module__}.exchange", lambda one, other: False)
+        monkeypatch.setattr("llm_trainer.checkpoint.atomic.exchange", lambda one, other: False)
+    model, seen, over = tmp_path / "model", [], threading.Event()
+    manager = CheckpointManager(tmp_path, keep=1)
+    save_number(manager, 1, is_best=True)
+
+    def look() -> None:
+        while not over.is_set():
+            seen.append(model.exists() or model.exists())  # names are looked up one by one: the first may have gone
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for step in (2, 2, 3, 3, 4):
+            save_number(manager, step, is_best=step > 2)
+            assert model.resolve() == tmp_path / f"checkpoint-{1 if step < 3 else step:08d}" / "model"
+        moved = manager.set_aside(after=2)
+        assert moved == (1, tmp_path / "set-aside-1") and model.resolve() == moved[1] / "checkpoint-00000004" / "model"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "set-aside-1"]
+        save_number(manager, 1)
+        assert model.resolve() == tmp_path / "checkpoint-00000001" / "model"
+    finally:
+        over.set()
+        watcher.join()
+    assert len(seen) > 100 and (all(seen) or not can_exchange)
+
+
+def test_rotation_spares_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    first = save_number(manager, 1)
+    with monkeypatch.context() as patched:  # a disk too full for a link
+        patched.setattr(Path, "symlink_to", partial(fail_with, OSError(28, os.strerror(28))))
+        save_number(manager, 2)
+    assert (tmp_path / "model").resolve() == first / "model"
+    save_number(manager, 3)
+    assert not first.exists() and (tmp_path / "model" / "model.safetensors").read_text() == "3" * 100
+
+
+def fail_with(error: Exception, *args: Any, **kwargs: Any) -> None:
+    raise error
 
 
 def test_publishing_keeps_a_folder_of_the_users(tmp_path: Path) -> None:

@@ -76,6 +76,22 @@ def test_a_new_run_in_an_old_folder_does_not_mix_with_it(tmp_path: Path, capsys:
     assert (tmp_path / "set-aside-1" / "checkpoint-00000016" / "manifest.json").exists()
 
 
+def test_the_published_model_opens_while_a_run_is_continued(tmp_path: Path) -> None:
+    """Rotation deletes what it led to when the first run ended, before the continued one ends or is interrupted."""
+    options = {"val_loader": None, "scheduler": None, "checkpoints_to_keep": 1}
+    make_trainer(tmp_path, max_epochs=1, **options).train()
+    leads_to = []
+
+    def look(run: Any) -> None:
+        leads_to.append(int((tmp_path / "model").resolve(strict=True).parent.name[-8:]))
+
+    hooks = [Hook("look", look, every_steps=1), stop_after(15)]
+    with pytest.raises(TrainingInterrupted):
+        make_trainer(tmp_path, max_epochs=2, hooks=hooks, **options).train()
+    assert leads_to[0] == 8 and leads_to[-1] == 15
+    assert (tmp_path / "model").resolve(strict=True).parent.name == "checkpoint-00000016"
+
+
 def test_the_best_checkpoint_holds_the_weights_that_were_evaluated(tmp_path: Path) -> None:
     """Evaluation and saving fall on the same step, where an epoch ends."""
     trainer = make_trainer(tmp_path, max_epochs=2, eval_interval=None, save_interval_steps=8)
