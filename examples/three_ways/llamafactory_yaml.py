@@ -21,6 +21,7 @@ from llm_trainer.data.read.errors import DataError, DroppedRow
 from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.messages import Message
 from llm_trainer.data.read.schemas import Schema
+from llm_trainer.optim import optimizers
 
 RENAMED = {  # ours -> theirs, the value as it is
     "n_epochs": "num_train_epochs",
@@ -32,7 +33,6 @@ RENAMED = {  # ours -> theirs, the value as it is
     "loss_config.aux_loss_coef": "moe_aux_loss_coef",
     "optim_config.initial_lr": "learning_rate",
     "optim_config.warmup_iters": "warmup_steps",
-    "optim_config.weight_decay": "weight_decay",
     "optim_config.eps": "adam_epsilon",
     "optim_config.max_grad_norm": "max_grad_norm",
     "run_config.seed": "seed",
@@ -48,7 +48,7 @@ TRANSLATED = {  # besides: by the functions below, or with the model and the dat
     *("dataset_block_size", "data_loader_config.data_loader_shuffle", "data_loader_config.schema"),
     *("data_loader_config.packing", "data_loader_config.text_unit", "data_loader_config.cache_dir"),
     "data_loader_config.bad_rows",
-    *("optim_config.betas", "optim_config.optim_type", "optim_config.enable_lr_scheduler"),
+    *("optim_config.weight_decay", "optim_config.betas", "optim_config.optim_type", "optim_config.enable_lr_scheduler"),
     *("optim_config.lr_scheduler", "optim_config.min_lr", "optim_config.max_lr", "optim_config.wsd_decay_fraction"),
     *("optim_config.polynomial_power", "optim_config.plateau_patience", "optim_config.plateau_factor"),
     *("eval_config.eval_batch_interval", "eval_config.eval_batch_size", "run_config.save_dir", "run_config.log_dir"),
@@ -146,7 +146,8 @@ def translate(
         total_steps: optimizer steps of the whole run.
     """
     run, loader = config.run_config, config.data_loader_config
-    betas = config.optim_config.betas or (0.9, 0.999)
+    optim, own = config.optim_config, optimizers.OPTIMIZERS["adamw"]
+    betas = optim.betas or own.betas
     stage, section = stage_of(config)
     values = {name: value for name, value, _ in leaves(config)}
     writers: list[str] = [*run.writers]
@@ -159,6 +160,7 @@ def translate(
         "max_steps": run.max_steps or -1,
         "cutoff_len": cutoff_len,
         "gradient_accumulation_steps": section.gradient_accumulation_steps,
+        "weight_decay": own.weight_decay if optim.weight_decay is None else optim.weight_decay,
         "adam_beta1": betas[0],
         "adam_beta2": betas[1],
         "bf16": precision == "bf16",

@@ -35,7 +35,7 @@ from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine.device import choose_precision, detect_device
 from llm_trainer.models.scored import scored
-from llm_trainer.optim.optimizers import get_parameter_groups
+from llm_trainer.optim.optimizers import OPTIMIZERS, get_parameter_groups
 from llm_trainer.train.writers import open_writers
 from llm_trainer.trainers.language import SFTTrainer, Trainer, language_loss
 
@@ -65,8 +65,10 @@ def eight_bit_adamw(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         raise ConfigError(
             f"optim_config.optim_type: got {options.optim_type!r}, but 8-bit state is Adam's; use --state host"
         )
-    groups = get_parameter_groups(model, options.weight_decay)
-    return AdamW8bit(groups, lr=options.initial_lr, betas=options.betas or (0.9, 0.999), eps=options.eps)
+    own = OPTIMIZERS["adamw"]
+    decay = own.weight_decay if options.weight_decay is None else options.weight_decay
+    groups = get_parameter_groups(model, decay)
+    return AdamW8bit(groups, lr=options.initial_lr, betas=options.betas or own.betas, eps=options.eps)
 
 
 def read_arguments() -> tuple[TrainConfig, str]:

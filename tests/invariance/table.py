@@ -72,7 +72,10 @@ def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
 
 
 def weighed_cell(engine: str, ranks: int) -> Cell:
-    """'sft' whose loss weights are hundredths, cut as unevenly as can be: the curve must be that of 'sft'."""
+    """'sft' whose loss weights are hundredths, cut as unevenly as can be: the curve must be that of 'sft'.
+
+    It does not clip, and says so by None.
+    """
     per_rank = ROWS_PER_STEP // ranks
     return Cell("weighed", 2, per_rank // 2, ranks, True, 40, engine)
 
@@ -162,7 +165,8 @@ def run(cell: Cell, device: str = "cpu", **options: Any) -> list[tuple[float, fl
     from llm_trainer.models.rewarding import reward_model
     from llm_trainer.train.hooks import Hook
 
-    model, options = tiny_model(), TRAINERS.get(cell.trainer, {}) | ENGINES[cell.engine] | {"use_amp": False} | options
+    of_trainer = TRAINERS.get(cell.trainer, {"max_grad_norm": None})
+    model, options = tiny_model(), of_trainer | ENGINES[cell.engine] | {"use_amp": False} | options
     if cell.trainer in ("dpo", "kto"):
         options["ref_model"] = tiny_model(seed=1)
     elif cell.trainer == "reward":

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, field_validator
 
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.section import config_section
+
+
+class _WithAuto:
+    """'auto' in a key, as in the JSON that transformers takes, leaves it at its default."""
+
+    means_default: ClassVar[tuple[str, ...]] = ("auto",)
+
 
 # What means nothing in one of the two sections of offloading.
 FOREIGN = {
@@ -19,7 +26,7 @@ FOREIGN = {
 
 
 @config_section
-class DsOffloadConfig:
+class DsOffloadConfig(_WithAuto):
     """Where optimizer state, or the parameters of stage 3, are kept between uses."""
 
     device: Literal["cpu", "nvme"] = Field(default="cpu", description="host memory, or a fast disk")
@@ -60,7 +67,7 @@ class DsOffloadConfig:
 
 
 @config_section
-class DsZero0Config:
+class DsZero0Config(_WithAuto):
     """No sharding: gradients are averaged, everything else is whole on every rank."""
 
     stage: Literal[0] = Field(default=0, description="0: nothing is sharded")
@@ -71,7 +78,7 @@ class DsZero0Config:
 
 
 @config_section
-class _Sharded:
+class _Sharded(_WithAuto):
     """What all stages that shard something have in common."""
 
     reduce_bucket_size: StrictInt = Field(
@@ -169,10 +176,12 @@ STAGES: dict[int, Any] = {0: DsZero0Config, 1: DsZero1Config, 2: DsZero2Config, 
 
 
 @config_section
-class DsFp16Config:
+class DsFp16Config(_WithAuto):
     """Weights, gradients and activations in fp16, with a loss scale and fp32 copies of the weights."""
 
-    enabled: StrictBool = Field(default=True, description="whether fp16 is used")
+    enabled: StrictBool | Literal["auto"] = Field(
+        default=True, description="whether fp16 is used; auto: if run_config.precision says so"
+    )
     loss_scale: StrictFloat = Field(default=0.0, ge=0, description="a fixed loss scale; 0: it adapts")
     initial_scale_power: StrictInt = Field(default=16, ge=0, description="the scale starts at 2 to this power")
     loss_scale_window: StrictInt = Field(
@@ -183,14 +192,16 @@ class DsFp16Config:
 
 
 @config_section
-class DsBf16Config:
+class DsBf16Config(_WithAuto):
     """Weights, gradients and activations in bf16, with fp32 copies of the weights in the optimizer."""
 
-    enabled: StrictBool = Field(default=True, description="whether bf16 is used")
+    enabled: StrictBool | Literal["auto"] = Field(
+        default=True, description="whether bf16 is used; auto: if run_config.precision says so"
+    )
 
 
 @config_section
-class DsActivationCheckpointingConfig:
+class DsActivationCheckpointingConfig(_WithAuto):
     """Activations are recomputed in the backward; what is kept of them, and where."""
 
     partition_activations: StrictBool = Field(default=False, description="shard what is kept over model-parallel ranks")
@@ -214,7 +225,7 @@ class DsActivationCheckpointingConfig:
 
 
 @config_section
-class DsConfig:
+class DsConfig(_WithAuto):
     """Training with DeepSpeed."""
 
     zero_config: DsZero3Config | DsZero2Config | DsZero1Config | DsZero0Config = Field(
@@ -222,8 +233,8 @@ class DsConfig:
     )
     fp16_config: DsFp16Config | None = Field(default=None, description="weights in fp16; null: fp32 weights")
     bf16_config: DsBf16Config | None = Field(default=None, description="weights in bf16; null: fp32 weights")
-    gradient_clipping: StrictFloat = Field(
-        default=1.0, ge=0, description="gradients are scaled down to this norm; 0: never"
+    gradient_clipping: StrictFloat | None = Field(
+        default=1.0, ge=0, description="gradients are scaled down to this norm; 0 or null: never"
     )
     activation_checkpointing: DsActivationCheckpointingConfig | None = Field(
         default=None, description="recompute activations, as DeepSpeed does it"
@@ -244,16 +255,19 @@ class DsConfig:
         return STAGES[stage](**given)
 
     def __post_init__(self) -> None:
-        if self.fp16_config and self.fp16_config.enabled and self.bf16_config and self.bf16_config.enabled:
+        self.gradient_clipping = self.gradient_clipping or 0.0
+        switched_on = [s for s in (self.fp16_config, self.bf16_config) if s is not None and s.enabled is True]
+        if len(switched_on) == 2:
             raise ConfigError("bf16_config: fp16_config is enabled as well; expected one of them")
         self.zero_config.to_json()  # a field of offloading in the wrong place shows now
 
     def to_json(self) -> dict[str, Any]:
         """DeepSpeed's JSON, without what the engine decides: optimizer, schedule and batch sizes."""
-        sections = {
+        sections: dict[str, Any] = {
             "fp16": self.fp16_config,
             "bf16": self.bf16_config,
             "activation_checkpointing": self.activation_checkpointing,
         }
-        given = {key: asdict(section) for key, section in sections.items() if section is not None}  # type: ignore[call-overload]
+        given = {key: asdict(section) for key, section in sections.items() if section is not None}
+        given = {key: values for key, values in given.items() if values.get("enabled") != "auto"}
         return {"zero_optimization": self.zero_config.to_json(), "gradient_clipping": self.gradient_clipping, **given}

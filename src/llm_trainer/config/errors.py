@@ -50,6 +50,14 @@ def fields_of(section: type) -> Mapping[str, FieldInfo]:
     return section.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
 
 
+def has_choice(field: FieldInfo, choice: str | None) -> bool:
+    """Whether None, or a word, is a value of its own for a field."""
+    members = _members(field.annotation)
+    if choice is None:
+        return field.annotation is Any or type(None) in members
+    return any(choice in typing.get_args(member) for member in members if typing.get_origin(member) is Literal)
+
+
 def _is_section(annotation: Any) -> bool:
     return dataclasses.is_dataclass(annotation)
 

@@ -157,11 +157,14 @@ class OptimConfig:
         "cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial", "cosine_restarts", "reduce_on_plateau"
     ] = Field(default="cosine", description="shape of the decay")
     warmup_iters: StrictInt = Field(default=0, ge=0, description="steps from 0 to initial_lr")
-    weight_decay: StrictFloat = Field(
-        default=0.01, ge=0, description="decoupled weight decay of matrices; norms and biases have none"
+    weight_decay: StrictFloat | None = Field(
+        default=None,
+        ge=0,
+        description="weight decay of matrices; norms and biases have none; null: the optimizer's own, 0.01, lion's 0.1",
     )
     betas: tuple[StrictFloat, StrictFloat] | None = Field(
-        default=None, description="decay rates of the moments; null: the optimizer's own, 0.9 and 0.999 for Adam"
+        default=None,
+        description="decay rates of the moments; null: the optimizer's own, 0.9 and 0.999, lion's 0.9 and 0.99",
     )
     eps: StrictFloat = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     momentum: StrictFloat | None = Field(
@@ -181,8 +184,8 @@ class OptimConfig:
     plateau_factor: StrictFloat = Field(
         default=0.5, gt=0, lt=1, description="what a cut multiplies by (reduce_on_plateau)"
     )
-    max_grad_norm: StrictFloat = Field(
-        default=1.0, ge=0, description="gradients are scaled down to this norm; 0: never"
+    max_grad_norm: StrictFloat | None = Field(
+        default=1.0, ge=0, description="gradients are scaled down to this norm; 0 or null: never"
     )
 
     @property
@@ -203,6 +206,7 @@ class OptimConfig:
         return values | {"initial_lr": top}
 
     def __post_init__(self) -> None:
+        self.max_grad_norm = self.max_grad_norm or 0.0
         if self.min_lr > self.initial_lr:
             raise ConfigError(f"min_lr: got {self.min_lr}, expected at most initial_lr, {self.initial_lr}")
         if not all(0 <= beta < 1 for beta in self.betas or ()):

@@ -30,8 +30,7 @@ def complete(given: Mapping[str, Any] | None, precision: str) -> tuple[dict[str,
     Raises:
         DeepSpeedError: the JSON decides what the trainer decides.
     """
-    if given is None:
-        given = DsConfig().to_json()
+    given = DsConfig().to_json() if given is None else _without_auto(given)
     if decided := sorted(OF_THE_TRAINER & given.keys()):
         raise DeepSpeedError(
             f"deepspeed: got {', '.join(decided)}, which the trainer decides: expected neither optimizer, scheduler nor "
@@ -55,6 +54,16 @@ def complete(given: Mapping[str, Any] | None, precision: str) -> tuple[dict[str,
             "deepspeed: got fp16 with ZeRO stage 0, which scales no loss; use stage 1, 2 or 3, or bf16"
         )
     return config, own or precision
+
+
+def _without_auto(given: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's JSON without what it leaves to the trainer, as the JSON for transformers does: `"auto"` at any depth."""
+    kept = {}
+    for key, value in given.items():
+        inner = _without_auto(value) if isinstance(value, Mapping) else value
+        if value != "auto" and (inner or not value):  # a section with nothing else in it says nothing
+            kept[key] = inner
+    return kept
 
 
 def stage_of(config: Mapping[str, Any]) -> int:

@@ -170,7 +170,7 @@ class Recipe:
         build: its class.
         uses: arguments that `create_optimizer` names and it takes, besides `lr` and `weight_decay`.
         options: arguments that only this optimizer understands.
-        betas, momentum: vetted defaults.
+        weight_decay, betas, momentum: vetted defaults.
         state: values that it keeps for a parameter of a group.
         takes_pieces: it may be given flat pieces of matrices, as ZeRO 1 to 3 hand them out.
         takes_shards: it may be given matrices whose rows lie on several devices, as FSDP2 does (`DTensor`).
@@ -180,6 +180,7 @@ class Recipe:
     build: type[torch.optim.Optimizer]
     uses: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
+    weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.0
     state: Callable[[Tensor, Group], int] = _adam_state
@@ -194,7 +195,8 @@ OPTIMIZERS: dict[str, Recipe] = {
     "adam": Recipe(torch.optim.Adam, _ADAM, frozenset({"amsgrad"})),
     # Not fused: sharded tensors (DTensor) have the fused kernels of Adam only.
     "sgd": Recipe(torch.optim.SGD, ("momentum",), frozenset({"nesterov", "dampening"}), state=_sgd_state),
-    "lion": Recipe(Lion, ("betas",), betas=(0.9, 0.99), state=_one_moment),
+    # A decay ten times AdamW's, for a learning rate a tenth of it (Chen et al. 2023, section 5).
+    "lion": Recipe(Lion, ("betas",), weight_decay=0.1, betas=(0.9, 0.99), state=_one_moment),
     "muon": Recipe(
         Muon,
         (*_ADAM, "momentum"),
@@ -246,8 +248,8 @@ def create_optimizer(
     optimizer_type: str = "adamw",
     lr: float = 1e-3,
     betas: tuple[float, float] | None = None,
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    eps: float | None = None,
+    weight_decay: float | None = None,
     momentum: float | None = None,
     fused: bool | None = None,
     **options: Any,
@@ -260,8 +262,8 @@ def create_optimizer(
             and column statistics in place of the second moment: least memory; Shazeer & Stern, arXiv 1804.04235).
         lr: learning rate.
         betas: decay rates of the moments; `None`: (0.9, 0.999), and (0.9, 0.99) for lion.
-        eps: added to the denominator of Adam's update.
-        weight_decay: for groups that do not state their own.
+        eps: added to the denominator of Adam's update; `None`: 1e-8.
+        weight_decay: for groups that do not state their own; `None`: 0.01, and 0.1 for lion.
         momentum: of sgd and muon; `None`: 0 for sgd, 0.95 for muon.
         fused: one kernel per update of adam and adamw; `None`: wherever the parameters' device has it.
         **options: `amsgrad` (adam, adamw), `nesterov` (sgd, muon), `dampening` (sgd), `beta2_decay`, `d` (adafactor).
@@ -269,9 +271,7 @@ def create_optimizer(
     Raises:
         ValueError: for an unknown name or option, a number out of its range, or no parameters at all.
     """
-    recipe = OPTIMIZERS.get(optimizer_type.lower())
-    if recipe is None:
-        raise ValueError(f"unknown optimizer {optimizer_type!r}; known optimizers: {', '.join(sorted(OPTIMIZERS))}")
+    recipe = _recipe_called(optimizer_type)
     unknown = options.keys() - recipe.options
     if unknown:
         known = ", ".join(sorted(recipe.options)) or "none of its own"
@@ -284,14 +284,21 @@ def create_optimizer(
         fused = all(param.device.type in _FUSED_DEVICES and param.is_floating_point() for param in tensors)
     hyper: dict[str, Any] = {
         "lr": lr,
-        "weight_decay": weight_decay,
-        "betas": betas or recipe.betas,
-        "eps": eps,
+        "weight_decay": recipe.weight_decay if weight_decay is None else weight_decay,
+        "betas": recipe.betas if betas is None else betas,
+        "eps": 1e-8 if eps is None else eps,
         "momentum": recipe.momentum if momentum is None else momentum,
         "fused": fused,
     }
     _check(hyper)
     return recipe.build(groups, **{name: hyper[name] for name in ("lr", "weight_decay", *recipe.uses)}, **options)
+
+
+def _recipe_called(name: str) -> Recipe:
+    recipe = OPTIMIZERS.get(name.lower())
+    if recipe is None:
+        raise ValueError(f"unknown optimizer {name!r}; known optimizers: {', '.join(sorted(OPTIMIZERS))}")
+    return recipe
 
 
 def _check(hyper: dict[str, Any]) -> None:
@@ -328,15 +335,17 @@ def configure_optimizer(
     model: nn.Module,
     optimizer_type: str = "adamw",
     lr: float = 1e-3,
-    weight_decay: float = 0.01,
+    weight_decay: float | None = 0.01,
     no_decay: Sequence[str] = (),
     **options: Any,
 ) -> torch.optim.Optimizer:
     """Build an optimizer for `model` with the groups of `get_parameter_groups`.
 
     `muon` gets the hidden matrices; embeddings and the LM head are tables of vectors, which its post says to leave to
-    AdamW. `options` are those of `create_optimizer`.
+    AdamW. A `weight_decay` of None is the optimizer's own. `options` are those of `create_optimizer`.
     """
+    if weight_decay is None:
+        weight_decay = _recipe_called(optimizer_type).weight_decay
     groups = get_parameter_groups(model, weight_decay, no_decay)
     if optimizer_type.lower() == "muon":
         tables = _vocabulary_tables(model)

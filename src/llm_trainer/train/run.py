@@ -52,7 +52,7 @@ class Run:
         device: str | None,
         max_epochs: int,
         grad_accum_steps: int,
-        max_grad_norm: float,
+        max_grad_norm: float | None,
         use_amp: bool,
         use_ddp: bool | None,
         log_interval: int,
@@ -61,6 +61,10 @@ class Run:
         hooks: Sequence[Hook],
     ) -> None:
         _check_numbers(max_epochs=max_epochs, grad_accum_steps=grad_accum_steps, log_interval=log_interval)
+        if not (max_grad_norm is None or max_grad_norm >= 0):
+            raise ValueError(
+                f"max_grad_norm: got {max_grad_norm}, expected a number of at least 0; 0 or None: no clipping"
+            )
         self.trainer, self.settings = trainer, settings
         self.max_epochs, self.accumulation = max_epochs, grad_accum_steps
         self.log_interval, self.save_interval = log_interval, save_interval
@@ -104,7 +108,7 @@ class Run:
         keep = settings.checkpoints_to_keep
         self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)
         self.machine = RunMachine(self.engine, settings, self.progress, self._metrics)
-        self._max_grad_norm = max_grad_norm
+        self._max_grad_norm = max_grad_norm or 0.0
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""

@@ -45,7 +45,7 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         device: a torch device or its name; None detects.
         max_epochs: passes over `train_loader`.
         grad_accum_steps: micro-batches per optimizer step and rank.
-        max_grad_norm: the gradient is scaled down to this norm; 0 does not clip.
+        max_grad_norm: the gradient is scaled down to this norm; 0 or None does not clip.
         use_amp: mixed precision where the hardware has it (see `Settings.precision`).
         use_ddp: None detects torchrun; False trains alone whatever the environment says.
         log_interval: steps between log lines.
@@ -73,7 +73,7 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         device: torch.device | str | None = None,
         max_epochs: int = 10,
         grad_accum_steps: int = 1,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float | None = 1.0,
         use_amp: bool = True,
         use_ddp: bool | None = None,
         log_interval: int = 10,

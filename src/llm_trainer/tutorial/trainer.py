@@ -36,7 +36,7 @@ class TrainerFromScratch:
         device: `None`: the GPU if there is one.
         max_epochs: passes over the data.
         grad_accum_steps: micro-batches of one step.
-        max_grad_norm: longest gradient; 0: any.
+        max_grad_norm: longest gradient; 0 or None: any.
         use_amp: mixed precision: matrix products in `amp_dtype`, parameters and sums in float32.
         amp_dtype: bfloat16 (the range of float32), or float16 (which needs loss scaling).
         warmup_steps: steps of the learning rate's way up.
@@ -57,7 +57,7 @@ class TrainerFromScratch:
         device: str | torch.device | None = None,
         max_epochs: int = 1,
         grad_accum_steps: int = 1,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float | None = 1.0,
         use_amp: bool = False,
         amp_dtype: torch.dtype = torch.bfloat16,
         warmup_steps: int = 0,
@@ -75,7 +75,7 @@ class TrainerFromScratch:
         self.val_loader = val_loader
         self.max_epochs = max_epochs
         self.grad_accum_steps = grad_accum_steps
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = max_grad_norm or 0.0
         self.use_amp = use_amp
         self.amp_dtype = amp_dtype
         self.peak_lr = optimizer.get_lr()

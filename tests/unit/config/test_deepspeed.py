@@ -186,3 +186,17 @@ def test_contradictions_are_named(given: dict[str, Any], message: str) -> None:
 def test_one_of_two_precisions_may_be_switched_off() -> None:
     json = DsConfig(fp16_config=DsFp16Config(enabled=False), bf16_config=DsBf16Config()).to_json()
     assert (json["fp16"]["enabled"], json["bf16"]["enabled"]) == (False, True)
+
+
+def test_auto_in_a_key_is_its_default() -> None:
+    zero = DsZero3Config(reduce_bucket_size="auto", sub_group_size="auto", offload_param={"pin_memory": "auto"})
+    assert (zero.reduce_bucket_size, zero.sub_group_size, zero.offload_param.pin_memory) == (500_000_000, 10**9, True)
+    assert DsConfig(gradient_clipping="auto").gradient_clipping == 1.0
+    with pytest.raises(ConfigError, match="stage: got 'auto', expected one of 0, 1, 2, 3"):
+        DsConfig(zero_config={"stage": "auto"})
+
+
+def test_a_precision_that_is_auto_is_that_of_the_run() -> None:
+    both = {"fp16_config": DsFp16Config(enabled="auto", loss_scale="auto"), "bf16_config": {"enabled": "auto"}}
+    assert not {"fp16", "bf16"} & DsConfig(**both).to_json().keys()
+    assert DsConfig(**both | {"bf16_config": DsBf16Config()}).to_json()["bf16"] == {"enabled": True}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llm_trainer import train_configs
-from llm_trainer.config.errors import fields_of
+from llm_trainer.config import load
+from llm_trainer.config.errors import fields_of, has_choice
 from llm_trainer.config.schema import intermediate_size
 from llm_trainer.train_configs import (
     ConfigError,
@@ -180,3 +181,38 @@ def test_the_configuration_is_a_leaf():
     code = "import sys, llm_trainer.train_configs; print({'torch', 'numpy', 'yaml', 'transformers'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "set()"
+
+
+def test_none_is_the_default_of_every_key_that_has_one():
+    """Users write `None` for what they do not choose; only where it means something of its own does it stay."""
+    sections = [getattr(train_configs, name) for name in train_configs.__all__ if name.endswith("Config")]
+    for section in sections:
+        needed = {"ModelConfig": SHAPE, "MoeConfig": MOE, "TrainConfig": {"model_config": "m", "file_dataset": "a"}}
+        given = needed.get(section.__name__, {})
+        optional = dict.fromkeys(fields_of(section).keys() - given)
+        plain = section(**given)
+        for name in optional:
+            meant = getattr(section(**given, **{name: None}), name)
+            if not has_choice(fields_of(section)[name], None):
+                assert meant == getattr(plain, name), f"{section.__name__}.{name}"
+        section(**given, **optional)
+    config = load.parse(
+        {"model_config": "m", "file_dataset": "a", "batch_size": None, "eval_config": {"top_k": None}}, ""
+    )
+    assert (config.batch_size, config.eval_config.top_k) == (4, 0)
+    with pytest.raises(ConfigError, match="model_config: got None, expected a section"):
+        TrainConfig(model_config=None, file_dataset="a")
+
+
+def test_what_the_contract_s_users_write_out():
+    optim = OptimConfig(optim_type="lion", betas=None, weight_decay=None, min_lr=None, max_lr=None, initial_lr=1e-4)
+    assert (optim.betas, optim.weight_decay, optim.min_lr, optim.initial_lr) == (None, None, 0.0, 1e-4)
+    assert train_configs.LossConfig(critical_tokens=None).critical_tokens == []
+    assert train_configs.EvalConfig(top_k=None, top_p=None, temperature=None).top_p == 1.0
+    assert OptimConfig(max_lr=1e-2, initial_lr=None).initial_lr == 1e-2
+
+
+def test_no_clipping_may_be_none():
+    assert OptimConfig(max_grad_norm=None).max_grad_norm == 0.0
+    config = TrainConfig(model_config="m", file_dataset="a", ds_config={"gradient_clipping": None})
+    assert config.optim_config.max_grad_norm == config.ds_config.gradient_clipping == 0.0

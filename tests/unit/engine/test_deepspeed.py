@@ -25,6 +25,20 @@ def test_the_loop_decides_batches_and_clipping() -> None:
     assert not {"fp16", "bf16", "torch_autocast"} & whole.keys()
 
 
+def test_auto_leaves_the_decision_to_the_trainer() -> None:
+    """As in the JSON that transformers takes, at any depth."""
+    given = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "cpu"}},
+        "steps_per_print": 0,
+    }
+    whole, precision = complete(given, "fp32")
+    assert whole["zero_optimization"] == {"stage": 3, "offload_param": {"device": "cpu"}} and precision == "fp32"
+    assert whole["steps_per_print"] == 0 and not {"bf16", "train_batch_size"} & whole.keys()
+
+
 def test_without_a_json_it_is_zero_2_which_scales_the_losses_of_fp16() -> None:
     whole, precision = complete(None, "fp16")
     assert whole["zero_optimization"]["stage"] == 2 and precision == "fp16" and whole["fp16"] == {"enabled": True}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llm_trainer import optimizer
+from llm_trainer.assemble import make_optimizer
 from llm_trainer.optim import optimizers as optim
 from llm_trainer.optim.optimizers import (
     OPTIMIZERS,
@@ -17,6 +18,7 @@ from llm_trainer.optim.optimizers import (
     recipe_of,
     state_bytes,
 )
+from llm_trainer.train_configs import TrainConfig
 
 
 class Tiny(nn.Module):
@@ -90,6 +92,10 @@ def test_defaults_belong_to_the_optimizer() -> None:
     assert type(create_optimizer(params, "ADAM")) is torch.optim.Adam
     assert create_optimizer(params, "lion").defaults["betas"] == (0.9, 0.99)
     assert create_optimizer(params, "lion", betas=(0.8, 0.7)).defaults["betas"] == (0.8, 0.7)
+    assert [create_optimizer(params, name, eps=None).defaults["weight_decay"] for name in ("lion", "sgd")] == [
+        0.1,
+        0.01,
+    ]
     muon = create_optimizer(params, "muon")
     assert [group.get("momentum") for group in muon.param_groups] == [0.95, None]
 
@@ -177,6 +183,19 @@ def test_closure_is_evaluated_with_gradients() -> None:
     assert create_optimizer([weight], "lion", lr=0.1, weight_decay=0.0).step(closure) == 4.0
     assert create_optimizer([weight], "muon", lr=0.1).step(closure) == pytest.approx(4 * 0.9**2)
     assert weight.max() < 0.9
+
+
+def test_a_lion_of_a_configuration_has_its_own_betas_and_decay() -> None:
+    described = TrainConfig(model_config="m", file_dataset="a", optim_config={"optim_type": "lion", "betas": None})
+    lion = make_optimizer(described, Tiny())
+    assert [(group["betas"], group["weight_decay"]) for group in lion.param_groups] == [
+        ((0.9, 0.99), 0.1),
+        ((0.9, 0.99), 0.0),
+    ]
+    described.optim_config.weight_decay = 0.3
+    assert make_optimizer(described, Tiny()).param_groups[0]["weight_decay"] == 0.3
+    adamw = configure_optimizer(Tiny(), weight_decay=None)
+    assert adamw.param_groups[0]["weight_decay"] == configure_optimizer(Tiny()).param_groups[0]["weight_decay"] == 0.01
 
 
 def test_the_public_import_path_is_the_same_object() -> None:

@@ -17,6 +17,7 @@ from llm_trainer.plan.gpus import GB, GPUS, Gpu, find_gpu, half_peak
 from llm_trainer.plan.memory import DDP, FSDP2, ONE, STRATEGIES, ZERO1, ZERO2, ZERO3, Step, moments, peak
 from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
 from llm_trainer.plan.speed import LINK_SHARE, Cluster, estimate
+from llm_trainer.train.preflight import Size
 
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan_error.py"
 # 7.5 billion parameters, most of them in layers, as in the figure of the ZeRO paper.
@@ -104,7 +105,9 @@ def test_optimizer_state_is_what_optimizers_allocate(name, tied):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     tensors = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.numel() > 1]
-    assert optimizer_bytes(name, 0.0, model) == sum(tensor.numel() * 4 for tensor in tensors)
+    expected = sum(tensor.numel() * 4 for tensor in tensors)
+    first_screen = Size.of(model, configure_optimizer(model, name, lr=1e-3), None).optimizer_bytes
+    assert optimizer_bytes(name, 0.0, model) == first_screen == expected
 
 
 def test_momentum_makes_state_and_unknown_optimizers_are_refused():

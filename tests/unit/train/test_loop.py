@@ -227,3 +227,20 @@ def test_an_evaluation_without_any_term_is_said(tmp_path: Path, capsys: pytest.C
     assert last["eval_loss"] == last["eval_full_loss"] == trainer.run.progress.best_loss
     shown = capsys.readouterr().out
     assert "step 1: eval_empty_loss could not be measured" in shown and "eval_full_loss could" not in shown
+
+
+def test_no_clipping_is_0_or_none(tmp_path: Path) -> None:
+    """The norm is measured all the same."""
+    ends = {}
+    for limit in (None, 0, 1e-3):
+        trainer = make(tmp_path / str(limit), [GOOD] * 3, max_grad_norm=limit)
+        norm = trainer.train()["grad_norm"]
+        ends[limit] = [norm, *state(trainer)]
+    (norm, *plain), (same_norm, *same), (_, *clipped) = ends.values()
+    assert norm == same_norm > 0.1 and all(map(torch.equal, plain, same))
+    assert not torch.equal(plain[-1], clipped[-1])  # the last of Adam's moments
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(
+            ValueError, match=r"max_grad_norm: got .*, expected a number of at least 0; 0 or None: no cl"
+        ):
+            make(tmp_path, [GOOD], max_grad_norm=wrong)
