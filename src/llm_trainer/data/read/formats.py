@@ -12,34 +12,60 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm_trainer.config.errors import counted
-from llm_trainer.data.read.errors import DataError, Location, show, unreadable
+from llm_trainer.data.read.errors import DataError, Location, unreadable
+from llm_trainer.data.read.json_text import not_utf8, parse_array, parse_json
 
 Rows = Iterator[tuple[Location, Any]]
 OnError = Callable[[DataError], None]
 
+COMPRESSED = (".gz", ".zst")
 MAX_DOCUMENT = 1 << 20  # characters; some 250k tokens, longer than any context window this package trains
 
 
 def suffix_of(path: Path) -> str:
     """The suffix that names a file's format, in lower case: `.jsonl` of `rows.JSONL.gz`."""
-    name = path.stem if path.suffix.lower() == ".gz" else path.name
+    name = path.stem if path.suffix.lower() in COMPRESSED else path.name
     return Path(name).suffix.lower()
 
 
 @contextmanager
 def _open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """Open as UTF-8 without its byte order mark, through gzip where the first bytes say so.
+    """Open as UTF-8 without its byte order mark, decompressed where the first bytes say so.
 
     `str.splitlines` would cut at U+2028, which JSON strings may contain; iterating a file cuts at line ends only.
     """
-    with open(path, "rb") as file:
-        opener: Callable[..., Any] = gzip.open if file.read(2) == b"\x1f\x8b" else open
-    with opener(path, "rb") as stream:
+    with _open_bytes(path) as stream:
         head = stream.peek(4096)
         if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
             fix = "convert it to UTF-8 text, or give the file its right suffix"
             raise unreadable(path, "binary data or UTF-16", fix)
-        yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+        # NOTE: a byte that is not UTF-8 becomes half of a surrogate pair, so that its row can be named.
+        yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _open_bytes(path: Path) -> Any:
+    """A buffered reader of what a file holds, perhaps compressed."""
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.open(path, "rb")
+    if magic == b"\x28\xb5\x2f\xfd":
+        pyarrow = import_pyarrow(path, "a .zst file")
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+def import_pyarrow(path: Path, what: str) -> Any:
+    """pyarrow, which reads what Python alone does not.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise unreadable(path, f"{what} without pyarrow", "pip install 'llm_trainer[parquet]'") from error
+    return pyarrow
 
 
 # --- text
@@ -58,7 +84,11 @@ def _text_rows(path: Path, unit: str, on_error: OnError) -> Rows:
             lines = chain(head, lines)
             unit = "file" if has_blank_line else "line"
         for number, text in _documents(lines, unit):
-            yield Location(path, number), {"text": text}
+            undecodable = not_utf8(text, Location(path, number))
+            if undecodable is not None:
+                on_error(undecodable)
+            else:
+                yield Location(path, number), {"text": text}
 
 
 def _numbered_lines(file: IO[str]) -> Iterator[tuple[int, str]]:
@@ -98,19 +128,19 @@ def _documents(lines: Iterable[tuple[int, str]], unit: str) -> Iterator[tuple[in
 def _json_rows(path: Path, unit: str, on_error: OnError) -> Rows:
     with _open_text(path) as file:
         head = list(islice((line.strip() for line in file if line.strip()), 2))
-        file.seek(0)
-        if not head:
-            return
+    if not head:
+        return
+    with _open_text(path) as file:
         if _is_one_document(head, suffix_of(path)):
-            yield from _document_rows(file, path)
+            yield from _document_rows(file.read(), path, on_error)
             return
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                on_error(_bad_json(Location(path, number), error))
+                row = parse_json(line, Location(path, number))
+            except DataError as error:
+                on_error(error)
             else:
                 yield Location(path, number), row
 
@@ -119,7 +149,7 @@ def _is_one_document(head: list[str], suffix: str) -> bool:
     """Whether the file is one JSON value rather than a value per line, judged by its first two non-blank lines."""
     try:
         value = json.loads(head[0])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         # a pretty-printed value breaks its lines after a bracket, comma or colon, never inside a string
         return suffix == ".json" or head[0][-1] in "[{,:"
     if len(head) > 1 or not isinstance(value, list):
@@ -129,20 +159,15 @@ def _is_one_document(head: list[str], suffix: str) -> bool:
     return suffix == ".json" or (bool(value) and isinstance(value[0], dict | list) and not is_messages)
 
 
-def _document_rows(file: IO[str], path: Path) -> Rows:
-    try:
-        document = json.load(file)
-    except json.JSONDecodeError as error:
-        raise _bad_json(Location(path, error.lineno), error) from error
-    rows = document if isinstance(document, list) else [document]
-    for number, row in enumerate(rows, start=1):
-        yield Location(path, number), row
-
-
-def _bad_json(location: Location, error: json.JSONDecodeError) -> DataError:
-    text = error.doc[max(error.pos - 40, 0) : error.pos + 10]
-    found = f"broken JSON ({error.msg} at line {error.lineno}, column {error.colno}, near {show(text)})"
-    return DataError(location, found, "one complete JSON value", "repair or delete it; it may be cut short", "bad_json")
+def _document_rows(text: str, path: Path, on_error: OnError) -> Rows:
+    if not text.lstrip().startswith("["):
+        yield Location(path, 1), parse_json(text, Location(path))
+        return
+    for number, row in parse_array(text, Location(path)):
+        if isinstance(row, DataError):
+            on_error(row)
+        else:
+            yield Location(path, number), row
 
 
 # --- tables
@@ -164,7 +189,10 @@ def _csv_rows(path: Path, unit: str, on_error: OnError) -> Rows:
             except csv.Error as error:
                 raise DataError(location, f"broken CSV ({error})", "closed quotes", "repair the row") from error
             line = reader.line_num + 1
-            if len(cells) == len(header):
+            undecodable = not_utf8("\n".join(cells), location)
+            if undecodable is not None:
+                on_error(undecodable)
+            elif len(cells) == len(header):
                 yield location, dict(zip(header, cells, strict=True))
             elif cells:
                 fix = "quote cells that contain the delimiter, and give the file a header line"
@@ -172,19 +200,53 @@ def _csv_rows(path: Path, unit: str, on_error: OnError) -> Rows:
 
 
 def _parquet_rows(path: Path, unit: str, on_error: OnError) -> Rows:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise unreadable(path, "a parquet file without pyarrow", "pip install 'llm_trainer[parquet]'") from error
+    pyarrow = import_pyarrow(path, "a parquet file")
+    from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=256)  # rows in memory at a time
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows, start=1):
-                yield Location(path, number), row
+            yield from _records(file.iter_batches(batch_size=256), path, on_error)  # rows in memory at a time
     except pyarrow.ArrowException as error:
         raise unreadable(path, f"damaged parquet data ({error})", "fetch or write the file again") from error
+
+
+def _arrow_rows(path: Path, unit: str, on_error: OnError) -> Rows:
+    """Arrow's format between processes (IPC), as a file or as a stream; `datasets` saves the latter."""
+    pyarrow = import_pyarrow(path, "an Arrow file")
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
+                file = pyarrow.ipc.open_file(source)
+                batches = map(file.get_batch, range(file.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(source))
+            yield from _records(batches, path, on_error)
+    except pyarrow.ArrowException as error:
+        raise unreadable(path, f"damaged Arrow data ({error})", "fetch or write the file again") from error
+
+
+def _records(batches: Iterable[Any], path: Path, on_error: OnError) -> Rows:
+    """The rows of Arrow's record batches, each as a dict."""
+    number = 0
+    for batch in batches:
+        for first in range(0, len(batch), 256):  # rows in memory at a time
+            some = batch.slice(first, 256)
+            try:
+                rows = some.to_pylist()
+            except UnicodeDecodeError:
+                rows = [None] * len(some)  # one of them cannot be read: each is read again alone
+            for i, row in enumerate(rows):
+                number += 1
+                if row is not None:
+                    yield Location(path, number), row
+                    continue
+                try:
+                    yield Location(path, number), some.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    found = f"bytes that are not UTF-8 ({error.reason}: 0x{error.object[error.start]:02x})"
+                    on_error(DataError(Location(path, number), found, "UTF-8 text", "repair the row", "not_utf8"))
 
 
 READERS: dict[str, Callable[[Path, str, OnError], Rows]] = {
@@ -195,4 +257,5 @@ READERS: dict[str, Callable[[Path, str, OnError], Rows]] = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
 }

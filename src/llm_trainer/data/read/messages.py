@@ -3,12 +3,12 @@
 Every function takes the `Location` of the value it reads, so an error names the file, the row and the key.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, Required, TypedDict
 
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location, show
+from llm_trainer.data.read.json_text import parse_json
 
 
 class Message(TypedDict, total=False):
@@ -88,11 +88,7 @@ def decoded(value: Any, location: Location) -> Any:
     """The value, or what it means when it is JSON in a string (tables can only hold such)."""
     if not isinstance(value, str):
         return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        found = f"{show(value)}, which is no JSON ({error.msg} at character {error.pos})"
-        raise DataError(location, found, "JSON", "repair the text; it may be cut short", "bad_json") from error
+    return parse_json(value, location)
 
 
 def user(content: str) -> Message:

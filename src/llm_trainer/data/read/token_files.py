@@ -1,7 +1,9 @@
 """Token files: rows of ids that were made elsewhere, memory mapped where they can be."""
 
 import ast
+from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,10 +129,13 @@ def _token_ids(value: Any, location: Location) -> np.ndarray:
     """Ids `[length]` as an integer array; only ids that came through a pickle are scanned for negative ones."""
     if isinstance(value, np.memmap):
         return value
-    try:
-        ids = np.asarray(value) if len(value) else np.empty(0, np.int64)
-    except (ValueError, TypeError):  # nested to different depths, or not a sequence
-        ids = np.empty(0)
+    ids = np.empty(0)
+    if isinstance(value, np.ndarray):
+        ids = value
+    elif isinstance(value, list | tuple) and (not value or type(value[0]) is not bool):
+        # NOTE: `np.asarray` would go into lists inside the list, without end where one contains itself.
+        with suppress(TypeError, OverflowError):  # something else than integers
+            ids = np.array(array("q", value))
     if ids.dtype.kind not in "iu" or ids.ndim != 1 or (ids.size and ids.min() < 0):
         raise DataError(location, show(value), "a flat list of non-negative integers", "store token ids")
     return ids

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from llm_trainer.data.read import formats
 from llm_trainer.data.read.errors import DataError
-from llm_trainer.data.read.files import read_rows
+from llm_trainer.data.read.files import data_files, files_of, read_rows
 from llm_trainer.data.read.token_files import open_tokens
 
 ROWS = [{"text": "a\u2028b\u0085c"}, {"text": 'say "x",\r\nthen'}, {"text": "né 子"}]
@@ -64,6 +64,60 @@ def test_parquet_and_folders_in_name_order(tmp_path: Path) -> None:
     assert places(tmp_path / "b.parquet")[-1] == "b.parquet:600"
     with pytest.raises(DataError, match=r"c\.parquet: found damaged parquet"):
         read(write(tmp_path / "c.parquet", LINES))
+
+
+def test_arrow_and_zstandard(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist(ROWS * 200)
+    with pyarrow.ipc.new_file(tmp_path / "file.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=100)
+    with pyarrow.ipc.new_stream(str(tmp_path / "stream.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    lines = pyarrow.compress(LINES, "zstd", asbytes=True)
+    write(tmp_path / "lines.jsonl.zst", lines + pyarrow.compress(b"\n" + LINES, "zstd", asbytes=True))
+    assert read(tmp_path / "file.arrow") == read(tmp_path / "stream.arrow") == ROWS * 200
+    assert places(tmp_path / "file.arrow")[-1] == "file.arrow:600"
+    assert read(tmp_path / "lines.jsonl.zst") == ROWS * 2
+    for name, content in (("a.arrow", LINES), ("a.jsonl.zst", lines[:-9])):
+        with pytest.raises(DataError, match=r"a\.\w.* found damaged .*; fix: fetch or write the file again"):
+            read(write(tmp_path / name, content))
+
+
+def test_folders_in_folders_and_patterns(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a/one.jsonl", "a/deep/two.jsonl.gz", ".hidden/x.jsonl", "a/.x.jsonl", "a/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, LINES)
+    (tmp_path / "a" / "deep" / "around").symlink_to(tmp_path)
+    found = [str(path.relative_to(tmp_path)) for path in data_files(tmp_path)]
+    assert found == ["a/deep/two.jsonl.gz", "a/one.jsonl", "b.jsonl"]
+    assert data_files(tmp_path / "a" / "*") == [tmp_path / "a/one.jsonl"]
+    assert data_files(tmp_path / "**" / "[ot]*.jsonl*")[0] == tmp_path / "a/deep/two.jsonl.gz"
+    odd = tmp_path / "odd[1].jsonl"
+    assert data_files(write(odd, LINES)) == [odd]
+    np.save(tmp_path / "ids.npy", np.arange(3))
+    assert files_of(tmp_path / "*.npy") == [tmp_path / "ids.npy"]
+    with pytest.raises(DataError, match=r"\*\.csv: found no data file that matches; expected a folder, a pattern"):
+        data_files(tmp_path / "*.csv")
+
+
+def test_folders_that_datasets_saved(tmp_path: Path) -> None:
+    """Written by hand as `datasets.Dataset.save_to_disk` does, so that it is tested without the library."""
+    for split in ("train", "test"):
+        folder = tmp_path / "saved" / split
+        folder.mkdir(parents=True)
+        table = pyarrow.Table.from_pylist(ROWS)
+        for shard in ("data-0", "data-1", "cache-left-over"):
+            with pyarrow.ipc.new_stream(str(folder / f"{shard}.arrow"), table.schema) as stream:
+                stream.write_table(table)
+        state = {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}]}
+        write(folder / "state.json", json.dumps(state).encode())
+        write(folder / "dataset_info.json", b"{}")
+    assert read(tmp_path / "saved") == ROWS * 4
+    write(tmp_path / "saved" / "dataset_dict.json", b'{"splits": ["train", "test"]}')
+    assert read(tmp_path / "saved" / "test") == ROWS * 2
+    with pytest.raises(DataError, match=r"saved: found a saved dataset with the splits train, test; .*saved/train"):
+        read(tmp_path)
+    write(tmp_path / "saved" / "dataset_dict.json", b'{"splits": ["train"]}')
+    assert read(tmp_path) == ROWS * 2
 
 
 def test_rows_know_their_line(tmp_path: Path) -> None:
@@ -120,7 +174,7 @@ def test_long_text_is_cut_at_paragraphs_and_streams(tmp_path: Path, monkeypatch:
         ("x.json", b'[{"a": 1},\n{"a": ]', r"x\.json:2: found broken JSON \(Expecting value at line 2, column 7"),
         ("x.jsonl", b"\x89PNG\0\0", "binary data or UTF-16"),
         ("x.txt", "héllo".encode("utf-16"), "binary data or UTF-16"),
-        ("x.txt", "héllo".encode("latin1"), r"not UTF-8 \(.*0xe9\).*iconv"),
+        ("x.txt", "héllo".encode("latin1"), r"x\.txt:1: found .* not UTF-8 \(0xe9 at .*iconv"),
         ("x.jsonl.gz", gzip.compress(LINES)[:-20], "damaged gzip data"),
         ("x.jsonl", b"", r"x\.jsonl: found no rows \(the file is empty\)"),
         ("x.jsonl", b"\n \n", "no rows"),
