@@ -383,6 +383,7 @@ folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 model, delays = torch.nn.Linear(64, 64), random.Random(0)
 newest, before, during = 0, 0, 0
 for kill in range(kills):
+    told, tell = os.pipe()
     child = os.fork()  # saves as fast as it can until it is killed
     if child == 0:
         manager, step = CheckpointManager(folder), newest
@@ -391,9 +392,13 @@ for kill in range(kills):
             with torch.no_grad():
                 model.weight.fill_(step)
             manager.save(step, partial(write_model, model), {"step": step, "tensor": torch.full((3000,), step)})
-    time.sleep(0.05 + delays.random() * 0.15)
+            os.write(tell, b".")
+    os.read(told, 1)  # a machine may be slow: the first save of each child is waited for, the later ones are not
+    time.sleep(delays.random() * 0.15)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(told)
+    os.close(tell)
     during += any("." in path.name for path in folder.iterdir())
     warned = []
     loaded = CheckpointManager(folder, warn=warned.append).load()
