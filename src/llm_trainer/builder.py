@@ -14,6 +14,7 @@ from llm_trainer.checkpoint import load_checkpoint, load_weights
 from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.schema import ModelConfig, TrainConfig
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.store import save_array
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import choose_kind, load, open_stream
@@ -146,9 +147,8 @@ class Builder:
                     table[group] = function(group)
             table = dist.all_reduce(table)
             if dist.is_main():
-                partial = cache.with_suffix(".tmp.npy")
-                np.save(partial, table.cpu().numpy())
-                partial.rename(cache)
+                numbers = table.cpu().numpy()
+                save_array(cache, numbers.shape, numbers.dtype, [numbers])
             dist.broadcast_object(None)  # nobody reads before it is written
         return np.load(cache)
 

@@ -14,13 +14,29 @@ NUMPY_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # its error fo
 
 
 class DiskError(OSError):
-    """Something could not be written; the message says what, why, and how many bytes are needed and free."""
+    """Something could not be written; the message says what, why, and how many bytes are needed and free.
+
+    Attributes:
+        reason: of the operating system.
+        needed: bytes that it takes, as far as they are known.
+    """
+
+    def __init__(self, path: Path, reason: str, needed: int, written: int | None = None) -> None:
+        super().__init__(cannot_write(path, reason, needed, written))
+        self.reason, self.needed = reason, needed
+        self._said = (path, reason, needed, written)
+
+    def __reduce__(self) -> tuple[type["DiskError"], tuple[Path, str, int, int | None]]:
+        """Errors cross process borders, where `OSError` would rebuild them from the message alone."""
+        return type(self), self._said
 
 
 def storage_failure(error: BaseException) -> str | None:
     """The operating system's reason behind an error of safetensors, torch, numpy or Python; None: it has another cause."""
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, DiskError):
+            return cause.reason
         code = None
         in_rust = re.search(r"\(os error (\d+)\)", str(cause))  # safetensors has the number in its text only
         if in_rust:
@@ -44,6 +60,8 @@ def cannot_write(path: Path, reason: str, needed: int, written: int | None = Non
         needed: bytes that it takes, as far as they are known.
         written: bytes that were written before it failed; None: nothing was tried.
     """
+    if reason in map(os.strerror, NOT_WRITABLE):
+        return f"'{path}' could not be saved: {reason}. Choose another folder, or make this one writable"
     folder = _nearest_folder(path)
     so_far = "" if written is None else f"{in_bytes(written)} were written and "
     free = in_bytes(shutil.disk_usage(folder).free)
@@ -71,7 +89,7 @@ def check_space(path: Path, needed: int) -> None:
         DiskError: `needed` bytes are more than the disk of `path` has free.
     """
     if needed > shutil.disk_usage(_nearest_folder(path)).free:
-        raise DiskError(cannot_write(path, os.strerror(errno.ENOSPC), needed))
+        raise DiskError(path, os.strerror(errno.ENOSPC), needed)
 
 
 def bytes_in(path: Path) -> int:
@@ -101,17 +119,16 @@ def explained(path: Path, partial: Path, needed: int = 0) -> Iterator[None]:
     """
     try:
         yield
-    except DiskError:
-        remove(partial)
-        raise
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = storage_failure(error)
         if reason is None:
             raise
         written = bytes_in(partial)
-        message = cannot_write(path, reason, max(needed, written), written)
+        if isinstance(error, DiskError):  # of one file of several
+            needed = max(needed, error.needed)
+        full = DiskError(path, reason, max(needed, written), written)
         remove(partial)
-        raise DiskError(message) from error
+        raise full from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "losses": {"compiler"},
     "state": set(),
     "disk": set(),
+    "lock": {"disk"},
     "tutorial": set(),
     "checkpoint": {"disk"},
     "generation": set(),
@@ -24,18 +25,30 @@ MAY_IMPORT = {
     "train_configs": {"config"},
     "optimizer": {"optim"},
     # data, models and engines
-    "data": {"config", "losses", "state", "disk"},
+    "data": {"config", "losses", "state", "disk", "lock"},
     "models": {"config", "losses", "checkpoint", "compiler"},
     "engine": {"config", "checkpoint", "optim"},
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
     "algorithm": {"state"},
-    "train": {"algorithm", "state", "engine", "checkpoint", "config", "compiler", "disk"},
+    "train": {"algorithm", "state", "engine", "checkpoint", "config", "compiler", "disk", "lock"},
     "trainers": {"algorithm", "losses", "models", "generation", "config"},
     # a description becomes objects
     "builder": {"config", "data", "models", "engine", "checkpoint", "disk"},
-    "assemble": {"builder", "config", "data", "engine", "optim", "checkpoint"},
-    "cli": {"assemble", "trainers", "train", "config", "data", "plan", "models", "generation", "engine", "checkpoint"},
+    "assemble": {"builder", "config", "data", "engine", "optim", "checkpoint", "lock"},
+    "cli": {
+        "assemble",
+        "trainers",
+        "train",
+        "config",
+        "data",
+        "disk",
+        "plan",
+        "models",
+        "generation",
+        "engine",
+        "checkpoint",
+    },
 }
 # What else is imported, and why: (file, room).
 LICENSED = {

@@ -21,6 +21,7 @@ from llm_trainer.data.kinds.prompts import PromptRows
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.load import store_of
 from llm_trainer.data.read.files import files_of
+from llm_trainer.disk import whole_file
 
 PROBLEMS_SHOWN = 10
 _BAR = 40  # characters of the longest bar
@@ -188,14 +189,12 @@ def _print_ledger(title: str, ledger: Ledger) -> None:
 
 def _write_flat(store: TokenStore, target: Path, chat: ChatFormat) -> None:
     """The ids of all documents end to end, as one memory-mappable array: the store's own file under another name."""
-    partial = target.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
     source = store.folder / "input_ids.values.npy"
-    try:
-        os.link(source, partial)  # nothing is copied where the file system can do this
-    except OSError:
-        shutil.copyfile(source, partial)
-    partial.replace(target)
+    with whole_file(target, needed=source.stat().st_size) as partial:
+        try:
+            os.link(source, partial)  # nothing is copied where the file system can do this
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 def _write_lists(store: TokenStore, target: Path, chat: ChatFormat) -> None:
@@ -240,10 +239,8 @@ def _write_prompts(store: TokenStore, target: Path, chat: ChatFormat) -> None:
 
 
 def _write_pickle(rows: list[Any], target: Path) -> None:
-    partial = target.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with whole_file(target) as partial, partial.open("wb") as file:
         pickle.dump(rows, file)
-    partial.replace(target)
 
 
 _WRITERS = {  # kind of rows -> suffix of its token files, and what writes one

@@ -15,8 +15,9 @@ import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.encode.templates import ChatTemplateError
+from llm_trainer.data.ids import check_ids
 from llm_trainer.data.kinds import KINDS, DataOptions, get_kind, kinds_that_accept
-from llm_trainer.data.load import ROWS_LOOKED_AT, check_ids, find_schema, misfit
+from llm_trainer.data.load import ROWS_LOOKED_AT, find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows

@@ -17,16 +17,19 @@ from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import Part, TokenStore
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.encode.workers import build_store
+from llm_trainer.data.ids import check_all_ids, check_ids, open_tokens_of
 from llm_trainer.data.kinds import DataOptions, Encoded, Kind, Sample, get_kind, kinds_that_accept
 from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
-from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, TokenFile, open_tokens
+from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 from llm_trainer.data.stream import SampleStream
 
 VERSION = 4  # part of every cache key: raise it when the same rows are encoded differently
 ROWS_LOOKED_AT = 50  # to recognise a schema
+HASHED_WHOLE = 16 << 20  # bytes of a file up to which all of it is in its key
+SAMPLED_BLOCKS, SAMPLED_BLOCK = 256, 16 << 10  # of larger ones
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
 
 
@@ -76,8 +79,11 @@ def _files(paths: Iterable[str]) -> Iterator[Path]:
 
 def _rows_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Any:
     if path.suffix in TOKEN_SUFFIXES and kind.in_place is not None:
-        in_place = kind.in_place(_open_tokens(path, kind, chat), options)
+        tokens = open_tokens_of(path, kind, chat)
+        in_place = kind.in_place(tokens, options)
         if in_place is not None:
+            key = cache_key(path, ["ids"], chat)
+            check_all_ids(tokens, chat, cache / f"{path.stem}-{key}.checked")
             return in_place
     return kind.rows(store_of(path, kind, chat, options, cache), str(path), options)
 
@@ -148,7 +154,8 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     """The token store of a file, made now or found in `cache`."""
     is_tokens = path.suffix in TOKEN_SUFFIXES
     schema = None if is_tokens else find_schema(path, kind, options).name
-    workers = options.workers if path.stat().st_size >= PARALLEL_FROM else 1
+    size = path.stat().st_size
+    workers = options.workers if size >= PARALLEL_FROM else 1
     key = cache_key(path, [schema or "tokens", kind.name, options.bad_rows, options.text_unit], chat)
     unreadable: Counter[str] = Counter()
 
@@ -157,14 +164,25 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
             raise error
         unreadable[error.reason] += 1
 
+    foreseen_from = size
     if is_tokens:
-        tokens = _open_tokens(path, kind, chat)
+        foreseen_from = 0  # a row may be the whole file
+        tokens = open_tokens_of(path, kind, chat)
         rows: Any = ((Location(path, i + 1), tokens[i]) for i in range(len(tokens)))
     else:
         rows = read_rows(path, options.text_unit, on_error=note)
     folder, encode = cache / f"{path.stem}-{key}", RowEncoder(kind, schema, chat, options.bad_rows)
     meta = {"source": str(path), "schema": schema}
-    return build_store(folder, rows, encode, kind.columns, workers=workers, meta=meta, unreadable=unreadable)
+    return build_store(
+        folder,
+        rows,
+        encode,
+        kind.columns,
+        workers=workers,
+        meta=meta,
+        unreadable=unreadable,
+        source_bytes=foreseen_from,
+    )
 
 
 def cache_key(path: Path, facts: list[Any], chat: ChatFormat) -> str:
@@ -172,8 +190,25 @@ def cache_key(path: Path, facts: list[Any], chat: ChatFormat) -> str:
     stat = path.stat()
     tokenizer = hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     how = [chat.template, chat.tokenizer.chat_template, chat.train_on, chat.thinking, chat.parse_special_tokens]
-    everything = [VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, tokenizer, how, facts]
+    file = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, hash_of_sample(path)]
+    everything = [VERSION, *file, tokenizer, how, facts]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
+
+
+def hash_of_sample(path: Path) -> str:
+    """Hash of a file's content; of a large one of its head, its tail and blocks spread evenly over it.
+
+    Size and time stamp alone miss an edit of equal size by a program that restores the time, or on a disk of coarse times.
+    """
+    size, found = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= HASHED_WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        starts = np.linspace(0, size - SAMPLED_BLOCK, SAMPLED_BLOCKS).astype(int)
+        for start in starts.tolist():
+            file.seek(start)
+            found.update(file.read(SAMPLED_BLOCK))
+    return found.hexdigest()
 
 
 @dataclass
@@ -197,10 +232,18 @@ class RowEncoder:
 
     def _samples(self, rows: list[tuple[Location, Any]], part: Part) -> list[Sample]:
         """What the schema makes of the rows; rows of token ids are samples already."""
-        if self.schema is None:
-            return [Sample("tokens", ids, ids, location) for location, ids in rows]
-        schema = get_schema(self.schema)
         samples: list[Sample] = []
+        if self.schema is None:
+            for location, columns in rows:
+                try:
+                    for ids in columns.values():
+                        check_ids(ids, self.chat, location)
+                except DataError as error:
+                    self._drop(error, part)
+                else:
+                    samples.append(Sample("tokens", columns, columns, location))
+            return samples
+        schema = get_schema(self.schema)
         for location, row in rows:
             try:
                 found = schema.samples(row, location)
@@ -247,36 +290,3 @@ def misfit(location: Location, error: ChatTemplateError, in_ids: bool) -> DataEr
     found = f"a conversation the chat template cannot render ({error})"
     fix = "repair the row, choose another chat template, or set data_loader_config.bad_rows: drop"
     return DataError(location, found, "turns that the template knows", fix, "template")
-
-
-# --- token files
-
-
-def _open_tokens(path: Path, kind: Kind, chat: ChatFormat) -> TokenFile:
-    """A token file that the kind can use and whose first and last million ids are in the vocabulary.
-
-    Raises:
-        DataError: it is another kind's, or was made with another tokenizer.
-    """
-    tokens = open_tokens(path)
-    if tokens.kind != kind.token_kind:
-        found = f"token rows of kind '{tokens.kind}'"
-        expected = f"text, or token rows of kind '{kind.token_kind or 'none'}', for {kind.name}"
-        raise DataError(Location(path), found, expected, "use the matching trainer, or store the rows as text")
-    for row in (*tokens[0].values(), *tokens[len(tokens) - 1].values()):
-        for piece in (row[: 1 << 20], row[-(1 << 20) :]):
-            check_ids(piece, chat, Location(path))
-    return tokens
-
-
-def check_ids(ids: np.ndarray, chat: ChatFormat, location: Location) -> None:
-    """Every id must be in the vocabulary.
-
-    Raises:
-        DataError: one is not.
-    """
-    largest = int(ids.max(initial=0))
-    if largest >= chat.vocab_size:
-        expected = f"ids below {chat.vocab_size}, the size of the vocabulary"
-        fix = "use the tokenizer that made the file, or make the file again"
-        raise DataError(location, f"token id {largest}", expected, fix)

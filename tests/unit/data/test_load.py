@@ -1,16 +1,20 @@
 """One path from files to rows: which kind a file is, what it is refused for, and a kind of one's own."""
 
 import json
+import os
+import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llm_trainer.data import ids as ids_module
+from llm_trainer.data import load as load_module
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import KINDS, DataOptions, get_kind
-from llm_trainer.data.load import Joined, choose_kind, find_schema, load, open_stream
+from llm_trainer.data.load import Joined, choose_kind, find_schema, hash_of_sample, load, open_stream
 from llm_trainer.data.packing import Blocks
 from llm_trainer.data.read.errors import DataError
 
@@ -83,6 +87,60 @@ def test_token_files_of_another_kind_or_tokenizer_are_refused(tmp_path: Path, ch
     assert isinstance(rows.parts[0], Blocks) and rows.file_sizes == [3]
     with pytest.raises(DataError, match="token rows of kind 'sequences'; expected text, or .* 'preference', for pairs"):
         load([str(tmp_path / "flat.npy")], get_kind("pairs"), chat, DataOptions(), tmp_path)
+
+
+def test_every_id_of_a_token_file_is_looked_at_once(
+    tmp_path: Path, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle, where the quick look does not come to; an array in place, rows of an array, and lists."""
+    monkeypatch.setattr(ids_module, "QUICK_LOOK", 2)
+    monkeypatch.setattr(ids_module, "AT_ONCE", 7)
+    in_place = DataOptions(block_size=4, packing="wrapped")
+    for wrong, dtype in ((600, np.uint16), (-3, np.int64)):
+        ids = np.full(100, 5, dtype=dtype)
+        ids[50] = wrong
+        np.save(tmp_path / "flat.npy", ids)
+        with pytest.raises(DataError, match=rf"flat.npy: found token id {wrong}; expected ids"):
+            load([str(tmp_path / "flat.npy")], get_kind("text"), chat, in_place, tmp_path / "cache")
+    np.save(tmp_path / "rows.npy", ids.reshape(10, 10))
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps([[5, 5]] * 5 + [[5, 5, 600, 5, 5]] + [[5, 5]] * 4))
+    for name, row in (("rows.npy", 6), ("rows.pkl", 6)):
+        with pytest.raises(DataError, match=rf"{name}:{row}: found token id (-3|600); expected ids"):
+            load([str(tmp_path / name)], get_kind("text"), chat, DataOptions(), tmp_path / "cache")
+    # what was found good is not read again
+    np.save(tmp_path / "flat.npy", np.full(100, 5))
+    for _ in range(2):
+        load([str(tmp_path / "flat.npy")], get_kind("text"), chat, in_place, tmp_path / "cache")
+        monkeypatch.setattr(ids_module, "_blocks", lambda ids: pytest.fail("checked twice"))
+
+
+def test_an_edit_that_leaves_size_and_time_as_they_were_is_seen(
+    tmp_path: Path, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, options = write(tmp_path / "a.jsonl", [{"text": "one"}] * 3), DataOptions()
+    before = path.stat()
+
+    def first_row() -> list[int]:
+        rows = load([str(path)], get_kind("text"), chat, options, tmp_path / "cache")
+        return rows[0]["input_ids"].tolist()
+
+    assert first_row() == chat.encode_text("one").input_ids
+    write(path, [{"text": "two"}] * 3)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert first_row() == chat.encode_text("two").input_ids
+    # of a large file: head, tail and blocks in between
+    monkeypatch.setattr(load_module, "HASHED_WHOLE", 1000)
+    monkeypatch.setattr(load_module, "SAMPLED_BLOCK", 10)
+    monkeypatch.setattr(load_module, "SAMPLED_BLOCKS", 11)
+    large = bytearray(5000)
+    found = set()
+    for position in (None, 0, 2500, 4999, 700):
+        edited = large.copy()
+        if position is not None:
+            edited[position] = 1
+        path.write_bytes(edited)
+        found.add(hash_of_sample(path))
+    assert len(found) == 4, "700 lies between two blocks"
 
 
 OWN = """

@@ -2,18 +2,27 @@
 
 A store is a folder: `meta.json`, and for each column `<name>.values.npy` (all rows end to end) with
 `<name>.offsets.npy` (row i is values[offsets[i]:offsets[i + 1]]). It is written in parts, by whoever has their rows, which
-survive a kill; then they are joined, and `meta.json` comes last.
+survive a kill; then they are joined, and `meta.json` comes last. Nothing is written through a memory map: where the disk is
+full, that is a bus error, which no process survives.
 """
 
+import errno
 import json
+import math
+import os
 import shutil
+import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from llm_trainer.disk import check_space, explained, flush, remove, whole_file
 
 
 @dataclass
@@ -84,9 +93,8 @@ def write_part(folder: Path, number: int, part: Part) -> None:
     arrays["dropped"] = np.frombuffer(json.dumps(part.dropped).encode(), dtype=np.uint8)
     path = part_path(folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp.npz")
-    np.savez(partial, **arrays)
-    partial.rename(path)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def join_parts(
@@ -114,9 +122,8 @@ def join_parts(
         with np.load(path) as part:
             dropped.update(json.loads(part["dropped"].tobytes()))
     facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped}
-    partial = folder / "meta.json.tmp"
-    partial.write_text(json.dumps(facts | (meta or {}), indent=1), encoding="utf-8")
-    partial.rename(folder / "meta.json")
+    with whole_file(folder / "meta.json") as partial:
+        partial.write_text(json.dumps(facts | (meta or {}), indent=1), encoding="utf-8")
     shutil.rmtree(folder / "parts")
     return TokenStore(folder)
 
@@ -132,18 +139,68 @@ def _join_column(folder: Path, name: str, parts: Sequence[Path]) -> int:
             if len(part[f"{name}.values"]):
                 dtype = part[f"{name}.values"].dtype
     offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
-    np.save(folder / f"{name}.offsets.npy", offsets)
+    save_array(folder / f"{name}.offsets.npy", offsets.shape, offsets.dtype, [offsets])
     # 2. the values, part after part
-    num_rows, total = len(offsets) - 1, int(offsets[-1])
-    if total == 0:  # an empty file cannot be memory mapped
-        np.save(folder / f"{name}.values.npy", np.empty(0, dtype=dtype))
-        return num_rows
-    values = np.lib.format.open_memmap(folder / f"{name}.values.npy", mode="w+", dtype=dtype, shape=(total,))
-    start = 0
-    for path in parts:
-        with np.load(path) as part:
-            piece = part[f"{name}.values"]
-            values[start : start + len(piece)] = piece
-            start += len(piece)
-    values.flush()
-    return num_rows
+    pieces = (_values_of(path, name) for path in parts)
+    save_array(folder / f"{name}.values.npy", (int(offsets[-1]),), dtype, pieces)
+    return len(offsets) - 1
+
+
+def _values_of(path: Path, name: str) -> np.ndarray:
+    with np.load(path) as part:
+        return part[f"{name}.values"]
+
+
+def save_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray]) -> None:
+    """Write a `.npy` of this shape, whose values come in pieces.
+
+    Raises:
+        DiskError: there is no space for it.
+    """
+    needed = math.prod(shape) * dtype.itemsize
+    check_space(path, needed)
+    with whole_file(path, needed) as partial, partial.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype=dtype).data)
+
+
+# --- one store, several builders
+
+
+@contextmanager
+def private_folder(folder: Path, needed: int = 0) -> Iterator[Path]:
+    """A new folder to build the store of `folder` in; it becomes `folder` at once when it is whole.
+
+    Whoever else builds the same store does it in a folder of its own, so that no two write into one file; whose is finished
+    first is used by all. What killed builds left in theirs is taken over. A disk that is full leaves nothing behind.
+
+    Args:
+        needed: bytes that the store will take, as far as they are known.
+    """
+    private = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:12]}")
+    (private / "parts").mkdir(parents=True)
+    for left in [folder, *folder.parent.glob(f"{escape(folder.name)}.building-*")]:
+        if left != private and left.is_dir():
+            for part in (left / "parts").glob("part-*.npz"):
+                os.rename(part, private / "parts" / part.name)
+            remove(left)
+    try:
+        with explained(folder, private, needed):
+            yield private
+            _take_its_place(private, folder)
+    except (ValueError, OSError):  # of the rows: once they are mended, they are other rows
+        remove(private)
+        raise
+
+
+def _take_its_place(private: Path, folder: Path) -> None:
+    flush(private)
+    try:
+        os.rename(private, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not TokenStore.exists(folder):
+            raise
+        remove(private)  # another builder was first
+    flush(folder.parent)

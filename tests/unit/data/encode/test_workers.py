@@ -1,12 +1,17 @@
 """Token stores are built in parts: a killed build goes on, and whoever has rows can write a part."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llm_trainer.data.encode.store import Part, TokenStore, compact_ids, join_parts, write_part
 from llm_trainer.data.encode.workers import ROWS_PER_PART, build_store
+from llm_trainer.disk import DiskError
 
 
 def test_a_killed_build_goes_on_from_its_last_part(tmp_path):
@@ -46,3 +51,98 @@ def test_parts_that_several_wrote_are_joined_in_the_order_of_their_numbers(tmp_p
         join_parts(tmp_path, 1, ["input_ids"])
     assert len(join_parts(tmp_path / "none", 0, ["input_ids"])) == 0
     assert (compact_ids([1], 1 << 16).dtype, compact_ids([1], (1 << 16) + 1).dtype) == (np.uint16, np.uint32)
+
+
+BUILDERS = """
+import os, random, signal, sys, threading, time
+from contextlib import nullcontext
+from pathlib import Path
+import numpy as np
+from llm_trainer.data.encode import workers
+from llm_trainer.data.encode.store import Part
+
+folder, tries, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+workers.ROWS_PER_PART = 5
+ROWS = list(range(200))
+
+def encode(chunk):
+    time.sleep(0.0005)
+    return Part({"input_ids": [np.full(i % 7 + 1, i, dtype=np.uint16) for i in chunk]})
+
+def build(store, chance):
+    if mode == "no lock":  # as on a disk whose locks promise nothing
+        workers.Lock.held = lambda lock, wait: nullcontext()
+    if mode == "killed" and chance.random() < 0.7:
+        threading.Timer(chance.uniform(0, 0.06), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    try:
+        ids = workers.build_store(store, ROWS, encode, ["input_ids"])["input_ids"]
+    except FileNotFoundError:  # another builder took its parts over: an error is not a wrong store
+        os._exit(4)
+    right = len(ids) == 200 and all(ids[i].tolist() == [i] * (i % 7 + 1) for i in ROWS)
+    os._exit(0 if right else 3)
+
+def start(store, seed):
+    child = os.fork()
+    if not child:
+        build(store, random.Random(seed))
+    return child
+
+allowed = {"plain": {0}, "killed": {0, -signal.SIGKILL}, "no lock": {0, 4}}[mode]
+right, seeds = 0, iter(range(10**9))
+for number in range(tries):
+    store, codes = folder / f"store-{number}", []
+    while 0 not in codes:
+        children = [start(store, next(seeds)) for _ in range(2)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert set(codes) <= allowed, codes
+    right += 1
+print(right)
+"""
+
+
+def build_at_once(folder: Path, tries: int, mode: str) -> int:
+    """How often a store was right that two processes built at once."""
+    command = [sys.executable, "-c", BUILDERS, str(folder), str(tries), mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("mode", ["plain", "killed", "no lock"])
+def test_two_processes_that_build_one_store_at_once(mode: str, tmp_path: Path) -> None:
+    assert build_at_once(tmp_path, 3, mode) == 3
+    if mode == "plain":
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["store-0", "store-1", "store-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["plain", "killed", "no lock"])
+def test_two_processes_build_one_store_thirty_times(mode: str, tmp_path: Path) -> None:
+    assert build_at_once(tmp_path, 30, mode) == 30
+
+
+def test_a_full_disk_while_a_store_is_built_is_an_error_that_leaves_nothing(
+    small_disk: Callable[[int], Path],
+) -> None:
+    """At the first part, at a later one, and while they are joined; foreseen where the size of the source is known."""
+
+    def encode(chunk: list[int]) -> Part:
+        return Part({"input_ids": [np.full(50, i, dtype=np.uint16) for i in chunk]})
+
+    def build(store: Path, parts: int, **options: int) -> None:
+        build_store(store, range(parts * ROWS_PER_PART), encode, ["input_ids"], **options)
+
+    part = ROWS_PER_PART * (50 * 2 + 8)  # bytes
+    for size, parts in ((part // 2, 3), (part * 2, 3), (part * 4, 3)):
+        store = small_disk(size) / "cache" / "store"
+        found = (
+            rf"'{store}' could not be saved: No space left on device. It needs at least .* (MB|bytes) are free. Free"
+        )
+        with pytest.raises(DiskError, match=found):
+            build(store, parts)
+        assert list(store.parent.iterdir()) == []
+    source_bytes = 300 * ROWS_PER_PART * 3  # as 300 parts of small integers, pickled
+    with pytest.raises(DiskError, match=r"It needs at least [\d.]+ MB; .* are free") as foreseen:
+        build(store, 2, source_bytes=source_bytes)
+    assert foreseen.value.needed > 20 * part and list(store.parent.iterdir()) == []
+    build(small_disk(part * 8) / "store", 2)
