@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "state": set(),
     "disk": set(),
     "lock": {"disk"},
+    "terminal": set(),
     "tutorial": set(),
     "checkpoint": {"disk"},
     "generation": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
     "algorithm": {"state"},
-    "train": {"algorithm", "state", "engine", "checkpoint", "config", "compiler", "disk", "lock"},
+    "train": {"algorithm", "state", "engine", "checkpoint", "config", "compiler", "disk", "lock", "terminal"},
     "trainers": {"algorithm", "losses", "models", "generation", "config"},
     # a description becomes objects
     "builder": {"config", "data", "models", "engine", "checkpoint", "disk"},
@@ -48,6 +49,7 @@ MAY_IMPORT = {
         "generation",
         "engine",
         "checkpoint",
+        "terminal",
     },
 }
 # What else is imported, and why: (file, room).

@@ -15,6 +15,7 @@ from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.engine.device import detect_device
 from llm_trainer.generation.sampler import stream
 from llm_trainer.models.pretrained import Kind, find_pretrained
+from llm_trainer.terminal import printable
 
 QUOTES = '"""'
 
@@ -96,7 +97,7 @@ def _read_turn() -> str:
 
 def _say(pieces: Iterator[str]) -> None:
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print()
 
 

@@ -22,6 +22,7 @@ from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.load import store_of
 from llm_trainer.data.read.files import files_of
 from llm_trainer.disk import whole_file
+from llm_trainer.terminal import printable
 
 PROBLEMS_SHOWN = 10
 _BAR = 40  # characters of the longest bar
@@ -69,8 +70,8 @@ def check(
 def _show(report: FileReport) -> None:
     console = Console(highlight=False, soft_wrap=True)
 
-    def say(text: str | Text) -> None:
-        console.print(text, markup=False)
+    def say(text: str) -> None:
+        console.print(printable(text), markup=False)
 
     say(f"{report.path}")
     for name, text in _facts(report).items():
@@ -89,7 +90,7 @@ def _show(report: FileReport) -> None:
         mark, shown_by = _colour, "green"
     for number, pieces in enumerate(report.examples, 1):
         say(f"{f'example {number}':>12}  (what is trained on is {shown_by})")
-        say(mark(pieces))
+        console.print(mark([(printable(text), trained) for text, trained in pieces]), markup=False)
 
 
 def _facts(report: FileReport) -> dict[str, str]:

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from llm_trainer.cli.errors import RunFailed
+from llm_trainer.terminal import printable
 
 TRACEBACK = "--traceback"
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = ""
         if type(error) is ValueError:
             hint = f"\n({TRACEBACK} shows where this came from)"
-        print(f"error: {error}{hint}", file=sys.stderr)
+        print(printable(f"error: {error}{hint}"), file=sys.stderr)
         if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | PermissionError):
             sys.exit(2)
         sys.exit(1)

@@ -310,7 +310,9 @@ def _check(hyper: dict[str, Any]) -> None:
         raise ValueError(f"betas is {hyper['betas']!r}, expected two numbers in [0, 1), such as (0.9, 0.999)")
 
 
-def get_parameter_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
+def get_parameter_groups(
+    model: nn.Module, weight_decay: float = 0.01, no_decay: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Two groups: what decays and what does not. Matrices decay; biases and norm weights (1-D) do not.
 
     Embeddings and the LM head are matrices and decay, as in transformers. Frozen parameters are left out, tied ones
@@ -337,9 +339,10 @@ def configure_optimizer(
     lr: float = 1e-3,
     weight_decay: float | None = 0.01,
     no_decay: Sequence[str] = (),
+    use_parameter_groups: bool = True,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer for `model` with the groups of `get_parameter_groups`.
+    """Build an optimizer for `model` with the groups of `get_parameter_groups`, or without them, so that all decay alike.
 
     `muon` gets the hidden matrices; embeddings and the LM head are tables of vectors, which its post says to leave to
     AdamW. A `weight_decay` of None is the optimizer's own. `options` are those of `create_optimizer`.
@@ -347,6 +350,8 @@ def configure_optimizer(
     if weight_decay is None:
         weight_decay = _recipe_called(optimizer_type).weight_decay
     groups = get_parameter_groups(model, weight_decay, no_decay)
+    if not use_parameter_groups:
+        groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
     if optimizer_type.lower() == "muon":
         tables = _vocabulary_tables(model)
         groups = sum((_separate(group, tables) for group in groups), [])

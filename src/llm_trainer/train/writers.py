@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from llm_trainer.config.env import set_default
+from llm_trainer.terminal import printable
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -261,6 +262,7 @@ class Reporter:
         """Print above any progress bar."""
         if not self.is_main:
             return
+        message = printable(message)
         for writer in self._writers:
             if isinstance(writer, ConsoleWriter):
                 writer.say(message)

@@ -87,6 +87,11 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
     ) -> None:
         from llm_trainer.train.run import Run
 
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"{type(self).__name__}: got {type(optimizer).__name__} as optimizer, expected a torch.optim.Optimizer, as "
+                "configure_optimizer makes; by position come model, optimizer, train_loader, val_loader"
+            )
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.tokenizer, self.eval_prompts = tokenizer, list(eval_prompts)

@@ -1,6 +1,6 @@
 """Language modelling: next-token prediction on the tokens that are trained on. Pretraining and SFT are this."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +11,7 @@ from llm_trainer.algorithm import PromptFormat, Source, Step
 from llm_trainer.config.algorithms import PretrainConfig, SFTConfig
 from llm_trainer.config.options import KDConfig
 from llm_trainer.losses.distill import mix_with_task
-from llm_trainer.losses.language import LanguageLoss, mean_over
+from llm_trainer.losses.language import IGNORE, LanguageLoss, mean_over
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
@@ -46,8 +46,8 @@ def _kd_of(section: Any) -> KDConfig | None:
 class Trainer(BaseTrainer):
     """Pretraining: the mean cross-entropy of the supervised tokens of the whole optimizer step.
 
-    Batches: `input_ids [B, T]`, `labels [B, T]` with -100 where nothing is learnt (position t holds the token AT t),
-    optional `attention_mask [B, T]`; or flat packed ones (see `data.collate.LanguageBatch`).
+    Batches: `input_ids [B, T]`, `labels [B, T]` with -100 where nothing is learnt (position t holds the token AT t; without
+    labels every token but padding), optional `attention_mask [B, T]`; or flat packed ones (see `data.collate.LanguageBatch`).
 
     Args:
         loss: label smoothing, z-loss, critical tokens, DFT.
@@ -104,7 +104,29 @@ class Trainer(BaseTrainer):
         return scored(model, self.loss)
 
     def _loss_weight(self, batch: dict[str, torch.Tensor]) -> float:
-        return float((batch["labels"][:, 1:] != -100).sum())  # the label of position 0 has nothing to be predicted from
+        labels = self._labels(batch)
+        return float((labels[:, 1:] != IGNORE).sum())  # the label of position 0 has nothing to be predicted from
+
+    def _labels(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, T]` the labels of a batch; all of its tokens where it has none.
+
+        Raises:
+            ValueError: this is no batch of tokens.
+        """
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"{type(self).__name__}: got {found} as a batch; expected a dict with input_ids [B, T], labels [B, T] and, "
+                "where rows are padded, attention_mask [B, T]: let the loader's collate_fn return one"
+            )
+        if "labels" in batch:
+            return batch["labels"]
+        labels = batch["input_ids"]
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE)
+        if "position_ids" in batch:  # of rows laid flat: nothing comes before the first token of a document
+            labels = labels.masked_fill(batch["position_ids"] == 0, IGNORE)
+        return labels
 
     def _count_tokens(self, batch: dict[str, torch.Tensor]) -> int:
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
@@ -124,6 +146,7 @@ class Trainer(BaseTrainer):
 
     def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         on_device: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        on_device["labels"] = self._labels(on_device)
         if self.kd is not None and self.teacher is not None:
             on_device["distance"] = TeacherDistance(self.teacher(on_device), self.kd)
         return on_device
@@ -153,6 +176,15 @@ class SFTTrainer(Trainer):
     section = "sft_config"
     rows = ("conversations",)
     prompt_format: ClassVar[PromptFormat] = "chat"
+
+    def _labels(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = super()._labels(batch)
+        if "labels" not in batch:  # what the user wrote would be learned as if the model had
+            raise ValueError(
+                f"{type(self).__name__}: a batch has {', '.join(batch)}, but no labels [B, T], which are -100 on prompts and "
+                "padding; to learn every token, as in pretraining, use Trainer"
+            )
+        return labels
 
 
 PretrainTrainer = SFTTrainer  # in the explicit style the labels alone tell them apart

@@ -73,8 +73,9 @@ class DPOTrainer(BaseTrainer):
 
     def __init__(
         self,
-        *args: Any,
+        model: nn.Module,
         ref_model: nn.Module | None = None,
+        *args: Any,
         ref_log_probs_given: bool = False,
         starts_at_reference: bool | None = None,
         mask_prompt: bool = True,
@@ -84,7 +85,11 @@ class DPOTrainer(BaseTrainer):
     ) -> None:
         self.loss = PreferenceLoss(**{f.name: options.pop(f.name) for f in fields(PreferenceLoss) if f.name in options})
         self.mask_prompt, self.aux_loss_coef = mask_prompt, aux_loss_coef
-        model = options["model"] if "model" in options else args[0]
+        if len(args) > 3 or not isinstance(ref_model, nn.Module | None):
+            raise TypeError(
+                f"{type(self).__name__} takes model, ref_model (a module, or None), optimizer, train_loader and val_loader by "
+                f"position, got {type(ref_model).__name__} as ref_model and {len(args)} more; name the arguments"
+            )
         if ref_model is model:
             raise ValueError(
                 "ref_model is the policy itself, which changes while it learns; expected another model, or None for a "
@@ -99,7 +104,7 @@ class DPOTrainer(BaseTrainer):
         self._baseline = torch.zeros(2, dtype=torch.float64)  # sum and number of the rewards of earlier steps
         self._new_rewards = torch.zeros(2)
         self._micro_batch_tokens = options.get("micro_batch_tokens")
-        super().__init__(*args, **options)
+        super().__init__(model, *args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
         self.reference = None if reference is None else reference_of(reference, self, self._policy)
         models = [self._policy, *([] if self.reference is None else [self.reference])]

@@ -112,3 +112,9 @@ def test_an_answer_that_was_cut_short_is_remembered_as_far_as_it_came(saved, mon
     pieces.close()
     assert speaker.turns[-1] == {"role": "assistant", "content": first}
     assert chat.QUOTES == '"""'
+
+
+def test_what_a_terminal_would_obey_is_shown(saved, monkeypatch, capsys):
+    monkeypatch.setattr(Speaker, "answer", lambda self, text: iter(["hi \x1b", "[2J\x07", " there\n"]))
+    assert run(saved / "talks", "--prompt", "hello") == 0
+    assert capsys.readouterr().out == "hi \\x1b[2J\\x07 there\n\n"

@@ -147,3 +147,10 @@ def test_prepared_prompts_are_those_of_the_text(tmp_path, tokenizer, chat, capsy
         assert ids[i]["input_ids"].tolist() == text[i]["input_ids"].tolist()
         assert ids[i]["answer"] == text[i]["answer"]
     assert text[0]["row"] == rows[0]
+
+
+def test_rows_cannot_steer_the_terminal(tmp_path, tokenizer, capsys):
+    path = write(tmp_path / "a.jsonl", [conversation("hello \x1b[2J", "good\x9b31m")])
+    assert run("data", "check", path, "--tokenizer", tokenizer) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x9b" not in shown and r"hello \x1b[2J" in shown
