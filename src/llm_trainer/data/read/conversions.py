@@ -35,6 +35,7 @@ from llm_trainer.data.read.messages import (
 
 Sample = dict[str, Any]
 CONVERSATIONS = ("messages", "conversations")  # columns that hold turns, or JSON text of them
+ASKING = ("prompt", "question", "context")  # columns whose plain text is the user's
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # tables hold text
 
 
@@ -115,6 +116,28 @@ def question_answer(row: Any, location: Location, ask: str, answer: str, context
     """A question column, perhaps with the input it works on, and an answer column."""
     reply = assistant(text_field(row, answer, location))
     return _chat([*_instruction(row, location, ask, context), reply], location)
+
+
+_EXCHANGES = (("human", "assistant"), ("input", "output"), ("query", "response"))  # keys of a question and its answer
+
+
+def exchanges(row: Any, location: Location, key: str = "conversation") -> Sample:
+    """A list of questions with their answers: `{"human", "assistant"}`, or `{"input", "output"}`, perhaps with `system`."""
+    listed = list_field(row, key, location)
+    turns = _system(row, location)
+    for i, exchange in enumerate(listed):
+        here = location.at(key).at(i)
+        known = [pair for pair in _EXCHANGES if isinstance(exchange, dict) and pair[0] in exchange]
+        ask, answer = known[0] if known else _EXCHANGES[0]
+        turns += [user(text_field(exchange, ask, here)), assistant(text_field(exchange, answer, here))]
+        turns[-2:-2] = _system(exchange, here)
+    return _chat(turns, location, tool_schemas(row.get("tools"), location.at("tools")))
+
+
+def is_exchanges(value: Any) -> bool:
+    """Whether a value is a list of questions with their answers, judged by the first."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and any(set(pair) <= first.keys() for pair in _EXCHANGES)
 
 
 def seed_task(row: Any, location: Location) -> list[Sample]:
@@ -208,7 +231,7 @@ def _side(row: Any, key: str, location: Location) -> list[Message]:
         return transcript(value, here)
     if isinstance(value, list) or key in CONVERSATIONS:
         return messages(value, here)
-    turn = user if key in ("prompt", "question") else assistant
+    turn = user if key in ASKING else assistant
     return [turn(text(value, here))]
 
 
@@ -221,10 +244,10 @@ def pair(row: Any, location: Location, ask: str = "prompt", better: str = "chose
     compare answers to different questions and are dropped, as are ties, equal sides and empty sides.
     """
     sides = []
-    for key in (better, worse):
+    for name, key in (("chosen", better), ("rejected", worse)):
         side = up_to_last_answer(_side(row, key, location))
         if is_empty(side[-1:]):
-            raise DroppedRow(location.at(key), "an empty answer", "text", "delete the row", f"empty_{_SIDES[key]}")
+            raise DroppedRow(location.at(key), "an empty answer", "text", "delete the row", f"empty_{name}")
         sides.append(side)
     chosen, rejected = sides
     if chosen == rejected:
@@ -244,12 +267,11 @@ def pair(row: Any, location: Location, ask: str = "prompt", better: str = "chose
     return {"prompt": asked(prompt, location), "chosen": chosen, "rejected": rejected, "margin": _margin(row, location)}
 
 
-_SIDES = {"chosen": "chosen", "rejected": "rejected", "response_j": "chosen", "response_k": "rejected"}
-
-
 def _asked_by(row: Any, key: str, location: Location) -> list[Message]:
-    if key == "instruction":
+    if key in ("instruction", "query"):
         return _instruction(row, location, key, "input")
+    if key == "question" and isinstance(row.get(key), str):
+        return _instruction(row, location, key, "context")
     return _system(row, location) + _side(row, key, location)
 
 

@@ -128,16 +128,23 @@ def message(turn: Any, location: Location, images: list[Any] | None = None) -> M
         fix = "rename the role, or add a line to llm_trainer.data.read.messages.ROLE_ALIASES"
         raise DataError(location.at(role_key), f"the role {show(alias)}", f"one of {known}", fix, "unknown_role")
     # content and calls: one may be missing, not both
-    content_key = "value" if "content" not in turn and "value" in turn else "content"
+    content_key = next((key for key in ("content", "value", "text") if key in turn), "content")
     here = location.at(content_key)
     content, calls = turn.get(content_key), turn.get("tool_calls")
     if alias == "function_call":
         content, calls = None, decoded(text(content, here), here)
-    tool_calls = _tool_calls(calls, location.at("tool_calls")) if calls else None
+    tool_calls = _tool_calls(calls, location.at("tool_calls")) if calls else []
     if content is None and not tool_calls:
         field(turn, content_key, location)
-    said = "" if content is None else _content(content, here, images)
+    said, thought = "", ""
+    if isinstance(content, list):
+        said, thought, called = _parts(content, here, images)
+        tool_calls += called
+    elif content is not None:
+        said = _content(content, here)
     result: Message = {"role": ROLE_ALIASES[alias], "content": said}
+    if thought:
+        result["reasoning_content"] = thought
     # optional keys
     for key, value in turn.items():
         own = _OWN_NAMES.get(key, key)
@@ -155,32 +162,64 @@ def message(turn: Any, location: Location, images: list[Any] | None = None) -> M
     return result
 
 
-def _content(content: Any, location: Location, images: list[Any] | None) -> str:
-    """Text from a string or a list of parts; an image part becomes `<image>` and its source goes to `images`."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+def _content(content: Any, location: Location) -> str:
+    if not isinstance(content, str):
         expected = "a string or a list of parts"
         raise DataError(location, show(content), expected, "store content as a JSON string", "wrong_type")
-    return "".join(_part(part, location.at(i), images) for i, part in enumerate(content))
+    return content
+
+
+# types of parts that are no content, and the keys that hold theirs
+_REASONING = {"reasoning": ("reasoning", "text", "content"), "thinking": ("thinking", "text")}
+_CALLS = {"tool_call": ("tool_call", "function"), "function_call": ("function_call",), "tool_use": ()}
+
+
+def _parts(parts: list[Any], location: Location, images: list[Any] | None) -> tuple[str, str, list[dict[str, Any]]]:
+    """What the parts of a turn say, think and call; an image becomes `<image>` and its source goes to `images`."""
+    said, thought = "", ""
+    calls: list[dict[str, Any]] = []
+    for i, part in enumerate(parts):
+        here = location.at(i)
+        kind = str(part.get("type")) if isinstance(part, dict) else ""
+        if kind in _REASONING:
+            thought += text_field(part, _first_of(_REASONING[kind], part), here)
+        elif kind in _CALLS:
+            key = _first_of(_CALLS[kind], part)
+            call = part[key] if key in part else {name: value for name, value in part.items() if name != "type"}
+            if isinstance(call, dict) and "input" in call and "arguments" not in call:
+                call = {**call, "arguments": call["input"]}
+            calls += _tool_calls(call, here)
+        else:
+            said += _part(part, here, images)
+    return said, thought, calls
+
+
+def _first_of(keys: Sequence[str], part: dict[str, Any]) -> str:
+    """The first of some keys that a part has; the first of all where it has none, for the message."""
+    found = [key for key in keys if key in part]
+    return (found or list(keys) or [""])[0]
 
 
 def _part(part: Any, location: Location, images: list[Any] | None) -> str:
     if isinstance(part, str):
         return part
     kind = text_field(part, "type", location)
-    if kind == "text":
+    if kind in _TEXT_PARTS:
         key = "text" if "text" in part else "value"
         return text_field(part, key, location)
-    if kind in ("image", "image_url") and images is not None:
+    if kind in _IMAGE_PARTS and images is not None:
         keys = [key for key in ("image", "image_url", "url", "path", "value") if key in part]
         if keys:  # a bare marker takes the next image of the row's own list
             images.append(image_source(part[keys[0]], location.at(keys[0])))
         return IMAGE
-    expected, fix = "a text or image part", "remove the part"
-    if images is None:
-        expected, fix = "a text part", "train such rows as vision data: format 'vision'"
+    expected, fix = "a text, image, reasoning or tool_call part", "remove the part"
+    if kind in _IMAGE_PARTS:
+        expected, fix = "text only", "remove the part: nothing is trained on images here"
     raise DataError(location, f"a part of type {show(kind)}", expected, fix, "unsupported_part")
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url")
 
 
 def image_source(value: Any, location: Location) -> str | bytes:

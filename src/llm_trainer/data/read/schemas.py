@@ -137,6 +137,12 @@ _NO_LABEL = has(label=is_absent)
 _TRUTH = has(ground_truth=is_present)
 _QUESTION = has(question=is_text, answer=is_text)
 _STACK = has(question=is_text, response_j=is_text, response_k=is_text)
+_QUERY = has(query=is_text, response=is_text)
+_QUERY_SIDES = {"ask": "query", "better": "response", "worse": "rejected_response"}
+_PAIR_OF_DIALOGUES = has(chosen_messages=is_turns, rejected_messages=is_turns)
+_MESSAGE_SIDES = {"better": "chosen_messages", "worse": "rejected_messages"}
+_TWO_ANSWERS = has(answer_w=is_side, answer_l=is_side)
+_ANSWER_SIDES = {"better": "answer_w", "worse": "answer_l"}
 _DOLLY = has(instruction=is_text, response=is_text)
 _answer = read.question_answer
 _ENTRIES = (
@@ -146,7 +152,15 @@ _ENTRIES = (
     _schema("preference_sharegpt", "preference", _TURNS | _PAIR, read.pair, ask="conversations"),
     _schema("preference_alpaca", "preference", has(instruction=is_text) | _PAIR, read.pair, ask="instruction"),
     _schema("preference", "preference", has(prompt=is_prompt) | _PAIR, read.pair),
+    _schema("preference_question", "preference", has(question=is_prompt) | _PAIR, read.pair, ask="question"),
+    _schema("preference_context", "preference", has(context=is_prompt) | _PAIR, read.pair, ask="context"),
     _schema("preference_dialogues", "preference", has(chosen=is_turns, rejected=is_turns), read.pair),
+    _schema("preference_messages", "preference", _PAIR_OF_DIALOGUES, read.pair, **_MESSAGE_SIDES),
+    *(
+        _schema(f"answers_{ask}", "preference", {ask: is_prompt} | _TWO_ANSWERS, read.pair, ask=ask, **_ANSWER_SIDES)
+        for ask in read.ASKING
+    ),
+    _schema("query_rejected", "preference", _QUERY | has(rejected_response=is_text), read.pair, **_QUERY_SIDES),
     _schema("stack_exchange", "preference", _STACK, read.pair, ask="question", better="response_j", worse="response_k"),
     _schema("kto", "unpaired", _MESSAGES | _LABEL, read.unpaired, key="messages"),
     _schema("kto_sharegpt", "unpaired", _TURNS | _LABEL, read.unpaired, key="conversations"),
@@ -164,11 +178,16 @@ _ENTRIES = (
     _schema("oasst_all_paths", "chat", has(prompt=is_tree), read.tree, best=False),
     _schema("sharegpt", "chat", _TURNS | has(chosen=is_absent) | _NO_LABEL, read.conversation, key="conversations"),
     _schema("messages", "chat", _MESSAGES | _NO_LABEL, read.conversation, key="messages"),
+    _schema("exchanges", "chat", has(conversation=read.is_exchanges), read.exchanges),
+    _schema(
+        "conversation", "chat", has(conversation=is_conversation) | _NO_LABEL, read.conversation, key="conversation"
+    ),
     _schema("message_list", "chat", {ROW: is_turns}, read.bare_conversation),
     _schema("seed_tasks", "chat", has(instruction=is_text, instances=is_instances), read.seed_task),
     _schema("alpaca", "chat", has(instruction=is_text, output=is_text), _answer, ask="instruction", answer="output"),
     _schema("dolly", "chat", _DOLLY, _answer, ask="instruction", answer="response", context="context"),
-    _schema("question_answer", "chat", _QUESTION, _answer, ask="question", answer="answer"),
+    _schema("question_answer", "chat", _QUESTION, _answer, ask="question", answer="answer", context="context"),
+    _schema("query_response", "chat", _QUERY, _answer, ask="query", answer="response"),
     _schema("prompt_response", "chat", has(prompt=is_text, response=is_text), _answer, ask="prompt", answer="response"),
     _schema("mbpp", "chat", has(text=is_text, code=is_text), _answer, ask="text", answer="code"),
     _schema("prompt_completion_turns", "chat", has(prompt=is_turns, completion=is_side), read.completed_turns),

@@ -236,6 +236,41 @@ SMALL: list[tuple[Any, str | None, str, dict]] = [
     ({"messages": [U], "ground_truth": ["x", "子"]}, "prompts", "rlvr", {"prompt": [U], "answer": '["x", "子"]'}),
     ({"conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}], "image": "i.jpg"}, "conversations", "vision",  # noqa: E501
      {"messages": [{**U, "content": "<image>q"}, A], "images": ["i.jpg"], "answer": None}),
+    # dialects of other frameworks
+    ({"query": "r", "response": "b", "history": [["q", "a"]], "system": "s"}, "conversations", "query_response",
+     {"messages": [S, U, A, {**U, "content": "r"}, B], "tools": None}),
+    ({"query": "q", "response": "a", "rejected_response": "b", "history": []}, "pairs", "query_rejected",
+     {"prompt": [U], "chosen": [A], "rejected": [B], "margin": None}),
+    ({"conversation": [{"human": "q", "assistant": "a"}, {"human": "q", "assistant": "b"}], "category": "x"}, None,
+     "exchanges", {"messages": [U, A, U, B], "tools": None}),
+    ({"conversation": [{"system": "s", "input": "q", "output": "a"}]}, None, "exchanges",
+     {"messages": [S, U, A], "tools": None}),
+    ({"conversation": [{"human": "q", "assistant": "a"}], "system": "s"}, None, "exchanges",
+     {"messages": [S, U, A], "tools": None}),
+    ({"conversation": [U, A]}, None, "conversation", {"messages": [U, A], "tools": None}),
+    ({"context": "q", "chosen": "a", "rejected": "b"}, None, "preference_context",
+     {"prompt": [U], "chosen": [A], "rejected": [B], "margin": None}),
+    ({"context": [{"role": "human", "text": "q"}], "chosen": {"role": "bot", "text": "a"}, "rejected": {"role": "bot", "text": "b"}},  # noqa: E501
+     None, "preference_context", {"prompt": [U], "chosen": [A], "rejected": [B], "margin": None}),
+    ({"context": "q", "answer_w": "a", "answer_l": "b"}, None, "answers_context",
+     {"prompt": [U], "chosen": [A], "rejected": [B], "margin": None}),
+    ({"prompt": "q", "answer_w": "a", "answer_l": "b"}, None, "answers_prompt",
+     {"prompt": [U], "chosen": [A], "rejected": [B], "margin": None}),
+    ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, None, "preference_question",
+     {"prompt": [S, U], "chosen": [A], "rejected": [B], "margin": None}),
+    ({"chosen_messages": [S, U, A], "rejected_messages": [S, U, B], "prompt": "q"}, None, "preference_messages",
+     {"prompt": [S, U], "chosen": [A], "rejected": [B], "margin": None}),
+    ({"question": "q", "context": "c", "answer": "a"}, None, "question_answer",
+     {"messages": [{**U, "content": "q\nc"}, A], "tools": None}),
+    ({"messages": [U, {"role": "assistant", "content": [
+        {"type": "reasoning", "text": "hm"}, {"type": "text", "text": "a"},
+        {"type": "tool_call", "name": "f", "arguments": {"x": 1}}]}]}, None, "messages",
+     {"messages": [U, {**A, "reasoning_content": "hm", "tool_calls": CALL}], "tools": None}),
+    ({"messages": [U, {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "hm"}, {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}]}]}, None,
+     "messages", {"messages": [U, {**A, "content": "", "reasoning_content": "hm", "tool_calls": [{"id": "1", **CALL[0]}]}], "tools": None}),  # noqa: E501
+    ({"messages": [U, {"role": "assistant", "content": [{"type": "tool_call", "tool_call": {"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}}]}]},  # noqa: E501
+     None, "messages", {"messages": [U, {**A, "content": "", "tool_calls": [{"id": "1", **CALL[0]}]}], "tools": None}),
     ({"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}, A], "images": [{"bytes": None, "path": "p"}]},  # noqa: E501
      None, "vision", {"messages": [{**U, "content": "<image>q"}, A], "images": ["p"], "answer": None}),
 ]  # fmt: skip
@@ -306,7 +341,11 @@ def test_trees_follow_rank_and_skip_what_was_deleted() -> None:
             {"messages": [U, {"role": "assistant", "content": 5}]},
             r"int 5; expected a string or a list of parts",
         ),
-        ("messages", {"messages": [{**U, "content": [{"type": "image", "image": "x"}]}, A]}, r"format 'vision'"),
+        (
+            "messages",
+            {"messages": [{**U, "content": [{"type": "image", "image": "x"}]}, A]},
+            r"type str 'image'; expected text only",
+        ),
         ("messages", {"messages": [U, {**A, "loss_weight": "1"}]}, r"'messages\[1\]\.loss_weight'.*expected a number"),
         ("messages", {"messages": [U, A], "tools": "{"}, r"key 'tools': .*broken JSON"),
         ("message_list", [U, "x"], r"key '\[1\]': found str 'x'"),
