@@ -257,3 +257,9 @@ def _make(draft: Path, path: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def lock_of_run(save_dir: str | Path) -> Lock:
+    """The lock of the one run that writes into a folder of checkpoints."""
+    advice = "Wait for that run to end, stop it, or choose another save_dir"
+    return Lock(Path(save_dir) / ".run.lock", f"save_dir '{save_dir}'", advice)

@@ -27,6 +27,7 @@ from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
+from llm_trainer.lock import LockedError, lock_of_run
 from llm_trainer.train.hooks import Hook
 from machine import free_port
 
@@ -85,9 +86,16 @@ def slow_data(folder: Path) -> float:
 def train(folder: Path) -> dict[str, Any]:
     """57 rows in steps of 8: the last step has one row, so the second rank has none."""
     trainer = without_dropout(folder, train_loader=stream(Rows(57)))
-    first = weights_of(trainer)
+    first, refused = weights_of(trainer), ""
+    with lock_of_run(folder).held() if dist.is_main() else contextlib.nullcontext():
+        with dist.main_process_first():  # another run is at work in the folder
+            pass
+        try:
+            trainer.train()
+        except LockedError as error:
+            refused = str(error)
     last = trainer.train()
-    return {"weights": weights_of(trainer), "changed": first != weights_of(trainer), "last": last}
+    return {"weights": weights_of(trainer), "changed": first != weights_of(trainer), "last": last, "refused": refused}
 
 
 def one_raises(folder: Path) -> None:

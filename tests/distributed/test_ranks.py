@@ -33,6 +33,11 @@ def test_two_ranks_train_what_one_does(played: dict[str, Any]) -> None:
     assert alone["last"]["num_tokens"] == together[1]["last"]["num_tokens"] > 500
 
 
+def test_a_folder_in_use_is_refused_on_all_ranks(played: dict[str, Any]) -> None:
+    first, second = (result["refused"] for result in played["train-2"]["results"])
+    assert first == second and "is in use by process" in first
+
+
 def test_all_ranks_start_from_the_main_ones_weights(played: dict[str, Any]) -> None:
     first, second = played["other_seed"]["results"]
     assert first == second

@@ -148,7 +148,8 @@ class Run:
 
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
-        with self.signals.listening(), dist.on_duty(lambda: self.checkpoints.how_to_go_on(self.settings.resume)):
+        on_duty = dist.on_duty(lambda: self.checkpoints.how_to_go_on(self.settings.resume))
+        with self.checkpoints.alone(), self.signals.listening(), on_duty:
             self._resume()
             self.stop_requested = False
             self.values = {}
@@ -395,7 +396,8 @@ class Run:
             return self.checkpoints.save_file(path, state)
         best_file = is_best and self.settings.best_file
         try:
-            saved = self.checkpoints.save_folder(self.trainer, self.progress, state, is_best, best_file)
+            with self.checkpoints.alone():
+                saved = self.checkpoints.save_folder(self.trainer, self.progress, state, is_best, best_file)
         except CheckpointError as error:
             if not may_fail:
                 raise

@@ -5,7 +5,8 @@ saved and loaded alike, so that no part can be forgotten in one direction. Weigh
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from llm_trainer.checkpoint import CheckpointError, CheckpointManager
 from llm_trainer.checkpoint.valid import step_folders
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.lock import lock_of_run
 from llm_trainer.state import Progress
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.loop import Work
@@ -141,6 +143,7 @@ class Checkpoints:
         self.engine, self.save_dir = engine, save_dir
         self._keep, self._warn = keep, warn
         self._manager: CheckpointManager | None = None
+        self._lock, self._is_alone = lock_of_run(save_dir), False
 
     @property
     def manager(self) -> CheckpointManager:
@@ -148,6 +151,26 @@ class Checkpoints:
         if self._manager is None:
             self._manager = CheckpointManager(self.save_dir, self._keep, self._warn)
         return self._manager
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The context in which no other run writes into the folder; all ranks of this one share it.
+
+        Raises:
+            LockedError: another run is at work there.
+        """
+        if self._is_alone:
+            yield
+            return
+        with dist.main_process_first():
+            if dist.is_main():
+                self._lock.acquire(say=self._warn)
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
+            self._lock.release()
 
     # Finding.
 

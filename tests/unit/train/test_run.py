@@ -14,6 +14,7 @@ import torch
 
 from llm_trainer import Trainer
 from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.lock import LockedError
 from llm_trainer.optim.schedules import create_scheduler
 from llm_trainer.train import run as run_module
 from llm_trainer.train.hooks import Hook
@@ -90,6 +91,25 @@ def test_the_published_model_opens_while_a_run_is_continued(tmp_path: Path) -> N
         make_trainer(tmp_path, max_epochs=2, hooks=hooks, **options).train()
     assert leads_to[0] == 8 and leads_to[-1] == 15
     assert (tmp_path / "model").resolve(strict=True).parent.name == "checkpoint-00000016"
+
+
+def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def start_another(run: Any) -> None:
+        if run.progress.step == 2:
+            for begin in ("train", "save_checkpoint"):
+                with pytest.raises(LockedError) as error:
+                    getattr(make_trainer(tmp_path), begin)()
+                refused.append(str(error.value))
+            run.save()  # a run that holds the folder may save at any time
+
+    make_trainer(tmp_path, max_epochs=1, hooks=[Hook("another", start_another, every_steps=1)]).train()
+    assert len(refused) == 2 and f"save_dir '{tmp_path}' is in use by process {os.getpid()} on host" in refused[0]
+    assert "or choose another save_dir" in refused[0] and not (tmp_path / ".run.lock").exists()
+    make_trainer(tmp_path / "whole", max_epochs=1).train()
+    assert outcome(tmp_path)["weights"] == outcome(tmp_path / "whole")["weights"]
+    make_trainer(tmp_path).save_checkpoint()  # outside of a run
 
 
 def test_the_best_checkpoint_holds_the_weights_that_were_evaluated(tmp_path: Path) -> None:
