@@ -54,8 +54,12 @@ class Builder:
     def engine(self) -> str:
         """The name of what executes the steps."""
         config = self.config
-        named = {"fsdp": config.fsdp_config is not None, "deepspeed": config.ds_config is not None}
-        return engine_name(config.run_config.engine, **named)
+        return engine_name(
+            config.run_config.engine,
+            fsdp=config.fsdp_config is not None,
+            deepspeed=config.ds_config is not None,
+            without_deepspeed=config.run_config.without_deepspeed,
+        )
 
     @cached_property
     def _precision(self) -> str:

@@ -1,6 +1,7 @@
 """Sharded runs with every option, and runs that a YAML describes. Started by test_fsdp.py."""
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def on_policy(folder: Path, engine: str) -> list[tuple[float, float]]:
     return curve(folder) if dist.is_main() else []
 
 
-def described(folder: Path, engine: str) -> dict[str, Any]:
+def described(folder: Path, engine: str, **sections: Any) -> dict[str, Any]:
     """A run from a configuration: on the second rank of a sharded one the model is built without memory."""
     from llm_trainer.config.load import parse
 
@@ -142,13 +143,25 @@ def described(folder: Path, engine: str) -> dict[str, Any]:
                 "progress": False,
             },
             "sft_config": {"train_on": "all"},
+            **sections,
         },
         "this test",
     )
     trainer = create_trainer("sft", train_config=config)
     assert isinstance(trainer, SFTTrainer)
     last = trainer.train()
-    return {"last": last, "curve": curve(folder) if dist.is_main() else []}
+    return {
+        "last": last,
+        "curve": curve(folder) if dist.is_main() else [],
+        "engine": vars(trainer.run.engine).get("stage"),
+    }
+
+
+def alone(folder: Path) -> dict[str, Any]:
+    """A section for DeepSpeed where a launcher has found one device."""
+    os.environ["PARALLEL_TYPE"] = "none"
+    offload = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    return described(folder, "auto", ds_config={"zero_config": offload, "activation_checkpointing": {}})
 
 
 def main(folder: Path) -> None:
@@ -174,6 +187,7 @@ def main(folder: Path) -> None:
         "own fsdp": (2, partial(own, engine="fsdp")),
         "preference": (2, preference),
         **{f"on-policy {engine}": (2, partial(on_policy, engine=engine)) for engine in ("torch", "fsdp")},
+        "described alone": (1, alone),
         **{f"described {engine}": (2, partial(described, engine=engine)) for engine in ("torch", "fsdp", "deepspeed")},
     }
     report = {

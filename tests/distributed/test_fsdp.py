@@ -74,3 +74,10 @@ def test_a_described_run(played: dict[str, Any], engine: str) -> None:
         [line for line in played["said"][f"described {e}"][0].splitlines() if "->" in line] for e in ("torch", engine)
     ]
     assert answers[0] == answers[1] and len(answers[0]) == 3
+
+
+def test_a_section_for_deepspeed_is_used_in_one_process(played: dict[str, Any]) -> None:
+    """ZeRO-3 with its optimizer on the host and recomputed activations, where smart_train finds one device."""
+    (found,) = played["described alone"]
+    assert found["engine"] == 3
+    assert "DeepSpeedEngine, 1 process" in played["said"]["described alone"][0] and len(found["curve"]) == 12

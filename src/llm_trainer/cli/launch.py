@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from signal import SIGTERM
 from typing import NoReturn
@@ -17,10 +16,10 @@ from typing import NoReturn
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import get_args_parser, parse_args, run
 
 from llm_trainer.config.env import environment, set_default
-from llm_trainer.config.errors import ConfigError, counted
+from llm_trainer.config.errors import ConfigError, counted, is_installed
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.train.signals import EXIT_INTERRUPTED
@@ -47,7 +46,7 @@ class Machine:
     @classmethod
     def look(cls) -> "Machine":
         """This machine."""
-        return cls(torch.cuda.device_count(), os.cpu_count() or 1, find_spec("deepspeed") is not None)
+        return cls(torch.cuda.device_count(), os.cpu_count() or 1, is_installed("deepspeed"))
 
     def __str__(self) -> str:
         gpus = counted(self.num_gpus, "GPU") if self.num_gpus else "no GPU"
@@ -58,13 +57,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Nodes:
-    """How many processes, and where; None leaves it to the machine or to torchrun."""
+    """How many processes, and where; None leaves it to the machine or to torchrun.
+
+    Attributes:
+        options: further ones, of torchrun's own.
+    """
 
     nproc: int | None = None
     nnodes: str | None = None
     node_rank: int | None = None
     master_addr: str | None = None
     master_port: int | None = None
+    options: tuple[str, ...] = ()
 
     def is_several(self) -> bool:
         """Whether more than one machine takes part."""
@@ -110,10 +114,15 @@ def make_plan(
     several = (nodes.nproc or machine.num_gpus) > 1 or nodes.is_several()
     kind, reason = _choose(machine, several, forced, engine)
     if kind == "ds" and not machine.deepspeed:
-        raise ConfigError(f"{reason}, but DeepSpeed is not installed: pip install deepspeed, or use ddp_train")
+        raise ConfigError(
+            f"{reason}, but DeepSpeed is not installed: pip install deepspeed, or use ddp_train; a run with a ds_config goes "
+            f"on without it where run_config.without_deepspeed is leave_out"
+        )
     if kind == "py":
         if (nodes.nproc or 1) > 1 or nodes.is_several():
             raise ConfigError(f"several processes were asked for, but {reason}: use ddp_train")
+        if nodes.options:
+            raise ConfigError(f"{' '.join(nodes.options)}: these are options of torchrun, but {reason}: use ddp_train")
         return Plan(kind, reason, [sys.executable, *target], {"PARALLEL_TYPE": "none"})
 
     # Several processes: torchrun starts them.
@@ -124,7 +133,7 @@ def make_plan(
     variables["OMP_NUM_THREADS"] = str(max(1, machine.num_cores // num_processes))
     variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
-    return Plan(kind, reason, [*torchrun, *_meeting_point(nodes), *target], variables)
+    return Plan(kind, reason, [*torchrun, *_meeting_point(nodes), *nodes.options, *target], variables)
 
 
 def _choose(machine: Machine, several: bool, forced: str | None, engine: str) -> tuple[str, str]:
@@ -173,6 +182,10 @@ def _kind_of_engine(engine: str, several: bool) -> tuple[str, str]:
 
 def _meeting_point(nodes: Nodes) -> list[str]:
     """Where the processes find each other; on one machine torchrun takes a free port."""
+    if any(option.startswith(("--rdzv", "--standalone")) for option in nodes.options):  # the options say it
+        given = {"nnodes": nodes.nnodes, "node-rank": nodes.node_rank}
+        given |= {"master-addr": nodes.master_addr, "master-port": nodes.master_port}
+        return [f"--{name}={value}" for name, value in given.items() if value is not None]
     if not nodes.is_several():
         if nodes.master_port is None:
             return ["--standalone"]
@@ -218,8 +231,10 @@ def _run_workers(arguments: list[str]) -> int:
     return 0
 
 
-def _target(script: str, arguments: list[str]) -> tuple[list[str], str]:
+def _target(script: str, arguments: list[str], is_module: bool) -> tuple[list[str], str]:
     """What follows `python`, and the engine that a YAML asks for. A mistake in it is reported once, not by every process."""
+    if is_module:
+        return [script, *arguments], "auto"
     if not Path(script).is_file():
         raise ConfigError(f"{script}: no such file, expected a python script or the YAML of a run")
     if Path(script).suffix not in (".yaml", ".yml"):
@@ -233,35 +248,79 @@ def engine_of(config: TrainConfig) -> str:
     """The engine that a configuration asks for by itself, whatever the machine and PARALLEL_TYPE say; else auto."""
     if config.run_config.engine != "auto" or environment().parallel_type is not None:
         return config.run_config.engine
-    if config.ds_config is not None:
+    leaves_out = config.run_config.without_deepspeed == "leave_out" and not is_installed("deepspeed")
+    if config.ds_config is not None and not leaves_out:
         return "deepspeed"
     if config.fsdp_config is not None:
         return "fsdp"
     return "auto"
 
 
+def _own_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The options that are ours, or that the choice of a launcher depends on."""
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description=description,
+        epilog="Further options before the script are torchrun's own (torchrun --help), such as --max-restarts.",
+        usage=f"{name} [options] script [arguments of the script, or changes to the YAML ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        *("--nproc", "--nproc-per-node", "--nproc_per_node"),
+        type=_num_processes,
+        metavar="N",
+        help="processes on this machine; default: one per GPU",
+    )
+    parser.add_argument("--nnodes", help="number of machines, such as 2")
+    parser.add_argument("--node-rank", "--node_rank", type=int, metavar="I", help="index of this machine, from 0")
+    parser.add_argument("--master-addr", "--master_addr", help="address of machine 0")
+    parser.add_argument(
+        *("--master-port", "--master_port"),
+        type=int,
+        help=f"port on machine 0; default: a free one, of several machines {DEFAULT_PORT}",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the exact command and exit")
+    return parser
+
+
+def _num_processes(text: str) -> int | None:
+    """A number, or one of torchrun's words for it; None: one per GPU."""
+    if text in ("auto", "gpu"):
+        return None
+    return (os.cpu_count() or 1) if text == "cpu" else int(text)
+
+
+def _divide(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[str, list[str], argparse.Namespace, list[str]]:
+    """The script, its arguments, our options, and torchrun's own options as they were given."""
+    # torchrun's parser knows which of its options have a value, and so where the script stands.
+    everything = argparse.ArgumentParser(
+        prog=parser.prog,
+        usage=parser.usage,
+        parents=[get_args_parser(), parser],
+        add_help=False,
+        conflict_handler="resolve",
+        allow_abbrev=False,
+    )
+    everything.print_help = parser.print_help  # type: ignore[method-assign]  # ours alone
+    found = everything.parse_args(arguments)
+    of_script: list[str] = found.training_script_args
+    before_script = arguments[: len(arguments) - len(of_script) - 1]
+    given, options = parser.parse_known_args(before_script)
+    return found.training_script, of_script, given, options
+
+
 def _command(name: str, forced: str | None, arguments: Sequence[str] | None) -> None:
     how = "the way that suits this machine"
     if forced is not None:
         how = f"with {NAMES[forced]}"
-    parser = argparse.ArgumentParser(prog=name, description=f"Run a training script {how}.", allow_abbrev=False)
-    parser.add_argument(
-        "--nproc", "--nproc-per-node", type=int, metavar="N", help="processes on this machine; default: one per GPU"
-    )
-    parser.add_argument("--nnodes", help="number of machines, such as 2")
-    parser.add_argument("--node-rank", type=int, metavar="I", help="index of this machine, from 0")
-    parser.add_argument("--master-addr", help="address of machine 0")
-    parser.add_argument(
-        "--master-port", type=int, help=f"port on machine 0; default: a free one, of several machines {DEFAULT_PORT}"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the exact command and exit")
-    parser.add_argument("script", help="a python script, or the YAML of a run")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script, or changes to the YAML")
-    given = parser.parse_args(arguments)
-    nodes = Nodes(given.nproc, given.nnodes, given.node_rank, given.master_addr, given.master_port)
+    parser = _own_parser(name, f"Run a training script {how}.")
+    script, of_script, given, options = _divide(parser, list(sys.argv[1:] if arguments is None else arguments))
+    nodes = Nodes(given.nproc, given.nnodes, given.node_rank, given.master_addr, given.master_port, tuple(options))
     try:
         machine = Machine.look()
-        target, engine = _target(given.script, given.arguments)
+        target, engine = _target(script, of_script, is_module=bool({"-m", "--module"}.intersection(options)))
         plan = make_plan(target, machine, nodes, forced, engine)
     except ConfigError as error:
         parser.exit(2, f"{name}: {error}\n")

@@ -12,17 +12,23 @@ class EngineEntry:
     Attributes:
         make: `"module:function"` of `(engine.base.EngineOptions) -> Engine`, imported when it is asked for.
         driver: `"module:function"` of what calls the steps: `(work, progress, after)`, as `train.loop.fit`.
+        package: an optional one that it needs.
     """
 
     make: str
     driver: str = "llm_trainer.train.loop:fit"
+    package: str | None = None
 
 
 ENGINES: dict[str, EngineEntry] = {
     "torch": EngineEntry("llm_trainer.engine.torch:make"),
     "fsdp": EngineEntry("llm_trainer.engine.fsdp:make"),
-    "deepspeed": EngineEntry("llm_trainer.engine.deepspeed:make"),
-    "hf": EngineEntry("llm_trainer.engine.torch:make_unwrapped", driver="llm_trainer.train.transformers_driver:fit"),
+    "deepspeed": EngineEntry("llm_trainer.engine.deepspeed:make", package="deepspeed"),
+    "hf": EngineEntry(
+        "llm_trainer.engine.torch:make_unwrapped",
+        driver="llm_trainer.train.transformers_driver:fit",
+        package="accelerate",
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -35,6 +36,31 @@ _BOUNDS: dict[type, tuple[str, str]] = {
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message has one line per mistake."""
+
+
+def is_installed(package: str) -> bool:
+    """Whether an optional package can be imported; it is not imported to say so, which may take seconds."""
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # blocked, by None in sys.modules
+        return False
+
+
+def require(package: str, what: str, instead: str) -> None:
+    """Ask for an optional package.
+
+    Args:
+        package: its name, to import and to install.
+        what: needs it, such as "engine: hf".
+        instead: what can be done without it.
+
+    Raises:
+        ConfigError: it is not installed; the message has the command that installs it.
+    """
+    if not is_installed(package):
+        raise ConfigError(
+            f"{what} needs the package {package}, which is not installed: pip install {package}, or {instead}"
+        )
 
 
 def counted(number: int, noun: str) -> str:

@@ -133,6 +133,10 @@ class Execution:
         description="what executes the steps: torch, fsdp, deepspeed, hf; auto: PARALLEL_TYPE, else deepspeed or fsdp if "
         "configured, else torch",
     )
+    without_deepspeed: Literal["stop", "leave_out"] = Field(
+        default="stop",
+        description="where DeepSpeed is configured and not installed: stop, or leave its section out and say so",
+    )
     compile: StrictBool = Field(default=False, description="torch.compile the model")
     gradient_checkpointing: StrictBool = Field(
         default=False, description="recompute activations: less memory, more time"

@@ -36,10 +36,7 @@ def _import_deepspeed() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the parts of torch that it imports
         warnings.simplefilter("ignore", FutureWarning)
-        try:
-            import deepspeed
-        except ImportError as error:
-            raise DeepSpeedError("engine: deepspeed needs a package: pip install deepspeed") from error
+        import deepspeed
     return deepspeed
 
 

@@ -71,6 +71,19 @@ def stage_of(config: Mapping[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def describe(config: Mapping[str, Any]) -> str:
+    """What DeepSpeed's JSON asks for, in a few words."""
+    words = [f"ZeRO-{stage_of(config)}"]
+    for name in ("offload_optimizer", "offload_param"):
+        section = config.get("zero_optimization", {}).get(name)
+        if section:
+            words.append(f"{name} to {section.get('device')}")
+    words += [f"{name} weights" for name in DTYPES if config.get(name, {}).get("enabled")]
+    if "activation_checkpointing" in config:
+        words.append("recomputed activations")
+    return ", ".join(words)
+
+
 def recompute_layers(module: nn.Module, recompute: Callable[..., Any]) -> None:
     """Let the layers of a transformers model keep only their inputs, and `recompute` the rest in the backward.
 

@@ -15,6 +15,7 @@ from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.engine.choose import left_out
 from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
@@ -191,6 +192,8 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
     }
     if trainer.prompt_format == "chat" and trainer.tokenizer is not None and not trainer.tokenizer.chat_template:
         found["chat template"] = describe_default(trainer.tokenizer)
+    if not_used := left_out(settings):
+        found["left out"] = not_used
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 from llm_trainer.cli import launch
 from llm_trainer.cli.launch import Machine, Nodes, make_plan
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.load import parse
 
 LAPTOP, BOX, BOX_WITH_DEEPSPEED = Machine(0, 8, False), Machine(4, 32, False), Machine(4, 32, True)
 
@@ -60,6 +61,19 @@ def test_the_engine_of_a_yaml_decides(engine, machine, kind, reason):
     assert plan.variables.get("PARALLEL_TYPE") == (
         "none" if kind == "py" else None
     )  # the YAML says it in every process
+
+
+def test_a_yaml_with_a_deepspeed_section_where_there_is_none(monkeypatch):
+    run = {"model_config": "m", "file_dataset": "a.jsonl", "sft_config": {}, "ds_config": {}}
+    monkeypatch.setattr(launch, "is_installed", lambda package: False)
+    config = parse(run, "this test")
+    assert launch.engine_of(config) == "deepspeed"
+    with pytest.raises(
+        ConfigError, match="DeepSpeed is not installed.*where run_config.without_deepspeed is leave_out"
+    ):
+        make_plan(["a.yaml"], LAPTOP, Nodes(), engine="deepspeed")
+    config = parse(run | {"run_config": {"without_deepspeed": "leave_out"}}, "this test")
+    assert launch.engine_of(config) == "auto"
 
 
 def test_an_engine_against_a_forced_kind():
@@ -126,6 +140,31 @@ def test_a_yaml_is_llm_trainer_train_and_is_checked_once_before(monkeypatch, tmp
     with pytest.raises(SystemExit) as exit:
         launch.py_train([str(tmp_path / "none.py")])
     assert "none.py: no such file" in capsys.readouterr().err
+
+
+def command_of(capsys, arguments):
+    launch.ddp_train(["--dry-run", *arguments])
+    return shlex.split(capsys.readouterr().out)
+
+
+def test_torchruns_own_options_are_passed_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Machine, "look", lambda: BOX)
+    script = tmp_path / "a.py"
+    script.touch()
+    own = ["--max-restarts", "3", "--tee=3", "-r", "1"]
+    found = command_of(capsys, ["--nproc", "2", *own, str(script), "--max-restarts", "7"])
+    assert found[-8:] == ["--standalone", *own, str(script), "--max-restarts", "7"][-8:]
+    assert found[found.index("--nproc-per-node=2") + 1] == "--standalone" and found.count("3") == 1
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv_endpoint", "node0:1234"]
+    found = command_of(capsys, ["--nnodes=1:4", "--nproc_per_node=gpu", *rendezvous, str(script)])
+    assert found[-6:] == ["--nproc-per-node=4", "--nnodes=1:4", *rendezvous, str(script)]  # no meeting point of ours
+    assert command_of(capsys, ["-m", "package.module", "x"])[-3:] == ["-m", "package.module", "x"]
+    with pytest.raises(SystemExit):
+        launch.py_train(["--max-restarts", "3", str(script)])
+    assert "--max-restarts 3: these are options of torchrun, but py_train was asked for" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        launch.ddp_train(["--help"])
+    assert exit.value.code == 0 and "torchrun's own" in capsys.readouterr().out
 
 
 _START = "import sys; from llm_trainer.cli.launch import *; start(make_plan(sys.argv[2:], Machine(0, 2, False), "
