@@ -316,7 +316,9 @@ def _command(name: str, forced: str | None, arguments: Sequence[str] | None) -> 
     if forced is not None:
         how = f"with {NAMES[forced]}"
     parser = _own_parser(name, f"Run a training script {how}.")
-    script, of_script, given, options = _divide(parser, list(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None:
+        arguments = sys.argv[1:]
+    script, of_script, given, options = _divide(parser, list(arguments))
     nodes = Nodes(given.nproc, given.nnodes, given.node_rank, given.master_addr, given.master_port, tuple(options))
     try:
         machine = Machine.look()
