@@ -70,6 +70,7 @@ def follow(
     from llm_trainer.train.hooks import Hook
 
     hyper = case["hyper"]
+    assert (hyper["lr_scheduler_type"], hyper["optim"]) == ("constant", "adamw_torch"), "not written for another"
     seen: list[dict[str, float]] = []
     trainer_class(
         model=model,
@@ -83,7 +84,7 @@ def follow(
         train_loader=batches,
         device="cpu",
         max_epochs=1,
-        grad_accum_steps=case["gradient_accumulation_steps"],
+        grad_accum_steps=hyper["gradient_accumulation_steps"],
         max_grad_norm=hyper["max_grad_norm"],
         use_amp=False,
         log_interval=1,

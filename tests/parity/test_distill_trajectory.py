@@ -28,7 +28,9 @@ def test_trajectory(reference_dir: Path, tmp_path: Path) -> None:
         {"divergence": ends[hyper["beta"]]} if hyper["beta"] in ends else {"divergence": "jsd", "beta": hyper["beta"]}
     )
     batches = [{key: tensors[f"batch{i}.{key}"].long() for key in keys} for i in numbers]
-    kd = Distillation(teacher_model=teacher, kd_coef=1.0, **shape)  # TRL's temperature is that of its sampling
+    kd = Distillation(  # TRL's temperature is that of its sampling
+        teacher_model=teacher, kd_coef=1.0, on_policy_fraction=hyper["lmbda"], **shape
+    )
     seen = follow(SFTTrainer, case, model, batches, tmp_path, kd=kd)
     limit = case["tolerance"]["loss_abs_float32"]
     assert len(seen) == hyper["max_steps"]

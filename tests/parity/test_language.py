@@ -3,7 +3,8 @@
 import torch
 
 from llm_trainer.losses.chunked import chunked_loss
-from llm_trainer.losses.language import IGNORE, LanguageLoss, cross_entropy, num_supervised
+from llm_trainer.losses.language import IGNORE, LanguageLoss, num_supervised
+from plain_losses import cross_entropy
 from reference_cases import Case
 
 

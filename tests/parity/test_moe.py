@@ -2,7 +2,7 @@
 
 import torch
 
-from llm_trainer.losses.language import load_balancing_loss, router_z_loss
+from llm_trainer.losses.language import load_balancing_loss
 from reference_cases import Case
 
 
@@ -19,10 +19,3 @@ def test_load_balancing(moe_case: Case) -> None:
         case.assert_close(loss, case.expected["loss_hf"], dtype, "loss")
         for i, layer in enumerate(logits):
             case.assert_close(layer.grad, case.outputs[f"grad_router_logits.{i}"], dtype, f"gradient of layer {i}")
-        variants = {
-            "loss_mean_of_layers": load_balancing_loss(logits, *sizes, per_layer=True),
-            "loss_switch_normalised": load_balancing_loss(logits, *sizes, divide_by_top_k=True),
-            "router_z_loss_mean": router_z_loss(logits, mask),
-        }
-        for name, value in variants.items():
-            case.assert_close(value, case.expected[name], dtype, name)

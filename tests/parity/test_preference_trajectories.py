@@ -25,18 +25,45 @@ class MicroBatchNLL(DPOTrainer):
         return super()._prepare_batch(batch)
 
 
-# run -> trainer, its options (TRL's ORPO also counts the prompt in its NLL term)
+# run -> trainer, and what is TRL's own way and no option of it: its ORPO also counts the prompt in the NLL term.
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trl_dpo_sigmoid": (DPOTrainer, {}),
-    "trl_dpo_ipo": (DPOTrainer, {"loss_type": "ipo"}),
-    "trl_dpo_rpo": (MicroBatchNLL, {"loss_type": {"sigmoid": 1.0, "sft": 0.5}}),
+    "trl_dpo_ipo": (DPOTrainer, {}),
+    "trl_dpo_rpo": (MicroBatchNLL, {}),
     "trl_orpo": (DPOTrainer, {"loss_type": "orpo", "mask_prompt": False}),
-    "trl_cpo": (DPOTrainer, {"loss_type": "cpo"}),
-    "trl_simpo": (DPOTrainer, {"loss_type": "simpo", "simpo_gamma": 0.5}),
+    "trl_cpo": (DPOTrainer, {}),
+    "trl_simpo": (DPOTrainer, {}),
     "trl_kto": (KTOTrainer, {}),
     "trl_reward": (RewardTrainer, {}),
-    "trl_reward_margin_center": (RewardTrainer, {"center_coef": 0.01}),
+    "trl_reward_margin_center": (RewardTrainer, {}),
 }
+RENAMED = {  # TRL's options -> ours
+    "beta": "beta",
+    "simpo_gamma": "simpo_gamma",
+    "cpo_alpha": "nll_loss_coef",
+    "desirable_weight": "desirable_weight",
+    "undesirable_weight": "undesirable_weight",
+    "center_rewards_coefficient": "center_coef",
+}
+
+
+def options_of(hyper: dict[str, Any]) -> dict[str, Any]:
+    """What a run was told, in our words."""
+    options = {ours: hyper[theirs] for theirs, ours in RENAMED.items() if theirs in hyper}
+    losses = hyper.get("loss_type")
+    if isinstance(losses, list):
+        weights = hyper.get("loss_weights") or [1.0] * len(losses)
+        options["loss_type"] = dict(zip(losses, weights, strict=True))
+    elif losses is not None:  # the CPO trainer's, whose "sigmoid" is CPO itself
+        options["loss_type"] = {"sigmoid": "cpo"}.get(losses, losses)
+    return options
+
+
+def test_every_option_of_a_case_is_read() -> None:
+    rpo = {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.3], "beta": 0.7}
+    assert options_of(rpo) == {"beta": 0.7, "loss_type": {"sigmoid": 0.8, "sft": 0.3}}
+    simpo = {"loss_type": "simpo", "simpo_gamma": 0.9, "cpo_alpha": 0.2, "beta": 2.0}
+    assert options_of(simpo) == {"beta": 2.0, "loss_type": "simpo", "simpo_gamma": 0.9, "nll_loss_coef": 0.2}
 
 
 def labelled(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -84,17 +111,15 @@ def test_trajectory(name: str, reference_dir: Path, tmp_path: Path) -> None:
 
     folder = reference_dir / "e2e"
     case = json.loads((folder / f"{name}.json").read_text())
-    hyper, trainer_class, options = case["hyper"], *RUNS[name]
+    hyper, trainer_class, own = case["hyper"], *RUNS[name]
+    options = options_of(hyper) | own
     model = AutoModelForCausalLM.from_pretrained(folder / "policy", attn_implementation="eager")
     if trainer_class is RewardTrainer:
         model = reward_model(model, pad_token_id=0)
         head = load_file(folder / "reward_score_head.safetensors")
         model.score.weight.data.copy_(next(iter(head.values())))
-    else:
-        options = options | {"beta": hyper["beta"]}
-        if name.startswith(("trl_dpo", "trl_kto")):
-            reference = AutoModelForCausalLM.from_pretrained(folder / "ref", attn_implementation="eager")
-            options = options | {"ref_model": reference}
+    elif name.startswith(("trl_dpo", "trl_kto")):
+        options["ref_model"] = AutoModelForCausalLM.from_pretrained(folder / "ref", attn_implementation="eager")
     tensors = load_file(folder / f"{name}.safetensors")
     seen = follow(trainer_class, case, model, batches_of(tensors), tmp_path, **options)
     limit = case["tolerance"]["loss_abs_float32"]

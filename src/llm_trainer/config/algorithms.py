@@ -70,7 +70,11 @@ class DPOConfig:
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
         default="reverse_kl", description="how the distance from the reference is measured"
     )
-    f_alpha: StrictFloat = Field(default=0.5, gt=0, description="alpha of alpha_divergence")
+    f_alpha: StrictFloat = Field(
+        default=0.5,
+        gt=0,
+        description="alpha of alpha_divergence, as in u^-alpha (Wang et al. 2023); TRL's is 1 - alpha",
+    )
     discopop_tau: StrictFloat = Field(default=0.05, gt=0, description="temperature of discopop")
     ld_alpha: StrictFloat = Field(default=0.5, ge=0, le=1, description="weight of ld_dpo's surplus tokens")
     ref_model_checkpoint: Any = Field(

@@ -67,24 +67,6 @@ def num_supervised(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE).sum()
 
 
-def token_losses(logits: Tensor, labels: Tensor, loss: LanguageLoss | None = None) -> Tensor:
-    """The loss of every token, 0 where there is none.
-
-    Args:
-        logits: `[B, T, V]`; position t predicts the label of t + 1.
-        labels: `[B, T]`, un-shifted, `IGNORE` where nothing is to be learnt.
-        loss: what a token contributes; by default its negative log-likelihood.
-
-    Returns:
-        `[B, T]` aligned with `labels`, in float32 (float64 for float64 logits), differentiable.
-    """
-    labels = labels[:, 1:]
-    supervised = labels != IGNORE
-    # The last logits predict nothing and masked positions may hold anything: they are dropped before the softmax.
-    values, _ = flat_losses(logits[:, :-1][supervised], labels[supervised], loss or LanguageLoss())
-    return F.pad(values.new_zeros(labels.shape).masked_scatter(supervised, values), (1, 0))
-
-
 def flat_losses(logits: Tensor, labels: Tensor, loss: LanguageLoss) -> tuple[Tensor, Tensor]:
     """Losses and log-probabilities of N tokens. `logits [N, V]`, `labels [N]` all token ids -> `[N]` twice."""
     logits = at_least_float32(logits)
@@ -100,73 +82,35 @@ def flat_losses(logits: Tensor, labels: Tensor, loss: LanguageLoss) -> tuple[Ten
     return values * loss.token_weights(labels), logprobs
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, loss: LanguageLoss | None = None, num_tokens: Tensor | int | None = None
-) -> Tensor:
-    """Mean token loss. `logits [B, T, V]`, `labels [B, T]` un-shifted -> scalar.
-
-    Args:
-        logits: `[B, T, V]`.
-        labels: `[B, T]`.
-        loss: what a token contributes.
-        num_tokens: the denominator; by default the supervised tokens of this batch. Under gradient accumulation pass
-            the number of the whole optimizer step, and the losses of the micro-batches add up to the loss of the step.
-    """
-    count = num_supervised(labels) if num_tokens is None else torch.as_tensor(num_tokens)
-    return token_losses(logits, labels, loss).sum() / count.clamp(min=1)
-
-
 def load_balancing_loss(
     router_logits: Sequence[Tensor],
     num_experts: int,
     top_k: int,
     attention_mask: Tensor | None = None,
-    per_layer: bool = False,
-    divide_by_top_k: bool = False,
 ) -> Tensor:
-    """Auxiliary loss of a mixture of experts: E * sum_e f_e P_e, smallest when every expert is used equally.
+    """Auxiliary loss of a mixture of experts: E * sum_e f_e P_e, `top_k` and smallest when every expert is used equally.
 
     f_e is the number of top-k assignments to expert e per token (no gradient), P_e the mean router probability
-    (Switch Transformers, Fedus et al. 2021, arXiv 2101.03961, eq. 4-6). The coefficient is not included.
+    (Switch Transformers, Fedus et al. 2021, arXiv 2101.03961, eq. 4-6), over the tokens of all layers together, as in
+    transformers. The coefficient is not included.
 
     Args:
         router_logits: one `[B * T, E]` per layer.
         num_experts: E.
         top_k: experts per token.
         attention_mask: `[B, T]`, 0 on padding, which is left out of both averages.
-        per_layer: average the layers' losses; by default the tokens of all layers are pooled first, as
-            transformers does.
-        divide_by_top_k: the balanced value is 1 (Megatron, DeepSeek) instead of `top_k` (transformers).
 
     Returns:
         scalar.
     """
-    groups = list(router_logits) if per_layer else [torch.cat(list(router_logits))]
-    losses = []
-    for logits in groups:
-        keep = _unpadded(logits, attention_mask)  # (n,)
-        num_tokens = keep.sum().clamp(min=1)
-        probs = at_least_float32(logits).softmax(-1)  # (n, E)
-        chosen = F.one_hot(probs.topk(top_k, dim=-1).indices, num_experts).sum(1)  # (n, E)
-        assigned = (chosen * keep[:, None]).sum(0) / num_tokens
-        mean_prob = (probs * keep[:, None]).sum(0) / num_tokens
-        losses.append(num_experts * (assigned * mean_prob).sum())
-    return torch.stack(losses).mean() / (top_k if divide_by_top_k else 1)
-
-
-def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens and layers of logsumexp(router logits)^2 (ST-MoE, Zoph et al. 2022, eq. 5), no coefficient.
-
-    Args:
-        router_logits: one `[B * T, E]` per layer.
-        attention_mask: `[B, T]`, 0 on padding.
-
-    Returns:
-        scalar.
-    """
-    logits = torch.cat(list(router_logits))
-    keep = _unpadded(logits, attention_mask)
-    return (at_least_float32(logits).logsumexp(-1).square() * keep).sum() / keep.sum().clamp(min=1)
+    logits = torch.cat(list(router_logits))  # (n, E)
+    keep = _unpadded(logits, attention_mask)  # (n,)
+    num_tokens = keep.sum().clamp(min=1)
+    probs = at_least_float32(logits).softmax(-1)  # (n, E)
+    chosen = F.one_hot(probs.topk(top_k, dim=-1).indices, num_experts).sum(1)  # (n, E)
+    assigned = (chosen * keep[:, None]).sum(0) / num_tokens
+    mean_prob = (probs * keep[:, None]).sum(0) / num_tokens
+    return num_experts * (assigned * mean_prob).sum()
 
 
 def _unpadded(logits: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -31,7 +31,8 @@ def _exp(x: Tensor) -> Tensor:
 
 
 # f-DPO (Wang et al. 2023, arXiv:2309.16240): the log-ratio x = log u is replaced by f'(u), up to a constant that
-# cancels between chosen and rejected. (x [B], alpha) -> [B].
+# cancels between chosen and rejected. (x [B], alpha) -> [B]. The alpha is that of u^-alpha in the paper's table 1, where
+# 0 is the reverse KL and 1 the forward one; TRL's `f_alpha_divergence_coef` is 1 - alpha.
 F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda x, alpha: x,
     "forward_kl": lambda x, alpha: -_exp(-x),
@@ -314,7 +315,8 @@ class PreferenceLoss:
         nll_loss_coef: weight of the NLL of the chosen completion (RPO). None: 1 for `orpo` and `cpo`, which are defined
             with it, 0 otherwise.
         nll_norm: "token" or "sequence", see `NLL_NORMS`.
-        f_divergence: a name of `F_DIVERGENCES`; `f_alpha` belongs to "alpha_divergence".
+        f_divergence: a name of `F_DIVERGENCES`.
+        f_alpha: of "alpha_divergence", as in u^-alpha of Wang et al. (2023); TRL's coefficient is 1 - alpha.
         discopop_tau: DiscoPOP's temperature.
         ld_alpha: what the surplus tokens of the longer completion count in `ld_dpo`.
 

@@ -11,7 +11,7 @@ from llm_trainer.algorithm import PromptFormat, Source, Step
 from llm_trainer.config.algorithms import PretrainConfig, SFTConfig
 from llm_trainer.config.options import KDConfig
 from llm_trainer.losses.distill import mix_with_task
-from llm_trainer.losses.language import IGNORE, LanguageLoss, mean_over
+from llm_trainer.losses.language import IGNORE, LanguageLoss, mean_over, num_supervised
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
@@ -104,8 +104,7 @@ class Trainer(BaseTrainer):
         return scored(model, self.loss)
 
     def _loss_weight(self, batch: dict[str, torch.Tensor]) -> float:
-        labels = self._labels(batch)
-        return float((labels[:, 1:] != IGNORE).sum())  # the label of position 0 has nothing to be predicted from
+        return float(num_supervised(self._labels(batch)))
 
     def _labels(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """`[B, T]` the labels of a batch; all of its tokens where it has none.

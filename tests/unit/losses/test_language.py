@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llm_trainer.losses.language import IGNORE, LanguageLoss, cross_entropy, load_balancing_loss, token_losses
+from llm_trainer.losses.language import IGNORE, LanguageLoss, load_balancing_loss
+from plain_losses import cross_entropy, token_losses
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

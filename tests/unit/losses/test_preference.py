@@ -186,3 +186,10 @@ def test_a_share_of_a_nll_term_is_a_share_and_not_one() -> None:
     empty = tokens(1) | {"chosen_mask": torch.zeros(1, 9, dtype=torch.bool)}
     none = PreferenceLoss(nll_loss_coef=2.0, nll_norm="sequence")(pairs_from_tokens(**empty))
     torch.testing.assert_close(none.total(1, 0.0), none.losses.sum())
+
+
+def test_alpha_divergence_begins_at_the_reverse_kl() -> None:
+    """The alpha is that of u^-alpha in Wang et al. (2023), not TRL's, which is 1 minus it."""
+    pairs = pairs_from_tokens(**tokens())
+    alpha = PreferenceLoss(f_divergence="alpha_divergence", f_alpha=1e-7)(pairs).losses
+    torch.testing.assert_close(alpha, PreferenceLoss()(pairs).losses, rtol=1e-5, atol=0)

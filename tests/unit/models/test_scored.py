@@ -12,8 +12,9 @@ from tiny_models import LENGTHS, VOCAB, flat_batch, padded_batch, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
-from llm_trainer.losses.language import IGNORE, LanguageLoss, cross_entropy, load_balancing_loss
+from llm_trainer.losses.language import IGNORE, LanguageLoss, load_balancing_loss
 from llm_trainer.models.scored import ScoredModel, restarting_positions, scored
+from plain_losses import cross_entropy
 
 
 class Plain(nn.Module):

@@ -220,3 +220,18 @@ def test_state_of_options_and_of_strangers() -> None:
     assert state_bytes(torch.optim.Muon([weight])) == 64
     assert recipe_of(torch.optim.RMSprop([weight])) is None and state_bytes(torch.optim.RMSprop([weight])) == 64
     assert state_bytes(torch.optim.Adamax([weight])) == 2 * 64
+
+
+def test_lion_looks_ahead_with_its_first_beta_and_remembers_with_its_second() -> None:
+    """Chen et al. 2023, algorithm 2, by hand: after a gradient of 1 one of -0.5 turns the step, as 0.9 m is but 0.009."""
+    weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    lion = create_optimizer([weight], "lion", lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    momentum, expected = 0.0, 1.0
+    for gradient in (1.0, -0.5, 0.25):
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        lion.step()
+        direction = math.copysign(1.0, 0.9 * momentum + 0.1 * gradient)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * direction
+        momentum = 0.99 * momentum + 0.01 * gradient
+        assert weight.item() == pytest.approx(expected, rel=1e-12)
+        assert lion.state[weight]["momentum"].item() == pytest.approx(momentum, rel=1e-12)

@@ -79,8 +79,8 @@ def test_micro_batches_without_terms_change_nothing(tmp_path: Path) -> None:
     first, second, empty = torch.rand(2, 3), torch.rand(2, 1), torch.empty(2, 0)
     cut = make(tmp_path / "cut", [first, empty, second], grad_accum_steps=3)
     whole = make(tmp_path / "whole", [torch.cat([first, second], 1)])
-    for trainer in (cut, whole):
-        trainer.train()
+    losses = [trainer.train()["loss"] for trainer in (cut, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # an empty sum has a gradient of 0, but a loss of NaN
     assert cut.run.progress.skipped_steps == 0
     for a, b in zip(state(cut), state(whole), strict=True):
         assert torch.allclose(a, b, rtol=1e-6)
@@ -244,3 +244,53 @@ def test_no_clipping_is_0_or_none(tmp_path: Path) -> None:
             ValueError, match=r"max_grad_norm: got .*, expected a number of at least 0; 0 or None: no cl"
         ):
             make(tmp_path, [GOOD], max_grad_norm=wrong)
+
+
+class Forgetful(Regression):
+    """Which drops half of its inputs while it learns."""
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        inputs = torch.nn.functional.dropout(batch[0], 0.5, self.model.training)
+        return self.model(inputs[:, None])[:, 0]
+
+
+def test_evaluation_is_without_dropout(tmp_path: Path) -> None:
+    held_out = torch.rand(2, 50)
+    trainer = make(tmp_path, [GOOD], Forgetful, val_loader=[held_out])
+    loss = trainer.train()["eval_loss"]
+    with torch.no_grad():
+        expected = (trainer.base_model(held_out[0][:, None])[:, 0] - held_out[1]).pow(2).mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert trainer.model.training  # as it was before
+
+
+def test_the_noise_of_a_step_is_its_own(tmp_path: Path) -> None:
+    """Whoever stops and goes on drops what he would have dropped without; and what comes before does not matter."""
+    batches = [torch.rand(2, 9) for _ in range(6)]
+    whole = make(tmp_path / "whole", batches, Forgetful)
+    whole.train()
+    first = make(tmp_path / "parts", batches, Forgetful, max_steps=3)
+    first.train()
+    torch.rand(7)
+    rest = make(tmp_path / "parts", batches, Forgetful, resume="auto")
+    rest.train()
+    assert rest.run.progress.step == 6
+    assert all(torch.equal(a, b) for a, b in zip(state(rest), state(whole), strict=True))
+
+
+def test_the_best_model_is_the_one_with_the_lowest_loss(tmp_path: Path) -> None:
+    """Of weights that come near the answer and leave it again; equal losses are no progress."""
+    losses = iter([3.0, 1.0, 2.0, 1.0])
+    trainer = make(tmp_path, [GOOD] * 4, val_loader=[GOOD], eval_interval=1)
+    trainer.run.evaluate = lambda: {"eval_loss": next(losses)}  # type: ignore[method-assign]
+    trainer.train()
+    progress = trainer.run.progress
+    assert (progress.best_loss, progress.best_step, progress.evals_without_progress) == (1.0, 2, 2)
+
+
+def test_weights_that_are_broken_before_the_first_step_are_named(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [GOOD])
+    trainer.base_model.weight.data.fill_(float("inf"))  # type: ignore[union-attr, operator]
+    with pytest.raises(NonFiniteError, match=r"the weights are broken before the first step: weight \(1 of 1 values"):
+        trainer.train()
+    assert trainer.run.progress.step == 0
