@@ -17,6 +17,7 @@ from llm_trainer.trainers import TRAINERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+CHINESE = {page: ROOT / "docs" / "zh" / page.name for page in PAGES} | {PAGES[0]: ROOT / "README.zh-CN.md"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN, FILE = "# not run: ", "# file: "
 
@@ -55,8 +56,23 @@ def test_blocks_run(page: Path, tmp_path: Path, warm_commands: Path, monkeypatch
             assert language in ("text", "yaml"), f"{page.name}, line {line}: a block of {language} is not understood"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_chinese_page_has_the_same_blocks_and_headings(page: Path) -> None:
+    """So that what runs in one language runs in the other, and no section is missing."""
+    other = CHINESE[page]
+    assert [block[1:] for block in blocks(other)] == [block[1:] for block in blocks(page)]
+    assert headings(other) == headings(page)
+
+
+def headings(page: Path) -> list[str]:
+    """The levels of a page's headings, in order."""
+    return re.findall("^#+(?= )", BLOCK.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+
+
 @pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"], ids=lambda page: page.stem
+    "page",
+    [*PAGES, *CHINESE.values(), ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
 )
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", BLOCK.sub("", page.read_text(encoding="utf-8")))
