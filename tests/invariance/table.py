@@ -95,7 +95,8 @@ class Rows:
     """Ragged rows of random ids.
 
     All but those of 'pretrain' have prompts. In the second step every other row has an answer of one token, and in 'sft'
-    nothing to train on: one of two ranks has no term at all.
+    nothing to train on: one of two ranks has no term at all. The tokens of 'sft' have weights, so small that those of
+    a whole step sum to less than 1.
     """
 
     def __init__(self, trainer: str, vocab_size: int, seed: int = 0) -> None:
@@ -108,11 +109,15 @@ class Rows:
         if not whole:  # every other row of the second step, which are those of the first of two ranks
             every_other = slice(ROWS_PER_STEP, 2 * ROWS_PER_STEP, 2)
             prompts[every_other] = self.lengths[every_other] - (trainer != "sft")
+        self._weights = [noise.random(n).astype(np.float32) / 500 for n in self.lengths] if trainer == "sft" else None
         self._trained = [np.arange(n) >= prompt for n, prompt in zip(self.lengths, prompts, strict=True)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         length = int(self.lengths[index])
-        return {"input_ids": self._ids[index], "trained": self._trained[index], "document_lengths": [length]}
+        row = {"input_ids": self._ids[index], "trained": self._trained[index], "document_lengths": [length]}
+        if self._weights is not None:
+            row["loss_weights"] = self._weights[index]
+        return row
 
 
 class Answers:

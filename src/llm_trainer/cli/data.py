@@ -18,7 +18,7 @@ from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.kinds.prompts import PromptRows
-from llm_trainer.data.ledger import Ledger
+from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.load import store_of
 from llm_trainer.data.read.files import files_of
 from llm_trainer.disk import whole_file
@@ -51,6 +51,12 @@ def check(
         str | None, typer.Option(help="text, conversations, pairs, unpaired, process, prompts, or your own")
     ] = None,
     block_size: Annotated[int | None, typer.Option(min=2, help="tokens of the context")] = None,
+    ignore_images: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-images", help="count rows with images that are trained as text, instead of refusing them"
+        ),
+    ] = False,
 ) -> None:
     """Show what files hold: schema, lengths, duplicates, broken rows. Exits with 1 if training on them would stop."""
     if block_size is not None and tokenizer is None:
@@ -58,9 +64,10 @@ def check(
     chat: ChatFormat | None = None
     if tokenizer is not None:
         chat = ChatFormat(load_tokenizer(tokenizer))
+    images = "ignore" if ignore_images else "error"
     stops = False
     for path in _all_files(files):
-        report = check_file(path, chat, schema=schema, kind=kind, block_size=block_size)
+        report = check_file(path, chat, schema=schema, kind=kind, block_size=block_size, image_columns=images)
         _show(report)
         stops = stops or report.stops_training
     if stops:
@@ -109,6 +116,8 @@ def _facts(report: FileReport) -> dict[str, str]:
         facts[report.unit] = f"{sum(report.lengths):,}; {parts}"
     if report.unit == "tokens":
         facts["trained on"] = f"{report.trained:,} tokens; {report.untrained:,} samples have none"
+    for number, line in enumerate([*report.account.weight_lines(), *note_lines(report.account.notes)]):
+        facts[f"note {number + 1}"] = line
     if report.too_long[0]:
         facts["too long"] = f"{report.too_long[0]:,} samples; truncation would cut {report.too_long[1]:,} tokens"
     facts["problems"] = f"{len(report.problems):,}"

@@ -20,6 +20,7 @@ from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.data.kinds.process import ProcessFormat
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import read_rows
+from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 from llm_trainer.engine.device import detect_device
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
@@ -58,7 +59,7 @@ class Judge:
     def encode(self, kind: str, sample: dict[str, Any], location: Location) -> dict[str, Answer]:
         """The answers of a sample as ids, up to the last token of the answer, where training reads the reward."""
         if kind == "process":
-            return {"steps": self.steps.encode(sample["prompt"], sample["steps"])}
+            return {"steps": self.steps.encode(sample["prompt"], sample["steps"], sample.get("tools"))}
         answers = {}
         for name, encoded in self._conversations(kind, sample).items():
             if not any(encoded.trained):
@@ -73,10 +74,10 @@ class Judge:
             return {"score": self.chat.encode_completion(sample["prompt"], sample["completion"])}
         if kind == "chat":
             return {"score": self.chat.encode(sample["messages"], sample["tools"])}
-        prompt = [{**turn, "loss_weight": 0.0} for turn in sample["prompt"]]
+        prompt, tools = read_only(sample["prompt"]), sample.get("tools")
         if kind == "preference":
-            return {name: self.chat.encode([*prompt, *sample[name]]) for name in ("chosen", "rejected")}
-        return {"score": self.chat.encode([*prompt, *sample["completion"]])}
+            return {name: self.chat.encode([*prompt, *sample[name]], tools) for name in ("chosen", "rejected")}
+        return {"score": self.chat.encode([*prompt, *sample["completion"]], tools)}
 
     def rewards(self, answers: list[Answer], batch_size: int) -> list[list[float]]:
         """The numbers of each answer, of a step the probability that it is right; similar lengths are scored together."""

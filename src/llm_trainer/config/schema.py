@@ -122,6 +122,11 @@ class DataLoaderConfig(MicroBatches):
         default="keep_start", description="what happens to samples that are too long"
     )
     bad_rows: Literal["error", "drop"] = Field(default="error", description="what happens to rows that cannot be read")
+    image_columns: Literal["error", "ignore"] = Field(
+        default="error",
+        description="what happens to rows that are trained as text and have images, videos or sounds; ignore: they are "
+        "counted",
+    )
     text_unit: Literal["auto", "file", "line", "paragraph"] = Field(
         default="auto", description="what one document of a plain text file is"
     )

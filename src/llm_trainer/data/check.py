@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -16,14 +16,17 @@ import numpy as np
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.ids import check_ids
-from llm_trainer.data.kinds import KINDS, DataOptions, get_kind, kinds_that_accept
+from llm_trainer.data.kinds import KINDS, DataOptions, Kind, get_kind, kinds_that_accept
+from llm_trainer.data.kinds.pairs import refuse_weights
+from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.load import ROWS_LOOKED_AT, find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows
-from llm_trainer.data.read.messages import read_only
+from llm_trainer.data.read.messages import read_only, row_weight
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
+from llm_trainer.data.unused import refuse_unused
 
 Sample = dict[str, Any]
 Piece = tuple[str, bool]  # some text, and whether it is trained on
@@ -47,6 +50,7 @@ class FileReport:
     duplicates: int = 0  # samples that are exactly equal to an earlier one
     too_long: tuple[int, int] = (0, 0)  # samples longer than `block_size`, and the units truncation would cut from them
     dropped: Counter[str] = field(default_factory=Counter)  # well-formed rows that have nothing to teach, by reason
+    account: Ledger = field(default_factory=Ledger)  # weights of trained tokens, and what was noted about rows
     problems: list[DataError] = field(default_factory=list)  # rows, or the file as a whole, that would stop training
     examples: list[list[Piece]] = field(default_factory=list)  # the first samples
 
@@ -102,6 +106,7 @@ def check_file(
     schema: str | None = None,
     kind: str | None = None,
     block_size: int | None = None,
+    image_columns: str = "error",
 ) -> FileReport:
     """Read a whole file as training would and report instead of stopping.
 
@@ -111,6 +116,7 @@ def check_file(
         schema: forced schema name; None: recognised from the rows.
         kind: name of the kind of rows that is wanted of the file; None: any.
         block_size: tokens of the context, to count what truncation would do.
+        image_columns: 'error', or 'ignore' to count rows with images that are trained as text.
 
     Raises:
         ValueError: `schema` or `kind` is unknown.
@@ -118,7 +124,7 @@ def check_file(
     report = FileReport(Path(path))
     if chat is not None:
         report.unit = "tokens"
-    inspector = _Inspector(report, chat, block_size)
+    inspector = _Inspector(report, chat, block_size, image_columns)
     try:
         if report.path.suffix in TOKEN_SUFFIXES:
             inspector.read_tokens(kind)
@@ -132,8 +138,8 @@ def check_file(
 class _Inspector:
     """Fills in the report of one file."""
 
-    def __init__(self, report: FileReport, chat: ChatFormat | None, block_size: int | None) -> None:
-        self.report, self.chat, self.block_size = report, chat, block_size
+    def __init__(self, report: FileReport, chat: ChatFormat | None, block_size: int | None, image_columns: str) -> None:
+        self.report, self.chat, self.block_size, self.image_columns = report, chat, block_size, image_columns
         self._seen: set[bytes] = set()
 
     def read_text(self, schema: str | None, wanted: str | None) -> None:
@@ -150,22 +156,35 @@ class _Inspector:
         report.usable_as = kinds_that_accept(found.kind)
         if found.kind == "text":
             self.block_size = None  # documents are laid end to end and cut into blocks: nothing is lost
-        for location, sample in self._samples(found, chain(head, rows)):
+        kind = None
+        if wanted is not None or report.usable_as:
+            kind = get_kind(wanted or report.usable_as[0])
+        for location, row, sample in self._samples(found, kind, chain(head, rows)):
             if self.chat is None:
                 report.lengths.append(sum(map(len, texts_of(sample))))
                 continue
+            weight = 1.0
             try:
+                if kind is not None and kind.weighs_rows:
+                    weight = row_weight(row, location)
                 encoded = _encode(self.chat, found.kind, sample)
+                if found.kind in ("preference", "unpaired"):
+                    refuse_weights(encoded, location)
             except ChatTemplateError as error:
                 report.problems.append(misfit(location, error, in_ids=False))
+            except DataError as error:
+                report.problems.append(error)
             else:
-                self._count(encoded)
+                self._count(encoded, weight)
 
-    def _samples(self, schema: Schema, rows: Rows) -> Iterator[tuple[Location, Sample]]:
-        for location, row in rows:
+    def _samples(self, schema: Schema, kind: Kind | None, rows: Rows) -> Iterator[tuple[Location, Any, Sample]]:
+        for where, row in rows:
             self.report.rows += 1
+            location = replace(where, notes=self.report.account.notes)
             try:
                 samples = schema.samples(row, location)
+                if kind is not None:
+                    refuse_unused(kind, row, location, self.image_columns)
             except DroppedRow as nothing_to_teach:
                 self.report.dropped[nothing_to_teach.reason] += 1
                 continue
@@ -174,7 +193,7 @@ class _Inspector:
                 continue
             for sample in samples:
                 self._note_duplicate(json.dumps(sample, sort_keys=True, default=repr).encode())
-                yield location, sample
+                yield location, row, sample
 
     def read_tokens(self, wanted: str | None) -> None:
         report, tokens = self.report, open_tokens(self.report.path)
@@ -215,14 +234,18 @@ class _Inspector:
         self.report.duplicates += digest in self._seen
         self._seen.add(digest)
 
-    def _count(self, encoded: list[EncodedChat]) -> None:
-        """Add a sample, which is several sequences when they are compared."""
+    def _count(self, encoded: list[EncodedChat], row_weight: float = 1.0) -> None:
+        """Add a sample, which is several sequences when they are compared, of a row that weighs this much."""
         report = self.report
         length = max(len(one.input_ids) for one in encoded)
         report.lengths.append(length)
         if self.block_size is not None and length > self.block_size:
             report.too_long = (report.too_long[0] + 1, report.too_long[1] + length - self.block_size)
-        trained = sum(sum(one.trained[1 : self.block_size]) for one in encoded)  # nothing predicts the first token
+        trained = 0
+        for one in encoded:
+            weights = one.loss_weights(row_weight)[1 : self.block_size]  # nothing predicts the first token
+            report.account.weigh(weights[weights != 0])
+            trained += int((weights != 0).sum())
         report.trained += trained
         report.untrained += not trained and report.kind not in ("prompt", "vision")
         if self.chat is not None and len(report.examples) < NUM_EXAMPLES:
@@ -238,12 +261,16 @@ def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:
     if kind == "tokens":
         return [EncodedChat(sample["input_ids"], [True] * len(sample["input_ids"]), "")]
     if kind == "prompt":
-        ids = chat.encode_prompt(sample["prompt"])
+        ids = chat.encode_prompt(sample["prompt"], sample.get("tools"))
         return [EncodedChat(ids, [False] * len(ids), "")]
     if "messages" in sample:
         return [chat.encode(sample["messages"], sample.get("tools"))]
     prompt = read_only(sample["prompt"])
-    return [chat.encode(prompt + sample[key]) for key in ("completion", "chosen", "rejected") if key in sample]
+    return [
+        chat.encode(prompt + sample[key], sample.get("tools"))
+        for key in ("completion", "chosen", "rejected")
+        if key in sample
+    ]
 
 
 def _pieces(chat: ChatFormat, encoded: EncodedChat) -> list[Piece]:

@@ -15,12 +15,14 @@ class LanguageSample(TypedDict):
     input_ids: np.ndarray  # [T]
     trained: np.ndarray  # [T] True where the token is to be predicted
     document_lengths: Sequence[int]  # of the documents that the row consists of, in order; their sum is T
+    loss_weights: NotRequired[np.ndarray]  # [T] how much each trained token counts; absent: all alike
 
 
 class LanguageBatch(TypedDict):
     """A micro-batch of language modelling, padded `[B, T]` or laid flat `[1, N]`.
 
     `labels[t]` is the token AT t, -100 where it is not trained on; position 0 of a document never counts.
+    `loss_weights[t]` is how much the loss of that token counts, from 0 up: the loss is the mean with these weights.
     """
 
     input_ids: torch.Tensor
@@ -28,11 +30,12 @@ class LanguageBatch(TypedDict):
     attention_mask: NotRequired[torch.Tensor]  # [B, T] 1 on tokens and 0 on padding; absent when flat
     position_ids: NotRequired[torch.Tensor]  # [1, N] restarting at 0 in every document; only when flat
     document_lengths: NotRequired[torch.Tensor]  # [number of documents]; only when flat
+    loss_weights: NotRequired[torch.Tensor]  # float32, shaped as labels; absent: every label counts 1
 
 
-def pad_right(rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
-    """Rows of `[T_i]` as one int64 tensor `[B, max T_i]`, padded with `value` on the right."""
-    out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+def pad_right(rows: Sequence[np.ndarray], value: int, dtype: type = np.int64) -> torch.Tensor:
+    """Rows of `[T_i]` as one tensor `[B, max T_i]` of `dtype`, padded with `value` on the right."""
+    out: np.ndarray = np.full((len(rows), max(len(row) for row in rows)), value, dtype=dtype)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
     return torch.from_numpy(out)
@@ -46,24 +49,39 @@ def _labels(sample: LanguageSample) -> np.ndarray:
     return labels
 
 
+def _weights(samples: Sequence[LanguageSample]) -> list[np.ndarray] | None:
+    """One array `[T]` of weights per row; None where all tokens that are trained on weigh the same."""
+    if not any("loss_weights" in sample for sample in samples):
+        return None
+    return [sample.get("loss_weights", np.ones(len(sample["input_ids"]))) for sample in samples]
+
+
 def collate_padded(samples: Sequence[LanguageSample], pad_id: int = 0) -> LanguageBatch:
     """One row per sample, padded on the right to the longest; padding is masked by length, never by token id."""
-    return LanguageBatch(
+    batch = LanguageBatch(
         input_ids=pad_right([s["input_ids"] for s in samples], pad_id),
         labels=pad_right([_labels(s) for s in samples], IGNORE),
         attention_mask=pad_right([np.ones(len(s["input_ids"]), dtype=np.int64) for s in samples], 0),
     )
+    weights = _weights(samples)
+    if weights is not None:
+        batch["loss_weights"] = pad_right(weights, 0, np.float32)
+    return batch
 
 
 def collate_flat(samples: Sequence[LanguageSample]) -> LanguageBatch:
     """All samples end to end in one row `[1, N]`: no padding, attention inside documents only."""
     lengths = np.concatenate([np.asarray(s["document_lengths"], dtype=np.int64) for s in samples])
-    return LanguageBatch(
+    batch = LanguageBatch(
         input_ids=torch.from_numpy(np.concatenate([s["input_ids"] for s in samples]).astype(np.int64))[None],
         labels=torch.from_numpy(np.concatenate([_labels(s) for s in samples]))[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
         document_lengths=torch.from_numpy(lengths),
     )
+    weights = _weights(samples)
+    if weights is not None:
+        batch["loss_weights"] = torch.from_numpy(np.concatenate(weights).astype(np.float32))[None]
+    return batch
 
 
 def row_lengths(batch: dict[str, torch.Tensor]) -> list[int]:

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from llm_trainer.config.errors import counted
 
 
@@ -15,17 +17,27 @@ class Ledger:
     rows: int = 0  # that will be trained on
     read: int = 0  # tokens of all rows that were read
     trained: int = 0  # that the loss counts
+    weighted: int = 0  # of these, that weigh something else than 1
+    lightest: float = 1.0  # the smallest of the weights of all that are trained on
+    heaviest: float = 1.0  # the largest
     context: int = 0  # that the model only reads (prompts, first tokens of documents)
     truncated: int = 0  # cut from rows that were kept
     truncated_rows: int = 0  # rows that lost tokens
     dropped: Counter[str] = field(default_factory=Counter)  # tokens of rows that were left out, by reason
     dropped_rows: Counter[str] = field(default_factory=Counter)  # the number of these rows, by reason
+    notes: Counter[str] = field(default_factory=Counter)  # what else must not be silent: `turn: an empty answer, ...`
 
     def drop(self, reason: str, tokens: int = 0, rows: int = 1) -> None:
         """Note rows of `tokens` tokens altogether as left out for `reason`."""
         self.read += tokens
         self.dropped[reason] += tokens
         self.dropped_rows[reason] += rows
+
+    def weigh(self, weights: np.ndarray) -> None:
+        """Note the weights `[N]` of tokens that the loss counts."""
+        self.weighted += int((weights != 1).sum())
+        self.lightest = min(self.lightest, float(weights.min(initial=1)))
+        self.heaviest = max(self.heaviest, float(weights.max(initial=1)))
 
     def check(self) -> "Ledger":
         """Assert that tokens read = trained on + context only + truncated + dropped."""
@@ -35,17 +47,21 @@ class Ledger:
 
     def merge(self, other: "Ledger") -> "Ledger":
         """The ledger of both datasets together."""
-        numbers = ("rows", "read", "trained", "context", "truncated", "truncated_rows")
+        numbers = ("rows", "read", "trained", "weighted", "context", "truncated", "truncated_rows")
         return Ledger(
             name=self.name or other.name,
             **{key: getattr(self, key) + getattr(other, key) for key in numbers},
+            lightest=min(self.lightest, other.lightest),
+            heaviest=max(self.heaviest, other.heaviest),
             dropped=self.dropped + other.dropped,
             dropped_rows=self.dropped_rows + other.dropped_rows,
+            notes=self.notes + other.notes,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for trainer_state.json and metrics."""
-        return asdict(self) | {"dropped": dict(self.dropped), "dropped_rows": dict(self.dropped_rows)}
+        counters = {"dropped": self.dropped, "dropped_rows": self.dropped_rows, "notes": self.notes}
+        return asdict(self) | {name: dict(counter) for name, counter in counters.items()}
 
     def lines(self) -> list[str]:
         """The ledger as a screen shows it."""
@@ -57,5 +73,22 @@ class Ledger:
         if self.truncated_rows:
             rows, tokens = counted(self.truncated_rows, "row"), counted(self.truncated, "token")
             lines.append(f"{rows} longer than the context, truncated by {tokens}")
+        lines += self.weight_lines()
         lines += [f"{counted(rows, 'row')} dropped: {reason}" for reason, rows in sorted(self.dropped_rows.items())]
-        return lines
+        return lines + note_lines(self.notes)
+
+    def weight_lines(self) -> list[str]:
+        """A line about the weights of tokens, where they differ."""
+        if not self.weighted:
+            return []
+        span = f"from {self.lightest:g} to {self.heaviest:g}"
+        return [f"{counted(self.weighted, 'token')} with another weight than 1; weights go {span}"]
+
+
+def note_lines(notes: Counter[str]) -> list[str]:
+    """What was noted, as a screen shows it: `3 turns: an empty answer, ...`."""
+    lines = []
+    for text, count in sorted(notes.items()):
+        what, said = text.split(": ", 1)
+        lines.append(f"{counted(count, what)}: {said}")
+    return lines

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 from llm_trainer.data.stream import SampleStream
+from llm_trainer.data.unused import refuse_unused
 
 VERSION = 4  # part of every cache key: raise it when the same rows are encoded differently
 ROWS_LOOKED_AT = 50  # to recognise a schema
@@ -156,7 +157,8 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     schema = None if is_tokens else find_schema(path, kind, options).name
     size = path.stat().st_size
     workers = options.workers if size >= PARALLEL_FROM else 1
-    key = cache_key(path, [schema or "tokens", kind.name, options.bad_rows, options.text_unit], chat)
+    how = [options.bad_rows, options.image_columns, options.text_unit]
+    key = cache_key(path, [schema or "tokens", kind.name, *how], chat)
     unreadable: Counter[str] = Counter()
 
     def note(error: DataError) -> None:
@@ -171,7 +173,8 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
         rows: Any = ((Location(path, i + 1), tokens[i]) for i in range(len(tokens)))
     else:
         rows = read_rows(path, options.text_unit, on_error=note)
-    folder, encode = cache / f"{path.stem}-{key}", RowEncoder(kind, schema, chat, options.bad_rows)
+    folder = cache / f"{path.stem}-{key}"
+    encode = RowEncoder(kind, schema, chat, options.bad_rows, options.image_columns)
     meta = {"source": str(path), "schema": schema}
     return build_store(
         folder,
@@ -219,10 +222,12 @@ class RowEncoder:
     schema: str | None
     chat: ChatFormat
     bad_rows: str
+    image_columns: str = "error"
 
     def __call__(self, rows: list[tuple[Location, Any]]) -> Part:
         part = Part({name: [] for name in self.kind.columns})
-        for encoded in self._encode(self._samples(rows, part), part):
+        noted = [(replace(location, notes=part.notes), row) for location, row in rows]
+        for encoded in self._encode(self._samples(noted, part), part):
             if isinstance(encoded, str):  # the reason why there is nothing to learn
                 part.dropped[encoded] += 1
                 continue
@@ -247,6 +252,7 @@ class RowEncoder:
         for location, row in rows:
             try:
                 found = schema.samples(row, location)
+                refuse_unused(self.kind, row, location, self.image_columns)
             except DroppedRow as nothing_to_teach:
                 part.dropped[nothing_to_teach.reason] += 1
             except DataError as error:
@@ -259,20 +265,25 @@ class RowEncoder:
         """The rows of all samples; a sample that does not fit the chat template is dropped, or an error."""
         if not samples:
             return []
+        noted = Counter(part.notes)
         encode = self.kind.encode
         if self.schema is None:
             assert self.kind.encode_ids is not None
             encode = self.kind.encode_ids
         try:
             return list(encode(self.chat, samples))
-        except ChatTemplateError:
+        except (ChatTemplateError, DataError):
             pass  # one among these does not fit: find it, and name its row
+        part.notes.clear()  # and note everything once
+        part.notes.update(noted)
         encoded: list[Encoded] = []
         for sample in samples:
             try:
                 encoded += encode(self.chat, [sample])
             except ChatTemplateError as error:
                 self._drop(misfit(sample.location, error, in_ids=self.schema is None), part)
+            except DataError as error:
+                self._drop(error, part)
         return encoded
 
     def _drop(self, error: DataError, part: Part) -> None:

@@ -152,11 +152,14 @@ class Packed:
 
     def __getitem__(self, index: int) -> LanguageSample:
         pieces = [self.column.sample(*piece) for piece in self.rows[index]]
-        return LanguageSample(
+        sample = LanguageSample(
             input_ids=np.concatenate([p["input_ids"] for p in pieces]),
             trained=np.concatenate([p["trained"] for p in pieces]),
             document_lengths=[len(p["input_ids"]) for p in pieces],
         )
+        if self.column.is_weighted:
+            sample["loss_weights"] = np.concatenate([p["loss_weights"] for p in pieces])
+        return sample
 
 
 class Blocks:

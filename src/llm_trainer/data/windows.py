@@ -73,18 +73,20 @@ class Column:
     Args:
         store: has the columns.
         ids: name of the column of token ids.
-        trained: name of the column that says which of them are trained on; None: all.
+        trained: name of the column that says which of them are trained on, or how much each weighs; None: all, alike.
         how: the context, and which end of a longer row is cut.
 
     Attributes:
         full: `[rows of the store]` tokens before truncation.
         too_long: `[rows of the store]` bool.
         counts: `[rows]` tokens of the window that the loss counts.
+        is_weighted: whether some of them weigh neither 0 nor 1.
     """
 
     def __init__(self, store: TokenStore, ids: str, trained: str | None, how: DataOptions) -> None:
         self.ids = store[ids].values
         self.trained = None if trained is None else store[trained].values
+        self.is_weighted = self.trained is not None and self.trained.dtype.kind == "f"
         offsets = np.asarray(store[ids].offsets)
         self.starts, self.stops = offsets[:-1].copy(), offsets[1:].copy()
         self.full = self.stops - self.starts
@@ -122,7 +124,22 @@ class Column:
     def sample(self, row: int, start: int = 0, stop: int | None = None) -> LanguageSample:
         """A row, or a part of it, as language data."""
         ids, trained = self.tokens(row, start, stop)
-        return LanguageSample(input_ids=ids, trained=trained, document_lengths=[len(ids)])
+        sample = LanguageSample(input_ids=ids, trained=trained, document_lengths=[len(ids)])
+        if self.is_weighted:
+            first = int(self.starts[row]) + start
+            assert self.trained is not None
+            sample["loss_weights"] = self.trained[first : first + len(ids)]
+        return sample
+
+    def weights(self) -> np.ndarray:
+        """`[N]` what the tokens that the loss counts weigh, of all windows."""
+        assert self.trained is not None
+        weights = [np.empty(0, dtype=np.float32)]
+        for rows in row_blocks(self.lengths):
+            starts = np.minimum(self.starts[rows] + 1, self.stops[rows])  # nothing predicts a window's first token
+            weights.append(lay_flat(self.trained, starts, self.stops[rows]))
+        every = np.concatenate(weights)
+        return every[every != 0]
 
 
 class Rows:
@@ -196,6 +213,9 @@ class Rows:
         ledger.context = num_used - ledger.trained
         ledger.truncated = num_read - num_used
         ledger.truncated_rows = int((truncated & keep).sum())
+        for column in columns:
+            if learns and column.is_weighted:
+                ledger.weigh(column.weights())
         ledger.dropped_rows = +ledger.dropped_rows
         ledger.check()
         if not ledger.rows:
@@ -207,6 +227,7 @@ class Rows:
 
 
 def note_dropped(ledger: Ledger, store: TokenStore) -> None:
-    """Count the rows that were left out when `store` was made."""
+    """Count the rows that were left out when `store` was made, and what was noted about the others."""
+    ledger.notes.update(store.meta["notes"])
     for reason, rows in store.meta["dropped"].items():
         ledger.drop(reason, rows=rows)

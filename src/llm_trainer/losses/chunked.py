@@ -246,7 +246,7 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        hidden, weight, _, labels, loss, with_entropy, with_gradient = inputs
+        hidden, weight, _, labels, own_weights, loss, with_entropy, with_gradient = inputs
         wanted = tuple(with_gradient and needed for needed in ctx.needs_input_grad[:3])
         columns: list[list[Tensor]] = []
         operands = _product_operands(*inputs[:3])  # asks autocast, so before it is switched off
@@ -257,6 +257,8 @@ class _LossSum(torch.autograd.Function):
                 logits = head.logits(rows)
                 stats = list(statistics(logits, labels[rows], with_entropy))
                 token_weights = loss.token_weights(labels[rows])
+                if own_weights is not None:
+                    token_weights = token_weights * own_weights[rows]
                 losses, coefficients = _loss_coefficients(stats, token_weights, loss, len(weight))
                 if any(wanted):
                     head.backward(rows, logits, labels[rows], stats, coefficients, buffers)
@@ -271,7 +273,7 @@ class _LossSum(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("chunked_loss was run backward twice: its gradients are given away by the first time")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(upstream[0]) for g in gradients), None, None, None, None
+        return *(None if g is None else g.mul_(upstream[0]) for g in gradients), None, None, None, None, None
 
 
 class _Logprobs(torch.autograd.Function):
@@ -328,6 +330,7 @@ def chunked_loss(
     labels: Tensor,
     loss: LanguageLoss | None = None,
     with_entropy: bool = False,
+    weights: Tensor | None = None,
 ) -> HeadScores:
     """The sum of token losses of `softmax(hidden @ weight.T + bias)`, one chunk of tokens at a time.
 
@@ -340,11 +343,12 @@ def chunked_loss(
         labels: `[N]`, every one a token id.
         loss: what a token contributes.
         with_entropy: also return the entropies.
+        weights: `[N]` float, what each token's loss is multiplied by; None: 1.
     """
     loss = loss or LanguageLoss()
     # NOTE: inside `forward` gradients always look switched off, so that it has to be given.
     options = (loss, with_entropy, torch.is_grad_enabled())
-    scores = HeadScores(*_LossSum.apply(hidden, weight, bias, labels, *options))
+    scores = HeadScores(*_LossSum.apply(hidden, weight, bias, labels, weights, *options))
     return scores if with_entropy else scores._replace(entropy=None)
 
 

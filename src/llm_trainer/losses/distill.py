@@ -92,6 +92,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         head: Tensor,
         mask: Tensor,
         teacher: TeacherLogits,
+        weights: Tensor | None,
         options: tuple[float, float, int, bool],
     ) -> tuple[Tensor, Tensor]:
         beta, temperature, chunk_size, wants_grad = options
@@ -105,6 +106,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             logits = (hidden[rows] @ weight.T).requires_grad_(wants_grad)  # [C, V]
             with torch.set_grad_enabled(wants_grad):
                 chunk = torch.where(mask[rows], divergence(logits, teacher_logits, beta, temperature), 0.0)
+                if weights is not None:
+                    chunk = chunk * weights[rows]
             values[rows] = chunk.detach()
             if not wants_grad:
                 continue
@@ -122,7 +125,7 @@ class _ChunkedDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         head = None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype)
-        return (grad_hidden * grad_total).to(grad_hidden.dtype), head, None, None, None
+        return (grad_hidden * grad_total).to(grad_hidden.dtype), head, None, None, None, None
 
 
 def teacher_head(hidden: Tensor, head: Tensor) -> TeacherLogits:
@@ -143,6 +146,7 @@ def chunked_divergence(
     beta: float = 0.0,
     temperature: float = 1.0,
     chunk_size: int = 1024,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`divergence` without the logits of either model: at most `chunk_size` rows of them exist at a time.
 
@@ -156,6 +160,7 @@ def chunked_divergence(
         mask: `[N]` nonzero on the tokens that count; all if not given.
         beta, temperature: see `divergence`.
         chunk_size: rows per chunk.
+        weights: `[N]` float, what each token's value is multiplied by; None: 1.
 
     Returns:
         The sum over tokens `[]`, to be divided by the number of tokens of the whole optimizer step, and the values per
@@ -165,7 +170,7 @@ def chunked_divergence(
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1.")
     mask = hidden.new_ones(len(hidden), dtype=torch.bool) if mask is None else mask.bool()
     options = (beta, temperature, chunk_size, torch.is_grad_enabled())
-    return _ChunkedDivergence.apply(hidden, head, mask, teacher, options)
+    return _ChunkedDivergence.apply(hidden, head, mask, teacher, weights, options)
 
 
 def mix_with_task(task_loss: Tensor, distill_loss: Tensor, kd_coef: float) -> Tensor:

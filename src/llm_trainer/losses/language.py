@@ -2,7 +2,8 @@
 
 Conventions. `labels` are un-shifted: the label of position t is the token AT t, and the logits of position t - 1
 predict it, so the label of position 0 never counts. Positions that do not count hold `IGNORE`. A mean is taken over
-the supervised tokens; over no tokens it is 0 with zero gradients, not NaN.
+the supervised tokens; over no tokens it is 0 with zero gradients, not NaN. Tokens may have weights: then it is
+sum(weight * loss) / sum(weight).
 """
 
 from collections.abc import Sequence
@@ -67,8 +68,31 @@ def num_supervised(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE).sum()
 
 
-def flat_losses(logits: Tensor, labels: Tensor, loss: LanguageLoss) -> tuple[Tensor, Tensor]:
-    """Losses and log-probabilities of N tokens. `logits [N, V]`, `labels [N]` all token ids -> `[N]` twice."""
+def weight_sum(labels: Tensor, weights: Tensor | None) -> Tensor:
+    """What the loss of `labels [B, T]` is a mean over: the sum of `weights [B, T]` where something is predicted.
+
+    Without weights the number of these tokens. -> scalar, int64 or float32.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if weights is None:
+        return num_supervised(labels)
+    if weights.shape != labels.shape:
+        raise ValueError(
+            f"loss_weights: found the shape {tuple(weights.shape)}; expected that of labels, {tuple(labels.shape)}: how "
+            "much the loss of each label counts, at the same position; fix: pad and cut both alike"
+        )
+    return (weights[:, 1:].float() * (labels[:, 1:] != IGNORE)).sum()
+
+
+def flat_losses(
+    logits: Tensor, labels: Tensor, loss: LanguageLoss, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses, times their `weights [N]`, and log-probabilities of N tokens.
+
+    `logits [N, V]`, `labels [N]` all token ids -> `[N]` twice.
+    """
     logits = at_least_float32(logits)
     log_normaliser = logits.logsumexp(-1)
     logprobs = logits.gather(-1, labels[:, None]).squeeze(-1) - log_normaliser
@@ -79,7 +103,10 @@ def flat_losses(logits: Tensor, labels: Tensor, loss: LanguageLoss) -> tuple[Ten
         values = values * logprobs.detach().exp()
     if loss.z_loss_coef:
         values = values + loss.z_loss_coef * log_normaliser.square()
-    return values * loss.token_weights(labels), logprobs
+    values = values * loss.token_weights(labels)
+    if weights is not None:
+        values = values * weights
+    return values, logprobs
 
 
 def load_balancing_loss(

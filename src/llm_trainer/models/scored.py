@@ -27,7 +27,7 @@ class TokenScores(NamedTuple):
     """What a model says about the labels of a batch. Supervised: a label other than -100, after position 0.
 
     Attributes:
-        loss_sum: scalar, the token losses summed over the supervised tokens; differentiable.
+        loss_sum: scalar, the token losses, times their weights, summed over the supervised tokens; differentiable.
         num_tokens: scalar int64, the number of supervised tokens.
         logprobs: `[B, T]`, log-probability of the token AT each position, 0 where unsupervised; differentiable only when
             asked for.
@@ -92,6 +92,7 @@ class ScoredModel(nn.Module):
         temperature: float = 1.0,
         distance: Distance | None = None,
         repeats: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         **model_inputs: Any,
     ) -> TokenScores:
         """Score `labels` under the model.
@@ -106,6 +107,7 @@ class ScoredModel(nn.Module):
                 log-likelihood. Costs one more run of the head in the backward.
             temperature: the logits are divided by it.
             distance: a further differentiable scalar of what the head is given, such as how far it is from a teacher.
+            loss_weights: `[B, T]` what the loss of each label is multiplied by in `loss_sum`; None: 1.
             repeats: `[B, T]` how many tokens each one stands for in `aux_loss`: those that branches share are several.
             model_inputs: handed to the model as they are, such as `pixel_values`.
         """
@@ -116,6 +118,7 @@ class ScoredModel(nn.Module):
                 labels = labels.masked_fill(attention_mask == 0, IGNORE)
         supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
         chosen = labels[:, 1:][supervised]  # (N,)
+        weights = None if loss_weights is None else loss_weights[:, 1:][supervised].float()  # (N,)
 
         # 2. the model, up to what its head is given
         given = {"attention_mask": attention_mask, "position_ids": position_ids, **model_inputs}
@@ -123,9 +126,9 @@ class ScoredModel(nn.Module):
 
         # 3. the head and the scores
         if self._split is None:
-            scores = self._scores_of_logits(states / temperature, chosen, differentiable_logprobs)
+            scores = self._scores_of_logits(states / temperature, chosen, weights, differentiable_logprobs)
         else:
-            scores = self._scores_of_hidden(states, chosen, differentiable_logprobs, temperature)
+            scores = self._scores_of_hidden(states, chosen, weights, differentiable_logprobs, temperature)
 
         # 4. back to the shape of the labels
         entropy = None
@@ -202,8 +205,10 @@ class ScoredModel(nn.Module):
             inputs["output_router_logits"] = True
         return inputs
 
-    def _scores_of_hidden(self, hidden: Tensor, chosen: Tensor, differentiable: bool, temperature: float) -> HeadScores:
-        """`hidden [N, D]`, `chosen [N]`."""
+    def _scores_of_hidden(
+        self, hidden: Tensor, chosen: Tensor, weights: Tensor | None, differentiable: bool, temperature: float
+    ) -> HeadScores:
+        """`hidden [N, D]`, `chosen [N]`, `weights [N]` of `loss_sum`."""
         assert self._split is not None
         weight, bias = weight_and_bias(self._split.head)
         if temperature != 1.0:  # (x / t) W + b / t, without touching the logits
@@ -212,11 +217,13 @@ class ScoredModel(nn.Module):
                 bias = bias / temperature
         if differentiable:
             return chunked_logprobs(hidden, weight, bias, chosen, self.with_entropy)
-        return chunked_loss(hidden, weight, bias, chosen, self.loss, self.with_entropy)
+        return chunked_loss(hidden, weight, bias, chosen, self.loss, self.with_entropy, weights)
 
-    def _scores_of_logits(self, logits: Tensor, chosen: Tensor, differentiable: bool) -> HeadScores:
-        """`logits [N, V]`, `chosen [N]`: the same scores by autograd."""
-        values, logprobs = flat_losses(logits, chosen, self.loss)
+    def _scores_of_logits(
+        self, logits: Tensor, chosen: Tensor, weights: Tensor | None, differentiable: bool
+    ) -> HeadScores:
+        """`logits [N, V]`, `chosen [N]`, `weights [N]` of `loss_sum`: the same scores by autograd."""
+        values, logprobs = flat_losses(logits, chosen, self.loss, weights)
         correct = logits.argmax(-1) == chosen
         entropy = None
         if self.with_entropy:

@@ -72,10 +72,13 @@ class Distillation(KDConfig):
 
 
 class TeacherDistance:
-    """How far a student is from a teacher, summed over tokens: what `ScoredModel` calls a distance."""
+    """How far a student is from a teacher, summed over tokens: what `ScoredModel` calls a distance.
 
-    def __init__(self, teacher: TeacherLogits, kd: Distillation) -> None:
-        self.teacher, self.temperature = teacher, kd.temperature
+    `weights [N]` multiply what each of the tokens adds; None: 1.
+    """
+
+    def __init__(self, teacher: TeacherLogits, kd: Distillation, weights: Tensor | None = None) -> None:
+        self.teacher, self.temperature, self.weights = teacher, kd.temperature, weights
         self.beta = BETAS.get(kd.divergence, kd.beta)
         self.factor = kd.temperature**2 if kd.t_squared else 1.0
 
@@ -83,11 +86,19 @@ class TeacherDistance:
         """Of the student's states `[N, D]` and head, or its logits `[N, V]` -> scalar, differentiable."""
         if head is None:
             values = divergence(states, self.teacher(0, len(states)), self.beta, self.temperature)
+            if self.weights is not None:
+                values = values * self.weights
             return self.factor * values.sum()
         hidden, weight = _without_bias(states, head)
         size = max(1, CHUNK_ELEMENTS // len(weight))
         total, _ = chunked_divergence(
-            hidden, weight, self.teacher, beta=self.beta, temperature=self.temperature, chunk_size=size
+            hidden,
+            weight,
+            self.teacher,
+            beta=self.beta,
+            temperature=self.temperature,
+            chunk_size=size,
+            weights=self.weights,
         )
         return self.factor * total
 
@@ -219,12 +230,17 @@ def own_answers(batch: Batch, student: nn.Module, kd: Distillation, seed: int) -
     row's noise follows from `seed` and the row's tokens, so it does not depend on how the step is cut.
 
     Args:
-        batch: `input_ids`, `labels`, perhaps `attention_mask` `[B, T]`; or a flat one.
+        batch: `input_ids`, `labels`, perhaps `attention_mask` and `loss_weights` `[B, T]`; or a flat one.
     """
     mask = as_rows(batch.get("attention_mask", torch.ones_like(batch["input_ids"])), batch).bool()
     every_id, every_label = as_rows(batch["input_ids"], batch), as_rows(batch["labels"], batch)
     ids = [row[present].tolist() for row, present in zip(every_id, mask, strict=True)]
     labels = [row[present].tolist() for row, present in zip(every_label, mask, strict=True)]
+
+    weights = None
+    if "loss_weights" in batch:
+        every_weight = as_rows(batch["loss_weights"], batch)
+        weights = [row[present].tolist() for row, present in zip(every_weight, mask, strict=True)]
 
     # 1. What the student writes after each prompt.
     starts = {}
@@ -243,17 +259,22 @@ def own_answers(batch: Batch, student: nn.Module, kd: Distillation, seed: int) -
         row_numbers=[zlib.crc32(repr((ids[r], labels[r])).encode()) for r in starts],
     )
 
-    # 2. In place of the answers that were there.
+    # 2. In place of the answers that were there, and as heavy.
     for (r, start), answer in zip(starts.items(), written.ids, strict=True):
         ids[r] = ids[r][:start] + answer
         labels[r] = [IGNORE] * start + answer
+        if weights is not None:
+            weights[r] = [0.0] * start + [weights[r][start]] * len(answer)
     id_rows = [torch.tensor(row) for row in ids]
     label_rows = [torch.tensor(row) for row in labels]
-    return {
+    answered = {
         "input_ids": pad_sequence(id_rows, batch_first=True),
         "labels": pad_sequence(label_rows, batch_first=True, padding_value=IGNORE),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in id_rows], batch_first=True),
     }
+    if weights is not None:
+        answered["loss_weights"] = pad_sequence([torch.tensor(row) for row in weights], batch_first=True)
+    return answered
 
 
 def _start_of_last_answer(labels: list[int]) -> int:

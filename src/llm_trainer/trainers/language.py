@@ -11,7 +11,7 @@ from llm_trainer.algorithm import PromptFormat, Source, Step
 from llm_trainer.config.algorithms import PretrainConfig, SFTConfig
 from llm_trainer.config.options import KDConfig
 from llm_trainer.losses.distill import mix_with_task
-from llm_trainer.losses.language import IGNORE, LanguageLoss, mean_over, num_supervised
+from llm_trainer.losses.language import IGNORE, LanguageLoss, mean_over, weight_sum
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llm_trainer.config.schema import LossConfig, TrainConfig
     from llm_trainer.trainers.building import Build, Sketch
 
-_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "distance")
+_INPUTS = ("input_ids", "labels", "loss_weights", "attention_mask", "position_ids", "document_lengths", "distance")
 
 
 def language_loss(options: "LossConfig") -> LanguageLoss:
@@ -47,7 +47,9 @@ class Trainer(BaseTrainer):
     """Pretraining: the mean cross-entropy of the supervised tokens of the whole optimizer step.
 
     Batches: `input_ids [B, T]`, `labels [B, T]` with -100 where nothing is learnt (position t holds the token AT t; without
-    labels every token but padding), optional `attention_mask [B, T]`; or flat packed ones (see `data.collate.LanguageBatch`).
+    labels every token but padding), optional `attention_mask [B, T]`, optional `loss_weights [B, T]` (float, from 0 up: how
+    much the loss of the label at t counts; the loss of a step is sum(weight * loss) / sum(weight)); or flat packed ones (see
+    `data.collate.LanguageBatch`).
 
     Args:
         loss: label smoothing, z-loss, critical tokens, DFT.
@@ -104,7 +106,7 @@ class Trainer(BaseTrainer):
         return scored(model, self.loss)
 
     def _loss_weight(self, batch: dict[str, torch.Tensor]) -> float:
-        return float(num_supervised(self._labels(batch)))
+        return float(weight_sum(self._labels(batch), batch.get("loss_weights")))
 
     def _labels(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """`[B, T]` the labels of a batch; all of its tokens where it has none.
@@ -147,7 +149,10 @@ class Trainer(BaseTrainer):
         on_device: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         on_device["labels"] = self._labels(on_device)
         if self.kd is not None and self.teacher is not None:
-            on_device["distance"] = TeacherDistance(self.teacher(on_device), self.kd)
+            weights = on_device.get("loss_weights")
+            if weights is not None:
+                weights = weights[:, 1:][on_device["labels"][:, 1:] != IGNORE].float()
+            on_device["distance"] = TeacherDistance(self.teacher(on_device), self.kd, weights)
         return on_device
 
     def _forward(self, batch: dict[str, Any]) -> TokenScores:
@@ -158,11 +163,12 @@ class Trainer(BaseTrainer):
         self.record("mean_token_accuracy", outputs.correct.sum(), count)
         if outputs.entropy is not None:
             self.record("entropy", outputs.entropy.sum(), count)
-        loss = mean_over(outputs.loss_sum, count)
+        total = weight_sum(batch["labels"], batch.get("loss_weights"))
+        loss = mean_over(outputs.loss_sum, total)
         if self.kd is not None and outputs.distance is not None:
-            self.record("task_loss", outputs.loss_sum.detach(), count)
-            self.record("kd_loss", outputs.distance.detach(), count)
-            loss = mix_with_task(loss, mean_over(outputs.distance, count), self.kd.kd_coef)
+            self.record("task_loss", outputs.loss_sum.detach(), total)
+            self.record("kd_loss", outputs.distance.detach(), total)
+            loss = mix_with_task(loss, mean_over(outputs.distance, total), self.kd.kd_coef)
         if outputs.aux_loss is not None and self.aux_loss_coef:
             self.record("aux_loss", outputs.aux_loss.detach() * count, count)
             loss = loss + self.aux_loss_coef * outputs.aux_loss

@@ -12,6 +12,8 @@ from functools import cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
 from llm_trainer.data.encode.templates import (
     HIDDEN,
     LITERAL,
@@ -49,6 +51,17 @@ class EncodedChat:
     input_ids: list[int]  # [T]
     trained: list[bool]  # [T]
     text: str  # as rendered; a BOS or eos that is not part of a template is only in the ids
+    weights: list[float] | None = None  # [T] how much each counts, 0 where it does not; None: all that do count 1
+
+    def loss_weights(self, row_weight: float = 1.0) -> np.ndarray:
+        """`[T]` how much each token counts in the loss of a row of this weight.
+
+        uint8, unless any of them is neither 0 nor 1: then float32.
+        """
+        if self.weights is None and row_weight in (0, 1):
+            return np.asarray(self.trained, dtype=np.uint8) * np.uint8(row_weight)
+        own: list[Any] = self.trained if self.weights is None else self.weights
+        return np.asarray(own, dtype=np.float32) * np.float32(row_weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +78,8 @@ class ChatFormat:
     Args:
         tokenizer: a fast tokenizer.
         template: jinja source; None: the tokenizer's own, or `default_template` when it has none.
-        train_on: 'assistant': every turn of the assistant; 'last': only its last; 'all': every token. A message with
-            `loss_weight` 0 is never trained on.
+        train_on: 'assistant': every turn of the assistant; 'last': only its last; 'all': every token. Of these, the
+            tokens of a message with a `loss_weight` weigh that much, those of weight 0 are not trained on.
         thinking: which turns keep their `reasoning_content` (or the `<think>` block their content starts with).
             'template': as the template decides, and most print it only after the last user turn; 'last': those after
             the last user turn; 'all': every turn; 'none': no turn. Thinking that is kept but that the template would
@@ -111,13 +124,26 @@ class ChatFormat:
         self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] | None = None
     ) -> list[EncodedChat]:
         """Many conversations, tokenised together; `tools` has one list of functions (or None) per conversation."""
-        rendered, spans = [], []
+        rendered, spans, weights = [], [], []
         for messages, functions in zip(conversations, tools or [None] * len(conversations), strict=True):
             messages, functions = self._prepare(messages, functions)
             rendered.append(strip_marks(self._render(messages, functions)))
-            spans.append(self._trained_spans(messages, functions, rendered[-1]))
-        encoded = self._encoder.encode(rendered, spans)
-        return [EncodedChat(*one, text.text) for one, text in zip(encoded, rendered, strict=True)]
+            found = self._trained_spans(messages, functions, rendered[-1])
+            spans.append([span for span, _ in found])
+            own = [weight for _, weight in found]
+            if all(weight == 1 for weight in own):
+                own = []
+            weights.append(own)
+        encoded = []
+        for (ids, counted), own, text in zip(
+            self._encoder.encode(rendered, spans, weights), weights, rendered, strict=True
+        ):
+            if own:
+                trained = [weight != 0 for weight in counted]
+                encoded.append(EncodedChat(ids, trained, text.text, counted))
+            else:
+                encoded.append(EncodedChat(ids, counted, text.text))
+        return encoded
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: Tools | None = None, enable_thinking: bool | None = None
@@ -218,30 +244,44 @@ class ChatFormat:
 
     # What is trained on
 
-    def _trained_spans(self, messages: Sequence[Message], tools: Tools | None, rendered: Rendered) -> list[Span]:
+    def _trained_spans(
+        self, messages: Sequence[Message], tools: Tools | None, rendered: Rendered
+    ) -> list[tuple[Span, float]]:
+        """Where in the rendered text something is trained on, in order, and how much it weighs."""
         if self.train_on == "all":
-            silent = [self._locate(messages, i, rendered.text, tools) for i, m in enumerate(messages) if not _counts(m)]
-            edges = [0, *chain.from_iterable(sorted(silent)), len(rendered.text)]
-            return list(zip(edges[::2], edges[1::2], strict=True))
+            return self._all_but_weighted(messages, tools, rendered.text)
         turns = [i for i, message in enumerate(messages) if _is_assistant(message)]
         candidates = turns[-1:] if self.train_on == "last" else turns
-        wanted = [i for i in candidates if _counts(messages[i])]
+        wanted = [i for i in candidates if _weight(messages[i]) != 0]
         if not wanted:
             return []
         source = self._source(tools)
         if not has_generation_tags(source):
-            return [self._locate(messages, i, rendered.text, tools) for i in wanted]
+            return [(self._locate(messages, i, rendered.text, tools), _weight(messages[i])) for i in wanted]
         if not rendered.blocks:
             raise ChatTemplateError(
                 f"the chat template {describe(source)} has {{% generation %}} tags but printed none of the "
                 f"{len(turns)} assistant turns inside them, so nothing would be trained on; {_TAG_FIX}"
             )
         blocks = [(start, self._turn_stop(rendered.text, stop)) for start, stop in rendered.blocks]
-        if wanted == turns:
-            return blocks
         if len(blocks) == len(turns):
-            return [blocks[turns.index(i)] for i in wanted]
-        return [self._locate(messages, i, rendered.text, tools) for i in wanted]
+            return [(blocks[turns.index(i)], _weight(messages[i])) for i in wanted]
+        if wanted == turns and all(_weight(messages[i]) == 1 for i in wanted):
+            return [(block, 1.0) for block in blocks]
+        return [(self._locate(messages, i, rendered.text, tools), _weight(messages[i])) for i in wanted]
+
+    def _all_but_weighted(
+        self, messages: Sequence[Message], tools: Tools | None, text: str
+    ) -> list[tuple[Span, float]]:
+        """Everything at weight 1, but for the messages that have a weight of their own."""
+        own = []
+        for i, message in enumerate(messages):
+            if _weight(message) != 1:
+                own.append((self._locate(messages, i, text, tools), _weight(message)))
+        own.sort()
+        edges = [0, *chain.from_iterable(span for span, _ in own), len(text)]
+        rest = [(span, 1.0) for span in zip(edges[::2], edges[1::2], strict=True)]
+        return rest + [(span, weight) for span, weight in own if weight]
 
     def _locate(self, messages: Sequence[Message], index: int, text: str, tools: Tools | None) -> Span:
         """Where message `index` stands in `text`; an assistant's turn from its header's end to its end-of-turn token.
@@ -439,8 +479,9 @@ def _is_assistant(message: Message) -> bool:
     return message.get("role") == "assistant"
 
 
-def _counts(message: Message) -> bool:
-    return message.get("loss_weight") != 0
+def _weight(message: Message) -> float:
+    weight = message.get("loss_weight")
+    return 1.0 if weight is None else float(weight)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -31,6 +31,7 @@ class Part:
 
     columns: dict[str, list[np.ndarray]]  # name -> one array `[T_i]` per row; as many rows in every column
     dropped: Counter[str] = field(default_factory=Counter)  # rows left out, by reason
+    notes: Counter[str] = field(default_factory=Counter)  # what was noted about the others (`Location.note`)
 
 
 class Ragged:
@@ -90,7 +91,8 @@ def write_part(folder: Path, number: int, part: Part) -> None:
     for name, rows in part.columns.items():
         arrays[f"{name}.lengths"] = np.array([len(row) for row in rows], dtype=np.int64)
         arrays[f"{name}.values"] = np.concatenate(rows) if rows else np.empty(0, dtype=np.uint16)
-    arrays["dropped"] = np.frombuffer(json.dumps(part.dropped).encode(), dtype=np.uint8)
+    for name, counts in (("dropped", part.dropped), ("notes", part.notes)):
+        arrays[name] = np.frombuffer(json.dumps(counts).encode(), dtype=np.uint8)
     path = part_path(folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial, partial.open("wb") as file:
@@ -117,11 +119,12 @@ def join_parts(
     (folder / "parts").mkdir(parents=True, exist_ok=True)  # there is none where there was no row
     counts = {name: _join_column(folder, name, parts) for name in columns}
     assert len(set(counts.values())) <= 1, f"columns of different numbers of rows: {counts}"
-    dropped = Counter[str](unreadable or {})
+    dropped, notes = Counter[str](unreadable or {}), Counter[str]()
     for path in parts:
         with np.load(path) as part:
             dropped.update(json.loads(part["dropped"].tobytes()))
-    facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped}
+            notes.update(json.loads(part["notes"].tobytes()))
+    facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped, "notes": notes}
     with whole_file(folder / "meta.json") as partial:
         partial.write_text(json.dumps(facts | (meta or {}), indent=1), encoding="utf-8")
     shutil.rmtree(folder / "parts")
@@ -132,12 +135,13 @@ def _join_column(folder: Path, name: str, parts: Sequence[Path]) -> int:
     """Join one column of all parts without holding it in memory; returns its number of rows."""
     # 1. where each row begins
     lengths = [np.empty(0, dtype=np.int64)]
-    dtype = np.dtype(np.uint16)
+    dtypes = []
     for path in parts:
         with np.load(path) as part:
             lengths.append(part[f"{name}.lengths"])
             if len(part[f"{name}.values"]):
-                dtype = part[f"{name}.values"].dtype
+                dtypes.append(part[f"{name}.values"].dtype)
+    dtype = np.result_type(*dtypes or [np.uint16])  # weights may be fractions in one part and 0 or 1 in the others
     offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
     save_array(folder / f"{name}.offsets.npy", offsets.shape, offsets.dtype, [offsets])
     # 2. the values, part after part

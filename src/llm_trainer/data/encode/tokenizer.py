@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_trainer.data.encode.templates import ALIAS, Rendered, default_template
 
@@ -203,17 +203,21 @@ class TextEncoder:
         self.added = self.backend.get_added_tokens_decoder()
         self.special = any_of(token.content for token in self.added.values() if token.special)
 
-    def encode(self, rendered: Sequence[Rendered], spans: Sequence[list[Span]]) -> list[tuple[list[int], list[bool]]]:
-        """Ids of each whole text, so merges are those of the text, and whether each token overlaps one of its spans.
+    def encode(
+        self, rendered: Sequence[Rendered], spans: Sequence[list[Span]], weights: Sequence[list[float]] | None = None
+    ) -> list[tuple[list[int], list[Any]]]:
+        """Ids of each whole text, so merges are those of the text, and what `overlaps` says of its tokens and spans.
 
-        Nothing is added to the text. Special-token text at `literals` becomes ordinary tokens.
+        Nothing is added to the text. Special-token text at `literals` becomes ordinary tokens. Of a text whose `weights`
+        are empty, or of all without them, it is whether a token overlaps a span, otherwise the weight of the span.
         """
-        results: dict[int, tuple[list[int], list[bool]]] = {}
+        weights = weights or [[]] * len(spans)
+        results: dict[int, tuple[list[int], list[Any]]] = {}
         # 1. texts in which everything that looks like a special token is one
         plain = [i for i, one in enumerate(rendered) if not one.literals]
         encodings = self.backend.encode_batch([rendered[i].text for i in plain], add_special_tokens=False)
         for i, encoding in zip(plain, encodings, strict=True):
-            results[i] = encoding.ids, overlaps(encoding.offsets, spans[i])
+            results[i] = encoding.ids, overlaps(encoding.offsets, spans[i], weights[i])
         # 2. the others, by a tokenizer that knows the real ones under their aliases
         marked = [i for i, one in enumerate(rendered) if one.literals]
         if marked:
@@ -221,7 +225,8 @@ class TextEncoder:
             inputs = [self._alias(rendered[i], spans[i]) for i in marked]
             encodings = backend.encode_batch([text for text, _ in inputs], add_special_tokens=False)
             for i, (_, moved), encoding in zip(marked, inputs, encodings, strict=True):
-                results[i] = [real.get(token, token) for token in encoding.ids], overlaps(encoding.offsets, moved)
+                ids = [real.get(token, token) for token in encoding.ids]
+                results[i] = ids, overlaps(encoding.offsets, moved, weights[i])
         return [results[i] for i in range(len(rendered))]
 
     def __getstate__(self) -> dict[str, object]:
@@ -264,16 +269,22 @@ class TextEncoder:
         return "".join([*pieces, rendered.text[done:]]), [(moved(start), moved(stop)) for start, stop in spans]
 
 
-def overlaps(offsets: Sequence[Span], spans: Iterable[Span]) -> list[bool]:
-    """For each token (its characters, in order) whether it overlaps one of the spans."""
+def overlaps(offsets: Sequence[Span], spans: Sequence[Span], weights: Sequence[float] = ()) -> list[Any]:
+    """For each token (its characters, in order) whether it overlaps one of the spans; or the weight of the last such span.
+
+    Returns:
+        `[T]` bools; with `weights`, one per span, `[T]` floats, 0 outside of all spans.
+    """
     if any(start == stop for start, stop in offsets):
         offsets = _widened(offsets)
-    trained = [False] * len(offsets)
-    for start, stop in spans:
+    values: Sequence[Any] = weights or [True] * len(spans)
+    nothing: Any = 0.0 if weights else False
+    trained = [nothing] * len(offsets)
+    for (start, stop), value in zip(spans, values, strict=True):
         if start < stop:
             first = bisect_right(offsets, start, key=itemgetter(1))
             last = bisect_left(offsets, stop, lo=first, key=itemgetter(0))
-            trained[first:last] = [True] * (last - first)
+            trained[first:last] = [value] * (last - first)
     return trained
 
 

@@ -40,6 +40,7 @@ class DataOptions:
     packing: str = "none"  # 'none', 'flat', 'bfd', 'bfd_split' or 'wrapped'
     truncation: str = "keep_start"  # of longer rows: 'error', 'drop', 'keep_start' or 'keep_end'
     bad_rows: str = "error"  # or 'drop': rows that cannot be read are counted and left out
+    image_columns: str = "error"  # or 'ignore': rows with images are trained as text, and counted
     text_unit: str = "auto"  # what one document of a .txt is: 'auto', 'file', 'line' or 'paragraph'
     workers: int = 1  # processes that encode large files
     share_prompts: bool = False  # the trainer runs what both answers of a pair begin with once, and it counts once
@@ -78,6 +79,7 @@ class Kind:
         encode_ids: as `encode`, for the rows of such a file: column -> ids.
         in_place: such a file whose ids are used where they lie -> rows; None from it: a store is made.
         may_share: whether `DataOptions.share_prompts` applies.
+        weighs_rows: whether a weight of a row (its `loss_weight` or `weight`) is used; otherwise one is refused.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Kind:
     encode_ids: Callable[["ChatFormat", Sequence[Sample]], Iterable[Encoded]] | None = None
     in_place: Callable[["TokenFile", DataOptions], Any] | None = None
     may_share: bool = False
+    weighs_rows: bool = False
 
 
 def get_kind(name: str) -> Kind:

@@ -10,6 +10,7 @@ from llm_trainer.data.encode.chat import ChatFormat, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
 from llm_trainer.data.packing import PACKERS, Blocks, Packed
+from llm_trainer.data.read.messages import row_weight
 from llm_trainer.data.read.token_files import TokenFile
 from llm_trainer.data.windows import Column, Rows, note_dropped
 
@@ -72,9 +73,12 @@ def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterato
     else:
         conversations = [sample.values["messages"] for sample in samples]
         encoded = chat.encode_many(conversations, [sample.values.get("tools") for sample in samples])
-    for one in encoded:
-        trained = np.asarray(one.trained, dtype=np.uint8)
-        yield {"input_ids": compact_ids(one.input_ids, chat.vocab_size), "trained": trained}
+    for sample, one in zip(samples, encoded, strict=True):
+        weight = row_weight(sample.row, sample.location)
+        if weight == 0:
+            yield "a row of weight 0"
+        else:
+            yield {"input_ids": compact_ids(one.input_ids, chat.vocab_size), "trained": one.loss_weights(weight)}
 
 
 def encode_conversation_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
@@ -109,4 +113,5 @@ CONVERSATIONS = Kind(
     section="sft_config",
     token_kind="sequences",
     encode_ids=encode_conversation_ids,
+    weighs_rows=True,
 )

@@ -14,6 +14,7 @@ from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
+from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.windows import Column, Rows, lay_flat, row_blocks
 from llm_trainer.losses.pairs import num_shared
@@ -31,11 +32,15 @@ class PairSample(TypedDict):
     ref_logps: NotRequired[np.ndarray]  # [2] summed log-probs of chosen and rejected under the reference model
 
 
-def up_to_last_trained(one: EncodedChat, vocab_size: int) -> tuple[np.ndarray, np.ndarray] | None:
+def up_to_last_trained(one: EncodedChat, vocab_size: int, location: Location) -> tuple[np.ndarray, np.ndarray] | None:
     """Ids of a conversation and which of them are trained on; what follows the last of these teaches nothing.
 
     None: nothing is trained on, or only a first token, which nothing predicts.
+
+    Raises:
+        DataError: some of its tokens are to weigh more or less than others.
     """
+    refuse_weights([one], location)
     trained = np.asarray(one.trained, dtype=np.uint8)
     if not trained[1:].any():
         return None
@@ -43,15 +48,28 @@ def up_to_last_trained(one: EncodedChat, vocab_size: int) -> tuple[np.ndarray, n
     return compact_ids(one.input_ids, vocab_size)[:stop], trained[:stop]
 
 
+def refuse_weights(conversations: Sequence[EncodedChat], location: Location) -> None:
+    """Answers that are compared or judged are scored as wholes.
+
+    Raises:
+        DataError: a message weighs neither 0 nor 1.
+    """
+    if any(one.weights is not None for one in conversations):
+        expected = "weights of 0 or 1: an answer that is compared or judged is scored as a whole"
+        fix = "remove the weights, or train the answers as conversations"
+        raise DataError(location, "a message that weighs neither 0 nor 1", expected, fix, "loss_weight")
+
+
 def encode_pairs(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Preferences -> both conversations, each up to its last trained token."""
-    conversations = []
+    conversations, tools = [], []
     for sample in samples:
         prompt = read_only(sample.values["prompt"])
         conversations += [prompt + sample.values[side] for side in SIDES]
-    encoded = chat.encode_many(conversations)
+        tools += [sample.values.get("tools")] * len(SIDES)
+    encoded = chat.encode_many(conversations, tools)
     for sample, chosen, rejected in zip(samples, encoded[::2], encoded[1::2], strict=True):
-        yield _row(chat, chosen, rejected, sample.values["margin"] or 0.0)
+        yield _row(chat, sample, chosen, rejected, sample.values["margin"] or 0.0)
 
 
 def encode_pair_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
@@ -60,15 +78,15 @@ def encode_pair_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
     for sample in samples:
         sides = [sample.values[side].tolist() for side in SIDES]
         chosen, rejected = (EncodedChat(ids, spans_from_ids(ids, last_answer), "") for ids in sides)
-        row = _row(chat, chosen, rejected, 0.0)
+        row = _row(chat, sample, chosen, rejected, 0.0)
         is_tie = not isinstance(row, str) and sides[0] == sides[1]
         yield "identical" if is_tie else row
 
 
-def _row(chat: ChatFormat, chosen: EncodedChat, rejected: EncodedChat, margin: float) -> Encoded:
+def _row(chat: ChatFormat, sample: Sample, chosen: EncodedChat, rejected: EncodedChat, margin: float) -> Encoded:
     row = {"margin": np.array([margin], dtype=np.float32)}
     for side, one in zip(SIDES, (chosen, rejected), strict=True):
-        tokens = up_to_last_trained(one, chat.vocab_size)
+        tokens = up_to_last_trained(one, chat.vocab_size, sample.location)
         if tokens is None:
             return f"empty_{side}"
         row[side], row[f"{side}_trained"] = tokens

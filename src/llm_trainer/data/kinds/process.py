@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from llm_trainer.data.collate import IGNORE, LanguageSample
-from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.chat import ChatFormat, Tools
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
 from llm_trainer.data.read.messages import Message
@@ -29,13 +29,15 @@ class ProcessFormat:
     def __init__(self, chat: ChatFormat) -> None:
         self.chat = chat
 
-    def encode(self, prompt: Sequence[Message], steps: Sequence[str]) -> tuple[list[int], list[int]]:
+    def encode(
+        self, prompt: Sequence[Message], steps: Sequence[str], tools: Tools | None = None
+    ) -> tuple[list[int], list[int]]:
         """Ids `[T]`, and the position of each step's last token.
 
         Raises:
             ChatTemplateError: the template cannot render the prompt.
         """
-        ids, ends = self.chat.encode_prompt(prompt), list[int]()
+        ids, ends = self.chat.encode_prompt(prompt, tools), list[int]()
         for step in self.chat.encode_pieces([step + SEPARATOR for step in steps]):
             ids += step
             ends.append(len(ids) - 1)
@@ -46,7 +48,7 @@ def encode_process(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enco
     """Judged steps -> ids, which of them end a step, and how right that step is."""
     answers = ProcessFormat(chat)
     for sample in samples:
-        ids, ends = answers.encode(sample.values["prompt"], sample.values["steps"])
+        ids, ends = answers.encode(sample.values["prompt"], sample.values["steps"], sample.values.get("tools"))
         trained = np.zeros(len(ids), dtype=np.uint8)
         right = np.zeros(len(ids), dtype=np.float32)
         trained[ends], right[ends] = 1, sample.values["right"]

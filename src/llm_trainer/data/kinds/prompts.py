@@ -31,7 +31,7 @@ def _as_json(answer: str | None, row: Any) -> np.ndarray:
 def encode_prompts(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Prompts -> ids that end where the assistant begins to write, and the facts beside them."""
     for sample in samples:
-        ids = chat.encode_prompt(sample.values["prompt"])
+        ids = chat.encode_prompt(sample.values["prompt"], sample.values.get("tools"))
         yield {"input_ids": compact_ids(ids, chat.vocab_size), "facts": _as_json(sample.values["answer"], sample.row)}
 
 

@@ -27,7 +27,7 @@ class UnpairedSample(TypedDict):
 
 def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Judged answers -> their conversations; of a pair, the chosen answer is good and the rejected one bad."""
-    conversations, labels = [], []
+    conversations, tools, labels, origins = [], [], [], []
     for sample in samples:
         values = sample.values
         judged = {"completion": values.get("label")}
@@ -35,9 +35,12 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
             judged = dict(zip(SIDES, (True, False), strict=True))
         for key, label in judged.items():
             conversations.append(read_only(values["prompt"]) + values[key])
+            tools.append(sample.values.get("tools"))
             labels.append(label)
-    for label, one in zip(labels, chat.encode_many(conversations), strict=True):
-        tokens = up_to_last_trained(one, chat.vocab_size)
+            origins.append(sample.location)
+    encoded = chat.encode_many(conversations, tools)
+    for label, origin, one in zip(labels, origins, encoded, strict=True):
+        tokens = up_to_last_trained(one, chat.vocab_size, origin)
         if tokens is None:
             yield "empty_completion"
         else:

@@ -1,7 +1,8 @@
 """Where a piece of data is, and the errors that name the place, what was found there, what was expected and the fix."""
 
 import reprlib
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 _REPR = reprlib.Repr()
@@ -16,12 +17,23 @@ class Location:
     path: Path | str  # the file, or whatever the user would recognise the source by
     row: int | None = None  # from 1: line in text formats, element elsewhere; None: the file as a whole
     key: str = ""  # the path inside the row, such as `messages[2].role`
+    notes: Counter[str] | None = field(default=None, compare=False, repr=False)  # where `note` counts; None: nowhere
 
     def at(self, key: str | int) -> "Location":
         """The same place, one step deeper: a key of an object or an index of a list."""
         if isinstance(key, int):
             return replace(self, key=f"{self.key}[{key}]")
         return replace(self, key=f"{self.key}.{key}".removeprefix("."))
+
+    def note(self, text: str, count: int = 1) -> None:
+        """Count something about this row that is no error and must not be silent: `turn: an empty answer, ...`.
+
+        Args:
+            text: what is counted, a colon, and what is said of it; the same words for every row.
+            count: how many of it there are here.
+        """
+        if self.notes is not None:
+            self.notes[text] += count
 
     def __str__(self) -> str:
         return str(self.path) if self.row is None else f"{self.path}:{self.row}"
@@ -41,7 +53,7 @@ class DataError(ValueError):
         super().__init__(f"{location}:{key} found {found}; expected {expected}; fix: {fix}")
         self.location = location
         self.reason = reason
-        self._said = (location, found, expected, fix, reason)
+        self._said = (replace(location, notes=None), found, expected, fix, reason)
 
     def __reduce__(self) -> tuple[type["DataError"], tuple[Location, str, str, str, str]]:
         """Errors cross process borders, where `Exception` would rebuild them from the message alone."""

@@ -3,6 +3,7 @@
 Every function takes the `Location` of the value it reads, so an error names the file, the row and the key.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Required, TypedDict
@@ -43,13 +44,18 @@ ROLE_ALIASES = {
     "ipython": "tool",
 }
 IMAGE = "<image>"  # stands in the text where an image goes
-_OWN_NAMES = {"think": "reasoning_content", "weight": "loss_weight"}  # other names of optional keys -> ours
-_OPTIONAL: dict[str, type | tuple[type, ...]] = {
-    "reasoning_content": str,
-    "loss_weight": (int, float),
-    "name": str,
-    "tool_call_id": str,
+_OPTIONAL = {  # optional keys -> ours
+    "reasoning_content": "reasoning_content",
+    "reasoning": "reasoning_content",
+    "think": "reasoning_content",
+    "name": "name",
+    "tool_call_id": "tool_call_id",
 }
+# Of a message: whether it is trained on (true, false), or how much its tokens weigh in the loss (from 0 up).
+_WEIGHTS = ("loss", "train", "weight", "loss_weight")
+_ROW_WEIGHTS = ("loss_weight", "weight")  # of a row; `loss` and `train` mean other things in tables
+_OTHER_KEYS = {"role", "from", "content", "value", "text", "tool_calls", "function_call", *_WEIGHTS}
+EMPTY_ANSWER = "turn: an empty answer inside a dialogue, read and not trained on"
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -130,7 +136,7 @@ def message(turn: Any, location: Location, images: list[Any] | None = None) -> M
     # content and calls: one may be missing, not both
     content_key = next((key for key in ("content", "value", "text") if key in turn), "content")
     here = location.at(content_key)
-    content, calls = turn.get(content_key), turn.get("tool_calls")
+    content, calls = turn.get(content_key), turn.get("tool_calls") or turn.get("function_call")
     if alias == "function_call":
         content, calls = None, decoded(text(content, here), here)
     tool_calls = _tool_calls(calls, location.at("tool_calls")) if calls else []
@@ -147,19 +153,48 @@ def message(turn: Any, location: Location, images: list[Any] | None = None) -> M
         result["reasoning_content"] = thought
     # optional keys
     for key, value in turn.items():
-        own = _OWN_NAMES.get(key, key)
-        if own not in _OPTIONAL or value is None:
-            continue
-        if not isinstance(value, _OPTIONAL[own]):
-            expected = "a string" if _OPTIONAL[own] is str else "a number"
-            raise DataError(location.at(key), show(value), expected, "repair or remove the key", "wrong_type")
-        if own == "loss_weight" and value not in (0, 1):
-            expected = "0 (not trained on) or 1 (trained on)"
-            raise DataError(location.at(key), show(value), expected, "round the weight or remove it", "loss_weight")
-        result[own] = value  # type: ignore[literal-required]
+        if key not in _OPTIONAL and key not in _OTHER_KEYS:
+            location.note(f"message: the key {key!r} is not known and left out")
+        elif key in _OPTIONAL and value is not None:
+            result[_OPTIONAL[key]] = text(value, location.at(key))  # type: ignore[literal-required]
+    weight = _weight(turn, _WEIGHTS, location)
+    if weight is not None:
+        result["loss_weight"] = weight
     if tool_calls:
         result["tool_calls"] = tool_calls
     return result
+
+
+def _weight(holder: dict[str, Any], names: Sequence[str], location: Location) -> float | None:
+    """The weight that any of the keys `names` gives; None: none of them is there.
+
+    Whether and how much may be said by different keys: `"train": true, "weight": 0.5` is 0.5, a 0 among them is 0.
+    """
+    found = {}
+    for name in names:
+        value = holder.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or not 0 <= value < math.inf:
+            expected = "true, false, or a number from 0 up"
+            fix = "repair the weight, or remove or rename the key"
+            raise DataError(location.at(name), show(value), expected, fix, "loss_weight")
+        found[name] = float(value)
+    numbers = set(found.values()) - {0.0, 1.0}
+    if len(numbers) > 1:
+        said = ", ".join(f"{name} {value:g}" for name, value in found.items())
+        raise DataError(location, f"two weights ({said})", "one", "remove all but one of these keys", "loss_weight")
+    if 0.0 in found.values():
+        return 0.0
+    if numbers:
+        return numbers.pop()
+    return 1.0 if found else None
+
+
+def row_weight(row: Any, location: Location) -> float:
+    """How much the tokens of a whole row weigh in the loss, from 0 up; 1 where the row does not say."""
+    weight = _weight(row, _ROW_WEIGHTS, location) if isinstance(row, dict) else None
+    return 1.0 if weight is None else weight
 
 
 def _content(content: Any, location: Location) -> str:
@@ -287,6 +322,9 @@ def is_empty(turns: list[Message]) -> bool:
 def answered(turns: list[Message], location: Location) -> list[Message]:
     """The conversation, which has something for the model to learn: an assistant turn that is not empty.
 
+    Other answers that are empty stay, as the user's next turn may refer to them, but weigh nothing: all that could be
+    learned from them is to end at once.
+
     Raises:
         DataError: no assistant turn.
         DroppedRow: only empty ones (reason `empty_answer`).
@@ -298,7 +336,14 @@ def answered(turns: list[Message], location: Location) -> list[Message]:
         raise DataError(location, f"no assistant turn (roles: {roles})", "at least one", fix, "no_assistant_turn")
     if is_empty(answers):
         raise DroppedRow(location, "only empty answers", "an answer with text", "fill or delete it", "empty_answer")
-    return turns
+    return [_without_empty_answer(turn, location) for turn in turns]
+
+
+def _without_empty_answer(turn: Message, location: Location) -> Message:
+    if turn["role"] != "assistant" or turn.get("loss_weight") == 0 or not is_empty([turn]):
+        return turn
+    location.note(EMPTY_ANSWER)
+    return {**turn, "loss_weight": 0.0}
 
 
 def read_only(turns: Sequence[Message]) -> list[Message]:

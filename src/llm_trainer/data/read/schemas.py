@@ -7,7 +7,7 @@ Kinds: `text` `{"text"}`; `chat` `{"messages", "tools"}`; `completion` `{"prompt
 `preference` `{"prompt", "chosen", "rejected", "margin"}`; `unpaired` `{"prompt", "completion", "label"}`; `process`
 `{"prompt", "completion", "steps", "right"}` (per step a text and a number in [0, 1]); `prompt` `{"prompt", "answer"}`;
 `tokens` `{"input_ids", "labels"}`; `vision` `{"messages", "images", "answer"}`, where the text holds one `<image>` per
-image.
+image. Those with turns have `tools` besides, where the row has some.
 """
 
 import difflib
@@ -19,9 +19,10 @@ from typing import Any
 from llm_trainer.data.read import conversions as read
 from llm_trainer.data.read.conversions import Sample
 from llm_trainer.data.read.errors import DataError, Location, show
-from llm_trainer.data.read.messages import is_transcript, is_turns
+from llm_trainer.data.read.messages import is_transcript, is_turns, tool_schemas
 
 Test = Callable[[Any], bool]
+_MAY_CALL = ("chat", "preference", "unpaired", "process", "prompt")  # kinds of samples with turns
 ROW = ""  # as a column: the row itself, for rows that are no objects
 
 
@@ -48,7 +49,13 @@ class Schema:
             DroppedRow: the row is well formed but has nothing to teach; `reason` says why.
         """
         converted = self.convert(row, location)
-        return converted if isinstance(converted, list) else [converted]
+        samples = converted if isinstance(converted, list) else [converted]
+        # What a conversation may call stands beside it, whatever the schema reads of the other columns.
+        given = row.get("tools") if isinstance(row, dict) else None
+        tools = tool_schemas(given, location.at("tools")) if self.kind in _MAY_CALL else None
+        if tools:
+            samples = [{**sample, "tools": tools} for sample in samples]
+        return samples
 
 
 # --- tests of columns

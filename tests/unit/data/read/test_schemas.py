@@ -346,7 +346,11 @@ def test_trees_follow_rank_and_skip_what_was_deleted() -> None:
             {"messages": [{**U, "content": [{"type": "image", "image": "x"}]}, A]},
             r"type str 'image'; expected text only",
         ),
-        ("messages", {"messages": [U, {**A, "loss_weight": "1"}]}, r"'messages\[1\]\.loss_weight'.*expected a number"),
+        (
+            "messages",
+            {"messages": [U, {**A, "loss_weight": "1"}]},
+            r"'messages\[1\]\.loss_weight'.*expected true, false, or",
+        ),
         ("messages", {"messages": [U, A], "tools": "{"}, r"key 'tools': .*broken JSON"),
         ("message_list", [U, "x"], r"key '\[1\]': found str 'x'"),
         (
@@ -463,7 +467,55 @@ def test_unknown_formats_names_and_kinds() -> None:
         recognise([])
 
 
-def test_a_fraction_of_a_loss_weight_is_refused_rather_than_read_as_one():
-    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}
-    with pytest.raises(DataError, match=r"f.jsonl:3.*found float 0.5; expected 0 \(not trained on\) or 1"):
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [
+        ({"loss": False}, 0.0),
+        ({"train": False}, 0.0),
+        ({"train": True}, 1.0),
+        ({"weight": 0.5}, 0.5),
+        ({"loss_weight": 3}, 3.0),
+        ({"train": True, "weight": 0.5}, 0.5),
+        ({"loss": False, "weight": 2}, 0.0),
+        ({"weight": None}, None),
+        ({}, None),
+    ],
+)
+def test_four_names_of_one_weight(given, weight):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **given}]}
+    (sample,) = get_schema("messages").samples(row, Location("f.jsonl", 3))
+    assert sample["messages"][1].get("loss_weight") == weight
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"weight": -1}, "int -1"),
+        ({"loss": float("nan")}, "float nan"),
+        ({"weight": 2, "loss_weight": 3}, "two weights"),
+    ],
+)
+def test_weights_that_cannot_be_meant(given, found):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **given}]}
+    with pytest.raises(DataError, match=f"f.jsonl:3.*found {found}"):
         get_schema("messages").samples(row, Location("f.jsonl", 3))
+
+
+def test_tools_stand_beside_every_kind_of_turns():
+    tool = {"name": "add", "description": "a + b", "parameters": {}}
+    turn = {"role": "user", "content": "q"}
+    rows = {
+        "preference": {"prompt": [turn], "chosen": "a", "rejected": "b"},
+        "kto": {"messages": [turn, {"role": "assistant", "content": "a"}], "label": True},
+        "prompt": {"prompt": [turn]},
+        "stepwise": {"prompt": "q", "completions": ["a"], "labels": [True]},
+        "prompt_completion_turns": {"prompt": [turn], "completion": "a"},
+        "alpaca": {"instruction": "q", "output": "a"},
+    }
+    for name, row in rows.items():
+        (sample,) = get_schema(name).samples(row | {"tools": json.dumps([tool])}, Location("f.jsonl", 1))
+        assert sample["tools"] == [{"type": "function", "function": tool}], name
+        (sample,) = get_schema(name).samples(row, Location("f.jsonl", 1))
+        assert not sample.get("tools")
+        with pytest.raises(DataError, match="key 'tools'"):
+            get_schema(name).samples(row | {"tools": "[3]"}, Location("f.jsonl", 1))
