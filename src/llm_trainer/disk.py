@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +31,12 @@ class DiskError(OSError):
         return type(self), self._said
 
 
-def storage_failure(error: BaseException) -> str | None:
+def storage_failure(error: BaseException, among: Collection[int] = FULL_OR_BROKEN | NOT_WRITABLE) -> str | None:
     """The operating system's reason behind an error of safetensors, torch, numpy or Python; None: it has another cause."""
+    reasons = [os.strerror(code) for code in among]
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, DiskError):
+        if isinstance(cause, DiskError) and cause.reason in reasons:
             return cause.reason
         code = None
         in_rust = re.search(r"\(os error (\d+)\)", str(cause))  # safetensors has the number in its text only
@@ -45,7 +46,7 @@ def storage_failure(error: BaseException) -> str | None:
             code = cause.errno
             if code is None and NUMPY_SHORT_WRITE.search(str(cause)):
                 code = errno.ENOSPC
-        if code in FULL_OR_BROKEN | NOT_WRITABLE:
+        if code is not None and code in among:
             return os.strerror(code)
         cause = cause.__cause__ or cause.__context__
     return None

@@ -28,6 +28,7 @@ class Progress:
         learning_rate: of the last step.
         hooks_done: step at which each hook was called last.
         lines: the metrics written since the last step; a resumed run writes them again, so that no line is lost or double.
+        words: of the algorithm about the last step, likewise.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class Progress:
     learning_rate: float = 0.0
     hooks_done: dict[str, int] = field(default_factory=dict)
     lines: list[dict[str, float]] = field(default_factory=list)
+    words: str = ""
 
     def advance(self, position: int) -> None:
         """Count a finished optimizer step; the next one begins at `position`."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.disk import whole_file
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import MicroBatch
@@ -75,8 +76,9 @@ def keep_batches(batches: Sequence[MicroBatch], step: int, save_dir: Path) -> st
     path = save_dir / "bad_steps" / f"step-{step}-rank-{dist.process_number()}.pt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(kept, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        with whole_file(path) as partial, partial.open("wb") as file:  # whose errors say why, unlike torch's own
+            torch.save(kept, file)
+    except OSError as error:
         return f"its batch could not be kept ({error})"
     return f"its batch is kept in {path}"
 

@@ -1,12 +1,15 @@
 """What happens every n steps or epochs besides training. A hook is a function; a run calls it when it is due."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.state import Progress
+
+BUILT_IN = ("log", "evaluate", "sample", "save")  # names of the hooks of every run
 
 
 class RunView(Protocol):
@@ -78,3 +81,19 @@ class Hook:
         at_epoch_end = progress.position == 0 and progress.epoch > 0
         by_epochs = bool(self.every_epochs) and at_epoch_end and progress.epoch % (self.every_epochs or 1) == 0
         return by_steps or by_epochs or (self.at_end and finished)
+
+
+def with_names_of_their_own(hooks: Sequence[Hook]) -> list[Hook]:
+    """The user's hooks.
+
+    Raises:
+        ValueError: two have one name: a run remembers by name when a hook was called last, and would call only one of them.
+    """
+    names = Counter([*BUILT_IN, *(hook.name for hook in hooks)])
+    for name, count in names.items():
+        if count > 1:
+            whose = " (the run's own)" if name in BUILT_IN else ""
+            raise ValueError(
+                f"hooks: {count} are called {name!r}{whose}, expected names that differ; taken are {', '.join(BUILT_IN)}"
+            )
+    return list(hooks)

@@ -20,7 +20,7 @@ from llm_trainer.state import Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, snapshot
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, evaluate, unmeasured
-from llm_trainer.train.hooks import Hook
+from llm_trainer.train.hooks import Hook, with_names_of_their_own
 from llm_trainer.train.loop import Work
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
@@ -70,7 +70,7 @@ class Run:
         self.log_interval, self.save_interval = log_interval, save_interval
         self.save_dir = Path(save_dir)
         self.log_dir = Path(settings.log_dir) if settings.log_dir else self.save_dir / "log"
-        self._user_hooks = list(hooks)
+        self._user_hooks = with_names_of_their_own(hooks)
 
         # The machine: device, processes, engine, driver.
         place = detect_device(device)
@@ -195,7 +195,7 @@ class Run:
         progress.train_seconds += done.seconds
         first_group = self.trainer.optimizer.param_groups[0]
         progress.learning_rate = float(first_group["lr"])  # the one that the step was taken with
-        progress.lines = []
+        progress.lines, progress.words = [], ""
         self._clock.add(done.tokens, done.seconds)
         self._last_batch = done.batches[-1].batch
         self.new_best = False
@@ -209,6 +209,7 @@ class Run:
         else:
             self._skip(done)
         progress.advance(done.position)
+        self._reporter.note_learning_rate(progress.step, progress.learning_rate)
 
     def _skip(self, done: StepDone) -> None:
         """Count a step whose gradient was not finite, keep its batches for inspection, stop after too many in a row."""
@@ -269,20 +270,24 @@ class Run:
         schedules.check(self.trainer.scheduler, is_evaluated=bool(self.val_sources))
         guards.check_weights(self.engine, self.trainer.base_model)
         self.checkpoints.set_later_aside(self.progress.step)  # a folder that cannot be written shows here
-        if dist.is_main():
-            self.log_dir.mkdir(parents=True, exist_ok=True)
-            if self.settings.description:
-                (self.save_dir / "config.yaml").write_text(self.settings.description, encoding="utf-8")
+        self.checkpoints.describe(self.settings.description)
         facts = preflight.facts(self.work, self.size, self.settings, self.accumulation)
         folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
         if self._configured.changes:
             facts["changed"] = f"since the checkpoint: {', '.join(self._configured.changes)}"
         own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
         self.say(preflight.screen(facts | folders | own, self.settings.ledgers))
-        self._reporter.open(self.log_dir, self.settings, self.horizon.total(), self.progress.step - 1)
-        written, self.progress.lines = self.progress.lines, []
+        self._open_logs()
+
+    def _open_logs(self) -> None:
+        """Open the logs; what was written since the last step is written again, so that it is there once."""
+        progress = self.progress
+        self._reporter.open(self.log_dir, self.settings, self.horizon.total(), progress)
+        written, progress.lines = progress.lines, []
         for values in written:
             self.write(values)
+        if progress.words:
+            self._reporter.note_words(progress.step, progress.words)
 
     # The hooks of every run.
 
@@ -310,7 +315,8 @@ class Run:
         self.write(values | self._clock.read(self.progress, self.source.size(), mfu_per_rate))
         words = "" if self._last_batch is None else self.trainer._get_extra_log_info(self._last_batch)
         if words:
-            self.say(f"step {self.progress.step:,}  {words}")
+            self.progress.words = words
+            self._reporter.note_words(self.progress.step, words)
 
     def _evaluate(self) -> None:
         """Evaluate; remember the best, lower a plateau schedule, stop early after too many evaluations without progress."""
@@ -345,7 +351,7 @@ class Run:
             return
         answers = answer(self.trainer, self.engine, self.settings.sampling, self.settings.seed)
         for prompt, text in zip(self.trainer.eval_prompts, answers, strict=True):
-            self.say(f"[step {self.progress.step}] {prompt!r} -> {text!r}")
+            self._reporter.note_answer(self.progress.step, prompt, text)
 
     def _save(self) -> None:
         """Save a checkpoint; a disk that is full now is reported and tried again at the next turn, except at the end."""

@@ -19,6 +19,7 @@ from llm_trainer import checkpoint
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
 from llm_trainer.checkpoint.valid import step_folders
+from llm_trainer.disk import DiskError, whole_file
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.lock import lock_of_run
@@ -196,6 +197,16 @@ class Checkpoints:
         if resume == "auto":
             how = "the same command goes on from it"
         return f"Of this run, the newest checkpoint is {newest}; {how}"
+
+    def describe(self, configuration: str) -> None:
+        """Put the configuration, if there is one, beside the checkpoints, which hold it as well."""
+        if not configuration or not dist.is_main():
+            return
+        try:
+            with whole_file(self.save_dir / "config.yaml") as partial:
+                partial.write_text(configuration, encoding="utf-8")
+        except DiskError as error:
+            self._warn(f"{error}. Training goes on without it")
 
     def set_later_aside(self, step: int) -> None:
         """Move checkpoints of later steps out of the way: they are of another run, or damaged."""

@@ -1,13 +1,10 @@
-"""Where metrics and messages go: the console, log.txt, lr.txt, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Where metrics and messages go: the console, the files of `log_files`, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from llm_trainer.config.env import set_default
+from llm_trainer.disk import FULL_OR_BROKEN, storage_failure
+from llm_trainer.state import Progress as RunProgress
 from llm_trainer.terminal import printable
+from llm_trainer.train.log_files import Answers, FullDisk, JsonLines, LearningRates, TextLog
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -40,6 +40,16 @@ _HEADLINE = {
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.1%}",
 }
+
+
+@contextmanager
+def _even_on_a_full_disk() -> Iterator[None]:
+    """The screen may be a file; what does not fit on its disk now stays in Python's buffer."""
+    try:
+        yield
+    except OSError as error:
+        if storage_failure(error, FULL_OR_BROKEN) is None:
+            raise
 
 
 class ConsoleWriter:
@@ -80,79 +90,13 @@ class ConsoleWriter:
 
     def say(self, line: str) -> None:
         """Prints a line above the live one."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        with _even_on_a_full_disk():
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leaves the last line on the screen."""
         if self._progress:
             self._progress.stop()
-
-
-class _LineFile:
-    """Lines that are on disk as soon as they are written; a resumed run goes on after the step it resumes from."""
-
-    _STEP = re.compile(r'\bstep(?:=|": )(\d+)\b.*\n')
-
-    def __init__(self, path: Path, last_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._rewind(path, last_step)
-        self._file = path.open("a", encoding="utf-8")
-
-    def _rewind(self, path: Path, last_step: int) -> None:
-        """Drops lines of steps that will be run again, and a line that was torn when the process died."""
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            found = self._STEP.search(line)
-            if found and int(found[1]) <= last_step:
-                kept.append(line)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
-
-    def append(self, line: str) -> None:
-        self._file.write(f"{line}\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class TextLog:
-    """`log.txt`, lines like `2026-01-31 12:00:00 step=10 loss=2.345 ...`, and `lr.txt` with the learning rate alone."""
-
-    def __init__(self, folder: str | Path, last_step: int = -1) -> None:
-        """Continues the files in `folder` after `last_step`; -1 begins them anew."""
-        self._log = _LineFile(Path(folder) / "log.txt", last_step)
-        self._lr = _LineFile(Path(folder) / "lr.txt", last_step)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a line; spaces in names become `_`."""
-        names = [re.sub(r"[\s=]", "_", name) for name in values]
-        pairs = [f"{name}={value:.8g}" for name, value in zip(names, values.values(), strict=True)]
-        self._log.append(" ".join([time.strftime("%Y-%m-%d %H:%M:%S"), f"step={step}", *pairs]))
-        if "learning_rate" in values:
-            self._lr.append(f"step={step} learning_rate={values['learning_rate']:.8g}")
-
-    def close(self) -> None:
-        self._log.close()
-        self._lr.close()
-
-
-class JsonLines:
-    """`metrics.jsonl`: an object per line with `step`, `time` (seconds since 1970) and all metrics."""
-
-    def __init__(self, folder: str | Path, last_step: int = -1) -> None:
-        """Continues the file in `folder` after `last_step`; -1 begins it anew."""
-        self._file = _LineFile(Path(folder) / "metrics.jsonl", last_step)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a line; JSON has no NaN and no infinity, so both become null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.append(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, ensure_ascii=False))
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class TensorBoard:
@@ -205,17 +149,19 @@ def open_writers(
     extra: Sequence[str] = (),
     live: bool = True,
     config: Mapping[str, Any] | None = None,
+    trouble: FullDisk | None = None,
 ) -> list[Writer]:
     """The writers of this process: the console, the log files and `extra` on the main one, none on others.
 
     Args:
-        folder: the folder of log.txt, lr.txt and metrics.jsonl.
+        folder: the folder of log.txt and metrics.jsonl.
         is_main: whether this process is the one that writes.
         total_steps: the run's length, for the estimated time of arrival.
         last_step: the step that a resumed run goes on from; -1 for a new run, which begins the files anew.
         extra: `tensorboard`, `wandb`.
         live: a progress bar where the output is a terminal.
         config: the run's settings, for `wandb`.
+        trouble: hears about a full disk.
 
     Raises:
         ValueError: when a writer is not known or not installed.
@@ -229,7 +175,7 @@ def open_writers(
     if not is_main:
         return []
     extras = [known[name]() for name in extra]  # first, as one that is not installed must leave no open files
-    files: list[Writer] = [TextLog(folder, last_step), JsonLines(folder, last_step)]
+    files: list[Writer] = [TextLog(folder, last_step, trouble), JsonLines(folder, last_step, trouble)]
     return [ConsoleWriter(total_steps, max(last_step, 0), live), *files, *extras]
 
 
@@ -239,9 +185,22 @@ class Reporter:
     def __init__(self, is_main: bool) -> None:
         self.is_main = is_main
         self._writers: Sequence[Writer] = ()
+        self._learning_rates: LearningRates | None = None
+        self._answers: Answers | None = None
 
-    def open(self, folder: Path, settings: Settings, total_steps: int | None, last_step: int) -> None:
-        """Give metrics to the writers that `settings` ask for from now on, and messages to the console among them."""
+    def open(self, folder: Path, settings: Settings, total_steps: int | None, progress: RunProgress) -> None:
+        """Give metrics to the writers that `settings` ask for from now on, and messages to the console among them.
+
+        Args:
+            folder: of the log files.
+            settings: name further writers.
+            total_steps: the run's length.
+            progress: where the run begins: lines of its last step are cut off as well, because they are written again.
+        """
+        last_step = last_answered = progress.step - 1
+        if progress.hooks_done.get("sample") == progress.step:
+            last_answered = progress.step  # the prompts are not asked again
+        trouble = FullDisk(self.warn)
         self._writers = open_writers(
             folder,
             is_main=self.is_main,
@@ -250,13 +209,35 @@ class Reporter:
             extra=settings.writers,
             live=settings.progress,
             config=asdict(settings),
+            trouble=trouble,
         )
+        if self.is_main:
+            self._learning_rates = LearningRates(folder, last_step, trouble)
+            self._answers = Answers(folder, last_answered, trouble)
+        if progress.step:
+            self.note_learning_rate(progress.step, progress.learning_rate)
 
     def close(self) -> None:
         """Finish what is open; messages are printed from now on."""
         for writer in self._writers:
-            writer.close()
-        self._writers = ()
+            with self._without(writer):
+                writer.close()
+        for file in (self._learning_rates, self._answers):
+            if file is not None:
+                file.close()
+        self._writers, self._learning_rates, self._answers = [], None, None
+
+    @contextmanager
+    def _without(self, writer: Any) -> Iterator[None]:
+        """A library whose disk is full loses its metrics; the run and the other writers do not."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            reason = storage_failure(error, FULL_OR_BROKEN)
+            if reason is None:
+                raise
+            self._writers = [other for other in self._writers if other is not writer]
+            self.warn(f"{type(writer).__name__}: {reason}; it gets no more metrics. metrics.jsonl has all of them")
 
     def say(self, message: str) -> None:
         """Print above any progress bar."""
@@ -267,7 +248,8 @@ class Reporter:
             if isinstance(writer, ConsoleWriter):
                 writer.say(message)
                 return
-        print(message, flush=True)
+        with _even_on_a_full_disk():
+            print(message, flush=True)
 
     def warn(self, message: str) -> None:
         """Print a warning."""
@@ -276,4 +258,23 @@ class Reporter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Give the metrics of a step to all writers."""
         for writer in self._writers:
-            writer.write(step, values)
+            with self._without(writer):
+                writer.write(step, values)
+
+    def note_words(self, step: int, words: str) -> None:
+        """Print words of the algorithm about a step, and put them into log.txt."""
+        self.say(f"step {step:,}  {words}")
+        for writer in self._writers:
+            if isinstance(writer, TextLog):
+                writer.note(step, words)
+
+    def note_learning_rate(self, step: int, learning_rate: float) -> None:
+        """Put the learning rate of a step into lr.txt."""
+        if self._learning_rates is not None:
+            self._learning_rates.note(step, learning_rate)
+
+    def note_answer(self, step: int, prompt: str, answer: str) -> None:
+        """Print an answer to one of `eval_prompts`, and put it into gen.txt."""
+        self.say(f"[step {step}] {prompt!r} -> {answer!r}")
+        if self._answers is not None:
+            self._answers.note(step, prompt, answer)

@@ -180,6 +180,14 @@ def test_words_of_the_algorithm_follow_the_log_line(tmp_path: Path, capsys: pyte
     Talking(model, optimizer, [GOOD, 3 * GOOD], save_dir=str(tmp_path), use_amp=False, **options).train()
     shown = capsys.readouterr().out
     assert "step 1  largest input 2\n" in shown and "step 2  largest input 6\n" in shown
+    assert (tmp_path / "log" / "log.txt").read_text().splitlines()[1].endswith(" step=1 largest input 2")
+
+
+@pytest.mark.parametrize("names", [("mine", "mine"), ("save",)])
+def test_two_hooks_of_one_name_are_an_error(names: tuple[str, ...], tmp_path: Path) -> None:
+    hooks = [Hook(name, lambda run: None, every_steps=1) for name in names]
+    with pytest.raises(ValueError, match=rf"hooks: 2 are called '{names[0]}'.*taken are log, evaluate, sample, save"):
+        make(tmp_path, [GOOD], hooks=hooks)
 
 
 class Weighed(Regression):

@@ -41,6 +41,7 @@ def test_stopping_again_and_again_changes_nothing(tmp_path: Path) -> None:
     options = {"early_stopping_patience": 3, "max_epochs": 8, "save_interval_steps": 1000}
     make_trainer(tmp_path / "whole", **options).train()
     whole, stops = outcome(tmp_path / "whole"), 0
+    rates = (tmp_path / "whole" / "log" / "lr.txt").read_text()
     while True:
         trainer = make_trainer(tmp_path / "cut", **options)
         trainer.run._resume()
@@ -55,6 +56,9 @@ def test_stopping_again_and_again_changes_nothing(tmp_path: Path) -> None:
     assert len(whole["metrics"]) > 10 and cut["metrics"] == whole["metrics"] and cut["best"] == whole["best"]
     del cut["state"]["progress"]["hooks_done"], whole["state"]["progress"]["hooks_done"]  # one has another hook
     assert cut == whole
+    assert (tmp_path / "cut" / "log" / "lr.txt").read_text() == rates
+    last = trainer.run.progress.step
+    assert [line.split()[0] for line in rates.splitlines()] == [f"step={step}" for step in range(1, last + 1)]
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

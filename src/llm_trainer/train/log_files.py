@@ -1,0 +1,186 @@
+"""The files of a log folder: log.txt, lr.txt, gen.txt and metrics.jsonl. A full disk delays their lines, and no more."""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from io import FileIO
+from pathlib import Path
+
+from llm_trainer.config.errors import counted
+from llm_trainer.disk import FULL_OR_BROKEN, DiskError, cannot_write, storage_failure
+
+
+class FullDisk:
+    """Says once that lines cannot be written, and once that none is missing any more."""
+
+    def __init__(self, warn: Callable[[str], object] = print) -> None:
+        self.warn = warn
+        self._waiting: set[Path] = set()
+
+    def has_refused(self, path: Path, reason: str, num_bytes: int) -> None:
+        """Note that lines of a file have to wait."""
+        if not self._waiting:
+            self.warn(
+                f"{cannot_write(path, reason, num_bytes)}. Training goes on; the lines of the logs in '{path.parent}' "
+                "are kept in memory until they can be written"
+            )
+        self._waiting.add(path)
+
+    def has_taken(self, path: Path) -> None:
+        """Note that all lines of a file are written."""
+        if path in self._waiting:
+            self._waiting.remove(path)
+            if not self._waiting:
+                self.warn(f"the logs in '{path.parent}' are complete again")
+
+
+class LineFile:
+    """Lines that are on the disk as soon as they are written, each whole; those that do not fit on it wait.
+
+    Args:
+        path: the file; its folder is made if needed.
+        last_step: a resumed run goes on after it: lines of later steps, which will be run again, and a line that was torn
+            when the process died are cut off. -1 begins the file anew.
+        trouble: hears about a full disk.
+
+    Raises:
+        DiskError: the file cannot be written, for another reason than a full disk.
+    """
+
+    _STEP = re.compile(rb'\bstep(?:=|": )(\d+)\b')
+
+    def __init__(self, path: Path, last_step: int = -1, trouble: FullDisk | None = None) -> None:
+        self.path, self._trouble = path, trouble or FullDisk()
+        self._waiting: list[bytes] = []
+        self._file: FileIO | None = None
+        try:
+            if path.exists():
+                os.truncate(path, self._length_until(last_step))  # in place: this needs no space
+        except OSError as error:
+            raise DiskError(path, error.strerror or str(error), 0) from error
+        self._write_waiting()
+
+    def _length_until(self, last_step: int) -> int:
+        """Bytes of the lines up to `last_step`."""
+        length = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                found = self._STEP.search(line)
+                is_later = found is not None and int(found[1]) > last_step
+                if last_step < 0 or is_later or not line.endswith(b"\n"):
+                    break
+                length += len(line)
+        return length
+
+    def append(self, line: str) -> None:
+        """Write a line, now or as soon as there is room."""
+        self._waiting.append(f"{line}\n".encode(errors="backslashreplace"))
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        content = b"".join(self._waiting)
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            _write_whole(self._file, content)
+        except OSError as error:
+            reason = storage_failure(error, FULL_OR_BROKEN)
+            if reason is None:
+                raise DiskError(self.path, error.strerror or str(error), len(content)) from error
+            self._trouble.has_refused(self.path, reason, len(content))
+        else:
+            self._waiting.clear()
+            self._trouble.has_taken(self.path)
+
+    def close(self) -> None:
+        """Write what still waits, or say that it is lost."""
+        self._write_waiting()
+        if self._waiting:
+            lost = counted(len(self._waiting), "line")
+            self._trouble.warn(f"the last {lost} of '{self.path}' could not be written and will be missing in it")
+        if self._file is not None:
+            self._file.close()
+
+
+def _write_whole(file: FileIO, content: bytes) -> None:
+    """Append all of `content`, or nothing."""
+    length, left = os.fstat(file.fileno()).st_size, memoryview(content)
+    try:
+        while left:
+            left = left[os.write(file.fileno(), left) :]
+    except OSError:
+        os.ftruncate(file.fileno(), length)  # half a line would spoil the next one
+        raise
+
+
+class TextLog:
+    """`log.txt`, lines like `2026-01-31 12:00:00 step=10 loss=2.345 ...`."""
+
+    def __init__(self, folder: str | Path, last_step: int = -1, trouble: FullDisk | None = None) -> None:
+        """Continues the file in `folder` after `last_step`; -1 begins it anew."""
+        self._file = LineFile(Path(folder) / "log.txt", last_step, trouble)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line; spaces in names become `_`."""
+        names = [re.sub(r"[\s=]", "_", name) for name in values]
+        pairs = [f"{name}={value:.8g}" for name, value in zip(names, values.values(), strict=True)]
+        self.note(step, " ".join(pairs))
+
+    def note(self, step: int, words: str) -> None:
+        """Appends a line of words."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.append(f"{now} step={step} {' '.join(words.split())}")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class LearningRates:
+    """`lr.txt`: a line for every step, like `step=10 learning_rate=0.001`."""
+
+    def __init__(self, folder: str | Path, last_step: int = -1, trouble: FullDisk | None = None) -> None:
+        """Continues the file in `folder` after `last_step`; -1 begins it anew."""
+        self._file = LineFile(Path(folder) / "lr.txt", last_step, trouble)
+
+    def note(self, step: int, learning_rate: float) -> None:
+        """Appends a line: the learning rate that a step was taken with."""
+        self._file.append(f"step={step} learning_rate={learning_rate:.8g}")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Answers:
+    """`gen.txt`: a line for every answer to one of `eval_prompts`; both as Python writes strings, so each is one line."""
+
+    def __init__(self, folder: str | Path, last_step: int = -1, trouble: FullDisk | None = None) -> None:
+        """Continues the file in `folder` after `last_step`; -1 begins it anew."""
+        self._file = LineFile(Path(folder) / "gen.txt", last_step, trouble)
+
+    def note(self, step: int, prompt: str, answer: str) -> None:
+        """Appends a line."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.append(f"{now} step={step} {prompt!r} -> {answer!r}")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JsonLines:
+    """`metrics.jsonl`: an object per line with `step`, `time` (seconds since 1970) and all metrics."""
+
+    def __init__(self, folder: str | Path, last_step: int = -1, trouble: FullDisk | None = None) -> None:
+        """Continues the file in `folder` after `last_step`; -1 begins it anew."""
+        self._file = LineFile(Path(folder) / "metrics.jsonl", last_step, trouble)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line; JSON has no NaN and no infinity, so both become null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.append(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, ensure_ascii=False))
+
+    def close(self) -> None:
+        self._file.close()

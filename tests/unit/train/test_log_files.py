@@ -1,0 +1,142 @@
+"""A full disk delays the lines of logs: said once, nothing torn, and nothing missing once there is room."""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_trainer.disk import DiskError
+from llm_trainer.train import run as run_module
+from llm_trainer.train.hooks import Hook
+from llm_trainer.train.log_files import FullDisk, LineFile
+from llm_trainer.train.signals import TrainingInterrupted
+from llm_trainer.train.writers import Reporter
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
+from victim import make_trainer, metric_lines
+
+SmallDisk = Callable[[int], Path]
+
+
+def fill(disk: Path) -> None:
+    """Take all the space that is left."""
+    with (disk / "filler").open("ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(512))
+        except OSError:
+            pass
+
+
+def test_lines_wait_while_the_disk_is_full(small_disk: SmallDisk) -> None:
+    disk, told = small_disk(256 << 10), list[str]()
+    trouble = FullDisk(told.append)
+    paths = [disk / "log" / "a.txt", disk / "log" / "b.txt"]
+    files = [LineFile(path, trouble=trouble) for path in paths]
+    line = "x" * 3000
+    for step in range(30):
+        if step == 10:
+            fill(disk)
+        for file in files:
+            file.append(f"step={step} {line}")
+    assert len(told) == 1 and re.search(
+        r"a.txt' could not be saved: No space left.*needs at least [36],0.. bytes", told[0]
+    )
+    assert "Training goes on" in told[0] and "0 bytes are free" in told[0]
+    for path in paths:
+        content = path.read_bytes()
+        assert content.endswith(b"x\n") and 10 <= content.count(b"\n") < 30, "no line is torn"
+    (disk / "filler").unlink()
+    for file in files:
+        file.append("step=30")
+    for path in paths:
+        assert path.read_text().splitlines() == [*(f"step={step} {line}" for step in range(30)), "step=30"]
+    assert len(told) == 2 and "are complete again" in told[1]
+    fill(disk)
+    for file in files:
+        file.append(line * 2)
+        file.close()
+    lost = [message for message in told[2:] if "the last 1 line of" in message and "will be missing" in message]
+    assert len(lost) == 2
+
+
+def test_a_torn_line_is_cut_off_on_a_full_disk_too(small_disk: SmallDisk) -> None:
+    disk = small_disk(32 << 10)
+    (disk / "a.txt").write_text("step=1 x\nstep=2 x\nstep=3 x\nstep=4")
+    fill(disk)
+    for last_step, kept in ((3, [1, 2, 3]), (1, [1]), (-1, [])):
+        LineFile(disk / "a.txt", last_step, FullDisk(lambda message: None)).close()
+        assert (disk / "a.txt").read_text() == "".join(f"step={step} x\n" for step in kept)
+    with pytest.raises(DiskError, match="could not be saved: (File exists|Not a directory)"):
+        LineFile(disk / "a.txt" / "b.txt")
+
+
+def test_a_full_disk_of_the_logs_neither_ends_a_run_nor_loses_a_line(
+    small_disk: SmallDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small_disk(64 << 10)
+
+    def press(run: Any) -> None:
+        if run.progress.step == 3:
+            fill(disk)
+        if run.progress.step == 20:
+            (disk / "filler").unlink()
+
+    options: dict[str, Any] = {"log_interval": 1, "max_epochs": 4, "save_interval_steps": 100}
+    make_trainer(tmp_path / "whole", log_dir=str(tmp_path / "whole" / "log"), **options).train()
+    capsys.readouterr()
+    pressed = [Hook("press", press, every_steps=1)]
+    make_trainer(tmp_path / "pressed", log_dir=str(disk / "log"), hooks=pressed, **options).train()
+    told = capsys.readouterr().out
+    assert told.count("WARNING") == 2 and "Training goes on" in told and "are complete again" in told
+    assert metric_lines(disk) == metric_lines(tmp_path / "whole")
+    for name in ("lr.txt", "log.txt"):
+        whole = (tmp_path / "whole" / "log" / name).read_text().count("step=")
+        assert (disk / "log" / name).read_text().count("step=") == whole
+
+
+def test_a_writer_of_a_library_whose_disk_is_full_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    class Full:
+        def write(self, step: int, values: Any) -> None:
+            raise RuntimeError("worker died") from OSError(28, "No space left on device")
+
+    seen: list[int] = []
+
+    class Seeing(Full):
+        def write(self, step: int, values: Any) -> None:
+            seen.append(step)
+
+    reporter = Reporter(is_main=True)
+    reporter._writers = [Full(), Seeing()]  # type: ignore[list-item]
+    for step in (1, 2):
+        reporter.write(step, {"loss": 1.0})
+    assert seen == [1, 2]
+    assert capsys.readouterr().out.count("WARNING: Full: No space left on device; it gets no more metrics") == 1
+
+
+def test_answers_are_kept_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over a stop right after they were given, and one after the steps that followed."""
+    monkeypatch.setattr(run_module, "answer", lambda *given: ["a\nb\x1b[31m\ud800"])
+    lives = 0
+    while True:
+        lives += 1
+
+        def stop(run: Any) -> None:
+            if run.progress.step % 4 < 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer = make_trainer(tmp_path, eval_prompts=["?"], max_epochs=1, hooks=[Hook("stop", stop, every_steps=1)])
+        try:
+            trainer.train()
+            break
+        except TrainingInterrupted:
+            pass
+    lines = (tmp_path / "log" / "gen.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [f"step={n} '?' -> 'a\\nb\\x1b[31m\\ud800'" for n in (4, 8)]
+    assert lives > 3 and len(json.loads((tmp_path / "log" / "metrics.jsonl").read_text().splitlines()[0])) > 3
