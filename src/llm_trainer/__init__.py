@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_trainer.config.files import FileDataset as FileDataset
     from llm_trainer.config.registry import register_algorithm as register_algorithm
     from llm_trainer.config.section import config_section as config_section
     from llm_trainer.optim.optimizers import configure_optimizer as configure_optimizer
@@ -30,6 +31,7 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "PretrainTrainer": "llm_trainer.trainers.language",
     "Distillation": "llm_trainer.trainers.distill",
     "DPOTrainer": "llm_trainer.trainers.preference",
+    "FileDataset": "llm_trainer.config.files",
     "Hook": "llm_trainer.train.hooks",
     "KTOTrainer": "llm_trainer.trainers.unpaired",
     "RewardTrainer": "llm_trainer.trainers.reward",

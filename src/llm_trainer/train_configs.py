@@ -17,6 +17,7 @@ from llm_trainer.config.deepspeed import (
     DsZero1Config,
     DsZero2Config,
     DsZero3Config,
+    DsZeROConfig,
 )
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
@@ -41,6 +42,7 @@ __all__ = [
     "DsConfig",
     "DsFp16Config",
     "DsOffloadConfig",
+    "DsZeROConfig",
     "DsZero0Config",
     "DsZero1Config",
     "DsZero2Config",

@@ -18,6 +18,27 @@ class _WithAuto:
     means_default: ClassVar[tuple[str, ...]] = ("auto",)
 
 
+class DsZeROConfig(_WithAuto):
+    """What is sharded over ranks: `DsZeROConfig(stage=2, ...)` is a `DsZero2Config(...)`, and all of these are one."""
+
+    def __new__(cls, *args: Any, **given: Any) -> DsZeROConfig:
+        section = cls
+        if cls is DsZeROConfig:
+            section = _section_of(given.get("stage"))
+        return object.__new__(section)
+
+
+def _section_of(stage: object) -> Any:
+    """The class of a stage.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    if type(stage) is not int or stage not in STAGES:
+        raise ConfigError(f"stage: got {stage!r}, expected one of 0, 1, 2, 3")
+    return STAGES[stage]
+
+
 # What means nothing in one of the two sections of offloading.
 FOREIGN = {
     "offload_optimizer": {"buffer_size", "max_in_cpu"},
@@ -67,7 +88,7 @@ class DsOffloadConfig(_WithAuto):
 
 
 @config_section
-class DsZero0Config(_WithAuto):
+class DsZero0Config(DsZeROConfig):
     """No sharding: gradients are averaged, everything else is whole on every rank."""
 
     stage: Literal[0] = Field(default=0, description="0: nothing is sharded")
@@ -78,7 +99,7 @@ class DsZero0Config(_WithAuto):
 
 
 @config_section
-class _Sharded(_WithAuto):
+class _Sharded(DsZeROConfig):
     """What all stages that shard something have in common."""
 
     reduce_bucket_size: StrictInt = Field(
@@ -247,12 +268,11 @@ class DsConfig(_WithAuto):
         if not isinstance(given, Mapping):
             return given
         stage = given.get("stage")
-        if type(stage) is not int or stage not in STAGES:
-            raise ConfigError(f"stage: got {stage!r}, expected one of 0, 1, 2, 3")
-        for name in given.keys() - fields_of(STAGES[stage]).keys():
+        section = _section_of(stage)
+        for name in given.keys() - fields_of(section).keys():
             if knowing := [str(other) for other, section in STAGES.items() if name in fields_of(section)]:
                 raise ConfigError(f"{name}: got stage {stage}, which has none; expected stage {' or '.join(knowing)}")
-        return STAGES[stage](**given)
+        return section(**given)
 
     def __post_init__(self) -> None:
         self.gradient_clipping = self.gradient_clipping or 0.0

@@ -20,6 +20,7 @@ from llm_trainer.config.deepspeed import (
     DsZero1Config,
     DsZero2Config,
     DsZero3Config,
+    DsZeROConfig,
 )
 from llm_trainer.config.errors import ConfigError, fields_of
 
@@ -200,3 +201,15 @@ def test_a_precision_that_is_auto_is_that_of_the_run() -> None:
     both = {"fp16_config": DsFp16Config(enabled="auto", loss_scale="auto"), "bf16_config": {"enabled": "auto"}}
     assert not {"fp16", "bf16"} & DsConfig(**both).to_json().keys()
     assert DsConfig(**both | {"bf16_config": DsBf16Config()}).to_json()["bf16"] == {"enabled": True}
+
+
+def test_a_stage_by_its_number() -> None:
+    zero = DsZeROConfig(stage=3, sub_group_size=7)
+    assert type(zero) is DsZero3Config and zero.sub_group_size == 7
+    assert all(isinstance(section(), DsZeROConfig) for section in STAGES.values())
+    assert DsConfig(zero_config=DsZeROConfig(stage=1)).to_json()["zero_optimization"]["stage"] == 1
+    for wrong in ({}, {"stage": 4}):
+        with pytest.raises(ConfigError, match=f"stage: got {wrong.get('stage')}, expected one of 0, 1, 2, 3"):
+            DsZeROConfig(**wrong)
+    with pytest.raises(ConfigError, match="sub_group_size is not a known key"):
+        DsZeROConfig(stage=2, sub_group_size=7)

@@ -50,11 +50,11 @@ def test_nonsense_is_named(name, value, expected):
 
 def test_set_default_respects_the_user(monkeypatch):
     monkeypatch.setenv("LOG_DIR", "mine")
-    monkeypatch.delenv("TOKEN_DIR", raising=False)
+    monkeypatch.setenv("TOKEN_DIR", "")  # remembers that there was none, which `delenv` alone does not
+    monkeypatch.delenv("TOKEN_DIR")
     set_default("LOG_DIR", "other")
     set_default("TOKEN_DIR", "tok")
     assert (environment().log_dir, environment().token_dir) == ("mine", "tok")
-    monkeypatch.delenv("TOKEN_DIR")
 
 
 def test_no_other_module_touches_the_environment():
