@@ -174,6 +174,7 @@ class Builder:
             packing=loader.packing or self.kind.packings[0],
             truncation=loader.truncation,
             bad_rows=loader.bad_rows,
+            max_left_out=loader.max_left_out,
             image_columns=loader.image_columns,
             text_unit=loader.text_unit,
             workers=loader.data_loader_num_workers,

@@ -127,6 +127,12 @@ class DataLoaderConfig(MicroBatches):
         description="what happens to rows that are trained as text and have images, videos or sounds; ignore: they are "
         "counted",
     )
+    max_left_out: StrictFloat = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of the conversations' characters that the chat template may leave out, before training stops",
+    )
     text_unit: Literal["auto", "file", "line", "paragraph"] = Field(
         default="auto", description="what one document of a plain text file is"
     )

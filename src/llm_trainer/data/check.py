@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
+from llm_trainer.data.encode.printed import share_left_out
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.ids import check_ids
 from llm_trainer.data.kinds import KINDS, DataOptions, Kind, get_kind, kinds_that_accept
@@ -57,7 +58,8 @@ class FileReport:
     @property
     def stops_training(self) -> bool:
         """Whether a run on this file would end with an error."""
-        return bool(self.problems) or self.untrained >= len(self.lengths)
+        left_out = share_left_out(self.account.notes) > DataOptions.max_left_out
+        return bool(self.problems) or left_out or self.untrained >= len(self.lengths)
 
     def percentiles(self) -> dict[str, int]:
         """Shortest, median, 95 % and longest length."""
@@ -168,6 +170,7 @@ class _Inspector:
                 if kind is not None and kind.weighs_rows:
                     weight = row_weight(row, location)
                 encoded = _encode(self.chat, found.kind, sample)
+                self._note_left_out(self.chat, location, sample)
                 if found.kind in ("preference", "unpaired"):
                     refuse_weights(encoded, location)
             except ChatTemplateError as error:
@@ -176,6 +179,17 @@ class _Inspector:
                 report.problems.append(error)
             else:
                 self._count(encoded, weight)
+
+    def _note_left_out(self, chat: ChatFormat, location: Location, sample: Sample) -> None:
+        """Note what the template does not print of each conversation of a sample."""
+        turns = sample.get("messages") or sample.get("prompt")
+        if not isinstance(turns, list):
+            return  # text
+        answers = [
+            sample[key] for key in ("completion", "chosen", "rejected") if key in sample and "steps" not in sample
+        ]
+        for answer in answers or [[]]:
+            location.note_all(chat.left_out(turns + answer, sample.get("tools")))
 
     def _samples(self, schema: Schema, kind: Kind | None, rows: Rows) -> Iterator[tuple[Location, Any, Sample]]:
         for where, row in rows:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llm_trainer.config.errors import counted
+from llm_trainer.data.encode.printed import ALL_CHARACTERS, LEFT_OUT, share_left_out
 
 
 @dataclass
@@ -88,7 +89,12 @@ class Ledger:
 def note_lines(notes: Counter[str]) -> list[str]:
     """What was noted, as a screen shows it: `3 turns: an empty answer, ...`."""
     lines = []
+    if notes[LEFT_OUT]:
+        numbers = f"{notes[LEFT_OUT]:,} of {notes[ALL_CHARACTERS]:,} characters ({share_left_out(notes):.1%})"
+        lines.append(f"{numbers} of the conversations are left out by the chat template")
     for text, count in sorted(notes.items()):
+        if text in (LEFT_OUT, ALL_CHARACTERS):
+            continue
         what, said = text.split(": ", 1)
         lines.append(f"{counted(count, what)}: {said}")
     return lines

@@ -14,11 +14,13 @@ import numpy as np
 
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.printed import share_left_out
 from llm_trainer.data.encode.store import Part, TokenStore
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.encode.workers import build_store
 from llm_trainer.data.ids import check_all_ids, check_ids, open_tokens_of
 from llm_trainer.data.kinds import DataOptions, Encoded, Kind, Sample, get_kind, kinds_that_accept
+from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import files_of, read_rows
@@ -71,7 +73,29 @@ def load(paths: Iterable[str], kind: Kind, chat: ChatFormat, options: DataOption
     files = list(_files(paths))
     if not files:
         raise ValueError("file_dataset: no file was given, expected at least one path")
-    return Joined([_rows_of(file, kind, chat, options, cache) for file in files])
+    joined = Joined([_rows_of(file, kind, chat, options, cache) for file in files])
+    refuse_left_out(joined.ledgers, options.max_left_out)
+    return joined
+
+
+def refuse_left_out(ledgers: Sequence[Ledger], most: float) -> None:
+    """A template must print most of what the conversations say.
+
+    Raises:
+        DataError: more than the share `most` of all their characters is left out.
+    """
+    notes = Counter[str]()
+    for ledger in ledgers:
+        notes.update(ledger.notes)
+    if share_left_out(notes) <= most:
+        return
+    found = "; ".join(line for line in note_lines(notes) if "chat template" in line)
+    fix = (
+        "use a chat template that prints it; for reasoning set sft_config.thinking to all, or to last or none to leave it out; "
+        "or raise data_loader_config.max_left_out"
+    )
+    names = ", ".join(ledger.name for ledger in ledgers)
+    raise DataError(Location(names), found, f"at most {most:.0%}", fix, "left_out")
 
 
 def _files(paths: Iterable[str]) -> Iterator[Path]:

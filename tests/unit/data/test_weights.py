@@ -10,10 +10,12 @@ import torch
 from llm_trainer.data.check import check_file
 from llm_trainer.data.collate import collate_flat, collate_padded, take_rows
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.printed import ALL_CHARACTERS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.load import load as load_rows
 from llm_trainer.data.read.errors import DataError
+from llm_trainer.data.read.messages import EMPTY_ANSWER
 
 PLAIN = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -188,7 +190,8 @@ def test_notes_of_rows_that_are_read_again_are_counted_once(chat: ChatFormat, tm
     bad["messages"][0]["content"] = "bad"
     strict = ChatFormat(chat.tokenizer, refuses + PLAIN)
     data = load(write(tmp_path / "a.jsonl", [odd, bad]), strict, bad_rows="drop")
-    assert sum(data.ledgers[0].notes.values()) == 1 and data.ledgers[0].dropped_rows == {"template": 1}
+    assert data.ledgers[0].notes == {EMPTY_ANSWER: 1, ALL_CHARACTERS: len("q" + "q" + "a1")}
+    assert data.ledgers[0].dropped_rows == {"template": 1}
 
 
 def test_tools_are_rendered_in_every_kind(chat: ChatFormat, tmp_path: Path) -> None:

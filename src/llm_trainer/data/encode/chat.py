@@ -6,6 +6,7 @@ multi-byte character (tests/reference/README.md, point 27).
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from llm_trainer.data.encode.printed import THINK_BLOCK, count_left_out, fields_of, shape_of, with_marks
 from llm_trainer.data.encode.templates import (
     HIDDEN,
     LITERAL,
@@ -38,7 +40,6 @@ Tools = Sequence[Mapping[str, Any]]
 TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["template", "last", "all", "none"]
 
-_THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _TAG_FIX = (
     "put {% generation %} before and {% endgeneration %} after what it prints of an assistant's turn, its end included"
 )
@@ -153,6 +154,27 @@ class ChatFormat:
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         marked = self._render(messages, tools, add_generation_prompt=True, **options)
         return self._encoder.encode([strip_marks(marked)], [[]])[0][0]
+
+    def left_out(self, messages: Sequence[Message], tools: Tools | None = None) -> Counter[str]:
+        """What the template does not print of a conversation, and how many characters that is, for `Location.note`.
+
+        Reasoning is counted if the template decides about it; any other `thinking` is the user's word.
+        """
+        fields = list(fields_of(messages, tools, with_reasoning=self.thinking == "template"))
+        shape = shape_of(messages, fields)
+        if shape not in self._missing:
+            marked, marked_tools = with_marks(messages, tools, fields)
+            try:
+                shown = self._render(marked, marked_tools)
+            except ChatTemplateError:  # it takes these turns for something else than text: nothing can be said
+                shown = "".join(field.mark for field in fields)
+            self._missing[shape] = [number for number, field in enumerate(fields) if field.mark not in shown]
+        return count_left_out(messages, fields, [fields[number] for number in self._missing[shape]])
+
+    @cached_property
+    def _missing(self) -> dict[tuple[Any, ...], list[int]]:
+        """Of conversations of a shape, which fields are not printed."""
+        return {}
 
     def encode_completion(self, prompt: str, completion: str) -> EncodedChat:
         """Plain strings: the completion and the eos after it are trained on, the prompt is not."""
@@ -513,7 +535,7 @@ def _split_thinking(message: Message) -> Message:
     content = message.get("content")
     if not _is_assistant(message) or message.get("reasoning_content") or not isinstance(content, str):
         return message
-    block = _THINK_BLOCK.match(content)
+    block = THINK_BLOCK.match(content)
     if block is None:
         return message
     return {**message, "reasoning_content": block[1].strip(), "content": content[block.end() :]}

@@ -40,6 +40,9 @@ class DataOptions:
     packing: str = "none"  # 'none', 'flat', 'bfd', 'bfd_split' or 'wrapped'
     truncation: str = "keep_start"  # of longer rows: 'error', 'drop', 'keep_start' or 'keep_end'
     bad_rows: str = "error"  # or 'drop': rows that cannot be read are counted and left out
+    max_left_out: float = (
+        0.1  # of the conversations' characters that the chat template may leave out, before it is an error
+    )
     image_columns: str = "error"  # or 'ignore': rows with images are trained as text, and counted
     text_unit: str = "auto"  # what one document of a .txt is: 'auto', 'file', 'line' or 'paragraph'
     workers: int = 1  # processes that encode large files

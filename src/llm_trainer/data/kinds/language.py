@@ -73,6 +73,8 @@ def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterato
     else:
         conversations = [sample.values["messages"] for sample in samples]
         encoded = chat.encode_many(conversations, [sample.values.get("tools") for sample in samples])
+        for sample in samples:
+            sample.location.note_all(chat.left_out(sample.values["messages"], sample.values.get("tools")))
     for sample, one in zip(samples, encoded, strict=True):
         weight = row_weight(sample.row, sample.location)
         if weight == 0:

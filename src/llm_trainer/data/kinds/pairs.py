@@ -68,6 +68,8 @@ def encode_pairs(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encode
         conversations += [prompt + sample.values[side] for side in SIDES]
         tools += [sample.values.get("tools")] * len(SIDES)
     encoded = chat.encode_many(conversations, tools)
+    for number, conversation in enumerate(conversations):
+        samples[number // len(SIDES)].location.note_all(chat.left_out(conversation, tools[number]))
     for sample, chosen, rejected in zip(samples, encoded[::2], encoded[1::2], strict=True):
         yield _row(chat, sample, chosen, rejected, sample.values["margin"] or 0.0)
 

@@ -49,6 +49,7 @@ def encode_process(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enco
     answers = ProcessFormat(chat)
     for sample in samples:
         ids, ends = answers.encode(sample.values["prompt"], sample.values["steps"], sample.values.get("tools"))
+        sample.location.note_all(chat.left_out(sample.values["prompt"], sample.values.get("tools")))
         trained = np.zeros(len(ids), dtype=np.uint8)
         right = np.zeros(len(ids), dtype=np.float32)
         trained[ends], right[ends] = 1, sample.values["right"]

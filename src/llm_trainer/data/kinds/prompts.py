@@ -32,6 +32,7 @@ def encode_prompts(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enco
     """Prompts -> ids that end where the assistant begins to write, and the facts beside them."""
     for sample in samples:
         ids = chat.encode_prompt(sample.values["prompt"], sample.values.get("tools"))
+        sample.location.note_all(chat.left_out(sample.values["prompt"], sample.values.get("tools")))
         yield {"input_ids": compact_ids(ids, chat.vocab_size), "facts": _as_json(sample.values["answer"], sample.row)}
 
 

@@ -39,6 +39,8 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
             labels.append(label)
             origins.append(sample.location)
     encoded = chat.encode_many(conversations, tools)
+    for origin, conversation, functions in zip(origins, conversations, tools, strict=True):
+        origin.note_all(chat.left_out(conversation, functions))
     for label, origin, one in zip(labels, origins, encoded, strict=True):
         tokens = up_to_last_trained(one, chat.vocab_size, origin)
         if tokens is None:

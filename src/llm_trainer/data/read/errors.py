@@ -35,6 +35,11 @@ class Location:
         if self.notes is not None:
             self.notes[text] += count
 
+    def note_all(self, notes: Counter[str]) -> None:
+        """`note` each of several."""
+        for text, count in notes.items():
+            self.note(text, count)
+
     def __str__(self) -> str:
         return str(self.path) if self.row is None else f"{self.path}:{self.row}"
 
