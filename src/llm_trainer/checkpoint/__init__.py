@@ -5,7 +5,7 @@ of every file, then all of it is flushed to the disk, and only then renamed into
 
     checkpoint-00000100/
       model/               whatever `model_writer` wrote: a Hugging Face folder, or model.safetensors
-      tensors/             the tensors of the state (optimizer, random state) by `torch.distributed.checkpoint`
+      tensors/             the tensors of the state (optimizer, random state), of every rank what it holds
       tensors.json         the parts of the state that hold tensors, with names in their place
       trainer_state.json   the rest of the state, plain and readable
       manifest.json        written last
@@ -14,12 +14,15 @@ So a folder with the final name is complete, or was damaged afterwards, which th
 Optimizer state is kept by parameter *name*: it means the same in one process, under DDP and under FSDP2.
 """
 
+from llm_trainer.checkpoint.copies import host_copy
 from llm_trainer.checkpoint.manager import (
+    WEIGHTS_OF,
     CheckpointManager,
     load_checkpoint,
     load_folder,
     read_checkpoint,
     save_checkpoint,
+    verified,
     write_file,
 )
 from llm_trainer.checkpoint.state import restore, set_tensors_aside
@@ -38,9 +41,11 @@ from llm_trainer.checkpoint.weights import (
 )
 
 __all__ = [
+    "WEIGHTS_OF",
     "CheckpointError",
     "CheckpointManager",
     "full_tensor",
+    "host_copy",
     "load_checkpoint",
     "load_folder",
     "load_optimizer_state_by_name",
@@ -56,6 +61,7 @@ __all__ = [
     "set_tensors_aside",
     "unwrap",
     "valid_checkpoints",
+    "verified",
     "write_file",
     "write_model",
 ]

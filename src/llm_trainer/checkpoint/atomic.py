@@ -13,6 +13,7 @@ from llm_trainer.checkpoint.valid import CheckpointError, name_valid_neighbour, 
 from llm_trainer.disk import bytes_in, cannot_write, remove, storage_failure
 
 LEFT_BEHIND = re.compile(r"(.+)\.(partial|replaced)-(\d+)")
+being_written: set[Path] = set()  # by this process, so that it is no predecessor's
 CURRENT_FOLDER, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux' renameat2
 
 
@@ -56,7 +57,7 @@ def clear_left_behind(folder: Path) -> None:
     """Remove what dead processes left; a replaced checkpoint whose successor never arrived is put back."""
     for path in sorted(folder.iterdir()):
         match = LEFT_BEHIND.fullmatch(path.name)
-        if not match or _is_other_process(int(match[3])):
+        if not match or path in being_written or _is_other_process(int(match[3])):
             continue
         with suppress(OSError):  # the disk may have failed, or another rank clears: what stays is for the next start
             if match[2] == "replaced" and not (folder / match[1]).exists():
@@ -81,6 +82,7 @@ def _is_other_process(pid: int) -> bool:
 @contextmanager
 def whole_or_nothing(partial: Path, target: Path) -> Iterator[None]:
     """Leave no `partial` behind, however the block ends; name a full or read-only disk as the cause."""
+    being_written.add(partial)
     try:
         remove(partial)
         yield
@@ -90,6 +92,7 @@ def whole_or_nothing(partial: Path, target: Path) -> Iterator[None]:
             raise
         raise CheckpointError(explain_storage_failure(reason, partial, target)) from error
     finally:
+        being_written.discard(partial)
         if target.parent.is_dir():
             clear_left_behind(target.parent)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm_trainer.checkpoint.atomic import clear_left_behind, exchange, partial_path, replace, whole_or_nothing
-from llm_trainer.checkpoint.state import JSON_FILES, read_tensors, restore, set_tensors_aside, write_state
+from llm_trainer.checkpoint.state import JSON_FILES, StateFiles, read_tensors, restore, set_tensors_aside
+from llm_trainer.checkpoint.tensor_files import Shard, shard_files, write_files
 from llm_trainer.checkpoint.valid import (
     CheckpointError,
+    Written,
     find_damage,
     is_damaged_zip,
     name_valid_neighbour,
@@ -39,6 +42,7 @@ from llm_trainer.checkpoint.weights import (
 from llm_trainer.disk import flush, remove
 
 OUR_COPY = ".published"  # marks a published model that is a copy, which the next one may replace
+WEIGHTS_OF = "weights_of"  # in best_model.pt: the checkpoint that has the rest, and hashes by which it is known
 WARN: Callable[[str], object] = logging.getLogger(__name__).warning
 
 
@@ -89,7 +93,6 @@ class CheckpointManager:
         *,
         metric: float | None = None,
         is_best: bool = False,
-        shards: Path | None = None,
     ) -> Path:
         """Write the checkpoint of `step` (replacing one of the same step), publish and rotate; nothing is lost if it fails.
 
@@ -98,21 +101,39 @@ class CheckpointManager:
             state: Nested dicts, lists and tuples of numbers, strings and tensors.
             metric: The validation metric of this step, kept in the manifest.
             is_best: This is the best checkpoint so far: rotation spares it until a newer best one is saved.
-            shards: A folder beside the checkpoints of what all ranks have written already; it becomes part of this one.
 
         Raises:
             CheckpointError: The disk is full or read-only, or `state` holds something that cannot be restored.
         """
+        files = StateFiles.of(state)
+
+        def write(folder: Path) -> dict[str, Written]:
+            (folder / "model").mkdir()
+            model_writer(folder / "model")
+            files.write_texts(folder)
+            shards = {name: Shard.whole(tensor) for name, tensor in files.tensors.items()}
+            return write_files(folder, shard_files(shards, rank=0))
+
+        return self.write(step, write, metric=metric, is_best=is_best)
+
+    def write(
+        self,
+        step: int,
+        write: Callable[[Path], Mapping[str, Written]],
+        *,
+        metric: float | None = None,
+        is_best: bool = False,
+    ) -> Path:
+        """Like `save`, of a checkpoint that `write` writes into the folder it is given.
+
+        It returns the files, by their path in the folder, whose hashes it knows, and which are on the disk already.
+        """
         target = self.folder / f"checkpoint-{step:08d}"
         partial = partial_path(target)
         with whole_or_nothing(partial, target):
-            (partial / "model").mkdir(parents=True)
-            model_writer(partial / "model")
-            if shards is not None:
-                for path in shards.iterdir():
-                    os.rename(path, partial / path.name)
-            write_state(partial, state)
-            write_manifest(partial, {"step": step, "metric": metric, "is_best": is_best})
+            partial.mkdir()
+            written = write(partial)
+            write_manifest(partial, {"step": step, "metric": metric, "is_best": is_best}, written)
             replace(partial, target)
             flush(self.folder)
         self.publish(may_copy=False)
@@ -303,6 +324,7 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     scheduler: Any = None,
     like: Callable[[str], Tensor | None] = lambda name: None,
+    verify: str = "full",
 ) -> dict[str, Any]:
     """Load a checkpoint into `model` and, where given, `optimizer` and `scheduler`; returns the rest of its state.
 
@@ -310,12 +332,15 @@ def load_checkpoint(
         path: A `.pt` file (of `save_checkpoint`, or a plain state dict), a checkpoint folder, or the folder of a run,
             whose newest valid checkpoint is taken.
         like: See `read_tensors`.
+        verify: See `read_checkpoint`.
 
     Raises:
         CheckpointError: The file is missing or damaged (the message names the newest valid checkpoint beside it), does
             not fit the model, or lacks the state of an optimizer or scheduler that was asked for.
     """
-    weights, state = read_checkpoint(path, like)
+    if verify == "full":
+        path = verified(path, with_state=optimizer is not None or scheduler is not None)
+    weights, state = read_checkpoint(path, like, "sizes")
     for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
         if wanted is not None and name not in state:
             raise CheckpointError(f"'{path}' holds no {name} state: pass {name}=None to load the weights alone")
@@ -331,26 +356,67 @@ def load_checkpoint(
 
 
 def read_checkpoint(
-    path: str | Path, like: Callable[[str], Tensor | None] = lambda name: None
+    path: str | Path, like: Callable[[str], Tensor | None] = lambda name: None, verify: str = "full"
 ) -> tuple[Path | dict[str, Tensor], dict[str, Any]]:
-    """The weights (or the folder of `write_model` that they are in) and the state of a checkpoint: see `load_checkpoint`."""
-    path = Path(path)
+    """The weights (or the folder of `write_model` that they are in) and the state of a checkpoint: see `load_checkpoint`.
+
+    Args:
+        like: See `read_tensors`.
+        verify: `"full"` reads all of it once to compare hashes; `"sizes"` trusts a process that has done so.
+    """
+    path = verified(path) if verify == "full" else Path(path)
     if path.is_dir():
-        if not (path / "manifest.json").exists():  # the folder of a run
-            path = next(valid_checkpoints(path, warn=WARN), path)
-        loaded = load_folder(path, like=like)
+        loaded = load_folder(path, "sizes", like)
         return loaded.model_folder, loaded.state
     state = _load_file(path)
     return (state.pop("model"), state) if "model" in state else (state, {})
 
 
-def _load_file(path: Path) -> dict[str, Any]:
+def verified(path: str | Path, with_state: bool = False) -> Path:
+    """The checkpoint folder or file that `path` means, after all of it has been read and compared with its hashes.
+
+    Args:
+        path: a checkpoint, or the folder of a run, whose newest valid one is meant.
+        with_state: best_model.pt, which holds weights alone, means the checkpoint folder that they are of.
+
+    Raises:
+        CheckpointError: It is missing or damaged; the message names the newest valid checkpoint beside it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "manifest.json").exists():
+            newest = next(valid_checkpoints(path, warn=WARN), None)
+            if newest is not None:
+                return newest
+        problem = find_damage(path)
+        if problem is not None:
+            raise CheckpointError(f"{problem}. {name_valid_neighbour(path)}")
+        return path
     if not path.is_file():
         raise CheckpointError(f"'{path}' does not exist. {name_valid_neighbour(path)}")
     if is_damaged_zip(path):
         raise CheckpointError(f"'{path}' is truncated or damaged. {name_valid_neighbour(path)}")
+    of = _load_file(path).get(WEIGHTS_OF) if with_state else None
+    return path if of is None else verified(_folder_of(path, of))
+
+
+def _folder_of(path: Path, of: Mapping[str, Any]) -> Path:
+    """The checkpoint folder whose weights are those of the file `path`, as that says."""
+    for folder in (path.parent / of["checkpoint"], *path.parent.glob(f"set-aside-*/{of['checkpoint']}")):
+        with suppress(OSError, ValueError):  # not there, or damaged
+            files = read_manifest(folder)["files"]
+            if all(files[name]["sha256"] == sha256 for name, sha256 in of["files"].items()):
+                return folder
+    raise CheckpointError(
+        f"'{path}' holds the weights of {of['checkpoint']}, and what else a run needs to go on is in that folder, which is "
+        f"no longer beside it. {name_valid_neighbour(path)}. For the weights alone call "
+        f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
+    )
+
+
+def _load_file(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"'{path}' holds more than tensors and plain values, which is never unpickled: save only those ({error})"

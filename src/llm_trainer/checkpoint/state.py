@@ -1,34 +1,45 @@
 """A nested state as readable JSON and a folder of tensors, and back, without executing anything."""
 
 import json
-import pickle
-import re
-import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from llm_trainer.checkpoint import older
+from llm_trainer.checkpoint.tensor_files import TensorFolder
 from llm_trainer.checkpoint.valid import CheckpointError
 
 JSON_FILES = ("trainer_state.json", "tensors.json")
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` as two JSON files and a folder of tensors, unless all ranks together have written that one."""
-    tensors: dict[str, Tensor] = {}
-    contents: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # without tensors, with tensors
-    for name, part in state.items():
-        before = len(tensors)
-        plain = set_tensors_aside(part, name, tensors)
-        contents[len(tensors) > before][name] = plain
-    for file, content in zip(JSON_FILES, contents, strict=True):
-        (folder / file).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    if tensors and not (folder / "tensors").exists():
-        write_tensors(folder / "tensors", tensors)
+@dataclass(frozen=True)
+class StateFiles:
+    """A nested state as it will lie in a checkpoint: text by file name, and the tensors that are named in it."""
+
+    texts: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Self:
+        """Take a state apart; the text is of now, the tensors are those of the state."""
+        tensors: dict[str, Tensor] = {}
+        contents: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # without tensors, with tensors
+        for name, part in state.items():
+            before = len(tensors)
+            plain = set_tensors_aside(part, name, tensors)
+            contents[len(tensors) > before][name] = plain
+        texts = {}
+        for file, content in zip(JSON_FILES, contents, strict=True):
+            texts[file] = json.dumps(content, indent=1)
+        return cls(texts, tensors)
+
+    def write_texts(self, folder: Path) -> None:
+        for file, text in self.texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
 
 
 def set_tensors_aside(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -71,64 +82,20 @@ def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: restore(item, tensors) for key, item in value.items()}
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor], together: bool = False) -> None:
-    """Write tensors in the format of `torch.distributed.checkpoint`, from this process alone or all ranks `together`."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    failure: BaseException | None = None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=not together)
-        except CheckpointException as error:  # not an Exception in torch; what happened is inside
-            failure = next(iter(error.failures.values()))[0]
-    if failure is not None:
-        raise failure  # out of the except block, which would overwrite its context: the system's own error
-
-
-def read_tensors(folder: Path, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
-    """Read all tensors that any number of ranks wrote with `torch.distributed.checkpoint`, onto the CPU.
+def read_tensors(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, however many ranks wrote them; on the CPU, and mapped where that is possible.
 
     Args:
         like: The sharded tensor (FSDP2) as whose shards one of this name and of its shape is read, if there is one.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            with (folder / ".metadata").open("rb") as file:
-                return _MetadataUnpickler(file).load()
-
-    reader = Reader(folder)
-    tensors: dict[str, Tensor] = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue  # bytes would be unpickled: not ours, never read
-        model, dtype = like(name), entry.properties.dtype
-        if model is not None and model.shape == entry.size:
-            tensors[name] = torch.empty_like(model, dtype=dtype)
+    if (folder / ".metadata").exists():
+        return older.read_tensors(folder, like)
+    files = TensorFolder(folder)
+    tensors = {}
+    for name, shape in files.shapes.items():
+        model = like(name)
+        if model is not None and tuple(model.shape) == shape:
+            tensors[name] = files.read_like(name, model)
         else:
-            tensors[name] = torch.empty(entry.size, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+            tensors[name] = files.read(name)
     return tensors
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """torch pickles the description of the tensors; a foreign checkpoint must not get to run code through it."""
-
-    ALLOWED = re.compile(
-        r"torch\.distributed\.checkpoint\.metadata\.(Metadata|MetadataIndex|StorageMeta|_MEM_FORMAT_ENCODING)"
-        r"|torch\.distributed\.checkpoint\.metadata\.(Tensor|Bytes|Chunk)(StorageMetadata|Properties)"
-        r"|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
-        r"|torch\.(Size|float\d+\w*|bfloat16|u?int\d+|bool|complex\d+|serialization\._get_layout)"
-        r"|pathlib\.(_local\.)?(PosixPath|WindowsPath)|collections\.OrderedDict"
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if not self.ALLOWED.fullmatch(f"{module}.{name}"):
-            raise CheckpointError(f"the tensors' .metadata asks for {module}.{name}, which no tensor needs: not loaded")
-        return super().find_class(module, name)

@@ -2,15 +2,27 @@
 
 import hashlib
 import json
+import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_trainer.disk import flush
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
+THREADS = min(8, os.cpu_count() or 1)  # that hash or write a file each
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file as it was written."""
+
+    size: int
+    sha256: str
 
 
 class CheckpointError(ValueError):
@@ -48,8 +60,11 @@ def find_damage(path: Path, verify: str = "full") -> str | None:
         size = file.stat().st_size
         if size != expected["size"]:
             return f"'{file}' is damaged: {size} bytes instead of {expected['size']}"
-        if verify == "full" and _sha256(file) != expected["sha256"]:
-            return f"'{file}' is damaged: its hash differs from the manifest"
+    if verify == "full":
+        hashes = _hashes([path / name for name in files])
+        for (name, expected), found in zip(files.items(), hashes, strict=True):
+            if found != expected["sha256"]:
+                return f"'{path / name}' is damaged: its hash differs from the manifest"
     return None
 
 
@@ -75,19 +90,29 @@ def _json_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """List and flush everything under `folder`: first the files, then the manifest, then the folders that name them."""
+def write_manifest(folder: Path, facts: dict[str, Any], written: Mapping[str, Written] | None = None) -> None:
+    """List everything under `folder` and flush it: first the files, then the manifest, then the folders that name them.
+
+    Args:
+        written: files by their path in `folder` that are flushed already, and need not be read again.
+    """
+    listed = dict(written or {})
     found = sorted(folder.rglob("*"))
-    files = [path for path in found if path.is_file()]
-    listed = {}
-    for file in files:
-        listed[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    content = {**facts, "files": listed}
+    files = [path for path in found if path.is_file() and path.relative_to(folder).as_posix() not in listed]
+    for file, sha256 in zip(files, _hashes(files), strict=True):
+        listed[file.relative_to(folder).as_posix()] = Written(file.stat().st_size, sha256)
+    content = {**facts, "files": {name: asdict(listed[name]) for name in sorted(listed)}}
     sealed = json.dumps({"sha256": _json_hash(content), **content}, indent=1)
     (folder / "manifest.json").write_text(sealed, encoding="utf-8")
     folders = [path for path in found if path.is_dir()]
     for path in [*files, folder / "manifest.json", *folders, folder]:
         flush(path)
+
+
+def _hashes(files: Sequence[Path]) -> list[str]:
+    """SHA-256 of files, several at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(_sha256, files))
 
 
 def _sha256(path: Path) -> str:

@@ -3,18 +3,21 @@
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from llm_trainer.checkpoint.tensor_files import Shard, TensorFile, TensorFolder, write_files
 from llm_trainer.checkpoint.valid import CheckpointError
 
+MODEL_FILE_BYTES = 5 * 10**9  # larger models are several files, which several threads write and verify
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}  # of this machine, not of the run
 
 
@@ -48,6 +51,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's folder that is not written yet: its small files (configuration, tokenizer), and its tensors by file."""
+
+    small: Mapping[str, bytes]
+    tensors: Mapping[str, TensorFile]
+
+    def write_small(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.small.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
 def write_model(
     model: nn.Module, folder: str | Path, tokenizer: Any = None, weights: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -58,18 +76,35 @@ def write_model(
     Args:
         weights: The full tensors of a model that is sharded; by default the model's own.
     """
-    folder, model = Path(folder), unwrap(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    if _is_pretrained(model):
-        with without_progress_bars(), _unwrapped_already():
-            model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
-    elif weights is None:
-        save_model(model, str(folder / "model.safetensors"))
-    else:
-        once = {_memory(weights[name]): name for name in reversed(list(weights))}
-        save_file({name: weights[name].contiguous() for name in once.values()}, folder / "model.safetensors")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    files = model_files(model, tokenizer, weights)
+    files.write_small(Path(folder))
+    write_files(Path(folder), files.tensors)
+
+
+def model_files(model: nn.Module, tokenizer: Any = None, weights: Mapping[str, Tensor] | None = None) -> ModelFiles:
+    """What `write_model` writes; the tensors are those of `weights`, or views of them."""
+    model = unwrap(model)
+    if weights is None:
+        weights = model.state_dict()
+    large: dict[str, TensorFile] = {}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if _is_pretrained(model):
+            with without_progress_bars(), _weights_left_out(large):
+                model.save_pretrained(folder, state_dict=dict(weights), max_shard_size=MODEL_FILE_BYTES)  # type: ignore[operator]
+        else:
+            once = {_memory(weights[name]): name for name in reversed(list(weights))}
+            large["model.safetensors"] = _as_they_are({name: weights[name] for name in once.values()})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        small = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    return ModelFiles(small, large)
+
+
+def _as_they_are(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:
+    shards = {name: Shard.whole(tensor.detach()) for name, tensor in tensors.items()}
+    return TensorFile(shards, metadata or {"format": "pt"})
 
 
 @contextmanager
@@ -87,20 +122,24 @@ def without_progress_bars() -> Iterator[None]:
 
 
 @contextmanager
-def _unwrapped_already() -> Iterator[None]:
-    """transformers asks accelerate what a model is wrapped in before it saves it. We know that: nothing, by now.
+def _weights_left_out(files: dict[str, TensorFile]) -> Iterator[None]:
+    """transformers' `save_pretrained` puts its files of weights into `files`, in place of writing them.
 
-    accelerate would import DeepSpeed to ask it too: a second or more, and a line about accelerators on the screen of a run
-    that does not use it.
+    It also asks accelerate what a model is wrapped in. We know that: nothing, by now. accelerate would import DeepSpeed to
+    ask it too: a second or more, and a line about accelerators on the screen of a run that does not use it.
     """
     from transformers import modeling_utils
 
-    theirs = modeling_utils.unwrap_model
-    modeling_utils.unwrap_model = lambda model: model  # type: ignore[assignment]
+    def keep(weights: dict[str, Tensor], path: str, metadata: Any = None) -> None:
+        files[Path(path).name] = _as_they_are(weights, metadata)
+
+    theirs: Any = modeling_utils
+    unwrap_model, save = theirs.unwrap_model, theirs.safe_save_file
+    theirs.unwrap_model, theirs.safe_save_file = lambda model: model, keep
     try:
         yield
     finally:
-        modeling_utils.unwrap_model = theirs
+        theirs.unwrap_model, theirs.safe_save_file = unwrap_model, save
 
 
 def read_model(model: nn.Module, folder: str | Path) -> None:
@@ -111,11 +150,35 @@ def read_model(model: nn.Module, folder: str | Path) -> None:
     Raises:
         CheckpointError: Names or shapes differ.
     """
-    load_weights(model, read_weights(model, folder), folder)
+    model, folder = unwrap(model), Path(folder)
+    own = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    files = _files_by_name(model, folder)
+    if files is None or any(own[name].shape != shape for name, shape in files.shapes.items()):
+        load_weights(model, read_weights(model, folder), folder)
+        return
+    with torch.no_grad():
+        for name in files.shapes:
+            own[name].copy_(files.read_like(name, own[name]))
+
+
+def _files_by_name(model: nn.Module, folder: Path) -> TensorFolder | None:
+    """The files in a folder if they hold the tensors of `model` just by their names; None: something has to be done to them."""
+    if _is_pretrained(model):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        conversions = get_model_conversion_mapping(cast(Any, model), add_legacy=False)
+        if any(isinstance(conversion, WeightConverter) for conversion in conversions):
+            return None
+    files = TensorFolder(folder)
+    own = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    given = {_memory(own[name]) for name in files.shapes if name in own}
+    missing = [name for name in own if name not in files.shapes and _memory(own[name]) not in given]
+    return None if missing or not files.shapes or files.shapes.keys() - own.keys() else files
 
 
 def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
-    """The tensors of a model like `model` that `write_model` wrote, on the CPU.
+    """The tensors of a model like `model` that `write_model` wrote, on the CPU; mapped where nothing has to be done to them.
 
     Raises:
         CheckpointError: The folder holds another model.
@@ -124,7 +187,10 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     if not _is_pretrained(model):
         if not (folder / "model.safetensors").is_file():
             raise CheckpointError(f"'{folder}' has no model.safetensors to load into a {type(model).__name__}")
-        return load_file(folder / "model.safetensors")
+        return TensorFolder(folder).read_all()
+    files = _files_by_name(model, folder)
+    if files is not None:
+        return files.read_all()
     # transformers renames and merges weights while loading (experts), so its own loader has to do it. It loads all
     # weights in one dtype: the widest of the model, which holds the others exactly.
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}

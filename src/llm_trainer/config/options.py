@@ -149,6 +149,11 @@ class Execution:
         ge=1,
         description="older checkpoints are removed, but for the best one (CKPT_MAX_TO_KEEP)",
     )
+    save_in_background: StrictBool = Field(
+        default=True,
+        description="write checkpoints of a copy in host memory, while training goes on; false, or too little memory: "
+        "training stands still",
+    )
     resume: str = Field(
         default="auto", description="auto: go on from save_dir's newest checkpoint; never; or a checkpoint's path"
     )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.engine import dist
+
 if TYPE_CHECKING:
     from llm_trainer.config.options import Fsdp
 
@@ -41,12 +43,14 @@ class Engine(ABC):
         precision_name: 'fp32', 'bf16' or 'fp16'.
         name: of its line in `config.engines.ENGINES`.
         in_lockstep: whether a forward or backward needs all ranks, so that each must run as many as the others.
+        gathers_state: whether `optimizer_state` is a copy in the main process's host memory.
     """
 
     device: torch.device
     precision_name: str
     name: ClassVar[str]
     in_lockstep: ClassVar[bool] = False
+    gathers_state: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -110,24 +114,21 @@ class Engine(ABC):
     # Saving and loading. All ranks call these together.
 
     @abstractmethod
-    def weights(self) -> dict[str, Tensor]:
-        """The full tensors of `base` by name, on the main process; nothing on the others."""
+    def weights(self, copy: bool = False) -> dict[str, Tensor]:
+        """The full tensors of `base` by name, on the main process; nothing on the others.
+
+        Args:
+            copy: they lie in host memory, and stay as they are when training goes on (see `checkpoint.host_copy`).
+        """
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state by parameter name (see `checkpoint.optimizer_state_by_name`), this rank's part of it."""
+        """The optimizer's state by parameter name (see `checkpoint.optimizer_state_by_name`), this rank's shards of it."""
 
-    def write_shards(self, folder: Path, state: Mapping[str, Any]) -> bool:
-        """Write what only all ranks together hold into `folder`, which becomes part of the checkpoint.
-
-        Args:
-            state: everything else that the checkpoint will hold.
-
-        Returns:
-            Whether anything was written: False where the main process holds all that is to be saved.
-        """
-        return False
+    def bytes_to_copy(self, weights: int, optimizer: int) -> int:
+        """Host memory that this process's copy of a checkpoint takes, where weights and optimizer take so many bytes."""
+        return weights + optimizer if dist.is_main() else 0
 
     @abstractmethod
     def load(self, path: str | Path) -> dict[str, Any]:
-        """Restore weights and optimizer from a checkpoint folder or file; returns the rest of its state."""
+        """Restore weights and optimizer from a checkpoint that has been verified; returns the rest of its state."""

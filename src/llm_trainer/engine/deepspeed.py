@@ -87,6 +87,7 @@ class DeepSpeedEngine(Engine):
 
     name: ClassVar[str] = "deepspeed"
     in_lockstep: ClassVar[bool] = True
+    gathers_state: ClassVar[bool] = True
 
     def __init__(self, device: torch.device, precision: str = "fp32", config: Mapping[str, Any] | None = None) -> None:
         self.device = device
@@ -258,10 +259,10 @@ class DeepSpeedEngine(Engine):
 
     # Saving and loading.
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, copy: bool = False) -> dict[str, Tensor]:
         if self.stage < 3:
-            state = self._base.state_dict() if dist.is_main() else {}
-            return {checkpoint.plain_name(name): tensor for name, tensor in state.items()}
+            take = checkpoint.host_copy if copy else torch.Tensor.detach
+            return gathered_weights(self._base, take) if dist.is_main() else {}
         from deepspeed.runtime.zero import GatheredParameters
 
         def gather(tensor: Tensor) -> Tensor:
@@ -296,14 +297,14 @@ class DeepSpeedEngine(Engine):
                     value = self._engine.optimizer.get_full_hp_param(parameter, own)
                 else:
                     value = parameter.get_full_hp_param(own)  # type: ignore[attr-defined]
-            entry[key] = value.cpu() if isinstance(value, Tensor) else value
+            entry[key] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
         return entry
 
     def load(self, path: str | Path) -> dict[str, Any]:
         offloaded = self.config.get("zero_optimization", {}).get("offload_optimizer", {})
         if offloaded.get("device") == "nvme":
             raise DeepSpeedError("offload_optimizer: got device nvme, whose state cannot be restored; go on with cpu")
-        weights, state = checkpoint.read_checkpoint(path)
+        weights, state = checkpoint.read_checkpoint(path, verify="sizes")
         if "optimizer" not in state:
             raise CheckpointError(f"'{path}' holds no optimizer state: for its weights alone set init_weights_path")
         if isinstance(weights, Path):

@@ -13,7 +13,10 @@ from llm_trainer.engine import watch
 from llm_trainer.engine.watch import Watch
 
 T = TypeVar("T")
-_patient: dist.ProcessGroup | None = None  # for waits as long as the data takes to be prepared
+_patient: dist.ProcessGroup | None = (
+    None  # for waits as long as data takes to be prepared, or a checkpoint to be written
+)
+_behind: dist.ProcessGroup | None = None  # for threads that write a checkpoint while training goes on
 _watch: Watch | None = None
 _same_data = 1  # neighbouring processes that see the same data, because each has a part of every layer
 _data: dist.ProcessGroup | None = None  # one process of each such neighbourhood; None: all
@@ -21,7 +24,7 @@ _data: dist.ProcessGroup | None = None  # one process of each such neighbourhood
 
 def start(device: torch.device, timeout_s: float = 600) -> None:
     """Join the process group that torchrun describes; nothing happens in one process or when it is already joined."""
-    global _patient, _watch
+    global _patient, _behind, _watch
     if environment().world_size == 1 or _patient is not None:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is offloaded is reduced on the CPU
@@ -30,6 +33,7 @@ def start(device: torch.device, timeout_s: float = 600) -> None:
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **_meeting_point())
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    _behind = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     _watch = watch.start(process_number(), environment().master_addr, gather_objects, num_processes())
 
 
@@ -48,12 +52,12 @@ def _meeting_point() -> dict[str, Any]:
 
 def stop() -> None:
     """Leave the process group."""
-    global _patient, _watch, _same_data, _data
+    global _patient, _behind, _watch, _same_data, _data
     if dist.is_initialized():
         dist.destroy_process_group()
     if _watch is not None:
         _watch.close()
-    _patient = _watch = _data = None
+    _patient = _behind = _watch = _data = None
     _same_data = 1
 
 
@@ -156,13 +160,23 @@ def _host_or(device: torch.device) -> torch.device:
     return torch.device("cpu") if has_host_backend else device
 
 
-def gather_objects(value: object) -> list:
-    """The `value` of every process, by rank."""
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """The `value` of every process, by rank (exchanged in `group`, by default the one of training)."""
     if not dist.is_initialized():
         return [value]
     values: list = [None] * num_processes()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_patiently(value: object) -> list:
+    """The `value` of every process, however long one of them takes to come here."""
+    return gather_objects(value, _patient)
+
+
+def gather_behind(value: object) -> list:
+    """The `value` of every process, for threads beside the training, which use its groups themselves."""
+    return gather_objects(value, _behind)
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from llm_trainer import checkpoint
-from llm_trainer.checkpoint.state import write_tensors
 from llm_trainer.checkpoint.weights import gathered_weights, shard_like
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
@@ -165,22 +164,19 @@ class FsdpEngine(TorchEngine):
         self._reshard()
         return super().optimizer_state()
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, copy: bool = False) -> dict[str, Tensor]:
         self._reshard()
 
         def gather(tensor: Tensor) -> Tensor:
             value = checkpoint.full_tensor(tensor.detach())
-            return value.cpu() if dist.is_main() else value[:0]
+            return value.to("cpu", copy=copy) if dist.is_main() else value[:0]
 
         found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
 
-    def write_shards(self, folder: Path, state: Mapping[str, Any]) -> bool:
-        tensors: dict[str, Tensor] = {}
-        for name, part in state.items():
-            checkpoint.set_tensors_aside(part, name, tensors)
-        write_tensors(folder / "tensors", tensors, together=True)
-        return True
+    def bytes_to_copy(self, weights: int, optimizer: int) -> int:
+        _, _, share = self.shard_fractions()
+        return int(optimizer * share) + (weights if dist.is_main() else 0)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         self._reshard()
@@ -189,7 +185,7 @@ class FsdpEngine(TorchEngine):
         def like(name: str) -> Tensor | None:
             return parameters.get(name.split("/")[2]) if name.startswith("optimizer/state/") else None
 
-        return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer, like=like)
+        return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer, like=like, verify="sizes")
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llm_trainer import checkpoint
+from llm_trainer.checkpoint.weights import gathered_weights
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import DTYPES
@@ -104,11 +105,14 @@ class TorchEngine(Engine):
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
 
-    def weights(self) -> dict[str, Tensor]:
-        return dict(checkpoint.unwrap(self._base).state_dict()) if dist.is_main() else {}
+    def weights(self, copy: bool = False) -> dict[str, Tensor]:
+        if not dist.is_main():
+            return {}
+        take = checkpoint.host_copy if copy else torch.Tensor.detach
+        return gathered_weights(checkpoint.unwrap(self._base), take)
 
     def optimizer_state(self) -> dict[str, Any]:
         return checkpoint.optimizer_state_by_name(self._base, self._optimizer)
 
     def load(self, path: str | Path) -> dict[str, Any]:
-        return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer)
+        return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer, verify="sizes")

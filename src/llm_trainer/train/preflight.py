@@ -194,6 +194,9 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         found["chat template"] = describe_default(trainer.tokenizer)
     if not_used := left_out(settings):
         found["left out"] = not_used
+    if settings.save_in_background:
+        copy = engine.bytes_to_copy(size.bytes, size.optimizer_bytes)
+        found["saving"] = f"in the background, from a copy of {human(copy, 'B')} in host memory"
     return found
 
 

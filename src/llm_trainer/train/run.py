@@ -1,7 +1,8 @@
 """A run: the conductor of everything around the loop. What lies below takes values, or a protocol of `algorithm` or `hooks`."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,7 @@ class Run:
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
         on_duty = dist.on_duty(lambda: self.checkpoints.how_to_go_on(self.settings.resume))
-        with self.checkpoints.alone(), self.signals.listening(), on_duty:
+        with self.checkpoints.alone(), self.signals.listening(), self._saved_at_the_end(), on_duty:
             self._resume()
             self.stop_requested = False
             self.values = {}
@@ -165,10 +166,22 @@ class Run:
                 if not self.finished():  # the driver of another library ends when a callback of it says so
                     self.stop("training was ended before its last step")
                     self._call_hooks()
+                self.checkpoints.saving.finish()
                 self.checkpoints.publish()
                 return dict(self.values)
             finally:
                 self._reporter.close()
+
+    @contextmanager
+    def _saved_at_the_end(self) -> Iterator[None]:
+        """However the block ends, what is being saved is then on the disk. An error of that is told, not raised."""
+        try:
+            yield
+        finally:
+            try:
+                self.checkpoints.saving.wait()
+            except CheckpointError as error:
+                self._reporter.warn(str(error))
 
     def finished(self) -> bool:
         """Whether the last step has been done."""
@@ -355,7 +368,11 @@ class Run:
 
     def _save(self) -> None:
         """Save a checkpoint; a disk that is full now is reported and tried again at the next turn, except at the end."""
-        self.save(is_best=self.new_best, may_fail=not self.finished())
+        goes_on = not self.finished()
+        self._finish_last_save()  # it holds the memory of its copies
+        needed = self.engine.bytes_to_copy(self.size.bytes, self.size.optimizer_bytes)
+        background = goes_on and self.settings.save_in_background and self.checkpoints.saving.has_memory(needed)
+        self.save(is_best=self.new_best, may_fail=goes_on, background=background)
 
     # What hooks may ask (`hooks.RunView`), besides `trainer`, `progress` and `values`; trainers ask it too.
 
@@ -386,32 +403,48 @@ class Run:
         self.stop_requested = self.stop_requested or interrupted
         return values
 
-    def save(self, is_best: bool = False, path: str | None = None, may_fail: bool = False) -> str:
+    def save(
+        self, is_best: bool = False, path: str | None = None, may_fail: bool = False, background: bool = False
+    ) -> str:
         """Save on the main process; every rank learns how it ended. See `BaseTrainer.save_checkpoint`.
 
         Args:
             is_best: this is the best checkpoint so far.
             path: write only a single `.pt` file there.
             may_fail: a full disk is a warning, not an error.
+            background: it is written while training goes on; that it could not be is a warning at the next save.
 
         Returns:
             Path of what was written, on every rank; empty where nothing could be.
         """
+        self._finish_last_save()
         state = snapshot.state_of(self.work, self.progress, self._configured, self.settings)
         if path is not None:
             return self.checkpoints.save_file(path, state)
         best_file = is_best and self.settings.best_file
         try:
+            best_loss = self.progress.best_loss if is_best else None
             with self.checkpoints.alone():
-                saved = self.checkpoints.save_folder(self.trainer, self.progress, state, is_best, best_file)
+                saved = self.checkpoints.saving.save(
+                    self.trainer, self.progress.step, state, is_best, best_loss, best_file, background
+                )
         except CheckpointError as error:
             if not may_fail:
                 raise
-            self._reporter.warn(f"{error}. Training goes on; the next save is tried as planned")
+            self._warn_of_save(error)
             return ""
         self.new_best = False
         self.progress.hooks_done["save"] = self.progress.step
         return saved
+
+    def _finish_last_save(self) -> None:
+        try:
+            self.checkpoints.saving.finish()
+        except CheckpointError as error:
+            self._warn_of_save(error)
+
+    def _warn_of_save(self, error: CheckpointError) -> None:
+        self._reporter.warn(f"{error}. Training goes on; the next save is tried as planned")
 
     def stop(self, reason: str) -> None:
         """End the run after this hook, as if it had reached its last step."""

@@ -4,11 +4,9 @@ What changes while a run goes on is a *part*: an object with `state_dict` and `l
 saved and loaded alike, so that no part can be forgotten in one direction. Weights and optimizer belong to the engine.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +25,7 @@ from llm_trainer.state import Progress
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.loop import Work
 from llm_trainer.train.metrics import Metrics
+from llm_trainer.train.saving import Saving
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -145,6 +144,8 @@ class Checkpoints:
         self._keep, self._warn = keep, warn
         self._manager: CheckpointManager | None = None
         self._lock, self._is_alone = lock_of_run(save_dir), False
+        self._just_verified: str | None = None
+        self.saving = Saving(engine, save_dir, lambda: self.manager, warn)
 
     @property
     def manager(self) -> CheckpointManager:
@@ -180,8 +181,8 @@ class Checkpoints:
         found = None
         if dist.is_main() and self.save_dir.is_dir():
             newest = self.manager.latest()
-            found = None if newest is None else str(newest)
-        return dist.broadcast_object(found)
+            self._just_verified = found = None if newest is None else str(newest)
+        return dist.gather_patiently(found)[0]
 
     def newest_for_messages(self) -> str:
         """The newest valid checkpoint, as the main process sees it; any rank may ask alone."""
@@ -229,6 +230,7 @@ class Checkpoints:
         Raises:
             CheckpointError: It is damaged, does not fit this run, or was not made by a trainer.
         """
+        path = self._verified(path)
         state = self.engine.load(path)
         if "progress" not in state:
             raise CheckpointError(
@@ -247,7 +249,21 @@ class Checkpoints:
             except CheckpointError as error:
                 raise CheckpointError(f"{path} {error}") from error
 
-    # Saving.
+    def _verified(self, path: str) -> str:
+        """The checkpoint folder or file that `path` means; the main process has compared all of it with its hashes."""
+        failure = None
+        if dist.is_main():
+            try:
+                if path != self._just_verified:
+                    path = str(checkpoint.verified(path, with_state=True))
+            except CheckpointError as error:
+                failure = str(error)
+        path, failure = dist.gather_patiently((path, failure))[0]
+        if failure is not None:
+            raise CheckpointError(failure)
+        return path
+
+    # Saving; folders by `saving`.
 
     def save_file(self, path: str, state: dict[str, Any]) -> str:
         """Write everything into a single `.pt` file.
@@ -255,6 +271,7 @@ class Checkpoints:
         Raises:
             CheckpointError: It could not be written.
         """
+        self.saving.finish()
         weights, gathered = self.engine.weights(), _gathered(state)
         failure = None
         if dist.is_main():
@@ -262,63 +279,10 @@ class Checkpoints:
                 path = str(checkpoint.write_file(path, weights, gathered))
             except CheckpointError as error:
                 failure = str(error)
-        return _same_on_all_ranks(path, failure)
-
-    def save_folder(
-        self, algorithm: Algorithm, progress: Progress, state: dict[str, Any], is_best: bool, best_file: bool
-    ) -> str:
-        """Write a checkpoint folder.
-
-        Args:
-            algorithm: its model and tokenizer become the model's folder.
-            progress: says which step it is of, and how good the best one is.
-            state: see `state_of`.
-            is_best: this is the best checkpoint so far.
-            best_file: write best_model.pt too.
-
-        Raises:
-            CheckpointError: It could not be written.
-        """
-        model, tokenizer = algorithm.base_model, algorithm.tokenizer
-        weights = self.engine.weights()
-        gathered = _gathered(state) if best_file else {}
-        best_loss = progress.best_loss if is_best else None
-        path, failure = "", None
-        try:
-            shards = self._write_shards(state)
-            if dist.is_main():
-                if best_file:  # first: a run that is killed in between writes it again
-                    checkpoint.write_file(self.save_dir / "best_model.pt", weights, gathered)
-                write = partial(checkpoint.write_model, model, tokenizer=tokenizer, weights=weights)
-                saved = self.manager.save(progress.step, write, state, metric=best_loss, is_best=is_best, shards=shards)
-                path = str(saved)
-                if shards is not None:
-                    shutil.rmtree(shards, ignore_errors=True)
-        except CheckpointError as error:
-            failure = str(error)
-        return _same_on_all_ranks(path, failure)
-
-    def _write_shards(self, state: dict[str, Any]) -> Path | None:
-        """Let all ranks write what only they together hold; the folder of it, which becomes part of the checkpoint."""
-        folder = self.save_dir / ".shards"
-        if self.engine.in_lockstep:
-            if dist.is_main():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-            dist.broadcast_object(None)  # nobody writes before it is empty
-        return folder if self.engine.write_shards(folder, state) else None
-
-
-def _same_on_all_ranks(path: str, failure: str | None) -> str:
-    """The path that the main process has written, on every rank.
-
-    Raises:
-        CheckpointError: Any rank failed.
-    """
-    for found in dist.gather_objects(failure):
-        if found is not None:
-            raise CheckpointError(found)
-    return dist.broadcast_object(path)
+        for found in dist.gather_patiently(failure):
+            if found is not None:
+                raise CheckpointError(found)
+        return path
 
 
 def _gathered(state: dict[str, Any]) -> dict[str, Any]:

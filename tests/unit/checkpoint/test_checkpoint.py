@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, and what a kill, a full disk, a truncated file or a flipped byte leave behind."""
 
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -36,7 +38,8 @@ from llm_trainer.checkpoint import (
     set_random_state,
     write_model,
 )
-from llm_trainer.checkpoint.valid import write_manifest
+from llm_trainer.checkpoint.tensor_files import Shard, TensorFolder, shard_files, write_files
+from llm_trainer.checkpoint.valid import read_manifest, write_manifest
 from llm_trainer.optim.optimizers import create_optimizer
 
 SIZES = {
@@ -244,6 +247,77 @@ def test_the_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "model"]
 
 
+def as_older_versions_wrote(path: Path) -> Path:
+    """Rewrite the tensors of a checkpoint's state as they were until this format: by torch, in a format of its own."""
+    import torch.distributed.checkpoint as dcp
+
+    tensors = TensorFolder(path / "tensors").read_all()
+    shutil.rmtree(path / "tensors")
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path / "tensors"), no_dist=True)
+    seal(path)
+    return path
+
+
+def seal(path: Path) -> None:
+    """Write a new manifest, after the files have changed."""
+    facts = {key: value for key, value in read_manifest(path).items() if key != "files"}
+    (path / "manifest.json").unlink()
+    write_manifest(path, facts)
+
+
+def test_checkpoints_of_older_versions_load(tmp_path: Path) -> None:
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, 2)
+    state = {"step": 3, "optimizer": optimizer_state_by_name(model, optimizer), "random": random_state()}
+    path = CheckpointManager(tmp_path).save(3, partial(write_model, model), state)
+    as_older_versions_wrote(path)
+    assert not list((path / "tensors").glob("*.safetensors")) and (path / "tensors" / ".metadata").exists()
+    assert_same(CheckpointManager(tmp_path).load().state, state)
+    other = Tied()
+    its_optimizer = torch.optim.AdamW(other.parameters())
+    assert load_checkpoint(tmp_path, model=other, optimizer=its_optimizer)["step"] == 3
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    assert_same(optimizer_state_by_name(other, its_optimizer), state["optimizer"])
+
+
+def test_shards_of_any_layout_become_any_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uneven shards of four processes, in several files each, and none of a small tensor on some."""
+    monkeypatch.setattr("llm_trainer.checkpoint.tensor_files.FILE_BYTES", 40)
+    whole = {"wide": torch.randn(7, 5), "small": torch.randn(2), "scalar": torch.tensor(4.0)}
+    for rank in range(4):
+        shards = {"scalar": Shard.whole(whole["scalar"])} if rank == 0 else {}
+        for name in ("wide", "small"):
+            rows = torch.arange(len(whole[name])).chunk(4)
+            if rank < len(rows):
+                part = whole[name][rows[rank]]
+                shards[name] = Shard(part, tuple(whole[name].shape), (int(rows[rank][0]), *[0] * (part.ndim - 1)))
+        written = write_files(tmp_path, shard_files(shards, rank))
+        for name, facts in written.items():
+            assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == facts.sha256
+    files = TensorFolder(tmp_path / "tensors")
+    assert len(list((tmp_path / "tensors").iterdir())) > 4
+    assert_same(files.read_all(), {name: whole[name] for name in files.shapes})
+    for begin, end in ((0, 7), (1, 4), (6, 7), (3, 3)):
+        found = files._read_box("wide", (end - begin, 2), (begin, 3))
+        assert torch.equal(found, whole["wide"][begin:end, 3:])
+
+
+def test_a_model_is_read_in_place_and_its_files_are_those_of_safetensors(tmp_path: Path) -> None:
+    """No second model is built to read one whose names need no translation."""
+    torch.manual_seed(0)
+    model, other = build_mixed(), build_mixed()
+    write_model(model, tmp_path)
+    own = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    found = load_file(tmp_path / "model.safetensors")
+    assert_same({name: found[name] for name in own}, own)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PreTrainedModel, "from_pretrained", None)
+        read_model(other, tmp_path)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+
+
 def test_random_state_repeats_the_same_numbers(tmp_path: Path) -> None:
     state = random_state()
     drawn = [random.random(), np.random.normal(), torch.rand(2).tolist()]
@@ -283,7 +357,7 @@ def damage(path: Path, how: str) -> None:
 WEIGHTS, PLAIN, TENSORS, MANIFEST = (
     "model/model.safetensors",
     "trainer_state.json",
-    "tensors/.metadata",
+    "tensors/00000-000.safetensors",
     "manifest.json",
 )
 
@@ -469,10 +543,9 @@ def test_a_foreign_pickle_is_not_executed(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
             return os.system, (f"touch {tmp_path / 'executed'}",)
 
-    path = save_number(CheckpointManager(tmp_path), 1)
+    path = as_older_versions_wrote(save_number(CheckpointManager(tmp_path), 1))
     (path / "tensors" / ".metadata").write_bytes(pickle.dumps(Attack()))
-    (path / "manifest.json").unlink()
-    write_manifest(path, {"step": 1, "metric": None, "is_best": False})
+    seal(path)
     with pytest.raises(CheckpointError, match=r"asks for \w+\.system"):
         load_folder(path)
     assert not (tmp_path / "executed").exists()

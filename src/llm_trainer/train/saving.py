@@ -1,0 +1,268 @@
+"""How a checkpoint gets onto the disk: collected by all ranks together, then written, while training goes on if it may.
+
+Two phases. The first needs all ranks and stands in the way of training: weights and state are collected and, for a save
+in the background, copied into host memory. The second needs nothing but these copies: a thread on every rank that has
+something to write does so, and the main process makes a checkpoint of it, publishes it and rotates. Nothing differs in the
+files. One save at a time: the next one waits, and so does the end of the run, however it comes.
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llm_trainer import checkpoint
+from llm_trainer.algorithm import Algorithm
+from llm_trainer.checkpoint import CheckpointError, CheckpointManager
+from llm_trainer.checkpoint.copies import finish_copies, fits, free_memory
+from llm_trainer.checkpoint.state import StateFiles
+from llm_trainer.checkpoint.tensor_files import Shard, own_shard, shard_files, write_files
+from llm_trainer.checkpoint.valid import Written
+from llm_trainer.checkpoint.weights import ModelFiles, model_files
+from llm_trainer.disk import storage_failure
+from llm_trainer.engine import dist
+from llm_trainer.engine.base import Engine
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All that this process writes of one checkpoint.
+
+    Attributes:
+        step: of the checkpoint.
+        is_best: this is the best one so far.
+        best_loss: of it; None: nothing was measured, or it is not the best.
+        texts: the state without its tensors, by file.
+        shards: what this process holds of the state's tensors.
+        model: the model's folder; None but on the main process.
+        best_weights: of best_model.pt; None: it is not written.
+        apart: the folder that the other ranks write their shards into; None: they have none.
+    """
+
+    step: int
+    is_best: bool
+    best_loss: float | None
+    texts: dict[str, str]
+    shards: dict[str, Shard]
+    model: ModelFiles | None
+    best_weights: dict[str, Tensor] | None
+    apart: Path | None
+
+
+class Saving:
+    """The saves of one run, one at a time.
+
+    Args:
+        engine: collects weights and state.
+        save_dir: of the run; best_model.pt lies there, and what other ranks have written of a save in progress.
+        manager: of its checkpoints; asked for on the main process only.
+        say: called with one line when there is no memory for a save in the background.
+    """
+
+    def __init__(
+        self, engine: Engine, save_dir: Path, manager: Callable[[], CheckpointManager], say: Callable[[str], None]
+    ) -> None:
+        self.engine, self.save_dir = engine, save_dir
+        self._manager, self._say = manager, say
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[str] | None = None
+        self._has_memory = True
+
+    def save(
+        self,
+        algorithm: Algorithm,
+        step: int,
+        state: dict[str, Any],
+        is_best: bool,
+        best_loss: float | None,
+        best_file: bool,
+        background: bool,
+    ) -> str:
+        """Save a checkpoint, all ranks together; its path.
+
+        Args:
+            algorithm: its model and tokenizer become the model's folder.
+            step: which one it is of.
+            state: see `snapshot.state_of`.
+            is_best: this is the best checkpoint so far.
+            best_loss: of it, if that was measured.
+            best_file: write best_model.pt too.
+            background: let it be written while training goes on; how that ends is said by `finish`.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.finish()
+        collected = self._collect(algorithm, step, state, is_best, best_loss, best_file, copies=background)
+        write = partial(self._write, collected)
+        if background:
+            self._pending = self._thread.submit(write)
+            return str(self.save_dir / f"checkpoint-{step:08d}")
+        return _same_on_all_ranks(write)
+
+    def finish(self) -> None:
+        """Wait until the save in the background is done, all ranks together.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            _same_on_all_ranks(pending.result)
+
+    def wait(self) -> None:
+        """Wait for this process's part of the save in the background, when ranks can no longer do anything together.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def has_memory(self, needed: int) -> bool:
+        """Whether all ranks have memory for the copies of a save in the background; one line says that they have not.
+
+        Args:
+            needed: bytes that this process copies.
+        """
+        here = (socket.gethostname(), needed, free_memory())
+        everywhere = dist.gather_patiently(here)
+        before, self._has_memory = self._has_memory, fits(everywhere)
+        if before and not self._has_memory:
+            host, size, free = max(everywhere, key=lambda one: one[1])
+            self._say(
+                f"checkpoints are saved in the foreground: a copy takes {size / 1e9:.1f} GB of host memory, and "
+                f"{(free or 0) / 1e9:.1f} GB are free on {host}"
+            )
+        return self._has_memory
+
+    # 1. All ranks together.
+
+    def _collect(
+        self,
+        algorithm: Algorithm,
+        step: int,
+        state: dict[str, Any],
+        is_best: bool,
+        best_loss: float | None,
+        best_file: bool,
+        copies: bool,
+    ) -> Collected:
+        weights = self.engine.weights(copy=copies)
+        files = StateFiles.of(state)
+        shards = {}
+        for name, tensor in files.tensors.items():
+            shard = own_shard(tensor, dist.is_main())
+            if shard is None:
+                continue
+            is_copy = self.engine.gathers_state and name.startswith("optimizer/")
+            if copies and not is_copy:
+                shard = replace(shard, tensor=checkpoint.host_copy(shard.tensor))
+            shards[name] = shard
+        finish_copies(self.engine.device)
+        model = None
+        if dist.is_main():
+            self._manager()  # a folder that cannot be written shows here
+            model = model_files(algorithm.base_model, algorithm.tokenizer, weights)
+        best_weights = weights if best_file else None
+        apart = self._folder_apart(bool(shards))
+        return Collected(step, is_best, best_loss, files.texts, shards, model, best_weights, apart)
+
+    def _folder_apart(self, has_shards: bool) -> Path | None:
+        """An empty folder for what other ranks than the main one have to write; None where they have nothing."""
+        folder = self.save_dir / ".shards"
+        if not any(dist.gather_patiently(has_shards)[1:]):
+            return None
+        if dist.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        dist.gather_patiently(None)  # nobody writes before it is empty
+        return folder
+
+    # 2. Every rank for itself, from what was collected.
+
+    def _write(self, collected: Collected) -> str:
+        """Write what this process has; on the main one make a checkpoint of it. Its path, empty elsewhere.
+
+        Raises:
+            CheckpointError: it could not be written, here or on another rank.
+        """
+        written_apart: dict[str, Written] = {}
+        if collected.apart is not None:
+            written_apart = self._write_apart(collected.apart, collected.shards)
+        if collected.model is None:
+            return ""
+
+        def write(folder: Path) -> dict[str, Written]:
+            return self._write_folder(folder, collected, written_apart)
+
+        manager, metric = self._manager(), collected.best_loss
+        return str(manager.write(collected.step, write, metric=metric, is_best=collected.is_best))
+
+    def _write_apart(self, folder: Path, shards: dict[str, Shard]) -> dict[str, Written]:
+        """Let all ranks but the main one write their shards; the files of all of them, with hashes."""
+        written: dict[str, Written] = {}
+        failure = None
+        try:
+            if not dist.is_main():
+                written = write_files(folder, shard_files(shards, dist.process_number()))
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            reason = storage_failure(error) or f"{type(error).__name__}: {error}"
+            failure = f"the shards of rank {dist.process_number()} could not be saved in '{folder}': {reason}"
+        everything: dict[str, Written] = {}
+        for of_rank, problem in dist.gather_behind((written, failure)):
+            if problem is not None:
+                raise CheckpointError(problem)
+            everything |= of_rank
+        return everything
+
+    def _write_folder(
+        self, folder: Path, collected: Collected, written_apart: dict[str, Written]
+    ) -> dict[str, Written]:
+        """Fill a checkpoint's folder; its files whose hashes are known."""
+        model = collected.model
+        assert model is not None
+        model.write_small(folder / "model")
+        for file, text in collected.texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        files = {f"model/{name}": file for name, file in model.tensors.items()}
+        files |= shard_files(collected.shards, dist.process_number())
+        written = write_files(folder, files)
+        (folder / "tensors").mkdir(exist_ok=True)
+        for name in written_apart:
+            assert collected.apart is not None
+            os.rename(collected.apart / name, folder / name)
+        if collected.apart is not None:
+            shutil.rmtree(collected.apart, ignore_errors=True)
+        if collected.best_weights is not None:  # a run that is killed before the folder has its name writes it again
+            hashes = {name: written[name].sha256 for name in written if name.startswith("model/")}
+            of = {"checkpoint": f"checkpoint-{collected.step:08d}", "files": hashes}
+            facts = {"step": collected.step, "best_loss": collected.best_loss, checkpoint.WEIGHTS_OF: of}
+            checkpoint.write_file(self.save_dir / "best_model.pt", collected.best_weights, facts)
+        return written | written_apart
+
+
+def _same_on_all_ranks(write: Callable[[], str]) -> str:
+    """The path that the main process has written, on every rank.
+
+    Raises:
+        CheckpointError: any rank failed.
+    """
+    path, failure = "", None
+    try:
+        path = write()
+    except CheckpointError as error:
+        failure = str(error)
+    found = dist.gather_patiently((path, failure))
+    for _, problem in found:
+        if problem is not None:
+            raise CheckpointError(problem)
+    return found[0][0]
