@@ -180,7 +180,8 @@ class Builder:
             workers=loader.data_loader_num_workers,
             share_prompts=wants_sharing and knows_branches(config, self.device),
         )
-        return options, ChatFormat(self.tokenizer, **self._wanted.chat)
+        parse = loader.parse_special_tokens
+        return options, ChatFormat(self.tokenizer, parse_special_tokens=parse, **self._wanted.chat)
 
 
 def make_model(config: TrainConfig, tokenizer: Any, device: torch.device, empty: bool = False) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -20,7 +21,7 @@ from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.kinds.prompts import PromptRows
 from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.load import store_of
-from llm_trainer.data.read.files import files_of
+from llm_trainer.data.read.files import TEXT_UNITS, files_of
 from llm_trainer.disk import whole_file
 from llm_trainer.terminal import printable
 
@@ -148,6 +149,10 @@ def prepare(
     out: Annotated[Path, typer.Option(help="folder of the token files")],
     kind: Annotated[str, typer.Option(help="text (flat .npy), conversations or prompts (.pkl of id lists)")] = "text",
     workers: Annotated[int, typer.Option(min=1, help="processes that tokenize large files")] = 1,
+    text_unit: Annotated[str, typer.Option(help=f"one document of a .txt: {', '.join(TEXT_UNITS)}")] = "auto",
+    parse_special_tokens: Annotated[
+        bool, typer.Option("--parse-special-tokens", help="text of a special token is that token, as in transformers")
+    ] = False,
     drop_bad_rows: Annotated[bool, typer.Option("--drop-bad-rows", help="count and leave out rows that fail")] = False,
 ) -> None:
     """Tokenize files once, ahead of training. Started again after a kill, it continues where it stopped."""
@@ -160,9 +165,9 @@ def prepare(
     # 2. the tokens of each file; stores stay until all is done, so that a killed run can go on
     stores = out / ".stores"
     bad_rows = "drop" if drop_bad_rows else "error"
-    options = DataOptions(bad_rows=bad_rows, workers=workers)
+    options = DataOptions(bad_rows=bad_rows, workers=workers, text_unit=text_unit)
     rows = get_kind(kind)
-    chat: ChatFormat = ChatFormat(load_tokenizer(tokenizer))
+    chat: ChatFormat = ChatFormat(load_tokenizer(tokenizer), parse_special_tokens=parse_special_tokens)
     total: Ledger | None = None
     for path, target in targets.items():
         store = store_of(path, rows, chat, options, stores)
@@ -217,7 +222,8 @@ def _write_lists(store: TokenStore, target: Path, chat: ChatFormat) -> None:
     for row in range(len(store)):
         ids = store["input_ids"][row].tolist()
         try:
-            differing += spans_from_ids(ids, chat) != store["trained"][row].astype(bool).tolist()
+            found_again = np.asarray(spans_from_ids(ids, chat))
+            differing += not np.array_equal(found_again, store["trained"][row])
         except ChatTemplateError as error:
             raise ValueError(
                 f"{store.meta['source']}: sample {row + 1} cannot be kept as ids alone: {error}; train on the text file"

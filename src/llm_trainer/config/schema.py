@@ -133,8 +133,14 @@ class DataLoaderConfig(MicroBatches):
         le=1,
         description="share of the conversations' characters that the chat template may leave out, before training stops",
     )
-    text_unit: Literal["auto", "file", "line", "paragraph"] = Field(
-        default="auto", description="what one document of a plain text file is"
+    text_unit: Literal["auto", "file", "line", "paragraph", "endoftext"] = Field(
+        default="auto",
+        description="what one document of a plain text file is; endoftext: what ends with <|endoftext|>, also inside a row",
+    )
+    parse_special_tokens: StrictBool = Field(
+        default=False,
+        description="text of a special token in what users and documents say is that token; whoever writes the data can then "
+        "end a turn",
     )
     cache_dir: str | None = Field(default=None, description="folder of tokenized data; null: chosen beside the run")
 

@@ -24,6 +24,7 @@ from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import files_of, read_rows
+from llm_trainer.data.read.formats import split_documents
 from llm_trainer.data.read.schemas import Schema, get_schema, recognise
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 from llm_trainer.data.stream import SampleStream
@@ -198,7 +199,7 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     else:
         rows = read_rows(path, options.text_unit, on_error=note)
     folder = cache / f"{path.stem}-{key}"
-    encode = RowEncoder(kind, schema, chat, options.bad_rows, options.image_columns)
+    encode = RowEncoder(kind, schema, chat, options.bad_rows, options.image_columns, options.text_unit)
     meta = {"source": str(path), "schema": schema}
     return build_store(
         folder,
@@ -247,6 +248,7 @@ class RowEncoder:
     chat: ChatFormat
     bad_rows: str
     image_columns: str = "error"
+    text_unit: str = "auto"
 
     def __call__(self, rows: list[tuple[Location, Any]]) -> Part:
         part = Part({name: [] for name in self.kind.columns})
@@ -282,8 +284,18 @@ class RowEncoder:
             except DataError as error:
                 self._drop(error, part)
             else:
-                samples += [Sample(schema.kind, values, row, location) for values in found]
+                for values in self._documents(schema, found):
+                    samples.append(Sample(schema.kind, values, row, location))
         return samples
+
+    def _documents(self, schema: Schema, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The samples of a row, its text cut where documents end, if that is asked for."""
+        if schema.kind != "text" or self.text_unit != "endoftext":
+            return found
+        documents = []
+        for values in found:
+            documents += [{**values, "text": text} for text in split_documents(values["text"])]
+        return documents
 
     def _encode(self, samples: list[Sample], part: Part) -> list[Encoded]:
         """The rows of all samples; a sample that does not fit the chat template is dropped, or an error."""

@@ -88,10 +88,11 @@ def test_prepare_sft_data_trains_on_the_same_tokens_as_the_text(tmp_path, tokeni
 
 def test_prepare_says_where_ids_alone_do_not_suffice(tmp_path, tokenizer, capsys):
     twice = conversation("q", "a", loss_weight=0)["messages"] + conversation("r", "b")["messages"]
-    path, out = write(tmp_path / "a.jsonl", [{"messages": twice}, conversation("q", "a")]), tmp_path / "out"
+    half = conversation("q", "a", loss_weight=0.5)
+    path, out = write(tmp_path / "a.jsonl", [{"messages": twice}, conversation("q", "a"), half]), tmp_path / "out"
     sft = ("--tokenizer", tokenizer, "--out", out, "--kind", "conversations")
     assert run("data", "prepare", path, *sft) == 0
-    assert "WARNING: in 1 of 2 rows" in capsys.readouterr().out
+    assert "WARNING: in 2 of 3 rows" in capsys.readouterr().out
     assert run("data", "prepare", write(tmp_path / "b.jsonl", [{"prompt": "1+1=", "completion": "2"}]), *sft) == 2
     assert "sample 1 cannot be kept as ids alone" in capsys.readouterr().err
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_trainer import Trainer
+from llm_trainer.builder import Builder
 from llm_trainer.data import ids as ids_module
 from llm_trainer.data import load as load_module
 from llm_trainer.data.encode.chat import ChatFormat
@@ -17,6 +19,7 @@ from llm_trainer.data.kinds import KINDS, DataOptions, get_kind
 from llm_trainer.data.load import Joined, choose_kind, find_schema, hash_of_sample, load, open_stream
 from llm_trainer.data.packing import Blocks
 from llm_trainer.data.read.errors import DataError
+from llm_trainer.train_configs import DataLoaderConfig, ModelConfig, PretrainConfig, RunConfig, TrainConfig
 
 HH = "\n\nHuman: q\n\nAssistant: "
 
@@ -184,3 +187,35 @@ def test_a_kind_of_ones_own_is_a_file_and_a_line(tmp_path: Path, chat: ChatForma
     assert (batch["stars"].tolist(), position) == ([5, 3], 2)
     assert batch["document_lengths"].tolist() == dataset.lengths.tolist() and batch["input_ids"].shape[0] == 1
     sys.modules.pop("my_rows")
+
+
+def test_texts_end_where_they_say_so(chat, tmp_path):
+    """`<|endoftext|>` inside a row is a document's end on request, and said to be text otherwise."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one<|endoftext|>\ntwo<|endoftext|>"}) + "\n")
+    texts, stores = get_kind("text"), tmp_path / "stores"
+    cut = load([str(path)], texts, chat, DataOptions(packing="none", text_unit="endoftext"), stores)
+    eos = chat.tokenizer.eos_token_id
+    assert [chat.tokenizer.decode(cut[i]["input_ids"][:-1].tolist()) for i in range(2)] == ["one", "two"]
+    assert {int(cut[i]["input_ids"][-1]) for i in range(2)} == {eos} and not cut.ledgers[0].notes
+    whole = load([str(path)], texts, chat, DataOptions(packing="none"), stores)
+    assert len(whole.lengths) == 1
+    assert "1 text: it holds <|endoftext|> as plain text; text_unit: endoftext" in whole.ledgers[0].lines()[1]
+
+
+def test_special_tokens_are_parsed_by_the_word_of_a_configuration(chat, tmp_path, reference_dir):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one</s>two"}) + "\n")
+    found = []
+    for parse in (False, True):
+        config = TrainConfig(
+            model_config=ModelConfig(vocab_size=512, hidden_size=8, num_hidden_layers=1, num_attention_heads=1),
+            tokenizer=str(reference_dir / "tokenizer"),
+            file_dataset=str(path),
+            data_loader_config=DataLoaderConfig(parse_special_tokens=parse, packing="none"),
+            run_config=RunConfig(save_dir=str(tmp_path)),
+            pretrain_config=PretrainConfig(),
+        )
+        (train,) = Builder(config, Trainer).streams
+        found.append(train.dataset[0]["input_ids"].tolist().count(chat.tokenizer.eos_token_id))
+    assert found == [1, 2]

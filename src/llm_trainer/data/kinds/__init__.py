@@ -44,7 +44,7 @@ class DataOptions:
         0.1  # of the conversations' characters that the chat template may leave out, before it is an error
     )
     image_columns: str = "error"  # or 'ignore': rows with images are trained as text, and counted
-    text_unit: str = "auto"  # what one document of a .txt is: 'auto', 'file', 'line' or 'paragraph'
+    text_unit: str = "auto"  # what one document of a .txt is: 'auto', 'file', 'line', 'paragraph' or 'endoftext'
     workers: int = 1  # processes that encode large files
     share_prompts: bool = False  # the trainer runs what both answers of a pair begin with once, and it counts once
 

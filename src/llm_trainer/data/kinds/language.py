@@ -10,6 +10,7 @@ from llm_trainer.data.encode.chat import ChatFormat, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
 from llm_trainer.data.packing import PACKERS, Blocks, Packed
+from llm_trainer.data.read.formats import END_OF_TEXT
 from llm_trainer.data.read.messages import row_weight
 from llm_trainer.data.read.token_files import TokenFile
 from llm_trainer.data.windows import Column, Rows, note_dropped
@@ -50,6 +51,10 @@ def encode_text(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded
     """Texts -> ids, with the end token; every token is trained on, so no column says it."""
     for sample in samples:
         encoded = chat.encode_text(sample.values["text"])
+        if END_OF_TEXT in sample.values["text"] and not chat.parse_special_tokens:
+            sample.location.note(
+                f"text: it holds {END_OF_TEXT} as plain text; text_unit: endoftext ends documents there"
+            )
         yield {"input_ids": compact_ids(encoded.input_ids, chat.vocab_size)}
 
 

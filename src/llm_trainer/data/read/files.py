@@ -16,7 +16,7 @@ from llm_trainer.data.read.errors import DataError, Location, unreadable
 from llm_trainer.data.read.formats import COMPRESSED, READERS, OnError, Rows, suffix_of
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES
 
-TEXT_UNITS = ("auto", "file", "paragraph", "line")
+TEXT_UNITS = ("auto", "file", "paragraph", "line", "endoftext")
 _FORMATS = f"a file ending in {', '.join(READERS)} (or these with {' or '.join(COMPRESSED)})"
 
 
@@ -30,9 +30,9 @@ def read_rows(path: Path | str, text_unit: str = "auto", on_error: OnError | Non
     Args:
         path: a file, a pattern, or a folder: its files with a known suffix, and those of the folders in it.
         text_unit: what one document of a `.txt` is. `"file"`: the whole file, cut at blank lines when it is longer than
-            `MAX_DOCUMENT` characters. `"paragraph"`: text between blank lines. `"line"`: each line. `"auto"`: `"file"`
-            when the first 1 Mi characters have a blank line inside (a book, a play), else `"line"` (names, one article
-            per line).
+            `MAX_DOCUMENT` characters. `"paragraph"`: text between blank lines. `"line"`: each line. `"endoftext"`: what
+            ends with `<|endoftext|>`. `"auto"`: `"file"` when the first 1 Mi characters have a blank line inside (a book, a
+            play), else `"line"` (names, one article per line).
         on_error: called with the error of a row that cannot be read, which is then skipped; by default it is raised.
 
     Raises:

@@ -19,6 +19,7 @@ Rows = Iterator[tuple[Location, Any]]
 OnError = Callable[[DataError], None]
 
 COMPRESSED = (".gz", ".zst")
+END_OF_TEXT = "<|endoftext|>"  # what many corpora put between documents
 MAX_DOCUMENT = 1 << 20  # characters; some 250k tokens, longer than any context window this package trains
 
 
@@ -83,7 +84,8 @@ def _text_rows(path: Path, unit: str, on_error: OnError) -> Rows:
             has_blank_line = re.search(r"\n[^\S\n]*\n", "".join(line for _, line in head).strip())
             lines = chain(head, lines)
             unit = "file" if has_blank_line else "line"
-        for number, text in _documents(lines, unit):
+        documents = _ended_documents(lines) if unit == "endoftext" else _documents(lines, unit)
+        for number, text in documents:
             undecodable = not_utf8(text, Location(path, number))
             if undecodable is not None:
                 on_error(undecodable)
@@ -97,6 +99,36 @@ def _numbered_lines(file: IO[str]) -> Iterator[tuple[int, str]]:
     while line := file.readline(MAX_DOCUMENT):
         yield number, line
         number += line.endswith("\n")
+
+
+def split_documents(text: str) -> list[str]:
+    """The documents of a text in which each but the last ends with `<|endoftext|>`; empty ones are left out."""
+    return [piece.strip("\n") for piece in text.split(END_OF_TEXT) if piece.strip()]
+
+
+def _ended_documents(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Group lines into `(number of the first line, text)` of documents that end with `<|endoftext|>`, anywhere in a line."""
+    text, first = "", 1
+    for number, line in lines:
+        if not text.strip():
+            text, first = "", number
+        looked_at = max(0, len(text) - len(END_OF_TEXT))  # a mark may lie in two pieces of a long line
+        text += line
+        if text.find(END_OF_TEXT, looked_at) >= 0:
+            *ended, text = text.split(END_OF_TEXT)
+        elif len(text) >= 2 * MAX_DOCUMENT:  # text without any end still has to be cut somewhere
+            stop = len(text)
+            if not text.endswith("\n"):
+                stop -= len(END_OF_TEXT)
+            ended, text = [text[:stop]], text[stop:]
+        else:
+            continue
+        for document in ended:
+            if document.strip():
+                yield first, document.strip("\n")
+            first = number
+    if text.strip():
+        yield first, text.strip("\n")
 
 
 def _documents(lines: Iterable[tuple[int, str]], unit: str) -> Iterator[tuple[int, str]]:

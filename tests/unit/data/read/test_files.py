@@ -292,3 +292,16 @@ def test_damaged_and_unsafe_arrays(tmp_path: Path) -> None:
         open_tokens(path)
     with pytest.raises(DataError, match=r"damaged \.npy"):
         open_tokens(write(path, b"hello"))
+
+
+def test_documents_that_end_with_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in a line the mark is; blank lines inside belong to the document, empty documents are none."""
+    path = tmp_path / "stories.txt"
+    path.write_text(
+        "One.\n\nStill one.\n<|endoftext|>\nTwo.<|endoftext|>Three\nis long.\n<|endoftext|><|endoftext|>\nLast."
+    )
+    found = [(location.row, row["text"]) for location, row in read_rows(path, "endoftext")]
+    assert found == [(1, "One.\n\nStill one."), (5, "Two."), (5, "Three\nis long."), (8, "Last.")]
+    monkeypatch.setattr("llm_trainer.data.read.formats.MAX_DOCUMENT", 8)
+    pieces = [row["text"] for _, row in read_rows(path, "endoftext")]
+    assert max(map(len, pieces)) <= 4 * 8 and "".join("".join(pieces).split()) == "One.Stillone.Two.Threeislong.Last."
