@@ -65,6 +65,7 @@ LICENSED = {
     ("train/evaluate.py", "data"): "the same, and the chat format of prompts",
     ("train/transformers_driver.py", "data"): "seeds a step as the loop does",
     ("train/evaluate.py", "generation"): "answers to prompts",
+    ("train/snapshot.py", "data"): "the protocol of a step source",
     ("train/preflight.py", "data"): "shows the ledger and the batch equation",
     ("train/preflight.py", "models"): "FLOPs of a token",
     ("train/preflight.py", "optim"): "shows the schedule and what an optimizer's state takes",

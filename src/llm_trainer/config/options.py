@@ -179,6 +179,10 @@ class Settings(MicroBatches, EarlyStopping, Execution):
     best_file: StrictBool = Field(
         default=True, description="write best_model.pt beside the checkpoints whenever the validation loss improves"
     )
+    loader_is_sharded: StrictBool = Field(
+        default=False,
+        description="the loaders give every rank batches of its own, which are not dealt out again",
+    )
     sampling: Sampling = Field(default_factory=Sampling, description="how answers to `eval_prompts` are drawn")
     ledgers: Sequence[Any] = Field(
         default=(), description="token ledgers of the data, shown before the first step and stored with the run"

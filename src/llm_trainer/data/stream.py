@@ -5,17 +5,16 @@ accumulation steps; resume is a seek, and a changed number of ranks loses and re
 """
 
 import math
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader
 
-from llm_trainer.data.collate import row_lengths, take_rows
+from llm_trainer.data.loader_workers import WorkerLife, signals_held
 from llm_trainer.data.packing import cut_by_tokens
 from llm_trainer.state import MicroBatch
 
@@ -77,6 +76,12 @@ class StepSource(Protocol):
     def steps(self, epoch: int, position: int) -> Iterator[tuple[list[MicroBatch], int]]:
         """Each step's micro-batches for this rank, and the position after it."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a position means something for, besides size and seed."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the source that gave `state`; a ValueError says why its positions mean nothing here."""
+
 
 class SampleDataset(Protocol):
     """A map from index to sample with known lengths."""
@@ -95,21 +100,6 @@ class _Groups(torch.utils.data.Dataset):
 
     def __getitem__(self, group: Sequence[int]) -> Batch:
         return self.collate([self.dataset[int(i)] for i in group])
-
-
-class IgnoreSignals:
-    """Starts a worker of a DataLoader so that SIGTERM and SIGINT, which schedulers and terminals send to every process,
-    do not end it: the training process has a step to finish and a checkpoint to write, and dismisses it afterwards.
-    """
-
-    def __init__(self, then: Callable[[int], object] | None = None) -> None:
-        self.then = then
-
-    def __call__(self, worker: int) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        if self.then is not None:
-            self.then(worker)
 
 
 @dataclass(eq=False, repr=False)
@@ -149,6 +139,12 @@ class SampleStream:
 
     def num_steps(self) -> int:
         return math.ceil(len(self) / self.rows_per_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # samples are counted, so they may be cut into micro-batches otherwise
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing: an order is that of the seed and the epoch."""
 
     def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Indices of the samples at the global positions `[start, stop)` of an epoch."""
@@ -198,102 +194,9 @@ class SampleStream:
             sampler=groups,  # type: ignore[arg-type]  # any iterable of "indices" serves
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=IgnoreSignals(),
+            worker_init_fn=WorkerLife(),
         )
-        batches = iter(loader)
+        with signals_held():
+            batches = iter(loader)
         for step, is_filler, stop in self._plan(epoch, position):
             yield [MicroBatch(next(batches), counts=not is_filler) for _ in step], stop
-
-
-@dataclass(eq=False, repr=False)
-class LoaderSteps:
-    """Steps over any iterable of ready micro-batches: a DataLoader, a list, a generator-like object.
-
-    Position counts micro-batches over all ranks. Rank r takes micro-batches r, r + world size, ... of each step, unless
-    the loader's own DistributedSampler already deals samples out. A plain map-style DataLoader starts at a position
-    without loading what comes before it; other iterables are read up to there.
-    """
-
-    loader: Iterable[Batch]
-    _: KW_ONLY
-    accumulation: int = 1
-    rank: int = 0
-    world_size: int = 1
-    micro_batch_tokens: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        loader = self.loader
-        sampler = loader.sampler if isinstance(loader, DataLoader) else None
-        if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, IgnoreSignals):
-            loader.worker_init_fn = IgnoreSignals(loader.worker_init_fn)
-        self._distributed = sampler if isinstance(sampler, DistributedSampler) else None
-        if self._distributed is not None:
-            self.rank, self.world_size = 0, 1
-        owners = [sampler, loader] if isinstance(loader, DataLoader) else []
-        generators = [o.generator for o in owners if isinstance(o, DataLoader | RandomSampler)]
-        self._generators = [(g, g.initial_seed()) for g in dict.fromkeys(generators) if g is not None]
-
-    def size(self) -> int | None:
-        try:
-            return len(self.loader)  # type: ignore[arg-type]
-        except TypeError:
-            return None
-
-    def num_steps(self) -> int | None:
-        size = self.size()
-        return None if size is None else math.ceil(size / (self.accumulation * self.world_size))
-
-    def _batches_from(self, epoch: int, position: int) -> Iterator[Batch]:
-        """The loader's batches from `position` on, in an order that depends on (seed, epoch) alone."""
-        if self._distributed is not None:
-            self._distributed.set_epoch(epoch)
-        # NOTE: a shuffling sampler without a generator draws its order from the global one.
-        torch.manual_seed(mix_seeds(self.seed, epoch))
-        for generator, seed in self._generators:
-            epoch_seed = mix_seeds(seed, epoch) if epoch else seed
-            generator.manual_seed(epoch_seed)
-        loader = self.loader
-        if position == 0 or not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-            return islice(iter(loader), position, None)
-        if isinstance(loader.dataset, torch.utils.data.IterableDataset):
-            return islice(iter(loader), position, None)
-        rest = islice(iter(loader.batch_sampler), position, None)
-        return iter(
-            DataLoader(
-                loader.dataset,
-                batch_sampler=rest,  # type: ignore[arg-type]
-                collate_fn=loader.collate_fn,
-                num_workers=loader.num_workers,
-                pin_memory=loader.pin_memory,
-                worker_init_fn=loader.worker_init_fn,
-                generator=loader.generator,
-            )
-        )
-
-    def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
-        batches = self._batches_from(epoch, position)
-        while step := list(islice(batches, self.accumulation * self.world_size)):
-            position += len(step)
-            mine = step[self.rank :: self.world_size]
-            if mine:
-                yield [MicroBatch(batch) for batch in self._recut(mine)], position
-            else:
-                yield [MicroBatch(step[0], counts=False)], position  # keeps this rank in step with the others
-
-    def _recut(self, batches: list[Batch]) -> list[Batch]:
-        """The rows of a step cut into micro-batches of at most `micro_batch_tokens`; the optimisation does not notice."""
-        if self.micro_batch_tokens is None:
-            return batches
-        rows = []
-        for number, batch in enumerate(batches):
-            rows += [(number, row, length) for row, length in enumerate(row_lengths(batch))]
-        recut = []
-        for group in cut_by_tokens([length for _, _, length in rows], self.micro_batch_tokens, False):
-            recut.append(take_rows(batches, [rows[i] for i in group]))
-        return recut
-
-
-def as_step_source(loader: Any, **options: Any) -> StepSource:
-    """`loader` itself when it already yields steps, else steps over its micro-batches (options of `LoaderSteps`)."""
-    return loader if isinstance(loader, SampleStream) else LoaderSteps(loader, **options)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.compiler import compile_module
 from llm_trainer.config.env import environment, set_default
-from llm_trainer.data.stream import StepSource, as_step_source
+from llm_trainer.data.loader_workers import workers_needed
+from llm_trainer.data.loaders import as_step_source
+from llm_trainer.data.stream import StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
@@ -85,18 +88,24 @@ class Run:
         self.driver: Callable[..., None] = choose_driver(settings)
 
         # The data: this rank's share of the training data, and of every validation set.
-        ranks = {"rank": dist.rank(), "world_size": dist.world_size()} if together else {}
+        ranks: dict[str, Any] = {}
+        if together:
+            ranks = {"rank": dist.rank(), "world_size": dist.world_size(), "is_sharded": settings.loader_is_sharded}
+            ranks["largest"] = partial(dist.largest, device=self.engine.device)
         self.source: StepSource = as_step_source(
             train_loader,
             accumulation=grad_accum_steps,
             micro_batch_tokens=settings.micro_batch_tokens,
             seed=settings.seed,
+            read_once=max_epochs == 1 or settings.max_steps is not None,
             **ranks,
         )
         loaders: Mapping[str, Any] = {} if val_loader is None else {"": val_loader}
         if isinstance(val_loader, Mapping):
             loaders = val_loader
-        self.val_sources = {name: as_step_source(loader, **ranks) for name, loader in loaders.items()}
+        self.val_sources = {
+            name: as_step_source(loader, name=f"val_loader {name}".strip(), **ranks) for name, loader in loaders.items()
+        }
 
         # Where the run stands, and what it remembers between two log lines.
         self.progress = Progress()
@@ -152,7 +161,7 @@ class Run:
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
         on_duty = dist.on_duty(lambda: self.checkpoints.how_to_go_on(self.settings.resume))
-        with self.checkpoints.alone(), self.signals.listening(), self._saved_at_the_end(), on_duty:
+        with self.checkpoints.alone(), self.signals.listening(), workers_needed(), self._saved_at_the_end(), on_duty:
             self._resume()
             self.stop_requested = False
             self.values = {}

@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT do to a run: it ends after the current step, with its state saved."""
+"""What SIGTERM, SIGINT and SIGUSR1 do to a run: it ends after the current step, with its state saved."""
 
 import signal
 import threading
@@ -14,7 +14,7 @@ class TrainingInterrupted(SystemExit):
 
 
 class Signals:
-    """Remembers that SIGTERM or SIGINT came; a second SIGINT interrupts at once."""
+    """Remembers that SIGTERM, SIGINT or SIGUSR1 came; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -30,7 +30,10 @@ class Signals:
             yield self
             return
         self.received = None
-        before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:  # it would end the process, with nothing saved
+            numbers.append(signal.SIGUSR1)
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield self
         finally:

@@ -17,6 +17,7 @@ from llm_trainer import checkpoint
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
 from llm_trainer.checkpoint.valid import step_folders
+from llm_trainer.data.stream import StepSource
 from llm_trainer.disk import DiskError, whole_file
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
@@ -80,22 +81,29 @@ class DataFacts:
     """What a position in the data means something for; a run with other data is refused.
 
     Attributes:
-        kind: of the step source.
-        size: position at the end of an epoch.
+        source: of the steps.
         seed: of the order.
     """
 
-    kind: str
-    size: int | None
+    source: StepSource
     seed: int
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "size": self.size, "seed": self.seed}
+        return self._facts() | self.source.state_dict()
+
+    def _facts(self) -> dict[str, Any]:
+        return {"kind": type(self.source).__name__, "size": self.source.size(), "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state != self.state_dict():
+        try:
+            self.source.load_state_dict(state)  # first: it may know why the size is another
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        facts = self._facts()
+        then = {name: state[name] for name in facts}
+        if then != facts:
             raise CheckpointError(
-                f"was made with other data ({state}, now {self.state_dict()}), so its position in the data means "
+                f"was made with other data ({then}, now {facts}), so its position in the data means "
                 f"nothing here. Restore the data, or start a new run in another save_dir from these weights "
                 f"(init_weights_path)"
             )
@@ -105,7 +113,7 @@ def parts_of(work: Work, progress: Progress, configured: ConfiguredOptimizer) ->
     """Everything that changes while a run goes on, but weights and optimizer."""
     algorithm, source = work.algorithm, work.source
     parts: dict[str, Part] = {
-        "data": DataFacts(type(source).__name__, source.size(), work.seed),  # first: other data is refused
+        "data": DataFacts(source, work.seed),  # first: other data is refused
         "progress": progress,
         "engine": work.engine,
         "metrics": SharedMetrics(work.metrics),

@@ -4,10 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from llm_trainer.data.stream import LoaderSteps, Permutation, SampleStream
+from llm_trainer.data.stream import Permutation, SampleStream
 
 
 @dataclass
@@ -91,73 +89,6 @@ def test_token_budget_is_kept():
             batch = micro_batch.batch
             lengths = [1 + i % 7 for i in batch]
             assert len(batch) == 1 or len(batch) * max(lengths) <= 14
-
-
-def loader(**options):
-    return DataLoader(TensorDataset(torch.arange(21)), batch_size=2, **options)
-
-
-def numbers(source, epoch=0, position=0):
-    return [[micro_batch.batch[0].tolist() for micro_batch in step] for step, _ in source.steps(epoch, position)]
-
-
-@pytest.mark.parametrize("generator", [False, True])
-def test_a_shuffling_loader_resumes_in_the_middle_of_an_epoch(generator):
-    def fresh():
-        seeded = torch.Generator().manual_seed(5) if generator else None
-        return LoaderSteps(loader(shuffle=True, generator=seeded), accumulation=2, seed=7)
-
-    whole = numbers(fresh(), epoch=3)
-    assert numbers(fresh(), epoch=3, position=6) == whole[3:]
-    assert numbers(fresh(), epoch=4) != whole
-    assert sorted(sum(sum(whole, []), [])) == list(range(21))
-
-
-def test_resume_of_a_loader_does_not_load_what_came_before():
-    class Counting(TensorDataset):
-        loaded = 0
-
-        def __getitem__(self, index):
-            Counting.loaded += 1
-            return super().__getitem__(index)
-
-    source = LoaderSteps(DataLoader(Counting(torch.arange(100)), batch_size=1))
-    assert len(numbers(source, position=98)) == 2 and Counting.loaded == 2
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_the_micro_batches_of_a_plain_loader(world_size):
-    ranks = [LoaderSteps(loader(), accumulation=2, rank=r, world_size=world_size) for r in range(world_size)]
-    seen = [step for rank in ranks for step, _ in rank.steps(0, 0)]
-    samples = [s for step in seen for micro_batch in step if micro_batch.counts for s in micro_batch.batch[0].tolist()]
-    assert sorted(samples) == list(range(21))
-    assert len({len(list(rank.steps(0, 0))) for rank in ranks}) == 1
-
-
-def test_a_distributed_sampler_is_left_to_deal():
-    sampler = DistributedSampler(range(21), num_replicas=2, rank=1, shuffle=False)
-    source = LoaderSteps(DataLoader(torch.arange(21), batch_size=1, sampler=sampler), rank=1, world_size=2)
-    assert [step[0].batch.item() for step, _ in source.steps(0, 0)][:3] == [1, 3, 5]
-
-
-def test_padded_batches_are_cut_anew_by_a_token_budget():
-    lengths = torch.tensor([3, 9, 2, 8])
-    mask = (torch.arange(9) < lengths[:, None]).long()
-    batch = {"input_ids": mask * torch.arange(1, 10), "labels": torch.where(mask == 1, 5, -100), "attention_mask": mask}
-    halves = [{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}]
-    ((micro_batches, _),) = LoaderSteps(halves, accumulation=2, micro_batch_tokens=18).steps(0, 0)
-    step = [micro_batch.batch for micro_batch in micro_batches]
-    assert sorted(tuple(b["input_ids"].shape) for b in step) == [(2, 3), (2, 9)]
-    assert sum(int((b["labels"] != -100).sum()) for b in step) == int(lengths.sum())
-
-
-def test_an_iterator_without_length_is_fine():
-    class Endless:
-        def __iter__(self):
-            return iter([torch.zeros(1)] * 3)
-
-    source = LoaderSteps(Endless())
-    assert source.num_steps() is None and len(list(source.steps(0, 1))) == 2
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

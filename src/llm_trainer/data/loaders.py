@@ -1,0 +1,381 @@
+"""Optimizer steps over a user's own loader: a DataLoader, a list, anything that gives ready micro-batches."""
+
+import math
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Subset
+
+from llm_trainer.data.collate import row_lengths, take_rows
+from llm_trainer.data.loader_workers import WorkerLife, signals_held
+from llm_trainer.data.order import (
+    Order,
+    Randomness,
+    drawers_of,
+    fingerprint,
+    is_indexed,
+    ranks_of,
+    samplers_in,
+    undealt,
+)
+from llm_trainer.data.packing import cut_by_tokens
+from llm_trainer.data.stream import Batch, SampleStream, StepSource, mix_seeds
+from llm_trainer.state import MicroBatch
+
+
+class _Drawn(NamedTuple):
+    """A step as its loader gives it."""
+
+    batches: list[Any]  # this rank's micro-batches, or their indices
+    counts: bool  # False: this rank has none in this step, and `batches` keeps it in step with the others
+    number: int  # of micro-batches, over the ranks among which the loader is dealt
+    fingerprint: int  # of everything that was drawn in the epoch so far
+
+
+@dataclass(eq=False, repr=False)
+class LoaderSteps:
+    """Steps over any iterable of ready micro-batches.
+
+    Position counts micro-batches over all ranks. Rank r takes micro-batches r, r + world size, ... of each step, unless the
+    loader deals to ranks by itself; then position counts those of each rank. Of a map-style DataLoader only this rank's
+    micro-batches are loaded, and none that come before the position. Other iterables are read up to the position, and by
+    every rank.
+
+    The order is a function of (seed, epoch): samplers get generators of their own, and what draws from Python's, numpy's or
+    torch's global ones sees them seeded. What was drawn has a fingerprint, which checkpoints hold: an order that does not
+    come back is an error.
+
+    Args:
+        loader: gives batches each time it is iterated.
+        accumulation: micro-batches per step and rank.
+        is_sharded: the loader deals to ranks by itself. That a sampler with `num_replicas` does is seen without.
+        read_once: it is only read once, so it may be a generator.
+        name: for messages.
+        largest: the largest number that any rank passes.
+
+    Raises:
+        ValueError: the loader cannot be read as often as it must be.
+    """
+
+    loader: Iterable[Batch]
+    _: KW_ONLY
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    micro_batch_tokens: int | None = None
+    seed: int = 0
+    is_sharded: bool = False
+    read_once: bool = False
+    name: str = "train_loader"
+    largest: Callable[[int], int] = lambda number: number
+
+    def __post_init__(self) -> None:
+        if not self.read_once:
+            _require_rereadable(self.loader, self.name)
+        drawers = drawers_of(self.loader)
+        self._indexed = is_indexed(self.loader)
+        if self._indexed:
+            self._sampler = undealt(drawers[0], self.world_size)
+            if self._sampler is not drawers[0]:
+                drawers = samplers_in(self._sampler) + drawers
+        self._order = Order(drawers, self.seed)
+        self._order.seed = self.largest(self._order.seed)  # generators may be seeded otherwise on every rank
+        deals = any(ranks_of(drawer) > 1 for drawer in samplers_in(self._sampler)) if self._indexed else False
+        self._deals_itself = self.world_size > 1 and (self.is_sharded or deals)
+        self._ranks = 1 if self._deals_itself else self.world_size  # among which it is dealt here
+        self._copy: DataLoader | None = None  # of the loader, drawing `_indices`; kept while its workers are to be kept
+        self._indices: Iterator[Any] = iter(())
+        self._epochs_drawn = 0
+        self._has_given = False
+        self._drawn = (0, 0)  # position, and the fingerprint of what was drawn up to it
+        self._expected = (
+            0,
+            0,
+            0,
+        )  # of the checkpoint that this run goes on from: position, and what all ranks had drawn
+
+    def size(self) -> int | None:
+        loader: Any = self._sampler if self._indexed else self.loader
+        try:
+            return len(loader)
+        except TypeError:
+            return None
+
+    def num_steps(self) -> int | None:
+        size = self.size()
+        return None if size is None else math.ceil(size / (self.accumulation * self._ranks))
+
+    # What a position means.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be alike, or is taken over, where a run goes on from a position; all ranks ask together."""
+        position, printed = self._drawn
+        return {**self._facts(), "order": self._order.seed, "drawn": [position, *self._of_all_ranks(printed)]}
+
+    def _facts(self) -> dict[str, int | None]:
+        batch_sampler = self._sampler if self._indexed else None
+        rows = batch_sampler.batch_size if isinstance(batch_sampler, BatchSampler) else None
+        return {"rows": rows, "ranks": self.world_size if self._deals_itself else None}
+
+    def _of_all_ranks(self, printed: int) -> tuple[int, int]:
+        """Fingerprints of a loader that gives every rank something else: the largest and the smallest."""
+        return (self.largest(printed), -self.largest(-printed)) if self._deals_itself else (printed, printed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the run that gave `state_dict`.
+
+        Raises:
+            ValueError: its positions meant something else.
+        """
+        now = self._facts()
+        rows, ranks = state.get("rows", now["rows"]), state.get("ranks", now["ranks"])
+        if rows != now["rows"]:
+            raise ValueError(
+                f"counts its position in micro-batches of {rows} rows, and those of {self.name} have {now['rows']} now; "
+                f"expected the same batch_size, because other rows would be next. Set batch_size={rows}; "
+                f"micro_batch_tokens cuts smaller micro-batches out of them"
+            )
+        if ranks != now["ranks"]:
+            was, here = (
+                f"dealt to {n} ranks by itself" if n else "dealt out by position" for n in (ranks, now["ranks"])
+            )
+            raise ValueError(
+                f"was made with a {self.name} that was {was}, and now it is {here}, so its position means nothing; expected "
+                f"the same number of ranks. Only a loader that gives all ranks the same batches, or torch's "
+                f"DistributedSampler, can go on with another number"
+            )
+        self._order.seed = state.get("order", self._order.seed)
+        self._expected = tuple(state.get("drawn", (0, 0, 0)))
+
+    # Steps.
+
+    def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
+        steps = self._own_steps(epoch, position)
+        drawn = next(steps, None)
+        self._check_beginning(drawn, position)
+        last: Batch = None
+        while self._goes_on(drawn):
+            if drawn is None:  # other ranks of a loader that deals by itself have more
+                last = self._any_batch() if last is None else last
+                drawn = _Drawn([last], False, self.accumulation, self._drawn[1])
+            last = drawn.batches[-1]
+            position += self.accumulation if self._deals_itself else drawn.number
+            self._drawn = (position, drawn.fingerprint)
+            if drawn.counts:
+                yield [MicroBatch(batch) for batch in self._recut(drawn.batches)], position
+            else:
+                yield [MicroBatch(last, counts=False)], position  # keeps this rank in step with the others
+            drawn = next(steps, None)
+
+    def _goes_on(self, drawn: _Drawn | None) -> bool:
+        """Whether there is another step, for this rank or for others of a loader that deals by itself."""
+        has_more = int(drawn is not None)
+        return bool(self.largest(has_more) if self._deals_itself else has_more)
+
+    def _own_steps(self, epoch: int, position: int) -> Iterator[_Drawn]:
+        """The steps of an epoch from a position on, with this rank's micro-batches."""
+        if self._indexed and self._order.may_remember:
+            for earlier in range(self._epochs_drawn, epoch):  # in this process the samplers have not seen them
+                with self._order.begin(earlier).drawn_from():
+                    deque(iter(self._sampler), maxlen=0)
+        self._epochs_drawn = epoch + 1
+        randomness = self._order.begin(epoch)
+        if self._indexed:
+            return self._loaded(epoch, position, randomness)
+        return self._cut(self._readable(epoch), randomness, position)
+
+    def _cut(self, source: Iterable[Any], randomness: Randomness, position: int) -> Iterator[_Drawn]:
+        """Steps of what `source` gives from a position on: micro-batches, or their indices."""
+        printed = 0
+        # 1. what comes before the position
+        with randomness.drawn_from(), signals_held():
+            items = map(_itself, source)  # NOTE: `islice` would ask an iterator of the user to begin anew
+        with randomness.drawn_from():
+            for item in islice(items, position):
+                printed = fingerprint(item, printed)
+        self._check_seek(position, printed)
+        # 2. one step after the other
+        first = self.rank if self._ranks > 1 else 0
+        while True:
+            with randomness.drawn_from():
+                step = list(islice(items, self.accumulation * self._ranks))
+            if not step:
+                return
+            for item in step:
+                printed = fingerprint(item, printed)
+            mine = step[first :: self._ranks]
+            yield _Drawn(mine or step[:1], bool(mine), len(step), printed)
+
+    def _loaded(self, epoch: int, position: int, randomness: Randomness) -> Iterator[_Drawn]:
+        """Steps of a map-style DataLoader: a copy of it loads what is drawn here, ahead and in its workers."""
+        loader: Any = self.loader
+        steps: deque[_Drawn] = deque()
+
+        def indices() -> Iterator[Any]:
+            for step in self._cut(self._sampler, randomness, position):
+                steps.append(step)
+                yield from step.batches
+
+        self._indices = indices()
+        if self._copy is None or not loader.persistent_workers:
+            how = {"batch_size": None, "sampler": self} if loader.batch_sampler is None else {"batch_sampler": self}
+            self._copy = self._copied(persistent_workers=loader.persistent_workers, **how)
+        self._copy.generator.manual_seed(mix_seeds(self._order.seed, epoch, position, self.rank))
+        with signals_held():
+            batches = iter(self._copy)
+        nothing_more = object()
+        while True:
+            # NOTE: what a dataset draws in this process, as for augmentation, must not depend on what else does.
+            noise = Randomness(mix_seeds(self._order.seed, epoch, position, self.rank))
+            with nullcontext() if loader.num_workers else noise.drawn_from():
+                first = next(batches, nothing_more)
+                if first is nothing_more:
+                    return
+                step = steps.popleft()
+                rest = [next(batches) for _ in step.batches[1:]]
+            position += step.number
+            yield step._replace(batches=[first, *rest])
+
+    def __iter__(self) -> Iterator[Any]:
+        """What the copy of the loader is to load next."""
+        return self._indices
+
+    def _readable(self, epoch: int) -> Iterable[Batch]:
+        """What is read from its beginning to its end in every epoch.
+
+        The workers of a loader of an IterableDataset are new in each, so that none remembers anything.
+        """
+        loader = self.loader
+        if not isinstance(loader, DataLoader):
+            return loader
+        if type(loader).__iter__ is not DataLoader.__iter__:  # it does something of its own with its batches
+            if not isinstance(loader.worker_init_fn, WorkerLife):
+                loader.worker_init_fn = WorkerLife(loader.worker_init_fn)
+            return loader
+        copy = self._copied(batch_size=loader.batch_size, drop_last=loader.drop_last)
+        copy.generator.manual_seed(mix_seeds(self._order.seed, epoch))
+        return copy
+
+    def _copied(self, **how: Any) -> DataLoader:
+        """The user's loader with another order, a generator of its own, and workers that live as long as they should."""
+        loader: Any = self.loader
+        if loader.num_workers:
+            how |= {"prefetch_factor": loader.prefetch_factor, "timeout": loader.timeout}
+            how["multiprocessing_context"] = loader.multiprocessing_context
+        return DataLoader(
+            loader.dataset,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=WorkerLife(loader.worker_init_fn),
+            generator=torch.Generator(),
+            **how,
+        )
+
+    def _any_batch(self) -> Batch:
+        """A batch for a rank that has had none since it went on, while others have more."""
+        for batch in self.loader:
+            return batch
+        raise ValueError(
+            f"{self.name} deals to ranks by itself and gives rank {self.rank} no micro-batch at all; expected at least one "
+            f"for each of {self.world_size} ranks. Use fewer ranks, or deal smaller pieces"
+        )
+
+    # What is refused.
+
+    def _check_beginning(self, drawn: _Drawn | None, position: int) -> None:
+        """
+        Raises:
+            ValueError: there is nothing, or not the same for all ranks among which it is to be dealt.
+        """
+        printed = 0 if drawn is None else drawn.fingerprint
+        if self._ranks > 1:
+            seen = fingerprint(_some_rows_of(self.loader), printed)
+            if self.largest(seen) != -self.largest(-seen):
+                raise ValueError(
+                    f"{self.name} gives other batches on rank {self.rank} than on others; expected the same on all "
+                    f"{self.world_size} ranks, which each take their share of them. If it deals rows to ranks by itself, "
+                    f"pass loader_is_sharded=True; otherwise {self._culprit} draws from something that is not seeded alike"
+                )
+        has_any = int(drawn is not None)
+        if self._deals_itself:
+            has_any = self.largest(has_any)
+        if not has_any and not position:
+            how = "an earlier pass over it gave some: it can be read only once" if self._has_given else "it is empty"
+            raise ValueError(
+                f"{self.name} gave no micro-batch, {how}; expected at least one each time it is read. Give a DataLoader, a "
+                f"list, or an object whose __iter__ begins anew, and look at drop_last and at filters"
+            )
+        self._has_given = True
+
+    def _check_seek(self, position: int, printed: int) -> None:
+        """
+        Raises:
+            ValueError: what comes before the position is not what the run was trained on.
+        """
+        then, *expected = self._expected
+        self._expected = (0, 0, 0)
+        if not position or then != position or tuple(expected) == self._of_all_ranks(printed):
+            return
+        dealing = " or it deals rows to ranks by itself, which loader_is_sharded=True says;" if self._ranks > 1 else ""
+        raise ValueError(
+            f"{self.name} does not give again what the checkpoint was trained on: its first {position} micro-batches are "
+            f"others now, so that samples would be lost and repeated. Expected an order that follows from the seed and the "
+            f"epoch. Likely causes: other data or another batch size;{dealing} or {self._culprit} draws from something that "
+            f"is not seeded: let it draw from an attribute `generator`, from Python's, numpy's or torch's global generator, "
+            f"or write set_epoch(epoch). For a new run with these weights set init_weights_path to the checkpoint"
+        )
+
+    @property
+    def _culprit(self) -> str:
+        """Who has the last word about the order."""
+        return type(self._order.drawers[-1]).__name__
+
+    def _recut(self, batches: list[Batch]) -> list[Batch]:
+        """The rows of a step cut into micro-batches of at most `micro_batch_tokens`; the optimisation does not notice."""
+        if self.micro_batch_tokens is None:
+            return batches
+        rows = []
+        for number, batch in enumerate(batches):
+            rows += [(number, row, length) for row, length in enumerate(row_lengths(batch))]
+        recut = []
+        for group in cut_by_tokens([length for _, _, length in rows], self.micro_batch_tokens, False):
+            recut.append(take_rows(batches, [rows[i] for i in group]))
+        return recut
+
+
+def _itself(item: Any) -> Any:
+    return item
+
+
+def _some_rows_of(loader: Any) -> list[Any]:
+    """What a loader's indices are indices of, as far as it says: a part of a dataset may be another on every rank."""
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Subset):
+        return []
+    rows = loader.dataset.indices
+    return [len(rows), *rows[:: max(1, len(rows) // 1000)]]
+
+
+def _require_rereadable(loader: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: the loader is an iterator of Python's own, such as a generator, which can be read only once.
+    """
+    begins_anew = isinstance(getattr(type(loader), "__iter__", None), types.FunctionType)
+    if isinstance(loader, Iterator) and not begins_anew:
+        raise ValueError(
+            f"{name} is a {type(loader).__name__}, which can be read only once, and it is read again in every epoch and "
+            f"evaluation. Give a list, a DataLoader, or an object whose __iter__ begins anew; a {type(loader).__name__} "
+            f"can train with max_epochs=1 or with max_steps"
+        )
+
+
+def as_step_source(loader: Any, **options: Any) -> StepSource:
+    """`loader` itself when it already yields steps, else steps over its micro-batches (options of `LoaderSteps`)."""
+    return loader if isinstance(loader, SampleStream) else LoaderSteps(loader, **options)
