@@ -394,20 +394,14 @@ def play(cell: Cell) -> tuple[Seen, str]:
     return seen, ""
 
 
-def judge(cell: Cell, expected: Seen | None) -> str:
-    """What is wrong with a cell; nothing where it is right.
-
-    Args:
-        expected: what is seen without a stop; None: the cell must be refused.
-    """
-    seen, refusal = play(cell)
-    if expected is None:
-        words, where = REFUSED[cell.loader]
-        assert cell.ranks in where
+def verdict(cell: Cell, seen: Seen, refusal: str, expected: Seen) -> str:
+    """What is wrong with a cell in which this was seen, or that was refused so; nothing where it is right."""
+    if is_refused(cell):
+        words = REFUSED[cell.loader][0]
         return "" if re.search(words, refusal) else f"not refused, or in other words: {refusal!r}"
     if refusal:
         return f"refused: {refusal}"
-    return "" if seen == expected else f"epochs seen otherwise: {[a == b for a, b in zip(seen, expected, strict=True)]}"
+    return "" if seen == expected else f"epochs seen alike: {[a == b for a, b in zip(seen, expected, strict=True)]}"
 
 
 def is_refused(cell: Cell) -> bool:
@@ -420,11 +414,10 @@ def play_all(wanted: list[Cell]) -> dict[str, str]:
     wholes: dict[tuple, Seen] = {}
     wrong = {}
     for cell in wanted:
-        key = cell.loader, cell.workers, cell.ranks[0]
-        # NOTE: chance decides some orders when a run starts; all that counts is how often each sample comes.
-        if not is_refused(cell) and key not in wholes:
-            wholes[key] = whole(cell)
-        found = judge(cell, None if is_refused(cell) else wholes[key])
+        key = cell.loader, cell.workers, cell.ranks[0], is_refused(cell)
+        if key not in wholes:
+            wholes[key] = [] if is_refused(cell) else whole(cell)
+        found = verdict(cell, *play(cell), wholes[key])
         if found:
             wrong[str(cell)] = found
     return wrong

@@ -1,0 +1,31 @@
+"""Loaders of users on real processes: a stop, then as many ranks as before, more, or fewer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RANKS = Path(__file__).parent / "loader_ranks.py"
+FEW = ["unseeded_generator", "distributed_or_shuffle", "deals_itself"]
+
+
+def play(folder: Path, *loaders: str) -> dict[str, Any]:
+    """The report of loader_ranks.py."""
+    command = [sys.executable, str(RANKS), str(folder), *loaders]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_sample_comes_as_often_as_without_the_stop(tmp_path: Path) -> None:
+    assert play(tmp_path, *FEW) == {"cells": 32, "wrong": {}}
+
+
+@pytest.mark.slow
+def test_all_loaders(tmp_path: Path) -> None:
+    report = play(tmp_path)
+    print(report["cells"])
+    assert report["cells"] > 200 and report["wrong"] == {}
