@@ -176,7 +176,9 @@ class LoaderSteps:
     def _goes_on(self, drawn: _Drawn | None) -> bool:
         """Whether there is another step, for this rank or for others of a loader that deals by itself."""
         has_more = int(drawn is not None)
-        return bool(self.largest(has_more) if self._deals_itself else has_more)
+        if self._deals_itself:
+            has_more = self.largest(has_more)
+        return bool(has_more)
 
     def _own_steps(self, epoch: int, position: int) -> Iterator[_Drawn]:
         """The steps of an epoch from a position on, with this rank's micro-batches."""
