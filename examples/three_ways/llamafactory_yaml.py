@@ -8,18 +8,19 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, SFTConfig
 from llm_trainer.config.errors import ConfigError, fields_of
+from llm_trainer.config.options import Reading
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.kinds import DataOptions, get_kind
-from llm_trainer.data.load import ROWS_LOOKED_AT, find_schema
+from llm_trainer.data.load import find_schema
 from llm_trainer.data.read.errors import DataError, DroppedRow
 from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.messages import Message
+from llm_trainer.data.read.recognise import head_of
 from llm_trainer.data.read.schemas import Schema
 from llm_trainer.optim import optimizers
 
@@ -261,11 +262,7 @@ def add_data(config: TrainConfig, folder: Path, result: Translation) -> None:
     """Name every data file in `datasets`; files that LLaMA-Factory cannot read are written anew into `folder`."""
     stage, _ = stage_of(config)
     wanted = get_kind({"pt": "text", "sft": "conversations", "dpo": "pairs"}[stage])
-    options = DataOptions(
-        schema=config.data_loader_config.schema,
-        text_unit=config.data_loader_config.text_unit,
-        bad_rows=config.data_loader_config.bad_rows,
-    )
+    options = DataOptions(**{name: getattr(config.data_loader_config, name) for name in fields_of(Reading)})
     names: dict[str, list[str]] = {"train": [], "eval": []}
     kinds: dict[str, str] = {}
     for use, given in (("train", config.file_dataset), ("eval", config.eval_dataset)):
@@ -291,8 +288,10 @@ def ignore(error: DataError) -> None:
 
 
 def _entry(schema: Schema, path: Path, options: DataOptions, copy: Path, result: Translation) -> dict[str, Any]:
-    first = [row for _, row in islice(read_rows(path, options.text_unit, on_error=ignore), ROWS_LOOKED_AT)]
-    entry = direct_entry(schema.name, first) if path.suffix in READ_BY_THEM else None
+    first = [row for _, row in head_of(path, options)]
+    entry = None
+    if path.suffix in READ_BY_THEM and schema.renaming is None:
+        entry = direct_entry(schema.name, first)
     if entry is not None:
         return {"file_name": str(path.resolve())} | entry
     result.untold.append(

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.checkpoint import load_checkpoint, load_weights
+from llm_trainer.config.errors import fields_of
+from llm_trainer.config.options import Reading
 from llm_trainer.config.registry import accumulation, options_of
-from llm_trainer.config.schema import ModelConfig, TrainConfig
+from llm_trainer.config.schema import DataLoaderConfig, ModelConfig, TrainConfig
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import save_array
 from llm_trainer.data.encode.tokenizer import load_tokenizer
@@ -115,7 +117,7 @@ class Builder:
     def kind(self) -> Kind:
         """What a row of the data is: the kind that the algorithm learns from, of several the one that the first file holds."""
         loader = self.config.data_loader_config
-        options = DataOptions(schema=loader.schema, text_unit=loader.text_unit)
+        options = DataOptions(**_reading(loader))
         return choose_kind(self._wanted.rows, _paths(self.config.file_dataset), options)
 
     @cached_property
@@ -169,14 +171,12 @@ class Builder:
             raise ValueError(f"dataset_block_size: got {block_size}, but the model's longest sequence is {context}")
         wants_sharing = self.kind.may_share and self._wanted.share_prompts
         options = DataOptions(
-            schema=loader.schema,
+            **_reading(loader),
             block_size=block_size,
             packing=loader.packing or self.kind.packings[0],
             truncation=loader.truncation,
-            bad_rows=loader.bad_rows,
             max_left_out=loader.max_left_out,
             image_columns=loader.image_columns,
-            text_unit=loader.text_unit,
             workers=loader.data_loader_num_workers,
             share_prompts=wants_sharing and knows_branches(config, self.device),
         )
@@ -239,6 +239,11 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
     for name, path in named.items():
         evaluation[name] = stream([path], eval_rows, eval_rows * world, shuffle=False)
     return train, evaluation
+
+
+def _reading(loader: DataLoaderConfig) -> dict[str, Any]:
+    """The options of reading, by their names."""
+    return {name: getattr(loader, name) for name in fields_of(Reading)}
 
 
 def _paths(files: Any) -> list[str]:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from llm_trainer.cli.reading import ColumnOption, RoleOption, SchemaOption, reading_options
 from llm_trainer.data.check import FileReport, Piece, check_file
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore
@@ -47,7 +48,9 @@ def check(
     tokenizer: Annotated[
         str | None, typer.Option(help="tokenizer folder: count tokens, show what is trained on")
     ] = None,
-    schema: Annotated[str | None, typer.Option(help="the rows' schema, instead of detecting it")] = None,
+    schema: SchemaOption = None,
+    column: ColumnOption = None,
+    role: RoleOption = None,
     kind: Annotated[
         str | None, typer.Option(help="text, conversations, pairs, unpaired, process, prompts, or your own")
     ] = None,
@@ -65,10 +68,11 @@ def check(
     chat: ChatFormat | None = None
     if tokenizer is not None:
         chat = ChatFormat(load_tokenizer(tokenizer))
+    reading = reading_options(schema, column, role)
     images = "ignore" if ignore_images else "error"
     stops = False
     for path in _all_files(files):
-        report = check_file(path, chat, schema=schema, kind=kind, block_size=block_size, image_columns=images)
+        report = check_file(path, chat, kind=kind, block_size=block_size, image_columns=images, **reading)
         _show(report)
         stops = stops or report.stops_training
     if stops:
@@ -109,6 +113,8 @@ def _facts(report: FileReport) -> dict[str, str]:
     facts = {"schema": f"{report.schema} (rows of kind '{report.kind}', for {usable_as})"}
     if report.kind == "vision":
         facts["images"] = "the text of these rows is checked, their images are not opened"
+    if report.unread:
+        facts["not read"] = f"the columns {', '.join(report.unread)}"
     facts["rows"] = f"{report.rows:,}, {len(report.lengths):,} samples, {report.duplicates:,} exact duplicates"
     for reason, rows in report.dropped.items():
         facts[f"rows left out ({reason})"] = f"{rows:,}"
@@ -148,6 +154,9 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="tokenizer folder")],
     out: Annotated[Path, typer.Option(help="folder of the token files")],
     kind: Annotated[str, typer.Option(help="text (flat .npy), conversations or prompts (.pkl of id lists)")] = "text",
+    schema: SchemaOption = None,
+    column: ColumnOption = None,
+    role: RoleOption = None,
     workers: Annotated[int, typer.Option(min=1, help="processes that tokenize large files")] = 1,
     text_unit: Annotated[str, typer.Option(help=f"one document of a .txt: {', '.join(TEXT_UNITS)}")] = "auto",
     parse_special_tokens: Annotated[
@@ -164,8 +173,9 @@ def prepare(
 
     # 2. the tokens of each file; stores stay until all is done, so that a killed run can go on
     stores = out / ".stores"
-    bad_rows = "drop" if drop_bad_rows else "error"
-    options = DataOptions(bad_rows=bad_rows, workers=workers, text_unit=text_unit)
+    reading: dict[str, Any] = reading_options(schema, column, role)
+    reading |= {"bad_rows": "drop" if drop_bad_rows else "error", "text_unit": text_unit}
+    options = DataOptions(**reading, workers=workers)
     rows = get_kind(kind)
     chat: ChatFormat = ChatFormat(load_tokenizer(tokenizer), parse_special_tokens=parse_special_tokens)
     total: Ledger | None = None

@@ -14,14 +14,17 @@ import typer
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
+from llm_trainer.cli.reading import ColumnOption, RoleOption, SchemaOption, reading_options
 from llm_trainer.config.errors import counted
+from llm_trainer.config.options import Reading
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, EncodedChat
 from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.data.kinds.process import ProcessFormat
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import read_rows
 from llm_trainer.data.read.messages import read_only
-from llm_trainer.data.read.schemas import Schema, get_schema, recognise
+from llm_trainer.data.read.recognise import schema_of
+from llm_trainer.data.read.schemas import Schema
 from llm_trainer.engine.device import detect_device
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 from llm_trainer.models.rewarding import Rewarding, load_reward_model
@@ -215,12 +218,14 @@ def score(
     file: Annotated[Path, typer.Argument(help="conversations, completions, pairs or judged steps of any known schema")],
     out: Annotated[Path | None, typer.Option(help="a .jsonl for the score of every row")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer folder, if it is not the model's")] = None,
-    schema: Annotated[str | None, typer.Option(help="the rows' schema, instead of detecting it")] = None,
+    schema: SchemaOption = None,
+    column: ColumnOption = None,
+    role: RoleOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers that are scored together")] = 8,
 ) -> None:
     """Score answers or their steps with a reward model; of pairs also how often the chosen one is higher."""
     # 1. the file and the model, and whether they belong together
-    known = get_schema(schema) if schema else recognise(list(islice(read_rows(file), 50)))
+    known = schema_of(file, Reading(**reading_options(schema, column, role)))
     judge = Judge(folder, tokenizer)
     kinds: tuple[str, ...] = ("chat", "completion", "preference", "unpaired")
     if judge.judges_steps:

@@ -51,6 +51,35 @@ class MicroBatches:
     )
 
 
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@config_section
+class Reading:
+    """How files become rows."""
+
+    schema: str | None = Field(default=None, description="the rows' schema; null: recognised from the rows")
+    columns: dict[str, str] | None = Field(
+        default=None,
+        description="our column: the file's, such as {prompt: query, completion: response}; only these are read; null: the "
+        "file's names are ours",
+    )
+    roles: dict[str, str | list[str]] | None = Field(
+        default=None,
+        description="our role: the file's word or words for it, such as {user: customer, assistant: agent}",
+    )
+    text_unit: Literal["auto", "file", "line", "paragraph", "endoftext"] = Field(
+        default="auto",
+        description="what one document of a plain text file is; endoftext: what ends with <|endoftext|>, also inside a row",
+    )
+    bad_rows: Literal["error", "drop"] = Field(default="error", description="what happens to rows that cannot be read")
+
+    def __post_init__(self) -> None:
+        for role in self.roles or {}:
+            if role not in ROLES:
+                raise ConfigError(f"roles: got the role {role!r} on the left, expected {' or '.join(ROLES)}")
+
+
 @config_section
 class Fsdp:
     """How FSDP2 shards a model over ranks."""

@@ -17,7 +17,7 @@ from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import environment
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import Files
-from llm_trainer.config.options import EarlyStopping, Execution, FsdpConfig, MicroBatches, Sampling
+from llm_trainer.config.options import EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
 from llm_trainer.config.section import config_section
 
 
@@ -103,7 +103,7 @@ class ModelConfig:
 
 
 @config_section
-class DataLoaderConfig(MicroBatches):
+class DataLoaderConfig(MicroBatches, Reading):
     """How files become batches."""
 
     data_loader_num_workers: StrictInt = Field(
@@ -114,14 +114,12 @@ class DataLoaderConfig(MicroBatches):
     file_weights: list[StrictFloat] | None = Field(
         default=None, description="for each path of file_dataset, how often its rows are visited per epoch; null: once"
     )
-    schema: str | None = Field(default=None, description="the rows' schema; null: recognised from the rows")
     packing: Literal["none", "flat", "bfd", "bfd_split", "wrapped"] | None = Field(
         default=None, description="several documents per row; null: wrapped for pretraining, none for SFT"
     )
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = Field(
         default="keep_start", description="what happens to samples that are too long"
     )
-    bad_rows: Literal["error", "drop"] = Field(default="error", description="what happens to rows that cannot be read")
     image_columns: Literal["error", "ignore"] = Field(
         default="error",
         description="what happens to rows that are trained as text and have images, videos or sounds; ignore: they are "
@@ -132,10 +130,6 @@ class DataLoaderConfig(MicroBatches):
         ge=0,
         le=1,
         description="share of the conversations' characters that the chat template may leave out, before training stops",
-    )
-    text_unit: Literal["auto", "file", "line", "paragraph", "endoftext"] = Field(
-        default="auto",
-        description="what one document of a plain text file is; endoftext: what ends with <|endoftext|>, also inside a row",
     )
     parse_special_tokens: StrictBool = Field(
         default=False,

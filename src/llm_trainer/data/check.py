@@ -20,12 +20,13 @@ from llm_trainer.data.ids import check_ids
 from llm_trainer.data.kinds import KINDS, DataOptions, Kind, get_kind, kinds_that_accept
 from llm_trainer.data.kinds.pairs import refuse_weights
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.load import ROWS_LOOKED_AT, find_schema, misfit
+from llm_trainer.data.load import find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows
 from llm_trainer.data.read.messages import read_only, row_weight
-from llm_trainer.data.read.schemas import Schema, get_schema, recognise
+from llm_trainer.data.read.recognise import ROWS_LOOKED_AT, recognise, schema_of
+from llm_trainer.data.read.schemas import Schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 from llm_trainer.data.unused import refuse_unused
 
@@ -44,6 +45,7 @@ class FileReport:
     kind: str = ""  # canonical kind of its samples
     usable_as: Sequence[str] = ()  # names of the kinds of rows (`data.kinds`) that they can become
     unit: str = "characters"  # or 'tokens': what lengths are counted in
+    unread: list[str] = field(default_factory=list)  # columns that are not read
     rows: int = 0  # that were read
     lengths: list[int] = field(default_factory=list)  # of each sample; of a pair, of its longer conversation
     trained: int = 0  # tokens that a loss would count (only with a tokenizer)
@@ -105,23 +107,23 @@ def check_file(
     path: Path | str,
     chat: ChatFormat | None = None,
     *,
-    schema: str | None = None,
     kind: str | None = None,
     block_size: int | None = None,
     image_columns: str = "error",
+    **reading: Any,
 ) -> FileReport:
     """Read a whole file as training would and report instead of stopping.
 
     Args:
         path: a text file or a token file.
         chat: tokenizer and template; None: lengths are in characters and nothing is said about what is trained on.
-        schema: forced schema name; None: recognised from the rows.
         kind: name of the kind of rows that is wanted of the file; None: any.
         block_size: tokens of the context, to count what truncation would do.
         image_columns: 'error', or 'ignore' to count rows with images that are trained as text.
+        **reading: options of `Reading`: a forced schema, names of columns and roles.
 
     Raises:
-        ValueError: `schema` or `kind` is unknown.
+        ValueError: a schema, kind or option is unknown.
     """
     report = FileReport(Path(path))
     if chat is not None:
@@ -131,7 +133,7 @@ def check_file(
         if report.path.suffix in TOKEN_SUFFIXES:
             inspector.read_tokens(kind)
         else:
-            inspector.read_text(schema, kind)
+            inspector.read_text(DataOptions(**reading), kind)
     except DataError as error:
         report.problems.append(error)
     return report
@@ -144,16 +146,17 @@ class _Inspector:
         self.report, self.chat, self.block_size, self.image_columns = report, chat, block_size, image_columns
         self._seen: set[bytes] = set()
 
-    def read_text(self, schema: str | None, wanted: str | None) -> None:
+    def read_text(self, options: DataOptions, wanted: str | None) -> None:
         report = self.report
-        rows = read_rows(report.path, on_error=report.problems.append)
+        rows = read_rows(report.path, options.text_unit, on_error=report.problems.append)
         head = list(islice(rows, ROWS_LOOKED_AT))
         if not head:
             return  # every row is broken, and is reported as such
         if wanted is not None:
-            found = find_schema(report.path, get_kind(wanted), DataOptions(schema=schema))
+            found = find_schema(report.path, get_kind(wanted), options)
         else:
-            found = get_schema(schema) if schema else recognise(head)
+            found = schema_of(report.path, options)
+        report.unread = found.unread(head)
         report.schema, report.kind = found.name, found.kind
         report.usable_as = kinds_that_accept(found.kind)
         if found.kind == "text":
@@ -197,6 +200,7 @@ class _Inspector:
             location = replace(where, notes=self.report.account.notes)
             try:
                 samples = schema.samples(row, location)
+                row = schema.known(row, location)
                 if kind is not None:
                     refuse_unused(kind, row, location, self.image_columns)
             except DroppedRow as nothing_to_teach:

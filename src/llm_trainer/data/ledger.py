@@ -27,6 +27,7 @@ class Ledger:
     dropped: Counter[str] = field(default_factory=Counter)  # tokens of rows that were left out, by reason
     dropped_rows: Counter[str] = field(default_factory=Counter)  # the number of these rows, by reason
     notes: Counter[str] = field(default_factory=Counter)  # what else must not be silent: `turn: an empty answer, ...`
+    unread: list[str] = field(default_factory=list)  # columns of the rows that are not read
 
     def drop(self, reason: str, tokens: int = 0, rows: int = 1) -> None:
         """Note rows of `tokens` tokens altogether as left out for `reason`."""
@@ -57,6 +58,7 @@ class Ledger:
             dropped=self.dropped + other.dropped,
             dropped_rows=self.dropped_rows + other.dropped_rows,
             notes=self.notes + other.notes,
+            unread=list(dict.fromkeys(self.unread + other.unread)),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,6 +78,8 @@ class Ledger:
             lines.append(f"{rows} longer than the context, truncated by {tokens}")
         lines += self.weight_lines()
         lines += [f"{counted(rows, 'row')} dropped: {reason}" for reason, rows in sorted(self.dropped_rows.items())]
+        if self.unread:
+            lines.append(f"columns that are not read: {', '.join(self.unread)}")
         return lines + note_lines(self.notes)
 
     def weight_lines(self) -> list[str]:

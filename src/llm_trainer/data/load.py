@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.formats import split_documents
-from llm_trainer.data.read.schemas import Schema, get_schema, recognise
+from llm_trainer.data.read.recognise import head_of, schema_of, value_that_does_not_fit
+from llm_trainer.data.read.renaming import Renaming
+from llm_trainer.data.read.schemas import Schema, get_schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.data.unused import refuse_unused
 
 VERSION = 4  # part of every cache key: raise it when the same rows are encoded differently
-ROWS_LOOKED_AT = 50  # to recognise a schema
 HASHED_WHOLE = 16 << 20  # bytes of a file up to which all of it is in its key
 SAMPLED_BLOCKS, SAMPLED_BLOCK = 256, 16 << 10  # of larger ones
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
@@ -137,17 +138,18 @@ def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
     Raises:
         DataError: no known schema, or one whose samples cannot become rows of this kind.
     """
-    rows = list(islice(read_rows(path, options.text_unit, on_error=lambda error: None), ROWS_LOOKED_AT))
-    schema = get_schema(options.schema) if options.schema else recognise(rows, kind.accepts)
+    schema = schema_of(path, options, kind.accepts)
     if schema.kind not in kind.accepts:
         sections = [get_kind(name).section for name in kinds_that_accept(schema.kind)]
-        fix = "force another schema with data_loader_config.schema"
+        fix = "name another format in data_loader_config.schema (--schema)"
         if sections:
             fix = f"train on it with {' or '.join(sections)}"
         found = f"rows of kind '{schema.kind}' (format '{schema.name}')"
         expected = f"rows of kind {' or '.join(kind.accepts)} for {kind.name}"
-        location = rows[0][0] if rows else Location(path)
-        raise DataError(location, found, expected, fix)
+        location, row = next(iter(head_of(path, options)), (Location(path), None))
+        if schema.renaming is not None:
+            row, location = schema.renaming(row, location)
+        raise value_that_does_not_fit(row, location, kind.accepts) or DataError(location, found, expected, fix)
     return schema
 
 
@@ -179,11 +181,12 @@ def _fits(path: Path, kind: Kind, options: DataOptions) -> bool:
 def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> TokenStore:
     """The token store of a file, made now or found in `cache`."""
     is_tokens = path.suffix in TOKEN_SUFFIXES
-    schema = None if is_tokens else find_schema(path, kind, options).name
+    schema = None if is_tokens else find_schema(path, kind, options)
+    name = None if schema is None else schema.name
     size = path.stat().st_size
     workers = options.workers if size >= PARALLEL_FROM else 1
-    how = [options.bad_rows, options.image_columns, options.text_unit]
-    key = cache_key(path, [schema or "tokens", kind.name, *how], chat)
+    how = [options.bad_rows, options.image_columns, options.text_unit, options.columns, options.roles]
+    key = cache_key(path, [name or "tokens", kind.name, *how], chat)
     unreadable: Counter[str] = Counter()
 
     def note(error: DataError) -> None:
@@ -199,8 +202,11 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     else:
         rows = read_rows(path, options.text_unit, on_error=note)
     folder = cache / f"{path.stem}-{key}"
-    encode = RowEncoder(kind, schema, chat, options.bad_rows, options.image_columns, options.text_unit)
-    meta = {"source": str(path), "schema": schema}
+    renaming = Renaming.of(options)
+    encode = RowEncoder(kind, name, chat, options.bad_rows, options.image_columns, options.text_unit, renaming)
+    meta: dict[str, Any] = {"source": str(path), "schema": name}
+    if schema is not None and schema.kind != "prompt":  # prompts keep all columns, for rewards
+        meta["unread"] = schema.unread(head_of(path, options))
     return build_store(
         folder,
         rows,
@@ -249,6 +255,7 @@ class RowEncoder:
     bad_rows: str
     image_columns: str = "error"
     text_unit: str = "auto"
+    renaming: Renaming | None = None
 
     def __call__(self, rows: list[tuple[Location, Any]]) -> Part:
         part = Part({name: [] for name in self.kind.columns})
@@ -274,10 +281,11 @@ class RowEncoder:
                 else:
                     samples.append(Sample("tokens", columns, columns, location))
             return samples
-        schema = get_schema(self.schema)
+        schema = replace(get_schema(self.schema), renaming=self.renaming)
         for location, row in rows:
             try:
                 found = schema.samples(row, location)
+                row = schema.known(row, location)
                 refuse_unused(self.kind, row, location, self.image_columns)
             except DroppedRow as nothing_to_teach:
                 part.dropped[nothing_to_teach.reason] += 1

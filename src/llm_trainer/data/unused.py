@@ -5,8 +5,7 @@ from typing import Any
 from llm_trainer.data.kinds import Kind
 from llm_trainer.data.read.errors import DataError, Location, show
 from llm_trainer.data.read.messages import row_weight
-
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+from llm_trainer.data.read.schemas import MEDIA
 
 
 def refuse_unused(kind: Kind, row: Any, location: Location, image_columns: str = "error") -> None:

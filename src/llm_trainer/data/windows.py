@@ -228,6 +228,7 @@ class Rows:
 
 def note_dropped(ledger: Ledger, store: TokenStore) -> None:
     """Count the rows that were left out when `store` was made, and what was noted about the others."""
+    ledger.unread = list(store.meta.get("unread", ()))
     ledger.notes.update(store.meta["notes"])
     for reason, rows in store.meta["dropped"].items():
         ledger.drop(reason, rows=rows)

@@ -53,6 +53,11 @@ def test_rows_of_another_kind_are_refused_with_the_section_that_takes_them(tmp_p
     text = write(tmp_path / "text.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match="expected rows of kind preference for pairs; fix: train on it with pretrain"):
         find_schema(text, get_kind("pairs"), DataOptions(schema="text"))
+    odd = write(tmp_path / "odd.jsonl", [{"prompt": "q", "chosen": "a", "rejected": ["b"]}])
+    with pytest.raises(
+        DataError, match=r"key 'rejected': found list \['b'\]; expected text, a turn or a list of turns"
+    ):
+        find_schema(odd, get_kind("pairs"), DataOptions())
     images = [{"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}]
     seen = write(tmp_path / "seen.jsonl", [row | {"images": ["a.png"]} for row in images])
     with pytest.raises(DataError, match="rows of kind 'vision'"):  # never trained on without their images
@@ -144,6 +149,21 @@ def test_an_edit_that_leaves_size_and_time_as_they_were_is_seen(
         path.write_bytes(edited)
         found.add(hash_of_sample(path))
     assert len(found) == 4, "700 lies between two blocks"
+
+
+def test_files_of_several_schemas_are_mixed_into_one_kind(tmp_path: Path, chat: ChatFormat):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write(tmp_path / "1.jsonl", [{"instruction": "q", "output": "a"}])
+    write(
+        tmp_path / "2.jsonl",
+        [{"query": "q", "response": "a"}, {"query": "q", "response": "a", "history": [["q", "a"]]}],
+    )
+    write(tmp_path / "3.jsonl", [{"messages": turns}])
+    write(tmp_path / "4.jsonl", [{"prompt": "q", "completion": "a"}])
+    rows = load([str(tmp_path)], get_kind("conversations"), chat, DataOptions(), tmp_path / "cache")
+    assert rows.file_sizes == [1, 2, 1, 1]
+    ids = [rows[i]["input_ids"].tolist() for i in range(5)]
+    assert ids[0] == ids[1] == ids[3] and len(ids[2]) > len(ids[0]) > len(ids[4])
 
 
 OWN = """

@@ -171,6 +171,7 @@ def test_what_is_left_out_of_rows_is_counted(chat: ChatFormat, tmp_path: Path) -
     data = load(write(tmp_path / "a.jsonl", rows[:2]), chat)
     assert read(chat, data[0]["input_ids"], data[0]["trained"]) == {"a1<|im_end|>": 1}  # not the end of an empty turn
     assert data.ledgers[0].lines()[1:] == [
+        "columns that are not read: mood",
         "1 message: the key 'mood' is not known and left out",
         "1 turn: an empty answer inside a dialogue, read and not trained on",
     ]

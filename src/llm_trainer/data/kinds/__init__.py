@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llm_trainer.config.options import Reading
+from llm_trainer.config.section import config_section
 from llm_trainer.data.read.schemas import known_name
 
 if TYPE_CHECKING:
@@ -31,20 +33,17 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """How files become rows."""
+@config_section
+class DataOptions(Reading):
+    """How files become rows that fit a model."""
 
-    schema: str | None = None  # forced schema name; None: recognised from the rows
     block_size: int | None = None  # tokens of the context; None: no limit
     packing: str = "none"  # 'none', 'flat', 'bfd', 'bfd_split' or 'wrapped'
     truncation: str = "keep_start"  # of longer rows: 'error', 'drop', 'keep_start' or 'keep_end'
-    bad_rows: str = "error"  # or 'drop': rows that cannot be read are counted and left out
     max_left_out: float = (
         0.1  # of the conversations' characters that the chat template may leave out, before it is an error
     )
     image_columns: str = "error"  # or 'ignore': rows with images are trained as text, and counted
-    text_unit: str = "auto"  # what one document of a .txt is: 'auto', 'file', 'line', 'paragraph' or 'endoftext'
     workers: int = 1  # processes that encode large files
     share_prompts: bool = False  # the trainer runs what both answers of a pair begin with once, and it counts once
 

@@ -32,9 +32,9 @@ from llm_trainer.data.read.messages import (
     up_to_last_answer,
     user,
 )
+from llm_trainer.data.read.renaming import TURN_COLUMNS
 
 Sample = dict[str, Any]
-CONVERSATIONS = ("messages", "conversations")  # columns that hold turns, or JSON text of them
 ASKING = ("prompt", "question", "context")  # columns whose plain text is the user's
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # tables hold text
 
@@ -222,14 +222,14 @@ def tree(row: Any, location: Location, best: bool) -> list[Sample]:
 def _side(row: Any, key: str, location: Location) -> list[Message]:
     """A prompt, an answer or a dialogue, written as a string, a turn, a list of turns or a transcript.
 
-    A string is text even if it is JSON (an answer may well be), except in the columns of `CONVERSATIONS`.
+    A string is text even if it is JSON (an answer may well be), except in the columns of `TURN_COLUMNS`.
     """
     value, here = field(row, key, location), location.at(key)
     if isinstance(value, dict):
         return [message(value, here)]
     if is_transcript(value):
         return transcript(value, here)
-    if isinstance(value, list) or key in CONVERSATIONS:
+    if isinstance(value, list) or key in TURN_COLUMNS:
         return messages(value, here)
     turn = user if key in ASKING else assistant
     return [turn(text(value, here))]
@@ -378,7 +378,7 @@ def is_triple(row: Any) -> bool:
 
 def vision(row: Any, location: Location) -> Sample:
     """Image parts become `<image>` in the text; `images` holds paths, URLs or bytes in the order of the markers."""
-    key = next((name for name in (*CONVERSATIONS, "prompt") if isinstance(row, dict) and row.get(name)), "messages")
+    key = next((name for name in (*TURN_COLUMNS, "prompt") if isinstance(row, dict) and row.get(name)), "messages")
     images: list[str | bytes] = []
     turns = messages(field(row, key, location), location.at(key), images)
     listed = row.get("images") or row.get("image") or []

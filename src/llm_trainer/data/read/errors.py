@@ -2,6 +2,7 @@
 
 import reprlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,12 +19,15 @@ class Location:
     row: int | None = None  # from 1: line in text formats, element elsewhere; None: the file as a whole
     key: str = ""  # the path inside the row, such as `messages[2].role`
     notes: Counter[str] | None = field(default=None, compare=False, repr=False)  # where `note` counts; None: nowhere
+    names: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # column -> as the file calls it
 
     def at(self, key: str | int) -> "Location":
         """The same place, one step deeper: a key of an object or an index of a list."""
         if isinstance(key, int):
             return replace(self, key=f"{self.key}[{key}]")
-        return replace(self, key=f"{self.key}.{key}".removeprefix("."))
+        if not self.key:
+            return replace(self, key=self.names.get(key, key))
+        return replace(self, key=f"{self.key}.{key}")
 
     def note(self, text: str, count: int = 1) -> None:
         """Count something about this row that is no error and must not be silent: `turn: an empty answer, ...`.

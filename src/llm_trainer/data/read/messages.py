@@ -65,7 +65,7 @@ def field(row: Any, key: str, location: Location) -> Any:
         raise DataError(location, show(row), f"an object with the key '{key}'", "make every row the same shape")
     if row.get(key) is None:
         keys = ", ".join(f"'{name}'" for name in row) or "no keys"
-        fix = "add it, or delete the row; the first rows of the data decided its format"
+        fix = "add it, delete the row, or name another format in data_loader_config.schema (--schema)"
         raise DataError(location.at(key), f"nothing (the row has {keys})", "a value", fix, "missing_key")
     return row[key]
 
@@ -131,7 +131,7 @@ def message(turn: Any, location: Location, images: list[Any] | None = None) -> M
     alias = text_field(turn, role_key, location)
     if alias not in ROLE_ALIASES:
         known = ", ".join(ROLE_ALIASES)
-        fix = "rename the role, or add a line to llm_trainer.data.read.messages.ROLE_ALIASES"
+        fix = "say what it means in data_loader_config.roles (--role), such as {user: the word}"
         raise DataError(location.at(role_key), f"the role {show(alias)}", f"one of {known}", fix, "unknown_role")
     # content and calls: one may be missing, not both
     content_key = next((key for key in ("content", "value", "text") if key in turn), "content")
@@ -332,7 +332,7 @@ def answered(turns: list[Message], location: Location) -> list[Message]:
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     if not answers:
         roles = ", ".join(turn["role"] for turn in turns)
-        fix = "add the answer; prompts without one are for stage 'prompt' (PPO, GRPO)"
+        fix = "add the answer; prompts without one are for --kind prompts (PPO, GRPO)"
         raise DataError(location, f"no assistant turn (roles: {roles})", "at least one", fix, "no_assistant_turn")
     if is_empty(answers):
         raise DroppedRow(location, "only empty answers", "an answer with text", "fill or delete it", "empty_answer")

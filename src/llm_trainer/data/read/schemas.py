@@ -11,18 +11,21 @@ image. Those with turns have `tools` besides, where the row has some.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from llm_trainer.data.read import conversions as read
 from llm_trainer.data.read.conversions import Sample
-from llm_trainer.data.read.errors import DataError, Location, show
+from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.messages import is_transcript, is_turns, tool_schemas
+from llm_trainer.data.read.renaming import Renaming
 
 Test = Callable[[Any], bool]
 _MAY_CALL = ("chat", "preference", "unpaired", "process", "prompt")  # kinds of samples with turns
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 ROW = ""  # as a column: the row itself, for rows that are no objects
 
 
@@ -34,6 +37,7 @@ class Schema:
     kind: str  # the canonical kind of its samples
     columns: Mapping[str, Test]  # column -> test that its value passes (None where it is missing); a row fits if all do
     convert: Callable[[Any, Location], Sample | list[Sample]]
+    renaming: Renaming | None = None  # of the names in the rows of a file to those above
 
     def fits(self, row: Any) -> bool:
         """Whether a row looks like this format; its contents may still be wrong."""
@@ -48,6 +52,17 @@ class Schema:
             DataError: the row is malformed; it names file, row and key.
             DroppedRow: the row is well formed but has nothing to teach; `reason` says why.
         """
+        if self.renaming is not None:
+            row, location = self.renaming(row, location)
+        return self._samples(row, location)
+
+    def known(self, row: Any, location: Location) -> Any:
+        """The row with the columns that are renamed beside the file's own, for what else is read of it."""
+        if self.renaming is None or not isinstance(row, dict):
+            return row
+        return {**row, **self.renaming(row, location)[0]}
+
+    def _samples(self, row: Any, location: Location) -> list[Sample]:
         converted = self.convert(row, location)
         samples = converted if isinstance(converted, list) else [converted]
         # What a conversation may call stands beside it, whatever the schema reads of the other columns.
@@ -56,6 +71,56 @@ class Schema:
         if tools:
             samples = [{**sample, "tools": tools} for sample in samples]
         return samples
+
+    def unread(self, rows: Iterable[tuple[Location, Any]]) -> list[str]:
+        """Columns of some rows that are not read, as the file calls them.
+
+        Raises:
+            DataError: a column was renamed on purpose, and is not read.
+        """
+        found = dict[str, None]()  # in the order of the file
+        read = {ROW, "weight", "loss_weight", *MEDIA, *self.columns}  # the first few are looked at in `data/unused.py`
+        num_read = 0
+        for location, row in rows:
+            if not isinstance(row, dict):
+                continue
+            found |= dict.fromkeys(row)
+            with suppress(DataError):
+                if self.renaming is not None:
+                    row, location = self.renaming(row, location)
+                watched = _Watched(row)
+                self._samples(watched, location)
+                num_read += 1
+                read |= watched.read
+        if self.renaming is None:
+            return [name for name in found if name not in read]
+        for ours, theirs in self.renaming.whole_columns.items():
+            if num_read and ours not in read:
+                raise _never_read(self, ours, theirs, read - {ROW})
+        return self.renaming.unread(found)
+
+
+class _Watched(dict):
+    """A row that knows which of its columns were asked for."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def _never_read(schema: Schema, ours: str, theirs: str, read: set[str]) -> DataError:
+    near = difflib.get_close_matches(ours, read, n=1)
+    fix = f"did you mean {near[0]!r}?" if near else "leave it out, or name another format in data_loader_config.schema"
+    found = f"columns.{ours} (the file's '{theirs}'), which rows of format '{schema.name}' do not have"
+    return DataError(Location("data_loader_config"), found, f"one of {', '.join(sorted(read))}", fix, "unknown_column")
 
 
 # --- tests of columns
@@ -115,7 +180,7 @@ def has_images(row: Any) -> bool:
     if not isinstance(row, dict):
         return False
     turns: list[Any] = []
-    for key in (*read.CONVERSATIONS, "prompt"):
+    for key in (*read.TURN_COLUMNS, "prompt"):
         if is_turns(row.get(key)):
             turns += row[key]
     if turns and (row.get("images") or row.get("image")):
@@ -230,48 +295,3 @@ def known_name(name: str, known: Iterable[str], what: str) -> str:
         return name
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     raise ValueError(f"unknown {what} {name!r}; did you mean {nearest!r}? known: {', '.join(names)}")
-
-
-def recognise(rows: Iterable[tuple[Location, Any]], accepts: Sequence[str] = ()) -> Schema:
-    """The format of a sample of rows: the first of `SCHEMAS` that more than half of them fit.
-
-    Half, so that a bad row is reported as a bad row of its format and does not change what the others are.
-
-    Args:
-        rows: a few rows from the start of the data, as `read_rows` yields them.
-        accepts: canonical kinds that are wanted, the most wanted first: alpaca rows with a rendered `text` are text to
-            whoever wants `text`. A format of another kind is returned where none of these fits, and for rows with
-            images, which are nothing else without them.
-
-    Raises:
-        DataError: no format fits (names the nearest).
-        ValueError: no rows.
-    """
-    sample: Sequence[tuple[Location, Any]] = list(rows)
-    if not sample:
-        raise ValueError("no rows to recognise a format by; give at least one")
-    fitting = []
-    for schema in SCHEMAS.values():
-        num_fitting = sum(schema.fits(row) for _, row in sample)
-        if 2 * num_fitting > len(sample):
-            fitting.append(schema)
-    if not fitting:
-        raise _unrecognised(*sample[0])
-    wanted = [schema for schema in fitting if schema.kind in accepts]
-    if not wanted or fitting[0].kind == "vision":
-        return fitting[0]
-    return min(wanted, key=lambda schema: accepts.index(schema.kind))
-
-
-def _unrecognised(location: Location, row: Any) -> DataError:
-    if not isinstance(row, dict):
-        fix = "give every row the columns of a known format"
-        return DataError(location, show(row), "an object, or a list of messages", fix, "unknown_format")
-    overlap = {}
-    for name, schema in SCHEMAS.items():
-        if ROW not in schema.columns:
-            overlap[name] = len(schema.columns.keys() & row.keys()) / len(schema.columns)
-    nearest = sorted(overlap, key=lambda name: -overlap[name])[:3]
-    formats = "; ".join(f"'{name}' ({', '.join(SCHEMAS[name].columns)})" for name in nearest)
-    found, expected = f"the columns {', '.join(row) or '(none)'}", f"a known format, such as {formats}"
-    return DataError(location, found, expected, "rename the columns, or name the format yourself", "unknown_format")

@@ -12,7 +12,8 @@ from llm_trainer.data.kinds import get_kind
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import read_rows
 from llm_trainer.data.read.messages import ROLE_ALIASES
-from llm_trainer.data.read.schemas import SCHEMAS, get_schema, recognise
+from llm_trainer.data.read.recognise import recognise
+from llm_trainer.data.read.schemas import SCHEMAS, get_schema
 
 HERE = Location("f.jsonl", 4711)
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -326,9 +327,13 @@ def test_trees_follow_rank_and_skip_what_was_deleted() -> None:
         ("alpaca", ["x"], r"f\.jsonl:4711: found list \['x'\]; expected an object with the key 'output'"),
         ("alpaca", {"instruction": "x", "output": 3}, r"key 'output': found int 3; expected a string"),
         ("alpaca", {"instruction": "x", "output": "y", "history": ["q"]}, r"key 'history\[0\]'.*\[question, answer\]"),
-        ("messages", {"messages": [{"role": "robot", "content": ""}]}, r"'messages\[0\]\.role'.*robot.*ROLE_ALIASES"),
+        (
+            "messages",
+            {"messages": [{"role": "robot", "content": ""}]},
+            r"'messages\[0\]\.role'.*robot.*config\.roles",
+        ),
         ("messages", {"messages": [U, {"content": "x"}]}, r"key 'messages\[1\]\.role': found nothing"),
-        ("messages", {"messages": [U]}, r"no assistant turn \(roles: user\).*stage 'prompt'"),
+        ("messages", {"messages": [U]}, r"no assistant turn \(roles: user\).*--kind prompts"),
         ("messages", {"messages": []}, r"key 'messages': found list \[\]; expected a list of turns"),
         ("messages", {"messages": '[{"role": "user"'}, r"key 'messages': .*broken JSON .*cut short"),
         (
@@ -451,6 +456,21 @@ def test_errors_cross_process_borders() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.reason, again.location) == (str(error), "tie", error.location)
     assert str(again) == "f.jsonl:4711: key 'chosen[0].role': found a tie; expected two; fix: delete"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"messages": "hello"}], r"key 'messages': found str 'hello'; expected a list of turns such as .*'messages'; fix:"),
+        ([{"prompt": 5, "completion": "x", "id": 1}], r"key 'prompt': found int 5; expected text"),
+        ([{"instruction": "q", "outputs": "a"}], r"'alpaca' \(instruction, output\).*data_loader_config\.columns \(--column\)"),
+        ([{"foo": 1}], r"such as 'text' \(text\); 'messages' \(messages\); 'alpaca' .*data_loader_config\.schema \(--schema"),
+        ([{"instruction": "q", "output": "a"}, {"text": "t"}], r"of several formats: alpaca \(1 row\), text \(1 row\); .*own"),
+    ],
+)  # fmt: skip
+def test_what_fits_no_format_is_told_by_what_is_wrong_with_it(rows: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        recognise([(HERE, row) for row in rows])
 
 
 def test_unknown_formats_names_and_kinds() -> None:

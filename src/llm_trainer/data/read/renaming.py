@@ -1,0 +1,158 @@
+"""A user's own names of columns, of keys inside turns and of roles -> the names that the formats know."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llm_trainer.config.options import Reading
+from llm_trainer.data.read.errors import DataError, Location, show
+from llm_trainer.data.read.json_text import parse_json
+
+TURN_COLUMNS = ("messages", "conversations", "conversation")  # hold turns, or JSON text of them
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """What the columns and roles of a file are called, and what they become.
+
+    Args:
+        columns: our name -> the file's column, or a path into it such as `reward.answer`. Only these columns are read. A
+            name with a dot is a key of the turns in a column: `{"messages": "dialogue", "messages.role": "speaker"}`.
+        roles: our role -> the file's word for it, or several.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)  # the file's word -> our role
+
+    @classmethod
+    def of(cls, reading: Reading) -> "Renaming | None":
+        """The renaming that the options ask for; None: the file's names are ours."""
+        if not reading.columns and not reading.roles:
+            return None
+        roles: dict[str, str] = {}
+        for ours, theirs in (reading.roles or {}).items():
+            for word in [theirs] if isinstance(theirs, str) else theirs:
+                roles[word] = ours
+        return cls(dict(reading.columns or {}), roles)
+
+    def __call__(self, row: Any, location: Location) -> tuple[Any, Location]:
+        """The row as the formats know it, and its place, whose keys are still called as in the file.
+
+        Raises:
+            DataError: columns are renamed, but the row has none.
+        """
+        renamed = row
+        if self.columns:
+            if not isinstance(row, dict):
+                fix = "leave data_loader_config.columns out"
+                raise DataError(location, show(row), "an object, as columns are renamed", fix, "wrong_type")
+            location = replace(location, names=self.columns)
+            renamed = {}
+            for ours, theirs in self.whole_columns.items():
+                value = _value_at(row, theirs)
+                if value is not _MISSING:
+                    renamed[ours] = self._with_renamed_keys(ours, value, location)
+        if self.roles:
+            renamed = self._with_renamed_roles(renamed, location)
+        return renamed, location
+
+    @property
+    def whole_columns(self) -> dict[str, str]:
+        """The columns without the keys of turns."""
+        return {ours: theirs for ours, theirs in self.columns.items() if "." not in ours}
+
+    def _with_renamed_keys(self, column: str, value: Any, location: Location) -> Any:
+        """A list of turns whose keys are ours."""
+        ours_by_theirs = {}
+        for ours, theirs in self.columns.items():
+            if ours.startswith(f"{column}."):
+                ours_by_theirs[theirs] = ours.removeprefix(f"{column}.")
+        if not ours_by_theirs:
+            return value
+        listed = decode_turns(column, value, location)
+        if not isinstance(listed, list):
+            return value
+        return [_with_keys(turn, ours_by_theirs) for turn in listed]
+
+    def _with_renamed_roles(self, row: Any, location: Location) -> Any:
+        if not isinstance(row, dict):
+            return _with_roles(row, self.roles)
+        columns = {name: decode_turns(name, value, location) for name, value in row.items()}
+        return _with_roles(columns, self.roles)
+
+    def check(self, rows: Iterable[tuple[Location, Any]]) -> None:
+        """Every renamed column must be in some row of a file; reads on until all have been seen.
+
+        Raises:
+            DataError: one is in none of them; names the nearest.
+        """
+        unseen, known, path = dict(self.whole_columns), dict[str, None](), Path()
+        for location, row in rows:
+            path = Path(location.path)
+            if not isinstance(row, dict):
+                continue
+            known |= dict.fromkeys(row)
+            unseen = {ours: theirs for ours, theirs in unseen.items() if _value_at(row, theirs) is _MISSING}
+            if not unseen:
+                return
+        for ours, theirs in unseen.items() if known else ():
+            near = difflib.get_close_matches(theirs, known, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else "name one of these in data_loader_config.columns (--column)"
+            found = f"no column '{theirs}', which is to be '{ours}'"
+            raise DataError(Location(path), found, f"one of {', '.join(known)}", fix, "no_such_column")
+
+    def unread(self, columns: Iterable[str]) -> list[str]:
+        """Those of a file's columns that no name stands for."""
+        first_parts = {theirs.partition(".")[0] for theirs in self.columns.values()}
+        used = first_parts | set(self.columns.values())
+        return [name for name in columns if self.columns and name not in used]
+
+
+def decode_turns(column: str, value: Any, location: Location) -> Any:
+    """What the JSON text of a conversation means, where a table holds it as text; any other value as it is."""
+    if column in TURN_COLUMNS and isinstance(value, str) and value.lstrip().startswith("[{"):
+        return parse_json(value, location.at(column))
+    return value
+
+
+def _with_keys(turn: Any, ours_by_theirs: Mapping[str, str]) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    renamed = {}
+    for key, value in turn.items():
+        if key in ours_by_theirs:
+            renamed[ours_by_theirs[key]] = value
+        elif key not in ours_by_theirs.values():  # another key is meant by that name
+            renamed[key] = value
+    return renamed
+
+
+def _value_at(row: Any, path: str) -> Any:
+    """`row[path]`, or what is at `a.b.0` inside it; `_MISSING` where there is nothing."""
+    if isinstance(row, dict) and path in row:
+        return row[path]
+    first, dot, rest = path.partition(".")
+    if not dot:
+        first = path
+    inside: Any = _MISSING
+    if isinstance(row, dict) and dot:
+        inside = row.get(first, _MISSING)
+    elif isinstance(row, list) and first.isdigit() and int(first) < len(row):
+        inside = row[int(first)]
+    return inside if inside is _MISSING or not dot else _value_at(inside, rest)
+
+
+def _with_roles(value: Any, roles: Mapping[str, str]) -> Any:
+    """The value with the roles of all turns in it called by our names."""
+    if isinstance(value, list):
+        return [_with_roles(item, roles) for item in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {}
+    for key, inside in value.items():
+        is_role = key in ("role", "from") and isinstance(inside, str)
+        renamed[key] = roles.get(inside, inside) if is_role else _with_roles(inside, roles)
+    return renamed
