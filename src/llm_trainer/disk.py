@@ -39,9 +39,9 @@ def storage_failure(error: BaseException, among: Collection[int] = FULL_OR_BROKE
         if isinstance(cause, DiskError) and cause.reason in reasons:
             return cause.reason
         code = None
-        in_rust = re.search(r"\(os error (\d+)\)", str(cause))  # safetensors has the number in its text only
-        if in_rust:
-            code = int(in_rust[1])
+        in_text = re.search(r"(?:\(os error |\[Errno )(\d+)", str(cause))  # safetensors and shutil have it there only
+        if in_text:
+            code = int(in_text[1])
         elif isinstance(cause, OSError):
             code = cause.errno
             if code is None and NUMPY_SHORT_WRITE.search(str(cause)):

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 VICTIM = Path(__file__).parent / "victim.py"
+AIMED = Path(__file__).parent / "aimed.py"
+AIMS = ("store", "save", "publish", "best_model", "rotate")
 
 
 def kill(folder: Path, kills: int, *options: str) -> dict[str, Any]:
@@ -34,6 +36,26 @@ def test_three_kills(tmp_path: Path) -> None:
 def test_ten_kills(model: str, precision: str, tmp_path: Path) -> None:
     report = kill(tmp_path, 10, model, precision)
     assert report["kills"] == 10 and report["during_save"] >= 2 and report["different"] == []
+
+
+def aimed_kills(folder: Path, kills: int) -> None:
+    """The report of aimed.py: `save_dir/model` opened after every kill, and every run ended as the one left alone."""
+    command = [sys.executable, str(AIMED), str(folder), str(kills), *AIMS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    report = json.loads(done.stdout)
+    assert report["wrong"] == [] and report["kills"] == dict.fromkeys(AIMS, kills)
+    assert all(report["operations"][aim] > 0 for aim in AIMS)
+
+
+def test_a_kill_between_two_operations_on_every_kind_of_file(tmp_path: Path) -> None:
+    aimed_kills(tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_fifty_kills_between_two_operations(tmp_path: Path) -> None:
+    aimed_kills(tmp_path, 10)
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "step"), (signal.SIGINT, "evaluation")])

@@ -39,7 +39,7 @@ from llm_trainer.checkpoint.weights import (
     read_model,
     unwrap,
 )
-from llm_trainer.disk import flush, remove
+from llm_trainer.disk import bytes_in, explained, flush, remove
 
 OUR_COPY = ".published"  # marks a published model that is a copy, which the next one may replace
 WEIGHTS_OF = "weights_of"  # in best_model.pt: the checkpoint that has the rest, and hashes by which it is known
@@ -186,6 +186,9 @@ class CheckpointManager:
 
         Returns:
             That path; None when there is no checkpoint.
+
+        Raises:
+            DiskError: there is no space for a copy; what is there stays.
         """
         valid = list(valid_checkpoints(self.folder, "sizes"))
         chosen = next(filter(_is_best, valid), None) or next(iter(valid), None)
@@ -193,8 +196,9 @@ class CheckpointManager:
             return None
         if not self._lead_to(chosen) and may_copy:
             copy = partial_path(self.folder / "model")
-            shutil.copytree(chosen / "model", copy)
-            (copy / OUR_COPY).touch()
+            with explained(self.folder / "model", copy, needed=bytes_in(chosen / "model")):
+                shutil.copytree(chosen / "model", copy)
+                (copy / OUR_COPY).touch()
             self._replace_model(copy)
         return self.folder / "model"
 

@@ -168,13 +168,17 @@ class Checkpoints:
 
         Raises:
             LockedError: another run is at work there.
+            CheckpointError: the folder cannot be written.
         """
         if self._is_alone:
             yield
             return
         with dist.main_process_first():
             if dist.is_main():
-                self._lock.acquire(say=self._warn)
+                try:
+                    self._lock.acquire(say=self._warn)
+                except DiskError as error:
+                    raise CheckpointError(str(error)) from error
         self._is_alone = True
         try:
             yield
@@ -227,8 +231,12 @@ class Checkpoints:
 
     def publish(self) -> None:
         """Let `save_dir`/model be the best model."""
-        if dist.is_main():
+        if not dist.is_main():
+            return
+        try:
             self.manager.publish()
+        except DiskError as error:
+            self._warn(f"{error}. The checkpoints are complete: use the model of one of them")
 
     # Loading.
 
