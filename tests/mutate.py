@@ -235,8 +235,8 @@ MUTATIONS = (
     Mutation(
         "the optimizer begins anew after a resume",
         "engine/torch.py",
-        "return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer)",
-        "return checkpoint.load_checkpoint(path, model=self._base)",
+        "load_checkpoint(path, model=self._base, optimizer=self._optimizer,",
+        "load_checkpoint(path, model=self._base,",
         (RESUMED,),
     ),
     Mutation(

@@ -7,6 +7,7 @@ its batch may be too large for memory, so it is cut into `grad_accum_steps` *mic
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ class TrainerFromScratch:
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device)
+        # Padding on the right is seen by nothing before it, so a causal model that takes no mask needs none.
+        accepted = signature(model.forward).parameters
+        self.takes_mask = "attention_mask" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         self.optimizer = optimizer
         self.train_loader = train_loader
         self.val_loader = val_loader
@@ -180,7 +184,8 @@ class TrainerFromScratch:
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss `[]` of one micro-batch and the number of its terms `[]`."""
         batch = {key: value.to(self.device) for key, value in batch.items()}  # each [B, T]
-        mask = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        gives_mask = self.takes_mask and "attention_mask" in batch
+        mask = {"attention_mask": batch["attention_mask"]} if gives_mask else {}
         # Inside autocast each operation chooses: matrix products run in amp_dtype, sums and exponentials in float32.
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.use_amp):
             output = self.model(batch["input_ids"], **mask)
