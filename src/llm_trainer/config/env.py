@@ -105,3 +105,8 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
 def set_default(name: str, value: str) -> None:
     """Sets a variable for this process and its children unless the user already did (`TOKENIZERS_PARALLELISM`, ...)."""
     os.environ.setdefault(name, value)
+
+
+def override(name: str, value: str) -> None:
+    """Sets a variable for this process and its children, whatever the user set."""
+    os.environ[name] = value

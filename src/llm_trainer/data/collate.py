@@ -6,16 +6,9 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import torch
 
+from llm_trainer.data.kinds import LanguageSample
+
 IGNORE = -100  # the label that no loss counts (torch's own convention)
-
-
-class LanguageSample(TypedDict):
-    """One row of language modelling."""
-
-    input_ids: np.ndarray  # [T]
-    trained: np.ndarray  # [T] True where the token is to be predicted
-    document_lengths: Sequence[int]  # of the documents that the row consists of, in order; their sum is T
-    loss_weights: NotRequired[np.ndarray]  # [T] how much each trained token counts; absent: all alike
 
 
 class LanguageBatch(TypedDict):

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.printed import share_left_out
 from llm_trainer.data.encode.store import Part, TokenStore
@@ -29,8 +28,10 @@ from llm_trainer.data.read.recognise import head_of, schema_of, value_that_does_
 from llm_trainer.data.read.renaming import Renaming
 from llm_trainer.data.read.schemas import Schema, get_schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
-from llm_trainer.data.stream import SampleStream
 from llm_trainer.data.unused import refuse_unused
+
+if TYPE_CHECKING:
+    from llm_trainer.data.stream import SampleStream
 
 VERSION = 4  # part of every cache key: raise it when the same rows are encoded differently
 HASHED_WHOLE = 16 << 20  # bytes of a file up to which all of it is in its key
@@ -115,7 +116,7 @@ def _rows_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     return kind.rows(store_of(path, kind, chat, options, cache), str(path), options)
 
 
-def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, **how: Any) -> SampleStream:
+def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, **how: Any) -> "SampleStream":
     """A dataset as a stream of micro-batches, laid out as its kind and the packing say.
 
     Args:
@@ -123,6 +124,9 @@ def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, 
         pad_id: token that pads rows.
         **how: batch size, ranks, order and the like, of `SampleStream`.
     """
+    from llm_trainer.data.collate import collate_flat, collate_padded
+    from llm_trainer.data.stream import SampleStream
+
     flat = options.packing == "flat" or options.packing in PACKERS
     lay: Any = collate_flat if flat else partial(collate_padded, pad_id=pad_id)
     collate: Any = kind.collate

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_trainer.config.errors import counted
-from llm_trainer.data.collate import LanguageSample
+from llm_trainer.data.kinds import LanguageSample
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.windows import Rows

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from llm_trainer.config.errors import counted
-from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.store import TokenStore
-from llm_trainer.data.kinds import DataOptions
+from llm_trainer.data.kinds import DataOptions, LanguageSample
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.read.errors import DataError, Location
 

@@ -150,10 +150,22 @@ class ChatFormat:
         self, messages: Sequence[Message], tools: Tools | None = None, enable_thinking: bool | None = None
     ) -> list[int]:
         """Ids that end where the assistant begins to write; `enable_thinking` goes to the template unless None."""
-        messages, tools = self._prepare(messages, tools)
+        return self.encode_prompts([messages], [tools], enable_thinking)[0]
+
+    def encode_prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[Tools | None] | None = None,
+        enable_thinking: bool | None = None,
+    ) -> list[list[int]]:
+        """Many prompts, tokenised together."""
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        marked = self._render(messages, tools, add_generation_prompt=True, **options)
-        return self._encoder.encode([strip_marks(marked)], [[]])[0][0]
+        rendered = []
+        for messages, functions in zip(conversations, tools or [None] * len(conversations), strict=True):
+            messages, functions = self._prepare(messages, functions)
+            marked = self._render(messages, functions, add_generation_prompt=True, **options)
+            rendered.append(strip_marks(marked))
+        return self._encoder.encode_ids(rendered)
 
     def left_out(self, messages: Sequence[Message], tools: Tools | None = None) -> Counter[str]:
         """What the template does not print of a conversation, and how many characters that is, for `Location.note`.
@@ -178,17 +190,35 @@ class ChatFormat:
 
     def encode_completion(self, prompt: str, completion: str) -> EncodedChat:
         """Plain strings: the completion and the eos after it are trained on, the prompt is not."""
-        return self._encode_plain(prompt + completion, (len(prompt), len(prompt) + len(completion)))
+        return self.encode_completions([(prompt, completion)])[0]
+
+    def encode_completions(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedChat]:
+        """Many prompts with their completions, tokenised together."""
+        texts = [self._plain(prompt + completion) for prompt, completion in pairs]
+        spans = [[(len(prompt), len(prompt) + len(completion))] for prompt, completion in pairs]
+        results = []
+        for text, (ids, trained) in zip(texts, self._encoder.encode(texts, spans), strict=True):
+            before, after = self._ends(ids)
+            trained = [False] * len(before) + trained + [True] * len(after)
+            results.append(EncodedChat(before + ids + after, trained, text.text))
+        return results
 
     def encode_text(self, text: str) -> EncodedChat:
         """A document to pretrain on: everything is trained on, the eos after it too."""
-        encoded = self._encode_plain(text, (0, len(text)))
-        return EncodedChat(encoded.input_ids, [True] * len(encoded.input_ids), text)
+        ids = self.encode_texts([text])[0]
+        return EncodedChat(ids, [True] * len(ids), text)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many documents, tokenised together."""
+        results = []
+        for ids in self.encode_pieces(texts):
+            before, after = self._ends(ids)
+            results.append(before + ids + after)
+        return results
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Plain strings, each tokenised by itself, with nothing before or after it."""
-        plain = [self._plain(text) for text in texts]
-        return [ids for ids, _ in self._encoder.encode(plain, [[]] * len(texts))]
+        return self._encoder.encode_ids([self._plain(text) for text in texts])
 
     def stop_token_ids(self) -> list[int]:
         """Where generation stops: the last token of the template's end of a turn, and the tokenizer's eos."""
@@ -422,18 +452,21 @@ class ChatFormat:
         return len(self.tokenizer)
 
     @cached_property
-    def _adds_bos(self) -> bool:
-        return adds_bos(self.tokenizer)
+    def _bos_and_eos(self) -> tuple[list[int], list[int]]:
+        """What stands before a plain text (nothing, where the tokenizer adds no BOS) and after it."""
+        bos, eos = [], []
+        if adds_bos(self.tokenizer):
+            bos = [self.tokenizer.bos_token_id]
+        if self.tokenizer.eos_token_id is not None:
+            eos = [self.tokenizer.eos_token_id]
+        return bos, eos
 
-    def _encode_plain(self, text: str, span: Span) -> EncodedChat:
-        ids, trained = self._encoder.encode([self._plain(text)], [[span]])[0]
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and self._adds_bos:
-            ids, trained = [bos, *ids], [False, *trained]
-        eos = self.tokenizer.eos_token_id
-        if eos is not None and ids[-1:] != [eos]:
-            ids, trained = [*ids, eos], [*trained, True]
-        return EncodedChat(ids, trained, text)
+    def _ends(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Ids to put before and after those of a plain text, which may have a BOS or an eos of its own."""
+        bos, eos = self._bos_and_eos
+        before = [] if ids[:1] == bos else bos
+        after = [] if (before + ids)[-1:] == eos else eos
+        return before, after
 
     def _plain(self, text: str) -> Rendered:
         """Text outside of any template; what looks like a special token is only text unless they are parsed."""
@@ -492,9 +525,17 @@ def _places(ids: list[int], piece: list[int], start: int, stop: int) -> Iterator
 
 
 def _common_start(a: str, b: str) -> int:
+    """How many characters both begin with: halved, for comparing slices is much faster than comparing characters."""
     if a.startswith(b):
         return len(b)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    known, most = 0, min(len(a), len(b))
+    while known < most:
+        middle = (known + most + 1) // 2
+        if a[known:middle] == b[known:middle]:
+            known = middle
+        else:
+            most = middle - 1
+    return known
 
 
 def _is_assistant(message: Message) -> bool:
@@ -510,7 +551,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     """The same structure of lists and dicts with every string value changed."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):  # the first is quick to see
         return {key: _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_map_strings(item, change) for item in value]

@@ -94,7 +94,8 @@ def write_part(folder: Path, number: int, part: Part) -> None:
     for name, counts in (("dropped", part.dropped), ("notes", part.notes)):
         arrays[name] = np.frombuffer(json.dumps(counts).encode(), dtype=np.uint8)
     path = part_path(folder, number)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(exist_ok=True)  # a folder that another builder has taken over is not made again
     with whole_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 

@@ -181,9 +181,22 @@ def _to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """A template may read what it is given, and nothing else."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # `message.role`: jinja2 looks for an attribute of the dict first, and only after its exception for the key. For
+        # what is no attribute of any dict the result is the same.
+        if type(obj) is dict and not hasattr(dict, attribute):
+            if attribute in obj:
+                return obj[attribute]
+            return self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json

@@ -3,16 +3,16 @@
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from operator import itemgetter
+from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_trainer.data.encode.templates import ALIAS, Rendered, default_template
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 Span = tuple[int, int]  # [start, stop) in characters
@@ -22,7 +22,9 @@ CONTROL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>")
 # What an assistant writes itself: one token each, but no control tokens, so `skip_special_tokens` does not hide them.
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _OBVIOUS_EOS = ("<|im_end|>", END_OF_TEXT, "</s>")
+GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the second is the first's name in transformers 5
 _BYTES = 256
+TEXT_AT_ONCE = 1 << 18  # characters that are tokenised together: what comes back takes some 40 bytes for each
 
 
 class TokenizerError(ValueError):
@@ -59,6 +61,8 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
                 f"{path}: no tokenizer in this folder (found {found}); expected tokenizer.json, or vocab.json and "
                 "merges.txt; point to the folder that `tokenizer.save_pretrained` wrote"
             )
+    elif _names_no_special_class(path):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
     else:
         tokenizer = _from_pretrained(path_or_name)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -68,6 +72,21 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
         )
     _complete(tokenizer, path_or_name)
     return tokenizer
+
+
+def _names_no_special_class(folder: Path) -> bool:
+    """Whether a tokenizer's folder says itself that any fast tokenizer reads it.
+
+    `AutoTokenizer` would find the same class, and import torch on the way.
+    """
+    described = folder / "tokenizer_config.json"
+    if not described.is_file() or not (folder / "tokenizer.json").is_file() or (folder / "config.json").exists():
+        return False
+    try:
+        facts = json.loads(described.read_bytes())
+    except ValueError:  # said by `AutoTokenizer`
+        return False
+    return facts.get("tokenizer_class") in GENERIC_CLASSES and "auto_map" not in facts
 
 
 def _from_json(path: Path) -> "PreTrainedTokenizerFast":
@@ -212,22 +231,41 @@ class TextEncoder:
         are empty, or of all without them, it is whether a token overlaps a span, otherwise the weight of the span.
         """
         weights = weights or [[]] * len(spans)
-        results: dict[int, tuple[list[int], list[Any]]] = {}
-        # 1. texts in which everything that looks like a special token is one
-        plain = [i for i, one in enumerate(rendered) if not one.literals]
-        encodings = self.backend.encode_batch([rendered[i].text for i in plain], add_special_tokens=False)
-        for i, encoding in zip(plain, encodings, strict=True):
-            results[i] = encoding.ids, overlaps(encoding.offsets, spans[i], weights[i])
-        # 2. the others, by a tokenizer that knows the real ones under their aliases
-        marked = [i for i, one in enumerate(rendered) if one.literals]
-        if marked:
-            backend, _, real = self._literal
-            inputs = [self._alias(rendered[i], spans[i]) for i in marked]
-            encodings = backend.encode_batch([text for text, _ in inputs], add_special_tokens=False)
-            for i, (_, moved), encoding in zip(marked, inputs, encodings, strict=True):
-                ids = [real.get(token, token) for token in encoding.ids]
-                results[i] = ids, overlaps(encoding.offsets, moved, weights[i])
-        return [results[i] for i in range(len(rendered))]
+        results = []
+        for (ids, encoding, moved), values in zip(self._encodings(rendered, spans), weights, strict=True):
+            results.append((ids, overlaps(encoding.offsets, moved, values)))
+        return results
+
+    def encode_ids(self, rendered: Sequence[Rendered]) -> list[list[int]]:
+        """The ids of `encode` alone; then the tokenizer does not work out which characters they stand for."""
+        encodings = self._encodings(rendered, [[]] * len(rendered), with_offsets=False)
+        return [ids for ids, _, _ in encodings]
+
+    def _encodings(
+        self, rendered: Sequence[Rendered], spans: Sequence[list[Span]], with_offsets: bool = True
+    ) -> Iterator[tuple[list[int], "Encoding", list[Span]]]:
+        """Ids of each text, its encoding, and the spans in the characters of what was encoded."""
+        function = "encode_batch" if with_offsets else "encode_batch_fast"
+        for block in _blocks(rendered):
+            results: dict[int, tuple[list[int], Encoding, list[Span]]] = {}
+            # 1. texts in which everything that looks like a special token is one
+            plain = [i for i in block if not rendered[i].literals]
+            encode = getattr(self.backend, function)
+            encodings = encode([rendered[i].text for i in plain], add_special_tokens=False)
+            for i, encoding in zip(plain, encodings, strict=True):
+                results[i] = encoding.ids, encoding, spans[i]
+            # 2. the others, by a tokenizer that knows the real ones under their aliases
+            marked = [i for i in block if rendered[i].literals]
+            if marked:
+                backend, _, real = self._literal
+                inputs = [self._alias(rendered[i], spans[i]) for i in marked]
+                encode = getattr(backend, function)
+                encodings = encode([text for text, _ in inputs], add_special_tokens=False)
+                for i, (_, moved), encoding in zip(marked, inputs, encodings, strict=True):
+                    results[i] = [real.get(token, token) for token in encoding.ids], encoding, moved
+            # 3. in their order
+            for i in block:
+                yield results.pop(i)
 
     def __getstate__(self) -> dict[str, object]:
         # Pickling a Tokenizer forgets `encode_special_tokens`: rebuilt where it arrives, or text would become tokens.
@@ -269,21 +307,34 @@ class TextEncoder:
         return "".join([*pieces, rendered.text[done:]]), [(moved(start), moved(stop)) for start, stop in spans]
 
 
+def _blocks(rendered: Sequence[Rendered]) -> Iterator[range]:
+    """Numbers of consecutive texts that have about `TEXT_AT_ONCE` characters together."""
+    first = size = 0
+    for i, one in enumerate(rendered, 1):
+        size += len(one.text)
+        if size >= TEXT_AT_ONCE or i == len(rendered):
+            yield range(first, i)
+            first, size = i, 0
+
+
 def overlaps(offsets: Sequence[Span], spans: Sequence[Span], weights: Sequence[float] = ()) -> list[Any]:
     """For each token (its characters, in order) whether it overlaps one of the spans; or the weight of the last such span.
 
     Returns:
         `[T]` bools; with `weights`, one per span, `[T]` floats, 0 outside of all spans.
     """
-    if any(start == stop for start, stop in offsets):
-        offsets = _widened(offsets)
+    if not offsets:
+        return []
+    starts, stops = zip(*offsets, strict=True)
+    if any(map(eq, starts, stops)):
+        starts, stops = zip(*_widened(offsets), strict=True)
     values: Sequence[Any] = weights or [True] * len(spans)
     nothing: Any = 0.0 if weights else False
     trained = [nothing] * len(offsets)
     for (start, stop), value in zip(spans, values, strict=True):
         if start < stop:
-            first = bisect_right(offsets, start, key=itemgetter(1))
-            last = bisect_left(offsets, stop, lo=first, key=itemgetter(0))
+            first = bisect_right(stops, start)
+            last = bisect_left(starts, stop, lo=first)
             trained[first:last] = [value] * (last - first)
     return trained
 

@@ -1,13 +1,14 @@
 """Kinds of rows: what trainers learn from. A kind is one value in one file, and one line of `KINDS`.
 
 A row goes one way whatever its kind (`data/load.py`): file -> samples of a schema -> `Kind.encode` -> token store ->
-`Kind.rows` -> `Kind.collate` -> micro-batch.
+`Kind.rows` -> `Kind.collate` -> micro-batch. Torch is imported in functions that make tensors: files are encoded without it,
+and it would take 170 MB and two seconds of every process that does.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 from llm_trainer.config.options import Reading
 from llm_trainer.config.section import config_section
@@ -16,7 +17,6 @@ from llm_trainer.data.read.schemas import known_name
 if TYPE_CHECKING:
     import numpy as np
 
-    from llm_trainer.data.collate import LanguageSample
     from llm_trainer.data.encode.chat import ChatFormat
     from llm_trainer.data.encode.store import TokenStore
     from llm_trainer.data.read.errors import Location
@@ -57,8 +57,17 @@ class Sample(NamedTuple):
     location: "Location"
 
 
+class LanguageSample(TypedDict):
+    """One row of language modelling."""
+
+    input_ids: "np.ndarray"  # [T]
+    trained: "np.ndarray"  # [T] True where the token is to be predicted
+    document_lengths: Sequence[int]  # of the documents that the row consists of, in order; their sum is T
+    loss_weights: NotRequired["np.ndarray"]  # [T] how much each trained token counts; absent: all alike
+
+
 Encoded = Mapping[str, "np.ndarray"] | str  # column -> values `[T]` of a row; or why it has nothing to teach
-Lay = Callable[[Sequence["LanguageSample"]], Any]  # samples -> batch: collate_flat, or collate_padded with its pad_id
+Lay = Callable[[Sequence[LanguageSample]], Any]  # samples -> batch: collate_flat, or collate_padded with its pad_id
 Batch = dict[str, Any]
 
 

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.chat import ChatFormat, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore, compact_ids
-from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
+from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.packing import PACKERS, Blocks, Packed
 from llm_trainer.data.read.formats import END_OF_TEXT
 from llm_trainer.data.read.messages import row_weight
@@ -49,13 +48,13 @@ def collate_language(samples: Sequence[LanguageSample], lay: Lay) -> Batch:
 
 def encode_text(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Texts -> ids, with the end token; every token is trained on, so no column says it."""
-    for sample in samples:
-        encoded = chat.encode_text(sample.values["text"])
-        if END_OF_TEXT in sample.values["text"] and not chat.parse_special_tokens:
+    texts = [sample.values["text"] for sample in samples]
+    for sample, text, ids in zip(samples, texts, chat.encode_texts(texts), strict=True):
+        if END_OF_TEXT in text and not chat.parse_special_tokens:
             sample.location.note(
                 f"text: it holds {END_OF_TEXT} as plain text; text_unit: endoftext ends documents there"
             )
-        yield {"input_ids": compact_ids(encoded.input_ids, chat.vocab_size)}
+        yield {"input_ids": compact_ids(ids, chat.vocab_size)}
 
 
 def encode_text_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
@@ -74,7 +73,7 @@ def flat_array(tokens: TokenFile, how: DataOptions) -> Blocks | None:
 def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Conversations, or plain prompts with their completions -> ids, and which of them are trained on."""
     if samples[0].kind == "completion":
-        encoded = [chat.encode_completion(s.values["prompt"], s.values["completion"]) for s in samples]
+        encoded = chat.encode_completions([(s.values["prompt"], s.values["completion"]) for s in samples])
     else:
         conversations = [sample.values["messages"] for sample in samples]
         encoded = chat.encode_many(conversations, [sample.values.get("tools") for sample in samples])

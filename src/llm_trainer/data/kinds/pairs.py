@@ -8,16 +8,13 @@ from dataclasses import replace
 from typing import NotRequired, TypedDict
 
 import numpy as np
-import torch
 
-from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
 from llm_trainer.data.encode.store import TokenStore, compact_ids
-from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
+from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.windows import Column, Rows, lay_flat, row_blocks
-from llm_trainer.losses.pairs import num_shared
 
 SIDES = ("chosen", "rejected")
 EQUAL_AFTER_CUT = "both answers equal after truncation"
@@ -133,6 +130,10 @@ def _equal_after_cut(chosen: Column, rejected: Column) -> np.ndarray:
 
 def _num_shared(chosen: Column, rejected: Column) -> np.ndarray:
     """`[rows]` tokens that are run once for both sides of a pair."""
+    import torch
+
+    from llm_trainer.losses.pairs import num_shared
+
     shared = np.zeros(len(chosen.lengths), dtype=np.int64)
     assert rejected.trained is not None
     for rows in row_blocks(chosen.lengths + rejected.lengths):
@@ -145,6 +146,8 @@ def _num_shared(chosen: Column, rejected: Column) -> np.ndarray:
 
 def collate_pairs(samples: Sequence[PairSample], lay: Lay) -> Batch:
     """Pairs as language rows, all chosen before all rejected; `margin [B]`, and `ref_*_logps [B]`."""
+    import torch
+
     chosen, rejected = [s["chosen"] for s in samples], [s["rejected"] for s in samples]
     batch = dict(lay(chosen + rejected))
     batch["margin"] = torch.tensor([s["margin"] for s in samples])

@@ -4,12 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
-import torch
 
-from llm_trainer.data.collate import IGNORE, LanguageSample
 from llm_trainer.data.encode.chat import ChatFormat, Tools
 from llm_trainer.data.encode.store import TokenStore, compact_ids
-from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
+from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.read.messages import Message
 from llm_trainer.data.windows import Column, Rows
 
@@ -71,6 +69,10 @@ class ProcessRows(Rows):
 
 def collate_process(samples: Sequence[ProcessSample], lay: Lay) -> Batch:
     """Answers as language rows, with `step_labels` instead of `labels`: -100 except where a step ends."""
+    import torch
+
+    from llm_trainer.data.collate import IGNORE
+
     batch = dict(lay([sample["row"] for sample in samples]))
     ends = batch.pop("labels") != IGNORE
     # The first token of a document has no label, here as in language modelling.

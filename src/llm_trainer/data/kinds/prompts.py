@@ -5,9 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
 
-from llm_trainer.data.collate import pad_right
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
@@ -30,8 +28,8 @@ def _as_json(answer: str | None, row: Any) -> np.ndarray:
 
 def encode_prompts(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Prompts -> ids that end where the assistant begins to write, and the facts beside them."""
-    for sample in samples:
-        ids = chat.encode_prompt(sample.values["prompt"], sample.values.get("tools"))
+    prompts = chat.encode_prompts([s.values["prompt"] for s in samples], [s.values.get("tools") for s in samples])
+    for sample, ids in zip(samples, prompts, strict=True):
         sample.location.note_all(chat.left_out(sample.values["prompt"], sample.values.get("tools")))
         yield {"input_ids": compact_ids(ids, chat.vocab_size), "facts": _as_json(sample.values["answer"], sample.row)}
 
@@ -65,6 +63,10 @@ def collate_prompts(samples: Sequence[PromptSample], lay: Lay) -> Batch:
     Returns:
         `prompts [B, P]`, `prompt_attention_mask [B, P]`, and `answers` and `rows`, lists of B.
     """
+    import torch
+
+    from llm_trainer.data.collate import pad_right
+
     reversed_ids = [sample["input_ids"][::-1] for sample in samples]
     present = [np.ones(len(ids), dtype=np.int64) for ids in reversed_ids]
     return {

@@ -4,17 +4,14 @@ from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
-import torch
 
-from llm_trainer.data.collate import LanguageSample
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import TokenStore
-from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
+from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.kinds.pairs import SIDES, up_to_last_trained
 from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.windows import Column, Rows
-from llm_trainer.losses.unpaired import mismatched_order
 
 
 class UnpairedSample(TypedDict):
@@ -57,6 +54,10 @@ class UnpairedRows(Rows):
     """
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
+        import torch
+
+        from llm_trainer.losses.unpaired import mismatched_order
+
         self.answers = Column(store, "input_ids", "trained", how)
         super().__init__(store, name, how, [self.answers])
         self.desirable = np.asarray(store["desirable"].values) != 0
@@ -92,6 +93,8 @@ class UnpairedRows(Rows):
 
 def collate_unpaired(samples: Sequence[UnpairedSample], lay: Lay) -> Batch:
     """Answers as language rows, `desirable [B]`, and the mismatched rows under keys that start `kl_`."""
+    import torch
+
     batch = dict(lay([s["row"] for s in samples]))
     mismatched = lay([s["mismatched"] for s in samples])
     batch |= {f"kl_{name}": value for name, value in mismatched.items()}

@@ -24,10 +24,13 @@ class Location:
     def at(self, key: str | int) -> "Location":
         """The same place, one step deeper: a key of an object or an index of a list."""
         if isinstance(key, int):
-            return replace(self, key=f"{self.key}[{key}]")
-        if not self.key:
-            return replace(self, key=self.names.get(key, key))
-        return replace(self, key=f"{self.key}.{key}")
+            deeper = f"{self.key}[{key}]"
+        elif not self.key:
+            deeper = self.names.get(key, key)
+        else:
+            deeper = f"{self.key}.{key}"
+        # Some ten times a row: `dataclasses.replace` takes three times as long.
+        return Location(self.path, self.row, deeper, self.notes, self.names)
 
     def note(self, text: str, count: int = 1) -> None:
         """Count something about this row that is no error and must not be silent: `turn: an empty answer, ...`.

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from llm_trainer.data.encode import tokenizer as tokenizer_module
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, spans_from_ids
 from llm_trainer.data.encode.tokenizer import load_tokenizer, overlaps
 
@@ -349,3 +350,31 @@ def test_a_used_format_travels_to_worker_processes(tokenizer: Any) -> None:
     chat = ChatFormat(tokenizer)
     expected = chat.encode([{"role": "user", "content": "<s>"}, *TALK[2:3]])
     assert pickle.loads(pickle.dumps(chat)).encode([{"role": "user", "content": "<s>"}, *TALK[2:3]]) == expected
+
+
+@pytest.mark.parametrize("template", [None, PLAIN_CHATML, REWRITES])
+def test_many_together_are_what_each_is_alone(
+    tokenizer: Any, template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of a few characters and of all; with text that looks like a token, empty, and beyond ASCII."""
+    chat = ChatFormat(tokenizer, template)
+    texts = ["Yes", "", "é 日本 🎉\u200d", "<|im_end|> is a token", " a b\n\n", "No" * 50]
+    talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a in texts for b in texts]
+    talks += [TALK, TALK[:3]]
+    asked = [talk[:1] for talk in talks]
+    pairs = [(a, b) for a in texts for b in texts]
+    for size in (1, 40, 1 << 18):
+        monkeypatch.setattr(tokenizer_module, "TEXT_AT_ONCE", size)
+        assert chat.encode_many(talks) == [chat.encode(talk) for talk in talks]
+        assert chat.encode_prompts(asked) == [chat.encode_prompt(talk) for talk in asked]
+        assert chat.encode_completions(pairs) == [chat.encode_completion(*pair) for pair in pairs]
+        assert chat.encode_texts(texts) == [chat.encode_text(text).input_ids for text in texts]
+    # ids without their characters are computed by another function of the tokenizer
+    whole = [chat.encode_completion(text, "") for text in texts]
+    assert [one.input_ids for one in whole] == chat.encode_texts(texts)
+
+
+def test_keys_of_messages_that_are_methods_of_dicts_are_seen_by_templates_as_before(tokenizer: Any) -> None:
+    source = "{% for m in messages %}{{ m.role }} {{ m.items is callable }} {{ m.nothing is defined }};{% endfor %}"
+    chat = ChatFormat(tokenizer, source, train_on="all")
+    assert chat.encode([{"role": "user", "content": "", "items": "mine"}]).text == "user True False;"

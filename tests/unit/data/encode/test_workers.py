@@ -1,6 +1,8 @@
 """Token stores are built in parts: a killed build goes on, and whoever has rows can write a part."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_trainer.data.encode import workers
 from llm_trainer.data.encode.store import Part, TokenStore, compact_ids, join_parts, write_part
 from llm_trainer.data.encode.workers import ROWS_PER_PART, build_store
 from llm_trainer.disk import DiskError
@@ -146,3 +149,58 @@ def test_a_full_disk_while_a_store_is_built_is_an_error_that_leaves_nothing(
         build(store, 2, source_bytes=source_bytes)
     assert foreseen.value.needed > 20 * part and list(store.parent.iterdir()) == []
     build(small_disk(part * 8) / "store", 2)
+
+
+def characters(chunk: list[str]) -> Part:
+    """The code of every character; a row `kill` ends the process."""
+    if "kill" in chunk:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Part({"input_ids": [np.array([ord(c) for c in row], dtype=np.uint32) for row in chunk]})
+
+
+def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "ROWS_PER_PART", 7)
+    rows = [f"row {i} é" * (i % 5) for i in range(100)]
+    one = build_store(tmp_path / "one", rows, characters, ["input_ids"])
+    two = build_store(tmp_path / "two", rows, characters, ["input_ids"], workers=2)
+    for name in ("input_ids.values.npy", "input_ids.offsets.npy", "meta.json"):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+    assert ["".join(map(chr, two["input_ids"][i])) for i in range(100)] == rows
+
+
+def test_long_rows_make_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is held in memory does not grow with the rows."""
+    monkeypatch.setattr(workers, "SIZE_PER_PART", 1000)
+    book = {"text": "x" * 900}
+    chat = {"messages": [{"role": "user", "content": "y" * 300}, {"role": "assistant", "content": "z" * 300}]}
+    ids = np.zeros(400, dtype=np.uint16)
+    assert [len(chunk) for chunk in workers._chunks([book, book, chat, chat, ids, ids, book])] == [2, 2, 2, 1]
+
+
+def test_a_killed_worker_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "ROWS_PER_PART", 2)
+    with pytest.raises(ChildProcessError, match="one of 2 processes that tokenize was killed.*start again with fewer"):
+        build_store(tmp_path / "s", ["a", "b", "kill"], characters, ["input_ids"], workers=2)
+
+
+ORPHANS = """
+import os, sys, time
+from pathlib import Path
+from llm_trainer.data.encode import workers
+workers.ROWS_PER_PART = 1
+
+def encode(chunk):
+    os.write(1, f"{os.getpid()}\\n".encode())
+    time.sleep(60)
+
+workers.build_store(Path(sys.argv[1]), ["a", "b"], encode, ["input_ids"], workers=2)
+"""
+
+
+def test_workers_end_with_their_process_however_it_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ORPHANS, tmp_path / "s"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as builder:
+        assert builder.stdout is not None
+        assert [int(builder.stdout.readline()) != builder.pid for _ in range(2)] == [True, True]
+        builder.kill()
+        assert builder.stdout.read() == "", "this comes when the last process that could write has gone"

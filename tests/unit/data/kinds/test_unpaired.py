@@ -10,7 +10,7 @@ import torch
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
-from llm_trainer.data.kinds import DataOptions, unpaired
+from llm_trainer.data.kinds import DataOptions
 from llm_trainer.data.kinds.unpaired import UNPAIRED, UnpairedRows, collate_unpaired
 from llm_trainer.data.load import load as load_rows
 from llm_trainer.data.read.errors import DataError
@@ -73,6 +73,6 @@ def test_partners_are_asked_for_once(tmp_path: Path, chat: ChatFormat, monkeypat
         asked.append(prompts)
         return mismatched_order(prompts)
 
-    monkeypatch.setattr(unpaired, "mismatched_order", pair_up)
+    monkeypatch.setattr("llm_trainer.losses.unpaired.mismatched_order", pair_up)
     data = load(path, chat)
     assert [x.tolist() for x in asked] == [[0, 0, 2, 3]] and isinstance(data.parts[0], UnpairedRows)
