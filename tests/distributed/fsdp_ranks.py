@@ -94,9 +94,9 @@ def own(folder: Path, engine: str) -> list[tuple[float, float]]:
 def preference(folder: Path) -> dict[str, bool]:
     """The reference is sharded as the policy is."""
     model = tiny_model()
-    trainer = DPOTrainer(
-        model, torch.optim.AdamW(model.parameters()), [], device="cpu", save_dir=str(folder), engine="fsdp"
-    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    how: dict[str, Any] = {"device": "cpu", "save_dir": str(folder), "engine": "fsdp"}
+    trainer = DPOTrainer(model=model, optimizer=optimizer, train_loader=[], **how)
     assert trainer.reference is not None
     return {
         name: all(isinstance(p, DTensor) for p in module.parameters())

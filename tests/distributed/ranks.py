@@ -206,26 +206,28 @@ def import_once() -> None:
             import deepspeed  # noqa: F401
 
 
-def fork_ranks(scenario: Callable[[Path], Any], folder: Path, ranks: int) -> dict[str, Any]:
+def fork_ranks(scenario: Callable[[Path], Any], folder: Path, ranks: int, timeout_s: int = 60) -> dict[str, Any]:
     """Run a scenario in `ranks` processes; their exit codes, output, results, and seconds until the last one ended."""
     port = free_port()
     out, began = folder.parent / f"{folder.name}-out", time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    children = [os.fork() or play(scenario, folder, rank, ranks, port, out) for rank in range(ranks)]
+    children = [os.fork() or play(scenario, folder, rank, ranks, port, out, timeout_s) for rank in range(ranks)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     results = [json.loads(p.read_text()) if (p := out / f"{r}.json").exists() else None for r in range(ranks)]
     texts = [(out / f"{r}.txt").read_text() for r in range(ranks)]
     return {"codes": codes, "results": results, "texts": texts, "seconds": time.monotonic() - began}
 
 
-def play(scenario: Callable[[Path], Any], folder: Path, rank: int, ranks: int, port: int, out: Path) -> int:
+def play(
+    scenario: Callable[[Path], Any], folder: Path, rank: int, ranks: int, port: int, out: Path, timeout_s: int
+) -> int:
     """Be one rank; never returns."""
     code = 0
     try:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()})
         sys.stdout = sys.stderr = (out / f"{rank}.txt").open("w")
-        dist.start(torch.device("cpu"), 1 if scenario is slow_data else 60)
+        dist.start(torch.device("cpu"), timeout_s)
         (out / f"{rank}.json").write_text(json.dumps(scenario(folder)))
         dist.stop()
     except BaseException as error:
@@ -247,7 +249,8 @@ def main(folder: Path) -> None:
                 scenario, folder / f"{scenario.__name__}-{ranks}", ranks
             )
     for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one):
-        report[scenario.__name__] = fork_ranks(scenario, folder / scenario.__name__, 2)
+        timeout_s = 1 if scenario is slow_data else 60
+        report[scenario.__name__] = fork_ranks(scenario, folder / scenario.__name__, 2, timeout_s)
     report["elastic"] = [fork_ranks(elastic, folder / "elastic", ranks) for ranks in (2, 1, 2, 1, 2, 1, 2)]
     report["metrics"] = {ranks: metric_lines(folder / f"train-{ranks}") for ranks in (1, 2)}
     report["checkpoint"] = CheckpointManager(folder / "signalled").load().step

@@ -1,8 +1,8 @@
 """What every engine can do: five verbs of training, shaped by the hardest implementation, and what saving asks of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +14,9 @@ from llm_trainer.engine import dist
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Fsdp
+
+
+SumOverRanks = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,14 @@ class Engine(ABC):
                 the same.
         """
         return self.precision()
+
+    def together(self) -> AbstractContextManager[None]:
+        """The context of forwards outside of `micro_step`, which each rank runs as often as its data asks for."""
+        return nullcontext()
+
+    def joined(self, sum_over_ranks: SumOverRanks) -> SumOverRanks:
+        """`sum_over_ranks` for use inside `together`."""
+        return sum_over_ranks
 
     @abstractmethod
     def micro_step(self, last: bool) -> AbstractContextManager[None]:

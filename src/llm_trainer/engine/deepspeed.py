@@ -23,9 +23,11 @@ from llm_trainer.checkpoint.weights import (
 )
 from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
-from llm_trainer.engine.base import Engine, EngineOptions
+from llm_trainer.engine.base import Engine, EngineOptions, SumOverRanks
 from llm_trainer.engine.device import DTYPES
+from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.engine.torch import clip
+from llm_trainer.engine.unused import Unused, reached_by, used_differently
 from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
@@ -99,6 +101,8 @@ class DeepSpeedEngine(Engine):
         self._groups: list[dict[str, nn.Parameter]]  # by name; the user's groups before they were flattened
         self._pieces: dict[nn.Parameter, Tensor]  # what the user's optimizer updates in place of a parameter
         self._engine: Any
+        self._lockstep = Lockstep(device)
+        self._is_first_step, self._unused = True, Unused(device)
         self._frozen: list[Any] = []  # the engines of frozen models, whose hooks gather their parameters
 
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -112,11 +116,13 @@ class DeepSpeedEngine(Engine):
             dict(zip(names["params"], group["params"], strict=True))
             for names, group in zip(named, optimizer.param_groups, strict=True)
         ]
+        self._unused.add_all(base)
         self._engine = self._initialize(module, optimizer, self.config)
         if self.stage == 0 and self._engine.optimizer is not optimizer:
             optimizer.state.clear()  # DeepSpeed has made a first step without gradients, which decays and counts
             self._engine.optimizer.refresh_fp32_params()
         self._pieces = dict(self._pairs(self._engine.optimizer))
+        self._keep_in_step(self._engine)
         self._engine.register_forward_hook(lambda module, inputs, outputs: tied_together(outputs))
         return self._engine
 
@@ -175,6 +181,14 @@ class DeepSpeedEngine(Engine):
         zero = {key: value for key, value in self.config["zero_optimization"].items() if key != "offload_optimizer"}
         kept = {key: self.config[key] for key in (*BATCH, *DTYPES, "torch_autocast") if key in self.config}
         self._frozen.append(self._initialize(module, None, {**kept, "zero_optimization": zero}))
+        self._keep_in_step(module)
+
+    def _keep_in_step(self, module: nn.Module) -> None:
+        """In stage 3, where a forward gathers weights: all ranks run it, and their layers in the same order."""
+        if self.stage < 3:
+            return
+        layers = {inner for inner in module.modules() if next(inner.parameters(recurse=False), None) is not None}
+        self._lockstep.add(module, layers)
 
     @property
     def _holds_16_bits(self) -> bool:
@@ -203,14 +217,43 @@ class DeepSpeedEngine(Engine):
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
-        with self.precision():
+        with self._lockstep.together(), self.precision():
             yield
 
+    def together(self) -> AbstractContextManager[None]:
+        return self._lockstep.together()
+
+    def joined(self, sum_over_ranks: SumOverRanks) -> SumOverRanks:
+        return self._lockstep.joined(sum_over_ranks)
+
     def backward(self, loss: Tensor) -> None:
+        loss = self._lockstep.before_backward(loss)
+        if self._is_first_step and self.stage:  # stage 0 makes gradients of zero by itself
+            self._refuse_unused(loss)
         # Gradients are averaged over ranks; a step's loss is a sum of shares, so the average is multiplied back.
         self._engine.backward(loss * dist.world_size(), scale_wrt_gas=False)
 
+    def _refuse_unused(self, loss: Tensor) -> None:
+        """Refuse parameters that only some ranks use: ZeRO puts gradients into buckets in the order in which they come.
+
+        Raises:
+            DeepSpeedError: there are some, on every rank.
+        """
+        reached = reached_by(loss)  # now: to wait for each other in the backward would name nothing
+        unused = [name for name, p in self._base.named_parameters() if p.requires_grad and p not in reached]
+        self._refuse(used_differently(unused))
+
+    def _refuse(self, differences: str) -> None:
+        if differences:
+            raise DeepSpeedError(
+                f"deepspeed: {differences}. ZeRO {self.stage} needs a gradient of each on every rank: add 0 * "
+                f"parameter.sum() to the loss, or use stage 0, or engine: torch or fsdp"
+            )
+
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
+        self._is_first_step = False
+        if self.stage:  # in later steps too: gradients of different parameters may have been added up
+            self._refuse(self._unused.differences())
         if self._engine.optimizer is self._optimizer:
             return self._step_whole(max_grad_norm)
         self._engine.optimizer.clip_grad = max_grad_norm
@@ -221,6 +264,7 @@ class DeepSpeedEngine(Engine):
 
     def _step_whole(self, max_grad_norm: float) -> tuple[float, bool]:
         """A step of stage 0 on fp32 weights: DeepSpeed has averaged the gradients and leaves the rest to the optimizer."""
+        self._unused.drop()  # DeepSpeed has given all of them a gradient
         grad_norm, finite = clip(self._pieces, max_grad_norm, self.device)
         if finite:
             self._engine.step()
@@ -267,7 +311,7 @@ class DeepSpeedEngine(Engine):
 
         def gather(tensor: Tensor) -> Tensor:
             with GatheredParameters([tensor]):
-                return tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor.detach()[:0]
+                return tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor.detach().flatten()[:0]
 
         found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}

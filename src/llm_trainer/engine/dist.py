@@ -1,6 +1,6 @@
 """Collectives that are no-ops in one process, so that nothing else asks whether it runs alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,14 +17,17 @@ _patient: dist.ProcessGroup | None = (
     None  # for waits as long as data takes to be prepared, or a checkpoint to be written
 )
 _behind: dist.ProcessGroup | None = None  # for threads that write a checkpoint while training goes on
+# For agreements on the host. Not that of tensors: a rank that is elsewhere must not take the one for the other.
+_agreements: dist.ProcessGroup | None = None
 _watch: Watch | None = None
+_place = "the beginning"
 _same_data = 1  # neighbouring processes that see the same data, because each has a part of every layer
 _data: dist.ProcessGroup | None = None  # one process of each such neighbourhood; None: all
 
 
 def start(device: torch.device, timeout_s: float = 600) -> None:
     """Join the process group that torchrun describes; nothing happens in one process or when it is already joined."""
-    global _patient, _behind, _watch
+    global _patient, _behind, _agreements, _watch
     if environment().world_size == 1 or _patient is not None:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is offloaded is reduced on the CPU
@@ -34,6 +37,7 @@ def start(device: torch.device, timeout_s: float = 600) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **_meeting_point())
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     _behind = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    _agreements = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     _watch = watch.start(process_number(), environment().master_addr, gather_objects, num_processes())
 
 
@@ -52,12 +56,12 @@ def _meeting_point() -> dict[str, Any]:
 
 def stop() -> None:
     """Leave the process group."""
-    global _patient, _behind, _watch, _same_data, _data
+    global _patient, _behind, _agreements, _watch, _same_data, _data
     if dist.is_initialized():
         dist.destroy_process_group()
     if _watch is not None:
         _watch.close()
-    _patient = _behind = _watch = _data = None
+    _patient = _behind = _agreements = _watch = _data = None
     _same_data = 1
 
 
@@ -85,6 +89,25 @@ def on_duty(last_words: Callable[[], str]) -> AbstractContextManager[None]:
         last_words: says how to go on, at the end of the message.
     """
     return nullcontext() if _watch is None else _watch.on_duty(last_words)
+
+
+def reached(place: str) -> None:
+    """Note that this process begins something, such as `step 3, micro-batch 1`: for the message if ranks wait in vain."""
+    global _place
+    _place = place
+    if _watch is not None:
+        _watch.reached(place)
+
+
+def place() -> str:
+    """What this process began last, as `reached` was told."""
+    return _place
+
+
+def passed(place: str) -> None:
+    """Note something that all ranks must do in the same order since they began what `reached` says."""
+    if _watch is not None:
+        _watch.passed(place)
 
 
 def process_number() -> int:
@@ -154,6 +177,22 @@ def largest(value: int, device: torch.device) -> int:
     return int(shared)
 
 
+def extremes(values: Sequence[int]) -> list[tuple[int, int]]:
+    """The least and the greatest of each of `values` over all processes, compared on the host beside other collectives."""
+    if not dist.is_initialized():
+        return [(value, value) for value in values]
+    table = torch.tensor([*values, *(-value for value in values)])
+    dist.all_reduce(table, dist.ReduceOp.MIN, group=_agreements)
+    least, negated = table.view(2, -1).tolist()
+    return [(low, -high) for low, high in zip(least, negated, strict=True)]
+
+
+def all_equal(value: int) -> bool:
+    """Whether all processes have the same `value`."""
+    ((least, greatest),) = extremes([value])
+    return least == greatest
+
+
 def _host_or(device: torch.device) -> torch.device:
     """The host where the processes can exchange its tensors, else `device`."""
     has_host_backend = "gloo" in dist.get_backend_config()
@@ -179,13 +218,18 @@ def gather_behind(value: object) -> list:
     return gather_objects(value, _behind)
 
 
-def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """The main process's `value`, everywhere (the ranks exchange it in `group`, by default the one of training)."""
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None, source: int = 0) -> T:
+    """The `value` of process `source`, everywhere (exchanged in `group`, by default the one of training)."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
+    dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
+
+
+def share_object(value: T, source: int) -> T:
+    """The `value` of process `source`, everywhere, beside the collectives of tensors."""
+    return broadcast_object(value, _agreements, source)
 
 
 @contextmanager

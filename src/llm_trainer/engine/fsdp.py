@@ -1,7 +1,7 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`): every rank holds a shard of each parameter, gradient and optimizer state."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,12 @@ from llm_trainer import checkpoint
 from llm_trainer.checkpoint.weights import gathered_weights, shard_like
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
-from llm_trainer.engine.base import EngineOptions
+from llm_trainer.engine.base import EngineOptions, SumOverRanks
 from llm_trainer.engine.device import DTYPES
+from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import TorchEngine
+from llm_trainer.engine.unused import Unused
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
 
@@ -45,6 +47,9 @@ class FsdpEngine(TorchEngine):
         super().__init__(device, precision, ddp=True)
         self.options = options
         self._root: FSDPModule
+        self._lockstep = Lockstep(device)
+        self._parameters: list[Any]  # what torch keeps of each
+        self._exchanges_zeros: bool  # for parameters that only some ranks have used; else these would be mixed up
 
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         recipe = recipe_of(optimizer)
@@ -57,6 +62,10 @@ class FsdpEngine(TorchEngine):
         self._module, self._base, self._optimizer = module, base, optimizer
         state = checkpoint.optimizer_state_by_name(base, optimizer)
         self._root = self._shard(module)
+        self._parameters, self._unused = _parameters_of(module), Unused(self.device)
+        self._exchanges_zeros = hasattr(self._root, "set_reduce_scatter_unused_params")  # from torch 2.13 on
+        if self._exchanges_zeros:
+            self._root.set_reduce_scatter_unused_params(True)
         # NOTE: sharding has put new parameters into the module.
         sharded = {checkpoint.plain_name(name): parameter for name, parameter in base.named_parameters()}
         optimizer.state.clear()
@@ -94,6 +103,7 @@ class FsdpEngine(TorchEngine):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=self.options.reshard_after_forward, **how)
         fully_shard(module, reshard_after_forward=False, **how)  # what its forward ends with, its backward begins with
+        self._lockstep.add(module, layers)
         self._scatter(module, full)
         for buffer in module.buffers():
             buffer.data = dist.broadcast_tensor(buffer.data.to(self.device))
@@ -131,8 +141,31 @@ class FsdpEngine(TorchEngine):
             self._root.set_requires_gradient_sync(last)
         self._root.set_requires_all_reduce(last)  # between the groups of hybrid sharding once is enough
         self._root.set_is_last_backward(last)
-        with self.precision():
+        with self._lockstep.together(), self.precision():
             yield
+
+    def together(self) -> AbstractContextManager[None]:
+        return self._lockstep.together()
+
+    def joined(self, sum_over_ranks: SumOverRanks) -> SumOverRanks:
+        return self._lockstep.joined(sum_over_ranks)
+
+    def backward(self, loss: Tensor) -> None:
+        loss = self._lockstep.before_backward(loss)
+        assert self._unused is not None
+        for parameter in self._parameters:
+            leaf = getattr(parameter, "_unsharded_param", None)  # made by the first forward that uses its layer
+            if leaf is not None and leaf.requires_grad:
+                self._unused.add(parameter._param_fqn, leaf, parameter.sharded_param)
+        super().backward(loss)
+
+    def step(self, max_grad_norm: float) -> tuple[float, bool]:
+        if not self._exchanges_zeros and self._unused is not None and (differences := self._unused.differences()):
+            raise ValueError(
+                f"fsdp: {differences}. Expected all of them in every loss (add 0 * parameter.sum()), or torch 2.13, which "
+                f"can do without, or engine: torch"
+            )
+        return super().step(max_grad_norm)
 
     @contextmanager
     def inference(self, alone: bool = False) -> Iterator[None]:
@@ -169,7 +202,7 @@ class FsdpEngine(TorchEngine):
 
         def gather(tensor: Tensor) -> Tensor:
             value = checkpoint.full_tensor(tensor.detach())
-            return value.to("cpu", copy=copy) if dist.is_main() else value[:0]
+            return value.to("cpu", copy=copy) if dist.is_main() else value.flatten()[:0]
 
         found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
@@ -202,6 +235,22 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     if names:
         return [inner for inner in module.modules() if type(inner).__name__ in names]
     return in_lists
+
+
+def _parameters_of(module: nn.Module) -> list[Any]:
+    """What torch keeps of each sharded parameter of `module`."""
+    found: list[Any] = []
+    for inner in module.modules():
+        if not isinstance(inner, FSDPModule):
+            continue
+        state: Any = inner._get_fsdp_state()
+        if hasattr(state, "_fsdp_param_groups"):
+            groups = state._fsdp_param_groups
+        else:  # before torch 2.13
+            groups = filter(None, [state._fsdp_param_group])
+        for group in groups:
+            found += group.fsdp_params
+    return found
 
 
 def _allocate(module: nn.Module) -> None:

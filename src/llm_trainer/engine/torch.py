@@ -17,6 +17,7 @@ from llm_trainer.checkpoint.weights import gathered_weights
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import DTYPES
+from llm_trainer.engine.unused import Unused
 
 # The forward need not exchange buffers; torch 2.13 renamed the switch and warns of the old name.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -58,12 +59,16 @@ class TorchEngine(Engine):
         self._module: nn.Module
         self._base: nn.Module
         self._optimizer: torch.optim.Optimizer
+        self._unused: Unused | None = None  # where gradients are exchanged
+        self._is_last = True  # whether the backward under way is the one in which DDP exchanges gradients
 
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         module.to(self.device)
         self._base, self._optimizer = base, optimizer
         if self.ddp:
             index = [self.device.index] if self.device.type == "cuda" else None
+            self._unused = Unused(self.device)
+            self._unused.add_all(module)
             module = DistributedDataParallel(module, device_ids=index, gradient_as_bucket_view=True, **DDP_OPTIONS)
         self._module = module
         return module
@@ -76,7 +81,7 @@ class TorchEngine(Engine):
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         # DDP decides in its forward whether this backward will reduce, so the context has to begin before the forward.
-        module = self._module
+        module, self._is_last = self._module, last
         quiet = module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
         with quiet, self.precision():
             yield
@@ -85,9 +90,15 @@ class TorchEngine(Engine):
         # DDP averages gradients over ranks; a step's loss is a sum of shares, so the average is multiplied back.
         if self.ddp:
             loss = loss * dist.world_size()
+        if self._unused is not None:
+            self._unused.begin()
         self._scaler.scale(loss).backward()
+        if isinstance(self._module, DistributedDataParallel) and self._unused is not None and self._is_last:
+            self._unused.complete()
 
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
+        if self._unused is not None:
+            self._unused.drop()
         self._scaler.unscale_(self._optimizer)
         parameters: list[nn.Parameter] = sum((group["params"] for group in self._optimizer.param_groups), [])
         grad_norm, finite = clip(parameters, max_grad_norm, self.device)

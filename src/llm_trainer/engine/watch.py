@@ -1,28 +1,35 @@
-"""Ranks that watch over each other: one that dies stops the others with an error that names it, never a hang.
+"""Ranks that watch over each other: one that fails, dies or waits in vain stops the others with an error, never a hang.
 
 Every rank holds a connection to the main process. The operating system closes it when a process ends, however it
 ends, also while the others wait inside a collective that cannot notice; a machine that is gone is found by keep-alives.
+Over the same connections ranks say why they fail, and, once they stand still, where.
 """
 
+import json
 import os
-import secrets
-import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from socket import SHUT_RDWR, socket
+from typing import Any
 
 import torch.distributed
 
-ON_DUTY, OFF_DUTY = "on", "off"  # else a line is the number of a rank that is gone
-CONNECT_S = 30.0
+from llm_trainer.engine.peers import connect
+
 GRACE_S = 10.0  # for the main thread to raise, which it does where its collective notices
-KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # silent for 30 s: gone
+STANDSTILL_S = 2.0  # a rank that is in one place for longer says where
+MOST_PLACES = 10_000  # of one stretch, that are kept
 
 
 class RankLostError(RuntimeError):
-    """Another process of the run is gone."""
+    """Another process of the run has failed or is gone."""
+
+
+class CollectiveTimeoutError(RuntimeError):
+    """The ranks have waited for each other in vain; all of them are alive."""
 
 
 class Watch:
@@ -34,33 +41,80 @@ class Watch:
         peers: connections by rank: to all others on the main process, to rank 0 elsewhere.
     """
 
-    def __init__(self, rank: int, names: list[str], peers: dict[int, socket.socket]) -> None:
+    def __init__(self, rank: int, names: list[str], peers: dict[int, socket]) -> None:
         self.rank, self.names, self.peers = rank, names, peers
-        self.lost: int | None = None
+        self.stopped_by = ""  # what stops this rank: another one and why, or where the ranks part
         self._gone: list[int] = []  # peers whose process has ended
         self._served, self._entered = dict.fromkeys(peers, 0), 0  # times on duty, of each peer to the end; of this rank
-        self._is_on_duty, self._heard = False, threading.Event()
+        self._is_on_duty, self._heard, self._closed = False, threading.Event(), threading.Event()
         self._last_words: Callable[[], str] = str
+        self._sending = threading.Lock()
+        self._stretch: list[str] = []  # where this rank has been since the last `reached`
+        self._moves = 0
+        self._stretches: dict[int, list[str]] = {}  # of ranks that stand still
         for peer, connection in peers.items():
             threading.Thread(target=self._listen, args=(peer, connection), daemon=True, name=f"watch {peer}").start()
+        threading.Thread(target=self._notice_standstill, daemon=True, name="watch standstill").start()
 
-    def _listen(self, peer: int, connection: socket.socket) -> None:
+    # Where this rank is.
+
+    def reached(self, place: str) -> None:
+        """Note that this rank begins something, such as `step 3, micro-batch 1`."""
+        self._stretch = [place]
+        self._moves += 1
+
+    def passed(self, place: str) -> None:
+        """Note something on the way that all ranks must do in the same order, such as a forward that gathers weights."""
+        if len(self._stretch) < MOST_PLACES:
+            self._stretch.append(place)
+        self._moves += 1
+
+    def _notice_standstill(self) -> None:
+        """Tell the main process where this rank is, when it has been there for a while."""
+        seen = told = -1
+        while not self._closed.wait(STANDSTILL_S):
+            moves, stretch = self._moves, list(self._stretch)
+            if self._is_on_duty and moves == seen and moves != told:
+                told = moves
+                self._stands(self.rank, stretch)
+            seen = moves
+
+    def _stands(self, rank: int, stretch: list[str]) -> None:
+        """Keep where a rank stands; the main process lets all know, and looks whether they can ever meet."""
+        self._stretches[rank] = stretch
+        if self.rank == 0 or rank == self.rank:
+            self._tell({"rank": rank, "stretch": stretch})
+        if self.rank == 0 and len(self._stretches) == len(self.names):
+            parting = where_they_part(self._stretches)
+            if parting:
+                self._alarm(parting)
+
+    # What others say.
+
+    def _listen(self, peer: int, connection: socket) -> None:
         working = False
         with suppress(OSError), connection.makefile() as lines:  # an error: keep-alives were not answered
-            for line in map(str.strip, lines):
-                if line.isdecimal():
-                    self._alarm(int(line))
-                working = line == ON_DUTY
-                self._served[peer] += line == OFF_DUTY
+            for line in lines:
+                said = json.loads(line)
+                if "stretch" in said:
+                    self._stands(said["rank"], said["stretch"])
+                elif "alarm" in said:
+                    self._alarm(said["alarm"])
+                else:
+                    working = said["on_duty"]
+                    self._served[peer] += not working
         self._gone.append(peer)
         if working:
-            self._alarm(peer)
+            self._alarm(self._is_gone(peer))
 
-    def _alarm(self, lost: int) -> None:
-        self.lost = lost if self.lost is None else self.lost
-        if self.rank == 0:
-            self._tell(str(lost))
+    def _alarm(self, why: str) -> None:
+        """Stop this rank, and from the main process all others, unless something stops it already."""
+        if self._heard.is_set():
+            return
+        self.stopped_by = why
         self._heard.set()
+        if self.rank == 0:
+            self._tell({"alarm": why})
         leave = threading.Timer(GRACE_S, self._leave)
         leave.daemon = True
         leave.start()
@@ -71,17 +125,21 @@ class Watch:
             print(self._message(), file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _tell(self, line: str) -> None:
-        for connection in self.peers.values():
-            with suppress(OSError):  # it is gone, which is noticed where it is listened to
-                connection.sendall(f"{line}\n".encode())
+    def _tell(self, what: Mapping[str, Any]) -> None:
+        line = json.dumps(what).encode() + b"\n"
+        with self._sending:
+            for connection in self.peers.values():
+                with suppress(OSError):  # it is gone, which is noticed where it is listened to
+                    connection.sendall(line)
+
+    def _is_gone(self, rank: int) -> str:
+        return f"{self.names[rank]} is gone: it was killed, or its machine is lost (see its own output)"
 
     def _message(self) -> str:
-        who = "another rank" if self.lost is None else self.names[self.lost]
-        return (
-            f"{self.names[self.rank]}: {who} is gone: it failed (see its own output), was killed, or its machine is lost. "
-            f"This process stops too. {self._last_words()}"
-        )
+        why = self.stopped_by or "another rank is gone (see its own output)"
+        return f"{self.names[self.rank]}: {why}. This process stops too. {self._last_words()}"
+
+    # On duty.
 
     @contextmanager
     def on_duty(self, last_words: Callable[[], str]) -> Iterator[None]:
@@ -91,40 +149,101 @@ class Watch:
             last_words: says how to go on, at the end of the message.
 
         Raises:
-            RankLostError: a rank is gone; the message names it.
+            RankLostError: a rank has failed or is gone; the message names it.
+            CollectiveTimeoutError: the ranks waited for each other in vain; the message says where each of them is.
         """
         self._last_words = last_words
         self._entered += 1
         for peer in self._gone:
             if self._served[peer] < self._entered:  # else it has finished what this rank begins: there was little to do
-                self.lost = peer
+                self.stopped_by = self._is_gone(peer)
                 raise RankLostError(self._message())
         self._is_on_duty = True
-        self._tell(ON_DUTY)
+        self._tell({"on_duty": True})
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
-            lost = isinstance(error, RuntimeError) and is_broken_connection(error)
-            if lost:
-                self._heard.wait(GRACE_S / 2)  # which rank it is
+            stop = self._what_to_raise(error)
             self.close()
-            if lost:
-                raise RankLostError(self._message()) from error
-            raise
+            if stop is error:
+                raise
+            raise stop from error
         finally:
             self._is_on_duty = False
-            self._tell(OFF_DUTY)
+            self._tell({"on_duty": False})
+
+    def _what_to_raise(self, error: BaseException) -> BaseException:
+        """The error that this rank ends with, having told the others if it began here."""
+        if not isinstance(error, RuntimeError) or not is_broken_connection(error):
+            self._tell({"alarm": f"{self.names[self.rank]} failed: {in_one_line(error)}"})
+            return error
+        if is_timeout(error) and not self._heard.is_set():
+            self._heard.wait(2 * STANDSTILL_S)  # until all that stand still have said where
+        elif not is_timeout(error):
+            self._heard.wait(GRACE_S / 2)  # which rank it is
+        if self._heard.is_set() or not is_timeout(error):
+            return RankLostError(self._message())
+        text = f"the ranks waited for each other in vain; all are alive: {self._where_all_are()}"
+        self._tell({"alarm": f"{self.names[self.rank]} gave up: {text}"})
+        return CollectiveTimeoutError(
+            f"{self.names[self.rank]}: {text}. If one of them only needs more time, raise ddp_timeout_s. {self._last_words()}"
+        )
+
+    def _where_all_are(self) -> str:
+        stretches = self._stretches | {self.rank: self._stretch}
+        places = []
+        for rank in range(len(self.names)):
+            stretch = stretches.get(rank)
+            place = " > ".join([stretch[0], *stretch[1:][-1:]]) if stretch else "an unknown place"
+            places.append(f"rank {rank} is in {place}")
+        return "; ".join(places)
 
     def close(self) -> None:
         """Hang up; while on duty this is how the others learn at once that this rank fails."""
+        self._closed.set()
         for connection in self.peers.values():
             with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(SHUT_RDWR)
+
+
+def where_they_part(stretches: Mapping[int, Sequence[str]]) -> str:
+    """What ranks do differently that they must do alike, having begun alike; empty if nothing is known of that."""
+    ranks = sorted(stretches)
+    if any(not stretches[rank] or stretches[rank][0] != stretches[ranks[0]][0] for rank in ranks):
+        return ""
+    for number in range(1, max(len(stretch) for stretch in stretches.values())):
+        found: dict[str, list[int]] = {}
+        for rank in ranks:
+            if number < len(stretches[rank]):  # else it may still get there
+                found.setdefault(stretches[rank][number], []).append(rank)
+        if len(found) > 1:
+            said = [f"{_ranks(those)} in {place}" for place, those in found.items()]
+            return (
+                f"the ranks part in {stretches[ranks[0]][0]}: {', '.join(said)}. Every rank must use the same layers of a "
+                f"model that is sharded, whatever its data: call them all (and multiply by 0), or use engine: torch"
+            )
+    return ""
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    noun = "rank" if len(numbers) == 1 else "ranks"
+    return f"{noun} {', '.join(map(str, numbers))}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """`ValueError: what happened`, short enough for another rank's message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:1000]
 
 
 def is_broken_connection(error: RuntimeError) -> bool:
-    """Whether a collective says that a peer is gone: gloo has no error class of its own."""
+    """Whether a collective says that a peer is gone or late: gloo has no error class of its own."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "Connection" in str(error)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective says that it has waited for too long."""
+    return "imed out" in str(error) or "timeout" in str(error).lower()
 
 
 def start(rank: int, host: str, exchange: Callable[[object], list], world_size: int) -> Watch | None:
@@ -134,51 +253,18 @@ def start(rank: int, host: str, exchange: Callable[[object], list], world_size: 
         host: address of the main process.
         exchange: gives every rank the values of all ranks, by rank.
     """
-    server = socket.create_server(("", 0), backlog=world_size) if rank == 0 else None
-    mine = (
-        f"rank {rank} (pid {os.getpid()} on {socket.gethostname()})",
-        server and server.getsockname()[1],
-        secrets.token_hex(),
-    )
-    everybody = exchange(mine)
-    _, port, token = everybody[0]
-    try:
-        peers = {0: _call(host, port, token, rank)} if server is None else _answer(server, token, world_size)
-    except OSError:
-        peers = {}
-    if not all(exchange(len(peers) == (world_size - 1 if rank == 0 else 1))):
+    names, peers = connect(rank, host, exchange, world_size)
+    if peers is None:
+        if rank == 0:
+            print(
+                "the ranks cannot watch over each other: not all could open a connection to rank 0 (a firewall?). A rank "
+                "that dies may leave the others waiting until ddp_timeout_s",
+                file=sys.stderr,
+            )
         return None
-    for connection in peers.values():
-        connection.settimeout(None)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEP_ALIVE.items():
-            if name in vars(socket):  # not every system lets them be chosen
-                connection.setsockopt(socket.IPPROTO_TCP, vars(socket)[name], value)
-    watch = Watch(rank, [name for name, _, _ in everybody], peers)
+    watch = Watch(rank, names, peers)
     _not_in_children(watch)
     return watch
-
-
-def _call(host: str, port: int, token: str, rank: int) -> socket.socket:
-    connection = socket.create_connection((host, port), timeout=CONNECT_S)
-    connection.sendall(f"{token} {rank:8d}\n".encode())
-    return connection
-
-
-def _answer(server: socket.socket, token: str, world_size: int) -> dict[int, socket.socket]:
-    """The connections of all other ranks; who does not know the token is not one of them."""
-    peers: dict[int, socket.socket] = {}
-    with server:
-        server.settimeout(CONNECT_S)
-        while len(peers) < world_size - 1:
-            connection, _ = server.accept()
-            connection.settimeout(CONNECT_S)
-            said = connection.recv(len(token) + 10, socket.MSG_WAITALL).decode(errors="replace").split()
-            if len(said) == 2 and secrets.compare_digest(said[0], token):
-                peers[int(said[1])] = connection
-            else:
-                connection.close()
-    return peers
 
 
 def _not_in_children(watch: Watch) -> None:

@@ -72,7 +72,7 @@ def _measure(work: Work, source: StepSource) -> Metrics:
             alone = replace(micro_batch, weight=weight)
             with work.metrics.recording(micro_batch.counts):
                 begin_step(algorithm, engine, [alone], lambda numbers: numbers)  # each batch is a step of its own
-                with engine.precision():
+                with engine.precision(), engine.together():
                     batch = algorithm._prepare_batch(micro_batch.batch)
                     outputs = algorithm._forward(batch)
                     loss = algorithm._compute_loss(outputs, batch)

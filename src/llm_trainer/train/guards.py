@@ -1,13 +1,11 @@
 """What keeps numbers that are not finite, and batches that hold nothing, from spoiling a run."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llm_trainer.disk import whole_file
 from llm_trainer.engine import dist
@@ -44,30 +42,6 @@ def check_weights(engine: Engine, model: nn.Module) -> None:
             f"the weights are broken before the first step: {broken}. Expected finite numbers: load other weights, or "
             f"mend what made these"
         )
-
-
-def zero_loss(outputs: Any, module: nn.Module) -> Tensor:
-    """`[]` the loss of a batch without terms: 0, with a gradient of 0 that goes the way of every other batch's.
-
-    Its own loss may be 0 / 0, and NaN * 0 is NaN. Sharded layers exchange gradients on the way, so no rank may leave it out.
-    """
-    reached = [tensor for tensor in _tensors_of(outputs) if tensor.requires_grad]
-    if not reached:
-        reached = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    zeros = [(tensor.nan_to_num(0.0, 0.0, 0.0) * 0).sum().float() for tensor in reached]
-    return torch.stack(zeros).sum()
-
-
-def _tensors_of(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors_of(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_of(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors_of([getattr(value, f.name) for f in fields(value)])
 
 
 def keep_batches(batches: Sequence[MicroBatch], step: int, save_dir: Path) -> str:

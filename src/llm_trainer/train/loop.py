@@ -57,6 +57,7 @@ def fit(work: Work, progress: Progress, after: Callable[[StepDone | None], bool]
             done = train_step(work, progress.step, micro_batches, position)
             if after(done):
                 return
+            dist.reached(f"data of step {progress.step + 1}")
         if after(None):
             return
 
@@ -70,13 +71,15 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
     torch.manual_seed(mix_seeds(work.seed, step, dist.rank()))
 
     # 2. Count what the step's loss is a mean of, before the first micro-batch runs.
+    dist.reached(f"step {step + 1}, beginning")
     batches = fill_up(engine, micro_batches)
     total, tokens, stop = count_terms(algorithm, engine, batches, work.stop_requested())
-    begin_step(algorithm, engine, batches, dist.all_reduce)
+    begin_step(algorithm, engine, batches, engine.joined(dist.all_reduce))
 
     # 3. Add up gradients. The losses ADD, over micro-batches and over ranks.
     loss_sum = torch.zeros((), device=engine.device)
     for number, micro_batch in enumerate(batches, start=1):
+        dist.reached(f"step {step + 1}, micro-batch {number}")
         with engine.micro_step(last=number == len(batches)), work.metrics.recording(micro_batch.counts):
             batch = algorithm._prepare_batch(micro_batch.batch)
             outputs = algorithm._forward(batch)
@@ -84,6 +87,7 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
             share = share_of_step(loss, micro_batch, total, outputs, algorithm)
             engine.backward(share)
         loss_sum += share.detach()
+    dist.reached(f"step {step + 1}, update")
     algorithm._end_step(dist.all_reduce)
 
     # 4. Update the weights, unless the gradient is not finite. The host waits for the device here, and nowhere else.

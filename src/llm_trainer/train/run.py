@@ -17,6 +17,7 @@ from llm_trainer.data.loader_workers import workers_needed
 from llm_trainer.data.loaders import as_step_source
 from llm_trainer.data.stream import StepSource
 from llm_trainer.engine import dist
+from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import detect_device
 from llm_trainer.optim import schedules
@@ -131,6 +132,7 @@ class Run:
         self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
         prepared = self.engine.prepare(module, model, self.trainer.optimizer)
         self._configured = ConfiguredOptimizer(self.trainer)
+        self._buffers = SharedBuffers(model)
         return prepared
 
     @property
@@ -171,6 +173,7 @@ class Run:
                 self._call_hooks()  # whatever a signal left undone
                 if not self.finished():
                     self.trainer.model.train()
+                    self._buffers.begin()
                     self.driver(self.work, self.progress, self.after)
                 if not self.finished():  # the driver of another library ends when a callback of it says so
                     self.stop("training was ended before its last step")
@@ -212,6 +215,9 @@ class Run:
 
     def _account(self, done: StepDone) -> None:
         """Note a finished step, in `progress`, in the metrics and in the schedule."""
+        said = self._buffers.share()
+        if said:
+            self.say(said)
         progress = self.progress
         progress.tokens += done.tokens
         progress.train_seconds += done.seconds
@@ -259,6 +265,7 @@ class Run:
             if self.stop_requested or not hook.is_due(self, self.finished()):
                 continue
             self.progress.hooks_done[hook.name] = self.progress.step
+            dist.reached(f"step {self.progress.step}, hook {hook.name}")
             hook.call(self)
             if self.finished() and not was_finished:
                 return self._call_hooks()  # this hook ended the run: those before it may be due at the end

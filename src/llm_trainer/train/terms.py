@@ -6,8 +6,8 @@ from torch import Tensor
 from llm_trainer.algorithm import Algorithm, SumOverRanks
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.engine.lockstep import zero_loss
 from llm_trainer.state import MicroBatch
-from llm_trainer.train.guards import zero_loss
 
 
 def fill_up(engine: Engine, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
@@ -38,7 +38,7 @@ def count_terms(
 @torch.no_grad()
 def begin_step(algorithm: Algorithm, engine: Engine, batches: list[MicroBatch], sum_over_ranks: SumOverRanks) -> None:
     """Let the algorithm see all micro-batches of a step before the first of them runs."""
-    with engine.precision():
+    with engine.precision(), engine.together():
         algorithm._begin_step([b.batch for b in batches], [b.weight for b in batches], sum_over_ranks)
 
 

@@ -26,6 +26,7 @@ from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.torch import TorchEngine
+from llm_trainer.engine.unused import Unused
 from llm_trainer.state import MicroBatch, Progress, StepDone
 from llm_trainer.train.loop import Work
 from llm_trainer.train.terms import begin_step, count_terms, fill_up, share_of_step
@@ -119,6 +120,7 @@ def _training_arguments(work: Work, given: dict[str, Any]) -> TrainingArguments:
         "use_cpu": engine.device.type == "cpu",
         "use_cache": isinstance(model, transformers.PreTrainedModel) and model.config.use_cache,
         "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # ranks may run different numbers of forwards
         "logging_strategy": "no",
         "logging_nan_inf_filter": False,  # it waits for the device after every micro-batch
         "save_strategy": "no",
@@ -168,6 +170,9 @@ class Driver(transformers.Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.work, self.progress, self.after = work, progress, after
+        self.ddp = dist.world_size() > 1
+        self._unused = Unused(work.engine.device)
+        self._unused.add_all(work.algorithm.model)
         optimizer = work.run.trainer.optimizer
         super().__init__(
             model=work.algorithm.model,
@@ -197,18 +202,25 @@ class Driver(transformers.Trainer):
         torch.manual_seed(mix_seeds(self.work.seed, self.progress.step, dist.rank()))
         self.micro_batches = fill_up(engine, micro_batches)
         self.total, tokens, stop = count_terms(algorithm, engine, self.micro_batches, self.work.stop_requested())
-        begin_step(algorithm, engine, self.micro_batches, dist.all_reduce)
+        begin_step(algorithm, engine, self.micro_batches, engine.joined(dist.all_reduce))
         self.loss_sum = torch.zeros((), device=engine.device)
         unwrapped, algorithm.model = algorithm.model, model
         try:
             for number in range(len(self.micro_batches)):
+                dist.reached(f"step {self.progress.step + 1}, micro-batch {number + 1}")
                 is_last = number == len(self.micro_batches) - 1
+                self._unused.begin()
                 quiet = nullcontext() if is_last else self.accelerator.no_sync(model)
                 with quiet:
                     super().training_step(model, {"number": number})
+            if self.ddp:
+                self._unused.complete()
         finally:
             algorithm.model = unwrapped
+        dist.reached(f"step {self.progress.step + 1}, update")
         algorithm._end_step(dist.all_reduce)
+        if self.ddp:
+            self._unused.drop()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = get_total_norm(gradients).float()
         grad_norm = norm.item()  # the one place in a step where the host waits for the device
