@@ -42,6 +42,16 @@ def assemble(config: TrainConfig, trainer_class: Any, given: dict[str, Any]) -> 
             with lock_of_run(run.save_dir).held():  # another run in the folder is an error
                 CheckpointManager(run.save_dir)  # so is a folder that cannot be written
 
+    # What one rank cannot make stops all of them.
+    with dist.on_duty(lambda: "Nothing has been trained yet"):
+        objects = _objects(config, trainer_class, given, build)
+        dist.gather_objects(None)  # until all have got here
+    return objects
+
+
+def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], build: Builder) -> dict[str, Any]:
+    run = config.run_config
+
     # 2. The model, what the algorithm itself needs, the data.
     model = build.policy
     check_vocabulary(build.tokenizer, model.get_input_embeddings().num_embeddings)

@@ -180,7 +180,7 @@ class FsdpEngine(TorchEngine):
                 layer.unshard()
         root.unshard()
         try:
-            with self.precision():
+            with self._lockstep.apart(), self.precision():
                 yield
         finally:
             for layer in layers:

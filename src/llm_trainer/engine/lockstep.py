@@ -77,6 +77,15 @@ class Lockstep:
         finally:
             self._is_together = False
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The context, perhaps inside `together`, of what ranks do by themselves on gathered weights."""
+        was_together, self._is_together = self._is_together, False
+        try:
+            yield
+        finally:
+            self._is_together = was_together
+
     def _finish(self) -> None:
         if self._is_together:
             dist.passed("the end of its forward")

@@ -21,7 +21,7 @@ from llm_trainer.engine.peers import connect
 
 GRACE_S = 10.0  # for the main thread to raise, which it does where its collective notices
 STANDSTILL_S = 2.0  # a rank that is in one place for longer says where
-MOST_PLACES = 10_000  # of one stretch, that are kept
+MOST_PLACES = 1000  # of one stretch, that are kept
 
 
 class RankLostError(RuntimeError):
@@ -80,14 +80,31 @@ class Watch:
             seen = moves
 
     def _stands(self, rank: int, stretch: list[str]) -> None:
-        """Keep where a rank stands; the main process lets all know, and looks whether they can ever meet."""
+        """Let the main process know where a rank stands; it looks whether they can ever meet."""
+        if self.rank != 0:
+            return self._tell({"stretch": stretch})
         self._stretches[rank] = stretch
-        if self.rank == 0 or rank == self.rank:
-            self._tell({"rank": rank, "stretch": stretch})
-        if self.rank == 0 and len(self._stretches) == len(self.names):
+        if len(self._stretches) == len(self.names):
             parting = where_they_part(self._stretches)
             if parting:
                 self._alarm(parting)
+
+    def _give_up(self) -> None:
+        """Stop all, from the main process, as a collective has timed out: say where each rank is."""
+        self._heard.wait(2 * STANDSTILL_S)  # until all have said it
+        places = []
+        for rank in range(len(self.names)):
+            stretch = self._stretches.get(rank)
+            if rank == 0:
+                stretch = self._stretch
+            place = "an unknown place"
+            if stretch:
+                place = " > ".join(dict.fromkeys([stretch[0], stretch[-1]]))
+            places.append(f"rank {rank} is in {place}")
+        self._alarm(
+            f"the ranks waited for each other in vain; all are alive: {'; '.join(places)}. If one of them only needs more "
+            f"time, raise ddp_timeout_s"
+        )
 
     # What others say.
 
@@ -97,14 +114,17 @@ class Watch:
             for line in lines:
                 said = json.loads(line)
                 if "stretch" in said:
-                    self._stands(said["rank"], said["stretch"])
+                    self._stands(peer, said["stretch"])
+                elif "gave_up" in said:
+                    self._give_up()
                 elif "alarm" in said:
                     self._alarm(said["alarm"])
                 else:
                     working = said["on_duty"]
                     self._served[peer] += not working
         self._gone.append(peer)
-        if working:
+        is_awaited = self._is_on_duty and self._served[peer] < self._entered
+        if working or is_awaited:
             self._alarm(self._is_gone(peer))
 
     def _alarm(self, why: str) -> None:
@@ -133,7 +153,7 @@ class Watch:
                     connection.sendall(line)
 
     def _is_gone(self, rank: int) -> str:
-        return f"{self.names[rank]} is gone: it was killed, or its machine is lost (see its own output)"
+        return f"{self.names[rank]} is gone: it failed (see its own output), was killed, or its machine is lost"
 
     def _message(self) -> str:
         why = self.stopped_by or "another rank is gone (see its own output)"
@@ -156,7 +176,7 @@ class Watch:
         self._entered += 1
         for peer in self._gone:
             if self._served[peer] < self._entered:  # else it has finished what this rank begins: there was little to do
-                self.stopped_by = self._is_gone(peer)
+                self.stopped_by = self.stopped_by or self._is_gone(peer)
                 raise RankLostError(self._message())
         self._is_on_duty = True
         self._tell({"on_duty": True})
@@ -177,26 +197,15 @@ class Watch:
         if not isinstance(error, RuntimeError) or not is_broken_connection(error):
             self._tell({"alarm": f"{self.names[self.rank]} failed: {in_one_line(error)}"})
             return error
-        if is_timeout(error) and not self._heard.is_set():
-            self._heard.wait(2 * STANDSTILL_S)  # until all that stand still have said where
-        elif not is_timeout(error):
+        if not is_timeout(error) or self._heard.is_set():
             self._heard.wait(GRACE_S / 2)  # which rank it is
-        if self._heard.is_set() or not is_timeout(error):
             return RankLostError(self._message())
-        text = f"the ranks waited for each other in vain; all are alive: {self._where_all_are()}"
-        self._tell({"alarm": f"{self.names[self.rank]} gave up: {text}"})
-        return CollectiveTimeoutError(
-            f"{self.names[self.rank]}: {text}. If one of them only needs more time, raise ddp_timeout_s. {self._last_words()}"
-        )
-
-    def _where_all_are(self) -> str:
-        stretches = self._stretches | {self.rank: self._stretch}
-        places = []
-        for rank in range(len(self.names)):
-            stretch = stretches.get(rank)
-            place = " > ".join([stretch[0], *stretch[1:][-1:]]) if stretch else "an unknown place"
-            places.append(f"rank {rank} is in {place}")
-        return "; ".join(places)
+        if self.rank == 0:
+            self._give_up()
+        else:
+            self._tell({"gave_up": True})
+            self._heard.wait(4 * STANDSTILL_S)  # for what the main process says
+        return CollectiveTimeoutError(self._message())
 
     def close(self) -> None:
         """Hang up; while on duty this is how the others learn at once that this rank fails."""

@@ -130,7 +130,8 @@ class Run:
             compile_module(module)
         # Now: an engine may leave nothing to count in the parameters themselves.
         self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
-        prepared = self.engine.prepare(module, model, self.trainer.optimizer)
+        with dist.on_duty(self._how_to_go_on):
+            prepared = self.engine.prepare(module, model, self.trainer.optimizer)
         self._configured = ConfiguredOptimizer(self.trainer)
         self._buffers = SharedBuffers(model)
         return prepared
@@ -160,7 +161,7 @@ class Run:
 
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
-        on_duty = dist.on_duty(lambda: self.checkpoints.how_to_go_on(self.settings.resume))
+        on_duty = dist.on_duty(self._how_to_go_on)
         with self.checkpoints.alone(), self.signals.listening(), workers_needed(), self._saved_at_the_end(), on_duty:
             self._resume()
             self.stop_requested = False
@@ -194,6 +195,9 @@ class Run:
                 self.checkpoints.saving.wait()
             except CheckpointError as error:
                 self._reporter.warn(str(error))
+
+    def _how_to_go_on(self) -> str:
+        return self.checkpoints.how_to_go_on(self.settings.resume)
 
     def finished(self) -> bool:
         """Whether the last step has been done."""

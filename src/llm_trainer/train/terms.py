@@ -11,7 +11,16 @@ from llm_trainer.state import MicroBatch
 
 
 def fill_up(engine: Engine, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-    """The micro-batches of a step, and in lockstep as many fillers as another rank has more of them."""
+    """The micro-batches of a step, and in lockstep as many fillers as another rank has more of them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not micro_batches:
+        raise ValueError(
+            "a step without a micro-batch on this rank; expected at least one on every rank, with counts=False (see "
+            "MicroBatch.filler) where the rank has no rows"
+        )
     if not engine.in_lockstep:
         return micro_batches
     missing = dist.largest(len(micro_batches), engine.device) - len(micro_batches)

@@ -199,6 +199,7 @@ class Driver(transformers.Trainer):
         micro_batches, position = inputs
         algorithm, engine = self.work.algorithm, self.work.engine
         self.started = time.perf_counter()
+        dist.reached(f"step {self.progress.step + 1}, beginning")
         torch.manual_seed(mix_seeds(self.work.seed, self.progress.step, dist.rank()))
         self.micro_batches = fill_up(engine, micro_batches)
         self.total, tokens, stop = count_terms(algorithm, engine, self.micro_batches, self.work.stop_requested())

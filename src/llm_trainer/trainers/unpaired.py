@@ -57,7 +57,8 @@ class KTOTrainer(BaseTrainer):
     ) -> None:
         self.loss = UnpairedLoss(loss_type, beta, desirable_weight, undesirable_weight)
         self.aux_loss_coef = aux_loss_coef
-        self._kl: float | None = None if loss_type == "kto" else 0.0
+        self._kl: float | None = None if loss_type == "kto" else 0.0  # of the last training step that has an estimate
+        self._kl_of_step = self._kl  # of the step under way, or of the batch that is evaluated
         self._num_of_kind = torch.zeros(2)  # good and bad answers of the step
         model = options["model"] if "model" in options else args[0]
         if ref_model is model:
@@ -122,8 +123,11 @@ class KTOTrainer(BaseTrainer):
             if weight:
                 total, number = total + ratios.sum(), number + len(ratios)
         total, count = sum_over_ranks(torch.stack([total, total.new_tensor(number)]))
+        self._kl_of_step = self._kl
         if count > 0:
-            self._kl = float(kto_kl(total, count))
+            self._kl_of_step = float(kto_kl(total, count))
+            if self.model.training:  # what is evaluated must not change what is learned
+                self._kl = self._kl_of_step
         elif self._kl is None:
             raise ValueError(
                 "KTO estimates its KL from prompts with the completions of other prompts, and the first step holds no "
@@ -161,10 +165,10 @@ class KTOTrainer(BaseTrainer):
         return score(self.model, batch, differentiable=True)
 
     def _compute_loss(self, outputs: TokenScores, batch: Batch) -> Tensor:
-        assert self._kl is not None
+        assert self._kl_of_step is not None
         desirable = batch["desirable"].bool()
         ratios = self._log_ratios(outputs.logprobs, batch)
-        losses, metrics = self.loss(ratios, desirable, ratios.new_tensor(self._kl))
+        losses, metrics = self.loss(ratios, desirable, ratios.new_tensor(self._kl_of_step))
         self.record("kl", metrics["kl"] * num_answers(batch), num_answers(batch))
         logps = torch.where(supervised(batch), as_rows(outputs.logprobs.detach(), batch), 0.0).sum(1)
         for kind, chosen in (("chosen", desirable), ("rejected", ~desirable)):

@@ -125,3 +125,15 @@ def test_a_joined_batch_must_bring_its_mismatched_pairs(tmp_path: Path) -> None:
     joined = {"input_ids": torch.ones(2, 4).long(), "labels": torch.ones(2, 4).long(), "desirable": torch.ones(2)}
     with pytest.raises(ValueError, match="expected the keys kl_input_ids"):
         kl_of(trainer(tmp_path, []), [joined])
+
+
+def test_an_evaluation_does_not_change_what_is_learned(tmp_path: Path) -> None:
+    """The last steps have a single row each, and so the KL of the step before: not that of an evaluation between them."""
+    batches = [batch_of([0, 1, 2]), batch_of([3]), batch_of([4])]
+    curves = []
+    for name, options in (("plain", {}), ("evaluated", {"val_loader": [batch_of([5, 6, 7])], "eval_interval": 1})):
+        made = trainer(tmp_path / name, batches, beta=5.0, **options)
+        made.train()
+        lines = map(json.loads, (tmp_path / name / "log" / "metrics.jsonl").read_text().splitlines())
+        curves.append([(line["loss"], line["kl"]) for line in lines if "loss" in line])
+    assert curves[0] == curves[1] and len(curves[0]) == 3
