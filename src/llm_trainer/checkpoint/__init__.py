@@ -14,17 +14,8 @@ So a folder with the final name is complete, or was damaged afterwards, which th
 Optimizer state is kept by parameter *name*: it means the same in one process, under DDP and under FSDP2.
 """
 
-from llm_trainer.checkpoint.copies import host_copy
-from llm_trainer.checkpoint.manager import (
-    WEIGHTS_OF,
-    CheckpointManager,
-    load_checkpoint,
-    load_folder,
-    read_checkpoint,
-    save_checkpoint,
-    verified,
-    write_file,
-)
+from llm_trainer.checkpoint.manager import CheckpointManager, save_checkpoint, write_file
+from llm_trainer.checkpoint.reading import WEIGHTS_OF, load_checkpoint, load_folder, read_checkpoint, verified
 from llm_trainer.checkpoint.state import restore, set_tensors_aside
 from llm_trainer.checkpoint.valid import CheckpointError, valid_checkpoints
 from llm_trainer.checkpoint.weights import (
@@ -45,7 +36,6 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "full_tensor",
-    "host_copy",
     "load_checkpoint",
     "load_folder",
     "load_optimizer_state_by_name",

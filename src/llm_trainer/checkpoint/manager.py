@@ -1,14 +1,9 @@
 """The checkpoints of one run: a folder per step, or a single `.pt` file."""
 
 import itertools
-import json
-import logging
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm_trainer.checkpoint.atomic import clear_left_behind, exchange, partial_path, replace, whole_or_nothing
-from llm_trainer.checkpoint.state import JSON_FILES, StateFiles, read_tensors, restore, set_tensors_aside
+from llm_trainer.checkpoint.reading import WARN, LoadedCheckpoint, load_folder
+from llm_trainer.checkpoint.state import StateFiles, restore, set_tensors_aside
 from llm_trainer.checkpoint.tensor_files import Shard, shard_files, write_files
 from llm_trainer.checkpoint.valid import (
     CheckpointError,
     Written,
-    find_damage,
-    is_damaged_zip,
-    name_valid_neighbour,
     read_manifest,
     step_folders,
     step_of,
@@ -32,29 +25,13 @@ from llm_trainer.checkpoint.valid import (
     write_manifest,
 )
 from llm_trainer.checkpoint.weights import (
-    load_optimizer_state_by_name,
-    load_weights,
     optimizer_state_by_name,
     plain_name,
-    read_model,
     unwrap,
 )
 from llm_trainer.disk import bytes_in, explained, flush, remove
 
 OUR_COPY = ".published"  # marks a published model that is a copy, which the next one may replace
-WEIGHTS_OF = "weights_of"  # in best_model.pt: the checkpoint that has the rest, and hashes by which it is known
-WARN: Callable[[str], object] = logging.getLogger(__name__).warning
-
-
-@dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A verified checkpoint: the folder of its weights (for `read_model`) and its state, the tensors on the CPU."""
-
-    path: Path
-    step: int
-    metric: float | None
-    model_folder: Path
-    state: dict[str, Any]
 
 
 class CheckpointManager:
@@ -261,29 +238,6 @@ def _unused(folder: Path, name: str) -> Path:
     return next(path for path in numbered if not path.exists())
 
 
-def load_folder(
-    path: str | Path, verify: str = "full", like: Callable[[str], Tensor | None] = lambda name: None
-) -> LoadedCheckpoint:
-    """Read and verify one checkpoint folder; nothing in it is executed.
-
-    Args:
-        like: See `read_tensors`.
-
-    Raises:
-        CheckpointError: A file is missing or damaged; the message names it and the newest valid checkpoint beside it.
-    """
-    path = Path(path)
-    if problem := find_damage(path, verify):
-        raise CheckpointError(f"{problem}. {name_valid_neighbour(path)}")
-    manifest = read_manifest(path)
-    plain, with_tensors = (json.loads((path / name).read_text()) for name in JSON_FILES)
-    tensors = {}
-    if (path / "tensors").exists():
-        tensors = read_tensors(path / "tensors", like)
-    state = {name: restore(part, tensors) for name, part in {**plain, **with_tensors}.items()}
-    return LoadedCheckpoint(path, manifest["step"], manifest["metric"], path / "model", state)
-
-
 def save_checkpoint(
     path: str | Path, *, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None, **state: Any
 ) -> Path:
@@ -319,109 +273,3 @@ def write_file(path: str | Path, weights: Mapping[str, Tensor], state: Mapping[s
         os.replace(partial, path)
         flush(path.parent)
     return path
-
-
-def load_checkpoint(
-    path: str | Path,
-    *,
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
-    scheduler: Any = None,
-    like: Callable[[str], Tensor | None] = lambda name: None,
-    verify: str = "full",
-) -> dict[str, Any]:
-    """Load a checkpoint into `model` and, where given, `optimizer` and `scheduler`; returns the rest of its state.
-
-    Args:
-        path: A `.pt` file (of `save_checkpoint`, or a plain state dict), a checkpoint folder, or the folder of a run,
-            whose newest valid checkpoint is taken.
-        like: See `read_tensors`.
-        verify: See `read_checkpoint`.
-
-    Raises:
-        CheckpointError: The file is missing or damaged (the message names the newest valid checkpoint beside it), does
-            not fit the model, or lacks the state of an optimizer or scheduler that was asked for.
-    """
-    if verify == "full":
-        path = verified(path, with_state=optimizer is not None or scheduler is not None)
-    weights, state = read_checkpoint(path, like, "sizes")
-    for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
-        if wanted is not None and name not in state:
-            raise CheckpointError(f"'{path}' holds no {name} state: pass {name}=None to load the weights alone")
-    if isinstance(weights, Path):
-        read_model(model, weights)
-    else:
-        load_weights(model, weights, path)
-    if optimizer is not None:
-        load_optimizer_state_by_name(model, optimizer, state.pop("optimizer"))
-    if scheduler is not None:
-        scheduler.load_state_dict(state.pop("scheduler"))
-    return state
-
-
-def read_checkpoint(
-    path: str | Path, like: Callable[[str], Tensor | None] = lambda name: None, verify: str = "full"
-) -> tuple[Path | dict[str, Tensor], dict[str, Any]]:
-    """The weights (or the folder of `write_model` that they are in) and the state of a checkpoint: see `load_checkpoint`.
-
-    Args:
-        like: See `read_tensors`.
-        verify: `"full"` reads all of it once to compare hashes; `"sizes"` trusts a process that has done so.
-    """
-    path = verified(path) if verify == "full" else Path(path)
-    if path.is_dir():
-        loaded = load_folder(path, "sizes", like)
-        return loaded.model_folder, loaded.state
-    state = _load_file(path)
-    return (state.pop("model"), state) if "model" in state else (state, {})
-
-
-def verified(path: str | Path, with_state: bool = False) -> Path:
-    """The checkpoint folder or file that `path` means, after all of it has been read and compared with its hashes.
-
-    Args:
-        path: a checkpoint, or the folder of a run, whose newest valid one is meant.
-        with_state: best_model.pt, which holds weights alone, means the checkpoint folder that they are of.
-
-    Raises:
-        CheckpointError: It is missing or damaged; the message names the newest valid checkpoint beside it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / "manifest.json").exists():
-            newest = next(valid_checkpoints(path, warn=WARN), None)
-            if newest is not None:
-                return newest
-        problem = find_damage(path)
-        if problem is not None:
-            raise CheckpointError(f"{problem}. {name_valid_neighbour(path)}")
-        return path
-    if not path.is_file():
-        raise CheckpointError(f"'{path}' does not exist. {name_valid_neighbour(path)}")
-    if is_damaged_zip(path):
-        raise CheckpointError(f"'{path}' is truncated or damaged. {name_valid_neighbour(path)}")
-    of = _load_file(path).get(WEIGHTS_OF) if with_state else None
-    return path if of is None else verified(_folder_of(path, of))
-
-
-def _folder_of(path: Path, of: Mapping[str, Any]) -> Path:
-    """The checkpoint folder whose weights are those of the file `path`, as that says."""
-    for folder in (path.parent / of["checkpoint"], *path.parent.glob(f"set-aside-*/{of['checkpoint']}")):
-        with suppress(OSError, ValueError):  # not there, or damaged
-            files = read_manifest(folder)["files"]
-            if all(files[name]["sha256"] == sha256 for name, sha256 in of["files"].items()):
-                return folder
-    raise CheckpointError(
-        f"'{path}' holds the weights of {of['checkpoint']}, and what else a run needs to go on is in that folder, which is "
-        f"no longer beside it. {name_valid_neighbour(path)}. For the weights alone call "
-        f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
-    )
-
-
-def _load_file(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"'{path}' holds more than tensors and plain values, which is never unpickled: save only those ({error})"
-        ) from error

@@ -125,11 +125,11 @@ class Engine(ABC):
     # Saving and loading. All ranks call these together.
 
     @abstractmethod
-    def weights(self, copy: bool = False) -> dict[str, Tensor]:
+    def weights(self, copy: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         """The full tensors of `base` by name, on the main process; nothing on the others.
 
         Args:
-            copy: they lie in host memory, and stay as they are when training goes on (see `checkpoint.host_copy`).
+            copy: called with each of them; what it returns stays as it is when training goes on.
         """
 
     @abstractmethod

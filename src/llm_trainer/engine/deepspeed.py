@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -303,10 +303,9 @@ class DeepSpeedEngine(Engine):
 
     # Saving and loading.
 
-    def weights(self, copy: bool = False) -> dict[str, Tensor]:
+    def weights(self, copy: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         if self.stage < 3:
-            take = checkpoint.host_copy if copy else torch.Tensor.detach
-            return gathered_weights(self._base, take) if dist.is_main() else {}
+            return gathered_weights(self._base, copy or Tensor.detach) if dist.is_main() else {}
         from deepspeed.runtime.zero import GatheredParameters
 
         def gather(tensor: Tensor) -> Tensor:
@@ -315,6 +314,9 @@ class DeepSpeedEngine(Engine):
 
         found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
+
+    def bytes_to_copy(self, weights: int, optimizer: int) -> int:
+        return weights if dist.is_main() else 0  # the optimizer's state is gathered, whenever it is saved
 
     def optimizer_state(self) -> dict[str, Any]:
         """All of it in the main process's host memory, one tensor after the other; names and groups on all."""

@@ -1,6 +1,6 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`): every rank holds a shard of each parameter, gradient and optimizer state."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -197,12 +197,14 @@ class FsdpEngine(TorchEngine):
         self._reshard()
         return super().optimizer_state()
 
-    def weights(self, copy: bool = False) -> dict[str, Tensor]:
+    def weights(self, copy: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         self._reshard()
 
         def gather(tensor: Tensor) -> Tensor:
             value = checkpoint.full_tensor(tensor.detach())
-            return value.to("cpu", copy=copy) if dist.is_main() else value.flatten()[:0]
+            if not dist.is_main():
+                return value.flatten()[:0]
+            return value.cpu() if copy is None else copy(value)
 
         found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}

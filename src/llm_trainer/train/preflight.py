@@ -89,6 +89,33 @@ class Size:
         )
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, module: nn.Module) -> None:
+    """Look whether every parameter of the optimizer is one of the model, by whose names everything is saved.
+
+    Args:
+        module: what is trained, with `model` in it; knows the names of parameters that are only there.
+
+    Raises:
+        ValueError: one is not.
+    """
+    own = set(model.parameters())
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    strangers = []
+    for number, group in enumerate(optimizer.param_groups):
+        given = group.get("param_names") or [None] * len(group["params"])
+        for position, (parameter, name) in enumerate(zip(group["params"], given, strict=True)):
+            if parameter not in own:
+                name = names.get(parameter) or name or f"number {position} of group {number}"
+                strangers.append(f"{name} ({list(parameter.shape)})")
+    if strangers:
+        more = ", ..." if len(strangers) > 3 else ""
+        raise ValueError(
+            f"optimizer: {counted(len(strangers), 'parameter')} of it not in the {type(model).__name__} that is trained: "
+            f"{', '.join(strangers[:3])}{more}. No checkpoint could hold them. Make the optimizer from the model's parameters, "
+            f"after the model has its final form; what a loss learns besides belongs into the model"
+        )
+
+
 def mfu_per_rate(size: Size, engine: Engine) -> float | None:
     """MFU at one token per second over all processes; None for modules whose FLOPs are not known."""
     if size.flops_per_token is None:

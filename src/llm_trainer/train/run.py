@@ -124,6 +124,7 @@ class Run:
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""
         model = self.trainer.base_model
+        preflight.check_optimizer(self.trainer.optimizer, model, module)
         if self.settings.gradient_checkpointing:
             _recompute_activations(model)
         if self.settings.compile:
@@ -192,8 +193,8 @@ class Run:
             yield
         finally:
             try:
-                self.checkpoints.saving.wait()
-            except CheckpointError as error:
+                self.checkpoints.saving.close()
+            except Exception as error:  # what ended the block matters more
                 self._reporter.warn(str(error))
 
     def _how_to_go_on(self) -> str:
@@ -302,6 +303,8 @@ class Run:
         """Check the weights, show what is about to happen, and open the logs."""
         schedules.check(self.trainer.scheduler, is_evaluated=bool(self.val_sources))
         guards.check_weights(self.engine, self.trainer.base_model)
+        if self.save_interval or self.settings.save_interval_steps:
+            self._may_save_behind()
         self.checkpoints.set_later_aside(self.progress.step)  # a folder that cannot be written shows here
         self.checkpoints.describe(self.settings.description)
         facts = preflight.facts(self.work, self.size, self.settings, self.accumulation)
@@ -389,10 +392,12 @@ class Run:
     def _save(self) -> None:
         """Save a checkpoint; a disk that is full now is reported and tried again at the next turn, except at the end."""
         goes_on = not self.finished()
-        self._finish_last_save()  # it holds the memory of its copies
+        self.save(is_best=self.new_best, may_fail=goes_on, background=goes_on and self._may_save_behind())
+
+    def _may_save_behind(self) -> bool:
+        """Whether checkpoints may be written while training goes on; the memory for it is then taken."""
         needed = self.engine.bytes_to_copy(self.size.bytes, self.size.optimizer_bytes)
-        background = goes_on and self.settings.save_in_background and self.checkpoints.saving.has_memory(needed)
-        self.save(is_best=self.new_best, may_fail=goes_on, background=background)
+        return self.settings.save_in_background and self.checkpoints.saving.has_memory(needed)
 
     # What hooks may ask (`hooks.RunView`), besides `trainer`, `progress` and `values`; trainers ask it too.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from llm_trainer import checkpoint
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
-from llm_trainer.checkpoint.copies import finish_copies, fits, free_memory
+from llm_trainer.checkpoint.copies import HostMemory, fits, free_memory
 from llm_trainer.checkpoint.state import StateFiles
 from llm_trainer.checkpoint.tensor_files import Shard, own_shard, shard_files, write_files
 from llm_trainer.checkpoint.valid import Written
@@ -73,6 +73,7 @@ class Saving:
         self._manager, self._say = manager, say
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[str] | None = None
+        self._memory = HostMemory(engine.device)
         self._has_memory = True
 
     def save(
@@ -117,23 +118,28 @@ class Saving:
         if pending is not None:
             _same_on_all_ranks(pending.result)
 
-    def wait(self) -> None:
-        """Wait for this process's part of the save in the background, when ranks can no longer do anything together.
+    def close(self) -> None:
+        """Wait for this process's part of the save in the background, which needs no other rank, and give memory back.
 
         Raises:
             CheckpointError: it could not be written.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        try:
+            if pending is not None:
+                pending.result()
+        finally:
+            self._memory = HostMemory(self.engine.device)
 
     def has_memory(self, needed: int) -> bool:
         """Whether all ranks have memory for the copies of a save in the background; one line says that they have not.
 
+        They take it now, in a thread, so that the first save finds it ready.
+
         Args:
             needed: bytes that this process copies.
         """
-        here = (socket.gethostname(), needed, free_memory())
+        here = (socket.gethostname(), max(0, needed - self._memory.size), free_memory())
         everywhere = dist.gather_patiently(here)
         before, self._has_memory = self._has_memory, fits(everywhere)
         if before and not self._has_memory:
@@ -142,6 +148,8 @@ class Saving:
                 f"checkpoints are saved in the foreground: a copy takes {size / 1e9:.1f} GB of host memory, and "
                 f"{(free or 0) / 1e9:.1f} GB are free on {host}"
             )
+        if self._has_memory:
+            self._thread.submit(self._memory.reserve, needed)
         return self._has_memory
 
     # 1. All ranks together.
@@ -156,7 +164,11 @@ class Saving:
         best_file: bool,
         copies: bool,
     ) -> Collected:
-        weights = self.engine.weights(copy=copies)
+        copy = None
+        if copies:
+            copy = self._memory.copy
+            self._thread.submit(self._memory.start_over).result()  # after it has been reserved
+        weights = self.engine.weights(copy)
         files = StateFiles.of(state)
         shards = {}
         for name, tensor in files.tensors.items():
@@ -164,10 +176,10 @@ class Saving:
             if shard is None:
                 continue
             is_copy = self.engine.gathers_state and name.startswith("optimizer/")
-            if copies and not is_copy:
-                shard = replace(shard, tensor=checkpoint.host_copy(shard.tensor))
+            if copy is not None and not is_copy:
+                shard = replace(shard, tensor=copy(shard.tensor))
             shards[name] = shard
-        finish_copies(self.engine.device)
+        self._memory.finish()
         model = None
         if dist.is_main():
             self._manager()  # a folder that cannot be written shows here

@@ -38,6 +38,7 @@ from llm_trainer.checkpoint import (
     set_random_state,
     write_model,
 )
+from llm_trainer.checkpoint.copies import HostMemory
 from llm_trainer.checkpoint.tensor_files import Shard, TensorFolder, shard_files, write_files
 from llm_trainer.checkpoint.valid import read_manifest, write_manifest
 from llm_trainer.optim.optimizers import create_optimizer
@@ -304,6 +305,31 @@ def test_shards_of_any_layout_become_any_box(tmp_path: Path, monkeypatch: pytest
         assert torch.equal(found, whole["wide"][begin:end, 3:])
 
 
+def test_host_memory_is_used_again_and_grows_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_trainer.checkpoint.copies.BLOCK", 256)
+    memory = HostMemory(torch.device("cpu"))
+    memory.reserve(600)
+    assert memory.size == 600
+    tensors = [
+        torch.randn(9, 3).T,
+        torch.tensor(True),
+        torch.randn(200).bfloat16(),
+        torch.zeros(0, 4),
+        torch.arange(30),
+    ]
+    first = [memory.copy(tensor) for tensor in tensors]
+    size = memory.size
+    assert size > 600  # 400 bytes are no block of 256
+    assert_same(first, tensors)
+    places = [copy.data_ptr() for copy in first if copy.numel()]
+    assert len(set(places)) == 4
+    memory.start_over()
+    more = [tensor + 1 if tensor.dtype != torch.bool else ~tensor for tensor in tensors]
+    second = [memory.copy(tensor) for tensor in more]
+    assert_same(second, more)
+    assert [copy.data_ptr() for copy in second if copy.numel()] == places and memory.size == size
+
+
 def test_a_model_is_read_in_place_and_its_files_are_those_of_safetensors(tmp_path: Path) -> None:
     """No second model is built to read one whose names need no translation."""
     torch.manual_seed(0)
@@ -536,6 +562,33 @@ def test_forms_that_load_checkpoint_accepts(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"'.*empty' is not a complete checkpoint"):
         load_checkpoint(tmp_path / "empty", model=other)
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix", "file"),
+    [
+        ("model_state_dict", "", "checkpoint.pth"),
+        ("model_state_dict", "module.", "best_model.pt"),
+        ("model_state", "", "a.pt"),
+    ],
+)
+def test_a_checkpoint_of_another_framework_gives_its_weights(key: str, prefix: str, file: str, tmp_path: Path) -> None:
+    """As project_llm_trainer and AnotherLLMFromScratch write them: the optimizer's state goes by position."""
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    weights = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({key: weights, "optim_state_dict": optimizer.state_dict(), "epoch": 3}, tmp_path / file)
+    assert load_checkpoint(tmp_path / file, model=other) == {} and torch.equal(other.weight, model.weight)
+    with pytest.raises(
+        CheckpointError, match=rf"another framework \(found epoch, {key}, optim_state_dict\).*init_weights"
+    ):
+        load_checkpoint(tmp_path / file, model=other, optimizer=torch.optim.AdamW(other.parameters()))
+
+
+def test_a_folder_of_deepspeed_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("global_step4")
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of DeepSpeed's own: run the zero_to_fp32.py"):
+        load_checkpoint(tmp_path, model=nn.Linear(2, 2))
 
 
 def test_a_foreign_pickle_is_not_executed(tmp_path: Path) -> None:

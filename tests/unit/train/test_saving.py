@@ -157,6 +157,29 @@ def test_without_memory_for_a_copy_training_waits(
     assert copies == [False] * 4
 
 
+def test_a_parameter_that_no_checkpoint_could_hold_is_refused_at_the_start(tmp_path: Path) -> None:
+    from llm_trainer import SFTTrainer
+
+    model, extra = torch.nn.Linear(2, 3), torch.nn.Parameter(torch.ones(5))
+
+    class Tempered(SFTTrainer):
+        def _build_module(self, model: torch.nn.Module) -> torch.nn.Module:
+            module = torch.nn.Module()
+            module.inner, module.temperature = model, extra
+            return module
+
+    def start(trainer: type[SFTTrainer], optimizer: torch.optim.Optimizer) -> None:
+        trainer(model=model, optimizer=optimizer, train_loader=[], save_dir=str(tmp_path), device="cpu")
+
+    expected = r"optimizer: 1 parameter of it not in the Linear that is trained: {} \(\[5\]\)\. No checkpoint"
+    with pytest.raises(ValueError, match=expected.format("number 2 of group 0")):
+        start(SFTTrainer, torch.optim.AdamW([*model.parameters(), extra]))
+    with pytest.raises(ValueError, match=expected.format("scale")):
+        start(SFTTrainer, torch.optim.AdamW([*model.named_parameters(), ("scale", extra)]))
+    with pytest.raises(ValueError, match=expected.format("temperature")):
+        start(Tempered, torch.optim.AdamW([*model.parameters(), extra]))
+
+
 def test_the_first_screen_says_what_a_copy_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(tmp_path, max_steps=1, **OPTIONS)
     trainer.train()
