@@ -10,17 +10,19 @@ Everything that happens in a step stands in `Loop.backward` and `Loop.update`: t
 - `--state host`: on a GPU, moments, gradients and the weights that are updated live in host memory. The device holds a
   working copy of the weights, 4 bytes per parameter instead of 16, and the numbers are those of `llm-trainer train`.
 
-Several processes (`accelerate launch`, `torchrun`) share the rows of a step. What is left out: evaluation, and checkpoints
-to go on from.
+Several processes (`accelerate launch`, `torchrun`) share the rows of a step. `eval_dataset` is evaluated every
+`eval_batch_interval` steps, and the same command again goes on from `save_dir`/low_mem.pt, to the same numbers. What is left
+out: sample answers, early stopping, and the best model.
 """
 
 import argparse
 import copy
 import sys
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,12 +31,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from llm_trainer.assemble import make_optimizer, make_scheduler
 from llm_trainer.builder import Builder
+from llm_trainer.checkpoint import load_checkpoint, save_checkpoint
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine.device import choose_precision, detect_device
-from llm_trainer.models.scored import scored
+from llm_trainer.losses.language import weight_sum
+from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.optim.optimizers import OPTIMIZERS, get_parameter_groups
 from llm_trainer.train.writers import open_writers
 from llm_trainer.trainers.language import SFTTrainer, Trainer, language_loss
@@ -106,6 +110,7 @@ class Loop:
         self.tokenizer, self.kept = build.tokenizer, build.policy
         self.kept.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.stream, *_ = build.streams
+        self.evaluation = build.evaluation
         if state == "8bit":
             self.working = self.kept.to(self.device)
             self.optimizer = eight_bit_adamw(config, self.kept)
@@ -116,29 +121,50 @@ class Loop:
         every = self.stream.num_steps() * config.n_epochs
         self.num_steps = min(every, run.max_steps or every)
         self.scheduler = make_scheduler(config, self.optimizer, self.num_steps)
+        self.file = Path(run.save_dir) / "low_mem.pt"
+        self.step = self.epoch = self.position = 0  # where the run stands: steps, epochs, and samples of this epoch
 
     def backward(self, batches: list[dict[str, Tensor]]) -> tuple[Tensor, float]:
         """Gradients of a step: its loss, scalar, and the number of its tokens, both over all processes.
 
         The loss is a mean over ALL supervised tokens of the step: micro-batches and processes only share the work.
         """
-        weights = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]  # nothing predicts position 0
+        weights = [weight_of(batch) for batch in batches]
         seen = [
             int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["labels"].numel()
             for batch in batches
         ]
-        counts = torch.tensor([float(sum(weights)), float(sum(seen))], device=self.device)
+        counts = torch.tensor([sum(weights), float(sum(seen))], dtype=torch.float64).to(self.device)
         total, tokens = self.accelerator.reduce(counts).tolist()
+        total = total or 1.0  # nothing to learn: 0, not 0 / 0
         step_loss = torch.zeros((), device=self.device)
         for batch, weight in zip(batches, weights, strict=True):
-            with self.accelerator.autocast():
-                scores = self.model(**{name: value.to(self.device) for name, value in batch.items()})
+            scores = self.scores(batch)
             loss = scores.loss_sum / total
             if scores.aux_loss is not None:  # mixture of experts
                 loss = loss + self.config.loss_config.aux_loss_coef * scores.aux_loss * (weight / total)
             self.accelerator.backward(loss)
             step_loss += loss.detach()
         return self.accelerator.reduce(step_loss), tokens
+
+    def scores(self, batch: Mapping[str, Tensor]) -> TokenScores:
+        """What the model says about the labels of a batch."""
+        with self.accelerator.autocast():
+            return self.model(**{name: value.to(self.device) for name, value in batch.items()})
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """`eval_loss`, the mean over all supervised tokens of the evaluation data, over all processes."""
+        sums = torch.zeros(2, device=self.device)  # of losses, and of what they are a mean of
+        self.model.eval()
+        for stream in self.evaluation.values():
+            for batches, _ in stream.steps(0):
+                for batch in (each.batch for each in batches if each.counts):
+                    sums[0] += self.scores(batch).loss_sum
+                    sums[1] += weight_of(batch)
+        self.model.train()
+        loss_sum, count = self.accelerator.reduce(sums).tolist()
+        return {"eval_loss": loss_sum / count} if count else {}
 
     def update(self) -> float:
         """Sum the gradients of all processes, clip, update; returns the norm before clipping."""
@@ -152,11 +178,67 @@ class Loop:
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
-        if self.working is not self.kept:
-            with torch.no_grad():
-                for source, target in zip(self.kept.parameters(), self.working.parameters(), strict=True):
-                    target.copy_(source)
+        self.refresh()
         return float(grad_norm)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Let the device compute with the weights as they are now."""
+        if self.working is self.kept:
+            return
+        for source, target in zip(self.kept.parameters(), self.working.parameters(), strict=True):
+            target.copy_(source)
+
+    def save(self) -> None:
+        """Write all that the rest of the run depends on; the noise of a step follows from its number."""
+        if self.accelerator.is_main_process:
+            parts: dict[str, Any] = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+            where = {"step": self.step, "epoch": self.epoch, "position": self.position}
+            save_checkpoint(self.file, model=self.kept, **(parts | where))
+        self.accelerator.wait_for_everyone()
+
+    def go_on(self) -> None:
+        """Stand where the run was saved, if `run_config.resume` wants that and it was."""
+        wanted = self.config.run_config.resume
+        file = self.file if wanted == "auto" else Path(wanted)
+        if wanted == "never" or (wanted == "auto" and not file.exists()):
+            return
+        where = load_checkpoint(file, model=self.kept, optimizer=self.optimizer, scheduler=self.scheduler)
+        self.step, self.epoch, self.position = where["step"], where["epoch"], where["position"]
+        self.refresh()
+
+
+def weight_of(batch: Mapping[str, Tensor]) -> float:
+    """What the loss of a batch is a mean of: its supervised tokens, or the sum of their weights."""
+    return float(weight_sum(batch["labels"], batch.get("loss_weights")))
+
+
+def train(loop: Loop, writers: list[Any]) -> None:
+    """Take all steps that are left."""
+    run, every = loop.config.run_config, loop.config.eval_config.eval_batch_interval
+    while loop.step < loop.num_steps:
+        for batches, position in loop.stream.steps(loop.epoch, loop.position):
+            # 1. one step; dropout is the same when it is run again
+            torch.manual_seed(mix_seeds(run.seed, loop.step, loop.accelerator.process_index))
+            started, learning_rate = time.perf_counter(), loop.optimizer.param_groups[0]["lr"]
+            loss, tokens = loop.backward([batch.batch for batch in batches if batch.counts])
+            values = {"loss": loss.item(), "grad_norm": loop.update(), "learning_rate": learning_rate}
+            values["tokens_per_second"] = tokens / (time.perf_counter() - started)
+            loop.step, loop.position = loop.step + 1, position
+
+            # 2. once in a while: evaluate, save
+            is_last = loop.step == loop.num_steps
+            if loop.evaluation and (is_last or loop.step % every == 0):
+                values |= loop.evaluate()
+            for writer in writers:
+                writer.write(loop.step, values)
+            if is_last or (run.save_interval_steps and loop.step % run.save_interval_steps == 0):
+                loop.save()
+            if is_last:
+                return
+        loop.epoch, loop.position = loop.epoch + 1, 0
+        if run.save_interval_steps is None:
+            loop.save()
 
 
 def main() -> None:
@@ -164,17 +246,13 @@ def main() -> None:
     config, state = read_arguments()
     disable_progress_bar()  # of saving; the run has its own
     run, loop = config.run_config, Loop(config, state)
+    loop.go_on()
     is_main = loop.accelerator.is_main_process
-    writers = open_writers(Path(str(run.log_dir)), is_main=is_main, total_steps=loop.num_steps, live=run.progress)
-    steps = (batches for epoch in range(config.n_epochs) for batches, _ in loop.stream.steps(epoch))
-    for step, batches in enumerate(islice(steps, loop.num_steps)):
-        torch.manual_seed(mix_seeds(run.seed, step, loop.accelerator.process_index))  # dropout, the same when run again
-        started, learning_rate = time.perf_counter(), loop.optimizer.param_groups[0]["lr"]
-        loss, tokens = loop.backward([batch.batch for batch in batches if batch.counts])
-        values = {"loss": loss.item(), "grad_norm": loop.update(), "learning_rate": learning_rate}
-        values["tokens_per_second"] = tokens / (time.perf_counter() - started)
-        for writer in writers:
-            writer.write(step + 1, values)
+    last_step = loop.step or -1  # lines of steps that will be taken again are dropped
+    writers = open_writers(
+        Path(str(run.log_dir)), is_main=is_main, total_steps=loop.num_steps, last_step=last_step, live=run.progress
+    )
+    train(loop, writers)
     for writer in writers:
         writer.close()
     if is_main:

@@ -97,6 +97,42 @@ def test_gradients_move_to_the_host_as_they_are_made(load: Callable[[str], Modul
     assert moved.any() and torch.equal(moved, 2 * kept[0].weight.grad)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_the_hand_written_loop_evaluates_and_goes_on(
+    run_yaml: Path, rows: Path, tmp_path: Path, load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after three steps of six and started again it ends with the same weights; its `eval_loss` is the trainer's."""
+    from accelerate.state import AcceleratorState
+
+    from llm_trainer import create_trainer
+    from llm_trainer.config.load import load_config
+
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    script = load("train_low_mem")
+    common = [f"eval_dataset={rows}", "eval_config.eval_batch_interval=2", "n_epochs=2", "run_config.log_interval=1"]
+    common += ["run_config.progress=false", "optim_config.enable_lr_scheduler=false"]
+
+    def go(name: str, steps: int) -> list[str]:
+        changes = [*common, f"run_config.save_dir={tmp_path / name}", f"run_config.max_steps={steps}"]
+        monkeypatch.setattr(sys, "argv", ["train_low_mem.py", str(run_yaml), *changes, "--state", "host"])
+        script.main()
+        return changes
+
+    go("whole", 6)
+    go("parts", 3)
+    go("parts", 6)
+    saved = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "parts")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    curves = [read_curves(tmp_path / name / "log" / "metrics.jsonl") for name in ("whole", "parts")]
+    assert curves[0]["loss"] == curves[1]["loss"] and curves[0]["eval_loss"][0] == [2, 4, 6]
+
+    changes = [*common, f"run_config.save_dir={tmp_path / 'ours'}", "run_config.max_steps=6", "run_config.engine=torch"]
+    create_trainer("sft", train_config=load_config(run_yaml, changes)).train()
+    ours = read_curves(tmp_path / "ours" / "log" / "metrics.jsonl")
+    for name in ("loss", "eval_loss"):
+        assert curves[0][name][1] == pytest.approx(ours[name][1], rel=2e-5)
+
+
 # What LLaMA-Factory is told.
 
 
