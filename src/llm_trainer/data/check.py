@@ -24,7 +24,7 @@ from llm_trainer.data.load import find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows
-from llm_trainer.data.read.messages import read_only, row_weight
+from llm_trainer.data.read.messages import read_only, row_weight, step_weights
 from llm_trainer.data.read.recognise import ROWS_LOOKED_AT, recognise, schema_of
 from llm_trainer.data.read.schemas import Schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
@@ -172,6 +172,8 @@ class _Inspector:
             try:
                 if kind is not None and kind.weighs_rows:
                     weight = row_weight(row, location)
+                if found.kind == "process":
+                    step_weights(row, len(sample["steps"]), location)
                 encoded = _encode(self.chat, found.kind, sample)
                 self._note_left_out(self.chat, location, sample)
                 if found.kind in ("preference", "unpaired"):

@@ -33,7 +33,7 @@ from llm_trainer.data.unused import refuse_unused
 if TYPE_CHECKING:
     from llm_trainer.data.stream import SampleStream
 
-VERSION = 4  # part of every cache key: raise it when the same rows are encoded differently
+VERSION = 5  # part of every cache key: raise it when the same rows are encoded differently
 HASHED_WHOLE = 16 << 20  # bytes of a file up to which all of it is in its key
 SAMPLED_BLOCKS, SAMPLED_BLOCK = 256, 16 << 10  # of larger ones
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it

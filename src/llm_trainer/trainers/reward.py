@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from llm_trainer.losses.language import IGNORE
+from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.reward import bradley_terry, process_reward
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
@@ -29,7 +29,7 @@ class RewardTrainer(BaseTrainer):
 
     Batches: as those of `DPOTrainer`, and perhaps `margin [B]`, by how much the chosen answer is better. For steps
     `input_ids [B, T]`, `attention_mask [B, T]` and `step_labels [B, T]`, how right (0 to 1) the step is that ends at this
-    token, -100 elsewhere; or the same laid flat.
+    token, -100 elsewhere, and perhaps `loss_weights [B, T]`, how much it counts; or the same laid flat.
 
     Args:
         model: a `transformers` sequence-classification model with one label, for steps a token-classification model,
@@ -97,7 +97,7 @@ class RewardTrainer(BaseTrainer):
 
     def _loss_weight(self, batch: Batch) -> float:
         if "step_labels" in batch:
-            return float((batch["step_labels"] != IGNORE).sum())
+            return float(_step_weights(batch).sum())
         return float(num_pairs(batch, self._micro_batch_tokens))
 
     def _count_tokens(self, batch: Batch) -> int:
@@ -119,7 +119,7 @@ class RewardTrainer(BaseTrainer):
 
     def _compute_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         if "step_labels" in batch:
-            return self._loss_of_steps(outputs, batch["step_labels"])
+            return self._loss_of_steps(outputs, batch)
         chosen, rejected = outputs.chunk(2)
         margin = batch["margin"] if self.use_margin and "margin" in batch else None
         losses, metrics = bradley_terry(chosen, rejected, margin, self.center_coef)
@@ -129,8 +129,15 @@ class RewardTrainer(BaseTrainer):
         self.record("max_reward", metrics["max_reward"].max())
         return losses.mean()
 
-    def _loss_of_steps(self, scores: Tensor, labels: Tensor) -> Tensor:
-        judged = labels != IGNORE
-        losses, metrics = process_reward(scores, labels, judged)
+    def _loss_of_steps(self, scores: Tensor, batch: Batch) -> Tensor:
+        judged = batch["step_labels"] != IGNORE
+        losses, metrics = process_reward(scores, batch["step_labels"], judged)
         self.record("accuracy", metrics["accuracy"].sum(), judged.sum())
-        return losses.sum() / judged.sum()
+        weights = _step_weights(batch)
+        return mean_over((losses * weights).sum(), weights.sum())
+
+
+def _step_weights(batch: Batch) -> Tensor:
+    """`[B, T]` how much the step that ends at a token counts, 0 where none does."""
+    judged = batch["step_labels"] != IGNORE
+    return judged * batch["loss_weights"].float() if "loss_weights" in batch else judged

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from llm_trainer import RewardTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
@@ -154,8 +155,11 @@ def test_steps_are_judged_and_the_folder_is_one_that_transformers_reads(tmp_path
     assert type(load_reward_model(tmp_path / "model")) is type(saved)
 
 
-def test_a_step_counts_the_same_however_the_batches_are_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", [None, 0.01])
+def test_a_step_counts_the_same_however_the_batches_are_cut(tmp_path: Path, scale: float | None) -> None:
     whole = steps(6, 0)
+    if scale is not None:
+        whole["loss_weights"] = scale * torch.rand(whole["input_ids"].shape, generator=torch.Generator().manual_seed(1))
     parts = [{name: value[rows] for name, value in whole.items()} for rows in (slice(0, 1), slice(1, 6))]
     norms = []
     for batches in ([whole], parts):
@@ -174,7 +178,14 @@ def test_a_step_counts_the_same_however_the_batches_are_cut(tmp_path: Path) -> N
             progress=False,
         )
         torch.nn.init.constant_(made.base_model.score.weight, 0.1)
-        norms.append(made.train()["grad_norm"])
+        with torch.no_grad():
+            scores = made._forward(made._prepare_batch(whole))
+        values = made.train()
+        norms.append(values["grad_norm"])
+        judged = whole["step_labels"] != -100
+        weights = whole.get("loss_weights", torch.ones(judged.shape))[judged]
+        losses = F.binary_cross_entropy_with_logits(scores[judged], whole["step_labels"][judged], reduction="none")
+        assert values["loss"] == pytest.approx(float((weights * losses).sum() / weights.sum()), rel=1e-5)
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 

@@ -7,7 +7,7 @@ multi-byte character (tests/reference/README.md, point 27).
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -59,10 +59,14 @@ class EncodedChat:
 
         uint8, unless any of them is neither 0 nor 1: then float32.
         """
-        if self.weights is None and row_weight in (0, 1):
-            return np.asarray(self.trained, dtype=np.uint8) * np.uint8(row_weight)
         own: list[Any] = self.trained if self.weights is None else self.weights
-        return np.asarray(own, dtype=np.float32) * np.float32(row_weight)
+        dtype = weights_dtype([row_weight, *(self.weights or ())])
+        return np.asarray(own, dtype=dtype) * dtype(row_weight)
+
+
+def weights_dtype(weights: Iterable[float]) -> type:
+    """uint8, unless any of the weights is neither 0 nor 1: then float32."""
+    return np.uint8 if all(weight in (0, 1) for weight in weights) else np.float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,10 @@ from typing import TypedDict
 
 import numpy as np
 
-from llm_trainer.data.encode.chat import ChatFormat, Tools
+from llm_trainer.data.encode.chat import ChatFormat, Tools, weights_dtype
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
-from llm_trainer.data.read.messages import Message
+from llm_trainer.data.read.messages import Message, step_weights
 from llm_trainer.data.windows import Column, Rows
 
 SEPARATOR = "\n"  # ends every step; its last token is where the step is judged
@@ -43,14 +43,18 @@ class ProcessFormat:
 
 
 def encode_process(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
-    """Judged steps -> ids, which of them end a step, and how right that step is."""
+    """Judged steps -> ids, which of them end a step (and how much it weighs), and how right that step is."""
     answers = ProcessFormat(chat)
     for sample in samples:
         ids, ends = answers.encode(sample.values["prompt"], sample.values["steps"], sample.values.get("tools"))
         sample.location.note_all(chat.left_out(sample.values["prompt"], sample.values.get("tools")))
-        trained = np.zeros(len(ids), dtype=np.uint8)
+        weights = step_weights(sample.row, len(ends), sample.location)
+        if not any(weights):
+            yield "a row of weight 0"
+            continue
+        trained: np.ndarray = np.zeros(len(ids), dtype=weights_dtype(weights))
         right = np.zeros(len(ids), dtype=np.float32)
-        trained[ends], right[ends] = 1, sample.values["right"]
+        trained[ends], right[ends] = weights, sample.values["right"]
         yield {"input_ids": compact_ids(ids, chat.vocab_size), "trained": trained, "right": right}
 
 
@@ -73,7 +77,7 @@ def collate_process(samples: Sequence[ProcessSample], lay: Lay) -> Batch:
 
     from llm_trainer.data.collate import IGNORE
 
-    batch = dict(lay([sample["row"] for sample in samples]))
+    batch = dict(lay([sample["row"] for sample in samples]))  # with `loss_weights` where steps weigh differently
     ends = batch.pop("labels") != IGNORE
     # The first token of a document has no label, here as in language modelling.
     judged = [sample["right"][1:][sample["row"]["trained"][1:]] for sample in samples]
@@ -90,4 +94,5 @@ PROCESS = Kind(
     rows=ProcessRows,
     collate=collate_process,
     section="reward_config",
+    weighs_rows=True,
 )

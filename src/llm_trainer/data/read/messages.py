@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Required, TypedDict
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location, show
 from llm_trainer.data.read.json_text import parse_json
 
@@ -195,6 +196,27 @@ def row_weight(row: Any, location: Location) -> float:
     """How much the tokens of a whole row weigh in the loss, from 0 up; 1 where the row does not say."""
     weight = _weight(row, _ROW_WEIGHTS, location) if isinstance(row, dict) else None
     return 1.0 if weight is None else weight
+
+
+def step_weights(row: Any, num_steps: int, location: Location) -> list[float]:
+    """How much each judged step of a row weighs: its column `weights`, one per step, times the weight of the row.
+
+    Raises:
+        DataError: there are more or fewer weights than steps, or one is no number from 0 up.
+    """
+    of_row = row_weight(row, location)
+    given = row.get("weights") if isinstance(row, dict) else None
+    if given is None:
+        return [of_row] * num_steps
+    here = location.at("weights")
+    if not isinstance(given, list) or len(given) != num_steps:
+        expected = f"a list of {counted(num_steps, 'number')}, one per step"
+        raise DataError(here, show(given), expected, "repair or remove the column", "loss_weight")
+    weights = []
+    for i in range(num_steps):
+        weight = _weight({str(i): given[i]}, (str(i),), here)
+        weights.append(of_row * (1.0 if weight is None else weight))
+    return weights
 
 
 def _content(content: Any, location: Location) -> str:

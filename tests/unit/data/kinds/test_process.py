@@ -67,6 +67,20 @@ def test_batches_have_labels_where_steps_end(chat: ChatFormat, tmp_path: Path) -
     assert (again["step_labels"] != -100).sum() == 1 and (wider["step_labels"] != -100).sum() == 3
 
 
+def test_steps_and_rows_have_weights(chat: ChatFormat, tmp_path: Path) -> None:
+    weighted = [ROWS[0] | {"weights": [0.5, 2], "loss_weight": 2}, ROWS[1] | {"weight": 0}, ROWS[1] | {"weights": [0]}]
+    data = load(write(tmp_path / "steps.jsonl", [*weighted, ROWS[1]]), chat)
+    batch = collate_process([data[0], data[1]], collate_flat)
+    judged = batch["step_labels"] != -100
+    assert batch["loss_weights"][judged].tolist() == [1.0, 4.0, 1.0] and not batch["loss_weights"][~judged].any()
+    assert data.ledgers[0].dropped_rows == {"a row of weight 0": 2} and data.ledgers[0].weighted == 1
+    plain = load(write(tmp_path / "plain.jsonl", [ROWS[0] | {"weights": [0, 1]}]), chat)
+    assert plain[0]["row"]["trained"].sum() == 1 and "loss_weights" not in plain[0]["row"]
+    for change in ({"weights": [1]}, {"weights": [1, -1]}):
+        with pytest.raises(DataError, match="key 'weights"):
+            load(write(tmp_path / "bad.jsonl", [ROWS[0] | change]), chat)
+
+
 def test_a_cut_answer_keeps_the_steps_that_fit(chat: ChatFormat, tmp_path: Path) -> None:
     path = write(tmp_path / "steps.jsonl", ROWS[:1])
     whole = load(path, chat)[0]
