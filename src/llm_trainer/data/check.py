@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
-from llm_trainer.data.encode.printed import share_left_out
+from llm_trainer.data.encode.printed import UNPRINTED, share_left_out
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.ids import check_ids
 from llm_trainer.data.kinds import KINDS, DataOptions, Kind, get_kind, kinds_that_accept
@@ -24,7 +24,7 @@ from llm_trainer.data.load import find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows
-from llm_trainer.data.read.messages import read_only, row_weight, step_weights
+from llm_trainer.data.read.messages import mute_empty_answers, read_only, row_weight, step_weights
 from llm_trainer.data.read.recognise import ROWS_LOOKED_AT, recognise, schema_of
 from llm_trainer.data.read.schemas import Schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
@@ -174,8 +174,9 @@ class _Inspector:
                     weight = row_weight(row, location)
                 if found.kind == "process":
                     step_weights(row, len(sample["steps"]), location)
-                encoded = _encode(self.chat, found.kind, sample)
+                encoded = _encode(self.chat, found.kind, sample, location)
                 self._note_left_out(self.chat, location, sample)
+                location.note(UNPRINTED, sum(one.num_unprinted for one in encoded))
                 if found.kind in ("preference", "unpaired"):
                     refuse_weights(encoded, location)
             except ChatTemplateError as error:
@@ -272,7 +273,7 @@ class _Inspector:
             report.examples.append(_pieces(self.chat, encoded[0]))
 
 
-def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:
+def _encode(chat: ChatFormat, kind: str, sample: Sample, location: Location) -> list[EncodedChat]:
     """The sequences that training would make of a sample, with what it would train on."""
     if kind == "text":
         return [chat.encode_text(sample["text"])]
@@ -286,11 +287,10 @@ def _encode(chat: ChatFormat, kind: str, sample: Sample) -> list[EncodedChat]:
     if "messages" in sample:
         return [chat.encode(sample["messages"], sample.get("tools"))]
     prompt = read_only(sample["prompt"])
-    return [
-        chat.encode(prompt + sample[key], sample.get("tools"))
-        for key in ("completion", "chosen", "rejected")
-        if key in sample
-    ]
+    answers = [sample[key] for key in ("completion", "chosen", "rejected") if key in sample]
+    if kind == "preference":
+        answers = [mute_empty_answers(answer, location) for answer in answers]
+    return [chat.encode(prompt + answer, sample.get("tools")) for answer in answers]
 
 
 def _pieces(chat: ChatFormat, encoded: EncodedChat) -> list[Piece]:

@@ -19,8 +19,7 @@ class Ledger:
     read: int = 0  # tokens of all rows that were read
     trained: int = 0  # that the loss counts
     weighted: int = 0  # of these, that weigh something else than 1
-    lightest: float = 1.0  # the smallest of the weights of all that are trained on
-    heaviest: float = 1.0  # the largest
+    weights: tuple[float, float] | None = None  # the smallest and the largest of all that are trained on; None: all 1
     context: int = 0  # that the model only reads (prompts, first tokens of documents)
     truncated: int = 0  # cut from rows that were kept
     truncated_rows: int = 0  # rows that lost tokens
@@ -37,9 +36,9 @@ class Ledger:
 
     def weigh(self, weights: np.ndarray) -> None:
         """Note the weights `[N]` of tokens that the loss counts."""
-        self.weighted += int((weights != 1).sum())
-        self.lightest = min(self.lightest, float(weights.min(initial=1)))
-        self.heaviest = max(self.heaviest, float(weights.max(initial=1)))
+        if len(weights):
+            self.weighted += int((weights != 1).sum())
+            self.weights = _span(self.weights, (float(weights.min()), float(weights.max())))
 
     def check(self) -> "Ledger":
         """Assert that tokens read = trained on + context only + truncated + dropped."""
@@ -53,8 +52,7 @@ class Ledger:
         return Ledger(
             name=self.name or other.name,
             **{key: getattr(self, key) + getattr(other, key) for key in numbers},
-            lightest=min(self.lightest, other.lightest),
-            heaviest=max(self.heaviest, other.heaviest),
+            weights=_span(*(one.weights or (1.0, 1.0) for one in (self, other) if one.trained)),
             dropped=self.dropped + other.dropped,
             dropped_rows=self.dropped_rows + other.dropped_rows,
             notes=self.notes + other.notes,
@@ -84,10 +82,18 @@ class Ledger:
 
     def weight_lines(self) -> list[str]:
         """A line about the weights of tokens, where they differ."""
-        if not self.weighted:
+        if self.weights is None or not self.weighted:
             return []
-        span = f"from {self.lightest:g} to {self.heaviest:g}"
+        span = f"from {self.weights[0]:g} to {self.weights[1]:g}"
         return [f"{counted(self.weighted, 'token')} with another weight than 1; weights go {span}"]
+
+
+def _span(*spans: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The smallest and the largest number of several such spans; None: there is none."""
+    known = [span for span in spans if span is not None]
+    if not known:
+        return None
+    return min(low for low, _ in known), max(high for _, high in known)
 
 
 def note_lines(notes: Counter[str]) -> list[str]:

@@ -176,3 +176,15 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.pkl").exists()
+
+
+def test_check_says_what_of_a_row_is_weighted_unknown_or_left_out(tmp_path, tokenizer, capsys):
+    row = conversation("q", "a", weight=0.5, mood="dry")
+    path = write(tmp_path / "a.jsonl", [row, {"instruction": "q", "output": "a", "image": "cat.png"}])
+    assert run("data", "check", path, "--tokenizer", tokenizer) == 1
+    path = write(tmp_path / "b.jsonl", [row, row | {"image": "cat.png"}])
+    assert run("data", "check", path, "--tokenizer", tokenizer, "--ignore-images", "--schema", "messages") == 0
+    shown = capsys.readouterr().out
+    assert "with another weight than 1; weights go from 0.5 to 0.5" in shown
+    assert "2 messages: the key 'mood' is not known and left out" in shown
+    assert "1 row: its column 'image' is left out, rows of conversations are text" in shown

@@ -95,8 +95,12 @@ def test_weights_of_messages_and_rows_reach_the_batch(chat: ChatFormat, tmp_path
     ledger = data.ledgers[0]
     assert ledger.dropped_rows == {"a row of weight 0": 1}
     per_answer = int((padded["labels"][0] != -100).sum()) // 2
-    assert (ledger.weighted, ledger.lightest, ledger.heaviest) == (4 * per_answer, 0.25, 2.0)
+    assert (ledger.weighted, ledger.weights) == (4 * per_answer, (0.25, 2.0))
     assert any("weights go from 0.25 to 2" in line for line in ledger.lines())
+    light = load(write(tmp_path / "light.jsonl", [talk(0.5)]), chat).ledgers[0]
+    plain = load(write(tmp_path / "plain.jsonl", [talk(1)]), chat).ledgers[0]
+    assert light.weights == (0.5, 0.5) and plain.weights is None
+    assert light.merge(plain).weights == (0.5, 1.0) and plain.merge(plain).weight_lines() == []
     report = check_file(tmp_path / "a.jsonl", chat)
     assert (report.account.weighted, report.trained, report.untrained) == (ledger.weighted, ledger.trained, 1)
 
@@ -181,6 +185,14 @@ def test_what_is_left_out_of_rows_is_counted(chat: ChatFormat, tmp_path: Path) -
     assert images.ledgers[0].lines()[1:] == ["2 rows: its column 'image' is left out, rows of conversations are text"]
     texts = load(write(tmp_path / "c.jsonl", [{"text": "a b c", "weight": 80}]), chat, "text", packing="none")
     assert texts.ledgers[0].lines()[1:] == ["1 row: its column 'weight' is not used, rows of text all weigh the same"]
+    grams = load(write(tmp_path / "d.jsonl", [{**talk(1), "weight": "80 g"}]), chat)
+    assert grams.ledgers[0].lines()[1:] == ["1 row: its column 'weight' holds no weights and is not used"]
+    sides: dict[str, Any] = {"prompt": "q"}
+    sides["chosen"] = [{"role": "assistant", "content": ""}, turns[2], {"role": "assistant", "content": "yes"}]
+    sides["rejected"] = [{"role": "assistant", "content": "x"}, turns[2], {"role": "assistant", "content": "no"}]
+    pairs = load(write(tmp_path / "e.jsonl", [sides]), chat, "pairs")
+    assert read(chat, pairs[0]["chosen"]["input_ids"], pairs[0]["chosen"]["trained"]) == {"yes<|im_end|>": 1}
+    assert pairs.ledgers[0].notes[EMPTY_ANSWER] == 1
 
 
 def test_notes_of_rows_that_are_read_again_are_counted_once(chat: ChatFormat, tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from llm_trainer.data.encode.printed import THINK_BLOCK, count_left_out, fields_of, shape_of, with_marks
+from llm_trainer.data.encode.printed import Field, count_left_out, fields_of, is_assistant, shape_of, with_marks
 from llm_trainer.data.encode.templates import (
-    HIDDEN,
     LITERAL,
     MARKS,
     SUBSTITUTE,
@@ -31,6 +30,7 @@ from llm_trainer.data.encode.templates import (
     render,
     strip_marks,
 )
+from llm_trainer.data.encode.thinking import apply_thinking
 from llm_trainer.data.encode.tokenizer import Span, TextEncoder, any_of
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class EncodedChat:
     trained: list[bool]  # [T]
     text: str  # as rendered; a BOS or eos that is not part of a template is only in the ids
     weights: list[float] | None = None  # [T] how much each counts, 0 where it does not; None: all that do count 1
+    num_unprinted: int = 0  # answers of which the template prints nothing; their ends are not trained on
 
     def loss_weights(self, row_weight: float = 1.0) -> np.ndarray:
         """`[T]` how much each token counts in the loss of a row of this weight.
@@ -129,9 +130,13 @@ class ChatFormat:
         self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] | None = None
     ) -> list[EncodedChat]:
         """Many conversations, tokenised together; `tools` has one list of functions (or None) per conversation."""
-        rendered, spans, weights = [], [], []
-        for messages, functions in zip(conversations, tools or [None] * len(conversations), strict=True):
-            messages, functions = self._prepare(messages, functions)
+        rendered, spans, weights, nums_unprinted = [], [], [], []
+        for given, functions in zip(conversations, tools or [None] * len(conversations), strict=True):
+            messages, functions = self._prepare(given, functions)
+            unprinted = self._unprinted(given, messages, functions)
+            for i in unprinted:
+                messages[i] = {**messages[i], "loss_weight": 0.0}
+            nums_unprinted.append(len(unprinted))
             rendered.append(strip_marks(self._render(messages, functions)))
             found = self._trained_spans(messages, functions, rendered[-1])
             spans.append([span for span, _ in found])
@@ -140,14 +145,11 @@ class ChatFormat:
                 own = []
             weights.append(own)
         encoded = []
-        for (ids, counted), own, text in zip(
-            self._encoder.encode(rendered, spans, weights), weights, rendered, strict=True
-        ):
-            if own:
-                trained = [weight != 0 for weight in counted]
-                encoded.append(EncodedChat(ids, trained, text.text, counted))
-            else:
-                encoded.append(EncodedChat(ids, counted, text.text))
+        for i, (ids, counted) in enumerate(self._encoder.encode(rendered, spans, weights)):
+            trained, each = counted, None
+            if weights[i]:
+                trained, each = [weight != 0 for weight in counted], counted
+            encoded.append(EncodedChat(ids, trained, rendered[i].text, each, nums_unprinted[i]))
         return encoded
 
     def encode_prompt(
@@ -176,7 +178,14 @@ class ChatFormat:
 
         Reasoning is counted if the template decides about it; any other `thinking` is the user's word.
         """
-        fields = list(fields_of(messages, tools, with_reasoning=self.thinking == "template"))
+        fields, missing = self._find_fields(messages, tools, with_reasoning=self.thinking == "template")
+        return count_left_out(messages, fields, missing)
+
+    def _find_fields(
+        self, messages: Sequence[Message], tools: Tools | None, with_reasoning: bool
+    ) -> tuple[list[Field], list[Field]]:
+        """All that a conversation says, and what the template does not print of it."""
+        fields = list(fields_of(messages, tools, with_reasoning))
         shape = shape_of(messages, fields)
         if shape not in self._missing:
             marked, marked_tools = with_marks(messages, tools, fields)
@@ -185,7 +194,24 @@ class ChatFormat:
             except ChatTemplateError:  # it takes these turns for something else than text: nothing can be said
                 shown = "".join(field.mark for field in fields)
             self._missing[shape] = [number for number, field in enumerate(fields) if field.mark not in shown]
-        return count_left_out(messages, fields, [fields[number] for number in self._missing[shape]])
+        return fields, [fields[number] for number in self._missing[shape]]
+
+    def _unprinted(self, given: Sequence[Message], messages: Sequence[Message], tools: Tools | None) -> list[int]:
+        """Calls or mere reasoning of which nothing is printed: only the ends of these answers would be left to train on.
+
+        A template that does not even print the text of an answer is an error, which `_locate` finds.
+
+        Args:
+            given: the conversation as it came.
+            messages: as the template gets it, its reasoning by the policy.
+        """
+        fields, missing = self._find_fields(messages, tools, with_reasoning=True)
+        if not missing and self.thinking in ("template", "all"):
+            return []
+        printed = {field.turn for field in fields if field not in missing}
+        said = list(fields_of(given, None, with_reasoning=True))
+        without_text = {field.turn for field in said} - {field.turn for field in said if field.name == "content"}
+        return [i for i in sorted(without_text - printed) if is_assistant(messages[i]) and _weight(messages[i]) != 0]
 
     @cached_property
     def _missing(self) -> dict[tuple[Any, ...], list[int]]:
@@ -272,31 +298,12 @@ class ChatFormat:
             mark = clean
         prepared = []
         for message in messages:
-            change = clean if _is_assistant(message) else mark
+            change = clean if is_assistant(message) else mark
             prepared.append(_map_strings(message, change))
         tools = _map_strings(tools, mark)
         if self.thinking != "template":
-            prepared = self._apply_thinking(prepared, tools)
+            prepared = apply_thinking(prepared, self.thinking, lambda probe: self._render(probe, tools))
         return prepared, tools
-
-    def _apply_thinking(self, messages: list[Message], tools: Tools | None) -> list[Message]:
-        # 1. thinking that is not wanted
-        last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        messages = [_split_thinking(message) for message in messages]
-        for i, message in enumerate(messages):
-            if self.thinking == "none" or (self.thinking == "last" and i < last_user):
-                messages[i] = _without_thinking(message)
-        # 2. thinking that the template would drop. Only rendering shows which: a mark in its place comes out or does not
-        place = f"{SUBSTITUTE}{{}}{SUBSTITUTE}"
-        kept = [i for i, message in enumerate(messages) if message.get("reasoning_content")]
-        probe = list(messages)
-        for i in kept:
-            probe[i] = {**messages[i], "reasoning_content": place.format(i)}
-        shown = self._render(probe, tools) if kept else ""
-        for i in kept:
-            if place.format(i) not in shown:
-                messages[i] = _inline_thinking(messages[i])
-        return messages
 
     # What is trained on
 
@@ -306,7 +313,7 @@ class ChatFormat:
         """Where in the rendered text something is trained on, in order, and how much it weighs."""
         if self.train_on == "all":
             return self._all_but_weighted(messages, tools, rendered.text)
-        turns = [i for i, message in enumerate(messages) if _is_assistant(message)]
+        turns = [i for i, message in enumerate(messages) if is_assistant(message)]
         candidates = turns[-1:] if self.train_on == "last" else turns
         wanted = [i for i in candidates if _weight(messages[i]) != 0]
         if not wanted:
@@ -542,10 +549,6 @@ def _common_start(a: str, b: str) -> int:
     return known
 
 
-def _is_assistant(message: Message) -> bool:
-    return message.get("role") == "assistant"
-
-
 def _weight(message: Message) -> float:
     weight = message.get("loss_weight")
     return 1.0 if weight is None else float(weight)
@@ -569,26 +572,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(item)
-
-
-def _without_thinking(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != "reasoning_content"}
-
-
-def _split_thinking(message: Message) -> Message:
-    """A `<think>` block at the start of an assistant's content becomes its `reasoning_content`."""
-    content = message.get("content")
-    if not _is_assistant(message) or message.get("reasoning_content") or not isinstance(content, str):
-        return message
-    block = THINK_BLOCK.match(content)
-    if block is None:
-        return message
-    return {**message, "reasoning_content": block[1].strip(), "content": content[block.end() :]}
-
-
-def _inline_thinking(message: Message) -> Message:
-    """Thinking as part of the content, in tags that the template does not recognise and so does not remove."""
-    block = f"<{HIDDEN}think>\n{message['reasoning_content'].strip()}\n<{HIDDEN}/think>\n\n"
-    content = message.get("content") or ""
-    content = block + content if isinstance(content, str) else [{"type": "text", "text": block}, *content]
-    return {**_without_thinking(message), "content": content}

@@ -15,6 +15,12 @@ from llm_trainer.data.encode.templates import SUBSTITUTE, Message
 THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # at the beginning of an answer
 ALL_CHARACTERS = "character: in conversations"
 LEFT_OUT = "character: of them left out by the chat template"
+UNPRINTED = "turn: an answer of which the chat template prints nothing, not trained on"
+
+
+def is_assistant(message: Message) -> bool:
+    """Whether the model writes this turn."""
+    return message.get("role") == "assistant"
 
 
 class Field(NamedTuple):
@@ -53,7 +59,7 @@ def _thought_and_said(message: Message) -> tuple[int, int]:
     if not isinstance(content, str):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     thought = message.get("reasoning_content") or ""
-    block = THINK_BLOCK.match(content) if message["role"] == "assistant" and not thought else None
+    block = THINK_BLOCK.match(content) if is_assistant(message) and not thought else None
     if block is None:
         return len(thought.strip()), len(content.strip())
     return len(block[1].strip()), len(content[block.end() :].strip())

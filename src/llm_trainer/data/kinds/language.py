@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat, spans_from_ids
+from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.packing import PACKERS, Blocks, Packed
@@ -80,6 +81,7 @@ def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterato
         for sample in samples:
             sample.location.note_all(chat.left_out(sample.values["messages"], sample.values.get("tools")))
     for sample, one in zip(samples, encoded, strict=True):
+        sample.location.note(UNPRINTED, one.num_unprinted)
         weight = row_weight(sample.row, sample.location)
         if weight == 0:
             yield "a row of weight 0"

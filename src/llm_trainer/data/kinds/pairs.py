@@ -10,10 +10,11 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
+from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.read.errors import DataError, Location
-from llm_trainer.data.read.messages import read_only
+from llm_trainer.data.read.messages import mute_empty_answers, read_only
 from llm_trainer.data.windows import Column, Rows, lay_flat, row_blocks
 
 SIDES = ("chosen", "rejected")
@@ -62,11 +63,13 @@ def encode_pairs(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encode
     conversations, tools = [], []
     for sample in samples:
         prompt = read_only(sample.values["prompt"])
-        conversations += [prompt + sample.values[side] for side in SIDES]
+        conversations += [prompt + mute_empty_answers(sample.values[side], sample.location) for side in SIDES]
         tools += [sample.values.get("tools")] * len(SIDES)
     encoded = chat.encode_many(conversations, tools)
     for number, conversation in enumerate(conversations):
-        samples[number // len(SIDES)].location.note_all(chat.left_out(conversation, tools[number]))
+        location = samples[number // len(SIDES)].location
+        location.note_all(chat.left_out(conversation, tools[number]))
+        location.note(UNPRINTED, encoded[number].num_unprinted)
     for sample, chosen, rejected in zip(samples, encoded[::2], encoded[1::2], strict=True):
         yield _row(chat, sample, chosen, rejected, sample.values["margin"] or 0.0)
 

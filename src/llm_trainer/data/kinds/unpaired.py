@@ -6,6 +6,7 @@ from typing import TypedDict
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.kinds.pairs import SIDES, up_to_last_trained
@@ -36,8 +37,9 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
             labels.append(label)
             origins.append(sample.location)
     encoded = chat.encode_many(conversations, tools)
-    for origin, conversation, functions in zip(origins, conversations, tools, strict=True):
+    for origin, conversation, functions, one in zip(origins, conversations, tools, encoded, strict=True):
         origin.note_all(chat.left_out(conversation, functions))
+        origin.note(UNPRINTED, one.num_unprinted)
     for label, origin, one in zip(labels, origins, encoded, strict=True):
         tokens = up_to_last_trained(one, chat.vocab_size, origin)
         if tokens is None:

@@ -39,7 +39,7 @@ class Location:
             text: what is counted, a colon, and what is said of it; the same words for every row.
             count: how many of it there are here.
         """
-        if self.notes is not None:
+        if self.notes is not None and count:
             self.notes[text] += count
 
     def note_all(self, notes: Counter[str]) -> None:

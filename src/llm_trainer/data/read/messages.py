@@ -193,8 +193,19 @@ def _weight(holder: dict[str, Any], names: Sequence[str], location: Location) ->
 
 
 def row_weight(row: Any, location: Location) -> float:
-    """How much the tokens of a whole row weigh in the loss, from 0 up; 1 where the row does not say."""
-    weight = _weight(row, _ROW_WEIGHTS, location) if isinstance(row, dict) else None
+    """How much the tokens of a whole row weigh in the loss, from 0 up; 1 where the row does not say.
+
+    A column `weight` without numbers from 0 up is about something else, which is noted.
+    """
+    if not isinstance(row, dict):
+        return 1.0
+    try:
+        weight = _weight(row, _ROW_WEIGHTS, location)
+    except DataError as error:
+        if error.location.key != location.at("weight").key:
+            raise
+        location.note("row: its column 'weight' holds no weights and is not used")
+        weight = _weight(row, _ROW_WEIGHTS[:1], location)
     return 1.0 if weight is None else weight
 
 
@@ -358,14 +369,17 @@ def answered(turns: list[Message], location: Location) -> list[Message]:
         raise DataError(location, f"no assistant turn (roles: {roles})", "at least one", fix, "no_assistant_turn")
     if is_empty(answers):
         raise DroppedRow(location, "only empty answers", "an answer with text", "fill or delete it", "empty_answer")
-    return [_without_empty_answer(turn, location) for turn in turns]
+    return mute_empty_answers(turns, location)
 
 
-def _without_empty_answer(turn: Message, location: Location) -> Message:
-    if turn["role"] != "assistant" or turn.get("loss_weight") == 0 or not is_empty([turn]):
-        return turn
-    location.note(EMPTY_ANSWER)
-    return {**turn, "loss_weight": 0.0}
+def mute_empty_answers(turns: Sequence[Message], location: Location) -> list[Message]:
+    """The same turns; of the assistant's those that are empty weigh nothing, which is noted."""
+    muted = list(turns)
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant" and turn.get("loss_weight") != 0 and is_empty([turn]):
+            location.note(EMPTY_ANSWER)
+            muted[i] = {**turn, "loss_weight": 0.0}
+    return muted
 
 
 def read_only(turns: Sequence[Message]) -> list[Message]:

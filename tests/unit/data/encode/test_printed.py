@@ -8,7 +8,7 @@ import pytest
 
 from llm_trainer.data.check import check_file
 from llm_trainer.data.encode.chat import ChatFormat
-from llm_trainer.data.encode.printed import ALL_CHARACTERS, LEFT_OUT
+from llm_trainer.data.encode.printed import ALL_CHARACTERS, LEFT_OUT, UNPRINTED
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.load import load
@@ -111,3 +111,19 @@ def test_other_kinds_count_alike(tokenizer: Any, tmp_path: Path, kind: str) -> N
     data = load([str(path)], get_kind(kind), chat, DataOptions(max_left_out=1.0), tmp_path / "stores")
     notes = data.ledgers[0].notes
     assert notes[LEFT_OUT] > 0 and check_file(path, chat, kind=kind).account.notes == notes
+
+
+def test_an_answer_of_which_nothing_is_printed_does_not_teach_to_end_at_once(tokenizer: Any, tmp_path: Path) -> None:
+    """A call under a template without calls, and mere reasoning that the policy removes."""
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, TALK[2], {**TALK[3], "content": "two"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": talk}) + "\n")
+    chat = ChatFormat(tokenizer, NO_CALLS)
+    data = load([str(path)], get_kind("conversations"), chat, DataOptions(max_left_out=1.0), tmp_path / "stores")
+    ids = [token for token, one in zip(data[0]["input_ids"], data[0]["trained"], strict=True) if one]
+    assert tokenizer.decode(ids) == "two<|im_end|>"
+    assert data.ledgers[0].notes[UNPRINTED] == check_file(path, chat).account.notes[UNPRINTED] == 1
+    mere = [TALK[0], {"role": "assistant", "content": "", "reasoning_content": "Hm."}, TALK[0], TALK[3]]
+    for policy, number in {"template": 1, "none": 1, "last": 1, "all": 0}.items():
+        chat = ChatFormat(tokenizer, thinking=policy)  # type: ignore[arg-type]
+        assert chat.encode(mere).num_unprinted == number, policy
