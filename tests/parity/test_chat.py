@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from llm_trainer.data.encode.chat import ChatFormat, default_template, spans_from_ids
+from llm_trainer.data.encode.chat import ChatFormat, default_template
+from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 
 

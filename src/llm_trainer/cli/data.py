@@ -15,7 +15,8 @@ from rich.text import Text
 
 from llm_trainer.cli.reading import ColumnOption, RoleOption, SchemaOption, reading_options
 from llm_trainer.data.check import FileReport, Piece, check_file
-from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, spans_from_ids
+from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
+from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, get_kind

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_trainer.data.encode.chat import ChatFormat, EncodedChat, spans_from_ids
+from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
+from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.printed import UNPRINTED, share_left_out
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.ids import check_ids

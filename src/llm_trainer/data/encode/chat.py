@@ -5,12 +5,11 @@ if its characters overlap a trained span. Mapping the span's ends to tokens inst
 multi-byte character (tests/reference/README.md, point 27).
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +18,6 @@ from llm_trainer.data.encode.printed import Field, count_left_out, fields_of, is
 from llm_trainer.data.encode.templates import (
     LITERAL,
     MARKS,
-    SUBSTITUTE,
     ChatTemplateError,
     Message,
     Rendered,
@@ -32,17 +30,13 @@ from llm_trainer.data.encode.templates import (
 )
 from llm_trainer.data.encode.thinking import apply_thinking
 from llm_trainer.data.encode.tokenizer import Span, TextEncoder, any_of
+from llm_trainer.data.encode.turns import TAG_FIX, Tools, Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Tools = Sequence[Mapping[str, Any]]
 TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["template", "last", "all", "none"]
-
-_TAG_FIX = (
-    "put {% generation %} before and {% endgeneration %} after what it prints of an assistant's turn, its end included"
-)
 
 
 @dataclass(frozen=True)
@@ -199,7 +193,7 @@ class ChatFormat:
     def _unprinted(self, given: Sequence[Message], messages: Sequence[Message], tools: Tools | None) -> list[int]:
         """Calls or mere reasoning of which nothing is printed: only the ends of these answers would be left to train on.
 
-        A template that does not even print the text of an answer is an error, which `_locate` finds.
+        A template that does not even print the text of an answer is an error, which `Turns.locate` finds.
 
         Args:
             given: the conversation as it came.
@@ -252,8 +246,7 @@ class ChatFormat:
 
     def stop_token_ids(self) -> list[int]:
         """Where generation stops: the last token of the template's end of a turn, and the tokenizer's eos."""
-        last_of_turn = self._tokens.findall("".join(self._turn_end))[-1:]
-        tokens = [token for token in (*last_of_turn, self.tokenizer.eos_token) if token]
+        tokens = [token for token in (self._turns.last_token, self.tokenizer.eos_token) if token]
         vocabulary = self.tokenizer.get_vocab()
         return [vocabulary[token] for token in dict.fromkeys(tokens)]
 
@@ -320,18 +313,18 @@ class ChatFormat:
             return []
         source = self._source(tools)
         if not has_generation_tags(source):
-            return [(self._locate(messages, i, rendered.text, tools), _weight(messages[i])) for i in wanted]
+            return [(self._turns.locate(messages, i, rendered.text, tools), _weight(messages[i])) for i in wanted]
         if not rendered.blocks:
             raise ChatTemplateError(
                 f"the chat template {describe(source)} has {{% generation %}} tags but printed none of the "
-                f"{len(turns)} assistant turns inside them, so nothing would be trained on; {_TAG_FIX}"
+                f"{len(turns)} assistant turns inside them, so nothing would be trained on; {TAG_FIX}"
             )
-        blocks = [(start, self._turn_stop(rendered.text, stop)) for start, stop in rendered.blocks]
+        blocks = [(start, self._turns.stop(rendered.text, stop)) for start, stop in rendered.blocks]
         if len(blocks) == len(turns):
             return [(blocks[turns.index(i)], _weight(messages[i])) for i in wanted]
         if wanted == turns and all(_weight(messages[i]) == 1 for i in wanted):
             return [(block, 1.0) for block in blocks]
-        return [(self._locate(messages, i, rendered.text, tools), _weight(messages[i])) for i in wanted]
+        return [(self._turns.locate(messages, i, rendered.text, tools), _weight(messages[i])) for i in wanted]
 
     def _all_but_weighted(
         self, messages: Sequence[Message], tools: Tools | None, text: str
@@ -340,122 +333,32 @@ class ChatFormat:
         own = []
         for i, message in enumerate(messages):
             if _weight(message) != 1:
-                own.append((self._locate(messages, i, text, tools), _weight(message)))
+                own.append((self._turns.locate(messages, i, text, tools), _weight(message)))
         own.sort()
         edges = [0, *chain.from_iterable(span for span, _ in own), len(text)]
         rest = [(span, 1.0) for span in zip(edges[::2], edges[1::2], strict=True)]
         return rest + [(span, weight) for span, weight in own if weight]
 
-    def _locate(self, messages: Sequence[Message], index: int, text: str, tools: Tools | None) -> Span:
-        """Where message `index` stands in `text`; an assistant's turn from its header's end to its end-of-turn token.
-
-        Rendered again with a mark for the message, everything but the message stays, so it is what lies between the
-        common beginning and the common end. That misses what the template writes around any answer (an empty thinking
-        block): a turn therefore starts where the prompt for it ends, if that prompt is a beginning of `text`. It is
-        none where the template rewrites earlier turns; then its last occurrence before the answer counts.
-        """
-        role = messages[index]["role"]
-        probe = [*messages[:index], {"role": role, "content": SUBSTITUTE}, *messages[index + 1 :]]
-        before, found, after = strip_marks(self._render(probe, tools)).text.partition(SUBSTITUTE)
-        if not found:
-            raise ChatTemplateError(
-                f"the chat template {describe(self._source(tools))} does not print messages[{index}] ({role}), so it "
-                f"is unknown which tokens to train on; expected every turn in its output; {_TAG_FIX}"
-            )
-        start = _common_start(text, before)
-        stop = len(text) - _common_start(text[start:][::-1], after[::-1])
-        if role != "assistant":
-            return start, stop
-        try:
-            prompt = strip_marks(self._render(messages[:index], tools, add_generation_prompt=True)).text
-        except ChatTemplateError:  # a template may refuse a conversation that ends here, or an empty one
-            prompt = ""
-        if prompt and text.startswith(prompt):
-            start = len(prompt)
-        elif self._header and (place := text.rfind(self._header, 0, start)) >= 0:
-            header_stop = place + len(self._header)
-            # Not the header of an earlier turn: no turn ends in between.
-            if not (self._turn_end and "".join(self._turn_end) in text[header_stop:start]):
-                start = header_stop
-        stop = self._first_end(text, start, stop, messages[index])
-        return start, self._turn_stop(text, max(start, stop))
-
-    def _first_end(self, text: str, start: int, stop: int, message: Message) -> int:
-        """Where the turn from `start` ends, if it does so before `stop`: there the end of the conversation differed too.
-
-        What the message itself says is no end of it, even if it reads like one.
-        """
-        end = "".join(self._turn_end)
-        if not end:
-            return stop
-        num_said = sum(string.count(end) for string in _strings(message))
-        place = start - len(end)
-        for _ in range(num_said + 1):
-            place = text.find(end, place + len(end), stop)
-            if place < 0:
-                return stop
-        return place
-
-    def _turn_stop(self, text: str, stop: int) -> int:
-        """`stop`, or the end of what ends a turn there; a generation block may hold the first of its pieces already."""
-        for first in range(len(self._turn_end)):
-            rest = re.escape("".join(self._turn_end[first:]).lstrip())
-            if match := re.compile(r"\s*" + rest).match(text, stop):
-                return match.end()
-        return stop
-
     @cached_property
-    def _turn_end(self) -> list[str]:
-        """What the template prints at the end of an assistant's turn, up to the last special token of it.
-
-        In pieces, each ending with a token: an answer may be closed by several (`</answer></s>`). They are what
-        stands behind the last turn and behind one that is followed by another alike; if these have no token in common,
-        what stands behind the last. Empty if there is none.
-        """
-        asked: list[Message] = [{"role": "user", "content": "?"}]
-        talk = [*asked, {"role": "assistant", "content": SUBSTITUTE}]
-        behind_last = self._behind_substitute(talk)
-        try:
-            behind_earlier = self._behind_substitute(talk + asked)
-        except ChatTemplateError:  # the template takes a single question only
-            behind_earlier = behind_last
-        common = behind_last[: _common_start(behind_last, behind_earlier)]
-        return self._pieces(common) or self._pieces(behind_last)
-
-    def _behind_substitute(self, messages: Sequence[Message]) -> str:
-        return strip_marks(self._render(messages, None)).text.partition(SUBSTITUTE)[2]
-
-    def _pieces(self, text: str) -> list[str]:
-        """Text cut behind each special token; what follows the last is left out."""
-        stops = [match.end() for match in self._tokens.finditer(text)]
-        return [text[start:stop] for start, stop in pairwise([0, *stops])]
-
-    @cached_property
-    def _tokens(self) -> re.Pattern[str]:
-        """Matches the tokens that never merge with their surroundings."""
-        return any_of(token.content for token in self._encoder.added.values())
-
-    @cached_property
-    def _header(self) -> str:
-        """What the template prints before an assistant's turn, '' if the prompt does not continue the conversation."""
-        asked: list[Message] = [{"role": "user", "content": "?"}]
-        without = strip_marks(self._render(asked, None)).text
-        prompt = strip_marks(self._render(asked, None, add_generation_prompt=True)).text
-        return prompt[len(without) :] if prompt.startswith(without) else ""
+    def _turns(self) -> Turns:
+        tokens = any_of(token.content for token in self._encoder.added.values())
+        return Turns(self._render, self._source, tokens)
 
     # Tokens
 
     @cached_property
+    def header_ids(self) -> list[int]:
+        """What the template prints before an assistant's turn; empty if a prompt does not continue a conversation."""
+        return self._encoder.backend.encode(self._turns.header, add_special_tokens=False).ids
+
+    @cached_property
+    def turn_end_ids(self) -> list[int]:
+        """What it prints at the end of one, up to the last special token of it."""
+        return self._encoder.backend.encode("".join(self._turns.end).lstrip(), add_special_tokens=False).ids
+
+    @cached_property
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self.tokenizer)
-
-    @cached_property
-    def _header_ids(self) -> list[int]:
-        return self._encoder.backend.encode(self._header, add_special_tokens=False).ids
-
-    @cached_property
-    def _turn_end_ids(self) -> list[int]:
-        return self._encoder.backend.encode("".join(self._turn_end).lstrip(), add_special_tokens=False).ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -485,70 +388,6 @@ class ChatFormat:
         return Rendered(text, [], frozenset(match.start() for match in matches))
 
 
-def spans_from_ids(ids: Sequence[int], chat_format: ChatFormat) -> list[bool]:
-    """Which tokens of a conversation in ids are trained on: from each assistant header to the end of its turn.
-
-    That is the whole of what the template prints there; or its last token, or the eos, where one of them comes first,
-    for files whose answers are closed by less than the template prints.
-
-    Args:
-        ids: `[T]` token ids; a conversation may be cut off at its end.
-        chat_format: its template gives the header (the generation prompt) and the end; its `train_on` is honoured.
-
-    Returns:
-        `[T]` bools.
-
-    Raises:
-        ChatTemplateError: the header does not occur in the ids, or the template has none.
-    """
-    ids = list(ids)
-    if chat_format.train_on == "all":
-        return [True] * len(ids)
-    header, end = chat_format._header_ids, chat_format._turn_end_ids
-    headers = list(_places(ids, header, 0, len(ids)))
-    if not headers:
-        raise ChatTemplateError(
-            f"no assistant turn in {len(ids)} token ids: the template's header {chat_format._header!r} = {header} does "
-            "not occur; expected conversations made with this tokenizer and template; pass the template they came from"
-        )
-    end_tokens = set(chat_format.stop_token_ids())
-    trained = [False] * len(ids)
-    for place, following in pairwise([*headers, len(ids)]):
-        if chat_format.train_on == "last" and place != headers[-1]:
-            continue
-        start = place + len(header)
-        whole = next(_places(ids, end, start, following), len(ids))
-        single = next((i for i in range(start, len(ids)) if ids[i] in end_tokens), len(ids))
-        # An eos before it ends the turn as well: the next whole end may be that of somebody else's turn.
-        stop = single + 1
-        if whole <= single:
-            stop = whole + len(end)
-        stop = min(stop, len(ids))
-        trained[start:stop] = [True] * (stop - start)
-    return trained
-
-
-def _places(ids: list[int], piece: list[int], start: int, stop: int) -> Iterator[int]:
-    """Where `piece` stands in `ids[start:stop]`."""
-    for i in range(start, stop - len(piece) + 1):
-        if piece and ids[i] == piece[0] and ids[i : i + len(piece)] == piece:
-            yield i
-
-
-def _common_start(a: str, b: str) -> int:
-    """How many characters both begin with: halved, for comparing slices is much faster than comparing characters."""
-    if a.startswith(b):
-        return len(b)
-    known, most = 0, min(len(a), len(b))
-    while known < most:
-        middle = (known + most + 1) // 2
-        if a[known:middle] == b[known:middle]:
-            known = middle
-        else:
-            most = middle - 1
-    return known
-
-
 def _weight(message: Message) -> float:
     weight = message.get("loss_weight")
     return 1.0 if weight is None else float(weight)
@@ -563,12 +402,3 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_map_strings(item, change) for item in value]
     return value
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string value in a structure of lists and dicts."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(item)

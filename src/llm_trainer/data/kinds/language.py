@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from llm_trainer.data.encode.chat import ChatFormat, spans_from_ids
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample

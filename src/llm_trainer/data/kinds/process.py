@@ -5,8 +5,9 @@ from typing import TypedDict
 
 import numpy as np
 
-from llm_trainer.data.encode.chat import ChatFormat, Tools, weights_dtype
+from llm_trainer.data.encode.chat import ChatFormat, weights_dtype
 from llm_trainer.data.encode.store import TokenStore, compact_ids
+from llm_trainer.data.encode.turns import Tools
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.read.messages import Message, step_weights
 from llm_trainer.data.windows import Column, Rows

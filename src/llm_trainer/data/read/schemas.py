@@ -80,6 +80,8 @@ class Schema:
         """
         found = dict[str, None]()  # in the order of the file
         read = {ROW, "weight", "loss_weight", *MEDIA, *self.columns}  # the first few are looked at in `data/unused.py`
+        if self.kind == "process":
+            read.add("weights")
         num_read = 0
         for location, row in rows:
             if not isinstance(row, dict):

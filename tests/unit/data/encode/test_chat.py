@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from llm_trainer.data.encode import tokenizer as tokenizer_module
-from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, spans_from_ids
+from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
+from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.tokenizer import load_tokenizer, overlaps
 
 # Shapes of well-known templates without generation tags, reduced to what makes them hard.

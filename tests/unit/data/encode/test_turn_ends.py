@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llm_trainer import SFTTrainer
-from llm_trainer.data.encode.chat import ChatFormat, spans_from_ids
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.templates import describe_default
 from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.load import load

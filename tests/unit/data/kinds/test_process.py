@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_trainer.data.check import check_file
 from llm_trainer.data.collate import collate_flat, collate_padded, take_rows
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
@@ -74,6 +75,7 @@ def test_steps_and_rows_have_weights(chat: ChatFormat, tmp_path: Path) -> None:
     judged = batch["step_labels"] != -100
     assert batch["loss_weights"][judged].tolist() == [1.0, 4.0, 1.0] and not batch["loss_weights"][~judged].any()
     assert data.ledgers[0].dropped_rows == {"a row of weight 0": 2} and data.ledgers[0].weighted == 1
+    assert check_file(tmp_path / "steps.jsonl").unread == []
     plain = load(write(tmp_path / "plain.jsonl", [ROWS[0] | {"weights": [0, 1]}]), chat)
     assert plain[0]["row"]["trained"].sum() == 1 and "loss_weights" not in plain[0]["row"]
     for change in ({"weights": [1]}, {"weights": [1, -1]}):
