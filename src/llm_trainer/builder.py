@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
     options, chat = build.options()
     cache = Path(loader.cache_dir or Path(config.run_config.save_dir) / "data")
 
-    def stream(paths: list[str], batch_size: int, rows_per_step: int, **how: Any) -> SampleStream:
+    def stream(paths: list[str], batch_size: int, rows_per_step: int, order: Callable[[Any], Any]) -> SampleStream:
         with dist.main_process_first():
             dataset = load(paths, build.kind, chat, options, cache)
         return open_stream(
@@ -224,20 +224,20 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
             seed=config.run_config.seed,
             num_workers=loader.data_loader_num_workers,
             pin_memory=loader.data_loader_pin_memory,
-            **how,
+            **order(dataset),
         )
 
     # Training data, all files in one stream.
     rows = config.batch_size * accumulation(config, build.trainer_class) * world
-    files, weights = _paths(config.file_dataset), _file_weights(config)
-    train = stream(files, config.batch_size, rows, shuffle=loader.data_loader_shuffle, file_weights=weights)
+    order = partial(_order, config)
+    train = stream(_paths(config.file_dataset), config.batch_size, rows, order)
 
     # Validation data, a stream for each file.
     eval_rows = config.eval_config.eval_batch_size or config.batch_size
     named = _named(_paths(config.eval_dataset)) if config.eval_dataset is not None else {}
     evaluation = {}
     for name, path in named.items():
-        evaluation[name] = stream([path], eval_rows, eval_rows * world, shuffle=False)
+        evaluation[name] = stream([path], eval_rows, eval_rows * world, lambda dataset: {"shuffle": False})
     return train, evaluation
 
 
@@ -265,21 +265,46 @@ def _named(paths: list[str]) -> dict[str, str]:
     return named
 
 
-def _file_weights(config: TrainConfig) -> list[float] | None:
-    """The weight of every file, where a path of `file_dataset` may be a folder of several.
+def _order(config: TrainConfig, dataset: Any) -> dict[str, Any]:
+    """How training data is ordered, as options of `SampleStream`."""
+    loader = config.data_loader_config
+    hardness = None
+    if loader.curriculum == "length":
+        hardness = dataset.lengths
+    return {
+        "shuffle": loader.data_loader_shuffle,
+        "file_weights": _file_weights(config, dataset),
+        "interleave": loader.mixture != "files",
+        "easy_first": hardness,
+        "easy_epochs": loader.curriculum_epochs,
+    }
+
+
+def _file_weights(config: TrainConfig, dataset: Any) -> list[float] | None:
+    """How often each file is visited per epoch, where a path of `file_dataset` may be a folder of several.
 
     Raises:
-        ValueError: there is not one weight above 0 per path.
+        ValueError: there is not one weight or share above 0 per path.
     """
-    weights, paths = config.data_loader_config.file_weights, _paths(config.file_dataset)
-    if weights is None:
+    loader, paths = config.data_loader_config, _paths(config.file_dataset)
+    given = loader.file_weights or loader.file_shares
+    if given is None:
         return None
-    if len(weights) != len(paths) or min(weights) <= 0:
+    if len(given) != len(paths) or min(given) <= 0:
+        name = "file_weights" if loader.file_weights else "file_shares"
         raise ValueError(
-            f"data_loader_config.file_weights: got {weights}, expected {len(paths)} numbers above 0, one for each path of "
-            f"file_dataset"
+            f"data_loader_config.{name}: got {given}, expected {len(paths)} numbers above 0, one for each path of file_dataset"
         )
-    found = []
-    for weight, path in zip(weights, paths, strict=True):
-        found += [weight] * len(files_of(Path(path)))
-    return found
+    # 1. how large each path is: its rows, or their tokens
+    numbers = [len(files_of(Path(path))) for path in paths]  # of files
+    firsts = np.cumsum([0, *numbers])
+    sizes = np.array(dataset.file_sizes)
+    if loader.mixture == "tokens":
+        ends = np.cumsum(dataset.file_sizes)
+        sizes = np.array([piece.sum() for piece in np.split(dataset.lengths, ends[:-1])])
+    path_sizes = np.add.reduceat(sizes, firsts[:-1])
+    # 2. how often it is visited: as often as was said, or so that its share of what is there comes out
+    weights = np.array(given)
+    if loader.mixture != "files":
+        weights = weights / weights.sum() * path_sizes.sum() / path_sizes
+    return np.repeat(weights, numbers).tolist()

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llm_trainer import DPOTrainer, SFTTrainer
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.train_configs import (
     DataLoaderConfig,
     DPOConfig,
@@ -108,3 +110,33 @@ def test_weights_of_files_change_how_often_they_are_visited(reference_dir: Path,
     for wrong in ([1.0], [1.0, 0.0]):
         with pytest.raises(ValueError, match=r"file_weights: got .*, expected 2 numbers above 0, one for each path"):
             made(wrong)
+
+
+def test_shares_of_rows_or_tokens_become_visits(reference_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    write(folder, "two.jsonl", ["one"] * 2), write(folder, "three.jsonl", ["two"] * 3)
+    long = write(tmp_path, "long.jsonl", ["one two three four five six"] * 15)
+
+    def made(**loader: Any) -> Any:
+        options = {"dpo_config": DPOConfig(), "file_dataset": [str(folder), long]}
+        described = config(reference_dir, tmp_path, data_loader_config=DataLoaderConfig(**loader), **options)
+        return DPOTrainer(train_config=described).run.source
+
+    by_rows = made(mixture="rows", file_shares=[3, 1])
+    assert by_rows.visits == [9, 6, 5] and by_rows.interleave  # 20 rows, of which three quarters are the folder's
+    by_tokens = made(mixture="tokens", file_shares=[0.5, 0.5])
+    lengths = by_tokens.dataset.lengths
+    read = lengths[by_tokens.order(0, 0, len(by_tokens))].sum()
+    left = lengths[[i for i in by_tokens.order(0, 0, len(by_tokens)) if i < 5]].sum()
+    assert left / read == pytest.approx(0.5, abs=0.03) and read == pytest.approx(lengths.sum(), rel=0.05)
+    shortest = made(curriculum="length")
+    assert (np.diff(lengths[shortest.order(0, 0, 20)]) >= 0).all()
+    for wrong, says in (
+        ({"file_shares": [1, 1]}, "file_shares: files are visited one after another; set mixture to rows or tokens"),
+        ({"mixture": "rows", "file_weights": [1, 1]}, "file_weights: a mixture has file_shares"),
+        ({"mixture": "rows", "data_loader_shuffle": False}, "set data_loader_shuffle to true"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            DataLoaderConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"file_shares: got \[1.0\], expected 2 numbers above 0"):
+        made(mixture="rows", file_shares=[1])

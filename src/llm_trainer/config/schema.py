@@ -114,6 +114,17 @@ class DataLoaderConfig(MicroBatches, Reading):
     file_weights: list[StrictFloat] | None = Field(
         default=None, description="for each path of file_dataset, how often its rows are visited per epoch; null: once"
     )
+    mixture: Literal["files", "rows", "tokens"] = Field(
+        default="files",
+        description="files: one after another; rows, tokens: all files in one order, with shares of the rows or of the tokens",
+    )
+    file_shares: list[StrictFloat] | None = Field(
+        default=None, description="for each path of file_dataset, its share of a mixture; null: as large as it is"
+    )
+    curriculum: Literal["length"] | None = Field(
+        default=None, description="the easiest samples first: the shortest; null: drawn from seed and epoch"
+    )
+    curriculum_epochs: StrictInt = Field(default=1, ge=1, description="first epochs that go from easy to hard")
     packing: Literal["none", "flat", "bfd", "bfd_split", "wrapped"] | None = Field(
         default=None, description="several documents per row; null: wrapped for pretraining, none for SFT"
     )
@@ -137,6 +148,15 @@ class DataLoaderConfig(MicroBatches, Reading):
         "end a turn",
     )
     cache_dir: str | None = Field(default=None, description="folder of tokenized data; null: chosen beside the run")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.mixture == "files" and self.file_shares is not None:
+            raise ConfigError("file_shares: files are visited one after another; set mixture to rows or tokens")
+        if self.mixture != "files" and self.file_weights is not None:
+            raise ConfigError("file_weights: a mixture has file_shares; give one of them")
+        if self.mixture != "files" and not self.data_loader_shuffle:
+            raise ConfigError(f"mixture: {self.mixture} is an order that is drawn; set data_loader_shuffle to true")
 
 
 @config_section

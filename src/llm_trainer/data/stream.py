@@ -19,6 +19,7 @@ from llm_trainer.data.packing import cut_by_tokens
 from llm_trainer.state import MicroBatch
 
 Batch = Any
+INTERLEAVED = 0x1A7E  # what tells the seed of the order of all files from those of single files
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64 (Steele et al. 2014)
 
 
@@ -123,6 +124,9 @@ class SampleStream:
     flat: bool = False  # whether `collate` lays rows end to end
     shuffle: bool = True  # visit each file's samples in an order drawn from (seed, epoch)
     file_weights: Sequence[float] | None = None
+    interleave: bool = False  # all files in one order drawn from (seed, epoch), instead of one after another
+    easy_first: np.ndarray | None = None  # [number of samples], how hard each is: the easiest first; None: by the above
+    easy_epochs: int = 1  # the first epochs, in which this is so
     seed: int = 0
     num_workers: int = 0
     pin_memory: bool = False
@@ -131,6 +135,9 @@ class SampleStream:
         weights = [1.0] * len(self.dataset.file_sizes) if self.file_weights is None else self.file_weights
         pairs = zip(weights, self.dataset.file_sizes, strict=True)
         self.visits = [round(weight * size) or min(1, size) for weight, size in pairs]  # of each file, per epoch
+        self._first_visits = np.cumsum([0, *self.visits])  # of each file, and the end
+        self._first_samples = np.cumsum([0, *self.dataset.file_sizes])
+        self._sorted: tuple[int, np.ndarray] | None = None  # an epoch, and its order from easy to hard
 
     def __len__(self) -> int:
         return sum(self.visits)
@@ -141,27 +148,61 @@ class SampleStream:
         return math.ceil(len(self) / self.rows_per_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}  # samples are counted, so they may be cut into micro-batches otherwise
+        """What the order depends on beside seed and epoch; samples are counted, so micro-batches may be cut otherwise."""
+        easy_epochs = 0 if self.easy_first is None else self.easy_epochs
+        return {
+            "shuffle": self.shuffle,
+            "visits": self.visits,
+            "interleave": self.interleave,
+            "easy_epochs": easy_epochs,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing: an order is that of the seed and the epoch."""
+        """Nothing to restore: an order is that of the seed and the epoch.
+
+        Raises:
+            ValueError: the same samples came in another order.
+        """
+        other = [name for name, value in self.state_dict().items() if state.get(name, value) != value]
+        if other and sum(state.get("visits", [])) == len(self):
+            raise ValueError(
+                f"had its samples in another order ({', '.join(other)} differ), so its position in the data means nothing "
+                "here. Restore data_loader_shuffle, file_weights, mixture, file_shares and curriculum, or start a new run in "
+                "another save_dir from these weights (init_weights_path)"
+            )
 
     def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Indices of the samples at the global positions `[start, stop)` of an epoch."""
-        pieces = []
-        first_position = first_sample = 0  # of a file
-        for number, (size, visits) in enumerate(zip(self.dataset.file_sizes, self.visits, strict=True)):
-            begin, end = max(start - first_position, 0), min(stop - first_position, visits)
-            if begin < end:
-                local = np.arange(begin, end)
-                for turn in range(begin // size, (end - 1) // size + 1):
-                    samples = local[local // size == turn] % size
-                    if self.shuffle:
-                        samples = self._permutation(size, epoch, number, turn)(samples)
-                    pieces.append(first_sample + samples)
-            first_position += visits
-            first_sample += size
-        return np.concatenate(pieces)
+        if self.easy_first is not None and epoch < self.easy_epochs:
+            return self._from_easy_to_hard(epoch, self.easy_first)[start:stop]
+        visits = np.arange(start, stop)
+        if self.interleave:
+            visits = Permutation(len(self), mix_seeds(self.seed, epoch, INTERLEAVED))(visits)
+        return self._visited(epoch, visits)
+
+    def _visited(self, epoch: int, visits: np.ndarray) -> np.ndarray:
+        """The sample of each visit `[n]`, counted file after file: indices `[n]`."""
+        samples = np.empty_like(visits)
+        files = np.searchsorted(self._first_visits, visits, side="right") - 1
+        for number in np.unique(files).tolist():
+            size = self.dataset.file_sizes[number]
+            here = (files == number).nonzero()[0]
+            turns, local = np.divmod(visits[here] - self._first_visits[number], size)
+            for turn in np.unique(turns).tolist():
+                where = here[turns == turn]
+                found = local[turns == turn]
+                if self.shuffle:
+                    found = self._permutation(size, epoch, number, turn)(found)
+                samples[where] = self._first_samples[number] + found
+        return samples
+
+    def _from_easy_to_hard(self, epoch: int, hardness: np.ndarray) -> np.ndarray:
+        """All samples of an epoch, the easiest first; equally easy ones in the order that they would have otherwise."""
+        if self._sorted is None or self._sorted[0] != epoch:
+            samples = self._visited(epoch, np.arange(len(self)))
+            order = np.argsort(hardness[samples], kind="stable")
+            self._sorted = epoch, samples[order]
+        return self._sorted[1]
 
     def _permutation(self, size: int, epoch: int, number: int, turn: int) -> Permutation:
         """The order of a file's samples when they are visited for the `turn`-th time in an epoch."""

@@ -109,3 +109,43 @@ def test_weights_of_files_say_how_often_their_samples_come(shuffle):
 
 def test_weights_of_one_change_nothing():
     assert np.array_equal(stream().order(3, 0, 23), stream(file_weights=[1.0, 1.0, 1.0]).order(3, 0, 23))
+
+
+def test_files_are_interleaved_by_their_visits_at_any_position():
+    rows = stream([300, 100, 50], file_weights=[0.5, 1.0, 6.0], interleave=True)
+    assert rows.visits == [150, 100, 300] and len(rows) == 550
+    whole = rows.order(0, 0, 550)
+    for start, stop in ((0, 7), (7, 450), (123, 124), (450, 550)):
+        assert rows.order(0, start, stop).tolist() == whole[start:stop].tolist()
+    counts = np.bincount(whole, minlength=450)
+    assert sorted(counts[:300].tolist()) == [0] * 150 + [1] * 150  # half of the first file, each at most once
+    assert set(counts[300:400]) == {1} and set(counts[400:]) == {6}
+    files = np.searchsorted([300, 400], whole, side="right")
+    for start in range(0, 550, 110):  # in every part of the epoch, about the same mixture
+        shares = np.bincount(files[start : start + 110], minlength=3) / 110
+        assert np.abs(shares - np.array([150, 100, 300]) / 550).max() < 0.15
+    again = rows.order(1, 0, 550)
+    assert again.tolist() != whole.tolist()
+    assert set(again[again < 300]) != set(whole[whole < 300]), "another half in another epoch"
+
+
+def test_easy_samples_come_first_for_as_many_epochs_as_asked():
+    hardness = np.array([5, 1, 3, 1, 2, 9, 1, 4])
+    rows = stream([5, 3], easy_first=hardness, easy_epochs=2)
+    plain = stream([5, 3])
+    for epoch in (0, 1):
+        order = rows.order(epoch, 0, 8)
+        assert hardness[order].tolist() == [1, 1, 1, 2, 3, 4, 5, 9]
+        assert rows.order(epoch, 3, 6).tolist() == order[3:6].tolist()
+        ties = [i for i in plain.order(epoch, 0, 8).tolist() if hardness[i] == 1]
+        assert order[:3].tolist() == ties
+    assert rows.order(2, 0, 8).tolist() == plain.order(2, 0, 8).tolist()
+
+
+def test_a_position_in_another_order_is_refused():
+    state = stream([6, 4], interleave=True).state_dict()
+    stream([6, 4], interleave=True, batch_size=5).load_state_dict(state)
+    stream([6, 4]).load_state_dict({})  # of an older version
+    for other in ({}, {"interleave": True, "shuffle": False}, {"interleave": True, "file_weights": [1 / 3, 2.0]}):
+        with pytest.raises(ValueError, match="samples in another order"):
+            stream([6, 4], **other).load_state_dict(state)
