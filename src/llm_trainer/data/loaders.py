@@ -3,7 +3,7 @@
 import math
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
@@ -38,6 +38,20 @@ class _Drawn(NamedTuple):
     fingerprint: int  # of everything that was drawn in the epoch so far
 
 
+class _Indices:
+    """The sampler of a copy of a loader: it says what is to be loaded next.
+
+    NOTE: no reference leads back from it. Workers whose iterator waits in a cycle for the garbage collector live on, and
+    later workers, which are forked with it, try to end them.
+    """
+
+    def __init__(self) -> None:
+        self.next: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.next
+
+
 @dataclass(eq=False, repr=False)
 class LoaderSteps:
     """Steps over any iterable of ready micro-batches.
@@ -57,6 +71,7 @@ class LoaderSteps:
         is_sharded: the loader deals to ranks by itself. That a sampler with `num_replicas` does is seen without.
         read_once: it is only read once, so it may be a generator.
         name: for messages.
+        in_step: every rank gets as many steps as the others, though its share of a loader that deals by itself be shorter.
         largest: the largest number that any rank passes.
 
     Raises:
@@ -73,6 +88,7 @@ class LoaderSteps:
     is_sharded: bool = False
     read_once: bool = False
     name: str = "train_loader"
+    in_step: bool = True
     largest: Callable[[int], int] = lambda number: number
 
     def __post_init__(self) -> None:
@@ -89,16 +105,13 @@ class LoaderSteps:
         deals = any(ranks_of(drawer) > 1 for drawer in samplers_in(self._sampler)) if self._indexed else False
         self._deals_itself = self.world_size > 1 and (self.is_sharded or deals)
         self._ranks = 1 if self._deals_itself else self.world_size  # among which it is dealt here
-        self._copy: DataLoader | None = None  # of the loader, drawing `_indices`; kept while its workers are to be kept
-        self._indices: Iterator[Any] = iter(())
+        self._copy: DataLoader | None = None  # of the loader, loading `_indices`; kept while its workers are to be kept
+        self._indices = _Indices()
         self._epochs_drawn = 0
         self._has_given = False
         self._drawn = (0, 0)  # position, and the fingerprint of what was drawn up to it
-        self._expected = (
-            0,
-            0,
-            0,
-        )  # of the checkpoint that this run goes on from: position, and what all ranks had drawn
+        # Of the checkpoint that this run goes on from: position, and the fingerprints of all ranks.
+        self._expected = (0, 0, 0)
 
     def size(self) -> int | None:
         loader: Any = self._sampler if self._indexed else self.loader
@@ -133,8 +146,14 @@ class LoaderSteps:
         Raises:
             ValueError: its positions meant something else.
         """
+        if "order" not in state:
+            raise ValueError(
+                f"was made by an earlier version, which drew the order of {self.name} otherwise, so its position means "
+                f"nothing; expected one of this version. Finish the run with that version, or start a new one with these "
+                f"weights (init_weights_path)"
+            )
         now = self._facts()
-        rows, ranks = state.get("rows", now["rows"]), state.get("ranks", now["ranks"])
+        rows, ranks = state["rows"], state["ranks"]
         if rows != now["rows"]:
             raise ValueError(
                 f"counts its position in micro-batches of {rows} rows, and those of {self.name} have {now['rows']} now; "
@@ -142,16 +161,14 @@ class LoaderSteps:
                 f"micro_batch_tokens cuts smaller micro-batches out of them"
             )
         if ranks != now["ranks"]:
-            was, here = (
-                f"dealt to {n} ranks by itself" if n else "dealt out by position" for n in (ranks, now["ranks"])
-            )
+            was, here = _dealing(ranks), _dealing(now["ranks"])
             raise ValueError(
                 f"was made with a {self.name} that was {was}, and now it is {here}, so its position means nothing; expected "
                 f"the same number of ranks. Only a loader that gives all ranks the same batches, or torch's "
                 f"DistributedSampler, can go on with another number"
             )
-        self._order.seed = state.get("order", self._order.seed)
-        self._expected = tuple(state.get("drawn", (0, 0, 0)))
+        self._order.seed = state["order"]
+        self._expected = tuple(state["drawn"])
 
     # Steps.
 
@@ -176,7 +193,7 @@ class LoaderSteps:
     def _goes_on(self, drawn: _Drawn | None) -> bool:
         """Whether there is another step, for this rank or for others of a loader that deals by itself."""
         has_more = int(drawn is not None)
-        if self._deals_itself:
+        if self._deals_itself and self.in_step:
             has_more = self.largest(has_more)
         return bool(has_more)
 
@@ -196,7 +213,8 @@ class LoaderSteps:
         """Steps of what `source` gives from a position on: micro-batches, or their indices."""
         printed = 0
         # 1. what comes before the position
-        with randomness.drawn_from(), signals_held():
+        starts_workers = isinstance(source, DataLoader)
+        with randomness.drawn_from(), signals_held() if starts_workers else nullcontext():
             items = map(_itself, source)  # NOTE: `islice` would ask an iterator of the user to begin anew
         with randomness.drawn_from():
             for item in islice(items, position):
@@ -219,34 +237,36 @@ class LoaderSteps:
         loader: Any = self.loader
         steps: deque[_Drawn] = deque()
 
-        def indices() -> Iterator[Any]:
+        def indices() -> Generator[Any, None, None]:
             for step in self._cut(self._sampler, randomness, position):
                 steps.append(step)
                 yield from step.batches
 
-        self._indices = indices()
+        self._indices.next = drawn = indices()
         if self._copy is None or not loader.persistent_workers:
-            how = {"batch_size": None, "sampler": self} if loader.batch_sampler is None else {"batch_sampler": self}
+            how: dict[str, Any] = {"batch_sampler": self._indices}
+            if loader.batch_sampler is None:
+                how = {"batch_size": None, "sampler": self._indices}
             self._copy = self._copied(persistent_workers=loader.persistent_workers, **how)
         self._copy.generator.manual_seed(mix_seeds(self._order.seed, epoch, position, self.rank))
-        with signals_held():
-            batches = iter(self._copy)
         nothing_more = object()
-        while True:
-            # NOTE: what a dataset draws in this process, as for augmentation, must not depend on what else does.
-            noise = Randomness(mix_seeds(self._order.seed, epoch, position, self.rank))
-            with nullcontext() if loader.num_workers else noise.drawn_from():
-                first = next(batches, nothing_more)
-                if first is nothing_more:
-                    return
-                step = steps.popleft()
-                rest = [next(batches) for _ in step.batches[1:]]
-            position += step.number
-            yield step._replace(batches=[first, *rest])
-
-    def __iter__(self) -> Iterator[Any]:
-        """What the copy of the loader is to load next."""
-        return self._indices
+        try:
+            with signals_held():
+                batches = iter(self._copy)
+            while True:
+                # NOTE: what a dataset draws in this process, as for augmentation, must not depend on what else does.
+                noise = Randomness(mix_seeds(self._order.seed, epoch, position, self.rank))
+                with nullcontext() if loader.num_workers else noise.drawn_from():
+                    first = next(batches, nothing_more)
+                    if first is nothing_more:
+                        return
+                    step = steps.popleft()
+                    rest = [next(batches) for _ in step.batches[1:]]
+                position += step.number
+                yield step._replace(batches=[first, *rest])
+        finally:
+            drawn.close()
+            self._indices.next = iter(())
 
     def _readable(self, epoch: int) -> Iterable[Batch]:
         """What is read from its beginning to its end in every epoch.
@@ -352,6 +372,10 @@ class LoaderSteps:
         return recut
 
 
+def _dealing(ranks: int | None) -> str:
+    return "dealt out by position" if ranks is None else f"dealt to {ranks} ranks by itself"
+
+
 def _itself(item: Any) -> Any:
     return item
 
@@ -379,5 +403,16 @@ def _require_rereadable(loader: Any, name: str) -> None:
 
 
 def as_step_source(loader: Any, **options: Any) -> StepSource:
-    """`loader` itself when it already yields steps, else steps over its micro-batches (options of `LoaderSteps`)."""
-    return loader if isinstance(loader, SampleStream) else LoaderSteps(loader, **options)
+    """`loader` itself when it already yields steps, else steps over its micro-batches (options of `LoaderSteps`).
+
+    Raises:
+        ValueError: it cannot be read as it must be.
+    """
+    if not isinstance(loader, SampleStream):
+        return LoaderSteps(loader, **options)
+    if options.get("is_sharded"):
+        raise ValueError(
+            "loader_is_sharded=True: found a SampleStream, which deals by its own `rank` and `world_size`; expected a loader "
+            "of yours. Leave loader_is_sharded out"
+        )
+    return loader

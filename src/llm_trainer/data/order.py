@@ -63,8 +63,9 @@ def samplers_in(outermost: Any) -> list[Any]:
     """A sampler and those that it draws from."""
     found = [outermost]
     for sampler in found:  # grows meanwhile
-        for name, value in vars(sampler).items() if hasattr(sampler, "__dict__") else ():
-            if isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
+        for name, value in getattr(sampler, "__dict__", {}).items():
+            is_drawn_from = isinstance(value, Sampler) or name in ("sampler", "batch_sampler")
+            if is_drawn_from and all(value is not other for other in found):
                 found.append(value)
     return found
 
@@ -118,7 +119,8 @@ class Order:
                 drawer.set_epoch(epoch)
             for name, generator in _generators(drawer).items():
                 setattr(drawer, name, _like(generator, mix_seeds(self.seed, epoch, number)))
-        return Randomness(mix_seeds(self.seed, epoch))
+        lent = None if all(type(drawer) in _KEEP_NOTHING for drawer in self.drawers) else mix_seeds(self.seed, epoch)
+        return Randomness(lent)
 
 
 def _generators(drawer: Any) -> dict[str, Any]:
@@ -139,7 +141,8 @@ def _like(generator: Any, seed: int) -> Any:
         return np.random.Generator(type(generator.bit_generator)(seed))  # type: ignore[call-arg]
     if isinstance(generator, np.random.RandomState):
         return np.random.RandomState(seed % 2**32)
-    return torch.Generator().manual_seed(seed)
+    device = torch.device("cpu") if generator is None else generator.device
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _seeds(drawer: Any) -> Iterator[int]:
@@ -154,15 +157,22 @@ def _seeds(drawer: Any) -> Iterator[int]:
 
 
 class Randomness:
-    """Python's, numpy's and torch's global generators as one drawer sees them, whatever else draws from them meanwhile."""
+    """Python's, numpy's and torch's global generators as one drawer sees them, whatever else draws from them meanwhile.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: of all three; None: the drawer does not use them, and they are left as they are.
+    """
+
+    def __init__(self, seed: int | None) -> None:
         self._seed = seed
         self._state: tuple[Any, ...] | None = None
 
     @contextmanager
     def drawn_from(self) -> Iterator[None]:
         """In the block the global generators go on from where the last block ended; afterwards they are as before."""
+        if self._seed is None:
+            yield
+            return
         outside = _global_state()
         if self._state is None:
             random.seed(self._seed)

@@ -88,9 +88,9 @@ class Run:
         self.driver: Callable[..., None] = choose_driver(settings)
 
         # The data: this rank's share of the training data, and of every validation set.
-        ranks: dict[str, Any] = {}
+        ranks: dict[str, Any] = {"is_sharded": settings.loader_is_sharded}
         if together:
-            ranks = {"rank": dist.rank(), "world_size": dist.world_size(), "is_sharded": settings.loader_is_sharded}
+            ranks |= {"rank": dist.rank(), "world_size": dist.world_size()}
             ranks["largest"] = partial(dist.largest, device=self.engine.device)
         self.source: StepSource = as_step_source(
             train_loader,
@@ -103,6 +103,7 @@ class Run:
         loaders: Mapping[str, Any] = {} if val_loader is None else {"": val_loader}
         if isinstance(val_loader, Mapping):
             loaders = val_loader
+        ranks["in_step"] = self.engine.in_lockstep
         self.val_sources = {
             name: as_step_source(loader, name=f"val_loader {name}".strip(), **ranks) for name, loader in loaders.items()
         }

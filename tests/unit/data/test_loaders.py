@@ -1,5 +1,6 @@
 """Steps over a user's own loader: complete, resumable anywhere, dealt once; what cannot be is refused by name."""
 
+import gc
 import os
 import random
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Subset, TensorDataset
 
 from llm_trainer.data.loaders import LoaderSteps
 
@@ -125,6 +126,15 @@ def test_persistent_workers_are_kept_from_epoch_to_epoch():
     workers = [{row[1] for row in rows(source, epoch)} for epoch in range(2)]
     assert workers[0] == workers[1] and len(workers[0]) == 2 and os.getpid() not in workers[0]
     assert loader.worker_init_fn is None  # what the user gave is as it was
+    next(source.steps(2, 0))  # left in the middle
+    gc.disable()
+    try:
+        del source
+        for worker in workers[0]:
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(worker), 0)
+    finally:
+        gc.enable()
 
 
 def test_a_rank_loads_only_its_own_micro_batches():
@@ -228,3 +238,22 @@ def test_a_rank_whose_share_ends_first_keeps_in_step():
     )
     steps = [(step[0].batch.item(), step[0].counts, position) for step, position in short.steps(0, 0)]
     assert steps == [(0, True, 1), (1, True, 2), (2, True, 3), (2, False, 4), (2, False, 5)]
+
+
+def test_what_is_not_dealt_here_must_not_be_said_to_be_sharded_and_old_positions_mean_nothing():
+    from llm_trainer.data.loaders import as_step_source
+    from llm_trainer.data.stream import SampleStream
+
+    class One:
+        lengths, file_sizes = np.array([1]), [1]
+
+    with pytest.raises(ValueError, match="loader_is_sharded=True: found a SampleStream"):
+        as_step_source(SampleStream(One(), list, rows_per_step=1, batch_size=1), is_sharded=True)
+    with pytest.raises(ValueError, match="made by an earlier version"):
+        LoaderSteps(loader()).load_state_dict({"kind": "LoaderSteps", "size": 11, "seed": 0})
+
+
+def test_samplers_that_know_each_other_are_found_once():
+    sampler = RandomSampler(range(9))
+    sampler.sampler = BatchSampler(sampler, 2, False)
+    assert sorted(rows(LoaderSteps(DataLoader(torch.arange(9), batch_sampler=sampler.sampler)))) == list(range(9))
