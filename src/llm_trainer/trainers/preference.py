@@ -103,6 +103,9 @@ class DPOTrainer(BaseTrainer):
         self._at_start = bool(starts_at_reference) and self.loss.needs_reference
         self._baseline = torch.zeros(2, dtype=torch.float64)  # sum and number of the rewards of earlier steps
         self._new_rewards = torch.zeros(2)
+        self._joined_before: list[
+            tuple[Batch, Batch]
+        ] = []  # micro-batches that `_begin_step` has joined, and their rows
         self._micro_batch_tokens = options.get("micro_batch_tokens")
         super().__init__(model, *args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
@@ -175,6 +178,10 @@ class DPOTrainer(BaseTrainer):
 
     def _joined(self, batch: Batch) -> Batch:
         """The batch as rows, with `completion`, the answers' part of the labels, when the prompts are labels too."""
+        for number, (one, rows) in enumerate(self._joined_before):
+            if one is batch:
+                del self._joined_before[number]
+                return rows
         rows = join(batch, SIDES)
         if self.mask_prompt or not self.loss.nll_weight:
             return rows
@@ -187,9 +194,12 @@ class DPOTrainer(BaseTrainer):
         if not self.loss.nll_weight:
             return
         counts = [sum(weights), 0.0]
+        self._joined_before = []
         for batch, weight in zip(batches, weights, strict=True):
             if weight:
-                lengths = supervised(self._joined(batch)).sum(1)[: int(weight)]
+                rows = self._joined(batch)
+                self._joined_before.append((batch, rows))
+                lengths = supervised(rows).sum(1)[: int(weight)]
                 counts[1] += float(NLL_NORMS[self.loss.nll_norm](lengths, lengths)[1].sum())
         pairs, terms = sum_over_ranks(torch.tensor(counts, device=self.device)).tolist()
         self._nll_terms_per_pair = terms / (pairs or 1.0)

@@ -92,6 +92,18 @@ def loss_of(made: DPOTrainer, batch: Batch) -> torch.Tensor:
     return made._compute_loss(made._forward(prepared), prepared)
 
 
+def test_a_micro_batch_is_joined_once_also_where_its_step_counts_nll_terms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_trainer.trainers import preference
+
+    joined: list[int] = []
+    monkeypatch.setattr(preference, "join", lambda batch, sides: joined.append(id(batch)) or join(batch, sides))
+    batches = [pairs_batch(seed=0), pairs_batch(seed=1)]
+    trainer(tmp_path, batches, loss_type={"sigmoid": 1.0, "sft": 0.5}, grad_accum_steps=2).train()
+    assert sorted(joined) == sorted(map(id, batches))
+
+
 def test_prompt_and_answer_are_joined_by_true_length_whatever_the_padding() -> None:
     left, right = join(pairs_batch(left=True), ("chosen", "rejected")), join(pairs_batch(), ("chosen", "rejected"))
     for name in ("input_ids", "labels", "attention_mask"):
