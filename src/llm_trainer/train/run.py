@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -483,9 +484,9 @@ class Run:
         self.checkpoints.load(path, snapshot.parts_of(self.work, self.progress, self._configured))
 
 
-def _check_numbers(**values: int) -> None:
+def _check_numbers(**values: Any) -> None:
     for name, value in values.items():
-        if value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}: got {value}, expected an integer of at least 1")
 
 

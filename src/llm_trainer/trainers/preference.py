@@ -62,7 +62,7 @@ class DPOTrainer(BaseTrainer):
         share_prompts: run the prompt of a pair once, which changes no number, where the attention of policy and
             reference can do it: ours for the CPU (`"blocked"`).
         **options: fields of `PreferenceLoss` (`beta=0.1`, `label_smoothing=0.0`, `loss_type="sigmoid"`,
-            `nll_loss_coef`, `nll_norm`, `simpo_gamma`, ...); the others are those of `BaseTrainer`.
+            `nll_loss_coef`, `nll_norm`, `simpo_gamma`, ...; None: the default); the others are those of `BaseTrainer`.
 
     Raises:
         ValueError: `ref_model` is the policy itself, or an option of the loss makes no sense.
@@ -83,7 +83,8 @@ class DPOTrainer(BaseTrainer):
         share_prompts: bool = True,
         **options: Any,
     ) -> None:
-        self.loss = PreferenceLoss(**{f.name: options.pop(f.name) for f in fields(PreferenceLoss) if f.name in options})
+        of_loss = {f.name: options.pop(f.name) for f in fields(PreferenceLoss) if f.name in options}
+        self.loss = PreferenceLoss(**{name: value for name, value in of_loss.items() if value is not None})
         self.mask_prompt, self.aux_loss_coef = mask_prompt, aux_loss_coef
         if len(args) > 3 or not isinstance(ref_model, nn.Module | None):
             raise TypeError(

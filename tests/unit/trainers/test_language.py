@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llm_trainer import DPOTrainer, KTOTrainer, SFTTrainer, Trainer
+from llm_trainer.losses.preference import PreferenceLoss
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -80,3 +81,16 @@ def test_an_optimizer_is_an_optimizer(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="KTOTrainer: got Embedding as optimizer, expected a torch.optim.Optimizer"):
         KTOTrainer(model, bigrams(), optimizer, pairs(), save_dir=str(tmp_path))
+
+
+def test_none_is_the_default_of_a_loss_and_no_number(tmp_path: Path) -> None:
+    model, reference = bigrams(), bigrams()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"save_dir": str(tmp_path), "device": "cpu"}
+    trainer = DPOTrainer(
+        model, reference, optimizer, pairs(), beta=None, label_smoothing=None, loss_type=None, **options
+    )
+    assert trainer.loss == PreferenceLoss()
+    for wrong in (None, 0, 1.5):
+        with pytest.raises(ValueError, match=f"grad_accum_steps: got {wrong}, expected an integer of at least 1"):
+            Trainer(model, optimizer, [], grad_accum_steps=wrong, **options)  # type: ignore[arg-type]
