@@ -17,6 +17,7 @@ from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.schema import DataLoaderConfig, ModelConfig, TrainConfig
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import save_array
+from llm_trainer.data.encode.templates import default_template
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import choose_kind, load, open_stream
@@ -75,7 +76,11 @@ class Builder:
             raise ValueError(
                 "tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR"
             )
-        return load_tokenizer(self.config.tokenizer)
+        tokenizer = load_tokenizer(self.config.tokenizer)
+        if self.trainer_class.prompt_format == "chat" and not tokenizer.chat_template:
+            # It is saved with the model: whoever opens the folder then talks to it as it was trained.
+            tokenizer.chat_template = default_template(tokenizer)
+        return tokenizer
 
     def tokenizer_of(self, source: str) -> Any:
         return load_tokenizer(source)

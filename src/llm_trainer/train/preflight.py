@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llm_trainer.config.errors import counted
-from llm_trainer.data.encode.templates import describe_default
+from llm_trainer.data.encode.templates import describe_default, has_default_template
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
@@ -217,7 +217,7 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),
     }
-    if trainer.prompt_format == "chat" and trainer.tokenizer is not None and not trainer.tokenizer.chat_template:
+    if trainer.prompt_format == "chat" and trainer.tokenizer is not None and has_default_template(trainer.tokenizer):
         found["chat template"] = describe_default(trainer.tokenizer)
     if not_used := left_out(settings):
         found["left out"] = not_used

@@ -150,9 +150,18 @@ def default_template(tokenizer: "PreTrainedTokenizerFast") -> str:
     return re.sub(rf"\b({'|'.join(words)})\b", lambda word: words[word[0]], _DEFAULT)
 
 
+def has_default_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer's conversations look as `default_template` says; of one that is not fast it is not known."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token is None:
+        return False
+    return not tokenizer.chat_template or tokenizer.chat_template == default_template(tokenizer)
+
+
 def describe_default(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """What `default_template` makes of a tokenizer, in a line; it says how to choose otherwise."""
-    return f"the tokenizer has none; {_family(tokenizer)[0]} (tokenizer.chat_template sets another)"
+    """What `default_template` makes of a tokenizer, in a line."""
+    return f"the default for this vocabulary: {_family(tokenizer)[0]}"
 
 
 class ChatTemplateError(ValueError):

@@ -8,12 +8,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llm_trainer import SFTTrainer
+from llm_trainer import SFTTrainer, Trainer
+from llm_trainer.builder import Builder
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.from_ids import spans_from_ids
-from llm_trainer.data.encode.templates import describe_default
+from llm_trainer.data.encode.templates import describe_default, has_default_template
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.load import load
+from llm_trainer.train_configs import ModelConfig, PretrainConfig, SFTConfig, TrainConfig
 
 ROLES = ("<user>", "<assistant>", "<system>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -151,4 +154,18 @@ def test_the_first_screen_says_what_a_tokenizer_without_a_template_gets(
         save_interval=0,
         best_file=False,
     ).train()
-    assert "chat template  the tokenizer has none; <user>...</s><assistant>" in capsys.readouterr().out
+    assert "chat template  the default for this vocabulary: <user>...</s><assistant>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("trainer", "has_template"), [(SFTTrainer, True), (Trainer, False)])
+def test_a_described_run_saves_the_template_it_trained_with(
+    tokenizer: Any, tmp_path: Any, trainer: type, has_template: bool
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    shape = ModelConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    section = {"sft_config": SFTConfig()} if has_template else {"pretrain_config": PretrainConfig()}
+    config = TrainConfig(model_config=shape, tokenizer=str(tmp_path / "tokenizer"), file_dataset="x", **section)
+    Builder(config, trainer).tokenizer.save_pretrained(tmp_path / "model")
+    opened = load_tokenizer(tmp_path / "model")
+    assert bool(opened.chat_template) == has_template
+    assert has_default_template(opened) and ChatFormat(opened).encode(TALK) == ChatFormat(tokenizer).encode(TALK)
