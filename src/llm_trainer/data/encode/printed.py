@@ -29,10 +29,11 @@ class Field(NamedTuple):
     turn: int  # -1: of no turn
     name: str  # 'content', 'reasoning_content', 'tool_calls' or 'tools'
     num_characters: int
+    number: int = 0  # of several calls
 
     @property
     def mark(self) -> str:
-        return f"{SUBSTITUTE}{self.turn} {self.name}{SUBSTITUTE}"
+        return f"{SUBSTITUTE}{self.turn} {self.name} {self.number}{SUBSTITUTE}"
 
 
 def fields_of(messages: Sequence[Message], tools: Sequence[Any] | None, with_reasoning: bool) -> Iterator[Field]:
@@ -47,8 +48,8 @@ def fields_of(messages: Sequence[Message], tools: Sequence[Any] | None, with_rea
             yield Field(i, "reasoning_content", thought)
         if said:
             yield Field(i, "content", said)
-        if message.get("tool_calls"):
-            yield Field(i, "tool_calls", _json_length([_function_of(call) for call in message["tool_calls"]]))
+        for number, call in enumerate(message.get("tool_calls") or ()):
+            yield Field(i, "tool_calls", _json_length(_function_of(call)), number)
     if tools:
         yield Field(-1, "tools", _json_length(tools))
 
@@ -77,8 +78,7 @@ def shape_of(messages: Sequence[Message], fields: Sequence[Field]) -> tuple[Any,
     """All that decides which fields a template prints, as far as it is not their text."""
     roles = tuple(message["role"] for message in messages)
     inline = tuple("reasoning_content" in message for message in messages)
-    num_calls = tuple(len(message.get("tool_calls") or ()) for message in messages)
-    return roles, inline, num_calls, tuple((field.turn, field.name) for field in fields)
+    return roles, inline, tuple((field.turn, field.name, field.number) for field in fields)
 
 
 def with_marks(
@@ -91,8 +91,9 @@ def with_marks(
         if field.name == "tools" and tools:
             marked_tools = [_named(tools[0], field.mark), *tools[1:]]
         elif field.name == "tool_calls":
-            calls = marked[field.turn]["tool_calls"]
-            marked[field.turn]["tool_calls"] = [_named(calls[0], field.mark), *calls[1:]]
+            calls = list(marked[field.turn]["tool_calls"])
+            calls[field.number] = _named(calls[field.number], field.mark)
+            marked[field.turn]["tool_calls"] = calls
         elif field.name == "reasoning_content" and not marked[field.turn].get("reasoning_content"):
             marked[field.turn]["content"] = f"<think>\n{field.mark}\n</think>\n\n"
         elif field.name == "content" and THINK_BLOCK.fullmatch(str(marked[field.turn].get("content"))):
@@ -112,9 +113,9 @@ def _named(function: Any, name: str) -> Any:
 
 
 _SAID_OF = {
-    "reasoning_content": "turn: reasoning that the chat template does not print",
-    "tool_calls": "turn: calls that the chat template does not print",
-    "tools": "conversation: tools that the chat template does not print",
+    "reasoning_content": "turn: its reasoning is left out by the chat template",
+    "tool_calls": "call: left out by the chat template",
+    "tools": "conversation: its tools are left out by the chat template",
 }
 
 
@@ -125,9 +126,9 @@ def count_left_out(messages: Sequence[Message], fields: Sequence[Field], missing
         notes[LEFT_OUT] += field.num_characters
         said = _SAID_OF.get(field.name)
         if said is None and messages[field.turn].get("tool_calls"):
-            said = "turn: text beside a call that the chat template does not print"
+            said = "turn: its text beside a call is left out by the chat template"
         elif said is None:
-            said = f"turn: text of the {messages[field.turn]['role']} that the chat template does not print"
+            said = f"turn: the text of the {messages[field.turn]['role']} is left out by the chat template"
         notes[said] += 1
     return notes
 

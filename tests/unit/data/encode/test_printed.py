@@ -32,10 +32,10 @@ TALK: list[dict[str, Any]] = [
     {"role": "assistant", "content": "two", "reasoning_content": "So it is two."},
 ]
 WORDS = {
-    "calls": "turn: calls that the chat template does not print",
-    "beside": "turn: text beside a call that the chat template does not print",
-    "reasoning": "turn: reasoning that the chat template does not print",
-    "tools": "conversation: tools that the chat template does not print",
+    "calls": "call: left out by the chat template",
+    "beside": "turn: its text beside a call is left out by the chat template",
+    "reasoning": "turn: its reasoning is left out by the chat template",
+    "tools": "conversation: its tools are left out by the chat template",
 }
 
 
@@ -58,12 +58,18 @@ def test_every_field_that_is_not_printed_is_counted(tokenizer: Any, template: st
     found = chat.left_out(TALK, TOOLS)
     total, left_out = found.pop(ALL_CHARACTERS), found.pop(LEFT_OUT, 0)
     assert found == {WORDS[name]: 1 for name in missing}
-    call, tools = json.dumps([CALL["function"]]), json.dumps(TOOLS)
+    call, tools = json.dumps(CALL["function"]), json.dumps(TOOLS)
     sizes = {"calls": len(call), "beside": 11, "reasoning": 13, "tools": len(tools)}
     assert left_out == sum(sizes[name] for name in missing)
     assert total == len(
         "What is the sum of one and one?" + "I add them." + "2" + "two" + "So it is two." + call + tools
     )
+
+
+def test_each_of_several_calls_counts(tokenizer: Any) -> None:
+    twice = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}]
+    found = ChatFormat(tokenizer, NO_TEXT_BESIDE).left_out(twice)
+    assert (found[WORDS["calls"]], found[LEFT_OUT]) == (1, len(json.dumps(CALL["function"])))
 
 
 def test_reasoning_inside_a_content_counts_too_and_a_policy_is_the_users_word(tokenizer: Any) -> None:
@@ -85,12 +91,12 @@ def test_training_stops_above_a_share_and_says_what_is_left_out(tokenizer: Any, 
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": TALK, "tools": TOOLS}) + "\n")
     chat, kind = ChatFormat(tokenizer, NO_TEXT_BESIDE), get_kind("conversations")
-    with pytest.raises(DataError, match=r"1 turn: text beside a call.*at most 10%.*thinking to all.*max_left_out"):
+    with pytest.raises(DataError, match=r"1 turn: its text beside a call.*at most 10%.*thinking to all.*max_left_out"):
         load([str(path)], kind, chat, DataOptions(), tmp_path / "stores")
     data = load([str(path)], kind, chat, DataOptions(max_left_out=0.7), tmp_path / "stores")  # the store is there
     lines = data.ledgers[0].lines()
-    assert "93 of 168 characters (55.4%) of the conversations are left out by the chat template" in lines[1]
-    assert "1 turn: reasoning that the chat template does not print" in lines
+    assert "93 of 166 characters (56.0%) of the conversations are left out by the chat template" in lines[1]
+    assert "1 turn: its reasoning is left out by the chat template" in lines
     report = check_file(path, chat)
     assert report.account.notes == data.ledgers[0].notes and report.stops_training
     assert not check_file(path, ChatFormat(tokenizer)).stops_training
