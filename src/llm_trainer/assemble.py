@@ -45,7 +45,7 @@ def assemble(config: TrainConfig, trainer_class: Any, given: dict[str, Any]) -> 
     # What one rank cannot make stops all of them.
     with dist.on_duty(lambda: "Nothing has been trained yet"):
         objects = _objects(config, trainer_class, given, build)
-        dist.gather_objects(None)  # until all have got here
+        dist.gather_patiently(None)  # until all have got here
     return objects
 
 

@@ -22,7 +22,13 @@ from llm_trainer.engine import dist, watch
 from llm_trainer.train.hooks import Hook
 
 RANKS, TIMEOUT_S = 2, 3
-ALONE = ("odd_rows", "no_terms", "unused", "unused_layer")  # what one process makes of them is what is expected
+ALONE = (
+    "odd_rows",
+    "no_terms",
+    "unused",
+    "unused_layer",
+    "configured",
+)  # what one process makes of them is what is expected
 
 
 def options(folder: Path, engine: str) -> dict[str, Any]:
@@ -113,10 +119,12 @@ ROWS = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
 NONE = torch.full((2, 2), float("nan"))
 
 
-def train(folder: Path, engine: str, batches: list[Any], skips_layers: bool = False, **more: Any) -> Any:
+def train(
+    folder: Path, engine: str, batches: list[Any], skips_layers: bool = False, lr: float = 0.05, **more: Any
+) -> Any:
     torch.manual_seed(0)
     model = Branches(skips_layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=2 * lr)
     accumulation = len(batches) // 3 // dist.world_size()
     given = {"grad_accum_steps": accumulation, **options(folder, engine), **more}
     Chosen(model, optimizer, batches, **given).train()
@@ -136,6 +144,14 @@ def unused(folder: Path, engine: str) -> Any:
 def unused_layer(folder: Path, engine: str) -> Any:
     """Each rank leaves out another layer."""
     return train(folder, engine, [(ROWS, 1), (ROWS, 2)] * 3, skips_layers=True)
+
+
+def configured(folder: Path, engine: str) -> Any:
+    """Another rate and decay after a stop; moments and step counts go on."""
+    batches = [(ROWS + number, 0) for number in range(8)]
+    for steps, lr in ((2, 0.05), (4, 0.2)):
+        found = train(folder, engine, batches, lr=lr, max_steps=steps, resume="auto")
+    return found
 
 
 class Normalised(nn.Module):
@@ -195,7 +211,7 @@ def times_out(folder: Path, engine: str) -> Any:
 
 CASES: dict[str, Any] = {
     case.__name__: case
-    for case in (odd_rows, no_terms, unused, unused_layer, statistics, raises, raises_early, times_out)
+    for case in (odd_rows, no_terms, unused, unused_layer, configured, statistics, raises, raises_early, times_out)
 }
 
 

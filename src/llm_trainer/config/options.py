@@ -189,7 +189,9 @@ class Execution:
     max_bad_steps: StrictInt = Field(default=3, ge=1, description="non-finite steps in a row before the run stops")
     writers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="more places for metrics")
     progress: StrictBool = Field(default=True, description="a live progress bar in terminals")
-    ddp_timeout_s: StrictInt = Field(default=600, ge=1, description="seconds before a silent process counts as lost")
+    ddp_timeout_s: StrictInt = Field(
+        default=600, ge=1, description="seconds that processes wait for each other before the run stops"
+    )
 
 
 @config_section

@@ -54,7 +54,10 @@ class RunMachine:
     def place(self, frozen: nn.Module) -> None:
         if self._settings.compile:  # both must round alike
             compile_module(frozen)
-        self._engine.place(frozen)
+        if not self._engine.in_lockstep:
+            return self._engine.place(frozen)
+        with dist.on_duty(str):  # it is sharded, for which all ranks are needed
+            self._engine.place(frozen)
 
     def generating(self) -> AbstractContextManager[None]:
         return self._engine.inference(alone=True)

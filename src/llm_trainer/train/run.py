@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -82,32 +82,11 @@ class Run:
         place = detect_device(device)
         if place.type == "cpu":  # oneDNN keeps 1,024 kernels by default, one per shape: with ragged rows half a GiB
             set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-        together = environment().world_size > 1 if use_ddp is None else use_ddp
+        self._is_together = together = environment().world_size > 1 if use_ddp is None else use_ddp
         if together:
             join_processes(place, engine_of(settings), settings.fsdp, settings.ddp_timeout_s)
         self.engine = choose_engine(settings, place, use_amp, together)
         self.driver: Callable[..., None] = choose_driver(settings)
-
-        # The data: this rank's share of the training data, and of every validation set.
-        ranks: dict[str, Any] = {"is_sharded": settings.loader_is_sharded}
-        if together:
-            ranks |= {"rank": dist.rank(), "world_size": dist.world_size()}
-            ranks["largest"] = partial(dist.largest, device=self.engine.device)
-        self.source: StepSource = as_step_source(
-            train_loader,
-            accumulation=grad_accum_steps,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            seed=settings.seed,
-            read_once=max_epochs == 1 or settings.max_steps is not None,
-            **ranks,
-        )
-        loaders: Mapping[str, Any] = {} if val_loader is None else {"": val_loader}
-        if isinstance(val_loader, Mapping):
-            loaders = val_loader
-        ranks["in_step"] = self.engine.in_lockstep
-        self.val_sources = {
-            name: as_step_source(loader, name=f"val_loader {name}".strip(), **ranks) for name, loader in loaders.items()
-        }
 
         # Where the run stands, and what it remembers between two log lines.
         self.progress = Progress()
@@ -123,6 +102,33 @@ class Run:
         self.machine = RunMachine(self.engine, settings, self.progress, self._metrics)
         self._max_grad_norm = max_grad_norm or 0.0
 
+        # The data: this rank's share of the training data, and of every validation set.
+        with self._on_duty():
+            self.source, self.val_sources = self._open_data(train_loader, val_loader)
+
+    def _open_data(self, train_loader: Any, val_loader: Any) -> tuple[StepSource, dict[str, StepSource]]:
+        settings = self.settings
+        ranks: dict[str, Any] = {"is_sharded": settings.loader_is_sharded}
+        if self._is_together:
+            ranks |= {"rank": dist.rank(), "world_size": dist.world_size()}
+            ranks["largest"] = partial(dist.largest, device=self.engine.device)
+        source = as_step_source(
+            train_loader,
+            accumulation=self.accumulation,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            seed=settings.seed,
+            read_once=self.max_epochs == 1 or settings.max_steps is not None,
+            **ranks,
+        )
+        loaders: Mapping[str, Any] = {} if val_loader is None else {"": val_loader}
+        if isinstance(val_loader, Mapping):
+            loaders = val_loader
+        ranks["in_step"] = self.engine.in_lockstep
+        val_sources = {}
+        for name, loader in loaders.items():
+            val_sources[name] = as_step_source(loader, name=f"val_loader {name}".strip(), **ranks)
+        return source, val_sources
+
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""
         model = self.trainer.base_model
@@ -133,7 +139,7 @@ class Run:
             compile_module(module)
         # Now: an engine may leave nothing to count in the parameters themselves.
         self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
-        with dist.on_duty(self._how_to_go_on):
+        with self._on_duty():
             prepared = self.engine.prepare(module, model, self.trainer.optimizer)
         self._configured = ConfiguredOptimizer(self.trainer)
         self._buffers = SharedBuffers(model)
@@ -164,7 +170,7 @@ class Run:
 
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
-        on_duty = dist.on_duty(self._how_to_go_on)
+        on_duty = self._on_duty()
         with self.checkpoints.alone(), self.signals.listening(), workers_needed(), self._saved_at_the_end(), on_duty:
             self._resume()
             self.stop_requested = False
@@ -199,8 +205,11 @@ class Run:
             except Exception as error:  # what ended the block matters more
                 self._reporter.warn(str(error))
 
-    def _how_to_go_on(self) -> str:
-        return self.checkpoints.how_to_go_on(self.settings.resume)
+    def _on_duty(self) -> AbstractContextManager[None]:
+        """The context in which the ranks of this run need each other."""
+        if not self._is_together:
+            return nullcontext()
+        return dist.on_duty(lambda: self.checkpoints.how_to_go_on(self.settings.resume))
 
     def finished(self) -> bool:
         """Whether the last step has been done."""
