@@ -15,6 +15,7 @@ from llm_trainer.config.errors import fields_of
 from llm_trainer.config.options import Reading
 from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.schema import DataLoaderConfig, ModelConfig, TrainConfig
+from llm_trainer.data.duplicates import note_overlap
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import save_array
 from llm_trainer.data.encode.templates import default_template
@@ -213,9 +214,11 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
     options, chat = build.options()
     cache = Path(loader.cache_dir or Path(config.run_config.save_dir) / "data")
 
-    def stream(paths: list[str], batch_size: int, rows_per_step: int, order: Callable[[Any], Any]) -> SampleStream:
+    def stream(
+        paths: list[str], batch_size: int, rows_per_step: int, how: DataOptions, order: Callable[[Any], Any]
+    ) -> SampleStream:
         with dist.main_process_first():
-            dataset = load(paths, build.kind, chat, options, cache)
+            dataset = load(paths, build.kind, chat, how, cache)
         return open_stream(
             dataset,
             build.kind,
@@ -235,14 +238,17 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
     # Training data, all files in one stream.
     rows = config.batch_size * accumulation(config, build.trainer_class) * world
     order = partial(_order, config)
-    train = stream(_paths(config.file_dataset), config.batch_size, rows, order)
+    train = stream(_paths(config.file_dataset), config.batch_size, rows, options, order)
 
     # Validation data, a stream for each file.
     eval_rows = config.eval_config.eval_batch_size or config.batch_size
     named = _named(_paths(config.eval_dataset)) if config.eval_dataset is not None else {}
     evaluation = {}
+    whole = replace(options, duplicates="keep")
     for name, path in named.items():
-        evaluation[name] = stream([path], eval_rows, eval_rows * world, lambda dataset: {"shuffle": False})
+        evaluation[name] = stream([path], eval_rows, eval_rows * world, whole, lambda dataset: {"shuffle": False})
+    if dist.is_main():
+        note_overlap(train.dataset, {name: source.dataset for name, source in evaluation.items()})
     return train, evaluation
 
 
@@ -311,5 +317,5 @@ def _file_weights(config: TrainConfig, dataset: Any) -> list[float] | None:
     # 2. how often it is visited: as often as was said, or so that its share of what is there comes out
     weights = np.array(given)
     if loader.mixture != "files":
-        weights = weights / weights.sum() * path_sizes.sum() / path_sizes
+        weights = weights / weights.sum() * path_sizes.sum() / np.maximum(path_sizes, 1)
     return np.repeat(weights, numbers).tolist()

@@ -73,6 +73,13 @@ class Reading:
         description="what one document of a plain text file is; endoftext: what ends with <|endoftext|>, also inside a row",
     )
     bad_rows: Literal["error", "drop"] = Field(default="error", description="what happens to rows that cannot be read")
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="keep",
+        description="rows of the training data that repeat an earlier one; exact, near: they are left out",
+    )
+    duplicate_similarity: StrictFloat = Field(
+        default=0.8, gt=0, le=1, description="share of common runs of 5 tokens from which on rows are near duplicates"
+    )
 
     def __post_init__(self) -> None:
         for role in self.roles or {}:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llm_trainer.data.duplicates import EXACT, NEAR, without_duplicates
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.printed import share_left_out
 from llm_trainer.data.encode.store import Part, TokenStore
@@ -29,6 +30,7 @@ from llm_trainer.data.read.renaming import Renaming
 from llm_trainer.data.read.schemas import Schema, get_schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 from llm_trainer.data.unused import refuse_unused
+from llm_trainer.data.windows import note_dropped
 
 if TYPE_CHECKING:
     from llm_trainer.data.stream import SampleStream
@@ -44,6 +46,7 @@ class Joined:
     """Several datasets, one after another."""
 
     parts: Sequence[Any]
+    stores: Sequence[TokenStore] = ()  # that they were made of; not of files that are used in place
 
     def __post_init__(self) -> None:
         self.file_sizes = list(chain.from_iterable(part.file_sizes for part in self.parts))
@@ -76,7 +79,7 @@ def load(paths: Iterable[str], kind: Kind, chat: ChatFormat, options: DataOption
     files = list(_files(paths))
     if not files:
         raise ValueError("file_dataset: no file was given, expected at least one path")
-    joined = Joined([_rows_of(file, kind, chat, options, cache) for file in files])
+    joined = _datasets(files, kind, chat, options, cache)
     refuse_left_out(joined.ledgers, options.max_left_out)
     return joined
 
@@ -105,15 +108,61 @@ def _files(paths: Iterable[str]) -> Iterator[Path]:
     return chain.from_iterable(files_of(Path(path)) for path in paths)
 
 
-def _rows_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Any:
-    if path.suffix in TOKEN_SUFFIXES and kind.in_place is not None:
-        tokens = open_tokens_of(path, kind, chat)
-        in_place = kind.in_place(tokens, options)
-        if in_place is not None:
-            key = cache_key(path, ["ids"], chat)
-            check_all_ids(tokens, chat, cache / f"{path.stem}-{key}.checked")
-            return in_place
-    return kind.rows(store_of(path, kind, chat, options, cache), str(path), options)
+@dataclass
+class _NoRows:
+    """What is left of a file all of whose rows repeat others."""
+
+    ledger: Ledger
+
+    def __post_init__(self) -> None:
+        self.file_sizes, self.lengths = [0], np.empty(0, dtype=np.int64)
+
+
+def _datasets(files: Sequence[Path], kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Joined:
+    """The rows of all files, without those that repeat others where this was asked for."""
+    # 1. the stores of all files that are not used where they lie
+    in_place = [_in_place(file, kind, chat, options, cache) for file in files]
+    others = [file for file, rows in zip(files, in_place, strict=True) if rows is None]
+    stores = [store_of(file, kind, chat, options, cache) for file in others]
+    if options.duplicates != "keep":
+        if len(others) < len(files):
+            raise ValueError(
+                "data_loader_config.duplicates: an array of ids has no documents to compare; give the text"
+            )
+        stores = without_duplicates(stores, options.duplicates, options.duplicate_similarity, cache)
+    # 2. their rows
+    parts = []
+    remaining = iter(stores)
+    for file, rows in zip(files, in_place, strict=True):
+        if rows is None:
+            store = next(remaining)
+            rows = kind.rows(store, str(file), options) if _has_rows(store) else _NoRows(_ledger(store, str(file)))
+        parts.append(rows)
+    return Joined(parts, stores)
+
+
+def _in_place(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Any:
+    """The rows of a token file whose ids are used where they lie; None: a store is made of the file."""
+    if path.suffix not in TOKEN_SUFFIXES or kind.in_place is None:
+        return None
+    tokens = open_tokens_of(path, kind, chat)
+    rows = kind.in_place(tokens, options)
+    if rows is not None:
+        key = cache_key(path, ["ids"], chat)
+        check_all_ids(tokens, chat, cache / f"{path.stem}-{key}.checked")
+    return rows
+
+
+def _has_rows(store: TokenStore) -> bool:
+    """False where only repetitions were in it; a file without rows for another reason is an error of `kind.rows`."""
+    dropped = store.meta["dropped"]
+    return len(store) > 0 or not {EXACT, NEAR} & dropped.keys()
+
+
+def _ledger(store: TokenStore, name: str) -> Ledger:
+    ledger = Ledger(name=name)
+    note_dropped(ledger, store)
+    return ledger
 
 
 def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, **how: Any) -> "SampleStream":
