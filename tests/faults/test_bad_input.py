@@ -54,7 +54,7 @@ CASES = [
     Case("binary file", ("rows.jsonl: found binary data", "expected", "fix: convert it"), data=bytes(range(256)) * 9),
     Case("half a line", ("rows.jsonl:2: found broken JSON", "expected one complete", "fix"), lines(*CHAT[:2])[:-30]),
     Case("a number per line", ("rows.jsonl:1: found int 1", "expected an object", "fix"), data="1\n2\n"),
-    Case("unknown columns", ("rows.jsonl:1: found the columns foo", "expected", "fix: rename"), data='{"foo": 1}\n'),
+    Case("unknown columns", ("rows.jsonl:1: found the columns foo", "expected", "fix: map columns with data_loader_config.columns"), data='{"foo": 1}\n'),
     Case(
         "no answer",
         ("rows.jsonl:1: found no assistant turn", "at least one", "fix: add the answer"),
@@ -205,17 +205,17 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(
     tmp_path: Path, reference_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second save fails: said, and training goes on; the last one fails: an error that names what is valid."""
-    from llm_trainer import checkpoint
+    from llm_trainer.train import saving
 
-    write_model, saves = checkpoint.write_model, []
+    write_files, saves = saving.write_files, []
 
-    def fill_the_disk(model: Any, folder: Path, **options: Any) -> None:
+    def fill_the_disk(folder: Path, files: Any) -> Any:
         saves.append(folder)
         if len(saves) > 1:
             raise OSError(28, os.strerror(28))
-        write_model(model, folder, **options)
+        return write_files(folder, files)
 
-    monkeypatch.setattr(checkpoint, "write_model", fill_the_disk)
+    monkeypatch.setattr(saving, "write_files", fill_the_disk)
     config = load_config(write(Case("good", ()), tmp_path, reference_dir / "tokenizer"))
     trainer = SFTTrainer(train_config=config, save_interval_steps=1, max_steps=3)
     with pytest.raises(CheckpointError, match=r"(?s)No space left on device.*newest valid checkpoint.*00000001"):

@@ -202,7 +202,8 @@ def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
         location, row = next(iter(head_of(path, options)), (Location(path), None))
         if schema.renaming is not None:
             row, location = schema.renaming(row, location)
-        raise value_that_does_not_fit(row, location, kind.accepts) or DataError(location, found, expected, fix)
+        wrong_value = value_that_does_not_fit(row, location, kind.accepts, fits=schema)
+        raise wrong_value or DataError(location, found, expected, fix)
     return schema
 
 

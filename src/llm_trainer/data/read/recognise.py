@@ -138,11 +138,14 @@ def _needed_columns(schema: Schema) -> list[str]:
     return [name for name, test in schema.columns.items() if name != ROW and test is not schemas.is_absent]
 
 
-def value_that_does_not_fit(row: Any, location: Location, kinds: Sequence[str] = ()) -> DataError | None:
+def value_that_does_not_fit(
+    row: Any, location: Location, kinds: Sequence[str] = (), fits: Schema | None = None
+) -> DataError | None:
     """The error for a row that has every column of a format, one of them with a value of another type.
 
     Args:
         kinds: of formats that count; none: all.
+        fits: a format of another kind that the row does have: its columns are as they should be.
     """
     if not isinstance(row, dict):
         return None
@@ -152,6 +155,8 @@ def value_that_does_not_fit(row: Any, location: Location, kinds: Sequence[str] =
         if not needed or not set(needed) <= row.keys() or (kinds and schema.kind not in kinds):
             continue
         wrong = [name for name in needed if not schema.columns[name](row[name])]
+        if fits is not None and not fits.columns.keys().isdisjoint(wrong):
+            continue
         if wrong and len(wrong) <= fewest:  # the plainest formats are the last
             fewest, nearest = len(wrong), (schema, wrong[0])
     if nearest is None:
