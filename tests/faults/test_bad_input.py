@@ -54,7 +54,9 @@ CASES = [
     Case("binary file", ("rows.jsonl: found binary data", "expected", "fix: convert it"), data=bytes(range(256)) * 9),
     Case("half a line", ("rows.jsonl:2: found broken JSON", "expected one complete", "fix"), lines(*CHAT[:2])[:-30]),
     Case("a number per line", ("rows.jsonl:1: found int 1", "expected an object", "fix"), data="1\n2\n"),
-    Case("unknown columns", ("rows.jsonl:1: found the columns foo", "expected", "fix: map columns"), data='{"foo": 1}\n'),
+    Case(
+        "unknown columns", ("rows.jsonl:1: found the columns foo", "expected", "fix: map columns"), data='{"foo": 1}\n'
+    ),
     Case(
         "no answer",
         ("rows.jsonl:1: found no assistant turn", "at least one", "fix: add the answer"),
