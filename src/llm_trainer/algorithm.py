@@ -109,7 +109,10 @@ class Algorithm(ABC):
     # What an algorithm may say.
 
     def _loss_weight(self, batch: Any) -> float | Tensor:
-        """Number of terms that the loss of `batch` is a mean of; 1 gives the textbook loss / accumulation."""
+        """Number of terms that the loss of `batch` is a mean of, or the sum of their weights, which may be fractions.
+
+        1 gives the textbook loss / accumulation.
+        """
         return 1.0
 
     def _count_tokens(self, batch: Any) -> int:
