@@ -34,7 +34,9 @@ def refuse_unused(kind: Kind, row: Any, location: Location, image_columns: str =
 
 
 def _weight(kind: Kind, row: dict[str, Any], location: Location) -> None:
-    if kind.weighs_rows or ("loss_weight" not in row and "weight" not in row):
+    if kind.weighs_rows or kind.name == "prompts":  # rewards read every column of a prompt's row
+        return
+    if "loss_weight" not in row and "weight" not in row:
         return
     if row.get("loss_weight") is None:  # a column `weight` may be about anything
         location.note(f"row: its column 'weight' is not used, rows of {kind.name} all weigh the same")

@@ -185,6 +185,8 @@ def test_what_is_left_out_of_rows_is_counted(chat: ChatFormat, tmp_path: Path) -
     assert images.ledgers[0].lines()[1:] == ["2 rows: its column 'image' is left out, rows of conversations are text"]
     texts = load(write(tmp_path / "c.jsonl", [{"text": "a b c", "weight": 80}]), chat, "text", packing="none")
     assert texts.ledgers[0].lines()[1:] == ["1 row: its column 'weight' is not used, rows of text all weigh the same"]
+    prompts = load(write(tmp_path / "p.jsonl", [{"prompt": "q", "weight": 80, "loss_weight": 2}]), chat, "prompts")
+    assert prompts[0]["row"]["weight"] == 80 and prompts.ledgers[0].lines()[1:] == []
     grams = load(write(tmp_path / "d.jsonl", [{**talk(1), "weight": "80 g"}]), chat)
     assert grams.ledgers[0].lines()[1:] == ["1 row: its column 'weight' holds no weights and is not used"]
     sides: dict[str, Any] = {"prompt": "q"}
