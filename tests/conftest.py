@@ -1,15 +1,19 @@
 """Options and fixtures that every test room shares."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from reference_cases import ...` in every room
 
+_tests = count()
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,6 +31,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that tests start
+    os.environ["LLM_TRAINER_CACHE"] = tempfile.mkdtemp(prefix="llm-trainer-tests-")  # never the user's
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["LLM_TRAINER_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of token stores for each test: what one has made, another does not find."""
+    folder = os.environ["LLM_TRAINER_CACHE"]
+    monkeypatch.setenv("LLM_TRAINER_CACHE", f"{folder}/{next(_tests)}")
 
 
 @pytest.fixture(scope="session")

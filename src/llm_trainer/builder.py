@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.checkpoint import load_checkpoint, load_weights
+from llm_trainer.config.env import environment
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.options import Reading
 from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.schema import DataLoaderConfig, ModelConfig, TrainConfig
+from llm_trainer.data.cache import default_folder
 from llm_trainer.data.duplicates import note_overlap
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import save_array
@@ -148,7 +150,8 @@ class Builder:
     def score(
         self, lengths: Any, function: Callable[[list[int]], Tensor], columns: int, group_size: int, cache: Path
     ) -> np.ndarray:
-        if not dist.broadcast_object(cache.exists()):
+        cache = cache.with_name(f"{cache.stem}-{self._precision}{cache.suffix}")  # runs of any precision share stores
+        if not all(dist.gather_objects(cache.exists())):  # a node may have a disk of its own
             precision = TorchEngine(self.device, self._precision).precision
             table = torch.zeros(len(lengths), columns, device=self.device)
             longest_first = np.argsort(-np.asarray(lengths))
@@ -158,7 +161,7 @@ class Builder:
                 with precision():
                     table[group] = function(group)
             table = dist.all_reduce(table)
-            if dist.is_main():
+            if environment().local_rank == 0:
                 numbers = table.cpu().numpy()
                 save_array(cache, numbers.shape, numbers.dtype, [numbers])
             dist.broadcast_object(None)  # nobody reads before it is written
@@ -212,7 +215,7 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
     """Training and validation data as streams of micro-batches for this rank; of several validation files, by name."""
     loader, world = config.data_loader_config, dist.world_size()
     options, chat = build.options()
-    cache = Path(loader.cache_dir or Path(config.run_config.save_dir) / "data")
+    cache = Path(loader.cache_dir or default_folder())
 
     def stream(
         paths: list[str], batch_size: int, rows_per_step: int, how: DataOptions, order: Callable[[Any], Any]

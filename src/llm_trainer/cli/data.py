@@ -1,4 +1,4 @@
-"""`llm-trainer data check` and `llm-trainer data prepare`: look at data before training, and turn it into tokens."""
+"""`llm-trainer data check`, `prepare` and `cache`: look at data before training, make tokens of it, see what is kept."""
 
 import math
 import os
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llm_trainer.cli.reading import ColumnOption, RoleOption, SchemaOption, reading_options
+from llm_trainer.data.cache import default_folder, entries
 from llm_trainer.data.check import FileReport, Piece, check_file
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
 from llm_trainer.data.encode.from_ids import spans_from_ids
@@ -24,7 +25,7 @@ from llm_trainer.data.kinds.prompts import PromptRows
 from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.load import store_of
 from llm_trainer.data.read.files import TEXT_UNITS, files_of
-from llm_trainer.disk import whole_file
+from llm_trainer.disk import in_bytes, whole_file
 from llm_trainer.terminal import printable
 
 PROBLEMS_SHOWN = 10
@@ -194,6 +195,29 @@ def prepare(
     typer.echo(f"train with file_dataset: [{', '.join(map(str, targets.values()))}] and {rows.section}")
     if kind == "conversations":
         typer.echo("the mask of trained tokens is not in the files: training finds it again from the ids")
+
+
+@app.command()
+def cache(
+    folder: Annotated[
+        Path | None, typer.Option(help="of the tokens; by default LLM_TRAINER_CACHE, see the guide")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="remove them")] = False,
+    unused_days: Annotated[float, typer.Option(min=0, help="only what was not used for so long")] = 0,
+) -> None:
+    """List the tokens that runs keep of their files, or remove them: a run that needs them makes them again."""
+    stores = folder or default_folder()
+    done, total = "kept", 0
+    if clear:
+        done = "removed"
+    for entry in entries(stores):
+        if entry.days < unused_days:
+            continue
+        if clear:
+            entry.remove()
+        total += entry.bytes
+        typer.echo(f"{in_bytes(entry.bytes):>14}  used {entry.days:.0f} days ago  {entry.source}  {entry.folder.name}")
+    typer.echo(f"{in_bytes(total)} {done} in {stores}")
 
 
 def _targets(paths: list[Path], out: Path, suffix: str) -> dict[Path, Path]:

@@ -25,6 +25,7 @@ class Environment:
         log_dir: `LOG_DIR`, the folder of log.txt, lr.txt and metrics.jsonl.
         checkpoint_dir: `CHECKPOINT_DIR`, else `DIST_CHECKPOINT_DIR`.
         checkpoints_to_keep: `CKPT_MAX_TO_KEEP`.
+        cache_dir: `LLM_TRAINER_CACHE`, the folder of tokenized data; else `llm_trainer` in `XDG_CACHE_HOME` or `~/.cache`.
         parallel_type: `PARALLEL_TYPE`, one of ds, ddp, fsdp, none; None lets the machine decide.
         rank: `RANK` of this process among all.
         local_rank: `LOCAL_RANK`, its number on this node, and so its device.
@@ -44,6 +45,7 @@ class Environment:
     log_dir: str | None = None
     checkpoint_dir: str | None = None
     checkpoints_to_keep: int = 2
+    cache_dir: str = "~/.cache/llm_trainer"
     parallel_type: str | None = None
     rank: int = 0
     local_rank: int = 0
@@ -87,6 +89,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         token_dir=given.get("TOKEN_DIR"),
         log_dir=given.get("LOG_DIR"),
         checkpoint_dir=given.get("CHECKPOINT_DIR", given.get("DIST_CHECKPOINT_DIR")),
+        cache_dir=_cache_dir(given),
         checkpoints_to_keep=number("CKPT_MAX_TO_KEEP", Environment.checkpoints_to_keep, least=1),
         parallel_type=parallel_type,
         rank=number("RANK", Environment.rank),
@@ -100,6 +103,14 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         restarts=number("TORCHELASTIC_RESTART_COUNT", Environment.restarts),
         max_cpu_isa=isa.lower(),
     )
+
+
+def _cache_dir(given: Mapping[str, str]) -> str:
+    """https://specifications.freedesktop.org/basedir-spec: a relative path there is no path."""
+    caches = given.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):
+        caches = "~/.cache"
+    return given.get("LLM_TRAINER_CACHE", f"{caches}/llm_trainer")
 
 
 def set_default(name: str, value: str) -> None:

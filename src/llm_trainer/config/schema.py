@@ -147,7 +147,9 @@ class DataLoaderConfig(MicroBatches, Reading):
         description="text of a special token in what users and documents say is that token; whoever writes the data can then "
         "end a turn",
     )
-    cache_dir: str | None = Field(default=None, description="folder of tokenized data; null: chosen beside the run")
+    cache_dir: str | None = Field(
+        default=None, description="folder of tokenized data; null: LLM_TRAINER_CACHE, one for all runs"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]

@@ -15,6 +15,7 @@ class Ledger:
     """Counts of one dataset, in tokens unless said otherwise."""
 
     name: str = ""  # what was read
+    kept_in: str = ""  # the folder of its tokens, and whether they were made now; '': used where they lie
     rows: int = 0  # that will be trained on
     read: int = 0  # tokens of all rows that were read
     trained: int = 0  # that the loss counts
@@ -62,7 +63,9 @@ class Ledger:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for trainer_state.json and metrics."""
         counters = {"dropped": self.dropped, "dropped_rows": self.dropped_rows, "notes": self.notes}
-        return asdict(self) | {name: dict(counter) for name, counter in counters.items()}
+        facts = asdict(self) | {name: dict(counter) for name, counter in counters.items()}
+        facts.pop("kept_in")  # of this start alone, not of the run
+        return facts
 
     def lines(self) -> list[str]:
         """The ledger as a screen shows it."""

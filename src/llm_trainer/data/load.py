@@ -1,7 +1,5 @@
 """Files -> token stores -> one dataset of a kind of rows. Everything that reads text for training goes through here."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llm_trainer.data.cache import key_of
 from llm_trainer.data.duplicates import EXACT, NEAR, without_duplicates
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.printed import share_left_out
@@ -35,9 +34,6 @@ from llm_trainer.data.windows import note_dropped
 if TYPE_CHECKING:
     from llm_trainer.data.stream import SampleStream
 
-VERSION = 5  # part of every cache key: raise it when the same rows are encoded differently
-HASHED_WHOLE = 16 << 20  # bytes of a file up to which all of it is in its key
-SAMPLED_BLOCKS, SAMPLED_BLOCK = 256, 16 << 10  # of larger ones
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
 
 
@@ -137,6 +133,8 @@ def _datasets(files: Sequence[Path], kind: Kind, chat: ChatFormat, options: Data
         if rows is None:
             store = next(remaining)
             rows = kind.rows(store, str(file), options) if _has_rows(store) else _NoRows(_ledger(store, str(file)))
+            how = "made now" if store.is_new else "found there"
+            rows.ledger.kept_in = f"{store.folder} ({how})"
         parts.append(rows)
     return Joined(parts, stores)
 
@@ -148,7 +146,7 @@ def _in_place(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, ca
     tokens = open_tokens_of(path, kind, chat)
     rows = kind.in_place(tokens, options)
     if rows is not None:
-        key = cache_key(path, ["ids"], chat)
+        key = key_of(path, ["ids"], [], chat)
         check_all_ids(tokens, chat, cache / f"{path.stem}-{key}.checked")
     return rows
 
@@ -240,7 +238,8 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     size = path.stat().st_size
     workers = options.workers if size >= PARALLEL_FROM else 1
     how = [options.bad_rows, options.image_columns, options.text_unit, options.columns, options.roles]
-    key = cache_key(path, [name or "tokens", kind.name, *how], chat)
+    functions: list[Any] = [kind.encode_ids] if schema is None else [kind.encode, schema.convert]
+    key = key_of(path, [name or "tokens", kind.name, *how], functions, chat)
     unreadable: Counter[str] = Counter()
 
     def note(error: DataError) -> None:
@@ -271,32 +270,6 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
         unreadable=unreadable,
         source_bytes=foreseen_from,
     )
-
-
-def cache_key(path: Path, facts: list[Any], chat: ChatFormat) -> str:
-    """Hash of everything that the encoding of a file depends on."""
-    stat = path.stat()
-    tokenizer = hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    how = [chat.template, chat.tokenizer.chat_template, chat.train_on, chat.thinking, chat.parse_special_tokens]
-    file = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, hash_of_sample(path)]
-    everything = [VERSION, *file, tokenizer, how, facts]
-    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
-
-
-def hash_of_sample(path: Path) -> str:
-    """Hash of a file's content; of a large one of its head, its tail and blocks spread evenly over it.
-
-    Size and time stamp alone miss an edit of equal size by a program that restores the time, or on a disk of coarse times.
-    """
-    size, found = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= HASHED_WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        starts = np.linspace(0, size - SAMPLED_BLOCK, SAMPLED_BLOCKS).astype(int)
-        for start in starts.tolist():
-            file.seek(start)
-            found.update(file.read(SAMPLED_BLOCK))
-    return found.hexdigest()
 
 
 @dataclass

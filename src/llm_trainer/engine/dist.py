@@ -249,3 +249,4 @@ def main_process_first() -> Iterator[None]:
         raise failure
     if not is_main():
         yield
+    gather_patiently(None)  # on a node that does not share the disk, the files have to be made again

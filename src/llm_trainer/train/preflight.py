@@ -232,5 +232,7 @@ def screen(facts: Mapping[str, str], ledgers: Sequence[Ledger]) -> str:
     lines = [f"{name:>14}  {text}" for name, text in facts.items()]
     for ledger in ledgers:
         lines.append(f"{'data':>14}  {ledger.name}")
+        if ledger.kept_in:
+            lines.append(f"{'':>14}  tokens in {ledger.kept_in}")
         lines += [f"{'':>14}  {line}" for line in ledger.lines()]
     return "\n".join(lines)

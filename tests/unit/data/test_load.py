@@ -11,12 +11,12 @@ import pytest
 
 from llm_trainer import Trainer
 from llm_trainer.builder import Builder
+from llm_trainer.data import cache as cache_module
 from llm_trainer.data import ids as ids_module
-from llm_trainer.data import load as load_module
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import KINDS, DataOptions, get_kind
-from llm_trainer.data.load import Joined, choose_kind, find_schema, hash_of_sample, load, open_stream
+from llm_trainer.data.load import Joined, choose_kind, find_schema, load, open_stream
 from llm_trainer.data.packing import Blocks
 from llm_trainer.data.read.errors import DataError
 from llm_trainer.train_configs import DataLoaderConfig, ModelConfig, PretrainConfig, RunConfig, TrainConfig
@@ -137,9 +137,9 @@ def test_an_edit_that_leaves_size_and_time_as_they_were_is_seen(
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert first_row() == chat.encode_text("two").input_ids
     # of a large file: head, tail and blocks in between
-    monkeypatch.setattr(load_module, "HASHED_WHOLE", 1000)
-    monkeypatch.setattr(load_module, "SAMPLED_BLOCK", 10)
-    monkeypatch.setattr(load_module, "SAMPLED_BLOCKS", 11)
+    monkeypatch.setattr(cache_module, "HASHED_WHOLE", 1000)
+    monkeypatch.setattr(cache_module, "SAMPLED_BLOCK", 10)
+    monkeypatch.setattr(cache_module, "SAMPLED_BLOCKS", 11)
     large = bytearray(5000)
     found = set()
     for position in (None, 0, 2500, 4999, 700):
@@ -147,7 +147,8 @@ def test_an_edit_that_leaves_size_and_time_as_they_were_is_seen(
         if position is not None:
             edited[position] = 1
         path.write_bytes(edited)
-        found.add(hash_of_sample(path))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        found.add(cache_module.hash_of_content(path))
     assert len(found) == 4, "700 lies between two blocks"
 
 

@@ -5,6 +5,7 @@ if its characters overlap a trained span. Mapping the span's ends to tokens inst
 multi-byte character (tests/reference/README.md, point 27).
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,16 @@ class ChatFormat:
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Plain strings, each tokenised by itself, with nothing before or after it."""
         return self._encoder.encode_ids([self._plain(text) for text in texts])
+
+    def facts(self) -> list[Any]:
+        """Everything that the ids of a row and what is trained on depend on, but for the row: plain values."""
+        tokenizer = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        try:
+            templates = self._sources
+        except ChatTemplateError:  # none: plain text needs none
+            templates = ("", "")
+        options = [self.train_on, self.thinking, self.parse_special_tokens]
+        return [tokenizer, self._variables, templates, options]
 
     def stop_token_ids(self) -> list[int]:
         """Where generation stops: the last token of the template's end of a turn, and the tokenizer's eos."""

@@ -52,6 +52,7 @@ class TokenStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.is_new = False  # made by who has opened it, and not found
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.columns: dict[str, Ragged] = {}
         for name in self.meta["columns"]:

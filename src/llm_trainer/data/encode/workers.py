@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,13 +61,22 @@ def build_store(
         ChildProcessError: a worker was killed; finished parts are kept.
     """
     if TokenStore.exists(folder):
-        return TokenStore(folder)
+        return _found(folder)
     lock = Lock(folder.with_name(f"{folder.name}.lock"), f"the token store '{folder}'")
     with lock.held(wait=True):
-        if not TokenStore.exists(folder):
-            with private_folder(folder) as private:
-                num_parts = _write_parts(private, rows, encode, workers, source_bytes)
-                join_parts(private, num_parts, columns, meta=meta, unreadable=unreadable)
+        if TokenStore.exists(folder):  # another process made it meanwhile
+            return _found(folder)
+        with private_folder(folder) as private:
+            num_parts = _write_parts(private, rows, encode, workers, source_bytes)
+            join_parts(private, num_parts, columns, meta=meta, unreadable=unreadable)
+    store = TokenStore(folder)
+    store.is_new = True
+    return store
+
+
+def _found(folder: Path) -> TokenStore:
+    with suppress(OSError):  # somebody else's, or on a disk that cannot be written
+        os.utime(folder)  # used now: see `llm-trainer data cache`
     return TokenStore(folder)
 
 
