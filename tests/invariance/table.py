@@ -193,7 +193,8 @@ def run(cell: Cell, device: str = "cpu", **options: Any) -> list[tuple[float, fl
     def watch(run: Any) -> None:
         curve.append((run.values["loss"], run.values["grad_norm"]))
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own_folder:
+        folder = dist.broadcast_object(own_folder)  # into which all ranks write their shards
         trainer_class_of(cell)(
             model=model,
             optimizer=configure_optimizer(model=model, lr=1e-3 if cell.trainer == "reward" else 1e-2),
