@@ -72,7 +72,17 @@ LICENSED = {
     ("train/preflight.py", "plan"): "expected memory and the peak of a device",
 }
 # Imported in exactly one file each, and inside functions: they are heavy or rare.
-ONE_FILE_EACH = ("wandb", "tensorboard", "deepspeed", "peft", "accelerate", "bitsandbytes", "vllm", "torchao")
+ONE_FILE_EACH = (
+    "wandb",
+    "tensorboard",
+    "deepspeed",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "vllm",
+    "torchao",
+    "datasets",
+)
 FORBIDDEN_IN_ALGORITHMS = ("torch.distributed", "os")
 A_KIND_OF_TENSOR = "torch.distributed.tensor"
 

@@ -1,8 +1,8 @@
 """Paths -> rows, one at a time, each with the place it came from.
 
 Text formats: `.txt`, `.jsonl`/`.ndjson`, `.json`, `.csv`, `.tsv` (each also compressed, `.gz` or `.zst`), `.parquet` and
-`.arrow`; a folder of them, folders in it included; or a pattern. Everything but a `.json` array streams, so memory does not
-grow with the file.
+`.arrow`; a folder of them, folders in it included; a pattern; or a dataset by name (`hub.py`). Everything but a `.json` array
+streams, so memory does not grow with the file.
 """
 
 import gzip
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llm_trainer.data.read.errors import DataError, Location, unreadable
 from llm_trainer.data.read.formats import COMPRESSED, READERS, OnError, Rows, suffix_of
+from llm_trainer.data.read.hub import files_of_dataset, is_named
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES
 
 TEXT_UNITS = ("auto", "file", "paragraph", "line", "endoftext")
@@ -64,6 +65,8 @@ def data_files(path: Path | str) -> list[Path]:
         DataError: nothing there, an unknown suffix, a token file, or a folder without data files.
     """
     path = Path(path)
+    if is_named(path):
+        return files_of_dataset(path)
     expected = f"a folder, a pattern such as data/*.jsonl, or {_FORMATS}"
     if path.is_dir():
         return _files_in(path)
