@@ -174,21 +174,24 @@ class LoaderSteps:
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
         steps = self._own_steps(epoch, position)
-        drawn = next(steps, None)
-        self._check_beginning(drawn, position)
-        last: Batch = None
-        while self._goes_on(drawn):
-            if drawn is None:  # other ranks of a loader that deals by itself have more
-                last = self._any_batch() if last is None else last
-                drawn = _Drawn([last], False, self.accumulation, self._drawn[1])
-            last = drawn.batches[-1]
-            position += self.accumulation if self._deals_itself else drawn.number
-            self._drawn = (position, drawn.fingerprint)
-            if drawn.counts:
-                yield [MicroBatch(batch) for batch in self._recut(drawn.batches)], position
-            else:
-                yield [MicroBatch(last, counts=False)], position  # keeps this rank in step with the others
+        try:
             drawn = next(steps, None)
+            self._check_beginning(drawn, position)
+            last: Batch = None
+            while self._goes_on(drawn):
+                if drawn is None:  # other ranks of a loader that deals by itself have more
+                    last = self._any_batch() if last is None else last
+                    drawn = _Drawn([last], False, self.accumulation, self._drawn[1])
+                last = drawn.batches[-1]
+                position += self.accumulation if self._deals_itself else drawn.number
+                self._drawn = (position, drawn.fingerprint)
+                if drawn.counts:
+                    yield [MicroBatch(batch) for batch in self._recut(drawn.batches)], position
+                else:
+                    yield [MicroBatch(last, counts=False)], position  # keeps this rank in step with the others
+                drawn = next(steps, None)
+        finally:
+            self._order.end()
 
     def _goes_on(self, drawn: _Drawn | None) -> bool:
         """Whether there is another step, for this rank or for others of a loader that deals by itself."""

@@ -102,6 +102,7 @@ class Order:
 
     def __init__(self, drawers: list[Any], seed: int) -> None:
         self.drawers = drawers
+        self._replaced: list[tuple[Any, str, Any]] = []  # drawer, attribute, and the generator of the user
         chosen: list[int] = []
         for drawer in drawers:
             chosen += _seeds(drawer)
@@ -114,13 +115,21 @@ class Order:
 
     def begin(self, epoch: int) -> "Randomness":
         """Seed every drawer for an epoch; what it is to be drawn from."""
+        self.end()
         for number, drawer in enumerate(self.drawers):
             if hasattr(drawer, "set_epoch"):
                 drawer.set_epoch(epoch)
             for name, generator in _generators(drawer).items():
+                self._replaced.append((drawer, name, generator))
                 setattr(drawer, name, _like(generator, mix_seeds(self.seed, epoch, number)))
         lent = None if all(type(drawer) in _KEEP_NOTHING for drawer in self.drawers) else mix_seeds(self.seed, epoch)
         return Randomness(lent)
+
+    def end(self) -> None:
+        """Give every drawer back the generator that it came with: another run may begin with it."""
+        while self._replaced:
+            drawer, name, generator = self._replaced.pop()
+            setattr(drawer, name, generator)
 
 
 def _generators(drawer: Any) -> dict[str, Any]:

@@ -257,3 +257,16 @@ def test_samplers_that_know_each_other_are_found_once():
     sampler = RandomSampler(range(9))
     sampler.sampler = BatchSampler(sampler, 2, False)
     assert sorted(rows(LoaderSteps(DataLoader(torch.arange(9), batch_sampler=sampler.sampler)))) == list(range(9))
+
+
+def test_a_sampler_gets_its_generator_back_so_that_the_next_run_draws_as_the_first():
+    sampler, generator = RandomSampler(range(9)), torch.Generator().manual_seed(4)
+    seeded = RandomSampler(range(9), generator=generator)
+    for one, own in ((sampler, None), (seeded, generator)):
+        orders = [rows(LoaderSteps(DataLoader(torch.arange(9), sampler=one)), epoch=1) for _ in range(2)]
+        assert orders[0] == orders[1] and one.generator is own
+    steps = LoaderSteps(DataLoader(torch.arange(9), sampler=seeded)).steps(0, 0)
+    next(steps)
+    assert seeded.generator is not generator
+    steps.close()
+    assert seeded.generator is generator and generator.initial_seed() == 4
