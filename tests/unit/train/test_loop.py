@@ -273,14 +273,14 @@ def test_evaluation_is_without_dropout(tmp_path: Path) -> None:
 
 
 def test_the_noise_of_a_step_is_its_own(tmp_path: Path) -> None:
-    """Whoever stops and goes on drops what he would have dropped without; and what comes before does not matter."""
+    """Whoever stops and goes on drops what he would have dropped without; and what others draw between steps is no matter."""
     batches = [torch.rand(2, 9) for _ in range(6)]
     whole = make(tmp_path / "whole", batches, Forgetful)
     whole.train()
-    first = make(tmp_path / "parts", batches, Forgetful, max_steps=3)
+    draws = Hook("draws", lambda run: torch.rand(7), every_steps=1)
+    first = make(tmp_path / "parts", batches, Forgetful, max_steps=3, hooks=[draws])
     first.train()
-    torch.rand(7)
-    rest = make(tmp_path / "parts", batches, Forgetful, resume="auto")
+    rest = make(tmp_path / "parts", batches, Forgetful, resume="auto", hooks=[draws])
     rest.train()
     assert rest.run.progress.step == 6
     assert all(torch.equal(a, b) for a, b in zip(state(rest), state(whole), strict=True))
