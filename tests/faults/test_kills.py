@@ -26,7 +26,7 @@ def kill(folder: Path, kills: int, *options: str) -> dict[str, Any]:
 
 
 def test_three_kills(tmp_path: Path) -> None:
-    report = kill(tmp_path, 3, "plain", "fp32")
+    report = kill(tmp_path, 3, "plain", "fp32", "behind")
     assert report["kills"] == 3 and report["different"] == [] and report["lines"] == 18
 
 
@@ -36,6 +36,13 @@ def test_three_kills(tmp_path: Path) -> None:
 def test_ten_kills(model: str, precision: str, tmp_path: Path) -> None:
     report = kill(tmp_path, 10, model, precision)
     assert report["kills"] == 10 and report["during_save"] >= 2 and report["different"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["plain", "qwen3"])
+def test_twenty_kills_while_checkpoints_are_written_behind_the_training(model: str, tmp_path: Path) -> None:
+    report = kill(tmp_path, 20, model, "fp32", "behind")
+    assert report["kills"] == 20 and report["during_save"] >= 8 and report["different"] == []
 
 
 def aimed_kills(folder: Path, kills: int) -> None:

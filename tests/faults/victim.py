@@ -1,4 +1,4 @@
-"""Trains a small model again and again and kills it: `python victim.py FOLDER KILLS MODEL PRECISION`.
+"""Trains a small model again and again and kills it: `python victim.py FOLDER KILLS MODEL PRECISION [behind]`.
 
 Imports once and forks its victims, so that a life costs a fraction of a second. Prints what happened as JSON.
 `python victim.py --signalled WHERE FOLDER` trains, and says by a file when it is in a step or in an evaluation.
@@ -184,12 +184,30 @@ def train_until_signalled(where: str, folder: Path) -> None:
     make_trainer(folder, max_epochs=1000, **options).train()
 
 
+def write_slowly() -> None:
+    """Let a checkpoint take several steps to be written, which training does not wait for."""
+    from llm_trainer.train import saving as saves
+
+    write = saves.write_files
+
+    def slowly(folder: Path, files: Any) -> Any:
+        time.sleep(0.03)
+        written = write(folder, files)
+        time.sleep(0.03)
+        return written
+
+    saves.write_files = slowly
+
+
 def main(folder: Path, kills: int, options: list[str]) -> None:
     """Kill until there were `kills`, and compare every run that got to its end with one that was left alone."""
     torch.set_num_threads(1)
     import torch.distributed.checkpoint as _  # noqa: F401
     from transformers import PreTrainedModel  # noqa: F401
 
+    if "behind" in options:
+        options.remove("behind")
+        write_slowly()
     make_trainer(folder / "unused", *options)  # what is imported now is not imported in every life
     began, chance = time.monotonic(), random.Random(7)
     assert wait(start(folder / "whole", options), 120)

@@ -72,10 +72,12 @@ def own_shard(tensor: Tensor, is_main: bool) -> Shard | None:
     Args:
         is_main: whether this is the process that writes what is not sharded.
     """
+    tensor = tensor.detach()
+    if type(tensor) is Tensor:  # as nearly all are; what follows takes most of a second to import
+        return Shard.whole(tensor) if is_main else None
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Shard as IsSharded
 
-    tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return Shard.whole(tensor) if is_main else None
     coordinate = tensor.device_mesh.get_coordinate() or ()
