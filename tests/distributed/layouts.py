@@ -1,6 +1,8 @@
 """Checkpoints that change hands: written by one layout of processes, gone on with by another. Started by test_layouts.py."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from functools import partial
@@ -12,10 +14,12 @@ from ranks import fork_ranks, import_once
 from table import Rows, tiny_model
 
 from llm_trainer import SFTTrainer, configure_optimizer
+from llm_trainer.checkpoint import valid
 from llm_trainer.config.options import Fsdp
 from llm_trainer.data.collate import collate_flat
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
+from llm_trainer.train import saving
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
     "one": (1, {}),
@@ -56,8 +60,38 @@ def make_trainer(folder: Path, max_steps: int, **options: Any) -> SFTTrainer:
     return SFTTrainer(**(values | options))
 
 
-def leg(folder: Path, max_steps: int, **options: Any) -> None:
-    make_trainer(folder, max_steps, **options).train()
+def leg(folder: Path, max_steps: int, **options: Any) -> int:
+    """Train; how many files this process has read to compare their hashes, before its first step."""
+    hashed, hash_file = [], valid._sha256
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return hash_file(path)
+
+    valid._sha256 = counted
+    trainer = make_trainer(folder, max_steps, **options)
+    trainer.run._resume()
+    read = len(hashed)
+    trainer.train()
+    return read
+
+
+def leg_on_a_full_disk(folder: Path) -> list[str]:
+    """The warnings of a sharded run whose second rank cannot write its first checkpoint."""
+    write = saving.write_files
+    failures = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))] if dist.rank() == 1 else []
+
+    def write_or_fail(folder: Path, files: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return write(folder, files)
+
+    saving.write_files = write_or_fail
+    trainer = make_trainer(folder, LAST, val_loader=None, save_interval=1, **LAYOUTS["fsdp-2"][1])
+    warnings: list[str] = []
+    trainer.run._reporter.warn = warnings.append  # type: ignore[method-assign]
+    trainer.train()
+    return warnings
 
 
 ONE_SAVE = {"val_loader": None, "save_interval": 0}  # only the one at the end: the other saves take half of a short run
@@ -72,6 +106,7 @@ def run(layout: str, folder: Path, max_steps: int, **options: Any) -> dict[str, 
     lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
     newest = json.loads((sorted(folder.glob("checkpoint-*"))[-1] / "manifest.json").read_text())
     return {
+        "hashed": done["results"],
         "curve": [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line],
         "weights": newest["files"]["model/model.safetensors"]["sha256"],
         "evaluations": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
@@ -92,6 +127,8 @@ def main(folder: Path) -> None:
         both = folder / f"{first}-{second}"
         shutil.copytree(folder / f"{first}-half", both, symlinks=True)
         report[f"{first} {second}"] = run(second, both, LAST, **ONE_SAVE)
+    full = fork_ranks(leg_on_a_full_disk, folder / "full", 2)
+    report["full disk"] = [full, [path.name for path in sorted((folder / "full").glob("*"))]]
     report["files"] = {
         name: run_file(second, folder / f"{name}-file", folder / name / "best_model.pt")
         for name, second in (("fsdp-2", "one"), ("one", "fsdp-2"))

@@ -39,6 +39,23 @@ def test_the_same_layout_goes_on_bit_for_bit(played: dict[str, Any], layout: str
     assert both["curve"] == whole["curve"] and both["weights"] == whole["weights"]
 
 
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_one_process_verifies_what_all_read(played: dict[str, Any], first: str, second: str) -> None:
+    main, *others = played[f"{first} {second}"]["hashed"]
+    assert main >= 4 and not any(others)
+
+
+def test_a_rank_that_cannot_write_its_shards_is_named_and_nothing_is_lost(played: dict[str, Any]) -> None:
+    done, files = played["full disk"]
+    assert done["codes"] == [0, 0], done["texts"]
+    (warning,) = done["results"][0]
+    assert "the shards of rank 1 could not be saved" in warning and "No space left on device" in warning
+    assert "Training goes on" in warning
+    checkpoints = [name for name in files if name.startswith("checkpoint-")]
+    assert checkpoints[-1] == "checkpoint-00000005" and "checkpoint-00000002" not in files
+    assert not [name for name in files if "partial" in name or name == ".shards"]
+
+
 def test_a_single_file_serves_any_layout(played: dict[str, Any]) -> None:
     """`best_model.pt` is whole, whoever wrote it."""
     best = min(value for _, value in played["one"]["evaluations"])

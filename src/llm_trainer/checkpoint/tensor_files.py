@@ -137,13 +137,13 @@ def _write_file(path: Path, content: TensorFile) -> Written:
     text += b" " * (-len(text) % 8)
     # 2. header and tensors, hashed on their way
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:  # a process that is forked meanwhile has nothing to write a second time
         for data in (memoryview(len(text).to_bytes(8, "little") + text), *map(_bytes, map(tensors.get, ordered))):
             for start in range(0, len(data), CHUNK):
                 chunk = data[start : start + CHUNK]
                 digest.update(chunk)
-                file.write(chunk)
-        file.flush()
+                while chunk:  # the system may take a part of it
+                    chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
         return Written(file.tell(), digest.hexdigest())
 

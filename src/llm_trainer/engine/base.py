@@ -46,6 +46,7 @@ class Engine(ABC):
         precision_name: 'fp32', 'bf16' or 'fp16'.
         name: of its line in `config.engines.ENGINES`.
         in_lockstep: whether a forward or backward needs all ranks, so that each must run as many as the others.
+        gathers_weights: whether `weights` are copies in the main process's host memory.
         gathers_state: whether `optimizer_state` is a copy in the main process's host memory.
     """
 
@@ -53,6 +54,7 @@ class Engine(ABC):
     precision_name: str
     name: ClassVar[str]
     in_lockstep: ClassVar[bool] = False
+    gathers_weights: bool = False
     gathers_state: ClassVar[bool] = False
 
     @abstractmethod
@@ -125,19 +127,15 @@ class Engine(ABC):
     # Saving and loading. All ranks call these together.
 
     @abstractmethod
-    def weights(self, copy: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-        """The full tensors of `base` by name, on the main process; nothing on the others.
-
-        Args:
-            copy: called with each of them; what it returns stays as it is when training goes on.
-        """
+    def weights(self) -> dict[str, Tensor]:
+        """The full tensors of `base` by name, on the main process; nothing on the others. See `gathers_weights`."""
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state by parameter name (see `checkpoint.optimizer_state_by_name`), this rank's shards of it."""
 
     def bytes_to_copy(self, weights: int, optimizer: int) -> int:
-        """Host memory that this process's copy of a checkpoint takes, where weights and optimizer take so many bytes."""
+        """Host memory for what this process copies for a checkpoint, where weights and optimizer take so many bytes in all."""
         return weights + optimizer if dist.is_main() else 0
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,6 +95,7 @@ class DeepSpeedEngine(Engine):
         self.device = device
         self.config, self.precision_name = complete(config, precision)
         self.stage = stage_of(self.config)
+        self.gathers_weights = self.stage == 3
         check_arithmetic(self.config, device)
         self._base: nn.Module
         self._optimizer: torch.optim.Optimizer  # the user's, which DeepSpeed hands its pieces
@@ -303,9 +304,9 @@ class DeepSpeedEngine(Engine):
 
     # Saving and loading.
 
-    def weights(self, copy: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         if self.stage < 3:
-            return gathered_weights(self._base, copy or Tensor.detach) if dist.is_main() else {}
+            return gathered_weights(self._base, Tensor.detach) if dist.is_main() else {}
         from deepspeed.runtime.zero import GatheredParameters
 
         def gather(tensor: Tensor) -> Tensor:
@@ -316,7 +317,8 @@ class DeepSpeedEngine(Engine):
         return found if dist.is_main() else {}
 
     def bytes_to_copy(self, weights: int, optimizer: int) -> int:
-        return weights if dist.is_main() else 0  # the optimizer's state is gathered, whenever it is saved
+        is_live = dist.is_main() and not self.gathers_weights
+        return weights if is_live else 0  # the rest is gathered, whenever it is saved
 
     def optimizer_state(self) -> dict[str, Any]:
         """All of it in the main process's host memory, one tensor after the other; names and groups on all."""

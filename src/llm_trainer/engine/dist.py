@@ -36,7 +36,9 @@ def start(device: torch.device, timeout_s: float = 600) -> None:
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **_meeting_point())
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    _behind = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    _behind = dist.new_group(
+        backend="gloo", timeout=timedelta(seconds=max(timeout_s, 1800))
+    )  # ranks write equally long
     _agreements = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     _watch = watch.start(process_number(), environment().master_addr, gather_objects, num_processes())
 

@@ -1,6 +1,6 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`): every rank holds a shard of each parameter, gradient and optimizer state."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +38,7 @@ class FsdpEngine(TorchEngine):
 
     name = "fsdp"
     in_lockstep = True
+    gathers_weights = True
 
     def __init__(self, device: torch.device, precision: str, options: Fsdp) -> None:
         if precision == "fp16":
@@ -197,21 +198,21 @@ class FsdpEngine(TorchEngine):
         self._reshard()
         return super().optimizer_state()
 
-    def weights(self, copy: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         self._reshard()
 
         def gather(tensor: Tensor) -> Tensor:
             value = checkpoint.full_tensor(tensor.detach())
             if not dist.is_main():
                 return value.flatten()[:0]
-            return value.cpu() if copy is None else copy(value)
+            return value.to("cpu", copy=True)  # the gathered one may be the parameter itself
 
         found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
 
     def bytes_to_copy(self, weights: int, optimizer: int) -> int:
         _, _, share = self.shard_fractions()
-        return int(optimizer * share) + (weights if dist.is_main() else 0)
+        return int(optimizer * share)  # weights are gathered, whenever they are saved
 
     def load(self, path: str | Path) -> dict[str, Any]:
         self._reshard()

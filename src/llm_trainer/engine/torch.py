@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -116,10 +116,10 @@ class TorchEngine(Engine):
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
 
-    def weights(self, copy: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         if not dist.is_main():
             return {}
-        return gathered_weights(checkpoint.unwrap(self._base), copy or Tensor.detach)
+        return gathered_weights(checkpoint.unwrap(self._base), Tensor.detach)
 
     def optimizer_state(self) -> dict[str, Any]:
         return checkpoint.optimizer_state_by_name(self._base, self._optimizer)

@@ -168,36 +168,56 @@ class Saving:
         if copies:
             copy = self._memory.copy
             self._thread.submit(self._memory.start_over).result()  # after it has been reserved
-        weights = self.engine.weights(copy)
+        weights = self.engine.weights()
         files = StateFiles.of(state)
         shards = {}
         for name, tensor in files.tensors.items():
             shard = own_shard(tensor, dist.is_main())
             if shard is None:
                 continue
-            is_copy = self.engine.gathers_state and name.startswith("optimizer/")
+            is_copy = self.engine.gathers_state and name.startswith("optimizer/state/")
             if copy is not None and not is_copy:
                 shard = replace(shard, tensor=copy(shard.tensor))
             shards[name] = shard
-        self._memory.finish()
-        model = None
+        model, failure = None, None
         if dist.is_main():
-            self._manager()  # a folder that cannot be written shows here
-            model = model_files(algorithm.base_model, algorithm.tokenizer, weights)
+            try:
+                self._manager()  # a folder that cannot be written shows here
+                model = model_files(algorithm.base_model, algorithm.tokenizer, weights)
+            except (CheckpointError, OSError) as error:
+                failure = str(error)
         best_weights = weights if best_file else None
-        apart = self._folder_apart(bool(shards))
+        if copy is not None and model is not None and not self.engine.gathers_weights:
+            model, best_weights = _copied(model, best_weights, copy)
+        self._memory.finish()
+        apart = self._folder_apart(bool(shards), failure)
         return Collected(step, is_best, best_loss, files.texts, shards, model, best_weights, apart)
 
-    def _folder_apart(self, has_shards: bool) -> Path | None:
-        """An empty folder for what other ranks than the main one have to write; None where they have nothing."""
+    def _folder_apart(self, has_shards: bool, failure: str | None) -> Path | None:
+        """An empty folder for what other ranks than the main one have to write; None where they have nothing.
+
+        Args:
+            failure: why the main process cannot save at all, which the others do not know yet.
+
+        Raises:
+            CheckpointError: on all ranks, what `failure` says, or that the folder cannot be made.
+        """
         folder = self.save_dir / ".shards"
-        if not any(dist.gather_patiently(has_shards)[1:]):
-            return None
+        if dist.is_main() and failure is None:
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                failure = f"'{folder}' could not be made: {error.strerror}"
+        everywhere = dist.gather_patiently((has_shards, failure))  # nobody writes before it is empty
+        for _, problem in everywhere:
+            if problem is not None:
+                raise CheckpointError(problem)
+        if any(has for has, _ in everywhere[1:]):
+            return folder
         if dist.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        dist.gather_patiently(None)  # nobody writes before it is empty
-        return folder
+            folder.rmdir()
+        return None
 
     # 2. Every rank for itself, from what was collected.
 
@@ -260,6 +280,30 @@ class Saving:
             facts = {"step": collected.step, "best_loss": collected.best_loss, checkpoint.WEIGHTS_OF: of}
             checkpoint.write_file(self.save_dir / "best_model.pt", collected.best_weights, facts)
         return written | written_apart
+
+
+def _copied(
+    model: ModelFiles, best_weights: dict[str, Tensor] | None, copy: Callable[[Tensor], Tensor]
+) -> tuple[ModelFiles, dict[str, Tensor] | None]:
+    """The same with copies of the tensors, one of each.
+
+    NOTE: transformers takes tensors that lie in one piece of memory, as copies do, for tied ones: it sees the originals.
+    """
+    made: dict[Any, Tensor] = {}
+
+    def once(tensor: Tensor) -> Tensor:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in made:
+            made[key] = copy(tensor)
+        return made[key]
+
+    files = {}
+    for file, content in model.tensors.items():
+        shards = {name: replace(shard, tensor=once(shard.tensor)) for name, shard in content.shards.items()}
+        files[file] = replace(content, shards=shards)
+    if best_weights is not None:
+        best_weights = {name: once(tensor) for name, tensor in best_weights.items()}
+    return replace(model, tensors=files), best_weights
 
 
 def _same_on_all_ranks(write: Callable[[], str]) -> str:
