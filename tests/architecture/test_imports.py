@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "config",
         "data",
         "disk",
+        "lock",
         "plan",
         "models",
         "generation",

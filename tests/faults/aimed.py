@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file
 from victim import Rows, make_trainer, outcome, wait
 
+from llm_trainer.checkpoint.valid import step_folders, step_of
+
 AIMS = {  # paths inside save_dir
     "publish": r"model(\.(partial|replaced)-.*)?",
     "best_model": r"best_model\.pt.*",
@@ -119,10 +121,9 @@ class Killer:
 
 
 def opens(folder: Path) -> bool:
-    """Whether `model` leads to weights that can be read; True before there is any."""
-    if not (folder / "model").is_symlink() and not (folder / "model").exists():
-        return not list(folder.glob("checkpoint-*[0-9]")) or not (folder / "had_model").exists()
-    (folder / "had_model").touch()
+    """Whether `model` leads to weights that can be read; the first one is published after the first save, at step 2."""
+    if not (folder / "model").exists():
+        return max(map(step_of, step_folders(folder)), default=0) <= 2
     return len(load_file(folder / "model" / "model.safetensors")) > 0
 
 
@@ -152,8 +153,12 @@ def main(folder: Path, kills: int, aims: list[str]) -> None:
                 continue
             aim = left[turn % len(left)]
             turn += 1
-            delay_s = chance.choice([0.0, chance.uniform(0, 0.004)])
-            _, status = os.waitpid(start(run, aim, chance.randint(1, max(1, operations[aim] // 2)), delay_s), 0)
+            first, last = 1, operations[aim] // 2  # a life that goes on has fewer of them left
+            if aim == "store":  # which one life builds: half of the kills are at its end, where it gets its name
+                first, last = chance.choice([1, operations[aim] - 12]), operations[aim]
+            operation = chance.randint(first, max(first, last))
+            delay_s = chance.choice([0.0, 0.0, 0.0, chance.uniform(0, 0.004)])
+            _, status = os.waitpid(start(run, aim, operation, delay_s), 0)
             code = os.waitstatus_to_exitcode(status)
             assert code in (0, -signal.SIGKILL), (folder / f"{run.name}.out").read_text()[-3000:]
             finished = code == 0
@@ -166,13 +171,16 @@ def main(folder: Path, kills: int, aims: list[str]) -> None:
 
 
 def compare(run: Path, whole: dict[str, Any], whole_best: dict[str, Any]) -> list[str]:
-    """What of a finished run differs from the one that was left alone, and what is left of dead lives."""
+    """What of a finished run differs from the one that was left alone, and what is left of dead lives.
+
+    A store that is finished is not locked again, so the lock of who died right after it stays, and bothers nobody.
+    """
     result, best = outcome(run), best_weights(run)
     problems = [f"{name} differs" for name in whole if result[name] != whole[name]]
     if not all(torch.equal(best[name], whole_best[name]) for name in whole_best):
         problems.append("best_model.pt differs")
     left = [path.name for path in run.iterdir() if re.search(r"partial|replaced|lock", path.name)]
-    left += [path.name for path in (run / "cache").iterdir() if path.name != "store"]
+    left += [path.name for path in (run / "cache").iterdir() if path.name not in ("store", "store.lock")]
     return problems + [f"{name} is left" for name in left]
 
 

@@ -26,6 +26,7 @@ from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.load import store_of
 from llm_trainer.data.read.files import TEXT_UNITS, files_of
 from llm_trainer.disk import in_bytes, whole_file
+from llm_trainer.lock import Lock
 from llm_trainer.terminal import printable
 
 PROBLEMS_SHOWN = 10
@@ -181,13 +182,14 @@ def prepare(
     rows = get_kind(kind)
     chat: ChatFormat = ChatFormat(load_tokenizer(tokenizer), parse_special_tokens=parse_special_tokens)
     total: Ledger | None = None
-    for path, target in targets.items():
-        store = store_of(path, rows, chat, options, stores)
-        write(store, target, chat)
-        ledger = rows.rows(store, str(path), options).ledger
-        _print_ledger(f"{path} -> {target}", ledger)
-        total = ledger if total is None else total.merge(ledger)
-    shutil.rmtree(stores)
+    with Lock(out / ".prepare.lock", f"the folder '{out}'").held(wait=True):  # who is first removes the stores
+        for path, target in targets.items():
+            store = store_of(path, rows, chat, options, stores)
+            write(store, target, chat)
+            ledger = rows.rows(store, str(path), options).ledger
+            _print_ledger(f"{path} -> {target}", ledger)
+            total = ledger if total is None else total.merge(ledger)
+        shutil.rmtree(stores)
 
     # 3. what to do with them
     if total is not None and len(targets) > 1:

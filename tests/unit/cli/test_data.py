@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.load import load
+from llm_trainer.lock import Lock
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,16 @@ def test_prepare_goes_on_after_a_kill(tmp_path, tokenizer, chat, monkeypatch):
     assert sorted(saved) == [0, 1, 2, 3, 4]  # nothing twice
     ids = np.load(tmp_path / "out" / "a.npy").tolist()
     assert ids == [token for i in range(9) for token in chat.encode_text(f"document {i}").input_ids]
+
+
+def test_prepare_waits_for_another_one_in_the_same_folder(tmp_path, tokenizer, caplog):
+    path = write(tmp_path / "a.jsonl", [{"text": "fine"}] * 3)
+    other = Lock(tmp_path / "out" / ".prepare.lock", "x")
+    other.acquire()
+    Timer(0.3, other.release).start()
+    assert run("data", "prepare", path, "--tokenizer", tokenizer, "--out", tmp_path / "out") == 0
+    assert f"the folder '{tmp_path / 'out'}' is in use by process" in caplog.text
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.npy"]
 
 
 def test_prepare_counts_bad_rows_only_when_told_to(tmp_path, tokenizer, capsys):

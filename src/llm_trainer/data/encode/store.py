@@ -196,6 +196,8 @@ def private_folder(folder: Path, needed: int = 0) -> Iterator[Path]:
         with explained(folder, private, needed):
             yield private
             _take_its_place(private, folder)
+    except ChildProcessError:
+        raise  # it was killed, as this process may be: its parts are as good
     except (ValueError, OSError):  # of the rows: once they are mended, they are other rows
         remove(private)
         raise

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llm_trainer.data.encode import workers
-from llm_trainer.data.encode.store import Part, TokenStore, compact_ids, join_parts, write_part
+from llm_trainer.data.encode.store import Part, TokenStore, compact_ids, join_parts, private_folder, write_part
 from llm_trainer.data.encode.workers import ROWS_PER_PART, build_store
 from llm_trainer.disk import DiskError
 
@@ -181,6 +181,16 @@ def test_a_killed_worker_is_an_error_that_says_so(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(workers, "ROWS_PER_PART", 2)
     with pytest.raises(ChildProcessError, match="one of 2 processes that tokenize was killed.*start again with fewer"):
         build_store(tmp_path / "s", ["a", "b", "kill"], characters, ["input_ids"], workers=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [(KeyboardInterrupt(), 1), (ChildProcessError("killed"), 1), (ValueError("a bad row"), 0)]
+)
+def test_parts_are_kept_where_the_same_build_can_go_on(error: BaseException, kept: int, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), private_folder(tmp_path / "s") as private:
+        write_part(private, 0, characters(["a"]))
+        raise error
+    assert len(list(tmp_path.glob("s.building-*/parts/part-000000.npz"))) == kept
 
 
 ORPHANS = """
