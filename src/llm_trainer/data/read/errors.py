@@ -19,16 +19,16 @@ class Location:
     row: int | None = None  # from 1: line in text formats, element elsewhere; None: the file as a whole
     key: str = ""  # the path inside the row, such as `messages[2].role`
     notes: Counter[str] | None = field(default=None, compare=False, repr=False)  # where `note` counts; None: nowhere
-    names: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # column -> as the file calls it
+    names: Mapping[str, str] | None = field(default=None, compare=False, repr=False)  # column -> as the file calls it
 
     def at(self, key: str | int) -> "Location":
         """The same place, one step deeper: a key of an object or an index of a list."""
         if isinstance(key, int):
             deeper = f"{self.key}[{key}]"
-        elif not self.key:
-            deeper = self.names.get(key, key)
-        else:
+        elif self.key:
             deeper = f"{self.key}.{key}"
+        else:
+            deeper = key if self.names is None else self.names.get(key, key)
         # Some ten times a row: `dataclasses.replace` takes three times as long.
         return Location(self.path, self.row, deeper, self.notes, self.names)
 

@@ -16,8 +16,9 @@ from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.load import load
-from llm_trainer.data.read.errors import DataError
+from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.files import read_rows
+from llm_trainer.data.read.json_text import parse_array
 from llm_trainer.data.read.schemas import get_schema
 
 GOOD = b'{"text": "good"}'
@@ -68,6 +69,20 @@ def test_what_looks_like_it_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.json") == (rows, [])
 
 
+def test_an_array_is_read_as_the_whole_text_would_be() -> None:
+    """Element by element, for any values and wherever it is cut."""
+    values = [[], [1], ["a,]\\", {"b": [None, 2.5]}], [[["[{"]], -3, {}], ["\u5b50", True, {"x": {"y": []}}]]
+    for rows in values:
+        for text in (json.dumps(rows), json.dumps(rows, indent=1, ensure_ascii=False) + " \n"):
+            assert [value for _, value in parse_array(text, Location("f"))] == rows
+            for end in range(1, len(text.rstrip())):
+                with pytest.raises(DataError, match="broken JSON"):
+                    list(parse_array(text[:end], Location("f")))
+    for bad in ("[1 2]", "[1,]", "[,1]", "[1]x"):
+        with pytest.raises(DataError, match="broken JSON"):
+            list(parse_array(bad, Location("f")))
+
+
 def test_tables_and_texts(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text\ngood\ncaf\xe9\ngood\n")
     (tmp_path / "b.txt").write_bytes(b"good\ncaf\xe9\ngood\n")
@@ -85,8 +100,6 @@ def test_tables_and_texts(tmp_path: Path) -> None:
 def test_json_inside_a_column_is_looked_at_too() -> None:
     text = '[{"role": "user", "content": "cut \\ud83d off"}, {"role": "assistant", "content": "a"}]'
     path = Path("rows.csv")
-    from llm_trainer.data.read.errors import Location
-
     with pytest.raises(DataError, match=r"rows\.csv:3: key 'messages': found half of a surrogate pair"):
         get_schema("messages").samples({"messages": text}, Location(path, 3))
 
