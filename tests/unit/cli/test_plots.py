@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from llm_trainer.cli import plots
 from llm_trainer.cli.plots import LogError, draw, plot_run, read_curves, smoothed, vis_log, vis_lr
-from llm_trainer.train.writers import JsonLines, TextLog
+from llm_trainer.train.log_files import JsonLines, LearningRates, TextLog
 
 
 @pytest.fixture
@@ -29,6 +29,10 @@ def run(tmp_path):
                 )
             writer.write(30, {"eval_loss": 0.5})
             writer.close()
+        rates = LearningRates(folder)
+        for step in (10, 20, 30):
+            rates.note(step, 1e-3)
+        rates.close()
         return folder
 
     return run
