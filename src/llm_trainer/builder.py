@@ -247,7 +247,7 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
     eval_rows = config.eval_config.eval_batch_size or config.batch_size
     named = _named(_paths(config.eval_dataset)) if config.eval_dataset is not None else {}
     evaluation = {}
-    whole = replace(options, duplicates="keep")
+    whole = replace(options, duplicates="keep", curriculum=None)
     for name, path in named.items():
         evaluation[name] = stream([path], eval_rows, eval_rows * world, whole, lambda dataset: {"shuffle": False})
     if dist.is_main():
@@ -283,8 +283,8 @@ def _order(config: TrainConfig, dataset: Any) -> dict[str, Any]:
     """How training data is ordered, as options of `SampleStream`."""
     loader = config.data_loader_config
     hardness = None
-    if loader.curriculum == "length":
-        hardness = dataset.lengths
+    if loader.curriculum is not None:
+        hardness = dataset.hardness if loader.hardness_column else dataset.lengths
     return {
         "shuffle": loader.data_loader_shuffle,
         "file_weights": _file_weights(config, dataset),

@@ -1,6 +1,7 @@
 """Several files in one run: metrics of each beside the total, and how often each is visited."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from llm_trainer import DPOTrainer, SFTTrainer
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.data.stream import SampleStream
 from llm_trainer.train_configs import (
     DataLoaderConfig,
     DPOConfig,
@@ -140,3 +142,36 @@ def test_shares_of_rows_or_tokens_become_visits(reference_dir: Path, tmp_path: P
             DataLoaderConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"file_shares: got \[1.0\], expected 2 numbers above 0"):
         made(mixture="rows", file_shares=[1])
+
+
+def test_a_curriculum_by_a_column_goes_on_where_it_stopped(
+    reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(write(tmp_path, "rows.jsonl", [f"one {n}" for n in range(10)]))
+    held_out = write(tmp_path, "held_out.jsonl", ["one two"])  # it is not sorted, and needs no such column
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    levels = np.random.default_rng(0).integers(0, 5, len(rows)).tolist()
+    lines = [json.dumps({**row, "level": level}) for row, level in zip(rows, levels, strict=True)]
+    path.write_text("\n".join(lines))
+
+    def made(curriculum: str | None, **run: Any) -> DPOTrainer:
+        described = config(
+            reference_dir, tmp_path, dpo_config=DPOConfig(), file_dataset=str(path), eval_dataset=held_out, n_epochs=2,
+            data_loader_config=DataLoaderConfig(curriculum=curriculum),
+        )  # fmt: skip
+        return DPOTrainer(train_config=replace(described, run_config=replace(described.run_config, **run)))
+
+    whole: Any = made("level").run.source
+    order = whole.order(0, 0, 10)
+    assert [levels[i] for i in order] == sorted(levels)
+    assert [levels[i] for i in whole.order(1, 0, 10)] != sorted(levels), "one epoch by default"
+    made("level", max_steps=3).train()
+    for other in ("length", None):
+        with pytest.raises(ValueError, match="samples in another order"):
+            made(other).train()
+    again = made("level")
+    source: Any = again.run.source
+    asked = []
+    monkeypatch.setattr(source, "order", lambda *where: asked.append(where) or SampleStream.order(source, *where))
+    again.train()
+    assert asked[0] == (0, 6, 8) and source.order(0, 6, 8).tolist() == order[6:8].tolist()

@@ -80,6 +80,17 @@ class Reading:
     duplicate_similarity: StrictFloat = Field(
         default=0.8, gt=0, le=1, description="share of common runs of 5 tokens from which on rows are near duplicates"
     )
+    curriculum: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the easiest samples first. length: the shortest; any other word: those with the smallest number in this "
+        "column of the file, or at a path into it such as meta.difficulty; null: drawn from seed and epoch",
+    )
+
+    @property
+    def hardness_column(self) -> str | None:
+        """The column of a file that a curriculum sorts by; None: there is no curriculum, or it sorts by length."""
+        return None if self.curriculum == "length" else self.curriculum
 
     def __post_init__(self) -> None:
         for role in self.roles or {}:

@@ -121,9 +121,6 @@ class DataLoaderConfig(MicroBatches, Reading):
     file_shares: list[StrictFloat] | None = Field(
         default=None, description="for each path of file_dataset, its share of a mixture; null: as large as it is"
     )
-    curriculum: Literal["length"] | None = Field(
-        default=None, description="the easiest samples first: the shortest; null: drawn from seed and epoch"
-    )
     curriculum_epochs: StrictInt = Field(default=1, ge=1, description="first epochs that go from easy to hard")
     packing: Literal["none", "flat", "bfd", "bfd_split", "wrapped"] | None = Field(
         default=None, description="several documents per row; null: wrapped for pretraining, none for SFT"

@@ -16,13 +16,14 @@ import numpy as np
 
 from llm_trainer.data.encode.store import Part, Ragged, TokenStore
 from llm_trainer.data.encode.workers import build_store
+from llm_trainer.data.kinds import HARDNESS
 from llm_trainer.data.windows import row_blocks
 
 SHINGLE = 5  # tokens
 BANDS, MINIMA_PER_BAND = 16, 4  # rows of similarity s meet in a band with 1 - (1 - s^4)^16: 0.999 at 0.8, 0.32 at 0.4
 EXACT, NEAR = "exact duplicate", "near duplicate"
 _MIX = np.uint64(0xBF58476D1CE4E5B9)  # a multiplier of SplitMix64 (Steele et al. 2014)
-_BESIDE_IDS = ("trained", "chosen_trained", "rejected_trained", "facts", "margin", "desirable", "right")
+_BESIDE_IDS = ("trained", "chosen_trained", "rejected_trained", "facts", "margin", "desirable", "right", HARDNESS)
 
 
 def without_duplicates(stores: Sequence[TokenStore], how: str, similarity: float, cache: Path) -> list[TokenStore]:
@@ -80,7 +81,8 @@ def _reasons(stores: Sequence[TokenStore], how: str, similarity: float) -> np.nd
     """Why each row of all stores is left out; '' where it is kept."""
     digests: list[bytes] = []
     for store in stores:
-        digests += _digests(store, list(store.columns), np.ones(len(store), dtype=bool))
+        learned = [name for name in store.columns if name != HARDNESS]  # the order does not change what repeats
+        digests += _digests(store, learned, np.ones(len(store), dtype=bool))
     reasons = np.full(len(digests), "", dtype=f"U{max(len(EXACT), len(NEAR))}")
     seen = set[bytes]()
     for row, digest in enumerate(digests):

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,18 @@ from llm_trainer.data.encode.store import Part, TokenStore
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.encode.workers import build_store
 from llm_trainer.data.ids import check_all_ids, check_ids, open_tokens_of
-from llm_trainer.data.kinds import DataOptions, Encoded, Kind, Sample, get_kind, kinds_that_accept
+from llm_trainer.data.kinds import HARDNESS, DataOptions, Encoded, Kind, Sample, get_kind, kinds_that_accept
 from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.formats import split_documents
 from llm_trainer.data.read.recognise import head_of, schema_of, value_that_does_not_fit
-from llm_trainer.data.read.renaming import Renaming
+from llm_trainer.data.read.renaming import Renaming, number_at
 from llm_trainer.data.read.schemas import Schema, get_schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 from llm_trainer.data.unused import refuse_unused
-from llm_trainer.data.windows import note_dropped
+from llm_trainer.data.windows import Rows, note_dropped
 
 if TYPE_CHECKING:
     from llm_trainer.data.stream import SampleStream
@@ -49,6 +50,11 @@ class Joined:
         self.lengths = np.concatenate([part.lengths for part in self.parts])
         self._firsts = np.cumsum([0, *(len(part.lengths) for part in self.parts)])
         self.ledgers = [part.ledger for part in self.parts]
+
+    @property
+    def hardness(self) -> np.ndarray:
+        """What a curriculum by a column of the files sorts by, `[rows]`."""
+        return np.concatenate([part.hardness for part in self.parts])
 
     def __getitem__(self, index: int) -> Any:
         part = int(np.searchsorted(self._firsts, index, side="right")) - 1
@@ -75,9 +81,30 @@ def load(paths: Iterable[str], kind: Kind, chat: ChatFormat, options: DataOption
     files = list(_files(paths))
     if not files:
         raise ValueError("file_dataset: no file was given, expected at least one path")
+    if options.hardness_column:
+        _refuse_hardness(files, options)
     joined = _datasets(files, kind, chat, options, cache)
     refuse_left_out(joined.ledgers, options.max_left_out)
     return joined
+
+
+def _refuse_hardness(files: Sequence[Path], options: DataOptions) -> None:
+    """A curriculum by a column needs rows of which each is from one row of its file.
+
+    Raises:
+        ValueError: several documents are packed into a row.
+        DataError: a file of token ids has no columns.
+    """
+    wanted = f"data_loader_config.curriculum: {options.hardness_column!r}"
+    if options.packing not in ("none", "flat"):
+        raise ValueError(
+            f"{wanted} is a column of single rows, but packing {options.packing!r} puts several into one; expected packing "
+            "none or flat, or curriculum: length"
+        )
+    for file in files:
+        if file.suffix in TOKEN_SUFFIXES:
+            fix = "give the text, or set data_loader_config.curriculum: length"
+            raise DataError(Location(file), "token ids, which have no columns", f"a column for {wanted}", fix)
 
 
 def refuse_left_out(ledgers: Sequence[Ledger], most: float) -> None:
@@ -111,7 +138,7 @@ class _NoRows:
     ledger: Ledger
 
     def __post_init__(self) -> None:
-        self.file_sizes, self.lengths = [0], np.empty(0, dtype=np.int64)
+        self.file_sizes, self.lengths, self.hardness = [0], np.empty(0, dtype=np.int64), np.empty(0)
 
 
 def _datasets(files: Sequence[Path], kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Joined:
@@ -135,6 +162,9 @@ def _datasets(files: Sequence[Path], kind: Kind, chat: ChatFormat, options: Data
             rows = kind.rows(store, str(file), options) if _has_rows(store) else _NoRows(_ledger(store, str(file)))
             how = "made now" if store.is_new else "found there"
             rows.ledger.kept_in = f"{store.folder} ({how})"
+            if options.hardness_column and not isinstance(rows, Rows | _NoRows):
+                expected = "a subclass of llm_trainer.data.windows.Rows, for a curriculum by a column"
+                raise ValueError(f"rows of kind {kind.name!r}: got {type(rows).__name__}, expected {expected}")
         parts.append(rows)
     return Joined(parts, stores)
 
@@ -238,6 +268,10 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     size = path.stat().st_size
     workers = options.workers if size >= PARALLEL_FROM else 1
     how = [options.bad_rows, options.image_columns, options.text_unit, options.columns, options.roles]
+    columns = kind.columns
+    if options.hardness_column:
+        how.append(options.hardness_column)
+        columns = (*columns, HARDNESS)
     functions: list[Any] = [kind.encode_ids] if schema is None else [kind.encode, schema.convert]
     key = key_of(path, [name or "tokens", kind.name, *how], functions, chat)
     unreadable: Counter[str] = Counter()
@@ -256,15 +290,20 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
         rows = read_rows(path, options.text_unit, on_error=note)
     folder = cache / f"{path.stem}-{key}"
     renaming = Renaming.of(options)
-    encode = RowEncoder(kind, name, chat, options.bad_rows, options.image_columns, options.text_unit, renaming)
+    encode = RowEncoder(
+        kind, name, chat, options.bad_rows, options.image_columns, options.text_unit, renaming, options.hardness_column
+    )
     meta: dict[str, Any] = {"source": str(path), "schema": name}
     if schema is not None and schema.kind != "prompt":  # prompts keep all columns, for rewards
         meta["unread"] = schema.unread(head_of(path, options))
+        if sorted_by := options.hardness_column:
+            read = (sorted_by, sorted_by.partition(".")[0])
+            meta["unread"] = [name for name in meta["unread"] if name not in read]
     return build_store(
         folder,
         rows,
         encode,
-        kind.columns,
+        columns,
         workers=workers,
         meta=meta,
         unreadable=unreadable,
@@ -283,16 +322,23 @@ class RowEncoder:
     image_columns: str = "error"
     text_unit: str = "auto"
     renaming: Renaming | None = None
+    hardness_column: str | None = None
 
     def __call__(self, rows: list[tuple[Location, Any]]) -> Part:
-        part = Part({name: [] for name in self.kind.columns})
+        columns = self.kind.columns if self.hardness_column is None else (*self.kind.columns, HARDNESS)
+        part = Part({name: [] for name in columns})
         noted = [(replace(location, notes=part.notes), row) for location, row in rows]
-        for encoded in self._encode(self._samples(noted, part), part):
-            if isinstance(encoded, str):  # the reason why there is nothing to learn
-                part.dropped[encoded] += 1
-                continue
-            for name, column in part.columns.items():
-                column.append(encoded[name])
+        # A kind may make several rows of a sample, or none: only equally hard samples are encoded together.
+        for hardness, samples in groupby(self._samples(noted, part), key=attrgetter("hardness")):
+            for encoded in self._encode(list(samples), part):
+                if isinstance(encoded, str):  # the reason why there is nothing to learn
+                    part.dropped[encoded] += 1
+                    continue
+                row = dict(encoded)
+                if hardness is not None:
+                    row[HARDNESS] = np.array([hardness])
+                for name, column in part.columns.items():
+                    column.append(row[name])
         return part
 
     def _samples(self, rows: list[tuple[Location, Any]], part: Part) -> list[Sample]:
@@ -312,6 +358,7 @@ class RowEncoder:
         for location, row in rows:
             try:
                 found = schema.samples(row, location)
+                hardness = None if self.hardness_column is None else number_at(row, self.hardness_column, location)
                 row = schema.known(row, location)
                 refuse_unused(self.kind, row, location, self.image_columns)
             except DroppedRow as nothing_to_teach:
@@ -320,7 +367,7 @@ class RowEncoder:
                 self._drop(error, part)
             else:
                 for values in self._documents(schema, found):
-                    samples.append(Sample(schema.kind, values, row, location))
+                    samples.append(Sample(schema.kind, values, row, location, hardness))
         return samples
 
     def _documents(self, schema: Schema, found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ accumulation steps; resume is a seek, and a changed number of ranks loses and re
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain
@@ -149,13 +150,12 @@ class SampleStream:
 
     def state_dict(self) -> dict[str, Any]:
         """What the order depends on beside seed and epoch; samples are counted, so micro-batches may be cut otherwise."""
-        easy_epochs = 0 if self.easy_first is None else self.easy_epochs
-        return {
-            "shuffle": self.shuffle,
-            "visits": self.visits,
-            "interleave": self.interleave,
-            "easy_epochs": easy_epochs,
-        }
+        facts: dict[str, Any] = {"shuffle": self.shuffle, "visits": self.visits, "interleave": self.interleave}
+        facts["easy_epochs"] = 0
+        if self.easy_first is not None:
+            facts["easy_epochs"] = self.easy_epochs
+            facts["easy_first"] = zlib.crc32(self.easy_first.astype(np.float64).tobytes())
+        return facts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to restore: an order is that of the seed and the epoch.

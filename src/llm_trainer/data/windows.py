@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.store import TokenStore
-from llm_trainer.data.kinds import DataOptions, LanguageSample
+from llm_trainer.data.kinds import HARDNESS, DataOptions, LanguageSample
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.read.errors import DataError, Location
 
@@ -153,6 +153,7 @@ class Rows:
     Attributes:
         stored: `[rows]` where each row is in the store.
         lengths: `[rows]` tokens, as a token budget counts them.
+        hardness: `[rows]` what a curriculum by a column of the file sorts by; empty where there is none.
 
     Raises:
         DataError: no row is left, or one is too long and `how.truncation` is 'error'.
@@ -173,6 +174,7 @@ class Rows:
         self.stored = self._select(unusable, learns).nonzero()[0]
         self.lengths: np.ndarray = np.sum([column.lengths for column in columns], axis=0)
         self.file_sizes = [len(self.lengths)]
+        self.hardness = np.asarray(store[HARDNESS].values)[self.stored] if how.hardness_column else np.empty(0)
 
     def _select(self, unusable: tuple[np.ndarray, str] | None, learns: bool) -> np.ndarray:
         """Leave out the rows that cannot be used, and account for every token in the ledger.

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,56 @@ def test_the_first_kind_that_fits_the_first_file_is_chosen(tmp_path: Path, chat:
 def test_a_packing_that_makes_no_sense_is_refused(tmp_path: Path, chat: ChatFormat):
     with pytest.raises(ValueError, match="got 'wrapped', expected 'none' or 'flat' or .* for conversations"):
         load(["a.jsonl"], get_kind("conversations"), chat, DataOptions(packing="wrapped"), tmp_path)
+
+
+def test_what_a_curriculum_sorts_by_goes_with_its_rows(tmp_path: Path, chat: ChatFormat):
+    levels = [3, 1.5, 2, -1, 10**20]
+    rows = [{"prompt": "p", "chosen": f"a{n}", "rejected": "b", "meta": {"level": n}} for n in levels]
+    rows.insert(1, {"prompt": "p", "chosen": "same", "rejected": "same", "meta": {"level": 7}})  # a tie is left out
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    cache, harder = tmp_path / "cache", {"curriculum": "meta.level"}
+
+    def found(kind: str, **options: str) -> Joined:
+        return load([path], get_kind(kind), chat, DataOptions(**options), cache)  # type: ignore[arg-type]
+
+    pairs = found("pairs", **harder)
+    assert pairs.hardness.tolist() == levels and "meta" not in pairs.ledgers[0].unread
+    assert found("unpaired", packing="flat", **harder).hardness.tolist() == np.repeat(levels, 2).tolist()
+    assert found("pairs", duplicates="near", **harder).hardness.tolist() == levels
+    with_it = set(cache.iterdir())
+    for plain in (found("pairs"), found("pairs", curriculum="length")):
+        assert "meta" in plain.ledgers[0].unread and list(plain.stores[0].columns) == list(get_kind("pairs").columns)
+        assert plain.stores[0].folder not in with_it
+    assert found("pairs").stores[0].folder == found("pairs", curriculum="length").stores[0].folder
+    for value, says in (
+        ({}, "nothing"), ({"level": None}, "null"), ({"level": "3"}, "str '3'"), ({"level": float("nan")}, "float nan"),
+        ({"level": True}, "bool True"),
+    ):  # fmt: skip
+        write(Path(path), [*rows, {**rows[0], "meta": value}])
+        with pytest.raises(
+            DataError, match=rf"rows.jsonl:7: key 'meta.level': found {says}; expected a number"
+        ) as error:
+            found("pairs", **harder)
+        dropped = found("pairs", bad_rows="drop", **harder)
+        assert dropped.hardness.tolist() == levels and dropped.ledgers[0].dropped_rows[error.value.reason] == 1
+
+
+def test_a_curriculum_by_a_column_needs_rows_that_have_one(tmp_path: Path, chat: ChatFormat):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a b c", "level": n} for n in range(3)])
+    np.save(tmp_path / "flat.npy", np.array([1, 2, 3]))
+    for packing in ("bfd", "bfd_split", "wrapped"):
+        options = DataOptions(packing=packing, block_size=8, curriculum="level")
+        with pytest.raises(
+            ValueError, match=rf"'level' is .* but packing '{packing}' .* expected packing none or flat"
+        ):
+            load([str(path)], get_kind("text"), chat, options, tmp_path)
+    with pytest.raises(
+        DataError, match=r"flat.npy: found token ids, which have no columns; expected .*'level'; fix: give"
+    ):
+        load([str(tmp_path / "flat.npy")], get_kind("text"), chat, DataOptions(curriculum="level"), tmp_path)
+    foreign = replace(get_kind("text"), rows=lambda store, name, how: Blocks(store["input_ids"].values, name, 2))
+    with pytest.raises(ValueError, match=r"kind 'text': got Blocks, expected a subclass of .*Rows, for a curriculum"):
+        load([str(path)], foreign, chat, DataOptions(curriculum="level"), tmp_path / "cache")
 
 
 def test_token_files_of_another_kind_or_tokenizer_are_refused(tmp_path: Path, chat: ChatFormat):

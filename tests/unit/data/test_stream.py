@@ -149,3 +149,7 @@ def test_a_position_in_another_order_is_refused():
     for other in ({}, {"interleave": True, "shuffle": False}, {"interleave": True, "file_weights": [1 / 3, 2.0]}):
         with pytest.raises(ValueError, match="samples in another order"):
             stream([6, 4], **other).load_state_dict(state)
+    hard, other = np.arange(10), np.arange(10)[::-1]
+    stream([6, 4], easy_first=hard).load_state_dict(stream([6, 4], easy_first=hard.astype(float)).state_dict())
+    with pytest.raises(ValueError, match=r"another order \(easy_first differ\)"):
+        stream([6, 4], easy_first=other).load_state_dict(stream([6, 4], easy_first=hard).state_dict())

@@ -33,6 +33,9 @@ KINDS = {
 }
 
 
+HARDNESS = "_hardness"  # column of a store beside those of its kind: the number that a curriculum sorts by
+
+
 @config_section
 class DataOptions(Reading):
     """How files become rows that fit a model."""
@@ -55,6 +58,7 @@ class Sample(NamedTuple):
     values: dict[str, Any]  # the fields of that kind
     row: Any  # as the file has it
     location: "Location"
+    hardness: float | None = None  # what the row has in the column of a curriculum, if there is one
 
 
 class LanguageSample(TypedDict):

@@ -1,6 +1,7 @@
 """A user's own names of columns, of keys inside turns and of roles -> the names that the formats know."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -143,6 +144,21 @@ def _value_at(row: Any, path: str) -> Any:
     elif isinstance(row, list) and first.isdigit() and int(first) < len(row):
         inside = row[int(first)]
     return inside if inside is _MISSING or not dot else _value_at(inside, rest)
+
+
+def number_at(row: Any, path: str, location: Location) -> float:
+    """The number in a column of a row, or at a path into it.
+
+    Raises:
+        DataError: there is no finite number.
+    """
+    value = _value_at(row, path)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and abs(value) <= sys.float_info.max:  # False of NaN
+        return float(value)
+    found = "nothing" if value is _MISSING else show(value)
+    fix = "add it, name another column in data_loader_config.curriculum, or set data_loader_config.bad_rows: drop"
+    raise DataError(location.at(path), found, "a number, which the curriculum sorts by", fix, "curriculum")
 
 
 def _with_roles(value: Any, roles: Mapping[str, str]) -> Any:
