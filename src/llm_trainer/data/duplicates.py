@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from llm_trainer.data.encode.store import Part, Ragged, TokenStore
-from llm_trainer.data.encode.workers import build_store
+from llm_trainer.data.encode.workers import build_store, found_store
 from llm_trainer.data.kinds import HARDNESS
 from llm_trainer.data.windows import row_blocks
 
+CODE = Path(__file__)  # decides which rows are left out
 SHINGLE = 5  # tokens
 BANDS, MINIMA_PER_BAND = 16, 4  # rows of similarity s meet in a band with 1 - (1 - s^4)^16: 0.999 at 0.8, 0.32 at 0.4
 EXACT, NEAR = "exact duplicate", "near duplicate"
@@ -33,19 +34,19 @@ def without_duplicates(stores: Sequence[TokenStore], how: str, similarity: float
         stores: in the order of the files.
         how: 'exact' (equal in every column), or 'near' as well.
         similarity: of shingles, from which on rows are near duplicates.
-        cache: where the smaller stores go; they are found again.
+        cache: where the smaller stores go; they are found again, as long as the code of this file is the same.
     """
-    before = hashlib.sha256(f"{how} {similarity}".encode())
+    before = hashlib.sha256(f"{how} {similarity}".encode() + CODE.read_bytes())
     folders = []
     for store in stores:
         before.update(store.folder.name.encode())
         folders.append(cache / f"{store.folder.name}-{how}-{before.hexdigest()[:16]}")
-    if not all(TokenStore.exists(folder) for folder in folders):
-        reasons = _reasons(stores, how, similarity)
-        ends = np.cumsum([len(store) for store in stores])
-        for store, folder, found in zip(stores, folders, np.split(reasons, ends[:-1]), strict=True):
-            _write(store, folder, found)
-    return [TokenStore(folder) for folder in folders]
+    if all(TokenStore.exists(folder) for folder in folders):
+        return [found_store(folder) for folder in folders]
+    reasons = _reasons(stores, how, similarity)
+    ends = np.cumsum([len(store) for store in stores])
+    of_each = np.split(reasons, ends[:-1])
+    return [_smaller(*one) for one in zip(stores, folders, of_each, strict=True)]
 
 
 def num_repeated(stores: Sequence[TokenStore], earlier: Sequence[TokenStore]) -> int:
@@ -61,13 +62,14 @@ def num_repeated(stores: Sequence[TokenStore], earlier: Sequence[TokenStore]) ->
     return repeated
 
 
-def _write(store: TokenStore, folder: Path, reasons: np.ndarray) -> None:
+def _smaller(store: TokenStore, folder: Path, reasons: np.ndarray) -> TokenStore:
+    """The rows of a store that have no reason to be left out, as a store at `folder`."""
     dropped = Counter(store.meta["dropped"])
     for reason in (EXACT, NEAR):
         dropped[reason] += int((reasons == reason).sum())
     kept = (reasons == "").nonzero()[0].tolist()
     facts = {name: value for name, value in store.meta.items() if name not in ("columns", "rows", "dropped")}
-    build_store(folder, kept, partial(_copy, store), list(store.columns), meta=facts, unreadable=+dropped)
+    return build_store(folder, kept, partial(_copy, store), list(store.columns), meta=facts, unreadable=+dropped)
 
 
 def _copy(store: TokenStore, rows: list[int]) -> Part:

@@ -1,12 +1,14 @@
 """Rows that repeat others are left out on request, in all files of a run, and counted; so is what evaluation repeats."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llm_trainer.data import duplicates
 from llm_trainer.data.duplicates import _near, note_overlap
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
@@ -67,6 +69,25 @@ def test_near_duplicates_are_left_out_by_their_similarity(tmp_path: Path, chat: 
     assert strict.ledgers[0].dropped_rows["near duplicate"] < 10
     again = rows([path], chat, tmp_path / "cache", duplicates="near")
     assert again.lengths.tolist() == found.lengths.tolist()
+
+
+def test_a_store_without_duplicates_is_found_by_the_code_that_made_it(
+    tmp_path: Path, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", [text(1), text(2), text(1)])
+
+    def kept_in() -> str:
+        return rows([path], chat, tmp_path / "cache", duplicates="exact").ledgers[0].kept_in
+
+    first, again = kept_in(), kept_in()
+    assert first.endswith("(made now)") and again == first.replace("made now", "found there")
+    os.utime(again.removesuffix(" (found there)"), (1, 1))
+    kept_in()
+    assert Path(again.removesuffix(" (found there)")).stat().st_mtime > 1, "it is used: `data cache` counts the days"
+    changed = tmp_path / "duplicates.py"
+    changed.write_bytes(duplicates.CODE.read_bytes() + b"# another way to compare")
+    monkeypatch.setattr(duplicates, "CODE", changed)
+    assert kept_in().endswith("(made now)") and kept_in() != again
 
 
 def test_the_first_of_near_rows_is_kept() -> None:

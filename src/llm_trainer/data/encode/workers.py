@@ -61,11 +61,11 @@ def build_store(
         ChildProcessError: a worker was killed; finished parts are kept.
     """
     if TokenStore.exists(folder):
-        return _found(folder)
+        return found_store(folder)
     lock = Lock(folder.with_name(f"{folder.name}.lock"), f"the token store '{folder}'")
     with lock.held(wait=True):
         if TokenStore.exists(folder):  # another process made it meanwhile
-            return _found(folder)
+            return found_store(folder)
         with private_folder(folder) as private:
             num_parts = _write_parts(private, rows, encode, workers, source_bytes)
             join_parts(private, num_parts, columns, meta=meta, unreadable=unreadable)
@@ -74,7 +74,8 @@ def build_store(
     return store
 
 
-def _found(folder: Path) -> TokenStore:
+def found_store(folder: Path) -> TokenStore:
+    """Open the finished store at `folder`, which counts as used now."""
     with suppress(OSError):  # somebody else's, or on a disk that cannot be written
         os.utime(folder)  # used now: see `llm-trainer data cache`
     return TokenStore(folder)
