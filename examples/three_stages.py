@@ -1,7 +1,7 @@
 """Pretraining, supervised fine-tuning and preference optimisation, one after another, in the explicit style.
 
-A small model first reads how to count as plain text, then learns to answer questions about it, half of its teachers in
-whole sentences and half of them curtly, and at last learns that sentences are preferred. Less than a minute on two cores:
+A small model first reads how to count as plain text, then learns to answer questions about it, a third of its teachers in
+whole sentences and the others curtly, and at last learns that sentences are preferred. Less than a minute on two cores:
 
     python examples/three_stages.py
 """
@@ -116,7 +116,7 @@ def main(folder: Path = Path("runs/three_stages")) -> dict[str, Any]:
     )
 
     texts = [chat.encode_text(text) for text in documents]
-    chats = [chat.encode(answered(number, form(number))) for number in numbers for form in (in_full, curtly)]
+    chats = [chat.encode(answered(number, form(number))) for number in numbers for form in (in_full, curtly, curtly)]
     pairs = [preference(chat, number) for number in numbers]
 
     def loader(rows: list[Any], collate: Any) -> DataLoader:
