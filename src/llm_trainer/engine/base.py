@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.engine import dist
+from llm_trainer.engine.lockstep import Lockstep
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Fsdp
@@ -56,6 +57,7 @@ class Engine(ABC):
     in_lockstep: ClassVar[bool] = False
     gathers_weights: bool = False
     gathers_state: ClassVar[bool] = False
+    _lockstep: Lockstep | None = None  # of engines whose forward needs all ranks
 
     @abstractmethod
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -92,11 +94,11 @@ class Engine(ABC):
 
     def together(self) -> AbstractContextManager[None]:
         """The context of forwards outside of `micro_step`, which each rank runs as often as its data asks for."""
-        return nullcontext()
+        return nullcontext() if self._lockstep is None else self._lockstep.together()
 
     def joined(self, sum_over_ranks: SumOverRanks) -> SumOverRanks:
         """`sum_over_ranks` for use inside `together`."""
-        return sum_over_ranks
+        return sum_over_ranks if self._lockstep is None else self._lockstep.joined(sum_over_ranks)
 
     @abstractmethod
     def micro_step(self, last: bool) -> AbstractContextManager[None]:

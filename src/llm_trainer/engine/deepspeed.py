@@ -23,7 +23,7 @@ from llm_trainer.checkpoint.weights import (
 )
 from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
-from llm_trainer.engine.base import Engine, EngineOptions, SumOverRanks
+from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.engine.torch import clip
@@ -102,7 +102,7 @@ class DeepSpeedEngine(Engine):
         self._groups: list[dict[str, nn.Parameter]]  # by name; the user's groups before they were flattened
         self._pieces: dict[nn.Parameter, Tensor]  # what the user's optimizer updates in place of a parameter
         self._engine: Any
-        self._lockstep = Lockstep(device)
+        self._lockstep: Lockstep = Lockstep(device)
         self._is_first_step, self._unused = True, Unused(device)
         self._frozen: list[Any] = []  # the engines of frozen models, whose hooks gather their parameters
 
@@ -220,12 +220,6 @@ class DeepSpeedEngine(Engine):
         self._engine.set_gradient_accumulation_boundary(last)
         with self._lockstep.together(), self.precision():
             yield
-
-    def together(self) -> AbstractContextManager[None]:
-        return self._lockstep.together()
-
-    def joined(self, sum_over_ranks: SumOverRanks) -> SumOverRanks:
-        return self._lockstep.joined(sum_over_ranks)
 
     def backward(self, loss: Tensor) -> None:
         loss = self._lockstep.before_backward(loss)

@@ -1,7 +1,7 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`): every rank holds a shard of each parameter, gradient and optimizer state."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from llm_trainer import checkpoint
 from llm_trainer.checkpoint.weights import gathered_weights, shard_like
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
-from llm_trainer.engine.base import EngineOptions, SumOverRanks
+from llm_trainer.engine.base import EngineOptions
 from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.engine.tensor import split_layers
@@ -48,7 +48,7 @@ class FsdpEngine(TorchEngine):
         super().__init__(device, precision, ddp=True)
         self.options = options
         self._root: FSDPModule
-        self._lockstep = Lockstep(device)
+        self._lockstep: Lockstep = Lockstep(device)
         self._parameters: list[Any]  # what torch keeps of each
         self._exchanges_zeros: bool  # for parameters that only some ranks have used; else these would be mixed up
 
@@ -144,12 +144,6 @@ class FsdpEngine(TorchEngine):
         self._root.set_is_last_backward(last)
         with self._lockstep.together(), self.precision():
             yield
-
-    def together(self) -> AbstractContextManager[None]:
-        return self._lockstep.together()
-
-    def joined(self, sum_over_ranks: SumOverRanks) -> SumOverRanks:
-        return self._lockstep.joined(sum_over_ranks)
 
     def backward(self, loss: Tensor) -> None:
         loss = self._lockstep.before_backward(loss)
