@@ -30,6 +30,7 @@ from llm_trainer.train.hooks import Hook, with_names_of_their_own
 from llm_trainer.train.loop import Work
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
+from llm_trainer.train.saving import Wanted
 from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
 from llm_trainer.train.writers import Reporter
 
@@ -457,13 +458,12 @@ class Run:
         state = snapshot.state_of(self.work, self.progress, self._configured, self.settings)
         if path is not None:
             return self.checkpoints.save_file(path, state)
+        best_loss = self.progress.best_loss if is_best else None
         best_file = is_best and self.settings.best_file
+        wanted = Wanted(self.progress.step, is_best, best_loss, best_file, background)
         try:
-            best_loss = self.progress.best_loss if is_best else None
             with self.checkpoints.alone():
-                saved = self.checkpoints.saving.save(
-                    self.trainer, self.progress.step, state, is_best, best_loss, best_file, background
-                )
+                saved = self.checkpoints.saving.save(self.trainer, state, wanted)
         except CheckpointError as error:
             if not may_fail:
                 raise

@@ -32,13 +32,30 @@ from llm_trainer.engine.base import Engine
 
 
 @dataclass(frozen=True)
-class Collected:
-    """All that this process writes of one checkpoint.
+class Wanted:
+    """What is asked of one save.
 
     Attributes:
         step: of the checkpoint.
         is_best: this is the best one so far.
         best_loss: of it; None: nothing was measured, or it is not the best.
+        best_file: write best_model.pt too.
+        background: let it be written while training goes on, from copies; how that ends is said by `Saving.finish`.
+    """
+
+    step: int
+    is_best: bool
+    best_loss: float | None
+    best_file: bool
+    background: bool
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All that this process writes of one checkpoint.
+
+    Attributes:
+        wanted: what was asked for.
         texts: the state without its tensors, by file.
         shards: what this process holds of the state's tensors.
         model: the model's folder; None but on the main process.
@@ -46,9 +63,7 @@ class Collected:
         apart: the folder that the other ranks write their shards into; None: they have none.
     """
 
-    step: int
-    is_best: bool
-    best_loss: float | None
+    wanted: Wanted
     texts: dict[str, str]
     shards: dict[str, Shard]
     model: ModelFiles | None
@@ -76,36 +91,21 @@ class Saving:
         self._memory = HostMemory(engine.device)
         self._has_memory = True
 
-    def save(
-        self,
-        algorithm: Algorithm,
-        step: int,
-        state: dict[str, Any],
-        is_best: bool,
-        best_loss: float | None,
-        best_file: bool,
-        background: bool,
-    ) -> str:
+    def save(self, algorithm: Algorithm, state: dict[str, Any], wanted: Wanted) -> str:
         """Save a checkpoint, all ranks together; its path.
 
         Args:
             algorithm: its model and tokenizer become the model's folder.
-            step: which one it is of.
             state: see `snapshot.state_of`.
-            is_best: this is the best checkpoint so far.
-            best_loss: of it, if that was measured.
-            best_file: write best_model.pt too.
-            background: let it be written while training goes on; how that ends is said by `finish`.
 
         Raises:
             CheckpointError: it could not be written.
         """
         self.finish()
-        collected = self._collect(algorithm, step, state, is_best, best_loss, best_file, copies=background)
-        write = partial(self._write, collected)
-        if background:
+        write = partial(self._write, self._collect(algorithm, state, wanted))
+        if wanted.background:
             self._pending = self._thread.submit(write)
-            return str(self.save_dir / f"checkpoint-{step:08d}")
+            return str(self.save_dir / f"checkpoint-{wanted.step:08d}")
         return _same_on_all_ranks(write)
 
     def finish(self) -> None:
@@ -154,18 +154,9 @@ class Saving:
 
     # 1. All ranks together.
 
-    def _collect(
-        self,
-        algorithm: Algorithm,
-        step: int,
-        state: dict[str, Any],
-        is_best: bool,
-        best_loss: float | None,
-        best_file: bool,
-        copies: bool,
-    ) -> Collected:
+    def _collect(self, algorithm: Algorithm, state: dict[str, Any], wanted: Wanted) -> Collected:
         copy = None
-        if copies:
+        if wanted.background:
             copy = self._memory.copy
             self._thread.submit(self._memory.start_over).result()  # after it has been reserved
         weights = self.engine.weights()
@@ -186,12 +177,12 @@ class Saving:
                 model = model_files(algorithm.base_model, algorithm.tokenizer, weights)
             except (CheckpointError, OSError) as error:
                 failure = str(error)
-        best_weights = weights if best_file else None
+        best_weights = weights if wanted.best_file else None
         if copy is not None and model is not None and not self.engine.gathers_weights:
             model, best_weights = _copied(model, best_weights, copy)
         self._memory.finish()
         apart = self._folder_apart(bool(shards), failure)
-        return Collected(step, is_best, best_loss, files.texts, shards, model, best_weights, apart)
+        return Collected(wanted, files.texts, shards, model, best_weights, apart)
 
     def _folder_apart(self, has_shards: bool, failure: str | None) -> Path | None:
         """An empty folder for what other ranks than the main one have to write; None where they have nothing.
@@ -236,8 +227,8 @@ class Saving:
         def write(folder: Path) -> dict[str, Written]:
             return self._write_folder(folder, collected, written_apart)
 
-        manager, metric = self._manager(), collected.best_loss
-        return str(manager.write(collected.step, write, metric=metric, is_best=collected.is_best))
+        wanted = collected.wanted
+        return str(self._manager().write(wanted.step, write, metric=wanted.best_loss, is_best=wanted.is_best))
 
     def _write_apart(self, folder: Path, shards: dict[str, Shard]) -> dict[str, Written]:
         """Let all ranks but the main one write their shards; the files of all of them, with hashes."""
@@ -276,8 +267,9 @@ class Saving:
             shutil.rmtree(collected.apart, ignore_errors=True)
         if collected.best_weights is not None:  # a run that is killed before the folder has its name writes it again
             hashes = {name: written[name].sha256 for name in written if name.startswith("model/")}
-            of = {"checkpoint": f"checkpoint-{collected.step:08d}", "files": hashes}
-            facts = {"step": collected.step, "best_loss": collected.best_loss, checkpoint.WEIGHTS_OF: of}
+            wanted = collected.wanted
+            of = {"checkpoint": f"checkpoint-{wanted.step:08d}", "files": hashes}
+            facts = {"step": wanted.step, "best_loss": wanted.best_loss, checkpoint.WEIGHTS_OF: of}
             checkpoint.write_file(self.save_dir / "best_model.pt", collected.best_weights, facts)
         return written | written_apart
 

@@ -146,9 +146,9 @@ def test_without_memory_for_a_copy_training_waits(
     copies: list[bool] = []
     collect = saving.Saving._collect
 
-    def counted(self: Any, *args: Any, copies_: list[bool] = copies, **kwargs: Any) -> Any:
-        copies_.append(kwargs["copies"])
-        return collect(self, *args, **kwargs)
+    def counted(self: Any, algorithm: Any, state: Any, wanted: saving.Wanted) -> Any:
+        copies.append(wanted.background)
+        return collect(self, algorithm, state, wanted)
 
     monkeypatch.setattr(saving.Saving, "_collect", counted)
     make_trainer(tmp_path, **OPTIONS).train()
