@@ -14,14 +14,13 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from victim import Rows, make_trainer, outcome, wait
+from victim import Rows, fork_life, make_trainer, outcome, wait
 
 from llm_trainer.checkpoint.valid import step_folders, step_of
 
@@ -80,24 +79,16 @@ def start(folder: Path, aim: str = "", operation: int = 0, delay_s: float = 0.0)
 
     A life without an aim leaves the number of operations of each behind.
     """
-    child = os.fork()
-    if child:
-        return child
-    code = 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.out").open("a")
+
+    def live() -> None:
         killers = {name: Killer(folder, AIMS[name], operation, delay_s) for name in AIMS if name == aim or not aim}
         for killer in killers.values():
             sys.addaudithook(killer)
         trainer(folder).train()
         if not aim:
             Path(f"{folder}.json").write_text(json.dumps({name: -killer.left for name, killer in killers.items()}))
-    except BaseException as error:
-        traceback.print_exc()
-        code = error.code if isinstance(error, SystemExit) else 1
-    sys.stdout.flush()
-    os._exit(code)
+
+    return fork_life(folder, live)
 
 
 class Killer:

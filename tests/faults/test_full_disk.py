@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,9 @@ from llm_trainer.train.snapshot import Checkpoints
 sys.path.insert(0, str(Path(__file__).parent))
 from victim import make_trainer, outcome
 
-SmallDisk = Callable[[int], Path]
+from small_disk import SmallDisk, fill
+
 SAID = r"'{path}[^']*' could not be saved: No space left on device. It needs at least [\d.,]+ (MB|bytes); .*are free"
-
-
-def fill(disk: Path) -> None:
-    """Take the space that is left."""
-    with (disk / "filler").open("ab", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
 
 
 def press(disk: Path, first: int, last: int) -> Hook:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,11 @@ def flat(value: Any) -> Any:
 
 def start(folder: Path, options: list[str]) -> int:
     """Fork a life that trains in `folder` until its end."""
+    return fork_life(folder, lambda: make_trainer(folder, *options).train())
+
+
+def fork_life(folder: Path, live: Callable[[], object]) -> int:
+    """Fork a process that does `live()`, whose output goes beside `folder`; its number."""
     child = os.fork()
     if child:
         return child
@@ -134,7 +140,7 @@ def start(folder: Path, options: list[str]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.out").open("a")
-        make_trainer(folder, *options).train()
+        live()
     except BaseException as error:
         traceback.print_exc()
         code = error.code if isinstance(error, SystemExit) else 1

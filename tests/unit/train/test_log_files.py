@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,7 @@ from llm_trainer.train.writers import Reporter
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 from victim import make_trainer, metric_lines
 
-SmallDisk = Callable[[int], Path]
-
-
-def fill(disk: Path) -> None:
-    """Take all the space that is left."""
-    with (disk / "filler").open("ab", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(512))
-        except OSError:
-            pass
+from small_disk import SmallDisk, fill
 
 
 def test_lines_wait_while_the_disk_is_full(small_disk: SmallDisk) -> None:
