@@ -3,10 +3,29 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Choice(NamedTuple):
+    """Something that the machine chose because the user left it open. It never changes what is learned.
+
+    Attributes:
+        name: what was chosen, such as 'layout'.
+        value: what it was set to, such as 'flat'.
+        why: the reason, in a few words.
+        key: how the user decides it himself, such as 'data_loader_config.packing: none'.
+    """
+
+    name: str
+    value: str
+    why: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.value}: {self.why} ({self.key} turns it off)"
 
 
 @dataclass

@@ -60,12 +60,16 @@ def trainers(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 
     def data(name: str, **loader: Any) -> dict[str, Any]:
         path = str(folder / f"{name}.jsonl")
-        return {"file_dataset": path, "eval_dataset": path, "data_loader_config": loader}
+        by_rows = {"packing": "wrapped" if name == "texts" else "none", "micro_batch_tokens": None}
+        return {"file_dataset": path, "eval_dataset": path, "data_loader_config": by_rows | loader}
 
     kd = {"teacher_model": str(folder / "teacher"), "kd_coef": 0.5}
     nll = {"dpo": 0.7, "sft": 0.3}
     return {
-        "pretrain": ("pretrain", data("texts") | {"pretrain_config": {"gradient_accumulation_steps": 2}}),
+        "pretrain": (
+            "pretrain",
+            data("texts") | {"pretrain_config": {"gradient_accumulation_steps": 2}},
+        ),
         "sft": ("sft", data("chats", packing="flat", micro_batch_tokens=90) | {"sft_config": {}}),
         "sft-padded": ("sft", data("chats") | {"sft_config": {"gradient_accumulation_steps": 2}}),
         "dpo": ("dpo", data("pairs", packing="flat") | {"dpo_config": {"loss_type": nll}}),
@@ -97,6 +101,7 @@ def run(name: str, engine: str, folder: Path) -> dict[str, Any]:
     values |= how | {
         "run_config": how["run_config"]
         | {"save_dir": str(save_dir), "log_interval": 1, "max_steps": 8, "precision": "fp32", "progress": False}
+        | {"compile": False}
     }
     create_trainer(trainer, train_config=parse(values, name)).train()
     if not dist.is_main():

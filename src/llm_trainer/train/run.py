@@ -22,7 +22,7 @@ from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import detect_device
 from llm_trainer.optim import schedules
-from llm_trainer.state import Horizon, Progress, StepDone
+from llm_trainer.state import Choice, Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, snapshot
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, evaluate, unmeasured
@@ -94,6 +94,7 @@ class Run:
         self.signals = Signals()
         self.stop_requested = self.new_best = False
         self.values: dict[str, float] = {}
+        self.choices: dict[str, Choice] = {}  # what was left to the machine, by name
         self._last_batch: Any = None
         self._metrics = Metrics(self.engine.device)
         self._clock = Clock()
@@ -323,8 +324,9 @@ class Run:
         folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
         if self._configured.changes:
             facts["changed"] = f"since the checkpoint: {', '.join(self._configured.changes)}"
+        chosen = {name: str(choice) for name, choice in self.choices.items()}
         own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
-        self.say(preflight.screen(facts | folders | own, self.settings.ledgers))
+        self.say(preflight.screen(facts | chosen | folders | own, self.settings.ledgers))
         self._open_logs()
 
     def _open_logs(self) -> None:
@@ -410,6 +412,10 @@ class Run:
         """Whether checkpoints may be written while training goes on; the memory for it is then taken."""
         needed = self.engine.bytes_to_copy(self.size.bytes, self.size.optimizer_bytes)
         return self.settings.save_in_background and self.checkpoints.saving.has_memory(needed)
+
+    def chosen(self, choice: Choice) -> None:
+        """Note what the machine chose, for the screen before training and the logs; a later choice of that name replaces it."""
+        self.choices[choice.name] = choice
 
     # What hooks may ask (`hooks.RunView`), besides `trainer`, `progress` and `values`; trainers ask it too.
 
