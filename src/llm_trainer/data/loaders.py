@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Subset
@@ -83,7 +83,7 @@ class LoaderSteps:
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: int | Literal["auto"] | None = "auto"
     seed: int = 0
     is_sharded: bool = False
     read_once: bool = False
@@ -364,7 +364,7 @@ class LoaderSteps:
 
     def _recut(self, batches: list[Batch]) -> list[Batch]:
         """The rows of a step cut into micro-batches of at most `micro_batch_tokens`; the optimisation does not notice."""
-        if self.micro_batch_tokens is None:
+        if not isinstance(self.micro_batch_tokens, int):
             return batches
         rows = []
         for number, batch in enumerate(batches):

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -67,7 +67,14 @@ class Permutation:
 
 
 class StepSource(Protocol):
-    """What the loop pulls optimizer steps from. `position` counts whatever the source counts, from 0 in every epoch."""
+    """What the loop pulls optimizer steps from. `position` counts whatever the source counts, from 0 in every epoch.
+
+    Attributes:
+        micro_batch_tokens: what the rows of a step are cut by; it may change between two calls of `steps`. None: they are
+            as they come, and with auto too, until somebody sets a number.
+    """
+
+    micro_batch_tokens: int | Literal["auto"] | None
 
     def num_steps(self) -> int | None:
         """Optimizer steps of one epoch; None when unknown."""
@@ -119,9 +126,8 @@ class SampleStream:
     batch_size: int  # rows of a micro-batch when there is no token budget
     rank: int = 0
     world_size: int = 1
-    micro_batch_tokens: int | None = (
-        None  # budget of a micro-batch instead of `batch_size`; counts padding unless `flat`
-    )
+    # Budget of a micro-batch instead of `batch_size`; counts padding unless `flat`. auto: whoever trains sets it.
+    micro_batch_tokens: int | Literal["auto"] | None = "auto"
     flat: bool = False  # whether `collate` lays rows end to end
     shuffle: bool = True  # visit each file's samples in an order drawn from (seed, epoch)
     file_weights: Sequence[float] | None = None
@@ -210,7 +216,7 @@ class SampleStream:
         return Permutation(size, mix_seeds(self.seed, epoch, number, *again))
 
     def _micro_batches(self, rows: np.ndarray) -> list[list[int]]:
-        if self.micro_batch_tokens is None:
+        if not isinstance(self.micro_batch_tokens, int):
             return [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
         groups = cut_by_tokens(self.dataset.lengths[rows].tolist(), self.micro_batch_tokens, self.flat)
         return [rows[group].tolist() for group in groups]

@@ -11,6 +11,7 @@ from llm_trainer.data.stream import StepSource, mix_seeds
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import Horizon, MicroBatch, Progress, StepDone
+from llm_trainer.train.budget import Budget
 from llm_trainer.train.hooks import RunView
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.terms import begin_step, count_terms, fill_up, share_of_step
@@ -25,6 +26,7 @@ class Work:
         engine: executes forward, backward and update.
         source: where optimizer steps come from.
         val_sources: validation data by name.
+        budget: how many tokens a micro-batch may have.
         metrics: what the algorithm records, unless the micro-batch is a filler.
         horizon: how far the run goes.
         run: for drivers of other libraries, which may ask it to evaluate or save.
@@ -37,6 +39,7 @@ class Work:
     engine: Engine
     source: StepSource
     val_sources: Mapping[str, StepSource]
+    budget: Budget
     metrics: Metrics
     horizon: Horizon
     run: RunView

@@ -24,6 +24,7 @@ from llm_trainer.engine.device import detect_device
 from llm_trainer.optim import schedules
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, snapshot
+from llm_trainer.train.budget import Budget
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, evaluate, unmeasured
 from llm_trainer.train.hooks import Hook, with_names_of_their_own
@@ -107,6 +108,7 @@ class Run:
         # The data: this rank's share of the training data, and of every validation set.
         with self._on_duty():
             self.source, self.val_sources = self._open_data(train_loader, val_loader)
+        self.budget = Budget(settings.micro_batch_tokens, [self.source, *self.val_sources.values()])
 
     def _open_data(self, train_loader: Any, val_loader: Any) -> tuple[StepSource, dict[str, StepSource]]:
         settings = self.settings
@@ -126,6 +128,8 @@ class Run:
         if isinstance(val_loader, Mapping):
             loaders = val_loader
         ranks["in_step"] = self.engine.in_lockstep
+        if settings.micro_batch_tokens != "auto":
+            ranks["micro_batch_tokens"] = None  # a number of the user's is for training
         val_sources = {}
         for name, loader in loaders.items():
             val_sources[name] = as_step_source(loader, name=f"val_loader {name}".strip(), **ranks)
@@ -155,6 +159,7 @@ class Run:
             engine=self.engine,
             source=self.source,
             val_sources=self.val_sources,
+            budget=self.budget,
             metrics=self._metrics,
             horizon=self.horizon,
             run=self,

@@ -116,6 +116,7 @@ def parts_of(work: Work, progress: Progress, configured: ConfiguredOptimizer) ->
         "data": DataFacts(source, work.seed),  # first: other data is refused
         "progress": progress,
         "engine": work.engine,
+        "budget": work.budget,
         "metrics": SharedMetrics(work.metrics),
         "random": RandomState(),
         "trainer": AlgorithmState(algorithm),
@@ -253,7 +254,8 @@ class Checkpoints:
                 f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
                 f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
             )
-        state.setdefault("configured", None)  # checkpoints of earlier versions do not say
+        for name in ("configured", "budget"):
+            state.setdefault(name, None)  # checkpoints of earlier versions do not say
         missing = next((name for name in parts if name not in state), None)
         if missing is not None:
             raise CheckpointError(
