@@ -72,6 +72,8 @@ class Algorithm(ABC):
     """One algorithm: three methods that it must write, and others that it may.
 
     Attributes:
+        takes_flat: whether its methods take batches laid flat (`[1, N]`, without padding) as well as padded ones, and its
+            loss does not depend on how a step is cut. Said by, or below, the class that writes them: see `takes_flat`.
         base_model: the user's model.
         model: the module that `_forward` calls: `base_model`, or what `_build_module` and the engine put around it.
         optimizer: of its parameters.
@@ -83,6 +85,7 @@ class Algorithm(ABC):
     """
 
     prompt_format: ClassVar[PromptFormat] = "chat"
+    takes_flat: ClassVar[bool] = False
 
     base_model: nn.Module
     model: nn.Module
@@ -157,3 +160,21 @@ class Algorithm(ABC):
 
     def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
         """Restore what `_get_extra_checkpoint_state` gave."""
+
+
+# The methods that see micro-batches, and so could count on their rows.
+OF_MICRO_BATCHES = ("_prepare_batch", "_forward", "_compute_loss", "_loss_weight", "_begin_step")
+
+
+def takes_flat(algorithm: type[Algorithm]) -> bool:
+    """Whether the machine may cut the micro-batches of this algorithm anew and lay them flat.
+
+    `Algorithm.takes_flat` speaks for the methods that its class writes or inherits. A subclass that overrides one of
+    them says it again, or its micro-batches stay as they come.
+    """
+    for kind in algorithm.__mro__:
+        if "takes_flat" in vars(kind):
+            return bool(vars(kind)["takes_flat"])
+        if any(name in vars(kind) for name in OF_MICRO_BATCHES):
+            return False
+    return False

@@ -62,6 +62,7 @@ class Trainer(BaseTrainer):
     rows = ("text",)
     prompt_format: ClassVar[PromptFormat] = "text"
     shards_first_weights = True
+    takes_flat = True
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class DPOTrainer(BaseTrainer):
 
     section = "dpo_config"
     rows = ("pairs",)
+    takes_flat = True
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class RewardTrainer(BaseTrainer):
 
     section = "reward_config"
     rows = ("pairs", "process")
+    takes_flat = True
 
     def __init__(
         self, *args: Any, center_coef: float = 0.0, use_margin: bool = True, share_prompts: bool = True, **kwargs: Any

@@ -43,6 +43,7 @@ class KTOTrainer(BaseTrainer):
 
     section = "kto_config"
     rows = ("unpaired",)
+    takes_flat = True
 
     def __init__(
         self,
