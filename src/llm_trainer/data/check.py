@@ -18,14 +18,14 @@ from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.printed import UNPRINTED, share_left_out
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.ids import check_ids
-from llm_trainer.data.kinds import KINDS, DataOptions, Kind, get_kind, kinds_that_accept
+from llm_trainer.data.kinds import KINDS, WEIGHT, DataOptions, Kind, get_kind, kinds_that_accept
 from llm_trainer.data.kinds.pairs import refuse_weights
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.load import find_schema, misfit
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows
-from llm_trainer.data.read.messages import mute_empty_answers, read_only, row_weight, step_weights
+from llm_trainer.data.read.messages import mute_empty_answers, read_only, row_weight, step_weights, weight_as_a_whole
 from llm_trainer.data.read.recognise import ROWS_LOOKED_AT, recognise, schema_of
 from llm_trainer.data.read.schemas import Schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
@@ -171,8 +171,9 @@ class _Inspector:
                 continue
             weight = 1.0
             try:
-                if kind is not None and kind.weighs_rows:
-                    weight = row_weight(row, location)
+                if kind is not None and kind.name != "prompts":  # rewards read every column of a prompt's row
+                    weigh = weight_as_a_whole if WEIGHT in kind.columns else row_weight
+                    weight = weigh(row, location)
                 if found.kind == "process":
                     step_weights(row, len(sample["steps"]), location)
                 encoded = _encode(self.chat, found.kind, sample, location)
@@ -266,7 +267,7 @@ class _Inspector:
         trained = 0
         for one in encoded:
             weights = one.loss_weights(row_weight)[1 : self.block_size]  # nothing predicts the first token
-            report.account.weigh(weights[weights != 0])
+            report.account.weigh(weights[weights != 0], np.ones(np.count_nonzero(weights), dtype=np.int64))
             trained += int((weights != 0).sum())
         report.trained += trained
         report.untrained += not trained and report.kind not in ("prompt", "vision")

@@ -35,10 +35,10 @@ class Ledger:
         self.dropped[reason] += tokens
         self.dropped_rows[reason] += rows
 
-    def weigh(self, weights: np.ndarray) -> None:
-        """Note the weights `[N]` of tokens that the loss counts."""
+    def weigh(self, weights: np.ndarray, counts: np.ndarray) -> None:
+        """Note weights `[N]`, and how many tokens that the loss counts have each of them, `[N]`."""
         if len(weights):
-            self.weighted += int((weights != 1).sum())
+            self.weighted += int(counts[weights != 1].sum())
             self.weights = _span(self.weights, (float(weights.min()), float(weights.max())))
 
     def check(self) -> "Ledger":

@@ -6,7 +6,7 @@ Every packing is a list of rows, each a list of `Piece`s in the order in which t
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from llm_trainer.config.errors import counted
 from llm_trainer.data.kinds import LanguageSample
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.read.errors import DataError, Location
-from llm_trainer.data.windows import Rows
 
 Lengths = Sequence[int] | np.ndarray
 
@@ -133,11 +132,25 @@ def _check_capacity(capacity: int) -> None:
 PACKERS = {"bfd": pack_bfd, "bfd_split": pack_bfd_split}
 
 
+class Pieces(Protocol):
+    """Documents of which parts can be taken."""
+
+    lengths: np.ndarray  # [documents], tokens
+    ledger: Ledger
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether some tokens count more or less than others."""
+
+    def piece(self, index: int, start: int, stop: int) -> LanguageSample:
+        """Tokens `[start, stop)` of a document."""
+
+
 class Packed:
     """Documents, each one column of tokens, several in a row of up to `capacity` tokens ('bfd', 'bfd_split')."""
 
-    def __init__(self, documents: Rows, capacity: int, strategy: str) -> None:
-        self.column = documents.columns[0]
+    def __init__(self, documents: Pieces, capacity: int, strategy: str) -> None:
+        self.documents = documents
         self.rows = PACKERS[strategy](documents.lengths, capacity)
         self.lengths = np.zeros(len(self.rows), dtype=np.int64)
         num_continued = 0  # pieces that begin inside a document: their first token is context
@@ -151,22 +164,34 @@ class Packed:
         self.ledger.context += num_continued
 
     def __getitem__(self, index: int) -> LanguageSample:
-        pieces = [self.column.sample(*piece) for piece in self.rows[index]]
+        pieces = [self.documents.piece(*piece) for piece in self.rows[index]]
         sample = LanguageSample(
             input_ids=np.concatenate([p["input_ids"] for p in pieces]),
             trained=np.concatenate([p["trained"] for p in pieces]),
             document_lengths=[len(p["input_ids"]) for p in pieces],
         )
-        if self.column.is_weighted:
+        if self.documents.is_weighted:
             sample["loss_weights"] = np.concatenate([p["loss_weights"] for p in pieces])
         return sample
 
 
 class Blocks:
-    """A flat array of ids, memory mapped perhaps, in consecutive rows of `block_size`; the last row may be shorter."""
+    """A flat array of ids, memory mapped perhaps, in consecutive rows of `block_size`; the last row may be shorter.
 
-    def __init__(self, ids: np.ndarray, name: str, block_size: int) -> None:
+    Where documents weigh differently, `offsets [documents + 1]` says where they begin and end, `weights [documents]` how much
+    the tokens of each count.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        name: str,
+        block_size: int,
+        offsets: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+    ) -> None:
         self.ids, self.block_size = ids, block_size
+        self.offsets, self.weights = offsets, weights
         full, rest = divmod(len(ids), block_size)
         self.count = full + (rest > 1)
         self.lengths: np.ndarray = np.full(self.count, block_size, dtype=np.int64)
@@ -177,10 +202,32 @@ class Blocks:
         self.ledger.trained = self.ledger.read - self.count
         if rest == 1:
             self.ledger.drop("a last block of one token", 1)
+        if weights is not None:
+            self.ledger.weigh(weights, self._tokens_that_count())
         self.ledger.check()
         if not self.count:
             raise DataError(Location(name), counted(len(ids), "token"), "at least two, to predict one from", "add text")
 
     def __getitem__(self, index: int) -> LanguageSample:
         ids = self.ids[index * self.block_size : (index + 1) * self.block_size]
-        return LanguageSample(input_ids=ids, trained=np.ones(len(ids), dtype=bool), document_lengths=[len(ids)])
+        sample = LanguageSample(input_ids=ids, trained=np.ones(len(ids), dtype=bool), document_lengths=[len(ids)])
+        if self.weights is not None:
+            sample["loss_weights"] = self._weights_between(index * self.block_size, len(ids))
+        return sample
+
+    def _weights_between(self, start: int, length: int) -> np.ndarray:
+        """`[length]` what the tokens from `start` on weigh: each as much as its document."""
+        assert self.offsets is not None and self.weights is not None
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        last = int(np.searchsorted(self.offsets, start + length))
+        edges = np.clip(self.offsets[first : last + 1], start, start + length)
+        return np.repeat(self.weights[first:last], np.diff(edges))
+
+    def _tokens_that_count(self) -> np.ndarray:
+        """`[documents]` tokens of each that are used and that another one predicts."""
+        assert self.offsets is not None
+        used = int(self.lengths.sum())
+        counts = np.diff(np.minimum(self.offsets, used))
+        starts = np.arange(self.count) * self.block_size  # nothing predicts the first token of a block
+        np.subtract.at(counts, np.searchsorted(self.offsets, starts, side="right") - 1, 1)
+        return counts

@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.store import TokenStore
-from llm_trainer.data.kinds import HARDNESS, DataOptions, LanguageSample
+from llm_trainer.data.kinds import HARDNESS, WEIGHT, DataOptions, LanguageSample
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.read.errors import DataError, Location
 
@@ -153,6 +153,7 @@ class Rows:
     Attributes:
         stored: `[rows]` where each row is in the store.
         lengths: `[rows]` tokens, as a token budget counts them.
+        weights: `[rows]` how much each row counts as a whole; None: all alike.
         hardness: `[rows]` what a curriculum by a column of the file sorts by; empty where there is none.
 
     Raises:
@@ -174,6 +175,10 @@ class Rows:
         self.stored = self._select(unusable, learns).nonzero()[0]
         self.lengths: np.ndarray = np.sum([column.lengths for column in columns], axis=0)
         self.file_sizes = [len(self.lengths)]
+        self.weights = weights_of(store)
+        if self.weights is not None:
+            self.weights = self.weights[self.stored]
+            self.ledger.weigh(self.weights, np.sum([column.counts for column in columns], axis=0))
         self.hardness = np.asarray(store[HARDNESS].values)[self.stored] if how.hardness_column else np.empty(0)
 
     def _select(self, unusable: tuple[np.ndarray, str] | None, learns: bool) -> np.ndarray:
@@ -216,7 +221,8 @@ class Rows:
         ledger.truncated_rows = int((truncated & keep).sum())
         for column in columns:
             if learns and column.is_weighted:
-                ledger.weigh(column.weights())
+                weights = column.weights()
+                ledger.weigh(weights, np.ones(len(weights), dtype=np.int64))
         ledger.dropped_rows = +ledger.dropped_rows
         ledger.check()
         if not ledger.rows:
@@ -225,6 +231,19 @@ class Rows:
                 Location(ledger.name), f"no row to train on ({why})", "rows with answers that fit", FIX_EMPTY
             )
         return keep
+
+
+def weight_column(weight: float) -> np.ndarray:
+    """What a row has in the column `WEIGHT`, `[1]`."""
+    return np.array([weight], dtype=np.float32)
+
+
+def weights_of(store: TokenStore) -> np.ndarray | None:
+    """`[rows of the store]` how much each row counts as a whole; None: all alike."""
+    if WEIGHT not in store.columns:
+        return None
+    weights = np.asarray(store[WEIGHT].values)
+    return None if (weights == 1).all() else weights
 
 
 def note_dropped(ledger: Ledger, store: TokenStore) -> None:

@@ -15,7 +15,7 @@ named in `BATCH_COUPLED`. Metric names are those of TRL. Letter: `B` pairs.
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -288,6 +288,16 @@ class PreferenceTerms:
     nll_counts: Tensor
     nll_coef: float
     metrics: dict[str, Tensor]
+
+    def weighted(self, weights: Tensor) -> "PreferenceTerms":
+        """The terms where each pair counts as much as `weights [B]` say; the metrics stay those of the pairs."""
+        weights = weights.to(self.losses.dtype)
+        return replace(
+            self,
+            losses=self.losses * weights,
+            nll_sums=self.nll_sums * weights,
+            nll_counts=self.nll_counts * weights,
+        )
 
     def total(self, num_pairs: Tensor | float | None = None, num_nll_terms: Tensor | float | None = None) -> Tensor:
         """The loss `[]`: `sum(losses) / num_pairs + nll_coef * sum(nll_sums) / num_nll_terms`.

@@ -2,7 +2,8 @@
 
 A joined batch is what the language trainers use, `input_ids`, `labels` (-100 on prompt and padding) and either
 `attention_mask` or, laid flat, `position_ids` and `document_lengths`. Pairs put all chosen rows before all rejected;
-a flat batch whose documents lie in another order says in `document_order` where each row's is.
+a flat batch whose documents lie in another order says in `document_order` where each row's is. `row_weights [B]`, how much each
+pair or judged answer counts as a whole, is optional.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from llm_trainer.losses.language import IGNORE
+from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
 
 if TYPE_CHECKING:
@@ -132,6 +133,31 @@ def _documents(values: Tensor, rows: Batch) -> Sequence[Tensor]:
 def num_answers(rows: Batch) -> int:
     """Rows of a joined batch, documents of a flat one."""
     return len(rows["document_lengths"]) if "document_lengths" in rows else len(rows["input_ids"])
+
+
+def row_weights(batch: Batch, count: int) -> Tensor:
+    """`[count]` how much each row of a batch, or each pair, counts as a whole: its `row_weights`, or 1.
+
+    Raises:
+        ValueError: there are more or fewer of them, or one is below 0.
+    """
+    if "row_weights" not in batch:
+        return torch.ones(count)
+    weights: Tensor = batch["row_weights"].float()
+    if weights.shape != (count,) or not (weights >= 0).all():
+        raise ValueError(
+            f"row_weights: found the shape {tuple(weights.shape)} and the smallest {weights.min():g}; expected "
+            f"({count},), a number from 0 up for each row, or pair, of the batch"
+        )
+    return weights
+
+
+def mean_over_rows(losses: Tensor, batch: Batch) -> Tensor:
+    """The mean of `losses [B]`, in which each row, or pair, of the batch counts as much as it weighs."""
+    if "row_weights" not in batch:
+        return losses.mean()
+    weights = batch["row_weights"].to(losses.dtype)
+    return mean_over((losses * weights).sum(), weights.sum())
 
 
 def num_pairs(batch: Batch, micro_batch_tokens: int | None) -> int:

@@ -19,6 +19,7 @@ from llm_trainer.trainers.answers import (
     join,
     num_answers,
     num_pairs,
+    row_weights,
     score,
     share_prompts,
     supervised,
@@ -167,7 +168,7 @@ class DPOTrainer(BaseTrainer):
         return self._policy
 
     def _loss_weight(self, batch: Batch) -> float:
-        return float(num_pairs(batch, self._micro_batch_tokens))
+        return float(row_weights(batch, num_pairs(batch, self._micro_batch_tokens)).sum())
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens(batch)
@@ -201,10 +202,12 @@ class DPOTrainer(BaseTrainer):
             if weight:
                 rows = self._joined(batch)
                 self._joined_before.append((batch, rows))
-                lengths = supervised(rows).sum(1)[: int(weight)]
-                counts[1] += float(NLL_NORMS[self.loss.nll_norm](lengths, lengths)[1].sum())
-        pairs, terms = sum_over_ranks(torch.tensor(counts, device=self.device)).tolist()
-        self._nll_terms_per_pair = terms / (pairs or 1.0)
+                number = num_answers(rows) // 2
+                lengths = supervised(rows).sum(1)[:number]
+                terms = NLL_NORMS[self.loss.nll_norm](lengths, lengths)[1]
+                counts[1] += float((terms * row_weights(rows, number)).sum())
+        pairs, all_terms = sum_over_ranks(torch.tensor(counts, device=self.device)).tolist()
+        self._nll_terms_per_pair = all_terms / (pairs or 1.0)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = self._joined(batch)
@@ -227,14 +230,18 @@ class DPOTrainer(BaseTrainer):
             self._check_start(pairs, terms)
         for name, value in terms.metrics.items():
             self.record(name, value.sum(), count)
-        nll_terms = None
         if self.loss.nll_weight:
             self.record("nll_loss", terms.nll_sums.detach().sum(), terms.nll_counts.sum())
-            nll_terms = self._nll_terms_per_pair * count  # this batch's even share of the step's
+        total: Tensor | float = count
+        if "row_weights" in batch:
+            terms, total = terms.weighted(batch["row_weights"]), batch["row_weights"].sum()
+        nll_terms = None
+        if self.loss.nll_weight:
+            nll_terms = self._nll_terms_per_pair * total  # this batch's even share of the step's
         if "bco_pair" in self.loss.names and self.model.training:
             rewards = torch.cat([terms.metrics["rewards/chosen"], terms.metrics["rewards/rejected"]])
             self._new_rewards += torch.stack([rewards.sum().float(), rewards.new_tensor(len(rewards)).float()])
-        loss = terms.total(count, nll_terms)
+        loss = terms.total(total, nll_terms)
         if outputs.aux_loss is not None and self.aux_loss_coef:
             self.record("aux_loss", outputs.aux_loss.detach() * count, count)
             loss = loss + self.aux_loss_coef * outputs.aux_loss

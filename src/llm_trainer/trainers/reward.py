@@ -9,7 +9,16 @@ from llm_trainer.losses.reward import bradley_terry, process_reward
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 from llm_trainer.models.rewarding import Rewarding, load_reward_model, process_reward_model, reward_model
-from llm_trainer.trainers.answers import Batch, count_tokens, join, num_pairs, share_prompts, to_device
+from llm_trainer.trainers.answers import (
+    Batch,
+    count_tokens,
+    join,
+    mean_over_rows,
+    num_pairs,
+    row_weights,
+    share_prompts,
+    to_device,
+)
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
 
@@ -99,7 +108,7 @@ class RewardTrainer(BaseTrainer):
     def _loss_weight(self, batch: Batch) -> float:
         if "step_labels" in batch:
             return float(_step_weights(batch).sum())
-        return float(num_pairs(batch, self._micro_batch_tokens))
+        return float(row_weights(batch, num_pairs(batch, self._micro_batch_tokens)).sum())
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens(batch)
@@ -128,7 +137,7 @@ class RewardTrainer(BaseTrainer):
             self.record(name, metrics[name].sum(), len(losses))
         self.record("min_reward", metrics["min_reward"].min())  # the mean over micro-batches of their extremes, as TRL
         self.record("max_reward", metrics["max_reward"].max())
-        return losses.mean()
+        return mean_over_rows(losses, batch)
 
     def _loss_of_steps(self, scores: Tensor, batch: Batch) -> Tensor:
         judged = batch["step_labels"] != IGNORE

@@ -8,7 +8,18 @@ from torch import Tensor, nn
 
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
 from llm_trainer.models.scored import TokenScores, scored
-from llm_trainer.trainers.answers import Batch, as_rows, count_tokens, join, num_answers, score, supervised, to_device
+from llm_trainer.trainers.answers import (
+    Batch,
+    as_rows,
+    count_tokens,
+    join,
+    mean_over_rows,
+    num_answers,
+    row_weights,
+    score,
+    supervised,
+    to_device,
+)
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.references import default_reference, reference_of
 
@@ -96,7 +107,7 @@ class KTOTrainer(BaseTrainer):
         return self._policy
 
     def _loss_weight(self, batch: Batch) -> float:
-        return float(len(batch["desirable"]))
+        return float(row_weights(batch, len(batch["desirable"])).sum())
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens({name: value for name, value in batch.items() if not name.startswith(_KL)})
@@ -176,7 +187,7 @@ class KTOTrainer(BaseTrainer):
             self.record(f"rewards/{kind}", metrics[f"rewards/{kind}"].sum(), chosen.sum())
             self.record(f"logps/{kind}", logps[chosen].sum(), chosen.sum())
         self._record_margin(metrics["rewards/chosen"].sum(), metrics["rewards/rejected"].sum(), len(losses))
-        loss = losses.mean()
+        loss = mean_over_rows(losses, batch)
         if outputs.aux_loss is not None and self.aux_loss_coef:
             self.record("aux_loss", outputs.aux_loss.detach() * len(losses), len(losses))
             loss = loss + self.aux_loss_coef * outputs.aux_loss

@@ -128,16 +128,7 @@ def test_rows_of_other_batches_are_cut_with_their_weights() -> None:
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
-        (
-            {"text": "a b", "loss_weight": 2},
-            "text",
-            "key 'loss_weight': found a weight of 2; expected none: rows of text",
-        ),
-        (
-            {"prompt": "q", "chosen": "a", "rejected": "b", "loss_weight": 0.5},
-            "pairs",
-            "rows of pairs all weigh the same",
-        ),
+        ({"text": "a b", "loss_weight": -2}, "text", "key 'loss_weight': found int -2; expected"),
         (
             {"prompt": "q", "chosen": [{"role": "assistant", "content": "a", "weight": 0.5}], "rejected": "b"},
             "pairs",
@@ -167,6 +158,37 @@ def test_what_a_kind_of_rows_cannot_use_is_refused(
         load(path, chat, kind, packing="none", bad_rows="drop")
 
 
+def test_texts_pairs_and_judged_answers_count_as_much_as_their_rows_weigh(chat: ChatFormat, tmp_path: Path) -> None:
+    texts = [{"text": "one two three", "loss_weight": w} for w in (0.5, 0, 1, 2)]
+    rows = load(write(tmp_path / "texts.jsonl", texts), chat, "text", packing="none")
+    assert [sorted(set(rows[i]["loss_weights"].tolist())) for i in range(3)] == [[0.5], [1.0], [2.0]]
+    assert rows.ledgers[0].dropped_rows == {"a row of weight 0": 1}
+    length = int(rows.lengths[0])
+    assert (rows.ledgers[0].weighted, rows.ledgers[0].weights) == (2 * (length - 1), (0.5, 2.0))
+    # laid end to end and cut anywhere, every token keeps the weight of its document
+    blocks = load(tmp_path / "texts.jsonl", chat, "text", packing="wrapped", block_size=length + 2)
+    every = [weight for i in range(len(blocks.lengths)) for weight in blocks[i]["loss_weights"].tolist()]
+    assert every == ([0.5] * length + [1.0] * length + [2.0] * length)[: len(every)]
+    counted = [w for i in range(len(blocks.lengths)) for w in blocks[i]["loss_weights"][1:].tolist() if w != 1]
+    assert blocks.ledgers[0].weighted == len(counted)
+    packed = load(tmp_path / "texts.jsonl", chat, "text", packing="bfd_split", block_size=2 * length)
+    assert sum(float(packed[i]["loss_weights"].sum()) for i in range(len(packed.lengths))) == 3.5 * length
+
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b", "loss_weight": w} for w in (0.5, 0, 3)]
+    rows = load(write(tmp_path / "pairs.jsonl", pairs), chat, "pairs", packing="flat")
+    batch = get_kind("pairs").collate([rows[0], rows[1]], collate_flat)
+    assert batch["row_weights"].tolist() == [0.5, 3.0] and "loss_weights" not in batch
+    plain = load(write(tmp_path / "plain.jsonl", [dict(pairs[0], loss_weight=1)]), chat, "pairs")
+    assert "row_weights" not in get_kind("pairs").collate([plain[0]], collate_flat)
+
+    judged = [{"prompt": f"q{w}", "completion": "a b", "label": True, "loss_weight": w} for w in (2, 1, 0)]
+    rows = load(write(tmp_path / "judged.jsonl", judged), chat, "unpaired")
+    batch = get_kind("unpaired").collate([rows[0], rows[1]], collate_flat)
+    assert batch["row_weights"].tolist() == [2.0, 1.0]
+    report = check_file(tmp_path / "pairs.jsonl", chat, kind="pairs")
+    assert report.account.weights == (0.5, 3.0) and report.untrained == 1
+
+
 def test_what_is_left_out_of_rows_is_counted(chat: ChatFormat, tmp_path: Path) -> None:
     """Unknown keys, empty answers, images that are to be ignored, a column that may mean anything."""
     turns = talk(1, 1)["messages"]
@@ -184,7 +206,9 @@ def test_what_is_left_out_of_rows_is_counted(chat: ChatFormat, tmp_path: Path) -
     images = load(write(tmp_path / "b.jsonl", rows[2:] * 2), chat, image_columns="ignore")
     assert images.ledgers[0].lines()[1:] == ["2 rows: its column 'image' is left out, rows of conversations are text"]
     texts = load(write(tmp_path / "c.jsonl", [{"text": "a b c", "weight": 80}]), chat, "text", packing="none")
-    assert texts.ledgers[0].lines()[1:] == ["1 row: its column 'weight' is not used, rows of text all weigh the same"]
+    assert texts.ledgers[0].lines()[1:] == [
+        "1 row: its column 'weight' is not used; 'loss_weight' says how much a row counts"
+    ]
     prompts = load(write(tmp_path / "p.jsonl", [{"prompt": "q", "weight": 80, "loss_weight": 2}]), chat, "prompts")
     assert prompts[0]["row"]["weight"] == 80 and prompts.ledgers[0].lines()[1:] == []
     grams = load(write(tmp_path / "d.jsonl", [{**talk(1), "weight": "80 g"}]), chat)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_trainer import Distillation, SFTTrainer, configure_optimizer
+from llm_trainer import Distillation, DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.losses.distill import divergence
 from llm_trainer.models.build import build_model
+from llm_trainer.models.rewarding import reward_model
 from llm_trainer.trainers.distill import own_answers
 
 V = 40
@@ -135,3 +136,69 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
         ValueError, match=r"loss_weights: found the shape \(4, 11\); expected that of labels, \(4, 12\)"
     ):
         gradient(tmp_path, [batch() | {"loss_weights": torch.ones(4, 11)}])
+
+
+def pairs(rows: list[int]) -> dict[str, Tensor]:
+    """Pairs of random ids, joined: chosen rows before rejected ones."""
+    noise = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, V, (3, 2, 10), generator=noise)[rows].transpose(0, 1).reshape(-1, 10)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def judged(rows: list[int]) -> dict[str, Tensor]:
+    """Single answers, the first and the last of three desirable."""
+    given = {name: value[: len(rows)] for name, value in pairs(rows).items()}
+    return given | {"desirable": torch.tensor([True, False, True])[rows]}
+
+
+def first_step(path: Path, trainer: Any, make: Any, batches: list[dict[str, Tensor]], **options: Any) -> list[Any]:
+    """Loss and gradient of the first step of any trainer over `batches`."""
+    student, found = make(), []
+
+    def keep(optimizer: Any, args: Any, kwargs: Any) -> None:
+        found.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).clone())
+
+    optimizer = configure_optimizer(student, "sgd", lr=1e-3)
+    optimizer.register_step_pre_hook(keep)
+    how = {"max_epochs": 1, "grad_accum_steps": len(batches), "max_grad_norm": 0, "use_amp": False, "device": "cpu"}
+    where = {"save_dir": str(path), "save_interval": 0, "best_file": False, "log_interval": 1}
+    if trainer is not RewardTrainer:
+        options["ref_model"] = model(1)
+    values = trainer(student, optimizer=optimizer, train_loader=batches, **how, **where, **options).train()
+    return [values["loss"], found[0]]
+
+
+WITH_NLL: dict[str, Any] = {"loss_type": {"sigmoid": 0.7, "sft": 0.3}}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "make", "rows", "options"),
+    [
+        (DPOTrainer, model, pairs, {}),
+        (DPOTrainer, model, pairs, WITH_NLL | {"nll_norm": "token"}),
+        (DPOTrainer, model, pairs, WITH_NLL | {"nll_norm": "sequence", "mask_prompt": False}),
+        (KTOTrainer, model, judged, {"loss_type": "apo_zero_unpaired"}),
+        (RewardTrainer, lambda: reward_model(model(), 0), pairs, {"center_coef": 0.01}),
+    ],
+)
+def test_a_row_that_weighs_two_counts_as_two_rows(
+    tmp_path: Path, trainer: Any, make: Any, rows: Any, options: dict[str, Any]
+) -> None:
+    loss, gradient = first_step(tmp_path / "twice", trainer, make, [rows([0, 0, 1])], **options)
+    weights = torch.tensor([2.0, 1.0])
+    for scale in (1.0, 0.01):
+        batch = rows([0, 1]) | {"row_weights": weights * scale}
+        again = first_step(tmp_path / f"whole-{scale}", trainer, make, [batch], **options)
+        torch.testing.assert_close(again, [loss, gradient], rtol=1e-4, atol=1e-6)
+        cut = [rows([i]) | {"row_weights": weights[i : i + 1] * scale} for i in (0, 1)]
+        again = first_step(tmp_path / f"cut-{scale}", trainer, make, cut, **options)
+        torch.testing.assert_close(again, [loss, gradient], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_rows_must_fit_the_rows(tmp_path: Path) -> None:
+    for wrong in (torch.ones(3), torch.tensor([1.0, -1.0])):
+        batch = pairs([0, 1]) | {"row_weights": wrong}
+        with pytest.raises(ValueError, match=r"row_weights: found the shape .* expected \(2,\), a number from 0 up"):
+            first_step(tmp_path, DPOTrainer, model, [batch])

@@ -33,6 +33,8 @@ KINDS = {
 }
 
 
+WEIGHT = "weight"  # column of a store of kinds whose rows count as wholes: how much each does
+NO_WEIGHT = "a row of weight 0"  # why one is not used
 HARDNESS = "_hardness"  # column of a store beside those of its kind: the number that a curriculum sorts by
 
 
@@ -94,7 +96,6 @@ class Kind:
         encode_ids: as `encode`, for the rows of such a file: column -> ids.
         in_place: such a file whose ids are used where they lie -> rows; None from it: a store is made.
         may_share: whether `DataOptions.share_prompts` applies.
-        weighs_rows: whether a weight of a row (its `loss_weight` or `weight`) is used; otherwise one is refused.
     """
 
     name: str
@@ -109,7 +110,6 @@ class Kind:
     encode_ids: Callable[["ChatFormat", Sequence[Sample]], Iterable[Encoded]] | None = None
     in_place: Callable[["TokenFile", DataOptions], Any] | None = None
     may_share: bool = False
-    weighs_rows: bool = False
 
 
 def get_kind(name: str) -> Kind:

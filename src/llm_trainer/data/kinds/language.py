@@ -9,31 +9,44 @@ from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
-from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
+from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.packing import PACKERS, Blocks, Packed
 from llm_trainer.data.read.formats import END_OF_TEXT
-from llm_trainer.data.read.messages import row_weight
+from llm_trainer.data.read.messages import row_weight, weight_as_a_whole
 from llm_trainer.data.read.token_files import TokenFile
-from llm_trainer.data.windows import Column, Rows, note_dropped
+from llm_trainer.data.windows import Column, Rows, note_dropped, weight_column, weights_of
 
 
 class Documents(Rows):
-    """The rows of a store of texts or conversations: `input_ids` and, unless everything is trained on, `trained`."""
+    """The rows of a store of conversations, `input_ids` and `trained`, or of texts, `input_ids` and `weight`."""
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
         trained = "trained" if "trained" in store.columns else None
         self.tokens = Column(store, "input_ids", trained, how)
         super().__init__(store, name, how, [self.tokens])
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether some tokens count more or less than others."""
+        return self.tokens.is_weighted or self.weights is not None
+
     def __getitem__(self, index: int) -> LanguageSample:
-        return self.tokens.sample(index)
+        return self.piece(index)
+
+    def piece(self, index: int, start: int = 0, stop: int | None = None) -> LanguageSample:
+        """A row, or its tokens `[start, stop)`."""
+        sample = self.tokens.sample(index, start, stop)
+        if self.weights is not None:
+            sample["loss_weights"] = np.full(len(sample["input_ids"]), self.weights[index], dtype=np.float32)
+        return sample
 
 
 def language_rows(store: TokenStore, name: str, how: DataOptions) -> Documents | Packed | Blocks:
     """Training rows of a store, in the packing that was asked for."""
     if how.packing == "wrapped":
         assert how.block_size is not None
-        blocks = Blocks(store["input_ids"].values, name, how.block_size)
+        column = store["input_ids"]
+        blocks = Blocks(column.values, name, how.block_size, column.offsets, weights_of(store))
         note_dropped(blocks.ledger, store)
         return blocks
     if how.packing not in PACKERS:
@@ -52,17 +65,21 @@ def encode_text(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded
     """Texts -> ids, with the end token; every token is trained on, so no column says it."""
     texts = [sample.values["text"] for sample in samples]
     for sample, text, ids in zip(samples, texts, chat.encode_texts(texts), strict=True):
+        weight = weight_as_a_whole(sample.row, sample.location)
+        if weight == 0:
+            yield NO_WEIGHT
+            continue
         if END_OF_TEXT in text and not chat.parse_special_tokens:
             sample.location.note(
                 f"text: it holds {END_OF_TEXT} as plain text; text_unit: endoftext ends documents there"
             )
-        yield {"input_ids": compact_ids(ids, chat.vocab_size)}
+        yield {"input_ids": compact_ids(ids, chat.vocab_size), WEIGHT: weight_column(weight)}
 
 
 def encode_text_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Ids as they are."""
     for sample in samples:
-        yield {"input_ids": sample.values["input_ids"].astype(np.uint32)}
+        yield {"input_ids": sample.values["input_ids"].astype(np.uint32), WEIGHT: weight_column(1.0)}
 
 
 def flat_array(tokens: TokenFile, how: DataOptions) -> Blocks | None:
@@ -85,7 +102,7 @@ def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterato
         sample.location.note(UNPRINTED, one.num_unprinted)
         weight = row_weight(sample.row, sample.location)
         if weight == 0:
-            yield "a row of weight 0"
+            yield NO_WEIGHT
         else:
             yield {"input_ids": compact_ids(one.input_ids, chat.vocab_size), "trained": one.loss_weights(weight)}
 
@@ -101,7 +118,7 @@ def encode_conversation_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iter
 TEXT = Kind(
     name="text",
     accepts=("text",),
-    columns=("input_ids",),
+    columns=("input_ids", WEIGHT),
     encode=encode_text,
     rows=language_rows,
     collate=collate_language,
@@ -122,5 +139,4 @@ CONVERSATIONS = Kind(
     section="sft_config",
     token_kind="sequences",
     encode_ids=encode_conversation_ids,
-    weighs_rows=True,
 )

@@ -5,7 +5,7 @@ Each is stored as a whole conversation, in which only the answer is trained on.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
 from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
-from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
+from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.read.errors import DataError, Location
-from llm_trainer.data.read.messages import mute_empty_answers, read_only
-from llm_trainer.data.windows import Column, Rows, lay_flat, row_blocks
+from llm_trainer.data.read.messages import mute_empty_answers, read_only, weight_as_a_whole
+from llm_trainer.data.windows import Column, Rows, lay_flat, row_blocks, weight_column
 
 SIDES = ("chosen", "rejected")
 EQUAL_AFTER_CUT = "both answers equal after truncation"
@@ -28,6 +28,7 @@ class PairSample(TypedDict):
     chosen: LanguageSample
     rejected: LanguageSample
     margin: float  # by how much the chosen answer is better; 0: not stated
+    weight: NotRequired[float]  # how much the pair counts; absent: 1
     ref_logps: NotRequired[np.ndarray]  # [2] summed log-probs of chosen and rejected under the reference model
 
 
@@ -72,7 +73,8 @@ def encode_pairs(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encode
         location.note_all(chat.left_out(conversation, tools[number]))
         location.note(UNPRINTED, encoded[number].num_unprinted)
     for sample, chosen, rejected in zip(samples, encoded[::2], encoded[1::2], strict=True):
-        yield _row(chat, sample, chosen, rejected, sample.values["margin"] or 0.0)
+        weight = weight_as_a_whole(sample.row, sample.location)
+        yield _row(chat, sample, chosen, rejected, sample.values["margin"] or 0.0, weight)
 
 
 def encode_pair_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
@@ -86,8 +88,12 @@ def encode_pair_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
         yield "identical" if is_tie else row
 
 
-def _row(chat: ChatFormat, sample: Sample, chosen: EncodedChat, rejected: EncodedChat, margin: float) -> Encoded:
-    row = {"margin": np.array([margin], dtype=np.float32)}
+def _row(
+    chat: ChatFormat, sample: Sample, chosen: EncodedChat, rejected: EncodedChat, margin: float, weight: float = 1.0
+) -> Encoded:
+    if weight == 0:
+        return NO_WEIGHT
+    row = {"margin": np.array([margin], dtype=np.float32), WEIGHT: weight_column(weight)}
     for side, one in zip(SIDES, (chosen, rejected), strict=True):
         tokens = up_to_last_trained(one, chat.vocab_size, sample.location)
         if tokens is None:
@@ -114,6 +120,8 @@ class PairRows(Rows):
     def __getitem__(self, index: int) -> PairSample:
         chosen, rejected = self.chosen.sample(index), self.rejected.sample(index)
         sample = PairSample(chosen=chosen, rejected=rejected, margin=float(self.margins[self.stored[index]]))
+        if self.weights is not None:
+            sample["weight"] = float(self.weights[index])
         if self.ref_logps is not None:
             sample["ref_logps"] = self.ref_logps[index]
         return sample
@@ -149,22 +157,32 @@ def _num_shared(chosen: Column, rejected: Column) -> np.ndarray:
 
 
 def collate_pairs(samples: Sequence[PairSample], lay: Lay) -> Batch:
-    """Pairs as language rows, all chosen before all rejected; `margin [B]`, and `ref_*_logps [B]`."""
+    """Pairs as language rows, all chosen before all rejected; `margin [B]`, `row_weights [B]`, and `ref_*_logps [B]`."""
     import torch
 
     chosen, rejected = [s["chosen"] for s in samples], [s["rejected"] for s in samples]
     batch = dict(lay(chosen + rejected))
     batch["margin"] = torch.tensor([s["margin"] for s in samples])
+    batch |= weights_of_rows(samples)
     if all("ref_logps" in s for s in samples):
         table = torch.from_numpy(np.stack([s["ref_logps"] for s in samples]))
         batch |= {"ref_chosen_logps": table[:, 0], "ref_rejected_logps": table[:, 1]}
     return batch
 
 
+def weights_of_rows(samples: Sequence[Any]) -> Batch:
+    """`row_weights [B]`, how much each sample counts as a whole; nothing where all count alike."""
+    import torch
+
+    if not any("weight" in sample for sample in samples):
+        return {}
+    return {"row_weights": torch.tensor([sample.get("weight", 1.0) for sample in samples])}
+
+
 PAIRS = Kind(
     name="pairs",
     accepts=("preference",),
-    columns=("chosen", "chosen_trained", "rejected", "rejected_trained", "margin"),
+    columns=("chosen", "chosen_trained", "rejected", "rejected_trained", "margin", WEIGHT),
     encode=encode_pairs,
     rows=PairRows,
     collate=collate_pairs,

@@ -8,7 +8,7 @@ import numpy as np
 from llm_trainer.data.encode.chat import ChatFormat, weights_dtype
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.encode.turns import Tools
-from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
+from llm_trainer.data.kinds import NO_WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.read.messages import Message, step_weights
 from llm_trainer.data.windows import Column, Rows
 
@@ -51,7 +51,7 @@ def encode_process(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enco
         sample.location.note_all(chat.left_out(sample.values["prompt"], sample.values.get("tools")))
         weights = step_weights(sample.row, len(ends), sample.location)
         if not any(weights):
-            yield "a row of weight 0"
+            yield NO_WEIGHT
             continue
         trained: np.ndarray = np.zeros(len(ids), dtype=weights_dtype(weights))
         right = np.zeros(len(ids), dtype=np.float32)
@@ -95,5 +95,4 @@ PROCESS = Kind(
     rows=ProcessRows,
     collate=collate_process,
     section="reward_config",
-    weighs_rows=True,
 )

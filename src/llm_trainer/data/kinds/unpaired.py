@@ -1,18 +1,18 @@
 """Rows of single answers that are desirable or not, each with a mismatched one beside it (for KTO's KL)."""
 
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore
-from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
-from llm_trainer.data.kinds.pairs import SIDES, up_to_last_trained
+from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
+from llm_trainer.data.kinds.pairs import SIDES, up_to_last_trained, weights_of_rows
 from llm_trainer.data.read.errors import DataError, Location
-from llm_trainer.data.read.messages import read_only
-from llm_trainer.data.windows import Column, Rows
+from llm_trainer.data.read.messages import read_only, weight_as_a_whole
+from llm_trainer.data.windows import Column, Rows, weight_column
 
 
 class UnpairedSample(TypedDict):
@@ -21,13 +21,15 @@ class UnpairedSample(TypedDict):
     row: LanguageSample
     mismatched: LanguageSample
     desirable: bool
+    weight: NotRequired[float]  # how much the answer counts; absent: 1
 
 
 def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Judged answers -> their conversations; of a pair, the chosen answer is good and the rejected one bad."""
-    conversations, tools, labels, origins = [], [], [], []
+    conversations, tools, labels, origins, weights = [], [], [], [], []
     for sample in samples:
         values = sample.values
+        weight = weight_as_a_whole(sample.row, sample.location)
         judged = {"completion": values.get("label")}
         if sample.kind == "preference":
             judged = dict(zip(SIDES, (True, False), strict=True))
@@ -36,17 +38,21 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
             tools.append(sample.values.get("tools"))
             labels.append(label)
             origins.append(sample.location)
+            weights.append(weight)
     encoded = chat.encode_many(conversations, tools)
     for origin, conversation, functions, one in zip(origins, conversations, tools, encoded, strict=True):
         origin.note_all(chat.left_out(conversation, functions))
         origin.note(UNPRINTED, one.num_unprinted)
-    for label, origin, one in zip(labels, origins, encoded, strict=True):
+    for label, origin, weight, one in zip(labels, origins, weights, encoded, strict=True):
         tokens = up_to_last_trained(one, chat.vocab_size, origin)
         if tokens is None:
             yield "empty_completion"
+        elif weight == 0:
+            yield NO_WEIGHT
         else:
             desirable = np.array([label], dtype=np.uint8)
-            yield {"input_ids": tokens[0], "trained": tokens[1], "desirable": desirable}
+            row = {"input_ids": tokens[0], "trained": tokens[1], "desirable": desirable}
+            yield row | {WEIGHT: weight_column(weight)}
 
 
 class UnpairedRows(Rows):
@@ -90,23 +96,28 @@ class UnpairedRows(Rows):
 
     def __getitem__(self, index: int) -> UnpairedSample:
         desirable = bool(self.desirable[self.stored[index]])
-        return UnpairedSample(row=self.answers.sample(index), mismatched=self._mismatched(index), desirable=desirable)
+        answer, mismatched = self.answers.sample(index), self._mismatched(index)
+        sample = UnpairedSample(row=answer, mismatched=mismatched, desirable=desirable)
+        if self.weights is not None:
+            sample["weight"] = float(self.weights[index])
+        return sample
 
 
 def collate_unpaired(samples: Sequence[UnpairedSample], lay: Lay) -> Batch:
-    """Answers as language rows, `desirable [B]`, and the mismatched rows under keys that start `kl_`."""
+    """Answers as language rows, `desirable [B]`, `row_weights [B]`, and the mismatched rows under keys that start `kl_`."""
     import torch
 
     batch = dict(lay([s["row"] for s in samples]))
     mismatched = lay([s["mismatched"] for s in samples])
     batch |= {f"kl_{name}": value for name, value in mismatched.items()}
+    batch |= weights_of_rows(samples)
     return batch | {"desirable": torch.tensor([s["desirable"] for s in samples])}
 
 
 UNPAIRED = Kind(
     name="unpaired",
     accepts=("unpaired", "preference"),
-    columns=("input_ids", "trained", "desirable"),
+    columns=("input_ids", "trained", "desirable", WEIGHT),
     encode=encode_unpaired,
     rows=UnpairedRows,
     collate=collate_unpaired,

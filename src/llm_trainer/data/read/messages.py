@@ -209,6 +209,19 @@ def row_weight(row: Any, location: Location) -> float:
     return 1.0 if weight is None else weight
 
 
+def weight_as_a_whole(row: Any, location: Location) -> float:
+    """How much a row counts that is no conversation: its `loss_weight`, from 0 up; 1 where it does not say.
+
+    A column `weight` of such a row may be about anything: that it is not used is noted.
+    """
+    if not isinstance(row, dict):
+        return 1.0
+    if row.get("weight") is not None and row.get("loss_weight") is None:
+        location.note("row: its column 'weight' is not used; 'loss_weight' says how much a row counts")
+    weight = _weight(row, _ROW_WEIGHTS[:1], location)
+    return 1.0 if weight is None else weight
+
+
 def step_weights(row: Any, num_steps: int, location: Location) -> list[float]:
     """How much each judged step of a row weighs: its column `weights`, one per step, times the weight of the row.
 

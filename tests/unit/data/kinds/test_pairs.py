@@ -39,6 +39,7 @@ def store_of(folder: Path, examples: list[Example]) -> TokenStore:
                 part.columns[side].append(np.array(prompt + answer, dtype=np.uint16))
                 part.columns[f"{side}_trained"].append(np.array([0] * len(prompt) + [1] * len(answer), dtype=np.uint8))
             part.columns["margin"].append(np.zeros(1, dtype=np.float32))
+            part.columns["weight"].append(np.ones(1, dtype=np.float32))
         return part
 
     return build_store(folder, examples, encode, PAIRS.columns)
