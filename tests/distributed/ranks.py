@@ -186,6 +186,18 @@ def inf_on_one(folder: Path) -> dict[str, Any]:
     return {"weights": weights_of(trainer), "skipped": trainer.run.progress.skipped_steps, "kept": kept}
 
 
+def threads_of_each(folder: Path) -> dict[str, Any]:
+    """Nobody has said how many threads a process has, and both may use all eight cores of a machine."""
+    from llm_trainer.engine import threads
+
+    os.environ.pop("OMP_NUM_THREADS", None)
+    box = threads.Place("box", frozenset(range(8)), 8, None)
+    threads.Place.here = classmethod(lambda cls: box)  # type: ignore[method-assign, assignment]
+    torch.set_num_threads(8)
+    trainer = mean_trainer(folder, [ONE])
+    return {"threads": torch.get_num_threads(), "said": str(trainer.run.choices["threads"])}
+
+
 # Ranks.
 
 
@@ -248,7 +260,7 @@ def main(folder: Path) -> None:
             report[f"{scenario.__name__}-{ranks}"] = fork_ranks(
                 scenario, folder / f"{scenario.__name__}-{ranks}", ranks
             )
-    for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one):
+    for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one, threads_of_each):
         timeout_s = 1 if scenario is slow_data else 60
         report[scenario.__name__] = fork_ranks(scenario, folder / scenario.__name__, 2, timeout_s)
     report["elastic"] = [fork_ranks(elastic, folder / "elastic", ranks) for ranks in (2, 1, 2, 1, 2, 1, 2)]

@@ -38,6 +38,11 @@ def test_a_folder_in_use_is_refused_on_all_ranks(played: dict[str, Any]) -> None
     assert first == second and "is in use by process" in first
 
 
+def test_the_processes_of_a_machine_share_its_cores(played: dict[str, Any]) -> None:
+    said = "4: 8 cores for 2 processes on this machine (OMP_NUM_THREADS=N turns it off)"
+    assert played["threads_of_each"]["results"] == [{"threads": 4, "said": said}] * 2
+
+
 def test_all_ranks_start_from_the_main_ones_weights(played: dict[str, Any]) -> None:
     first, second = played["other_seed"]["results"]
     assert first == second

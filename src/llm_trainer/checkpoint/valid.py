@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_trainer.cores import usable_cores
 from llm_trainer.disk import flush
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
-THREADS = min(8, os.cpu_count() or 1)  # that hash or write a file each
+THREADS = min(8, usable_cores())  # that hash or write a file each
 
 
 @dataclass(frozen=True)

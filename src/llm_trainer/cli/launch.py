@@ -22,6 +22,7 @@ from llm_trainer.config.env import environment, set_default
 from llm_trainer.config.errors import ConfigError, counted, is_installed
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.cores import usable_cores
 from llm_trainer.train.signals import EXIT_INTERRUPTED
 
 SAVE_SECONDS = 3600  # torchrun kills what has not ended this long after a signal; its own 30 s are short for a save
@@ -35,7 +36,7 @@ class Machine:
 
     Attributes:
         num_gpus: GPUs that this process can see.
-        num_cores: CPU cores.
+        num_cores: CPU cores that it may use.
         deepspeed: whether the DeepSpeed package is installed.
     """
 
@@ -46,7 +47,7 @@ class Machine:
     @classmethod
     def look(cls) -> "Machine":
         """This machine."""
-        return cls(torch.cuda.device_count(), os.cpu_count() or 1, is_installed("deepspeed"))
+        return cls(torch.cuda.device_count(), usable_cores(), is_installed("deepspeed"))
 
     def __str__(self) -> str:
         gpus = counted(self.num_gpus, "GPU") if self.num_gpus else "no GPU"
@@ -287,7 +288,7 @@ def _num_processes(text: str) -> int | None:
     """A number, or one of torchrun's words for it; None: one per GPU."""
     if text in ("auto", "gpu"):
         return None
-    return (os.cpu_count() or 1) if text == "cpu" else int(text)
+    return usable_cores() if text == "cpu" else int(text)
 
 
 def _divide(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from llm_trainer.config.errors import ConfigError
 
@@ -36,6 +37,9 @@ class Environment:
         launched: whether torchrun (or another launcher) started this process: `RANK` and `WORLD_SIZE` are set.
         agent_store: whether the processes meet in a store that torchrun itself keeps (`TORCHELASTIC_USE_AGENT_STORE`).
         restarts: `TORCHELASTIC_RESTART_COUNT`, how often torchrun has started the processes again.
+        threads: `OMP_NUM_THREADS`, else `MKL_NUM_THREADS`, as the user wrote it: libraries also take a list, one number per
+            level. None: he did not.
+        launchers_threads: `OMP_NUM_THREADS` where torchrun set it by itself; else None.
         max_cpu_isa: `ONEDNN_MAX_CPU_ISA`, the richest CPU instructions to use, one of `CPU_ISAS` in any case. oneDNN, which
             computes matrix products on CPUs, reads it too, and so does DeepSpeed through it: with AVX2 a rich CPU stands in
             for a poor one.
@@ -56,6 +60,8 @@ class Environment:
     launched: bool = False
     agent_store: bool = False
     restarts: int = 0
+    threads: str | None = None
+    launchers_threads: str | None = None
     max_cpu_isa: str = "default"
 
 
@@ -85,6 +91,9 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     if isa.lower() not in CPU_ISAS:
         expected = ", ".join(CPU_ISAS).upper()
         raise ConfigError(f"environment variable ONEDNN_MAX_CPU_ISA: got {isa!r}, expected one of {expected}")
+    threads, launchers_threads = given.get("OMP_NUM_THREADS"), None
+    if threads is not None and "TORCHELASTIC_RUN_ID" in given and _set_by_parent("OMP_NUM_THREADS", threads):
+        threads, launchers_threads = None, threads
     return Environment(
         token_dir=given.get("TOKEN_DIR"),
         log_dir=given.get("LOG_DIR"),
@@ -101,8 +110,27 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         launched="RANK" in given and "WORLD_SIZE" in given,
         agent_store=given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         restarts=number("TORCHELASTIC_RESTART_COUNT", Environment.restarts),
+        threads=threads or given.get("MKL_NUM_THREADS"),
+        launchers_threads=launchers_threads,
         max_cpu_isa=isa.lower(),
     )
+
+
+def _set_by_parent(name: str, value: str) -> bool:
+    """Whether the process that started this one gave it `value` without having been given the variable itself.
+
+    Linux keeps what a process was started with; where that cannot be read, the user counts as having set it.
+    """
+    try:
+        own, parents = (_started_with(Path(f"/proc/{pid}/environ")) for pid in ("self", os.getppid()))
+    except OSError:
+        return False
+    return own.get(name) == value and name not in parents
+
+
+def _started_with(path: Path) -> dict[str, str]:
+    entries = path.read_bytes().decode(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def _cache_dir(given: Mapping[str, str]) -> str:

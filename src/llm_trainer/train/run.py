@@ -21,6 +21,7 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import detect_device
+from llm_trainer.engine.threads import settle_threads
 from llm_trainer.optim import schedules
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, snapshot
@@ -96,6 +97,9 @@ class Run:
         self.stop_requested = self.new_best = False
         self.values: dict[str, float] = {}
         self.choices: dict[str, Choice] = {}  # what was left to the machine, by name
+        threads = settle_threads(together)
+        if threads is not None:
+            self.chosen(threads)
         self._last_batch: Any = None
         self._metrics = Metrics(self.engine.device)
         self._clock = Clock()
