@@ -8,8 +8,8 @@ of `train_throughput.py`.
 
 import argparse
 import json
-import os
 import resource
+import statistics
 import subprocess
 import tempfile
 import time
@@ -17,27 +17,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_throughput import BENCH, SHARED, TIMEOUT_S, prepare_work, python_of, spread
+from train_throughput import (
+    BENCH,
+    SHARED,
+    TIMEOUT_S,
+    environment_of,
+    prepare_work,
+    print_goal,
+    print_memory_goals,
+    python_of,
+    spread,
+)
 
 PAIRS_PER_STEP, PAIRS_PER_MICRO_BATCH = 8, 4
 CONTEXT = 512
 MICRO_BATCH_TOKENS = 2048  # of ours; TRL's 4 pairs are 8 padded rows, up to 4,096 tokens
 LEARNING_RATE, BETA = 5e-5, 0.1
 FILES = ("ultrafeedback_trl.jsonl", "dpo_en.json")
-PEERS = {"trl": "trl", "trl-stored": "trl", "ours-repeated": "", "ours": "", "ours-compiled": ""}  # -> environment
-GOAL = 1.5
+OURS = ("ours-repeated", "ours", "ours-compiled", "ours-default", "ours-default-objects")
+PEERS = {"trl": "trl", "trl-stored": "trl", **dict.fromkeys(OURS, "")}  # -> environment
+BASELINES = ("trl", "trl-stored", "ours-compiled")
+GOALS = [  # peer, baseline, ratio of pairs per second
+    ("ours", "trl", 1.5),
+    ("ours-default", "trl", 2.0),
+    ("ours-default-objects", "trl", 2.0),
+    ("ours-default", "ours-compiled", 0.95),
+    ("ours-default-objects", "ours-compiled", 0.95),
+]
+COMPILED_AFTER = 2  # steps: some shapes are made dynamic in the second
+LONG = 100_000  # epochs of a run that somebody waits for: it ends when it is measured
 Pair = dict[str, list[int]]  # ids of prompt, chosen and rejected
 
 
-def write_pairs(path: Path) -> None:
-    """Ids of pairs, each side with its prompt at most `CONTEXT` long."""
+def write_pairs(work: Path) -> None:
+    """Ids of pairs, each side with its prompt at most `CONTEXT` long; and of real pairs the files that give just these."""
     folder = SHARED / "preference"
-    pairs = real_pairs([folder / name for name in FILES]) if folder.is_dir() else random_pairs(200)
-    path.write_text(json.dumps(pairs), encoding="utf-8")
+    pairs = real_pairs([folder / name for name in FILES], work) if folder.is_dir() else random_pairs(200)
+    (work / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
 
 
-def real_pairs(files: list[Path]) -> list[Pair]:
-    """Pairs of files, in the chat template of the tokenizer that lies with them."""
+def real_pairs(files: list[Path], work: Path) -> list[Pair]:
+    """Pairs of files, in the chat template of the tokenizer that lies with them; each row that gives one, in `work`."""
     import numpy as np
 
     from llm_trainer.data.encode.chat import ChatFormat
@@ -45,20 +65,38 @@ def real_pairs(files: list[Path]) -> list[Pair]:
     from llm_trainer.data.kinds import DataOptions, get_kind
     from llm_trainer.data.kinds.pairs import SIDES
     from llm_trainer.data.load import load
+    from llm_trainer.data.read.errors import DataError
+
+    kind, chat = get_kind("pairs"), ChatFormat(load_tokenizer(SHARED / "tokenizer" / "minimind"))
+    options = DataOptions(block_size=CONTEXT)
+
+    def pair_of(row: Any, folder: Path) -> Pair | None:
+        """None where the answers are equal once they are cut, or nothing can be read."""
+        file = folder / "row.json"
+        file.write_text(json.dumps([row]), encoding="utf-8")
+        try:
+            rows = load([str(file)], kind, chat, options, folder)
+        except DataError:
+            return None
+        pair = Pair()
+        for side in SIDES:
+            sample = rows[0][side]
+            first = int(np.argmax(sample["trained"]))
+            pair[side] = sample["input_ids"][first:].tolist()
+            pair["prompt"] = sample["input_ids"][:first].tolist()
+        return pair
 
     pairs: list[Pair] = []
-    chat = ChatFormat(load_tokenizer(SHARED / "tokenizer" / "minimind"))
-    with tempfile.TemporaryDirectory() as cache:
-        options = DataOptions(block_size=CONTEXT, bad_rows="drop")
-        rows = load([str(file) for file in files], get_kind("pairs"), chat, options, Path(cache))
-        for i in range(len(rows.lengths)):
-            row, pair = rows[i], dict[str, list[int]]()
-            for side in SIDES:
-                sample = row[side]
-                first = int(np.argmax(sample["trained"]))
-                pair[side] = sample["input_ids"][first:].tolist()
-                pair["prompt"] = sample["input_ids"][:first].tolist()
-            pairs.append(pair)
+    for number, file in enumerate(files):
+        text = file.read_text(encoding="utf-8")
+        kept = []
+        for row in json.loads(text) if file.suffix == ".json" else map(json.loads, text.splitlines()):
+            with tempfile.TemporaryDirectory() as folder:
+                pair = pair_of(row, Path(folder))
+            if pair is not None:
+                pairs.append(pair)
+                kept.append(row)
+        (work / f"pairs-{number}.json").write_text(json.dumps(kept), encoding="utf-8")
     return pairs
 
 
@@ -89,17 +127,22 @@ class Job:
     steps: int
     work: str
     ticks: list[tuple[float, float]] = field(default_factory=list)
+    first: int = 0  # steps before the timed ones; 0: the warm-up
 
     @property
     def total_steps(self) -> int:
         """Steps to train."""
         return self.warmup + self.steps + 1
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that the run needs."""
+        return self.total_steps * PAIRS_PER_STEP
+
     def pairs(self) -> list[Pair]:
         """As many pairs as the run needs, in the same order for every peer."""
         pairs = json.loads((Path(self.work) / "pairs.json").read_text(encoding="utf-8"))
-        needed = self.total_steps * PAIRS_PER_STEP
-        return (pairs * (needed // len(pairs) + 1))[:needed]
+        return (pairs * (self.num_pairs // len(pairs) + 1))[: self.num_pairs]
 
     def model(self) -> Any:
         """The model with its initial weights, in fp32."""
@@ -113,9 +156,23 @@ class Job:
         """An optimizer step is done."""
         self.ticks.append((time.perf_counter(), time.process_time()))
 
+    def tick_and_stop(self, run: Any) -> None:
+        """A step of ours is done; the run ends with the last timed one.
+
+        Timing begins when the run goes as it will go on, at the pairs that all peers are timed on.
+        """
+        self.tick()
+        step = len(self.ticks)
+        at_the_place = (step - self.warmup) % self.total_steps == 0
+        if not self.first and step >= max(self.warmup, COMPILED_AFTER) and at_the_place:
+            self.first = step
+        if self.first and step == self.first + self.steps:
+            run.stop("measured")
+
     def report(self, losses: list[float]) -> None:
         """Print the line that the driver reads."""
-        first, last = self.ticks[self.warmup - 1], self.ticks[self.warmup + self.steps - 1]
+        start = self.first or self.warmup
+        first, last = self.ticks[start - 1], self.ticks[start + self.steps - 1]
         seconds, cpu_seconds = (b - a for a, b in zip(first, last, strict=True))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
         found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak, "losses": losses[:4]}
@@ -174,7 +231,88 @@ def run_trl(job: Job) -> None:
 
 
 def run_ours(job: Job) -> None:
-    """Our `DPOTrainer`: pairs laid flat, cut into micro-batches by tokens, which leaves the optimisation as it is.
+    """Our `DPOTrainer`, until it is measured."""
+    makers = {"ours-default": described, "ours-default-objects": brought}
+    make = makers.get(job.peer, chosen_by_hand)
+    with tempfile.TemporaryDirectory() as folder:
+        make(job, folder).train()
+        lines = (Path(folder) / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    job.report([json.loads(line)["loss"] for line in lines if '"loss"' in line])
+
+
+def described(job: Job, folder: str) -> Any:
+    """The configuration style: files, what is to be learned from them and how, and nothing about the machine."""
+    from llm_trainer import DPOTrainer
+    from llm_trainer.train.hooks import Hook
+    from llm_trainer.train_configs import DataLoaderConfig, DPOConfig, OptimConfig, RunConfig, TrainConfig
+
+    config = TrainConfig(
+        model_config=f"{job.work}/model-6400",
+        tokenizer=f"{job.work}/tokenizer",
+        file_dataset=raw_pairs(job, Path(folder)),
+        dataset_block_size=CONTEXT,
+        batch_size=PAIRS_PER_MICRO_BATCH,
+        n_epochs=LONG,
+        data_loader_config=DataLoaderConfig(data_loader_shuffle=False, cache_dir=f"{folder}/cache"),
+        optim_config=OptimConfig(initial_lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=1.0),
+        dpo_config=DPOConfig(loss_beta=BETA, gradient_accumulation_steps=PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH),
+        run_config=RunConfig(
+            save_dir=folder, save_interval_steps=LONG, log_interval=1, progress=False, precision=job.precision
+        ),
+    )
+    return DPOTrainer(train_config=config, hooks=[Hook("clock", job.tick_and_stop, every_steps=1)])
+
+
+def raw_pairs(job: Job, folder: Path) -> list[str]:
+    """Files with the first pairs, as many as the run needs."""
+    paths, left = [], job.num_pairs
+    for number in range(len(FILES)):
+        rows = json.loads((Path(job.work) / f"pairs-{number}.json").read_text(encoding="utf-8"))[:left]
+        paths.append(str(folder / f"{number}.json"))
+        Path(paths[-1]).write_text(json.dumps(rows), encoding="utf-8")
+        left -= len(rows)
+    return paths
+
+
+def brought(job: Job, folder: str) -> Any:
+    """The explicit style: model, optimizer, and a loader that pads."""
+    from torch.utils.data import DataLoader
+
+    from llm_trainer import DPOTrainer, create_optimizer
+    from llm_trainer.train.hooks import Hook
+
+    model = job.model()
+    return DPOTrainer(
+        model=model,
+        beta=BETA,
+        optimizer=create_optimizer(model.parameters(), "adamw", lr=LEARNING_RATE, weight_decay=0.0),
+        train_loader=DataLoader(job.pairs(), batch_size=PAIRS_PER_MICRO_BATCH, collate_fn=padded),
+        grad_accum_steps=PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH,
+        max_epochs=LONG,
+        precision=job.precision,
+        log_interval=1,
+        save_dir=folder,
+        save_interval=0,
+        progress=False,
+        hooks=[Hook("clock", job.tick_and_stop, every_steps=1)],
+    )
+
+
+def padded(pairs: list[Pair]) -> dict[str, Any]:
+    """`prompt`, `chosen` and `rejected` of some pairs: `..._input_ids [B, L]`, `..._attention_mask [B, L]`."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    batch = {}
+    for name in ("prompt", "chosen", "rejected"):
+        rows = [torch.tensor(pair[name]) for pair in pairs]
+        batch[f"{name}_input_ids"] = pad_sequence(rows, batch_first=True)
+        batch[f"{name}_attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return batch
+
+
+def chosen_by_hand(job: Job, folder: str) -> Any:
+    """Pairs laid flat, cut into micro-batches by tokens, which leaves the optimisation as it is.
 
     `ours-repeated` runs the prompt of a pair twice, as others do.
     """
@@ -207,49 +345,45 @@ def run_ours(job: Job) -> None:
 
     model = job.model()
     model.set_attn_implementation(resolve_attention("auto", "cpu"))
-    with tempfile.TemporaryDirectory() as folder:
-        DPOTrainer(
-            model=model,
-            beta=BETA,
-            share_prompts=shares,
-            optimizer=create_optimizer(model.parameters(), "adamw", lr=LEARNING_RATE, weight_decay=0.0),
-            train_loader=SampleStream(
-                Rows(job.pairs()),
-                partial(collate_pairs, lay=collate_flat),
-                rows_per_step=PAIRS_PER_STEP,
-                batch_size=PAIRS_PER_MICRO_BATCH,
-                micro_batch_tokens=MICRO_BATCH_TOKENS,
-                flat=True,
-                shuffle=False,
-            ),
-            device="cpu",
-            max_epochs=1,
-            max_grad_norm=1.0,
-            precision=job.precision,
-            compile=job.peer == "ours-compiled",
-            log_interval=1,
-            save_dir=folder,
-            save_interval=0,
-            progress=False,
-            hooks=[Hook("clock", lambda run: job.tick(), every_steps=1)],
-        ).train()
-        lines = (Path(folder) / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    job.report([json.loads(line)["loss"] for line in lines if '"loss"' in line])
+    return DPOTrainer(
+        model=model,
+        beta=BETA,
+        share_prompts=shares,
+        optimizer=create_optimizer(model.parameters(), "adamw", lr=LEARNING_RATE, weight_decay=0.0),
+        train_loader=SampleStream(
+            Rows(job.pairs()),
+            partial(collate_pairs, lay=collate_flat),
+            rows_per_step=PAIRS_PER_STEP,
+            batch_size=PAIRS_PER_MICRO_BATCH,
+            micro_batch_tokens=MICRO_BATCH_TOKENS,
+            flat=True,
+            shuffle=False,
+        ),
+        device="cpu",
+        max_epochs=LONG,
+        max_grad_norm=1.0,
+        precision=job.precision,
+        compile=job.peer == "ours-compiled",
+        log_interval=1,
+        save_dir=folder,
+        save_interval=0,
+        progress=False,
+        hooks=[Hook("clock", job.tick_and_stop, every_steps=1)],
+    )
 
 
 # --- the rounds
 
 
-def run_job(job: dict[str, Any], threads: int) -> dict[str, Any]:
+def run_job(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     """What a run printed.
 
     Raises:
         RuntimeError: it failed; the message is the end of its errors.
     """
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [python_of(PEERS[job["peer"]]), str(Path(__file__).resolve()), "--job", json.dumps(job)],
-        env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -260,18 +394,29 @@ def run_job(job: dict[str, Any], threads: int) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
+def ratios(runs: dict[str, list[dict[str, Any]]], peer: str, baseline: str, clock: str) -> list[float]:
+    """Pairs per second of `peer` over those of `baseline`, round by round."""
+    pairs = zip(runs.get(peer, []), runs.get(baseline, []), strict=False)
+    return [other[clock] / run[clock] for run, other in pairs]
+
+
 def print_table(runs: dict[str, list[dict[str, Any]]], steps: int, clock: str) -> None:
-    """Medians with lowest and highest, and ratios of the same round over TRL's."""
-    print("| peer | pairs/s | peak GiB | / trl | / trl-stored | first losses |\n|" + "---|" * 6)
+    """Medians with lowest and highest, ratios within a round, and the goals."""
+    baselines = [name for name in BASELINES if name in runs]
+    heads = ["peer", "pairs/s", "peak GiB", *(f"/ {name}" for name in baselines), "first losses"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for peer, mine in runs.items():
         pairs_per_second = spread([PAIRS_PER_STEP * steps / run[clock] for run in mine], 2)
         cells = [peer, pairs_per_second, f"{max(run['peak'] for run in mine) / 2**30:.2f}"]
-        for baseline in ("trl", "trl-stored"):
-            theirs = runs.get(baseline, []) if baseline != peer else []
-            ratios = [other[clock] / run[clock] for run, other in zip(mine, theirs, strict=False)]
-            cells.append(spread(ratios, 2) if ratios else "")
+        for baseline in baselines:
+            found = [] if baseline == peer else ratios(runs, peer, baseline, clock)
+            cells.append(spread(found, 2) if found else "")
         print("| " + " | ".join([*cells, " ".join(f"{loss:.4f}" for loss in mine[0]["losses"])]) + " |")
-    print(f"\ngoal: {GOAL} times the pairs/s of trl, and a lower peak")
+    print()
+    for peer, baseline, goal in GOALS:
+        if found := ratios(runs, peer, baseline, clock):
+            print_goal(f"{peer} / {baseline}", statistics.median(found), goal)
+    print_memory_goals({peer: [run["peak"] for run in mine] for peer, mine in runs.items()})
 
 
 def main() -> None:
@@ -283,6 +428,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help=f"timed optimizer steps of {PAIRS_PER_STEP} pairs")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--poor-cpu", action="store_true", help="with the instructions of AVX2 alone")
     parser.add_argument("--clock", choices=["seconds", "cpu_seconds"], default="seconds")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # what the driver gives to the processes it starts
     options = parser.parse_args()
@@ -293,13 +439,15 @@ def main() -> None:
         parser.error(f"--peers: {', '.join(sorted(unknown))} is unknown; known: {', '.join(PEERS)}")
     work = prepare_work()
     if not (work / "pairs.json").is_file():
-        write_pairs(work / "pairs.json")
+        write_pairs(work)
+    if not (SHARED / "preference").is_dir():
+        options.peers = [peer for peer in options.peers if peer != "ours-default"]  # it reads files
     plan = {"precision": options.precision, "warmup": options.warmup, "steps": options.steps, "work": str(work)}
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in options.peers}
     with (BENCH / "preference.jsonl").open("a", encoding="utf-8", buffering=1) as kept:
         for _ in range(options.rounds):
             for peer in options.peers:
-                runs[peer].append(run_job({"peer": peer, **plan}, options.threads))
+                runs[peer].append(run_job({"peer": peer, **plan}, environment_of(options)))
                 kept.write(json.dumps({**plan, **runs[peer][-1]}) + "\n")
     print_table(runs, options.steps, options.clock)
 

@@ -6,6 +6,7 @@ machine does changes over minutes, and both halves of a ratio see about the same
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -21,6 +22,8 @@ BENCH, RUNNERS = REPO / ".bench", REPO / "benchmarks" / "peers"
 SHARED = REPO.parent / "shared" / "data"  # optional: real alpaca rows lie beside the checkout, as for the tests
 DENSE, RAGGED = ("dense6400", "dense32000"), ("sft", "alpaca")
 TIMEOUT_S = 1800
+# What a CPU without AMX, AVX-512 and products in bfloat16 would run, on one that has them.
+POOR_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 Runs = dict[tuple[str, int], dict]  # (peer, round) -> what its runner printed
 
 # torch goes in first and alone, and the constraints keep it: later requirements must not bring a CUDA build.
@@ -55,14 +58,20 @@ PEERS = {
     "pypi": Peer("pypi_trainer.py", "pypi", DENSE, ("fp32",)),
     "ours-equal": Peer("ours.py"),
     "ours-best": Peer("ours.py"),
+    "ours-default": Peer("ours.py", cases=("alpaca",)),
+    "ours-default-objects": Peer("ours.py"),
 }
-BASELINES = ("hand", "transformers", "trl", "trl-packed")
+DEFAULTS = ("ours-default", "ours-default-objects")
+BASELINES = ("hand", "transformers", "trl", "trl-packed", "ours-best")
 GOALS = [  # cases, precision, peer, baseline, ratio of real tokens per second
     (DENSE + RAGGED, ("fp32", "bf16"), "ours-equal", "hand", 0.98),
     (DENSE, ("bf16",), "ours-best", "transformers", 1.25),
     (("dense32000",), ("bf16",), "ours-best", "trl", 2.5),
     (RAGGED, ("bf16",), "ours-best", "trl", 2.5),
     (RAGGED, ("bf16",), "ours-best", "trl-packed", 1.1),
+    *((("alpaca",), ("fp32", "bf16"), peer, "trl", 3.5) for peer in DEFAULTS),
+    *((("alpaca",), ("fp32", "bf16"), peer, "trl-packed", 3.0) for peer in DEFAULTS),
+    *((DENSE + RAGGED, ("fp32", "bf16"), peer, "ours-best", 0.95) for peer in DEFAULTS),
 ]
 STARTUP_GOALS = {"import llm_trainer": 0.2, "llm-trainer --help": 0.3}
 
@@ -84,23 +93,30 @@ def python_of(environment: str) -> str:
 
 
 def prepare_work() -> Path:
-    """Weights and rows that all peers read."""
+    """Weights and rows that all peers read, made anew where what makes them has changed."""
     work = BENCH / "work"
-    if not (work / "ready").is_file():
+    ready, stamp = work / "ready", hashlib.sha256((RUNNERS / "workload.py").read_bytes()).hexdigest()
+    if not ready.is_file() or ready.read_text(encoding="utf-8") != stamp:
         real = [SHARED / "tokenizer" / "minimind" / "tokenizer.json", SHARED / "sft" / "alpaca_en.json"]
         paths = [str(path) for path in real] if all(path.is_file() for path in real) else []
         subprocess.run([sys.executable, str(RUNNERS / "workload.py"), str(work), *paths], check=True)
-        (work / "ready").touch()
+        ready.write_text(stamp, encoding="utf-8")
     return work
 
 
-def run_job(peer: str, job: dict[str, object], threads: int) -> dict | None:
-    """One timed run in a fresh process; None (and the end of its errors on the screen) when it fails."""
+def environment_of(options: argparse.Namespace) -> dict[str, str]:
+    """The environment variables of every run."""
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    poor = POOR_CPU if options.poor_cpu else {}
+    return {**os.environ, **quiet, **poor, "OMP_NUM_THREADS": str(options.threads)}
+
+
+def run_job(peer: str, job: dict[str, object], environment: dict[str, str]) -> dict | None:
+    """One timed run in a fresh process; None (and the end of its errors on the screen) when it fails."""
     command = [python_of(PEERS[peer].environment), str(RUNNERS / PEERS[peer].script), json.dumps(job)]
     done = subprocess.run(
         command,
-        env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)},
+        env=environment,
         cwd=BENCH / "work",
         capture_output=True,
         text=True,
@@ -145,13 +161,26 @@ def print_table(case: str, precision: str, runs: Runs, clock: str) -> None:
             cells.append(spread(pairs, 2) if pairs else "")
         cells.append(" ".join(f"{loss:.4f}" for loss in mine[0]["losses"]))
         print("| " + " | ".join(cells) + " |")
+    print()
     for cases, precisions, peer, baseline, goal in GOALS:
         pairs = ratios(runs, peer, baseline, clock)
         if case in cases and precision in precisions and pairs:
-            reached = statistics.median(pairs)
-            print(
-                f"\n{'reached' if reached >= goal else 'NOT REACHED'}: {peer} / {baseline} {reached:.2f}, goal {goal}"
-            )
+            print_goal(f"{peer} / {baseline}", statistics.median(pairs), goal)
+    print_memory_goals({peer: [run["peak_rss"] for (name, _), run in runs.items() if name == peer] for peer in peers})
+
+
+def print_goal(name: str, reached: float, goal: float, at_most: bool = False) -> None:
+    """One line: whether a number is as high as it should be, or as low."""
+    is_reached = reached <= goal if at_most else reached >= goal
+    print(f"- {'reached' if is_reached else 'NOT REACHED'}: {name} {reached:.2f}, goal {goal:.2f}")
+
+
+def print_memory_goals(peaks: dict[str, list[float]]) -> None:
+    """Whether the defaults take no more memory than the peer that takes least; `peaks` in bytes, of each peer's runs."""
+    others = [max(found) for peer, found in peaks.items() if not peer.startswith("ours")]
+    for peer, found in peaks.items():
+        if peer.startswith("ours-default") and others:
+            print_goal(f"{peer}, peak GiB", max(found) / 2**30, min(others) / 2**30, at_most=True)
 
 
 def print_startup(rounds: int) -> None:
@@ -185,6 +214,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps of about 4,000 tokens per run")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--poor-cpu", action="store_true", help="with the instructions of AVX2 alone")
     parser.add_argument(
         "--clock",
         choices=["seconds", "cpu_seconds"],
@@ -215,7 +245,7 @@ def main() -> None:
         for number in range(options.rounds):
             for peer in able if number % 2 == 0 else reversed(able):  # nobody is always first
                 job = {"peer": peer, "case": case, "precision": precision, "folder": str(work)}
-                run = run_job(peer, {**job, "warmup": options.warmup, "steps": options.steps}, options.threads)
+                run = run_job(peer, {**job, "warmup": options.warmup, "steps": options.steps}, environment_of(options))
                 if run is not None:
                     tables[case, precision][peer, number] = run
                     print(f"round {number + 1} {case} {precision} {peer}: {speed(run):.0f} tokens/s", flush=True)

@@ -1,7 +1,8 @@
-"""llm_trainer twice: with the settings of the hand-written loop, and with the ones we would choose on this machine."""
+"""llm_trainer: with the settings of the hand-written loop, with the best ones for this machine, and with none at all."""
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from llm_trainer.data.collate import LanguageSample, collate_flat
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.train.hooks import Hook, RunView
+from llm_trainer.train_configs import DataLoaderConfig, OptimConfig, RunConfig, SFTConfig, TrainConfig
 
 MICRO_BATCH_TOKENS = 8 * CONTEXT
+COMPILED_AFTER = 2  # steps: some shapes are made dynamic in the second
+LONG = 100_000  # epochs of a run that somebody waits for: it ends when it is measured
 
 
 class Samples:
@@ -31,52 +35,108 @@ class Samples:
         return LanguageSample(input_ids=ids, trained=labels != IGNORE, document_lengths=[len(ids)])
 
 
-def settings(job: Job) -> dict[str, Any]:
-    """Data and execution: padded rows cut by rows, or documents laid flat and cut by tokens, compiled."""
+class Clock:
+    """A hook that times the steps of one pass over the rows and then ends the run.
+
+    The pass begins when the run goes as it will go on: after the warm-up, and once nothing is compiled beside it any more.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter, self.is_timing = meter, False
+
+    def __call__(self, run: RunView) -> None:
+        """A step is done."""
+        job, meter = self.meter.job, self.meter
+        meter.tokens = run.progress.tokens
+        meter.tick()
+        step = len(meter.ticks)
+        steps_per_epoch = len(job.rows()) // job.rows_per_step
+        at_the_place = (step - job.warmup) % steps_per_epoch == 0  # all peers are timed on the same rows
+        if not self.is_timing and step >= max(job.warmup, COMPILED_AFTER) and at_the_place:
+            meter.warmup, self.is_timing = step, True
+        if self.is_timing and step == meter.warmup + job.steps:
+            run.stop("measured")
+
+
+def described(job: Job, folder: str, clock: Callable[[RunView], None]) -> SFTTrainer:
+    """The configuration style: files, what is to be learned from them and how, and nothing about the machine.
+
+    `clock` is called after every step.
+    """
+    rows = json.loads((Path(job.folder) / "alpaca.json").read_text(encoding="utf-8"))
+    file = Path(folder) / "rows.json"
+    file.write_text(json.dumps(rows[: len(job.rows())]), encoding="utf-8")
+    config = TrainConfig(
+        model_config=str(job.weights),
+        tokenizer=f"{job.folder}/tokenizer",
+        file_dataset=[str(file)],
+        dataset_block_size=CONTEXT,
+        batch_size=job.rows_per_micro_batch,
+        n_epochs=LONG,
+        data_loader_config=DataLoaderConfig(data_loader_shuffle=False, cache_dir=f"{folder}/cache"),
+        optim_config=OptimConfig(initial_lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM),
+        sft_config=SFTConfig(gradient_accumulation_steps=job.accumulation),
+        run_config=RunConfig(
+            save_dir=folder, save_interval_steps=LONG, log_interval=1, progress=False, precision=job.precision
+        ),
+    )
+    return SFTTrainer(train_config=config, hooks=[Hook("clock", clock, every_steps=1)])
+
+
+def brought(job: Job, folder: str, clock: Callable[[RunView], None]) -> SFTTrainer:
+    """The explicit style: model, optimizer and a loader."""
+    model = job.model()
+    options: dict[str, Any] = {}
     if job.peer == "ours-equal":
-        loader: DataLoader = DataLoader(job.rows(), batch_size=job.rows_per_micro_batch, collate_fn=collate)
-        return {"train_loader": loader, "grad_accum_steps": job.accumulation}
-    stream = SampleStream(
+        options = {"compile": False}
+    elif job.peer == "ours-best":
+        options = {"compile": True}
+        model.set_attn_implementation(resolve_attention("auto", "cpu"))
+    return SFTTrainer(
+        model=model,
+        optimizer=create_optimizer(model.parameters(), "adamw", lr=LEARNING_RATE, weight_decay=0.0),
+        train_loader=best_loader(job) if job.peer == "ours-best" else padded_loader(job),
+        max_epochs=LONG,
+        grad_accum_steps=job.accumulation,
+        max_grad_norm=MAX_GRAD_NORM,
+        precision=job.precision,
+        log_interval=1,
+        save_dir=folder,
+        save_interval=0,
+        progress=False,
+        hooks=[Hook("clock", clock, every_steps=1)],
+        **options,
+    )
+
+
+def padded_loader(job: Job) -> DataLoader:
+    """Padded rows cut by rows, as everybody makes them."""
+    return DataLoader(job.rows(), batch_size=job.rows_per_micro_batch, collate_fn=collate)
+
+
+def best_loader(job: Job) -> SampleStream:
+    """Documents laid flat and cut by tokens."""
+    return SampleStream(
         Samples(job.rows()),
         collate_flat,
-        rows_per_step=job.rows_per_micro_batch * job.accumulation,
+        rows_per_step=job.rows_per_step,
         batch_size=job.rows_per_micro_batch,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
         flat=True,
         shuffle=False,
     )
-    return {"train_loader": stream, "compile": True}
 
 
 def main() -> None:
     """Train one job."""
     job = Job.from_argv()
-    meter, model = Meter(job), job.model()
-    if job.peer == "ours-best":
-        model.set_attn_implementation(resolve_attention("auto", "cpu"))
-
-    def tick(run: RunView) -> None:
-        meter.tokens = run.progress.tokens
-        meter.tick()
-
+    meter = Meter(job)
+    make = described if job.peer == "ours-default" else brought
     with tempfile.TemporaryDirectory() as folder:
-        SFTTrainer(
-            model=model,
-            optimizer=create_optimizer(model.parameters(), "adamw", lr=LEARNING_RATE, weight_decay=0.0),
-            device="cpu",
-            max_epochs=1000,
-            max_steps=job.total_steps,
-            max_grad_norm=MAX_GRAD_NORM,
-            precision=job.precision,
-            log_interval=1,
-            save_dir=folder,
-            save_interval=0,
-            progress=False,
-            hooks=[Hook("clock", tick, every_steps=1)],
-            **settings(job),
-        ).train()
+        make(job, folder, Clock(meter)).train()
         lines = (Path(folder) / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     meter.report([json.loads(line)["loss"] for line in lines if '"loss"' in line])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,12 @@
 """What every runner trains on and how it is timed: the same weights, rows and clock in every environment.
 
 `python workload.py FOLDER [TOKENIZER ALPACA]` writes the weights and rows; a runner reads them with the rest of this
-file. Nothing here imports llm_trainer: it runs inside the peers' environments too.
+file. What runners use imports no llm_trainer: it runs inside the peers' environments too.
 """
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -91,16 +92,24 @@ class Job:
         """Hugging Face folder of the initial weights."""
         return Path(self.folder) / f"model-{self.vocabulary}"
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step."""
+        return self.rows_per_micro_batch * self.accumulation
+
     def rows(self) -> Any:  # a list; Any, because every library types the datasets it takes differently
-        """A list of rows `{"input_ids": [T], "labels": [T]}`, un-shifted, -100 on the prompt."""
+        """A list of rows `{"input_ids": [T], "labels": [T]}`, un-shifted, -100 on what is not learned.
+
+        As many as the steps need, and whole steps of them: who trains longer sees the same rows again, step by step.
+        """
         with np.load(Path(self.folder) / f"{self.case}.npz") as data:
-            ids, lengths, prompts = data["ids"].astype(np.int64), data["lengths"], data["prompts"]
+            ids, trained, lengths = data["ids"].astype(np.int64), data["trained"], data["lengths"]
+        steps = min(self.total_steps, len(lengths) // self.rows_per_step)
+        lengths = lengths[: steps * self.rows_per_step]
         rows: list[dict[str, np.ndarray]] = []
-        for end, length, prompt in zip(np.cumsum(lengths), lengths, prompts, strict=True):
-            row = ids[end - length : end]
-            labels = row.copy()
-            labels[:prompt] = IGNORE
-            rows.append({"input_ids": row, "labels": labels})
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            row = slice(end - length, end)
+            rows.append({"input_ids": ids[row], "labels": np.where(trained[row], ids[row], IGNORE)})
         return rows
 
     def model(self) -> Any:
@@ -133,11 +142,22 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Meter:
-    """Counts real tokens in the model's forward and takes the time at every optimizer step."""
+    """Counts real tokens in the model's forward and takes the time at every optimizer step.
+
+    Attributes:
+        job: what is timed.
+        warmup: steps before the timed ones.
+        tokens: so far.
+        ticks: of each step the wall clock, processor time, and tokens so far.
+    """
 
     job: Job
+    warmup: int = 0
     tokens: int = 0
     ticks: list[tuple[float, float, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.warmup = self.job.warmup
 
     def watch(self, model: torch.nn.Module) -> None:
         """Count the tokens that `model` is called with; padding is what the attention mask says."""
@@ -154,7 +174,7 @@ class Meter:
 
     def report(self, losses: Sequence[float]) -> None:
         """Print the one JSON line that the driver reads."""
-        first, last = self.ticks[self.job.warmup - 1], self.ticks[self.job.warmup + self.job.steps - 1]
+        first, last = self.ticks[self.warmup - 1], self.ticks[self.warmup + self.job.steps - 1]
         seconds, cpu_seconds, tokens = (b - a for a, b in zip(first, last, strict=True))
         line = {
             "peer": self.job.peer,
@@ -188,7 +208,7 @@ def prepare(folder: Path, tokenizer: str | None = None, alpaca: str | None = Non
     lengths = np.exp(rng.normal(np.log(90), 0.75, NUM_ROWS)).clip(16, CONTEXT).astype(np.int64)
     _write(folder / "sft.npz", _random_ids(lengths, 6400), lengths, lengths // 3)
     if tokenizer and alpaca:
-        _write_alpaca(folder / "alpaca.npz", tokenizer, alpaca)
+        _write_alpaca(folder, tokenizer, alpaca)
 
 
 def _random_ids(lengths: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -196,23 +216,31 @@ def _random_ids(lengths: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 def _write(path: Path, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> None:
-    np.savez(path, ids=ids.astype(np.int32), lengths=lengths, prompts=prompts)
+    """Rows whose first `prompts` tokens are not learned."""
+    trained = np.concatenate([np.arange(n) >= prompt for n, prompt in zip(lengths, prompts, strict=True)])
+    np.savez(path, ids=ids.astype(np.int32), trained=trained, lengths=lengths)
 
 
-def _write_alpaca(path: Path, tokenizer: str, alpaca: str) -> None:
-    from tokenizers import Tokenizer
+def _write_alpaca(folder: Path, tokenizer: str, alpaca: str) -> None:
+    """Real conversations as the configuration style reads them, and the files that it reads them from."""
+    from llm_trainer.data.encode.chat import ChatFormat
+    from llm_trainer.data.encode.tokenizer import load_tokenizer
+    from llm_trainer.data.kinds import DataOptions, get_kind
+    from llm_trainer.data.load import load
 
-    tok, end = Tokenizer.from_file(tokenizer), SPECIAL.index("</s>")
-    ids: list[int] = []
-    lengths: list[int] = []
-    prompts: list[int] = []
-    for row in json.loads(Path(alpaca).read_text(encoding="utf-8"))[:NUM_ROWS]:
-        asked = tok.encode(f"{row['instruction']}\n{row['input']}\n", add_special_tokens=False).ids[: CONTEXT - 1]
-        both = [*asked, *tok.encode(row["output"], add_special_tokens=False).ids, end][:CONTEXT]
-        ids.extend(both)
-        lengths.append(len(both))
-        prompts.append(len(asked))
-    _write(path, np.array(ids), np.array(lengths), np.array(prompts))
+    file = folder / "alpaca.json"
+    shutil.copyfile(alpaca, file)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    shutil.copyfile(tokenizer, folder / "tokenizer" / "tokenizer.json")
+    chat = ChatFormat(load_tokenizer(folder / "tokenizer"))
+    found = load([str(file)], get_kind("conversations"), chat, DataOptions(block_size=CONTEXT), folder / "cache")
+    rows = [found[i] for i in range(len(found.lengths))]
+    np.savez(
+        folder / "alpaca.npz",
+        ids=np.concatenate([row["input_ids"] for row in rows]).astype(np.int32),
+        trained=np.concatenate([row["trained"] for row in rows]).astype(bool),
+        lengths=np.array([len(row["input_ids"]) for row in rows]),
+    )
 
 
 if __name__ == "__main__":
