@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,8 @@ class Choice(NamedTuple):
         name: what was chosen, such as 'layout'.
         value: what it was set to, such as 'flat'.
         why: the reason, in a few words.
-        key: how the user decides it himself, such as 'data_loader_config.packing: none'.
+        key: the option and value by which the user decides otherwise, such as 'data_loader_config.packing: none', or an
+            environment variable, 'OMP_NUM_THREADS=4'.
     """
 
     name: str
@@ -25,7 +26,20 @@ class Choice(NamedTuple):
     key: str
 
     def __str__(self) -> str:
-        return f"{self.value}: {self.why} ({self.key} turns it off)"
+        return f"{self.name} {self.value}: {self.why} [{self.option}]"
+
+    @property
+    def option(self) -> str:
+        """The key as it is typed behind a command."""
+        return self.key.replace(": ", "=")
+
+    def as_keyword(self) -> Self:
+        """The same choice for users without a configuration: its key is a keyword of a trainer, such as packing='none'."""
+        option, is_option, value = self.key.partition(": ")
+        if not is_option:
+            return self
+        literal = {"null": None, "true": True, "false": False}.get(value, value)
+        return self._replace(key=f"{option.rpartition('.')[2]}={literal!r}")
 
 
 @dataclass

@@ -79,6 +79,12 @@ def command(python: Python, *arguments: str) -> str:
     return done.stdout
 
 
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of the training steps."""
+    lines = map(json.loads, (folder / "log" / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
 def test_the_explicit_style(python: Python) -> None:
     done = python("explicit.py")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -95,7 +101,7 @@ def test_yaml_and_the_commands(outside: Path, python: Python) -> None:
     planned = json.loads(command(python, "plan", "run.yaml", "--gpus", "2", "--json"))
     assert planned["job"]["rows"] == 8 and planned["job"]["rows_per_sample"] == 1
     command(python, "train", "run.yaml", "focal_config.gamma=0")
-    lines = [json.loads(line) for line in (outside / "runs/yaml/log/metrics.jsonl").read_text().splitlines()]
+    lines = metrics(outside / "runs/yaml")
     plain = [
         "plugins=[]",
         "focal_config=null",
@@ -107,7 +113,7 @@ def test_yaml_and_the_commands(outside: Path, python: Python) -> None:
     assert "focal_config is not a known key" in done.stderr
     saved = (outside / "runs/yaml/config.yaml").read_text()
     assert "\nplugins: [focal.py]" in saved and "gamma: 0.0" in saved
-    assert [line["step"] for line in lines if "loss" in line] == [1]
+    assert [line["step"] for line in lines] == [1]
     command(python, "train", "run.yaml", *plain[2:], "focal_config=null")
-    other = [json.loads(line) for line in (outside / "runs/sft/log/metrics.jsonl").read_text().splitlines()]
+    other = metrics(outside / "runs/sft")
     assert lines[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-5)

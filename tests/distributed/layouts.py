@@ -89,7 +89,7 @@ def leg_on_a_full_disk(folder: Path) -> list[str]:
     saving.write_files = write_or_fail
     trainer = make_trainer(folder, LAST, val_loader=None, save_interval=1, **LAYOUTS["fsdp-2"][1])
     warnings: list[str] = []
-    trainer.run._reporter.warn = warnings.append  # type: ignore[method-assign]
+    trainer.run.checkpoints._warn = warnings.append
     trainer.train()
     return warnings
 

@@ -95,9 +95,10 @@ def make_trainer(folder: Path, model_name: str = "plain", precision: str = "fp32
 
 
 def metric_lines(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without what depends on the clock, and without what each life of a run chose."""
     lines = map(json.loads, (folder / "log" / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+    measured = [line for line in lines if "choices" not in line]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in measured]
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def run(name: str, engine: str, folder: Path) -> dict[str, Any]:
     if not dist.is_main():
         return {}
     lines = [json.loads(line) for line in (save_dir / "log" / "metrics.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    measured = [line for line in lines if "choices" not in line]
+    kept = [{key: value for key, value in line.items() if key not in TIMES} for line in measured]
     weights = (save_dir / "model" / "model.safetensors").read_bytes()
     return {"metrics": kept, "weights": hashlib.sha256(weights).hexdigest()}
 

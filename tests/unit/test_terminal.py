@@ -2,8 +2,9 @@
 
 import pytest
 
+from llm_trainer.state import Progress
 from llm_trainer.terminal import printable
-from llm_trainer.train.writers import Reporter
+from llm_trainer.train.reporter import Reporter
 
 
 @pytest.mark.parametrize(
@@ -25,5 +26,5 @@ def test_controls_are_written_out_and_text_stays(written: str, shown: str | None
 
 
 def test_what_a_run_says_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
-    Reporter(is_main=True).say("\x1b[31mred")
+    Reporter(True, Progress()).say("\x1b[31mred")
     assert capsys.readouterr().out == "\\x1b[31mred\n"

@@ -8,7 +8,7 @@ from llm_trainer.data.stream import StepSource
 from llm_trainer.state import Choice
 
 Configured = int | Literal["auto"] | None  # tokens; the machine's choice; micro-batches as they come
-KEY = "micro_batch_tokens: null"
+KEY = "data_loader_config.micro_batch_tokens: null"
 
 
 class Budget:

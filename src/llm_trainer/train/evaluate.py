@@ -25,7 +25,7 @@ def evaluate(work: Work) -> tuple[dict[str, float], bool]:
     Data that has a name also has metrics of its own, `eval_<name>_loss`, .... Data without any term has no loss.
 
     Args:
-        work: the algorithm and its engine; what the algorithm records goes to `work.metrics`, which must hold nothing else.
+        work: the algorithm and its engine; what training has recorded in `work.metrics` stays there.
 
     Returns:
         The metrics, and whether a signal cut the evaluation short, on every rank alike.
@@ -34,7 +34,8 @@ def evaluate(work: Work) -> tuple[dict[str, float], bool]:
     was_training = module.training
     module.eval()
     try:
-        measured = {name: _measure(work, source) for name, source in work.val_sources.items()}
+        with work.metrics.set_aside():
+            measured = {name: _measure(work, source) for name, source in work.val_sources.items()}
     finally:
         module.train(was_training)
 

@@ -171,7 +171,10 @@ class Answers:
 
 
 class JsonLines:
-    """`metrics.jsonl`: an object per line with `step`, `time` (seconds since 1970) and all metrics."""
+    """`metrics.jsonl`: an object per line with `step`, `time` (seconds since 1970) and all metrics.
+
+    What the machine chose has lines of its own, whose only other key is `choices`.
+    """
 
     def __init__(self, folder: str | Path, last_step: int = -1, trouble: FullDisk | None = None) -> None:
         """Continues the file in `folder` after `last_step`; -1 begins it anew."""
@@ -180,7 +183,14 @@ class JsonLines:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a line; JSON has no NaN and no infinity, so both become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.append(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, ensure_ascii=False))
+        self._append(step, finite)
+
+    def note_choices(self, step: int, choices: Mapping[str, Mapping[str, str]]) -> None:
+        """Appends a line: the fields of each choice, by its name."""
+        self._append(step, {"choices": choices})
+
+    def _append(self, step: int, values: Mapping[str, object]) -> None:
+        self._file.append(json.dumps({"step": step, "time": round(time.time(), 3), **values}, ensure_ascii=False))
 
     def close(self) -> None:
         self._file.close()

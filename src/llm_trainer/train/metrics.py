@@ -60,6 +60,15 @@ class Metrics:
         taken._sums, self._sums = self._sums, {}
         return taken
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What has been added stays apart while the block runs, and what the block adds is gone after it."""
+        before = self.take()
+        try:
+            yield
+        finally:
+            self._sums = before._sums
+
     def _wide(self, value: Tensor | float) -> Tensor | float:
         """Double precision, so that counts of tokens stay exact; Apple's GPUs have none."""
         if not isinstance(value, Tensor):

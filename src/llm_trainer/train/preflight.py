@@ -4,7 +4,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Self
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from llm_trainer.engine.choose import left_out
 from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
+from llm_trainer.state import Choice
 from llm_trainer.train.loop import Work
 
 if TYPE_CHECKING:
@@ -87,6 +89,19 @@ class Size:
             optimizer_bytes=state_bytes(optimizer),
             flops_per_token=flops,
         )
+
+
+def check_numbers(max_grad_norm: float | None, **counts: Any) -> None:
+    """Look at what a trainer was given.
+
+    Raises:
+        ValueError: one of `counts` is no integer of at least 1, or the norm is below 0.
+    """
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}: got {value}, expected an integer of at least 1")
+    if not (max_grad_norm is None or max_grad_norm >= 0):
+        raise ValueError(f"max_grad_norm: got {max_grad_norm}, expected a number of at least 0; 0 or None: no clipping")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, module: nn.Module) -> None:
@@ -227,9 +242,22 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
     return found
 
 
-def screen(facts: Mapping[str, str], ledgers: Sequence[Ledger]) -> str:
-    """Facts, one per line, and where every token of the data went."""
+def describe_choices(choices: Sequence[Choice]) -> list[str]:
+    """What was chosen, why, and in brackets the option by which the user decides otherwise; a line each, in columns."""
+    names = max(len(choice.name) for choice in choices)
+    values = max(len(choice.value) for choice in choices)
+    lines = []
+    for choice in choices:
+        lines.append(f"{choice.name:<{names}}  {choice.value:<{values}}  {choice.why} [{choice.option}]")
+    return lines
+
+
+def screen(facts: Mapping[str, str], ledgers: Sequence[Ledger], choices: Sequence[Choice] = ()) -> str:
+    """Facts, one per line, what was chosen, and where every token of the data went."""
     lines = [f"{name:>14}  {text}" for name, text in facts.items()]
+    if choices:
+        lines.append(f"{'automatic':>14}  the option in brackets decides otherwise")
+        lines += [f"{'':>14}  {line}" for line in describe_choices(choices)]
     for ledger in ledgers:
         lines.append(f"{'data':>14}  {ledger.name}")
         if ledger.kept_in:

@@ -1,17 +1,15 @@
 """A run: the conductor of everything around the loop. What lies below takes values, or a protocol of `algorithm` or `hooks`."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from llm_trainer.algorithm import Algorithm
-from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.compiler import compile_module
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.loader_workers import workers_needed
@@ -32,9 +30,9 @@ from llm_trainer.train.hooks import Hook, with_names_of_their_own
 from llm_trainer.train.loop import Work
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
+from llm_trainer.train.reporter import Reporter
 from llm_trainer.train.saving import Wanted
 from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
-from llm_trainer.train.writers import Reporter
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -69,11 +67,8 @@ class Run:
         save_interval: int,
         hooks: Sequence[Hook],
     ) -> None:
-        _check_numbers(max_epochs=max_epochs, grad_accum_steps=grad_accum_steps, log_interval=log_interval)
-        if not (max_grad_norm is None or max_grad_norm >= 0):
-            raise ValueError(
-                f"max_grad_norm: got {max_grad_norm}, expected a number of at least 0; 0 or None: no clipping"
-            )
+        counts = {"max_epochs": max_epochs, "grad_accum_steps": grad_accum_steps, "log_interval": log_interval}
+        preflight.check_numbers(max_grad_norm, **counts)
         self.trainer, self.settings = trainer, settings
         self.max_epochs, self.accumulation = max_epochs, grad_accum_steps
         self.log_interval, self.save_interval = log_interval, save_interval
@@ -96,14 +91,13 @@ class Run:
         self.signals = Signals()
         self.stop_requested = self.new_best = False
         self.values: dict[str, float] = {}
-        self.choices: dict[str, Choice] = {}  # what was left to the machine, by name
-        threads = settle_threads(together)
-        if threads is not None:
-            self.chosen(threads)
         self._last_batch: Any = None
         self._metrics = Metrics(self.engine.device)
         self._clock = Clock()
-        self._reporter = Reporter(dist.is_main())
+        self._reporter = Reporter(dist.is_main(), self.progress)
+        threads = settle_threads(together)
+        if threads is not None:
+            self.chosen(threads)
         keep = settings.checkpoints_to_keep
         self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)
         self.machine = RunMachine(self.engine, settings, self.progress, self._metrics)
@@ -181,11 +175,13 @@ class Run:
 
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
-        on_duty = self._on_duty()
-        with self.checkpoints.alone(), self.signals.listening(), workers_needed(), self._saved_at_the_end(), on_duty:
+        folder, on_duty = self.checkpoints, self._on_duty()
+        with folder.alone(), self.signals.listening(), workers_needed(), folder.saved_at_the_end(), on_duty:
             self._resume()
             self.stop_requested = False
             self.values = {}
+            for values in self.progress.lines:
+                self.values.update(values)
             self._hooks = [*self._built_in_hooks(), *self._user_hooks]
             if self.finished() and not any(hook.is_due(self, finished=True) for hook in self._hooks):
                 return self._nothing_to_do()
@@ -204,17 +200,6 @@ class Run:
                 return dict(self.values)
             finally:
                 self._reporter.close()
-
-    @contextmanager
-    def _saved_at_the_end(self) -> Iterator[None]:
-        """However the block ends, what is being saved is then on the disk. An error of that is told, not raised."""
-        try:
-            yield
-        finally:
-            try:
-                self.checkpoints.saving.close()
-            except Exception as error:  # what ended the block matters more
-                self._reporter.warn(str(error))
 
     def _on_duty(self) -> AbstractContextManager[None]:
         """The context in which the ranks of this run need each other."""
@@ -317,8 +302,6 @@ class Run:
         self.checkpoints.publish()
         why = "stopped early" if self.progress.stopped_early else "raise n_epochs (or max_steps) to go on"
         self.say(f"already finished at step {self.progress.step}, nothing to do: {why}")
-        for values in self.progress.lines:
-            self.values.update(values)
         return dict(self.values)
 
     def _open(self) -> None:
@@ -333,20 +316,9 @@ class Run:
         folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
         if self._configured.changes:
             facts["changed"] = f"since the checkpoint: {', '.join(self._configured.changes)}"
-        chosen = {name: str(choice) for name, choice in self.choices.items()}
         own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
-        self.say(preflight.screen(facts | chosen | folders | own, self.settings.ledgers))
-        self._open_logs()
-
-    def _open_logs(self) -> None:
-        """Open the logs; what was written since the last step is written again, so that it is there once."""
-        progress = self.progress
-        self._reporter.open(self.log_dir, self.settings, self.horizon.total(), progress)
-        written, progress.lines = progress.lines, []
-        for values in written:
-            self.write(values)
-        if progress.words:
-            self._reporter.note_words(progress.step, progress.words)
+        self.say(preflight.screen(facts | folders | own, self.settings.ledgers, [*self.choices.values()]))
+        self._reporter.open(self.log_dir, self.settings, self.horizon.total())
 
     # The hooks of every run.
 
@@ -374,8 +346,7 @@ class Run:
         self.write(values | self._clock.read(self.progress, self.source.size(), mfu_per_rate))
         words = "" if self._last_batch is None else self.trainer._get_extra_log_info(self._last_batch)
         if words:
-            self.progress.words = words
-            self._reporter.note_words(self.progress.step, words)
+            self._reporter.note_words(words)
 
     def _evaluate(self) -> None:
         """Evaluate; remember the best, lower a plateau schedule, stop early after too many evaluations without progress."""
@@ -422,9 +393,16 @@ class Run:
         needed = self.engine.bytes_to_copy(self.size.bytes, self.size.optimizer_bytes)
         return self.settings.save_in_background and self.checkpoints.saving.has_memory(needed)
 
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """What was left to the machine, by name."""
+        return self._reporter.choices
+
     def chosen(self, choice: Choice) -> None:
-        """Note what the machine chose, for the screen before training and the logs; a later choice of that name replaces it."""
-        self.choices[choice.name] = choice
+        """Show what the machine chose before the first step, or say it at once if training is under way, and log it."""
+        if not self.settings.description:
+            choice = choice.as_keyword()
+        self._reporter.note_choice(choice)
 
     # What hooks may ask (`hooks.RunView`), besides `trainer`, `progress` and `values`; trainers ask it too.
 
@@ -435,8 +413,7 @@ class Run:
     def write(self, values: dict[str, float]) -> None:
         """Give metrics to all writers."""
         self.values.update(values)
-        self.progress.lines.append(values)
-        self._reporter.write(self.progress.step, values)
+        self._reporter.write(values)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the validation set.
@@ -446,12 +423,7 @@ class Run:
         """
         if not self.val_sources:
             raise ValueError("nothing to evaluate: give a val_loader (or eval_dataset)")
-        since_last_log = self._metrics.take()
-        try:
-            values, interrupted = evaluate(self.work)
-        finally:
-            self._metrics.take()
-            self._metrics.include(since_last_log)
+        values, interrupted = evaluate(self.work)
         self.stop_requested = self.stop_requested or interrupted
         return values
 
@@ -469,33 +441,18 @@ class Run:
         Returns:
             Path of what was written, on every rank; empty where nothing could be.
         """
-        self._finish_last_save()
+        self.checkpoints.finish_last()
         state = snapshot.state_of(self.work, self.progress, self._configured, self.settings)
         if path is not None:
             return self.checkpoints.save_file(path, state)
         best_loss = self.progress.best_loss if is_best else None
         best_file = is_best and self.settings.best_file
         wanted = Wanted(self.progress.step, is_best, best_loss, best_file, background)
-        try:
-            with self.checkpoints.alone():
-                saved = self.checkpoints.saving.save(self.trainer, state, wanted)
-        except CheckpointError as error:
-            if not may_fail:
-                raise
-            self._warn_of_save(error)
-            return ""
-        self.new_best = False
-        self.progress.hooks_done["save"] = self.progress.step
+        saved = self.checkpoints.save(self.trainer, state, wanted, may_fail)
+        if saved:
+            self.new_best = False
+            self.progress.hooks_done["save"] = self.progress.step
         return saved
-
-    def _finish_last_save(self) -> None:
-        try:
-            self.checkpoints.saving.finish()
-        except CheckpointError as error:
-            self._warn_of_save(error)
-
-    def _warn_of_save(self, error: CheckpointError) -> None:
-        self._reporter.warn(f"{error}. Training goes on; the next save is tried as planned")
 
     def stop(self, reason: str) -> None:
         """End the run after this hook, as if it had reached its last step."""
@@ -506,12 +463,6 @@ class Run:
     def load(self, path: str) -> None:
         """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
         self.checkpoints.load(path, snapshot.parts_of(self.work, self.progress, self._configured))
-
-
-def _check_numbers(**values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}: got {value}, expected an integer of at least 1")
 
 
 def _recompute_activations(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from llm_trainer.state import Progress
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.loop import Work
 from llm_trainer.train.metrics import Metrics
-from llm_trainer.train.saving import Saving
+from llm_trainer.train.saving import Saving, Wanted
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -282,6 +282,42 @@ class Checkpoints:
         return path
 
     # Saving; folders by `saving`.
+
+    @contextmanager
+    def saved_at_the_end(self) -> Iterator[None]:
+        """However the block ends, what is being saved is then on the disk. An error of that is told, not raised."""
+        try:
+            yield
+        finally:
+            try:
+                self.saving.close()
+            except Exception as error:  # what ended the block matters more
+                self._warn(str(error))
+
+    def finish_last(self) -> None:
+        """Wait for the save before; that it could not be written is a warning, for another one follows."""
+        try:
+            self.saving.finish()
+        except CheckpointError as error:
+            self._warn_of_save(error)
+
+    def save(self, algorithm: Algorithm, state: dict[str, Any], wanted: Wanted, may_fail: bool) -> str:
+        """Write a folder; its path, on every rank, or where a failed save is only a warning, an empty one.
+
+        Raises:
+            CheckpointError: It could not be written, and must be.
+        """
+        try:
+            with self.alone():
+                return self.saving.save(algorithm, state, wanted)
+        except CheckpointError as error:
+            if not may_fail:
+                raise
+            self._warn_of_save(error)
+            return ""
+
+    def _warn_of_save(self, error: CheckpointError) -> None:
+        self._warn(f"{error}. Training goes on; the next save is tried as planned")
 
     def save_file(self, path: str, state: dict[str, Any]) -> str:
         """Write everything into a single `.pt` file.

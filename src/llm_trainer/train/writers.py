@@ -5,21 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from llm_trainer.config.env import set_default
 from llm_trainer.disk import FULL_OR_BROKEN, storage_failure
-from llm_trainer.state import Progress as RunProgress
-from llm_trainer.terminal import printable
-from llm_trainer.train.log_files import Answers, FullDisk, JsonLines, LearningRates, TextLog
-
-if TYPE_CHECKING:
-    from llm_trainer.config.options import Settings
+from llm_trainer.train.log_files import FullDisk, JsonLines, TextLog
 
 
 class Writer(Protocol):
@@ -43,7 +37,7 @@ _HEADLINE = {
 
 
 @contextmanager
-def _even_on_a_full_disk() -> Iterator[None]:
+def even_on_a_full_disk() -> Iterator[None]:
     """The screen may be a file; what does not fit on its disk now stays in Python's buffer."""
     try:
         yield
@@ -90,7 +84,7 @@ class ConsoleWriter:
 
     def say(self, line: str) -> None:
         """Prints a line above the live one."""
-        with _even_on_a_full_disk():
+        with even_on_a_full_disk():
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -177,104 +171,3 @@ def open_writers(
     extras = [known[name]() for name in extra]  # first, as one that is not installed must leave no open files
     files: list[Writer] = [TextLog(folder, last_step, trouble), JsonLines(folder, last_step, trouble)]
     return [ConsoleWriter(total_steps, max(last_step, 0), live), *files, *extras]
-
-
-class Reporter:
-    """What a run says and writes. Only the main process does either."""
-
-    def __init__(self, is_main: bool) -> None:
-        self.is_main = is_main
-        self._writers: Sequence[Writer] = ()
-        self._learning_rates: LearningRates | None = None
-        self._answers: Answers | None = None
-
-    def open(self, folder: Path, settings: Settings, total_steps: int | None, progress: RunProgress) -> None:
-        """Give metrics to the writers that `settings` ask for from now on, and messages to the console among them.
-
-        Args:
-            folder: of the log files.
-            settings: name further writers.
-            total_steps: the run's length.
-            progress: where the run begins: lines of its last step are cut off as well, because they are written again.
-        """
-        last_step = last_answered = progress.step - 1
-        if progress.hooks_done.get("sample") == progress.step:
-            last_answered = progress.step  # the prompts are not asked again
-        trouble = FullDisk(self.warn)
-        self._writers = open_writers(
-            folder,
-            is_main=self.is_main,
-            total_steps=total_steps,
-            last_step=last_step,
-            extra=settings.writers,
-            live=settings.progress,
-            config=asdict(settings),
-            trouble=trouble,
-        )
-        if self.is_main:
-            self._learning_rates = LearningRates(folder, last_step, trouble)
-            self._answers = Answers(folder, last_answered, trouble)
-        if progress.step:
-            self.note_learning_rate(progress.step, progress.learning_rate)
-
-    def close(self) -> None:
-        """Finish what is open; messages are printed from now on."""
-        for writer in self._writers:
-            with self._without(writer):
-                writer.close()
-        for file in (self._learning_rates, self._answers):
-            if file is not None:
-                file.close()
-        self._writers, self._learning_rates, self._answers = [], None, None
-
-    @contextmanager
-    def _without(self, writer: Any) -> Iterator[None]:
-        """A library whose disk is full loses its metrics; the run and the other writers do not."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            reason = storage_failure(error, FULL_OR_BROKEN)
-            if reason is None:
-                raise
-            self._writers = [other for other in self._writers if other is not writer]
-            self.warn(f"{type(writer).__name__}: {reason}; it gets no more metrics. metrics.jsonl has all of them")
-
-    def say(self, message: str) -> None:
-        """Print above any progress bar."""
-        if not self.is_main:
-            return
-        message = printable(message)
-        for writer in self._writers:
-            if isinstance(writer, ConsoleWriter):
-                writer.say(message)
-                return
-        with _even_on_a_full_disk():
-            print(message, flush=True)
-
-    def warn(self, message: str) -> None:
-        """Print a warning."""
-        self.say(f"WARNING: {message}")
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Give the metrics of a step to all writers."""
-        for writer in self._writers:
-            with self._without(writer):
-                writer.write(step, values)
-
-    def note_words(self, step: int, words: str) -> None:
-        """Print words of the algorithm about a step, and put them into log.txt."""
-        self.say(f"step {step:,}  {words}")
-        for writer in self._writers:
-            if isinstance(writer, TextLog):
-                writer.note(step, words)
-
-    def note_learning_rate(self, step: int, learning_rate: float) -> None:
-        """Put the learning rate of a step into lr.txt."""
-        if self._learning_rates is not None:
-            self._learning_rates.note(step, learning_rate)
-
-    def note_answer(self, step: int, prompt: str, answer: str) -> None:
-        """Print an answer to one of `eval_prompts`, and put it into gen.txt."""
-        self.say(f"[step {step}] {prompt!r} -> {answer!r}")
-        if self._answers is not None:
-            self._answers.note(step, prompt, answer)

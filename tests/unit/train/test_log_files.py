@@ -1,6 +1,5 @@
 """A full disk delays the lines of logs: said once, nothing torn, and nothing missing once there is room."""
 
-import json
 import os
 import re
 import signal
@@ -11,11 +10,12 @@ from typing import Any
 import pytest
 
 from llm_trainer.disk import DiskError
+from llm_trainer.state import Progress
 from llm_trainer.train import run as run_module
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.log_files import FullDisk, LineFile
+from llm_trainer.train.reporter import Reporter
 from llm_trainer.train.signals import TrainingInterrupted
-from llm_trainer.train.writers import Reporter
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 from victim import make_trainer, metric_lines
@@ -101,10 +101,11 @@ def test_a_writer_of_a_library_whose_disk_is_full_is_left_out(capsys: pytest.Cap
         def write(self, step: int, values: Any) -> None:
             seen.append(step)
 
-    reporter = Reporter(is_main=True)
+    progress = Progress()
+    reporter = Reporter(True, progress)
     reporter._writers = [Full(), Seeing()]  # type: ignore[list-item]
-    for step in (1, 2):
-        reporter.write(step, {"loss": 1.0})
+    for progress.step in (1, 2):
+        reporter.write({"loss": 1.0})
     assert seen == [1, 2]
     assert capsys.readouterr().out.count("WARNING: Full: No space left on device; it gets no more metrics") == 1
 
@@ -128,4 +129,4 @@ def test_answers_are_kept_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             pass
     lines = (tmp_path / "log" / "gen.txt").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == [f"step={n} '?' -> 'a\\nb\\x1b[31m\\ud800'" for n in (4, 8)]
-    assert lives > 3 and len(json.loads((tmp_path / "log" / "metrics.jsonl").read_text().splitlines()[0])) > 3
+    assert lives > 3 and len(metric_lines(tmp_path)[0]) > 2

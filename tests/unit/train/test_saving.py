@@ -92,7 +92,7 @@ def test_a_disk_that_is_full_behind_the_training_is_told_at_the_next_save(
     fail_once(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     said: list[str] = []
     trainer = make_trainer(tmp_path, hooks=[at_step(4, lambda: said.append(capsys.readouterr().err))], **OPTIONS)
-    monkeypatch.setattr(trainer.run._reporter, "warn", said.append)
+    monkeypatch.setattr(trainer.run.checkpoints, "_warn", said.append)
     trainer.train()
     (warning,) = [text for text in said if "could not be saved" in text]
     assert "checkpoint-00000002' could not be saved: No space left on device" in warning
