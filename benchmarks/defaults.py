@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MACHINES = {"rich": ["bf16"], "poor": ["fp32", "--poor-cpu"]}  # -> precision, and further options
-SFT_PEERS = "trl,trl-packed,ours-best,ours-default,ours-default-objects"
+# -> precision, and further options
+MACHINES = {"rich": ("bf16", []), "poor": ("fp32", ["--poor-cpu"])}
+SFT_PEERS = {
+    "rich": "trl,trl-packed,ours-best,ours-default,ours-default-objects",
+    "poor": "trl,trl-packed,ours-best,ours-default",
+}
 DPO_PEERS = "trl,ours-compiled,ours-default"
 
 
@@ -22,29 +26,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--machines", default=list(MACHINES), nargs="+", choices=list(MACHINES))
     parser.add_argument("--rounds", default="2")
-    parser.add_argument("--steps", default="2", help="timed optimizer steps of each run")
+    parser.add_argument("--steps", default="3", help="timed optimizer steps of each run")
     options = parser.parse_args()
     length = ["--rounds", options.rounds, "--steps", options.steps, "--warmup", "1"]
     started = time.perf_counter()
     for machine in options.machines:
-        precision, *more = MACHINES[machine]
-        commands = {
-            "SFT": [
-                "train_throughput.py",
-                "--cases",
-                "alpaca",
-                "--peers",
-                SFT_PEERS,
-                "--precisions",
-                precision,
-                *length,
-            ],
-            "DPO": ["preference_throughput.py", "--peers", DPO_PEERS, "--precision", precision, *length],
-            "a step": ["step_time.py", "--precisions", precision],
-        }
-        for name, (script, *arguments) in commands.items():
+        precision, more = MACHINES[machine]
+        peers = SFT_PEERS + (",ours-default-objects" if machine == "rich" else "")
+        sft = ["train_throughput.py", "--cases", "alpaca", "--peers", peers, "--precisions", precision]
+        dpo = ["preference_throughput.py", "--peers", DPO_PEERS, "--precision", precision]
+        a_step = ["step_time.py", "--precisions", precision]
+        for name, command in {"SFT": [*sft, *length], "DPO": [*dpo, *length], "a step": a_step}.items():
             print(f"\n## {name}, {precision}, {machine} CPU ({time.perf_counter() - started:.0f} s)\n", flush=True)
-            subprocess.run([sys.executable, str(HERE / script), *arguments, *more])
+            subprocess.run([sys.executable, str(HERE / command[0]), *command[1:], *more])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peers.steady import LONG, Pace
 from train_throughput import (
     BENCH,
     SHARED,
@@ -44,8 +45,6 @@ GOALS = [  # peer, baseline, ratio of pairs per second
     ("ours-default", "ours-compiled", 0.95),
     ("ours-default-objects", "ours-compiled", 0.95),
 ]
-COMPILED_AFTER = 2  # steps: some shapes are made dynamic in the second
-LONG = 100_000  # epochs of a run that somebody waits for: it ends when it is measured
 Pair = dict[str, list[int]]  # ids of prompt, chosen and rejected
 
 
@@ -128,6 +127,7 @@ class Job:
     work: str
     ticks: list[tuple[float, float]] = field(default_factory=list)
     first: int = 0  # steps before the timed ones; 0: the warm-up
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def total_steps(self) -> int:
@@ -163,8 +163,9 @@ class Job:
         """
         self.tick()
         step = len(self.ticks)
-        at_the_place = (step - self.warmup) % self.total_steps == 0
-        if not self.first and step >= max(self.warmup, COMPILED_AFTER) and at_the_place:
+        at_the_place = step >= self.warmup and (step - self.warmup) % self.total_steps == 0
+        is_steady = self.pace.is_steady(run)
+        if not self.first and at_the_place and is_steady:
             self.first = step
         if self.first and step == self.first + self.steps:
             run.stop("measured")

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from peers.steady import LONG, Pace
 from train_throughput import BENCH, RUNNERS, environment_of, prepare_work
 
 KEPT = BENCH / "step_time.json"
@@ -54,35 +55,41 @@ class Watch:
     """A hook that times `steps` steps as they are, then as many under the profiler, and ends the run.
 
     Attributes:
-        seconds: of the timed steps, the profiler being off.
-        parts: seconds of the profiled steps by part.
+        first: steps before the timed ones; None: the run does not yet go as it will go on.
+        seconds: of the timed steps.
+        tokens: of the timed steps.
+        profiled_seconds: of the steps under the profiler.
+        parts: seconds of these by part.
     """
 
-    def __init__(self, warmup: int, steps: int) -> None:
-        self.warmup, self.steps = warmup, steps
-        self.seconds, self.profiled_seconds, self.tokens = 0.0, 0.0, 0
+    def __init__(self, steps: int) -> None:
+        self.steps, self._pace = steps, Pace()
+        self.first: int | None = None
+        self.seconds = self.profiled_seconds = self._start = 0.0
+        self.tokens = 0
         self.parts: dict[str, float] = {}
+        self._profile: Any = None
 
     def __call__(self, run: Any) -> None:
         """A step is done."""
         from torch.profiler import ProfilerActivity, profile
 
-        step, now, device = run.progress.step, time.perf_counter(), run.trainer.device
-        if step == self.warmup:
-            self._start, self._tokens = now, run.progress.tokens
-        elif step == self.warmup + self.steps:
+        step, now, on_device = run.progress.step, time.perf_counter(), run.trainer.device.type == "cuda"
+        is_steady = self._pace.is_steady(run)
+        if self.first is None:
+            if is_steady:
+                self.first, self._start, self.tokens = step, now, -run.progress.tokens
+        elif step == self.first + self.steps:
             self.seconds = now - self._start
-            self.tokens = run.progress.tokens - self._tokens
-            activities = [ProfilerActivity.CPU]
-            if device.type == "cuda":
-                activities.append(ProfilerActivity.CUDA)
+            self.tokens += run.progress.tokens
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
             self._profile = profile(activities=activities)
             self._profile.start()
             self._start = time.perf_counter()
-        elif step == self.warmup + 2 * self.steps:
+        elif step == self.first + 2 * self.steps:
             self.profiled_seconds = now - self._start
             self._profile.stop()
-            self.parts = seconds_of_parts(self._profile.events() or (), device.type == "cuda")
+            self.parts = seconds_of_parts(self._profile.events(), on_device)
             run.stop("measured")
 
 
@@ -96,7 +103,7 @@ def model_flops(job: Any, steps: range) -> float:
     of_layer = width * (2 * queries + 2 * keys + 3 * SHAPE["intermediate_size"])  # multiplications per token
     rows, total = job.rows(), 0.0
     for step in steps:
-        first = step * job.rows_per_step % len(rows)
+        first = step * job.rows_per_step % len(rows)  # the rows begin anew after their last whole step
         for row in rows[first : first + job.rows_per_step]:
             length, labels = len(row["input_ids"]), int((row["labels"][1:] != IGNORE).sum())
             pairs = length * (length + 1) / 2  # of a token and one that it sees
@@ -104,7 +111,7 @@ def model_flops(job: Any, steps: range) -> float:
     return 6 * total
 
 
-def measure(precision: str, steps: int, warmup: int) -> dict[str, Any]:
+def measure(precision: str, steps: int) -> dict[str, Any]:
     """Train, in this process; what the steps took."""
     import torch
     from ours import described
@@ -112,14 +119,14 @@ def measure(precision: str, steps: int, warmup: int) -> dict[str, Any]:
 
     from llm_trainer.train.preflight import peak_flops
 
-    needed = warmup + 2 * steps
-    job = Job("ours-default", "alpaca", precision, 0, needed - 1, str(BENCH / "work"))
-    watch = Watch(warmup, steps)
+    job = Job("ours-default", "alpaca", precision, 0, LONG, str(BENCH / "work"))
+    watch = Watch(steps)
     with tempfile.TemporaryDirectory() as folder:
         trainer = described(job, folder, watch)
         trainer.train()
         peak = peak_flops(trainer.run.engine)
         choices = {name: choice.value for name, choice in trainer.run.choices.items()}
+    assert watch.first is not None
     device = trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     # What no operator says (Python between them, waiting) is the rest.
@@ -132,7 +139,7 @@ def measure(precision: str, steps: int, warmup: int) -> dict[str, Any]:
         "tokens_per_second": watch.tokens / watch.seconds,
         "shares": shares,
         "peak_flops": peak,
-        "of_peak": model_flops(job, range(warmup, warmup + steps)) / (watch.seconds * peak),
+        "of_peak": model_flops(job, range(watch.first, watch.first + steps)) / (watch.seconds * peak),
     }
 
 
@@ -178,8 +185,7 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--precisions", default=["fp32", "bf16"], type=lambda text: text.split(","))
-    parser.add_argument("--steps", type=int, default=4, help="of 32 rows, timed and then profiled")
-    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=5, help="of 16 rows, timed and then profiled")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--poor-cpu", action="store_true", help="with the instructions of AVX2 alone")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -188,7 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.job:
         sys.path.insert(0, str(RUNNERS))
-        print(json.dumps(measure(options.job, options.steps, options.warmup)))
+        print(json.dumps(measure(options.job, options.steps)))
         return
     prepare_work()
     kept: dict[str, dict[str, Any]] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {}

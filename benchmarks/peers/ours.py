@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from steady import LONG, Pace
 from torch.utils.data import DataLoader
 from workload import CONTEXT, IGNORE, LEARNING_RATE, MAX_GRAD_NORM, Job, Meter, collate
 
@@ -18,8 +19,6 @@ from llm_trainer.train.hooks import Hook, RunView
 from llm_trainer.train_configs import DataLoaderConfig, OptimConfig, RunConfig, SFTConfig, TrainConfig
 
 MICRO_BATCH_TOKENS = 8 * CONTEXT
-COMPILED_AFTER = 2  # steps: some shapes are made dynamic in the second
-LONG = 100_000  # epochs of a run that somebody waits for: it ends when it is measured
 
 
 class Samples:
@@ -38,11 +37,11 @@ class Samples:
 class Clock:
     """A hook that times the steps of one pass over the rows and then ends the run.
 
-    The pass begins when the run goes as it will go on: after the warm-up, and once nothing is compiled beside it any more.
+    It begins when the run goes as it will go on, at the rows that all peers are timed on.
     """
 
     def __init__(self, meter: Meter) -> None:
-        self.meter, self.is_timing = meter, False
+        self.meter, self.pace, self.is_timing = meter, Pace(), False
 
     def __call__(self, run: RunView) -> None:
         """A step is done."""
@@ -51,8 +50,9 @@ class Clock:
         meter.tick()
         step = len(meter.ticks)
         steps_per_epoch = len(job.rows()) // job.rows_per_step
-        at_the_place = (step - job.warmup) % steps_per_epoch == 0  # all peers are timed on the same rows
-        if not self.is_timing and step >= max(job.warmup, COMPILED_AFTER) and at_the_place:
+        at_the_place = step >= job.warmup and (step - job.warmup) % steps_per_epoch == 0
+        is_steady = self.pace.is_steady(run)
+        if not self.is_timing and at_the_place and is_steady:
             meter.warmup, self.is_timing = step, True
         if self.is_timing and step == meter.warmup + job.steps:
             run.stop("measured")

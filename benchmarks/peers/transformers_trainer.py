@@ -65,7 +65,7 @@ def trl_trainer(job: Job, model: Any, folder: str) -> Trainer:
     )
     kwargs = arguments(job, folder)
     if job.ragged and options["packing"]:
-        kwargs["gradient_accumulation_steps"] = 1  # 8 packed rows hold about as many tokens as 32 rows
+        kwargs["gradient_accumulation_steps"] = 1  # 8 packed rows hold about as many tokens as 16 to 32 ragged ones
     return SFTTrainer(
         model=model,
         args=SFTConfig(**kwargs, **options),
