@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# -> precision, and further options
-MACHINES = {"rich": ("bf16", []), "poor": ("fp32", ["--poor-cpu"])}
-SFT_PEERS = {
-    "rich": "trl,trl-packed,ours-best,ours-default,ours-default-objects",
-    "poor": "trl,trl-packed,ours-best,ours-default",
+MACHINES: dict[str, tuple[str, list[str]]] = {  # -> precision, and further options
+    "rich": ("bf16", []),
+    "poor": ("fp32", ["--poor-cpu"]),
 }
+SFT_PEERS = "trl,trl-packed,ours-best,ours-default"
 DPO_PEERS = "trl,ours-compiled,ours-default"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
 from ranks import fork_ranks, import_once
-from table import ENGINES, TRAINERS, cells, engine_cells, run, weighed_cell
+from table import ENGINES, TRAINERS, automatic_cells, cells, engine_cells, run, weighed_cell
 
 RANKS = 2
 
@@ -21,6 +21,7 @@ def curves(folder: Path, engine: str) -> dict[str, Any]:
     """Every cell of an engine, one after the other in the same processes."""
     make = cells if engine == "torch" else partial(engine_cells, engine=engine)
     wanted = [cell for trainer in TRAINERS for cell in make(trainer, ranks=RANKS)]
+    wanted += [cell for trainer in TRAINERS for cell in automatic_cells(trainer, engine, RANKS)]
     return {str(cell): run(cell) for cell in [*wanted, weighed_cell(engine, RANKS)]}
 
 

@@ -6,10 +6,12 @@
 import json
 import sys
 import tempfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,11 +34,27 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
 }
 STEPS = 3
 ROWS_PER_STEP = 8
+# What may be left to the machine, as the user says it who leaves nothing to it.
+PLAIN: dict[str, Any] = {"micro_batch_tokens": None, "compile": False}
+
+
+class StepSeen(NamedTuple):
+    """What a step was: its loss, its gradient norm, and a number that tells its rows from others, whatever their order."""
+
+    loss: float
+    grad_norm: float
+    rows: int
+
+
+Curve = list[StepSeen]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A way to run: an engine, `batch_size` x `accumulation` x `ranks` rows per step, their layout, and a token budget."""
+    """A way to run: an engine, `batch_size` x `accumulation` x `ranks` rows per step, their layout, and a token budget.
+
+    `automatic`: nothing is said about the machine. Rows come padded from a loader of the user, or, `flat`, from a stream.
+    """
 
     trainer: str
     batch_size: int
@@ -45,9 +63,12 @@ class Cell:
     flat: bool = False
     micro_batch_tokens: int | None = None
     engine: str = "torch"
+    automatic: bool = False
 
     def __str__(self) -> str:
         layout = "flat" if self.flat else "padded"
+        if self.automatic:
+            layout = "stream" if self.flat else "loader"
         budget = f"-{self.micro_batch_tokens}tokens" if self.micro_batch_tokens else ""
         return f"{self.trainer}-{self.engine}-{self.batch_size}x{self.accumulation}x{self.ranks}-{layout}{budget}"
 
@@ -69,6 +90,15 @@ def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
         Cell(trainer, 1, per_rank, ranks, flat, None, engine),
         Cell(trainer, 2, per_rank // 2, ranks, flat, 40, engine),
     ]
+
+
+def automatic_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
+    """Everything left to the machine, with a loader of the user and with a stream of ours."""
+    count = ROWS_PER_STEP // ranks // 2
+    found = [Cell(trainer, 2, count, ranks, False, None, engine, automatic=True)]
+    if trainer != "reward" and engine == "torch":
+        found.append(Cell(trainer, 2, count, ranks, True, None, engine, automatic=True))
+    return found
 
 
 def weighed_cell(engine: str, ranks: int) -> Cell:
@@ -162,60 +192,116 @@ def tiny_model(attention: str = "sdpa", seed: int = 0) -> Any:
     return build_model(shape, attention=attention)
 
 
-def run(cell: Cell, device: str = "cpu", **options: Any) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step; `options` are further keywords of the trainer."""
-    from llm_trainer import configure_optimizer
+def loader_of(cell: Cell) -> Any:
+    """What the rows of a cell come from."""
+    from torch.utils.data import DataLoader
+
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
-    from llm_trainer.models.rewarding import reward_model
-    from llm_trainer.train.hooks import Hook
 
-    of_trainer = TRAINERS.get(cell.trainer, {"max_grad_norm": None})
-    model, options = tiny_model(), of_trainer | ENGINES[cell.engine] | {"use_amp": False} | options
-    if cell.trainer in ("dpo", "kto"):
-        options["ref_model"] = tiny_model(seed=1)
-    elif cell.trainer == "reward":
-        model = reward_model(model)
     dataset, collate = data_of(cell)
-    stream = SampleStream(
+    if cell.automatic and not cell.flat:
+        rows = [dataset[i] for i in range(len(dataset.lengths))]
+        return DataLoader(rows, batch_size=cell.batch_size, collate_fn=collate)  # type: ignore[arg-type]  # a list
+    return SampleStream(
         dataset,
         collate,
         rows_per_step=ROWS_PER_STEP,
         batch_size=cell.batch_size,
         rank=dist.rank(),
         world_size=cell.ranks,
-        micro_batch_tokens=cell.micro_batch_tokens,
+        micro_batch_tokens="auto" if cell.automatic else cell.micro_batch_tokens,
         flat=cell.flat,
         shuffle=False,
     )
-    curve: list[tuple[float, float]] = []
+
+
+def run(
+    cell: Cell,
+    device: str = "cpu",
+    ready: Callable[[Any], object] = id,
+    into: str | None = None,
+    last_step: int = STEPS,
+    **options: Any,
+) -> Curve:
+    """What the steps of a cell are.
+
+    Args:
+        cell: how to run.
+        device: where.
+        ready: sees the trainer before it trains.
+        into: the folder of the run, from whose checkpoint it goes on; None: one that is forgotten.
+        last_step: the one after which it ends.
+        options: further keywords of the trainer.
+    """
+    from llm_trainer import configure_optimizer
+    from llm_trainer.engine import dist
+    from llm_trainer.models.rewarding import reward_model
+    from llm_trainer.train.hooks import Hook
+
+    of_trainer = TRAINERS.get(cell.trainer, {"max_grad_norm": None})
+    left_open = {} if cell.automatic else PLAIN
+    model, options = tiny_model(), of_trainer | ENGINES[cell.engine] | {"use_amp": False} | left_open | options
+    if cell.trainer in ("dpo", "kto"):
+        options["ref_model"] = tiny_model(seed=1)
+    elif cell.trainer == "reward":
+        model = reward_model(model)
+    curve: Curve = []
+    rows: list[int] = []  # of this rank
 
     def watch(run: Any) -> None:
-        curve.append((run.values["loss"], run.values["grad_norm"]))
+        curve.append(StepSeen(run.values["loss"], run.values["grad_norm"], sum(dist.gather_objects(rows[-1]))))
 
     with tempfile.TemporaryDirectory() as own_folder:
-        folder = dist.broadcast_object(own_folder)  # into which all ranks write their shards
-        trainer_class_of(cell)(
+        folder = dist.broadcast_object(into or own_folder)  # into which all ranks write their shards
+        trainer = trainer_class_of(cell)(
             model=model,
             optimizer=configure_optimizer(model=model, lr=1e-3 if cell.trainer == "reward" else 1e-2),
-            train_loader=stream,
+            train_loader=loader_of(cell),
             device=device,
             max_epochs=1,
+            max_steps=last_step,
             grad_accum_steps=cell.accumulation,
             log_interval=1,
             save_dir=folder,
             save_interval=0,
+            resume="never" if into is None else "auto",
             hooks=[Hook("watch", watch, every_steps=1)],
             **options,
-        ).train()
-    assert len(curve) == STEPS
+        )
+        after = trainer.run.after
+
+        def noting(done: Any) -> bool:
+            if done is not None:
+                rows.append(sum(number_of(batch.batch) for batch in done.batches if batch.counts))
+            return after(done)
+
+        trainer.run.after = noting
+        ready(trainer)
+        trainer.train()
     return curve
 
 
-def differences(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> tuple[float, float]:
-    """Largest difference of losses and of gradient norms (relative)."""
-    losses = max(abs(x[0] - y[0]) for x, y in zip(a, b, strict=True))
-    norms = max(abs(x[1] - y[1]) / y[1] for x, y in zip(a, b, strict=True))
+def number_of(batch: dict[str, torch.Tensor]) -> int:
+    """A sum over the rows of a batch, padded or flat, which is another one for other rows."""
+    ids = batch["input_ids"]
+    if "document_lengths" in batch:
+        documents = ids[0].split(batch["document_lengths"].tolist())
+    else:
+        documents = [row[:length] for row, length in zip(ids, batch["attention_mask"].sum(1).tolist(), strict=True)]
+    return sum(zlib.crc32(document.numpy().astype(np.int64).tobytes()) for document in documents)
+
+
+def differences(a: Curve, b: Curve) -> tuple[float, float]:
+    """Largest difference of losses and of gradient norms (relative).
+
+    Raises:
+        AssertionError: a step had other rows.
+    """
+    pairs = [(StepSeen(*x), StepSeen(*y)) for x, y in zip(a, b, strict=True)]
+    assert [x.rows for x, _ in pairs] == [y.rows for _, y in pairs]
+    losses = max(abs(x.loss - y.loss) for x, y in pairs)
+    norms = max(abs(x.grad_norm - y.grad_norm) / y.grad_norm for x, y in pairs)
     return losses, norms
 
 

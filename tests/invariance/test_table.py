@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from table import ENGINES, TRAINERS, Cell, cells, differences, engine_cells, run, weighed_cell
+from table import ENGINES, TRAINERS, Cell, automatic_cells, cells, differences, engine_cells, run, weighed_cell
 
 TOLERANCE = 1e-5
+AUTOMATIC = 1e-6  # where the machine chooses
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
 
@@ -53,6 +54,16 @@ def test_two_processes(cell: Cell, base: dict[str, list], played: dict[str, Any]
 )
 def test_two_processes_on_other_engines(cell: Cell, base: dict[str, list], played: dict[str, Any]) -> None:
     assert max(differences(curve_of(cell, played), base[cell.trainer])) < TOLERANCE
+
+
+@pytest.mark.parametrize("cell", [cell for t in TRAINERS for cell in automatic_cells(t, "torch", 1)], ids=str)
+def test_what_the_machine_chooses_in_one_process(cell: Cell, base: dict[str, list]) -> None:
+    assert max(differences(run(cell), base[cell.trainer])) < AUTOMATIC
+
+
+@pytest.mark.parametrize("cell", [c for e in ENGINES for t in TRAINERS for c in automatic_cells(t, e, 2)], ids=str)
+def test_what_the_machine_chooses_in_two(cell: Cell, base: dict[str, list], played: dict[str, Any]) -> None:
+    assert max(differences(curve_of(cell, played), base[cell.trainer])) < AUTOMATIC
 
 
 @pytest.fixture(scope="module")
