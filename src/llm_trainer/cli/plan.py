@@ -14,6 +14,7 @@ from llm_trainer.config.errors import counted
 from llm_trainer.config.load import load_config
 from llm_trainer.config.registry import algorithm
 from llm_trainer.config.table import key_of
+from llm_trainer.engine.base import checkpoint_copy
 from llm_trainer.plan.choices import RESERVE, Choice, choices, recommend, usable
 from llm_trainer.plan.describe import describe
 from llm_trainer.plan.gpus import GB, find_gpu
@@ -57,13 +58,42 @@ def plan(
         budget = config.run_config.max_steps * job.rows * job.sample_tokens * gpus
 
     # 3. as a table or as JSON
+    host = 0
+    if chosen is not None and config.run_config.save_in_background:
+        host = _host_copy(shape, job, cluster, chosen)
     if as_json:
-        typer.echo(json.dumps(_for_machines(shape, job, cluster, found, chosen, why, budget), indent=1))
+        facts = _for_machines(shape, job, cluster, found, chosen, why, budget)
+        typer.echo(json.dumps(facts | {"host_copy_bytes": host}, indent=1))
         return
-    for line in [*_facts(shape, job, cluster, mfu, budget), "", *_table(found, chosen, budget), "", f"take  {why}"]:
+    advice = [f"take  {why}"]
+    if host:
+        copy = f"{host / 1e9:.1f} GB of the first machine's host memory"
+        advice.insert(
+            0, f"host  {copy} for the copy that checkpoints are written from [run_config.save_in_background=false]"
+        )
+    for line in [*_facts(shape, job, cluster, mfu, budget), "", *_table(found, chosen, budget), "", *advice]:
         typer.echo(line)
     if chosen is not None:
         typer.echo(f"      {' '.join(_changes(key_of(name), job, chosen))}")
+
+
+def _host_copy(shape: Shape, job: Job, cluster: Cluster, chosen: Choice) -> int:
+    """Host memory, in bytes, that all processes of the first machine take to save a checkpoint in the background."""
+    strategy = chosen.strategy
+    width = 2 if strategy.is_zero and job.precision != "fp32" else 4
+    share = 1 / cluster.devices if strategy.optimizer else 1.0
+
+    def copied(is_main: bool) -> int:
+        return checkpoint_copy(
+            width * shape.num_parameters,
+            job.state_bytes,
+            gathers_weights=strategy.weights,
+            gathers_state=strategy.is_zero,
+            share=share,
+            is_main=is_main,
+        )
+
+    return copied(True) + (cluster.per_node - 1) * copied(False)
 
 
 def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float | None) -> list[str]:

@@ -39,6 +39,28 @@ class EngineOptions:
     deepspeed: Mapping[str, Any] | None = None
 
 
+def checkpoint_copy(
+    weights: float, optimizer: float, *, gathers_weights: bool, gathers_state: bool, share: float, is_main: bool
+) -> int:
+    """Host memory, in bytes, for what one process copies of a checkpoint that is saved in the background.
+
+    What an engine gathers for it is in host memory anyway, whenever it is saved.
+
+    Args:
+        weights: bytes of all.
+        optimizer: bytes of all its state.
+        gathers_weights, gathers_state: see `Engine`.
+        share: of the optimizer's state that one process holds.
+        is_main: whether it is the main process, which alone saves what every process holds.
+    """
+    copied = 0.0
+    if is_main and not gathers_weights:
+        copied += weights
+    if not gathers_state and (is_main or share < 1):
+        copied += optimizer * share
+    return int(copied)
+
+
 class Engine(ABC):
     """Executes the steps of one trainer on some machinery (one process, DDP, FSDP2, DeepSpeed).
 
@@ -138,7 +160,14 @@ class Engine(ABC):
 
     def bytes_to_copy(self, weights: int, optimizer: int) -> int:
         """Host memory for what this process copies for a checkpoint, where weights and optimizer take so many bytes in all."""
-        return weights + optimizer if dist.is_main() else 0
+        return checkpoint_copy(
+            weights,
+            optimizer,
+            gathers_weights=self.gathers_weights,
+            gathers_state=self.gathers_state,
+            share=self.shard_fractions()[2],
+            is_main=dist.is_main(),
+        )
 
     @abstractmethod
     def load(self, path: str | Path) -> dict[str, Any]:

@@ -310,10 +310,6 @@ class DeepSpeedEngine(Engine):
         found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
 
-    def bytes_to_copy(self, weights: int, optimizer: int) -> int:
-        is_live = dist.is_main() and not self.gathers_weights
-        return weights if is_live else 0  # the rest is gathered, whenever it is saved
-
     def optimizer_state(self) -> dict[str, Any]:
         """All of it in the main process's host memory, one tensor after the other; names and groups on all."""
         groups, state = [], {}

@@ -204,10 +204,6 @@ class FsdpEngine(TorchEngine):
         found = gathered_weights(self._base, gather)
         return found if dist.is_main() else {}
 
-    def bytes_to_copy(self, weights: int, optimizer: int) -> int:
-        _, _, share = self.shard_fractions()
-        return int(optimizer * share)  # weights are gathered, whenever they are saved
-
     def load(self, path: str | Path) -> dict[str, Any]:
         self._reshard()
         parameters = {checkpoint.plain_name(name): p for name, p in self._base.named_parameters()}

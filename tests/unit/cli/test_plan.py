@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import load_config
+from llm_trainer.config.options import Fsdp
 from llm_trainer.config.schema import ModelConfig
+from llm_trainer.engine import dist
+from llm_trainer.engine.fsdp import FsdpEngine
+from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.models.build import build_model, flops_per_token, num_parameters
 from llm_trainer.plan.describe import describe
 from llm_trainer.trainers.distill import CHUNK_ELEMENTS
@@ -110,6 +115,26 @@ def test_days_come_from_the_tokens_or_from_the_steps(run, capsys):
     assert told["days"] == pytest.approx(1e9 / told["speed"]["tokens_per_second"] / 86400)
     steps = first("run_config.max_steps=1000")
     assert steps["days"] == pytest.approx(1000 * steps["speed"]["step_s"] / 86400)
+
+
+def test_the_copy_of_a_checkpoint_in_host_memory_is_what_engines_take(run, capsys, monkeypatch):
+    """Of two machines the first one holds it; of sharded optimizers each process its share."""
+    cluster = ("batch_size=4096", "--gpus", "16", "--gpu", "a100-40")
+    model = build_model(ModelConfig(**MODEL))
+    weights, states = 4 * num_parameters(model), 8 * num_parameters(model)
+    ddp = planned(capsys, run(), *cluster)
+    assert ddp["recommendation"]["choice"]["strategy"] == "DDP"
+    assert ddp["host_copy_bytes"] == TorchEngine(torch.device("cpu"), "fp32").bytes_to_copy(weights, states)
+    assert planned(capsys, run(), "run_config.save_in_background=false", *cluster)["host_copy_bytes"] == 0
+    shape = {"vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
+    large = run(model=json.dumps(shape | {"max_position_embeddings": 4096}))
+    sharded = planned(capsys, large, "dataset_block_size=4096", "batch_size=16", "--gpus", "16", "--gpu", "h200")
+    assert sharded["recommendation"]["choice"]["strategy"] == "FSDP2"
+    engine = FsdpEngine(torch.device("cpu"), "fp32", Fsdp())
+    monkeypatch.setattr(dist, "world_size", lambda: 16)
+    of_each = engine.bytes_to_copy(4 * sharded["model"]["num_parameters"], int(sharded["job"]["state_bytes"]))
+    assert sharded["host_copy_bytes"] == 8 * of_each
+    assert "host  " in said(capsys, run(), *cluster)
 
 
 def test_json_adds_up(run, capsys):
