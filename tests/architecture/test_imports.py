@@ -65,6 +65,8 @@ LICENSED = {
     ("train/run.py", "optim"): "tells a plateau schedule the validation loss",
     ("train/configured.py", "optim"): "asks whether a schedule is ours",
     ("train/budget.py", "data"): "the protocol of a step source",
+    ("train/sizing.py", "data"): "how a source lays out what it cuts",
+    ("train/sizing.py", "plan"): "what a micro-batch takes",
     ("train/loop.py", "data"): "the protocol of a step source",
     ("train/evaluate.py", "data"): "the same, and the chat format of prompts",
     ("train/transformers_driver.py", "data"): "seeds a step as the loop does",

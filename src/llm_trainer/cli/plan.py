@@ -50,7 +50,8 @@ def plan(
     shape, job = describe(config, name, kind.has_bf16)
 
     # 2. all ways to train it, and the best one
-    micro_tokens = config.data_loader_config.micro_batch_tokens or config.batch_size * job.sample_tokens
+    configured = config.data_loader_config.micro_batch_tokens
+    micro_tokens = configured if isinstance(configured, int) else config.batch_size * job.sample_tokens
     found = choices(shape, job, cluster, micro_tokens, mfu)
     chosen, why = recommend(shape, job, cluster, found)
     budget = tokens

@@ -46,8 +46,10 @@ class EarlyStopping:
 class MicroBatches:
     """How steps are cut."""
 
-    micro_batch_tokens: StrictInt | None = Field(
-        default=None, ge=1, description="cut micro-batches by this many tokens; null: by batch_size rows"
+    micro_batch_tokens: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] | None = Field(
+        default="auto",
+        description="cut the rows of a step into micro-batches of this many tokens; auto: the fastest that fits into memory; "
+        "null: by batch_size rows",
     )
 
 

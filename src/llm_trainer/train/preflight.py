@@ -1,5 +1,6 @@
 """What is about to happen, on one screen, before the first step; and what a step costs. Functions of plain values."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from llm_trainer.engine.choose import left_out
 from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
+from llm_trainer.plan.shapes import Shape
 from llm_trainer.state import Choice
 from llm_trainer.train.loop import Work
 
@@ -62,6 +64,7 @@ class Size:
         trained_bytes: of those with gradients.
         optimizer_bytes: that the optimizer will keep as its state.
         flops_per_token: of a training step; None for modules that are no transformers language model.
+        shape: as `plan` sees it; None for other models than those whose memory it knows.
     """
 
     parameters: int
@@ -70,14 +73,19 @@ class Size:
     trained_bytes: int
     optimizer_bytes: int
     flops_per_token: float | None
+    shape: Shape | None
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, row_length: int | None) -> Self:
         """The size of a model; FLOPs with rows of `row_length` tokens, where that is known."""
         from transformers import PreTrainedModel
 
-        from llm_trainer.models.build import flops_per_token
+        from llm_trainer.models.build import ARCHITECTURES, flops_per_token
+        from llm_trainer.plan.shapes import shape_of
 
+        shape = None
+        if isinstance(model, PreTrainedModel) and model.config.model_type in ARCHITECTURES:
+            shape = shape_of(model)
         every = list(model.parameters())
         trained = [parameter for parameter in every if parameter.requires_grad]
         flops = flops_per_token(model, row_length or 1) if isinstance(model, PreTrainedModel) else None
@@ -88,6 +96,7 @@ class Size:
             trained_bytes=sum(p.numel() * p.element_size() for p in trained),
             optimizer_bytes=state_bytes(optimizer),
             flops_per_token=flops,
+            shape=shape,
         )
 
 
@@ -159,9 +168,7 @@ def describe_size(size: Size) -> str:
     return f"{human(size.parameters)} ({size.parameters:,}){trained}"
 
 
-def expected_memory(
-    size: Size, model: nn.Module, engine: Engine, source: StepSource, settings: "Settings"
-) -> dict[str, float]:
+def expected_memory(size: Size, engine: Engine, source: StepSource, settings: "Settings") -> dict[str, float]:
     """Bytes on one device, by purpose: weights, gradients, optimizer, and activations where their formula is known."""
     weights, gradients, states = engine.shard_fractions()
     memory = {
@@ -169,30 +176,35 @@ def expected_memory(
         "gradients": size.trained_bytes * gradients,
         "optimizer": size.optimizer_bytes * states,
     }
-    activations = _expected_activations(model, engine, source, settings)
+    activations = _expected_activations(size.shape, engine, source, settings)
     return memory if activations is None else memory | {"activations": activations}
 
 
-def _expected_activations(model: nn.Module, engine: Engine, source: StepSource, settings: "Settings") -> float | None:
+def _expected_activations(
+    shape: Shape | None, engine: Engine, source: StepSource, settings: "Settings"
+) -> float | None:
     """What the layers keep of a micro-batch for the backward, in bytes; None for other layers than those of `plan`."""
-    from transformers import PreTrainedModel
-
-    from llm_trainer.models.build import ARCHITECTURES
     from llm_trainer.plan.memory import Widths, layer_activations
-    from llm_trainer.plan.shapes import shape_of
 
-    if not isinstance(model, PreTrainedModel) or model.config.model_type not in ARCHITECTURES:
+    tokens = _tokens_of_micro_batch(source)
+    if shape is None or tokens is None:
         return None
-    length = mean_row_length(source)
-    if length is None or not isinstance(source, SampleStream):
-        return None
-    tokens = settings.micro_batch_tokens or source.batch_size * length
     product_bytes = 4 if engine.precision_name == "fp32" else 2
-    widths, shape = Widths(product_bytes, 4), shape_of(model)
+    widths = Widths(product_bytes, 4)
     per_layer = layer_activations(shape, widths)
     if settings.gradient_checkpointing:
         per_layer = widths.residual * shape.hidden_size
     return tokens * shape.num_layers * per_layer
+
+
+def _tokens_of_micro_batch(source: StepSource) -> float | None:
+    """As it is cut, which is not more than the rows of a step come to; None where nobody knows."""
+    budget, length = source.micro_batch_tokens, mean_row_length(source)
+    tokens = float(budget) if isinstance(budget, int) else None
+    if isinstance(source, SampleStream) and length is not None:
+        rows = source.batch_size if tokens is None else math.ceil(source.rows_per_step / source.world_size)
+        tokens = min(tokens or math.inf, rows * length)
+    return tokens
 
 
 def describe_memory(memory: Mapping[str, float]) -> str:
@@ -206,11 +218,17 @@ def describe_batch(source: StepSource, accumulation: int) -> str:
     ranks = counted(dist.world_size(), "rank")
     if not isinstance(source, SampleStream):
         in_all = counted(accumulation * dist.world_size(), "micro-batch")
-        return f"{counted(accumulation, 'micro-batch')} x {ranks} = {in_all} per step"
+        return f"{counted(accumulation, 'micro-batch')} x {ranks} = {in_all} per step{_budget_of(source)}"
     rows, in_all = counted(source.batch_size, "row"), counted(source.rows_per_step, "row")
     tokens = human(source.rows_per_step * float(source.dataset.lengths.mean()), "tokens")
-    budget = f", micro-batches of {source.micro_batch_tokens:,} tokens" if source.micro_batch_tokens else ""
-    return f"{rows} x {accumulation} accumulation x {ranks} = {in_all} = {tokens} per step{budget}"
+    equation = f"{rows} x {accumulation} accumulation x {ranks} = {in_all} = {tokens} per step"
+    return equation + _budget_of(source)
+
+
+def _budget_of(source: StepSource) -> str:
+    """By what its steps are cut."""
+    budget = source.micro_batch_tokens
+    return f", in micro-batches of {budget:,} tokens" if isinstance(budget, int) else ""
 
 
 def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> dict[str, str]:
@@ -218,7 +236,7 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
     trainer, engine, source = work.algorithm, work.engine, work.source
     model, steps = trainer.base_model, work.horizon.total()
     processes = counted(dist.num_processes(), "process")
-    memory = expected_memory(size, model, engine, source, settings)
+    memory = expected_memory(size, engine, source, settings)
     learning_rate = f"{float(trainer.optimizer.param_groups[0]['lr']):g}"
     if isinstance(trainer.scheduler, Scheduler):
         learning_rate = trainer.scheduler.describe()

@@ -22,7 +22,7 @@ from llm_trainer.engine.device import detect_device
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.optim import schedules
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
-from llm_trainer.train import guards, preflight, snapshot
+from llm_trainer.train import guards, preflight, sizing, snapshot
 from llm_trainer.train.budget import Budget
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, evaluate, unmeasured
@@ -106,7 +106,9 @@ class Run:
         # The data: this rank's share of the training data, and of every validation set.
         with self._on_duty():
             self.source, self.val_sources = self._open_data(train_loader, val_loader)
-        self.budget = Budget(settings.micro_batch_tokens, [self.source, *self.val_sources.values()])
+            machine = sizing.describe_machine(self.engine, self._is_together)
+        sources = [self.source, *self.val_sources.values()]
+        self.budget = Budget(settings.micro_batch_tokens, sources, machine, sizing.may_cut(trainer))
 
     def _open_data(self, train_loader: Any, val_loader: Any) -> tuple[StepSource, dict[str, StepSource]]:
         settings = self.settings
@@ -185,6 +187,7 @@ class Run:
             self._hooks = [*self._built_in_hooks(), *self._user_hooks]
             if self.finished() and not any(hook.is_due(self, finished=True) for hook in self._hooks):
                 return self._nothing_to_do()
+            sizing.settle(self.work, self.size, self.settings)
             self._open()
             try:
                 self._call_hooks()  # whatever a signal left undone
@@ -316,6 +319,8 @@ class Run:
         folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
         if self._configured.changes:
             facts["changed"] = f"since the checkpoint: {', '.join(self._configured.changes)}"
+        if (choice := self.budget.choice()) is not None:
+            self.chosen(choice)
         own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
         self.say(preflight.screen(facts | folders | own, self.settings.ledgers, [*self.choices.values()]))
         self._reporter.open(self.log_dir, self.settings, self.horizon.total())

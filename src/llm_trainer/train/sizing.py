@@ -1,0 +1,121 @@
+"""Finds how many tokens a micro-batch may have, where the user leaves it to the machine: the fastest number that fits.
+
+On CPUs the fastest number is a rule, out of `benchmarks/micro_batches.py`; memory bounds it. On other devices the largest
+number that fits is the fastest, up to a size from which on nothing is gained. No stop-watch decides, so runs choose alike.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from llm_trainer.algorithm import Algorithm, takes_flat
+from llm_trainer.data.stream import SampleStream, StepSource
+from llm_trainer.engine import dist
+from llm_trainer.engine.base import Engine
+from llm_trainer.engine.room import room_on
+from llm_trainer.train.budget import Budget, size_below
+from llm_trainer.train.loop import Work
+from llm_trainer.train.preflight import Size, human
+
+if TYPE_CHECKING:
+    from llm_trainer.config.options import Settings
+
+FASTEST_FLAT, FASTEST_PADDED = 4096, 2048  # tokens, on CPUs
+MOST = 65536  # tokens, on other devices: from here on a step's kernels are busy anyway
+SHARE = 0.8  # of the free memory that a step may take; the rest is for what no formula sees
+BytesOf = Callable[[int], float]  # tokens of a micro-batch -> what it takes while it is computed
+
+
+def describe_machine(engine: Engine, in_company: bool) -> str:
+    """What memory there is and who shares it, in words that all ranks agree on: a budget holds for one such machine."""
+    device = engine.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    total, processes = room_on(device).total, 1
+    if in_company:
+        ((total, _),) = dist.extremes([total])
+        name, processes = dist.share_object(name, 0), dist.num_processes()
+    return f"{name}, {human(total, 'B')}, {processes} x {engine.name}, {engine.precision_name}"
+
+
+def may_cut(algorithm: Algorithm) -> bool:
+    """Whether cutting micro-batches anew changes nothing but rounding."""
+    return takes_flat(type(algorithm)) and not _couples_rows(algorithm.base_model)
+
+
+def _couples_rows(model: nn.Module) -> bool:
+    """Whether what a row contributes depends on the others of its micro-batch."""
+    from transformers import PreTrainedModel
+
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return True
+    # A mixture of experts is balanced over the tokens of a micro-batch.
+    return isinstance(model, PreTrainedModel) and "output_router_logits" in model.config.to_dict()
+
+
+def settle(work: Work, size: Size, settings: "Settings") -> None:
+    """Find the budget of a run that has none yet; all ranks together, between two steps.
+
+    It is the smallest of what they find.
+    """
+    budget: Budget = work.budget
+    if budget.is_settled:
+        return
+    if not may_cut(work.algorithm):
+        return budget.settle(None, f"{type(work.algorithm).__name__} does not say that they may be cut anew")
+    if not isinstance(work.source, SampleStream):
+        return budget.settle(None, "they are ready-made")
+    fastest, why = _fastest(work.engine.device, work.source)
+    cost = bytes_by_formula(work.engine, size, settings)
+    if cost is None:
+        return budget.settle(None, "what a token of this model takes is not known")
+    room = room_on(work.engine.device)
+    free = SHARE * (room.free - _still_to_come(work, size, settings))
+    tokens = fastest
+    while tokens > 1 and cost(tokens) > free:
+        tokens = size_below(tokens - 1)
+    if tokens < fastest:
+        why = f"what fits into {human(max(0.0, free), 'B')}, of {room.limit}"
+    ((agreed, _),) = dist.extremes([tokens])
+    if agreed < tokens:
+        why = "what fits on every rank"
+    budget.settle(agreed, why)
+
+
+def _fastest(device: torch.device, source: StepSource) -> tuple[int, str]:
+    if device.type != "cpu":
+        return MOST, "more gains nothing"
+    is_flat = isinstance(source, SampleStream) and source.flat
+    return (FASTEST_FLAT if is_flat else FASTEST_PADDED), "the fastest on CPUs"
+
+
+def bytes_by_formula(engine: Engine, size: Size, settings: "Settings") -> BytesOf | None:
+    """What a micro-batch takes beside weights, gradients and optimizer; None for other models than those of `plan`."""
+    from llm_trainer.plan.memory import ONE, Step, moments
+    from llm_trainer.plan.shapes import Job
+
+    shape = size.shape
+    if shape is None:
+        return None
+    job = Job(0, 0, 1, flops_per_token=0.0, state_bytes=0.0, precision=engine.precision_name)
+    copies = 0 if engine.precision_name == "fp32" else 2 * shape.product_parameters  # that autocast makes
+
+    def needed(tokens: int) -> float:
+        on_gpu = engine.device.type != "cpu"
+        step = Step(tokens, settings.gradient_checkpointing, accumulates=True, on_gpu=on_gpu)
+        return copies + max(m.activations + m.head for m in moments(shape, job, ONE, 1, step))
+
+    return needed
+
+
+def _still_to_come(work: Work, size: Size, settings: "Settings") -> float:
+    """Bytes of gradients and optimizer state that are not there yet, and of the copy that is saved in the background."""
+    engine = work.engine
+    _, gradients, states = engine.shard_fractions()
+    to_come = size.trained_bytes * gradients
+    if not work.algorithm.optimizer.state:
+        to_come += size.optimizer_bytes * states
+    if settings.save_in_background and engine.device.type == "cpu":
+        to_come += engine.bytes_to_copy(size.bytes, size.optimizer_bytes)
+    return to_come

@@ -1,0 +1,129 @@
+"""The size of micro-batches that the machine chooses: the fastest that fits, and nothing but rounding changes by it."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llm_trainer import SFTTrainer, configure_optimizer
+from llm_trainer.config.schema import ModelConfig
+from llm_trainer.data.collate import collate_flat, collate_padded
+from llm_trainer.data.stream import SampleStream
+from llm_trainer.engine.room import Room
+from llm_trainer.models.build import build_model
+from llm_trainer.train import sizing
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
+from victim import Rows, make_model
+
+
+class Own(SFTTrainer):
+    """Sees its micro-batches in a way of its own, and does not say that they may be cut."""
+
+    def _forward(self, batch: Any) -> Any:
+        return super()._forward(batch)
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(vocab_size=512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+
+
+def stream(**options: Any) -> SampleStream:
+    given = {"collate": collate_padded, "rows_per_step": 8, "batch_size": 2}
+    return SampleStream(Rows(30), **(given | options))
+
+
+def trained(folder: Path, model: nn.Module | None = None, kind: type = SFTTrainer, **options: Any) -> Any:
+    model = model or tiny()
+    given: dict[str, Any] = {"train_loader": stream(), "max_epochs": 1, "log_interval": 1, "save_interval": 0}
+    optimizer = configure_optimizer(model, lr=0.01)
+    how = {"device": "cpu", "precision": "fp32", "progress": False, "save_dir": str(folder)}
+    trainer = kind(model, optimizer, **(given | how | options))
+    trainer.train()
+    return trainer
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    lines = map(json.loads, (folder / "log" / "metrics.jsonl").read_text().splitlines())
+    return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_on_cpus_it_is_the_fastest_whatever_the_memory(tmp_path, flat, capsys):
+    """One micro-batch is left of the four of each step, and rows, losses and gradient norms are the same."""
+    layout = {"flat": flat, "collate": collate_flat if flat else collate_padded}
+    by_rows = trained(tmp_path / "rows", train_loader=stream(**layout, micro_batch_tokens=None))
+    assert by_rows.run.budget.tokens is None and "micro-batches" not in by_rows.run.choices
+    capsys.readouterr()
+    chosen = trained(tmp_path / "auto", train_loader=stream(**layout), val_loader=stream(**layout))
+    fastest = sizing.FASTEST_FLAT if flat else sizing.FASTEST_PADDED
+    assert chosen.run.budget.tokens == chosen.run.source.micro_batch_tokens == fastest
+    assert chosen.run.val_sources[""].micro_batch_tokens == fastest
+    screen = capsys.readouterr().out
+    assert re.search(rf"micro-batches +{fastest:,} tokens:? +the fastest on CPUs +\[micro_batch_tokens=None\]", screen)
+    assert f"in micro-batches of {fastest:,} tokens" in screen
+    ((micro_batches, _), *_) = chosen.run.source.steps(0, 0)
+    assert len(micro_batches) == 1
+    for one, other in zip(losses(tmp_path / "rows"), losses(tmp_path / "auto"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_memory_bounds_it(tmp_path, monkeypatch):
+    """Half the memory is half the tokens, in few sizes; weights to come count first; ranks take the smallest."""
+    trainer = trained(tmp_path)
+    work, settings = trainer.run.work, trainer.run.settings
+    cost = sizing.bytes_by_formula(trainer.run.engine, trainer.run.size, settings)
+    assert cost is not None and cost(2048) > 1.8 * cost(1024)
+    found = []
+    for free in (cost(2048), cost(1100), 0):
+        monkeypatch.setattr(sizing, "room_on", lambda device, free=free: Room(int(free / sizing.SHARE) + 1, 0, "a box"))
+        monkeypatch.setattr(sizing, "_still_to_come", lambda *about: 0.0)
+        work.budget.is_settled = False
+        sizing.settle(work, trainer.run.size, settings)
+        found.append(work.budget.tokens)
+    assert found == [2048, 1024, 1] and "of a box" in work.budget.why
+    monkeypatch.setattr(sizing.dist, "extremes", lambda values: [(value // 2, value) for value in values])
+    monkeypatch.setattr(sizing, "room_on", lambda device: Room(1 << 50, 0, "a box"))
+    work.budget.is_settled = False
+    sizing.settle(work, trainer.run.size, settings)
+    assert work.budget.tokens == sizing.FASTEST_PADDED // 2 and work.budget.why == "what fits on every rank"
+
+
+def test_what_is_to_come_is_kept_free(tmp_path):
+    """Gradients, and the optimizer's state unless it is there; a copy for checkpoints."""
+    trainer = trained(tmp_path, max_steps=1)
+    size, settings = trainer.run.size, trainer.run.settings
+    there = sizing._still_to_come(trainer.run.work, size, settings)
+    trainer.optimizer.state.clear()
+    assert sizing._still_to_come(trainer.run.work, size, settings) - there == size.optimizer_bytes
+    assert there == size.trained_bytes + size.bytes + size.optimizer_bytes
+
+
+class Normed(nn.Module):
+    """Rows that see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(512, 8), nn.BatchNorm1d(8), nn.Linear(8, 512)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, T, V]` of ids `[B, T]`."""
+        return self.head(self.norm(self.embed(input_ids).mT).mT)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "why"),
+    [(tiny, Own, "Own"), (Normed, SFTTrainer, "may be cut"), ("plain", SFTTrainer, "not known")],
+)
+def test_what_may_not_be_cut_stays_as_it_comes(tmp_path, model, kind, why):
+    made = make_model(model) if isinstance(model, str) else model()
+    trainer = trained(tmp_path, made, kind)
+    assert trainer.run.budget.tokens is None and why in trainer.run.budget.why
+    ((micro_batches, _), *_) = trainer.run.source.steps(0, 0)
+    assert [len(micro_batch.batch["input_ids"]) for micro_batch in micro_batches] == [2, 2, 2, 2]
