@@ -14,7 +14,8 @@ MAY_IMPORT = {
     # leaves
     "config": set(),
     "compiler": set(),
-    "losses": {"compiler"},
+    "kernels": {"compiler"},
+    "losses": {"kernels"},
     "state": set(),
     "disk": set(),
     "cores": set(),
@@ -28,12 +29,23 @@ MAY_IMPORT = {
     "optimizer": {"optim"},
     # data, models and engines
     "data": {"config", "losses", "state", "disk", "lock"},
-    "models": {"config", "losses", "checkpoint", "compiler"},
+    "models": {"config", "losses", "checkpoint", "compiler", "kernels"},
     "engine": {"config", "checkpoint", "optim", "state", "cores"},
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
     "algorithm": {"state"},
-    "train": {"algorithm", "state", "engine", "checkpoint", "config", "compiler", "disk", "lock", "terminal"},
+    "train": {
+        "algorithm",
+        "state",
+        "engine",
+        "checkpoint",
+        "config",
+        "compiler",
+        "kernels",
+        "disk",
+        "lock",
+        "terminal",
+    },
     "trainers": {"algorithm", "losses", "models", "generation", "config"},
     # a description becomes objects
     "builder": {"config", "data", "models", "engine", "checkpoint", "disk"},

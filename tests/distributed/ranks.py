@@ -195,7 +195,7 @@ def threads_of_each(folder: Path) -> dict[str, Any]:
     threads.Place.here = classmethod(lambda cls: box)  # type: ignore[method-assign, assignment]
     torch.set_num_threads(8)
     trainer = mean_trainer(folder, [ONE])
-    return {"threads": torch.get_num_threads(), "said": str(trainer.run.choices["threads"])}
+    return {"threads": torch.get_num_threads(), "why": trainer.run.choices["threads"].why}
 
 
 # Ranks.

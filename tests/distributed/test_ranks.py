@@ -39,8 +39,8 @@ def test_a_folder_in_use_is_refused_on_all_ranks(played: dict[str, Any]) -> None
 
 
 def test_the_processes_of_a_machine_share_its_cores(played: dict[str, Any]) -> None:
-    said = "threads 4: 8 cores for 2 processes on this machine [OMP_NUM_THREADS=N]"
-    assert played["threads_of_each"]["results"] == [{"threads": 4, "said": said}] * 2
+    expected = {"threads": 4, "why": "8 cores for 2 processes on this machine"}
+    assert played["threads_of_each"]["results"] == [expected] * 2
 
 
 def test_all_ranks_start_from_the_main_ones_weights(played: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ def test_sigterm_to_torchrun_saves_once(tmp_path: Path) -> None:
     log, began = tmp_path / "run" / "log" / "metrics.jsonl", time.monotonic()
     with (tmp_path / "out").open("w") as out:
         launcher = subprocess.Popen([*command, str(RANKS), "--train", str(tmp_path / "run")], stdout=out, stderr=out)
-        while not (log.exists() and '"loss"' in log.read_text()):
+        while not (log.exists() and log.stat().st_size):
             assert time.monotonic() - began < 60, (tmp_path / "out").read_text()
             time.sleep(0.05)
         launcher.send_signal(signal.SIGTERM)

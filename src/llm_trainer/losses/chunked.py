@@ -10,15 +10,14 @@ Two ways through the head, both over N supervised tokens laid flat, a few rows o
 The weight is used as a whole however many tokens there are, so ranks of a sharded engine stay in step.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llm_trainer.compiler import compiled
+from llm_trainer.kernels import Kernel
 from llm_trainer.losses.language import LanguageLoss, at_least_float32
 
 # One chunk of logits, in bytes. Fewer chunks mean fewer passes over the weight's gradient; measured on 2 CPU cores at
@@ -26,8 +25,6 @@ from llm_trainer.losses.language import LanguageLoss, at_least_float32
 CHUNK_BYTES = 112 * 2**20
 # A GPU has no cache to stay in, wants products of thousands of rows, and pays for every kernel that is started.
 CHUNK_BYTES_GPU = 512 * 2**20
-# Below this many elements a compiled kernel saves less time than its compilation takes.
-COMPILE_ELEMENTS = 2**18
 # A half-precision weight gradient of a chunk is added to the float32 sum in slices of this many bytes: they stay in the
 # cache between the product and the sum, and their buffer is reused.
 PRODUCT_BYTES = 8 * 2**20
@@ -51,37 +48,6 @@ class HeadScores(NamedTuple):
     logprobs: Tensor
     correct: Tensor
     entropy: Tensor | None
-
-
-class CompiledKernel:
-    """An element-wise function that is compiled on its first large input, and stays eager where nothing can compile."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.can_compile = True
-        self.compiled: Callable[..., Any] | None = None
-
-    def __call__(self, first: Tensor, *rest: Any) -> Any:
-        worthwhile = first.numel() >= COMPILE_ELEMENTS and first.dtype in (torch.float32, torch.bfloat16)
-        if not (self.can_compile and worthwhile and first.device.type in ("cpu", "cuda")):
-            return self.function(first, *rest)
-        # Imported here: the compiler takes a second to import.
-        from torch._dynamo.exc import BackendCompilerFailed
-        from torch._inductor.exc import InductorError
-
-        try:
-            if self.compiled is None:
-                # The number of rows differs from batch to batch: one kernel for all of them.
-                self.compiled = compiled(self.function, dynamic=True)
-            return self.compiled(first, *rest)
-        except (BackendCompilerFailed, InductorError) as error:
-            self.can_compile = False
-            warnings.warn(
-                f"{self.function.__name__} runs uncompiled, 2-3 times slower: torch.compile failed with "
-                f"{str(error).splitlines()[0]!r}. A C++ compiler (g++) is what is usually missing.",
-                stacklevel=2,
-            )
-            return self.function(first, *rest)
 
 
 def _statistics(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
@@ -112,7 +78,8 @@ def _softmax_gradient(
 ) -> None:
     """Writes p * (on_prob + on_surprise * log p) + everywhere into `out [n, V]`; the coefficients are `[n]`."""
     log_probs = at_least_float32(logits) - log_normaliser[:, None]
-    out.copy_(log_probs.exp() * (on_prob[:, None] + on_surprise[:, None] * log_probs) + everywhere[:, None])
+    factor = on_prob[:, None] + on_surprise[:, None] * log_probs
+    out.copy_(log_probs.exp_().mul_(factor).add_(everywhere[:, None]))
 
 
 def _add_product(total: Tensor, product: Tensor) -> None:
@@ -120,9 +87,9 @@ def _add_product(total: Tensor, product: Tensor) -> None:
     total.add_(product)
 
 
-statistics = CompiledKernel(_statistics)
-softmax_gradient = CompiledKernel(_softmax_gradient)
-add_product = CompiledKernel(_add_product)
+statistics = Kernel(_statistics, per_row=2)
+softmax_gradient = Kernel(_softmax_gradient, per_row=6)
+add_product = Kernel(_add_product, per_row=2)
 
 
 class LogitCoefficients(NamedTuple):

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.losses.chunked import CompiledKernel, add_product
+from llm_trainer.kernels import Kernel
+from llm_trainer.losses.chunked import add_product
 from llm_trainer.models.gpu_attention import FLASH_ROWS, gpu_attention
 
 if TYPE_CHECKING:
@@ -262,8 +263,8 @@ def _probabilities(
     `[G, q, kv]` the two, `[G, q, 1]` log normaliser and mean of `on_probs` under the weights, `[q, kv]` the mask of 0
     and 1. d s = p * (d p - sum(p * d p)): the softmax of a row, as in FlashAttention (Dao et al. 2022, appendix B.2).
     """
-    probs = (scores.float() * scale - log_normaliser).clamp(max=0.0).exp() * mask
-    on_scores = probs * (on_probs.float() - mean) * scale
+    probs = (scores.float() * scale).sub_(log_normaliser).clamp_(max=0.0).exp_().mul_(mask)
+    on_scores = (on_probs.float() - mean).mul_(probs).mul_(scale)
     scores.copy_(probs)
     on_probs.copy_(on_scores)
 
@@ -273,8 +274,8 @@ def _row_products(left: Tensor, right: Tensor) -> Tensor:
     return (left.float() * right.float()).sum(-1)
 
 
-probabilities = CompiledKernel(_probabilities)
-row_products = CompiledKernel(_row_products)
+probabilities = Kernel(_probabilities, per_row=4)
+row_products = Kernel(_row_products, per_row=2)
 
 
 def _backward(ctx: Any, on_output: Tensor, on_log_normaliser: Tensor | None) -> tuple[Tensor | None, ...]:

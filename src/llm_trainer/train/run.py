@@ -20,6 +20,7 @@ from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import detect_device
 from llm_trainer.engine.threads import settle_threads
+from llm_trainer.kernels import compile_after
 from llm_trainer.optim import schedules
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, sizing, snapshot
@@ -180,6 +181,7 @@ class Run:
         folder, on_duty = self.checkpoints, self._on_duty()
         with folder.alone(), self.signals.listening(), workers_needed(), folder.saved_at_the_end(), on_duty:
             self._resume()
+            self._choose_kernels()
             self.stop_requested = False
             self.values = {}
             for values in self.progress.lines:
@@ -225,6 +227,7 @@ class Run:
             self.progress.next_epoch()
         else:
             self._account(done)
+            self._choose_kernels()
         self._call_hooks()
         return self.finished()
 
@@ -253,6 +256,14 @@ class Run:
             self._skip(done)
         progress.advance(done.position)
         self._reporter.note_learning_rate(progress.step, progress.learning_rate)
+
+    def _choose_kernels(self) -> None:
+        """Compile the kernels of head and attention as soon as the run is long enough to earn it back."""
+        per_token, flops = self.size.flops_per_token, None
+        if per_token is not None and self.settings.compile is not True:
+            flops = per_token * self.progress.tokens
+        if compile_after(flops) and self.progress.step and self.engine.device.type == "cpu":
+            self.say("compiling the kernels of head and attention: one step takes some seconds longer")
 
     def _skip(self, done: StepDone) -> None:
         """Count a step whose gradient was not finite, keep its batches for inspection, stop after too many in a row."""

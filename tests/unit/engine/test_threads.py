@@ -57,7 +57,7 @@ def box(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_one_process_has_all_cores(box: pytest.MonkeyPatch) -> None:
     choice = settle_threads(together=False)
     assert choice is not None and torch.get_num_threads() == 16
-    assert str(choice) == "threads 16: 16 cores for this process [OMP_NUM_THREADS=N]"
+    assert (choice.value, choice.why, choice.key) == ("16", "16 cores for this process", "OMP_NUM_THREADS=N")
     assert "OMP_NUM_THREADS" not in os.environ  # a process that is started later decides for itself
 
 

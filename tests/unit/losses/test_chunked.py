@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_trainer import kernels
 from llm_trainer.losses import chunked
 from llm_trainer.losses.chunked import chunked_logprobs, chunked_loss
 from llm_trainer.losses.language import LanguageLoss, flat_losses
@@ -130,25 +131,12 @@ def test_compiled_kernels_give_what_eager_ones_give(monkeypatch: pytest.MonkeyPa
     for n in (70, 83):
         hidden, labels = torch.randn(n, 16, generator=generator), torch.randint(0, 4099, (n,), generator=generator)
         results = []
-        for threshold in (2**40, 2**18):
-            monkeypatch.setattr(chunked, "COMPILE_ELEMENTS", threshold)
+        for flops in (0, None):
+            monkeypatch.setattr(kernels, "_compiles", kernels._compiles)
+            kernels.compile_after(flops)
             inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
             scores = chunked_loss(*inputs, None, labels, OPTIONS["all"], with_entropy=True)
             results.append([*scores, *gradients(scores.loss_sum, [*inputs])])
         for eager, compiled in zip(*results, strict=True):
             torch.testing.assert_close(compiled, eager, rtol=2e-5, atol=2e-5)
     assert chunked.statistics.compiled is not None
-
-
-def test_without_a_compiler_the_kernels_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.exc import InductorError
-
-    def fails(*_: Any) -> None:
-        raise InductorError(RuntimeError("no C++ compiler"), None)
-
-    monkeypatch.setattr(chunked, "COMPILE_ELEMENTS", 1)
-    kernel = chunked.CompiledKernel(lambda x: x + 1)
-    kernel.compiled = fails
-    with pytest.warns(UserWarning, match="uncompiled"):
-        assert kernel(torch.ones(2)).tolist() == [2, 2]
-    assert kernel(torch.ones(2)).tolist() == [2, 2]  # without trying or warning again

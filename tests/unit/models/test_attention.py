@@ -7,7 +7,7 @@ import torch
 from tiny_models import LENGTHS, flat_batch, padded_batch, tiny_model
 from torch.nn import functional as F
 
-from llm_trainer.losses import chunked
+from llm_trainer import kernels
 from llm_trainer.models import attention
 from llm_trainer.models.attention import document_attention, resolve_attention
 from llm_trainer.models.scored import scored
@@ -175,7 +175,7 @@ def test_kernels_of_the_backward_compile(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(attention, "BLOCK_ROWS", 16)
     gradients = []
     for threshold in (2**40, 1):
-        monkeypatch.setattr(chunked, "COMPILE_ELEMENTS", threshold)
+        monkeypatch.setattr(kernels, "LARGE", threshold)
         output, _ = document_attention(query, key, value, torch.arange(40)[None], 0.3)
         gradients.append(torch.autograd.grad(output.float().sum(), query)[0].float())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=2e-2)
