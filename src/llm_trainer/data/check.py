@@ -16,12 +16,13 @@ import numpy as np
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
 from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.printed import UNPRINTED, share_left_out
+from llm_trainer.data.encode.rows import misfit
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.ids import check_ids
 from llm_trainer.data.kinds import KINDS, WEIGHT, DataOptions, Kind, get_kind, kinds_that_accept
 from llm_trainer.data.kinds.pairs import refuse_weights
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.load import find_schema, misfit
+from llm_trainer.data.load import find_schema
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows

@@ -2,10 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby
-from operator import attrgetter
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +14,19 @@ from llm_trainer.data.cache import key_of
 from llm_trainer.data.duplicates import EXACT, NEAR, without_duplicates
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.printed import share_left_out
-from llm_trainer.data.encode.store import Part, TokenStore
-from llm_trainer.data.encode.templates import ChatTemplateError
+from llm_trainer.data.encode.rows import RowEncoder
+from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.encode.workers import build_store
-from llm_trainer.data.ids import check_all_ids, check_ids, open_tokens_of
-from llm_trainer.data.kinds import HARDNESS, DataOptions, Encoded, Kind, Sample, get_kind, kinds_that_accept
+from llm_trainer.data.ids import check_all_ids, open_tokens_of
+from llm_trainer.data.kinds import HARDNESS, DataOptions, Kind, get_kind, kinds_that_accept
 from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.packing import PACKERS
-from llm_trainer.data.read.errors import DataError, DroppedRow, Location
+from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.files import files_of, read_rows
-from llm_trainer.data.read.formats import split_documents
 from llm_trainer.data.read.recognise import head_of, schema_of, value_that_does_not_fit
-from llm_trainer.data.read.renaming import Renaming, number_at
-from llm_trainer.data.read.schemas import Schema, get_schema
+from llm_trainer.data.read.renaming import Renaming
+from llm_trainer.data.read.schemas import Schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
-from llm_trainer.data.unused import refuse_unused
 from llm_trainer.data.windows import Rows, note_dropped
 
 if TYPE_CHECKING:
@@ -309,113 +306,3 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
         unreadable=unreadable,
         source_bytes=foreseen_from,
     )
-
-
-@dataclass
-class RowEncoder:
-    """Rows of one schema, or (schema None) of token ids, -> a part of a store. Picklable: several processes can encode."""
-
-    kind: Kind
-    schema: str | None
-    chat: ChatFormat
-    bad_rows: str
-    image_columns: str = "error"
-    text_unit: str = "auto"
-    renaming: Renaming | None = None
-    hardness_column: str | None = None
-
-    def __call__(self, rows: list[tuple[Location, Any]]) -> Part:
-        columns = self.kind.columns if self.hardness_column is None else (*self.kind.columns, HARDNESS)
-        part = Part({name: [] for name in columns})
-        noted = [(replace(location, notes=part.notes), row) for location, row in rows]
-        # A kind may make several rows of a sample, or none: only equally hard samples are encoded together.
-        for hardness, samples in groupby(self._samples(noted, part), key=attrgetter("hardness")):
-            for encoded in self._encode(list(samples), part):
-                if isinstance(encoded, str):  # the reason why there is nothing to learn
-                    part.dropped[encoded] += 1
-                    continue
-                row = dict(encoded)
-                if hardness is not None:
-                    row[HARDNESS] = np.array([hardness])
-                for name, column in part.columns.items():
-                    column.append(row[name])
-        return part
-
-    def _samples(self, rows: list[tuple[Location, Any]], part: Part) -> list[Sample]:
-        """What the schema makes of the rows; rows of token ids are samples already."""
-        samples: list[Sample] = []
-        if self.schema is None:
-            for location, columns in rows:
-                try:
-                    for ids in columns.values():
-                        check_ids(ids, self.chat, location)
-                except DataError as error:
-                    self._drop(error, part)
-                else:
-                    samples.append(Sample("tokens", columns, columns, location))
-            return samples
-        schema = replace(get_schema(self.schema), renaming=self.renaming)
-        for location, row in rows:
-            try:
-                found = schema.samples(row, location)
-                hardness = None if self.hardness_column is None else number_at(row, self.hardness_column, location)
-                row = schema.known(row, location)
-                refuse_unused(self.kind, row, location, self.image_columns)
-            except DroppedRow as nothing_to_teach:
-                part.dropped[nothing_to_teach.reason] += 1
-            except DataError as error:
-                self._drop(error, part)
-            else:
-                for values in self._documents(schema, found):
-                    samples.append(Sample(schema.kind, values, row, location, hardness))
-        return samples
-
-    def _documents(self, schema: Schema, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The samples of a row, its text cut where documents end, if that is asked for."""
-        if schema.kind != "text" or self.text_unit != "endoftext":
-            return found
-        documents = []
-        for values in found:
-            documents += [{**values, "text": text} for text in split_documents(values["text"])]
-        return documents
-
-    def _encode(self, samples: list[Sample], part: Part) -> list[Encoded]:
-        """The rows of all samples; a sample that does not fit the chat template is dropped, or an error."""
-        if not samples:
-            return []
-        noted = Counter(part.notes)
-        encode = self.kind.encode
-        if self.schema is None:
-            assert self.kind.encode_ids is not None
-            encode = self.kind.encode_ids
-        try:
-            return list(encode(self.chat, samples))
-        except (ChatTemplateError, DataError):
-            pass  # one among these does not fit: find it, and name its row
-        part.notes.clear()  # and note everything once
-        part.notes.update(noted)
-        encoded: list[Encoded] = []
-        for sample in samples:
-            try:
-                encoded += encode(self.chat, [sample])
-            except ChatTemplateError as error:
-                self._drop(misfit(sample.location, error, in_ids=self.schema is None), part)
-            except DataError as error:
-                self._drop(error, part)
-        return encoded
-
-    def _drop(self, error: DataError, part: Part) -> None:
-        if self.bad_rows == "error":
-            raise error
-        part.dropped[error.reason] += 1
-
-
-def misfit(location: Location, error: ChatTemplateError, in_ids: bool) -> DataError:
-    """A conversation that does not fit the chat template, as text or (`in_ids`) as token ids."""
-    if in_ids:
-        expected = "ids of a conversation in the chat template"
-        fix = "store text, or set sft_config.mask_prompt: false to train on every token"
-        return DataError(location, str(error), expected, fix, "no answer found in the ids")
-    found = f"a conversation the chat template cannot render ({error})"
-    fix = "repair the row, choose another chat template, or set data_loader_config.bad_rows: drop"
-    return DataError(location, found, "turns that the template knows", fix, "template")

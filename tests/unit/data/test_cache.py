@@ -1,5 +1,6 @@
 """A store is found again by what it was made of, whoever asks for it; and what is kept can be listed and removed."""
 
+import inspect
 import json
 import os
 import shutil
@@ -12,9 +13,13 @@ from llm_trainer.cli.main import main
 from llm_trainer.config.env import environment
 from llm_trainer.data import cache as cache_module
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.rows import RowEncoder
 from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.data.ids import check_ids
 from llm_trainer.data.kinds import KINDS, DataOptions, get_kind
 from llm_trainer.data.load import load, store_of
+from llm_trainer.data.read.files import read_rows
+from llm_trainer.data.unused import refuse_unused
 from llm_trainer.train.preflight import screen
 
 FOREIGN = """
@@ -81,13 +86,23 @@ def test_code_of_ones_own_counts_and_so_does_ours(
             file.unlink()
         store = store_of(texts, get_kind("mine"), chat, DataOptions(), tmp_path / "cache")
         assert store["input_ids"][0].tolist() == [number] * 3
-    rooms = {room for room in cache_module.ENCODERS if list((cache_module.PACKAGE / room).glob("*.py"))}
-    assert rooms == {"read", "encode", "kinds"}
+
+
+def test_all_code_that_a_row_goes_through_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides about a row is hashed, and each pattern of files adds something."""
     before = cache_module.hash_of_our_code()
-    cache_module.hash_of_our_code.cache_clear()
-    monkeypatch.setattr(cache_module, "ENCODERS", ("read", "encode"))
-    assert cache_module.hash_of_our_code() != before
-    cache_module.hash_of_our_code.cache_clear()
+    hashed = {file for pattern in cache_module.ENCODERS for file in cache_module.PACKAGE.glob(pattern)}
+    for named in (RowEncoder, check_ids, refuse_unused, ChatFormat, get_kind, read_rows):
+        assert Path(inspect.getfile(named)) in hashed, named
+    try:
+        for pattern in cache_module.ENCODERS:
+            cache_module.hash_of_our_code.cache_clear()
+            others = tuple(other for other in cache_module.ENCODERS if other != pattern)
+            monkeypatch.setattr(cache_module, "ENCODERS", others)
+            assert cache_module.hash_of_our_code() != before
+            monkeypatch.undo()
+    finally:
+        cache_module.hash_of_our_code.cache_clear()
 
 
 def test_the_screen_says_where_tokens_lie_and_the_command_removes_them(

@@ -7,15 +7,16 @@ multi-byte character (tests/reference/README.md, point 27).
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import chain, starmap
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from llm_trainer.data.encode.printed import Field, count_left_out, fields_of, is_assistant, shape_of, with_marks
+from llm_trainer.data.encode.spans import Span
 from llm_trainer.data.encode.templates import (
     LITERAL,
     MARKS,
@@ -30,7 +31,7 @@ from llm_trainer.data.encode.templates import (
     strip_marks,
 )
 from llm_trainer.data.encode.thinking import apply_thinking
-from llm_trainer.data.encode.tokenizer import Span, TextEncoder, any_of
+from llm_trainer.data.encode.tokenizer import TextEncoder, any_of, in_blocks
 from llm_trainer.data.encode.turns import TAG_FIX, Tools, Turns
 
 if TYPE_CHECKING:
@@ -58,6 +59,15 @@ class EncodedChat:
         own: list[Any] = self.trained if self.weights is None else self.weights
         dtype = weights_dtype([row_weight, *(self.weights or ())])
         return np.asarray(own, dtype=dtype) * dtype(row_weight)
+
+
+class _Printed(NamedTuple):
+    """A conversation before it is tokenised."""
+
+    rendered: Rendered
+    spans: list[Span]  # that are trained on
+    weights: list[float]  # of the spans; none: all count 1
+    num_unprinted: int
 
 
 def weights_dtype(weights: Iterable[float]) -> type:
@@ -125,27 +135,35 @@ class ChatFormat:
         self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] | None = None
     ) -> list[EncodedChat]:
         """Many conversations, tokenised together; `tools` has one list of functions (or None) per conversation."""
-        rendered, spans, weights, nums_unprinted = [], [], [], []
-        for given, functions in zip(conversations, tools or [None] * len(conversations), strict=True):
-            messages, functions = self._prepare(given, functions)
-            unprinted = self._unprinted(given, messages, functions)
-            for i in unprinted:
-                messages[i] = {**messages[i], "loss_weight": 0.0}
-            nums_unprinted.append(len(unprinted))
-            rendered.append(strip_marks(self._render(messages, functions)))
-            found = self._trained_spans(messages, functions, rendered[-1])
-            spans.append([span for span, _ in found])
-            own = [weight for _, weight in found]
-            if all(weight == 1 for weight in own):
-                own = []
-            weights.append(own)
-        encoded = []
-        for i, (ids, counted) in enumerate(self._encoder.encode(rendered, spans, weights)):
-            trained, each = counted, None
-            if weights[i]:
-                trained, each = [weight != 0 for weight in counted], counted
-            encoded.append(EncodedChat(ids, trained, rendered[i].text, each, nums_unprinted[i]))
-        return encoded
+        return list(self.encode_each(conversations, tools))
+
+    def encode_each(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] | None = None
+    ) -> Iterator[EncodedChat]:
+        """As `encode_many`, one after another: only those that are tokenised together are in memory at once."""
+        functions = tools or [None] * len(conversations)
+        printed = starmap(self._print, zip(conversations, functions, strict=True))
+        for block in in_blocks(printed, lambda one: len(one.rendered.text)):
+            rendered = [one.rendered for one in block]
+            encoded = self._encoder.encode(rendered, [one.spans for one in block], [one.weights for one in block])
+            for one, (ids, counted) in zip(block, encoded, strict=True):
+                trained, weights = counted, None
+                if one.weights:
+                    trained, weights = [weight != 0 for weight in counted], counted
+                yield EncodedChat(ids, trained, one.rendered.text, weights, one.num_unprinted)
+
+    def _print(self, given: Sequence[Message], tools: Tools | None) -> "_Printed":
+        """A conversation in the chat template, and where in it something is trained on."""
+        messages, tools = self._prepare(given, tools)
+        unprinted = self._unprinted(given, messages, tools)
+        for i in unprinted:
+            messages[i] = {**messages[i], "loss_weight": 0.0}
+        rendered = strip_marks(self._render(messages, tools))
+        found = self._trained_spans(messages, tools, rendered)
+        weights = [weight for _, weight in found]
+        if all(weight == 1 for weight in weights):
+            weights = []
+        return _Printed(rendered, [span for span, _ in found], weights, len(unprinted))
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: Tools | None = None, enable_thinking: bool | None = None

@@ -2,21 +2,20 @@
 
 import json
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from operator import eq
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from llm_trainer.data.encode.spans import Span, TokenBytes, overlaps
 from llm_trainer.data.encode.templates import ALIAS, Rendered, default_template
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-Span = tuple[int, int]  # [start, stop) in characters
-
+Item = TypeVar("Item")
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 CONTROL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>")
 # What an assistant writes itself: one token each, but no control tokens, so `skip_special_tokens` does not hide them.
@@ -24,7 +23,7 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _OBVIOUS_EOS = ("<|im_end|>", END_OF_TEXT, "</s>")
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the second is the first's name in transformers 5
 _BYTES = 256
-TEXT_AT_ONCE = 1 << 18  # characters that are tokenised together: what comes back takes some 40 bytes for each
+TEXT_AT_ONCE = 1 << 16  # characters that are tokenised together: what comes back takes some 40 bytes for each
 
 
 class TokenizerError(ValueError):
@@ -221,6 +220,7 @@ class TextEncoder:
         self.backend.no_padding()
         self.added = self.backend.get_added_tokens_decoder()
         self.special = any_of(token.content for token in self.added.values() if token.special)
+        self._bytes = TokenBytes(self.backend)
 
     def encode(
         self, rendered: Sequence[Rendered], spans: Sequence[list[Span]], weights: Sequence[list[float]] | None = None
@@ -230,11 +230,20 @@ class TextEncoder:
         Nothing is added to the text. Special-token text at `literals` becomes ordinary tokens. Of a text whose `weights`
         are empty, or of all without them, it is whether a token overlaps a span, otherwise the weight of the span.
         """
-        weights = weights or [[]] * len(spans)
-        results = []
-        for (ids, encoding, moved), values in zip(self._encodings(rendered, spans), weights, strict=True):
-            results.append((ids, overlaps(encoding.offsets, moved, values)))
-        return results
+        values = weights or [[]] * len(spans)
+        results: dict[int, tuple[list[int], list[Any]]] = {}
+        # 1. by the bytes of the tokens
+        quick = [i for i, one in enumerate(rendered) if not one.literals and self._bytes.know(one.text, spans[i])]
+        for i, ids in zip(quick, self.encode_ids([rendered[i] for i in quick]), strict=True):
+            found = self._bytes.overlaps(ids, rendered[i].text, spans[i], values[i])
+            if found is not None:
+                results[i] = ids, found
+        # 2. by the characters that the tokenizer says they stand for
+        others = [i for i in range(len(rendered)) if i not in results]
+        with_offsets = self._encodings([rendered[i] for i in others], [spans[i] for i in others])
+        for i, (ids, encoding, moved) in zip(others, with_offsets, strict=True):
+            results[i] = ids, overlaps(encoding.offsets, moved, values[i])
+        return [results[i] for i in range(len(rendered))]
 
     def encode_ids(self, rendered: Sequence[Rendered]) -> list[list[int]]:
         """The ids of `encode` alone; then the tokenizer does not work out which characters they stand for."""
@@ -246,7 +255,7 @@ class TextEncoder:
     ) -> Iterator[tuple[list[int], "Encoding", list[Span]]]:
         """Ids of each text, its encoding, and the spans in the characters of what was encoded."""
         function = "encode_batch" if with_offsets else "encode_batch_fast"
-        for block in _blocks(rendered):
+        for block in in_blocks(range(len(rendered)), lambda i: len(rendered[i].text)):
             results: dict[int, tuple[list[int], Encoding, list[Span]]] = {}
             # 1. texts in which everything that looks like a special token is one
             plain = [i for i in block if not rendered[i].literals]
@@ -307,50 +316,18 @@ class TextEncoder:
         return "".join([*pieces, rendered.text[done:]]), [(moved(start), moved(stop)) for start, stop in spans]
 
 
-def _blocks(rendered: Sequence[Rendered]) -> Iterator[range]:
-    """Numbers of consecutive texts that have about `TEXT_AT_ONCE` characters together."""
-    first = size = 0
-    for i, one in enumerate(rendered, 1):
-        size += len(one.text)
-        if size >= TEXT_AT_ONCE or i == len(rendered):
-            yield range(first, i)
-            first, size = i, 0
-
-
-def overlaps(offsets: Sequence[Span], spans: Sequence[Span], weights: Sequence[float] = ()) -> list[Any]:
-    """For each token (its characters, in order) whether it overlaps one of the spans; or the weight of the last such span.
-
-    Returns:
-        `[T]` bools; with `weights`, one per span, `[T]` floats, 0 outside of all spans.
-    """
-    if not offsets:
-        return []
-    starts, stops = zip(*offsets, strict=True)
-    if any(map(eq, starts, stops)):
-        starts, stops = zip(*_widened(offsets), strict=True)
-    values: Sequence[Any] = weights or [True] * len(spans)
-    nothing: Any = 0.0 if weights else False
-    trained = [nothing] * len(offsets)
-    for (start, stop), value in zip(spans, values, strict=True):
-        if start < stop:
-            first = bisect_right(stops, start)
-            last = bisect_left(starts, stop, lo=first)
-            trained[first:last] = [value] * (last - first)
-    return trained
-
-
-def _widened(offsets: Sequence[Span]) -> list[Span]:
-    """A token without characters gets the spaces that offset trimming took from it, else the character that follows."""
-    widened, covered = [], 0
-    for start, stop in offsets:
-        if start < stop:
-            widened.append((start, stop))
-        elif covered < stop:
-            widened.append((covered, stop))
-        else:
-            widened.append((start, start + 1))
-        covered = max(covered, stop)
-    return widened
+def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Consecutive items that have about `TEXT_AT_ONCE` characters together."""
+    block: list[Item] = []
+    size = 0
+    for item in items:
+        block.append(item)
+        size += length(item)
+        if size >= TEXT_AT_ONCE:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -6,8 +6,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from llm_trainer.data.encode.spans import Span
 from llm_trainer.data.encode.templates import SUBSTITUTE, ChatTemplateError, Message, describe, strip_marks
-from llm_trainer.data.encode.tokenizer import Span
 
 Tools = Sequence[Mapping[str, Any]]
 TAG_FIX = (

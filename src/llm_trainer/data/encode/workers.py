@@ -24,8 +24,8 @@ from llm_trainer.data.encode.store import Part, TokenStore, join_parts, part_pat
 from llm_trainer.disk import DiskError, bytes_in, check_space
 from llm_trainer.lock import Lock
 
-ROWS_PER_PART = 2000
-SIZE_PER_PART = 4 << 20  # characters, or bytes of arrays: rows may be books
+ROWS_PER_PART = 500
+SIZE_PER_PART = 1 << 20  # characters, or bytes of arrays: rows may be books
 THREADS = 2  # of a single process: while one renders, which is Python, the other tokenises, which is not
 CERTAIN_SHARE = 0.3  # of the space that the first rows foretell: others may be shorter, or compressed
 

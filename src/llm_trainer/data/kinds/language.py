@@ -1,11 +1,11 @@
 """Rows of language modelling: plain text, whose every token is learnt, and conversations, whose answers are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
 from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
@@ -91,14 +91,15 @@ def flat_array(tokens: TokenFile, how: DataOptions) -> Blocks | None:
 
 def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Conversations, or plain prompts with their completions -> ids, and which of them are trained on."""
+    encoded: Iterable[EncodedChat]
     if samples[0].kind == "completion":
         encoded = chat.encode_completions([(s.values["prompt"], s.values["completion"]) for s in samples])
     else:
         conversations = [sample.values["messages"] for sample in samples]
-        encoded = chat.encode_many(conversations, [sample.values.get("tools") for sample in samples])
-        for sample in samples:
-            sample.location.note_all(chat.left_out(sample.values["messages"], sample.values.get("tools")))
+        encoded = chat.encode_each(conversations, [sample.values.get("tools") for sample in samples])
     for sample, one in zip(samples, encoded, strict=True):
+        if sample.kind != "completion":
+            sample.location.note_all(chat.left_out(sample.values["messages"], sample.values.get("tools")))
         sample.location.note(UNPRINTED, one.num_unprinted)
         weight = row_weight(sample.row, sample.location)
         if weight == 0:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from llm_trainer.data.encode import tokenizer as tokenizer_module
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
 from llm_trainer.data.encode.from_ids import spans_from_ids
-from llm_trainer.data.encode.tokenizer import load_tokenizer, overlaps
+from llm_trainer.data.encode.spans import overlaps
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 
 # Shapes of well-known templates without generation tags, reduced to what makes them hard.
 PLAIN_CHATML = (
