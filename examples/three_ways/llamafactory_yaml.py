@@ -233,7 +233,9 @@ def _optimizer(config: TrainConfig, total_steps: int, result: Translation) -> No
 
 
 def _packing(config: TrainConfig, stage: str, result: Translation) -> None:
-    packing = config.data_loader_config.packing or ("wrapped" if stage == "pt" else "none")
+    packing = config.data_loader_config.packing
+    if packing == "auto":  # there too: wrapped in pretraining; rows laid flat are the gradient of padded ones
+        packing = "wrapped" if stage == "pt" else "none"
     result.arguments["packing"] = packing == "wrapped"
     if packing in ("bfd", "bfd_split") and stage == "sft":
         result.arguments |= {"neat_packing": True, "cutoff_len": result.arguments["cutoff_len"] + 1}  # it takes one off

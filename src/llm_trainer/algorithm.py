@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.layout import takes_flat as takes_flat  # of an algorithm: whether its micro-batches may be cut anew
+
 if TYPE_CHECKING:
+    from llm_trainer.layout import Layout, Packing
     from llm_trainer.state import MicroBatch
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,6 +38,7 @@ class Machine(Protocol):
         is_distributed: whether several processes train together.
         rank: which part of the data this process sees, from 0.
         is_main: true in the one process that prints and saves.
+        layout: whether `_prepare_batch` is to lay padded rows flat (`trainers.answers.lay_flat` does).
     """
 
     @property
@@ -58,6 +62,16 @@ class Machine(Protocol):
     @property
     def is_main(self) -> bool: ...
 
+    @property
+    def layout(self) -> "Layout": ...
+
+    def reads_rows(self, try_out: Callable[[], "Packing"]) -> None:
+        """Say that a model sees the rows of micro-batches: they are laid flat only if all such models keep them apart.
+
+        Args:
+            try_out: finds that out (`models.packing.packing_of`); called in the main process, and only where it matters.
+        """
+
     def place(self, frozen: nn.Module) -> None:
         """Place a frozen module (a reference, a teacher) as the trained one is: sharded and compiled where that is."""
 
@@ -73,7 +87,8 @@ class Algorithm(ABC):
 
     Attributes:
         takes_flat: whether its methods take batches laid flat (`[1, N]`, without padding) as well as padded ones, and its
-            loss does not depend on how a step is cut. Said by, or below, the class that writes them: see `takes_flat`.
+            loss does not depend on how a step is cut. Said by, or below, the class that writes them (`layout.takes_flat`).
+        sides: answers of a sample, of which a joined batch holds all first ones, then all second ones.
         base_model: the user's model.
         model: the module that `_forward` calls: `base_model`, or what `_build_module` and the engine put around it.
         optimizer: of its parameters.
@@ -86,6 +101,7 @@ class Algorithm(ABC):
 
     prompt_format: ClassVar[PromptFormat] = "chat"
     takes_flat: ClassVar[bool] = False
+    sides: ClassVar[int] = 1
 
     base_model: nn.Module
     model: nn.Module
@@ -160,21 +176,3 @@ class Algorithm(ABC):
 
     def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
         """Restore what `_get_extra_checkpoint_state` gave."""
-
-
-# The methods that see micro-batches, and so could count on their rows.
-OF_MICRO_BATCHES = ("_prepare_batch", "_forward", "_compute_loss", "_loss_weight", "_begin_step")
-
-
-def takes_flat(algorithm: type[Algorithm]) -> bool:
-    """Whether the machine may cut the micro-batches of this algorithm anew and lay them flat.
-
-    `Algorithm.takes_flat` speaks for the methods that its class writes or inherits. A subclass that overrides one of
-    them says it again, or its micro-batches stay as they come.
-    """
-    for kind in algorithm.__mro__:
-        if "takes_flat" in vars(kind):
-            return bool(vars(kind)["takes_flat"])
-        if any(name in vars(kind) for name in OF_MICRO_BATCHES):
-            return False
-    return False

@@ -24,17 +24,21 @@ from llm_trainer.data.encode.templates import default_template
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import choose_kind, load, open_stream
+from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.files import files_of
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import engine_name
 from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
 from llm_trainer.engine.torch import TorchEngine
+from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout, takes_flat
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.frozen import freeze, frozen_copy
+from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
+from llm_trainer.models.scored import ScoredModel
 
 
 class Builder:
@@ -49,6 +53,8 @@ class Builder:
     def __init__(self, config: TrainConfig, trainer_class: Any, given: Mapping[str, Any] | None = None) -> None:
         self.config, self.trainer_class, self.given = config, trainer_class, given or {}
         self.section = options_of(config, trainer_class)
+        # Models that see the rows beside the trained one, as far as they are known here.
+        self._others = [value for name, value in self.given.items() if name != "model" and isinstance(value, nn.Module)]
 
     # Where it computes.
 
@@ -105,7 +111,8 @@ class Builder:
             return make_model(self.config, self.tokenizer, self.device, empty)
         attention = resolve_attention(self.config.run_config.attention, self.device)
         dtype = DTYPES[self._precision if in_half else "fp32"]
-        return build_model(source, attention=attention, dtype=dtype)
+        self._others.append(build_model(source, attention=attention, dtype=dtype))
+        return self._others[-1]
 
     def frozen(self, source: Any) -> nn.Module:
         if isinstance(source, str):
@@ -142,6 +149,11 @@ class Builder:
         return self._streams[1]
 
     @property
+    def layout(self) -> Layout:
+        """How the rows of a micro-batch are laid out."""
+        return self._packing[1]
+
+    @property
     def streams(self) -> tuple[Any, ...]:
         train, evaluation = self._streams
         return train, *evaluation.values()
@@ -167,6 +179,43 @@ class Builder:
             dist.broadcast_object(None)  # nobody reads before it is written
         return np.load(cache)
 
+    @cached_property
+    def _packing(self) -> tuple[str, Layout]:
+        """How rows are packed, and laid out in a micro-batch: as the user says, or as the models that see them allow.
+
+        Raises:
+            ValueError: the user says flat, and a model would score such rows otherwise.
+        """
+        # 1. what there is to choose
+        wanted, packings = self.config.data_loader_config.packing, self.kind.packings
+        is_open = wanted == "auto"
+        if is_open and (packings[0] != "none" or "flat" not in packings):
+            return packings[0], AS_IT_CAME
+        is_flat = wanted in ("flat", *PACKERS)
+        may_be_flat = takes_flat(self.trainer_class) and (is_open or is_flat)
+        # 2. what the models make of it
+        tried: list[Packing] = []
+        if may_be_flat:
+            if dist.is_main():  # elsewhere there may be no weights
+                tried = self._tried()
+            tried = dist.broadcast_object(tried)
+        if not is_open:
+            key = f"data_loader_config.packing: {wanted}"
+            return wanted, given_layout(tried, key) if is_flat else AS_IT_CAME
+        layout = choose_layout(tried, may_be_flat, self.trainer_class.__name__, "data_loader_config.packing: none")
+        return "none" if layout.counts_padding else "flat", layout
+
+    def _tried(self) -> list[Packing]:
+        """What each model that sees the rows makes of them laid flat, where it will train."""
+        if self.engine in ("torch", "hf"):
+            self.policy.to(self.device)
+        packings = []
+        with TorchEngine(self.device, self._precision).precision():
+            packings.append(packing_of(self.policy, self.trainer_class.reader, self.device))
+            for model in self._others:
+                packings.append(packing_of(model, ScoredModel, self.device))
+        return packings
+
     def options(self) -> tuple[DataOptions, ChatFormat]:
         """How files become rows, and conversations ids.
 
@@ -182,7 +231,7 @@ class Builder:
         options = DataOptions(
             **_reading(loader),
             block_size=block_size,
-            packing=loader.packing or self.kind.packings[0],
+            packing=self._packing[0],
             truncation=loader.truncation,
             max_left_out=loader.max_left_out,
             image_columns=loader.image_columns,
@@ -232,6 +281,7 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
             rank=dist.rank(),
             world_size=world,
             micro_batch_tokens=loader.micro_batch_tokens,
+            layout=build.layout,
             seed=config.run_config.seed,
             num_workers=loader.data_loader_num_workers,
             pin_memory=loader.data_loader_pin_memory,

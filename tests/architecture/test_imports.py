@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "kernels": {"compiler"},
     "losses": {"kernels"},
     "state": set(),
+    "layout": {"state"},
     "disk": set(),
     "cores": set(),
     "lock": {"disk"},
@@ -28,15 +29,16 @@ MAY_IMPORT = {
     "train_configs": {"config"},
     "optimizer": {"optim"},
     # data, models and engines
-    "data": {"config", "losses", "state", "disk", "lock"},
-    "models": {"config", "losses", "checkpoint", "compiler", "kernels"},
+    "data": {"config", "losses", "state", "layout", "disk", "lock"},
+    "models": {"config", "losses", "layout", "checkpoint", "compiler", "kernels"},
     "engine": {"config", "checkpoint", "optim", "state", "cores"},
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
-    "algorithm": {"state"},
+    "algorithm": {"state", "layout"},
     "train": {
         "algorithm",
         "state",
+        "layout",
         "engine",
         "checkpoint",
         "config",
@@ -46,9 +48,9 @@ MAY_IMPORT = {
         "lock",
         "terminal",
     },
-    "trainers": {"algorithm", "losses", "models", "generation", "config"},
+    "trainers": {"algorithm", "layout", "losses", "models", "generation", "config"},
     # a description becomes objects
-    "builder": {"config", "data", "models", "engine", "checkpoint", "disk"},
+    "builder": {"layout", "config", "data", "models", "engine", "checkpoint", "disk"},
     "assemble": {"builder", "config", "data", "engine", "optim", "checkpoint", "lock"},
     "cli": {
         "assemble",
@@ -74,6 +76,7 @@ LICENSED = {
     ("plan/describe.py", "data"): "the size of a vocabulary is the tokenizer's",
     ("plan/describe.py", "models"): "counts the parameters of a model without weights",
     ("train/run.py", "data"): "loaders become step sources here",
+    ("train/rows.py", "data"): "a stream lays out its rows itself, the batches of a loader are laid out for it",
     ("train/run.py", "optim"): "tells a plateau schedule the validation loss",
     ("train/configured.py", "optim"): "asks whether a schedule is ours",
     ("train/budget.py", "data"): "the protocol of a step source",

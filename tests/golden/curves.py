@@ -80,14 +80,15 @@ def trainers(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def run(name: str, engine: str, folder: Path) -> dict[str, Any]:
-    """Every number of a run's metrics, and a hash of the weights it ends with."""
+def run(name: str, engine: str, folder: Path, **loader: Any) -> dict[str, Any]:
+    """Every number of a run's metrics, and a hash of the weights it ends with; `loader` are other options of the data."""
     from llm_trainer import create_trainer
     from llm_trainer.config.load import parse
     from llm_trainer.engine import dist
 
     trainer, own = trainers(folder)[name]
-    save_dir = folder / "runs" / engine / name
+    save_dir = folder / "runs" / engine / "-".join([name, *map(str, loader.values())])
+    own["data_loader_config"] |= loader
     common = {
         "model_config": SHAPE,
         "tokenizer": str(TOKENIZER),

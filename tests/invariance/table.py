@@ -35,7 +35,7 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
 STEPS = 3
 ROWS_PER_STEP = 8
 # What may be left to the machine, as the user says it who leaves nothing to it.
-PLAIN: dict[str, Any] = {"micro_batch_tokens": None, "compile": False}
+PLAIN: dict[str, Any] = {"packing": "none", "micro_batch_tokens": None, "compile": False}
 
 
 class StepSeen(NamedTuple):
@@ -77,18 +77,18 @@ def cells(trainer: str, ranks: int) -> list[Cell]:
     """All ways to cut steps of eight rows among `ranks`."""
     per_rank = ROWS_PER_STEP // ranks
     splits = [(n, per_rank // n) for n in (1, 2, 4, 8) if n <= per_rank]
-    layouts = (False,) if trainer == "reward" else (False, True)
+    layouts = (False, True)
     table = [Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in layouts]
     return table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in layouts]
 
 
 def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
     """A few ways to cut steps, on an engine: none, all, and a token budget that gives ranks different numbers of batches."""
-    per_rank, flat = ROWS_PER_STEP // ranks, trainer != "reward"
+    per_rank = ROWS_PER_STEP // ranks
     return [
         Cell(trainer, per_rank, 1, ranks, False, None, engine),
-        Cell(trainer, 1, per_rank, ranks, flat, None, engine),
-        Cell(trainer, 2, per_rank // 2, ranks, flat, 40, engine),
+        Cell(trainer, 1, per_rank, ranks, True, None, engine),
+        Cell(trainer, 2, per_rank // 2, ranks, True, 40, engine),
     ]
 
 
@@ -96,7 +96,7 @@ def automatic_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
     """Everything left to the machine, with a loader of the user and with a stream of ours."""
     count = ROWS_PER_STEP // ranks // 2
     found = [Cell(trainer, 2, count, ranks, False, None, engine, automatic=True)]
-    if trainer != "reward" and engine == "torch":
+    if engine == "torch":
         found.append(Cell(trainer, 2, count, ranks, True, None, engine, automatic=True))
     return found
 
@@ -222,6 +222,8 @@ def run(
     ready: Callable[[Any], object] = id,
     into: str | None = None,
     last_step: int = STEPS,
+    loader: Any = None,
+    model: Any = None,
     **options: Any,
 ) -> Curve:
     """What the steps of a cell are.
@@ -232,6 +234,8 @@ def run(
         ready: sees the trainer before it trains.
         into: the folder of the run, from whose checkpoint it goes on; None: one that is forgotten.
         last_step: the one after which it ends.
+        loader: what the rows come from, in place of the cell's own.
+        model: that is trained, in place of a tiny one.
         options: further keywords of the trainer.
     """
     from llm_trainer import configure_optimizer
@@ -241,9 +245,10 @@ def run(
 
     of_trainer = TRAINERS.get(cell.trainer, {"max_grad_norm": None})
     left_open = {} if cell.automatic else PLAIN
-    model, options = tiny_model(), of_trainer | ENGINES[cell.engine] | {"use_amp": False} | left_open | options
+    options = of_trainer | ENGINES[cell.engine] | {"use_amp": False} | left_open | options
+    model = tiny_model() if model is None else model
     if cell.trainer in ("dpo", "kto"):
-        options["ref_model"] = tiny_model(seed=1)
+        options.setdefault("ref_model", tiny_model(seed=1))
     elif cell.trainer == "reward":
         model = reward_model(model)
     curve: Curve = []
@@ -257,7 +262,7 @@ def run(
         trainer = trainer_class_of(cell)(
             model=model,
             optimizer=configure_optimizer(model=model, lr=1e-3 if cell.trainer == "reward" else 1e-2),
-            train_loader=loader_of(cell),
+            train_loader=loader_of(cell) if loader is None else loader,
             device=device,
             max_epochs=1,
             max_steps=last_step,
@@ -283,7 +288,12 @@ def run(
 
 
 def number_of(batch: dict[str, torch.Tensor]) -> int:
-    """A sum over the rows of a batch, padded or flat, which is another one for other rows."""
+    """A sum over the rows of a batch, padded, flat or in parts, which is another one for other rows."""
+    from llm_trainer.trainers.answers import join
+
+    if "prompt_input_ids" in batch:
+        parts = [name.removesuffix("_input_ids") for name in batch if name.endswith("_input_ids")]
+        batch = join(batch, [part for part in parts if part not in ("prompt", "kl")])
     ids = batch["input_ids"]
     if "document_lengths" in batch:
         documents = ids[0].split(batch["document_lengths"].tolist())

@@ -221,6 +221,11 @@ class Settings(MicroBatches, EarlyStopping, Execution):
     # A script that is started twice trains twice; only a described run goes on by itself.
     resume: str = Field(default="never", description=fields_of(Execution)["resume"].description)
     fsdp: Fsdp | None = Field(default=None, description="how FSDP shards; None: with the defaults of `Fsdp`")
+    packing: Literal["auto", "none", "flat"] = Field(
+        default="auto",
+        description="how the padded micro-batches of a loader are laid out: flat, end to end without padding, or as they come "
+        "(none); auto: flat where the model scores rows as it would padded, tried out on two",
+    )
     deepspeed: Mapping[str, Any] | None = Field(
         default=None, description="DeepSpeed's own configuration (its JSON); None: ZeRO-2 where `engine` asks for it"
     )

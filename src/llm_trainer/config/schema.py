@@ -122,8 +122,10 @@ class DataLoaderConfig(MicroBatches, Reading):
         default=None, description="for each path of file_dataset, its share of a mixture; null: as large as it is"
     )
     curriculum_epochs: StrictInt = Field(default=1, ge=1, description="first epochs that go from easy to hard")
-    packing: Literal["none", "flat", "bfd", "bfd_split", "wrapped"] | None = Field(
-        default=None, description="several documents per row; null: wrapped for pretraining, none for SFT"
+    packing: Literal["auto", "none", "flat", "bfd", "bfd_split", "wrapped"] = Field(
+        default="auto",
+        description="several documents per row; auto: wrapped for pretraining, otherwise flat where the model scores rows so "
+        "as it would padded, tried out on two",
     )
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = Field(
         default="keep_start", description="what happens to samples that are too long"

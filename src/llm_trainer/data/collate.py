@@ -1,7 +1,8 @@
 """Samples of different lengths become one batch: padded on the right, or laid flat without any padding."""
 
-from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ class LanguageBatch(TypedDict):
     position_ids: NotRequired[torch.Tensor]  # [1, N] restarting at 0 in every document; only when flat
     document_lengths: NotRequired[torch.Tensor]  # [number of documents]; only when flat
     loss_weights: NotRequired[torch.Tensor]  # float32, shaped as labels; absent: every label counts 1
+
+
+def collate_cheaper(
+    samples: Sequence[LanguageSample], pad_id: int, pays: Callable[[Sequence[int]], bool]
+) -> LanguageBatch:
+    """Flat where that `pays` for rows of these lengths, else padded."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    return collate_flat(samples) if pays(lengths) else collate_padded(samples, pad_id)
 
 
 def pad_right(rows: Sequence[np.ndarray], value: int, dtype: type = np.int64) -> torch.Tensor:
@@ -77,11 +86,56 @@ def collate_flat(samples: Sequence[LanguageSample]) -> LanguageBatch:
     return batch
 
 
-def row_lengths(batch: dict[str, torch.Tensor]) -> list[int]:
-    """Tokens that each row of a batch costs.
+# The keys of batches that can be taken apart: per token, with the parts that they may come in, and per row.
+PARTS = ("", "prompt_", "chosen_", "rejected_", "completion_", "kl_")
+PER_TOKEN = ("input_ids", "attention_mask", "labels", "loss_weights", "step_labels")
+PER_ROW = ("desirable", "margin", "row_weights", "ref_chosen_logps", "ref_rejected_logps")
+KNOWN = {*PER_ROW, *(part + name for part, name in product(PARTS, PER_TOKEN))}
 
-    Of a padded batch the true length, up to the last attended token, or the full width without a mask. Where prompt and
-    answers come apart (`prompt_input_ids`, `chosen_input_ids`, ...) as many rows as there are answers, of the longest.
+
+def can_be_cut(batches: Sequence[Any]) -> bool:
+    """Whether the rows of a step's batches can be put together anew without a loss that notices.
+
+    They are padded tensors under names that are known here, the same in all of them; nothing is learned from padding; and
+    where answers are compared with mismatched ones of their own batch (KTO), they bring these along.
+    """
+    for batch in batches:
+        if not isinstance(batch, Mapping) or batch.keys() != batches[0].keys() or not batch.keys() <= KNOWN:
+            return False
+        if not all(isinstance(value, torch.Tensor) and value.dim() in (1, 2) for value in batch.values()):
+            return False
+        if "desirable" in batch and "kl_input_ids" not in batch:
+            return False
+        if "prompt_input_ids" in batch:
+            continue
+        labels = batch.get("labels", batch.get("step_labels"))
+        if "input_ids" not in batch or (labels is None and "attention_mask" not in batch):
+            return False
+        positions = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+        if labels is not None and (labels[positions >= _true_lengths(batch)[:, None]] != IGNORE).any():
+            return False
+    return True
+
+
+def _true_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """`[rows]` up to the last attended token, or the full width without a mask."""
+    ids = batch["input_ids"]
+    if "attention_mask" not in batch:
+        return torch.full((len(ids),), ids.shape[1], device=ids.device)
+    ends = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return (batch["attention_mask"].bool() * ends).amax(dim=1).clamp(min=1)
+
+
+def row_lengths(batch: Mapping[str, torch.Tensor], sides: int = 1, flat: bool = False) -> tuple[list[int], list[int]]:
+    """Tokens that each sample of a batch costs, and the true length of each row.
+
+    Where prompt and answers come apart (`prompt_input_ids`, `chosen_input_ids`, ...) a sample is as many rows as there are
+    answers, and one that holds them joined has the rows of the first answers before those of the second.
+
+    Args:
+        batch: padded.
+        sides: answers of a sample where they are joined.
+        flat: rows will be laid end to end; else all of a sample are as long as the longest.
 
     Raises:
         ValueError: the batch is laid flat: it is one row, which cannot be cut.
@@ -94,12 +148,15 @@ def row_lengths(batch: dict[str, torch.Tensor]) -> list[int]:
     if "prompt_input_ids" in batch:
         masks = [name for name in batch if name.endswith("_attention_mask") and not name.startswith(("prompt_", "kl_"))]
         answers = torch.stack([batch[name].sum(1) for name in masks])  # [answers, B]
-        return (len(answers) * (batch["prompt_attention_mask"].sum(1) + answers.amax(0))).tolist()
-    ids = batch["input_ids"]
-    if "attention_mask" not in batch:
-        return [ids.shape[1]] * ids.shape[0]
-    positions = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    return (batch["attention_mask"].bool() * positions).amax(dim=1).clamp(min=1).tolist()
+        lengths = batch["prompt_attention_mask"].sum(1) + answers
+        rows = lengths[0]  # of which there is one per sample, in parts
+    else:
+        rows = _true_lengths(batch)
+        if "step_labels" in batch:  # judged answers are compared with nothing
+            sides = 1
+        lengths = rows.view(sides, -1)
+    costs = lengths.sum(0) if flat else len(lengths) * lengths.amax(0)
+    return costs.tolist(), rows.tolist()
 
 
 def take_rows(
@@ -110,7 +167,7 @@ def take_rows(
     Args:
         batches: padded batches with the same keys, every tensor `[B, T]` or `[B]`. What belongs to `input_ids` is padded
             on the right and cut to the longest row that is taken; what belongs to `<part>_input_ids`, on any side, keeps
-            its width.
+            its width. What there is one of for several rows belongs to the first ones.
         rows: (batch, row in it, true length) of each wanted row.
     """
     longest = max(length for _, _, length in rows)
@@ -118,13 +175,13 @@ def take_rows(
     parts = tuple(key.removesuffix("input_ids") for key in first if key.endswith("_input_ids"))
     out: dict[str, torch.Tensor] = {}
     for key, like in first.items():
-        pieces = [batches[b][key][r] for b, r, _ in rows]
+        pieces = [batches[b][key][r] for b, r, _ in rows if r < len(batches[b][key])]
         if like.dim() == 1:
             out[key] = torch.stack(pieces)
             continue
         width = max(map(len, pieces)) if parts and key.startswith(parts) else longest
         fill = IGNORE if key.endswith("labels") else 0
-        table = like.new_full((len(rows), width), fill)
+        table = like.new_full((len(pieces), width), fill)
         for target, piece in zip(table, pieces, strict=True):
             target[: min(width, len(piece))] = piece[:width]
         out[key] = table

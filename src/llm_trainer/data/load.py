@@ -31,6 +31,7 @@ from llm_trainer.data.windows import Rows, note_dropped
 
 if TYPE_CHECKING:
     from llm_trainer.data.stream import SampleStream
+    from llm_trainer.layout import Layout
 
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
 
@@ -198,11 +199,14 @@ def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, 
         pad_id: token that pads rows.
         **how: batch size, ranks, order and the like, of `SampleStream`.
     """
-    from llm_trainer.data.collate import collate_flat, collate_padded
+    from llm_trainer.data.collate import collate_cheaper, collate_flat, collate_padded
     from llm_trainer.data.stream import SampleStream
 
     flat = options.packing == "flat" or options.packing in PACKERS
+    layout: Layout | None = how.get("layout")
     lay: Any = collate_flat if flat else partial(collate_padded, pad_id=pad_id)
+    if layout is not None and layout.flat and layout.dense_width:
+        lay = partial(collate_cheaper, pad_id=pad_id, pays=layout.pays)
     collate: Any = kind.collate
     return SampleStream(dataset, partial(collate, lay=lay), flat=flat or options.share_prompts, **how)
 

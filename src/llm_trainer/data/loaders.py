@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
-from llm_trainer.data.collate import row_lengths, take_rows
+from llm_trainer.data.collate import can_be_cut, row_lengths, take_rows
 from llm_trainer.data.loader_workers import WorkerLife, signals_held
 from llm_trainer.data.order import (
     Order,
@@ -24,8 +24,9 @@ from llm_trainer.data.order import (
     samplers_in,
     undealt,
 )
-from llm_trainer.data.packing import cut_by_tokens
+from llm_trainer.data.packing import cut_by_length, cut_by_tokens
 from llm_trainer.data.stream import Batch, SampleStream, StepSource, mix_seeds
+from llm_trainer.layout import AS_IT_CAME, Layout
 from llm_trainer.state import MicroBatch
 
 
@@ -73,6 +74,8 @@ class LoaderSteps:
         name: for messages.
         in_step: every rank gets as many steps as the others, though its share of a loader that deals by itself be shorter.
         largest: the largest number that any rank passes.
+        sides: answers of a sample, which a joined batch holds one after the other (`algorithm.Algorithm.sides`).
+        layout: how the rows of a micro-batch will be laid out, by whoever takes them; it says by what they are cut.
 
     Raises:
         ValueError: the loader cannot be read as often as it must be.
@@ -90,8 +93,11 @@ class LoaderSteps:
     name: str = "train_loader"
     in_step: bool = True
     largest: Callable[[int], int] = lambda number: number
+    sides: int = 1
+    layout: Layout = AS_IT_CAME
 
     def __post_init__(self) -> None:
+        self._must_cut = isinstance(self.micro_batch_tokens, int)  # the user said so: what cannot be cut is an error
         if not self.read_once:
             _require_rereadable(self.loader, self.name)
         drawers = drawers_of(self.loader)
@@ -363,15 +369,36 @@ class LoaderSteps:
         return type(self._order.drawers[-1]).__name__
 
     def _recut(self, batches: list[Batch]) -> list[Batch]:
-        """The rows of a step cut into micro-batches of at most `micro_batch_tokens`; the optimisation does not notice."""
-        if not isinstance(self.micro_batch_tokens, int):
+        """The rows of a step cut anew; the optimisation does not notice.
+
+        Into micro-batches of at most `micro_batch_tokens`; or, where the layout says so, into as many as came, with rows of
+        similar length together. What was not asked for leaves batches that it does not know as they came.
+        """
+        budget = self.micro_batch_tokens if isinstance(self.micro_batch_tokens, int) else None
+        regroups = self.layout.by_length and len(batches) > 1
+        if budget is None and not regroups:
             return batches
-        rows = []
+        if not self._must_cut and not can_be_cut(batches):
+            return batches
+
+        # 1. what there is: samples, what each costs, and the rows of each
+        costs, sizes, rows = list[int](), list[int](), []
         for number, batch in enumerate(batches):
-            rows += [(number, row, length) for row, length in enumerate(row_lengths(batch))]
+            found, lengths = row_lengths(batch, self.sides, flat=not self.layout.counts_padding)
+            costs += found
+            sizes.append(len(found))
+            for sample in range(len(found)):
+                rows.append([(number, row, lengths[row]) for row in range(sample, len(lengths), len(found))])
+
+        # 2. which samples come together, and their rows: all first answers before all second ones
+        if budget is None:
+            groups = cut_by_length(costs, sizes)
+        else:
+            groups = cut_by_tokens(costs, budget, not self.layout.counts_padding)
         recut = []
-        for group in cut_by_tokens([length for _, _, length in rows], self.micro_batch_tokens, False):
-            recut.append(take_rows(batches, [rows[i] for i in group]))
+        for group in groups:
+            by_side = zip(*(rows[sample] for sample in group), strict=True)
+            recut.append(take_rows(batches, list(chain.from_iterable(by_side))))
         return recut
 
 

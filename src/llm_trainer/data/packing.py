@@ -6,6 +6,7 @@ Every packing is a list of rows, each a list of `Piece`s in the order in which t
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -72,6 +73,17 @@ def cut_by_tokens(lengths: Lengths, max_tokens: int, flat: bool) -> list[list[in
         batches.append(sorted(order[:num_rows]))
         order = order[num_rows:]
     return batches
+
+
+def cut_by_length(lengths: Lengths, sizes: Sequence[int]) -> list[list[int]]:
+    """Split the rows of one optimizer step into micro-batches of `sizes` rows, those of similar length together.
+
+    Returns:
+        Row indices of each micro-batch, in their original order inside it; the longest rows are in the first.
+    """
+    order = _longest_first(_as_list(lengths))
+    bounds = np.cumsum([0, *sizes])
+    return [sorted(order[start:stop]) for start, stop in pairwise(bounds.tolist())]
 
 
 def _pack_pieces(pieces: list[Piece], capacity: int) -> list[list[Piece]]:

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from llm_trainer.data.loader_workers import WorkerLife, signals_held
-from llm_trainer.data.packing import cut_by_tokens
+from llm_trainer.data.packing import cut_by_length, cut_by_tokens
+from llm_trainer.layout import Layout
 from llm_trainer.state import MicroBatch
 
 Batch = Any
@@ -129,6 +130,7 @@ class SampleStream:
     # Budget of a micro-batch instead of `batch_size`; counts padding unless `flat`. auto: whoever trains sets it.
     micro_batch_tokens: int | Literal["auto"] | None = "auto"
     flat: bool = False  # whether `collate` lays rows end to end
+    layout: Layout | None = None  # that `collate` follows, where somebody has looked what the models make of it
     shuffle: bool = True  # visit each file's samples in an order drawn from (seed, epoch)
     file_weights: Sequence[float] | None = None
     interleave: bool = False  # all files in one order drawn from (seed, epoch), instead of one after another
@@ -217,8 +219,13 @@ class SampleStream:
 
     def _micro_batches(self, rows: np.ndarray) -> list[list[int]]:
         if not isinstance(self.micro_batch_tokens, int):
-            return [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
-        groups = cut_by_tokens(self.dataset.lengths[rows].tolist(), self.micro_batch_tokens, self.flat)
+            starts = range(0, len(rows), self.batch_size)
+            if self.layout is None or not self.layout.by_length:
+                return [rows[start : start + self.batch_size].tolist() for start in starts]
+            sizes = [min(self.batch_size, len(rows) - start) for start in starts]
+            groups = cut_by_length(self.dataset.lengths[rows], sizes)
+        else:
+            groups = cut_by_tokens(self.dataset.lengths[rows].tolist(), self.micro_batch_tokens, self.flat)
         return [rows[group].tolist() for group in groups]
 
     def _plan(self, epoch: int, position: int) -> Iterator[tuple[list[list[int]], bool, int]]:

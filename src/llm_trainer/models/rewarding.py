@@ -38,6 +38,10 @@ class Rewarding(nn.Module):
         self.body = cast("PreTrainedModel", model.base_model)
         self.head = head
 
+    def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+        """A reward for each of `input_ids [B, T]` or `[1, N]`, of the same shape; `layout` as in `forward`."""
+        return self(input_ids, **layout, every_token=True)
+
     def knows_branches(self, device: torch.device) -> bool:
         """Whether flat batches may have branches (see `models.attention`) when the model runs on `device`."""
         return knows_branches(self.body.config, device)

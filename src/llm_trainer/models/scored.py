@@ -6,7 +6,8 @@ logits are scored. Both give the same numbers.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -72,7 +73,7 @@ class ScoredModel(nn.Module):
         self.loss = loss or LanguageLoss()
         self.with_entropy = with_entropy
         self._split = _split(model)  # a tuple, so that no parameter gets a second name
-        self._experts = _experts(model)
+        self._experts = experts_of(model)
         self._causal = self._split is not None and self._split.backbone.config.model_type in BLOCKED_ARCHITECTURES
         self._accepted = _accepted_inputs(model)
         self._run: Callable[..., Any] = self._call
@@ -146,6 +147,10 @@ class ScoredModel(nn.Module):
         if distance is not None:
             token_scores = token_scores._replace(distance=distance(states, self.head))
         return token_scores
+
+    def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+        """Log-probabilities of `input_ids [B, T]` or `[1, N]`, of the same shape; `layout` as in `forward`."""
+        return self(input_ids, **layout).logprobs
 
     def knows_branches(self, device: torch.device) -> bool:
         """Whether flat batches may have branches (see `models.attention`) when the model runs on `device`."""
@@ -308,7 +313,7 @@ def _accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def _experts(model: nn.Module) -> tuple[int, int] | None:
+def experts_of(model: nn.Module) -> tuple[int, int] | None:
     """(experts, experts per token) of a transformers mixture of experts, else None."""
     from transformers import PreTrainedModel
 
@@ -322,12 +327,25 @@ def _experts(model: nn.Module) -> tuple[int, int] | None:
     return num_experts, settings["num_experts_per_tok"]
 
 
-def _small_sibling(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A model of the same class with one layer, a few ids and random weights."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The context in which `model` is in evaluation mode; after it every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def small_sibling(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A model of the same class with one layer of each type, a few ids and random weights."""
     config = deepcopy(model.config)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 16, None
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
+        config.layer_types = list(dict.fromkeys(config.layer_types))
+        config.num_hidden_layers = len(config.layer_types)
     return type(model)(config)
 
 
@@ -343,7 +361,7 @@ def _split(model: nn.Module) -> _Split | None:
         return None
     split = _Split(cast("PreTrainedModel", outer.base_model), cast(nn.Linear, outer.get_output_embeddings()))
     if any(parameter.is_meta for parameter in model.parameters()):  # its weights will come from another process
-        sibling_splits = model is outer and _split(_small_sibling(outer)) is not None
+        sibling_splits = model is outer and _split(small_sibling(outer)) is not None
         return split if sibling_splits else None
 
     # 2. both ways to the logits
@@ -355,18 +373,14 @@ def _split(model: nn.Module) -> _Split | None:
         seen["logits"] = output + large
         return seen["logits"]
 
-    modes = [(module, module.training) for module in model.modules()]
     hook = split.head.register_forward_hook(replace_logits)
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             input_ids = torch.tensor([[0, 1]], device=split.head.weight.device)
             logits = _logits_of(model(input_ids), type(model).__name__)
             hidden = split.backbone(input_ids, use_cache=False).last_hidden_state
     finally:
         hook.remove()
-        for module, training in modes:
-            module.training = training
 
     # 3. the same? In float32: many models cast what the head returns, as the scores do with theirs.
     if "logits" not in seen or logits.shape != seen["logits"].shape or hidden.shape != seen["hidden"].shape:

@@ -1,5 +1,6 @@
 """What an algorithm may ask of the machinery: see `algorithm.Machine`."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from llm_trainer.compiler import compile_module
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.layout import Layout, Packing
 from llm_trainer.state import Progress
 from llm_trainer.train.metrics import Metrics
+from llm_trainer.train.rows import LaidOut
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -19,8 +22,11 @@ if TYPE_CHECKING:
 class RunMachine:
     """The machinery of one run, as its algorithm sees it: `algorithm.Machine` says what each member means."""
 
-    def __init__(self, engine: Engine, settings: "Settings", progress: Progress, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, settings: "Settings", progress: Progress, metrics: Metrics, rows: LaidOut
+    ) -> None:
         self._engine, self._settings = engine, settings
+        self._rows = rows
         self._progress, self._metrics = progress, metrics
 
     @property
@@ -50,6 +56,14 @@ class RunMachine:
     @property
     def is_main(self) -> bool:
         return dist.is_main()
+
+    @property
+    def layout(self) -> Layout:
+        return self._rows.layout
+
+    def reads_rows(self, try_out: Callable[[], Packing]) -> None:
+        with dist.on_duty(str):  # the main process says it to the others
+            self._rows.reads_rows(try_out)
 
     def place(self, frozen: nn.Module) -> None:
         if self._settings.compile:  # both must round alike

@@ -32,6 +32,7 @@ from llm_trainer.train.loop import Work
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
 from llm_trainer.train.reporter import Reporter
+from llm_trainer.train.rows import LaidOut
 from llm_trainer.train.saving import Wanted
 from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
 
@@ -101,7 +102,6 @@ class Run:
             self.chosen(threads)
         keep = settings.checkpoints_to_keep
         self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)
-        self.machine = RunMachine(self.engine, settings, self.progress, self._metrics)
         self._max_grad_norm = max_grad_norm or 0.0
 
         # The data: this rank's share of the training data, and of every validation set.
@@ -110,6 +110,8 @@ class Run:
             machine = sizing.describe_machine(self.engine, self._is_together)
         sources = [self.source, *self.val_sources.values()]
         self.budget = Budget(settings.micro_batch_tokens, sources, machine, sizing.may_cut(trainer))
+        rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
+        self.machine = RunMachine(self.engine, settings, self.progress, self._metrics, rows)
 
     def _open_data(self, train_loader: Any, val_loader: Any) -> tuple[StepSource, dict[str, StepSource]]:
         settings = self.settings
@@ -123,6 +125,7 @@ class Run:
             micro_batch_tokens=settings.micro_batch_tokens,
             seed=settings.seed,
             read_once=self.max_epochs == 1 or settings.max_steps is not None,
+            sides=self.trainer.sides,
             **ranks,
         )
         loaders: Mapping[str, Any] = {} if val_loader is None else {"": val_loader}
@@ -330,8 +333,9 @@ class Run:
         folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
         if self._configured.changes:
             facts["changed"] = f"since the checkpoint: {', '.join(self._configured.changes)}"
-        if (choice := self.budget.choice()) is not None:
-            self.chosen(choice)
+        for choice in (self.machine.layout.choice, self.budget.choice()):
+            if choice is not None:
+                self.chosen(choice)
         own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
         self.say(preflight.screen(facts | folders | own, self.settings.ledgers, [*self.choices.values()]))
         self._reporter.open(self.log_dir, self.settings, self.horizon.total())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from llm_trainer.layout import Layout
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
 _PER_TOKEN = ("input_ids", "labels", "completion")
+_LABELS = ("labels", "completion", "step_labels")
+_LAID_FLAT = ("input_ids", "loss_weights", *_LABELS)
 _PADDING = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
 
 
@@ -130,6 +133,38 @@ def _documents(values: Tensor, rows: Batch) -> Sequence[Tensor]:
     return [row[present] for row, present in zip(values, mask, strict=True)]
 
 
+def lay_flat(rows: Batch, layout: Layout) -> Batch:
+    """Padded rows laid end to end without their padding, as `data.collate.collate_flat` does, where the layout says so.
+
+    As they came: rows with padding elsewhere than on the right, with labels on padding, or with keys that are not known; and
+    rows that are laid flat already.
+
+    Args:
+        rows: `input_ids [B, T]`, with `attention_mask`, labels and weights of that shape, and numbers per row.
+        layout: of the run (`Machine.layout`).
+    """
+    if not layout.flat or "position_ids" in rows or rows["input_ids"].dim() != 2:
+        return rows
+    ids = rows["input_ids"]
+    mask = rows["attention_mask"].bool() if "attention_mask" in rows else torch.ones_like(ids, dtype=torch.bool)
+    per_token = [name for name in _LAID_FLAT if name in rows]
+    per_row = [name for name in rows if name not in per_token and name != "attention_mask"]
+    if any(rows[name].dim() > 1 for name in per_row) or any(rows[name].shape != ids.shape for name in per_token):
+        return rows
+    lengths = mask.sum(1)
+    ends_in_padding = (mask[:, 1:] <= mask[:, :-1]).all() and (lengths > 0).all()
+    learned = [rows[name][~mask] for name in _LABELS if name in rows]
+    if not ends_in_padding or any((labels != IGNORE).any() for labels in learned) or not layout.pays(lengths.tolist()):
+        return rows
+    laid = {name: rows[name][mask][None] for name in per_token}
+    positions = (mask.cumsum(1) - 1)[mask][None]
+    for name in ("labels", "completion"):
+        if name in laid:
+            laid[name] = laid[name].masked_fill(positions == 0, IGNORE)  # nothing predicts a first token
+    others = {name: rows[name] for name in per_row}
+    return others | laid | {"position_ids": positions, "document_lengths": lengths.cpu()}
+
+
 def num_answers(rows: Batch) -> int:
     """Rows of a joined batch, documents of a flat one."""
     return len(rows["document_lengths"]) if "document_lengths" in rows else len(rows["input_ids"])
@@ -160,20 +195,10 @@ def mean_over_rows(losses: Tensor, batch: Batch) -> Tensor:
     return mean_over((losses * weights).sum(), weights.sum())
 
 
-def num_pairs(batch: Batch, micro_batch_tokens: int | None) -> int:
-    """Pairs of a batch, whose prompts and answers may come apart.
-
-    Raises:
-        ValueError: the batch is joined and padded, and the data is cut by `micro_batch_tokens`: that cuts between rows.
-    """
+def num_pairs(batch: Batch) -> int:
+    """Pairs of a batch, whose prompts and answers may come apart."""
     if "chosen_input_ids" in batch:
         return len(batch["chosen_input_ids"])
-    if micro_batch_tokens is not None and "document_lengths" not in batch:
-        raise ValueError(
-            f"micro_batch_tokens={micro_batch_tokens} cuts padded batches between their rows, and in joined pairs (found "
-            f"{', '.join(batch)}) chosen and rejected are rows apart; expected prompt_input_ids, chosen_input_ids and "
-            f"rejected_input_ids with their masks. Or give micro_batch_tokens to a SampleStream, which knows the pairs"
-        )
     return num_answers(batch) // 2
 
 

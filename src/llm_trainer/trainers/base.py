@@ -1,7 +1,8 @@
 """BaseTrainer: an algorithm (`algorithm.py` says what that is) with everything that a user calls."""
 
 from abc import ABCMeta
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.options import Settings
+from llm_trainer.models.packing import packing_of
+from llm_trainer.models.scored import ScoredModel
 from llm_trainer.trainers.building import DataRequest
 
 if TYPE_CHECKING:
@@ -62,6 +65,9 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
     # Whether only the main process needs the first weights, where they are then sharded: False if anything else is made of
     # them before, such as a copy to compare with.
     shards_first_weights: ClassVar[bool] = False
+    reader: ClassVar[Callable[..., Any]] = (
+        ScoredModel  # what makes a model's numbers per token (`models.packing.Reader`)
+    )
 
     def __init__(
         self,
@@ -113,7 +119,12 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
             hooks=hooks,
         )
         self.machine = self.run.machine
+        self._reads_rows(model)
         self.model = self.run.prepare(self._build_module(model))
+
+    def _reads_rows(self, model: nn.Module) -> None:
+        """Let the machine try out what `model` makes of rows laid flat, where it has the choice."""
+        self.machine.reads_rows(partial(packing_of, model, type(self).reader, self.device))
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:

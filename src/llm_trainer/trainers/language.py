@@ -13,6 +13,7 @@ from llm_trainer.config.options import KDConfig
 from llm_trainer.losses.distill import mix_with_task
 from llm_trainer.losses.language import IGNORE, LanguageLoss, mean_over, weight_sum
 from llm_trainer.models.scored import TokenScores, scored
+from llm_trainer.trainers.answers import lay_flat
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
 from llm_trainer.trainers.distill import (
@@ -78,6 +79,8 @@ class Trainer(BaseTrainer):
         self.kd = kd if teacher_model is None else with_teacher(kd, teacher_model)
         super().__init__(*args, **kwargs)
         self.teacher = None if self.kd is None else make_teacher(self.kd, self.base_model, self.device)
+        if self.kd is not None and isinstance(self.kd.teacher_model, nn.Module):
+            self._reads_rows(self.kd.teacher_model)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
@@ -147,6 +150,7 @@ class Trainer(BaseTrainer):
             yield batches, after
 
     def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        batch = lay_flat(batch, self.machine.layout)
         on_device: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         on_device["labels"] = self._labels(on_device)
         if self.kd is not None and self.teacher is not None:

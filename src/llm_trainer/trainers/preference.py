@@ -17,6 +17,7 @@ from llm_trainer.trainers.answers import (
     as_rows,
     count_tokens,
     join,
+    lay_flat,
     num_answers,
     num_pairs,
     row_weights,
@@ -71,6 +72,7 @@ class DPOTrainer(BaseTrainer):
 
     section = "dpo_config"
     rows = ("pairs",)
+    sides = len(SIDES)
     takes_flat = True
 
     def __init__(
@@ -109,7 +111,6 @@ class DPOTrainer(BaseTrainer):
         self._joined_before: list[
             tuple[Batch, Batch]
         ] = []  # micro-batches that `_begin_step` has joined, and their rows
-        self._micro_batch_tokens = options.get("micro_batch_tokens")
         super().__init__(model, *args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
         self.reference = None if reference is None else reference_of(reference, self, self._policy)
@@ -168,7 +169,7 @@ class DPOTrainer(BaseTrainer):
         return self._policy
 
     def _loss_weight(self, batch: Batch) -> float:
-        return float(row_weights(batch, num_pairs(batch, self._micro_batch_tokens)).sum())
+        return float(row_weights(batch, num_pairs(batch)).sum())
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens(batch)
@@ -211,8 +212,7 @@ class DPOTrainer(BaseTrainer):
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = self._joined(batch)
-        if self.shares_prompts:
-            rows = share_prompts(rows)
+        rows = share_prompts(rows) if self.shares_prompts else lay_flat(rows, self.machine.layout)
         rows = to_device(rows, self.device)
         if self.reference is not None and "ref_chosen_logps" not in rows:
             with torch.no_grad():

@@ -1,11 +1,13 @@
 """What a policy is compared with, and what that says about data."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.models.frozen import AdaptersOff, fingerprint, freeze, frozen_copy, has_adapters
+from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
 from llm_trainer.trainers.answers import as_rows, score, share_prompts, to_device
 
@@ -27,6 +29,7 @@ def reference_of(model: nn.Module, trainer: Algorithm, policy: ScoredModel) -> S
         return AdaptersOff(model, trainer.model, policy.knows_branches)
     reference = scored(model)
     freeze(reference)
+    trainer.machine.reads_rows(partial(packing_of, model, scored, trainer.machine.device))
     trainer.machine.place(reference)
     return reference
 

@@ -13,6 +13,7 @@ from llm_trainer.trainers.answers import (
     Batch,
     count_tokens,
     join,
+    lay_flat,
     mean_over_rows,
     num_pairs,
     row_weights,
@@ -50,13 +51,14 @@ class RewardTrainer(BaseTrainer):
 
     section = "reward_config"
     rows = ("pairs", "process")
+    sides = len(SIDES)
     takes_flat = True
+    reader = Rewarding
 
     def __init__(
         self, *args: Any, center_coef: float = 0.0, use_margin: bool = True, share_prompts: bool = True, **kwargs: Any
     ) -> None:
         self.center_coef, self.use_margin = center_coef, use_margin
-        self._micro_batch_tokens = kwargs.get("micro_batch_tokens")
         super().__init__(*args, **kwargs)
         self.shares_prompts = share_prompts and self._rewarding.knows_branches(self.device)
 
@@ -108,17 +110,16 @@ class RewardTrainer(BaseTrainer):
     def _loss_weight(self, batch: Batch) -> float:
         if "step_labels" in batch:
             return float(_step_weights(batch).sum())
-        return float(row_weights(batch, num_pairs(batch, self._micro_batch_tokens)).sum())
+        return float(row_weights(batch, num_pairs(batch)).sum())
 
     def _count_tokens(self, batch: Batch) -> int:
         return count_tokens(batch)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         if "step_labels" in batch:
-            return to_device(batch, self.device)
+            return to_device(lay_flat(batch, self.machine.layout), self.device)
         rows = join(batch, SIDES)
-        if self.shares_prompts:
-            rows = share_prompts(rows)
+        rows = share_prompts(rows) if self.shares_prompts else lay_flat(rows, self.machine.layout)
         return to_device(rows, self.device)
 
     def _forward(self, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from llm_trainer.trainers.answers import (
     as_rows,
     count_tokens,
     join,
+    lay_flat,
     mean_over_rows,
     num_answers,
     row_weights,
@@ -150,7 +151,7 @@ class KTOTrainer(BaseTrainer):
         """A batch's mismatched rows on the device: those it brings, or its prompts with one another's completions."""
         given = {name.removeprefix(_KL): value for name, value in batch.items() if name.startswith(_KL)}
         if given:
-            return to_device(given, self.device)
+            return to_device(lay_flat(given, self.machine.layout), self.device)
         if len(batch["desirable"]) < 2:
             return None
         if "prompt_input_ids" not in batch:
@@ -161,7 +162,8 @@ class KTOTrainer(BaseTrainer):
         order = mismatched_order(batch["prompt_input_ids"] * batch["prompt_attention_mask"])
         swapped = {name: batch[name][order] for name in batch if name.startswith("completion_")}
         kept = {name: batch[name] for name in batch if name.startswith("prompt_")}
-        return to_device(join(kept | swapped, ("completion",)), self.device)
+        swapped_rows = join(kept | swapped, ("completion",))
+        return to_device(lay_flat(swapped_rows, self.machine.layout), self.device)
 
     def _log_ratios(self, logprobs: Tensor, rows: Batch) -> Tensor:
         """`[B]` log-probs of the answers, policy minus reference."""
@@ -171,7 +173,8 @@ class KTOTrainer(BaseTrainer):
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = {name: value for name, value in batch.items() if not name.startswith(_KL)}
-        return to_device(join(rows, ("completion",)), self.device)
+        joined = join(rows, ("completion",))
+        return to_device(lay_flat(joined, self.machine.layout), self.device)
 
     def _forward(self, batch: Batch) -> TokenScores:
         return score(self.model, batch, differentiable=True)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Subset, TensorDataset
 
+from llm_trainer.data.collate import can_be_cut
 from llm_trainer.data.loaders import LoaderSteps
+from llm_trainer.layout import Layout
 
 
 def loader(**options):
@@ -270,3 +272,69 @@ def test_a_sampler_gets_its_generator_back_so_that_the_next_run_draws_as_the_fir
     assert seeded.generator is not generator
     steps.close()
     assert seeded.generator is generator and generator.initial_seed() == 4
+
+
+def padded(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A padded language batch; every token is its row's length."""
+    width = max(lengths)
+    mask = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
+    ids = torch.tensor(lengths)[:, None] * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def recut(batches: list[Any], **how: Any) -> list[Any]:
+    source = LoaderSteps(batches, accumulation=len(batches), **{"micro_batch_tokens": "auto"} | how)
+    source.micro_batch_tokens = how.get("micro_batch_tokens")
+    ((step, _),) = source.steps(0, 0)
+    return [micro_batch.batch for micro_batch in step]
+
+
+def widths(batches: list[Any]) -> list[list[int]]:
+    return [batch["attention_mask"].sum(1).tolist() for batch in batches]
+
+
+def test_rows_of_a_step_come_together_by_length_where_the_layout_says_so():
+    batches = [padded(3, 9, 2), padded(8, 1, 7), padded(4)]
+    assert widths(recut(batches)) == [[3, 9, 2], [8, 1, 7], [4]]
+    assert widths(recut(batches, layout=Layout(by_length=True))) == [[9, 8, 7], [3, 2, 4], [1]]
+
+
+def test_rows_that_will_be_laid_flat_cost_what_they_hold():
+    batches = [padded(9, 1, 1), padded(1, 8)]
+    assert len(recut(batches, micro_batch_tokens=20, layout=Layout(flat=True))) == 1
+    assert len(recut(batches, micro_batch_tokens=20)) == 2
+    assert len(recut(batches, micro_batch_tokens=20, layout=Layout(flat=True, dense_width=8))) == 2
+
+
+def test_joined_pairs_are_cut_between_pairs():
+    pairs = padded(5, 6, 7, 2, 3, 4) | {"margin": torch.tensor([0.1, 0.2, 0.3])}
+    cut = recut([pairs], micro_batch_tokens=16, sides=2)
+    assert widths(cut) == [[7, 4], [6, 3], [5, 2]]
+    assert [batch["margin"].tolist() for batch in cut] == [pytest.approx([x]) for x in (0.3, 0.2, 0.1)]
+    flat = recut([pairs], micro_batch_tokens=16, sides=2, layout=Layout(flat=True))
+    assert widths(flat) == [[7, 4], [5, 6, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.ones(2, 3), torch.ones(2, 3)),
+        padded(3, 2) | {"names": ["a", "b"]},
+        padded(3, 2) | {"pixel_values": torch.ones(2, 3, 4, 4)},
+        {"input_ids": torch.ones(1, 5).long(), "document_lengths": torch.tensor([3, 2])},
+        {"input_ids": torch.ones(2, 3).long()},  # nothing says what is padding
+        padded(3, 2) | {"labels": torch.ones(2, 3).long()},  # padding is learned
+        padded(3, 2) | {"desirable": torch.tensor([True, False])},  # answers are mismatched inside the batch
+    ],
+    ids=["tuple", "names", "images", "flat", "no mask", "padding", "kto"],
+)
+def test_what_is_not_certainly_the_same_stays_as_it_came(batch: Any):
+    for how in ({"layout": Layout(by_length=True)}, {"layout": Layout(flat=True)}):
+        found = recut([batch, batch], **how)
+        assert found[0] is batch and found[1] is batch
+    assert not can_be_cut([batch, batch])
+
+
+def test_batches_with_other_keys_than_the_first_stay_as_they_came():
+    weighed = padded(2, 1) | {"loss_weights": torch.ones(2, 2)}
+    assert not can_be_cut([padded(3, 2), weighed]) and can_be_cut([weighed, weighed])

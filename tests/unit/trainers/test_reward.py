@@ -176,6 +176,7 @@ def test_a_step_counts_the_same_however_the_batches_are_cut(tmp_path: Path, scal
             save_dir=str(tmp_path / str(len(batches))),
             save_interval=0,
             progress=False,
+            packing="none",
         )
         torch.nn.init.constant_(made.base_model.score.weight, 0.1)
         with torch.no_grad():

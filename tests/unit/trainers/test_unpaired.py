@@ -46,6 +46,7 @@ def trainer(folder: Path, batches: list[Batch], **options: Any) -> KTOTrainer:
             "save_dir": str(folder),
             "save_interval": 0,
             "progress": False,
+            "packing": "none",  # rows are looked at
             **options,
         }
     )

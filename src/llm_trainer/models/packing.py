@@ -1,0 +1,99 @@
+"""Whether a model keeps documents apart that are laid flat in one row. It is tried out, not read from a list."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llm_trainer.layout import Packing
+from llm_trainer.models.scored import evaluating, experts_of, small_sibling
+
+# Two documents of ids that every vocabulary has. The second is compared after its first token, which nothing predicts.
+FIRST, SECOND = (0, 1, 1, 0, 1, 0, 0), (1, 0, 1, 1, 0)
+# Of the difference that seeing the first document makes to the second, how much may be rounding.
+ROUNDING, ROUNDING_HALF = 0.01, 0.1
+DENSE = ("sdpa", "eager")  # attention that computes all pairs of tokens of a row, and masks those of other documents
+
+
+class Reader(Protocol):
+    """A model with a number for every token: `ScoredModel`, `Rewarding`."""
+
+    def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+        """Of `input_ids [B, T]`, or `[1, N]` with `position_ids` and `document_lengths`: numbers of the same shape."""
+
+
+def packing_of(model: nn.Module, reader: Callable[[nn.Module], Any], device: torch.device) -> Packing:
+    """Try a model out on two short documents, alone and laid flat, in the precision of the context.
+
+    The model stays as it is: evaluation mode, without gradients, no random number consumed. Where its weights are not on
+    `device` (an engine brings them there, or they come from another process), a model of the same class and configuration
+    is tried there, with one layer of each type.
+
+    Args:
+        model: any module.
+        reader: makes a `Reader` of it.
+        device: where it will train.
+    """
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    is_elsewhere = any(parameter.device.type != device.type for parameter in model.parameters())
+    cuda = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(cuda), torch.no_grad():
+            tried = model
+            if is_elsewhere and isinstance(model, PreTrainedModel):
+                sibling: nn.Module = small_sibling(model)
+                tried = sibling.to(device, model.dtype)
+            with evaluating(tried):
+                fault = _fault(reader(tried), tried)
+    except Exception as error:  # NOTE: whatever a model of the user's raises, it can be trained on padded rows
+        said = str(error).partition(";")[0].partition("\n")[0]
+        fault = f"it cannot be tried: {type(error).__name__}: {said}"
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if has_batch_norm:
+        fault = "its BatchNorm sees padding as well"
+    if fault:
+        fault = f"{name}: {fault}"
+    return Packing(fault, _dense_width(model), has_batch_norm or experts_of(model) is not None)
+
+
+def _fault(reader: Reader, model: nn.Module) -> str:
+    """What is wrong with documents laid flat; empty: nothing."""
+    parameter = next(model.parameters())
+    lengths = torch.tensor([len(FIRST), len(SECOND)])
+    together = torch.tensor([[*FIRST, *SECOND]], device=parameter.device)
+    positions = torch.cat([torch.arange(int(length)) for length in lengths])[None].to(parameter.device)
+    after_the_first = slice(len(FIRST) + 1, None)
+
+    # 1. alone, flat, and as one document: what it looks like where the second sees the first
+    alone = torch.cat([reader.per_token(document) for document in together.split(lengths.tolist(), dim=1)], dim=1)
+    flat = reader.per_token(together, position_ids=positions, document_lengths=lengths)
+    as_one = reader.per_token(together)
+
+    # 2. the difference must be rounding only
+    in_half = torch.is_autocast_enabled(parameter.device.type) or parameter.dtype.itemsize < torch.float32.itemsize
+    differences = (flat - alone).float().abs()
+    difference = float(torch.cat([differences[:, 1 : len(FIRST)], differences[:, after_the_first]], dim=1).max())
+    if_seen = float((as_one - alone)[:, after_the_first].float().abs().max())
+    rounding = if_seen * (ROUNDING_HALF if in_half else ROUNDING)
+    if if_seen == 0.0:
+        return "whether documents in one row see each other does not show in its numbers"
+    if difference <= rounding:
+        return ""
+    return (
+        f"a document laid behind another is scored otherwise than alone, by {difference:.2g}, where rounding is below "
+        f"{rounding:.2g}"
+    )
+
+
+def _dense_width(model: nn.Module) -> int:
+    """The width of a model whose attention computes all pairs of tokens of a row, 1 where it is not known; 0 for others."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            is_dense = module.config._attn_implementation in DENSE
+            return int(getattr(module.config, "hidden_size", 1)) if is_dense else 0
+    return 1
