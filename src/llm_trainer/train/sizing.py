@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llm_trainer.algorithm import Algorithm, takes_flat
+from llm_trainer.data.loaders import LoaderSteps
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
@@ -64,8 +65,6 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
         return
     if not may_cut(work.algorithm):
         return budget.settle(None, f"{type(work.algorithm).__name__} does not say that they may be cut anew")
-    if not isinstance(work.source, SampleStream):
-        return budget.settle(None, "they are ready-made")
     fastest, why = _fastest(work.engine.device, work.source)
     cost = bytes_by_formula(work.engine, size, settings)
     if cost is None:
@@ -86,6 +85,9 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
 def _fastest(device: torch.device, source: StepSource) -> tuple[int, str]:
     if device.type != "cpu":
         return MOST, "more gains nothing"
+    if isinstance(source, LoaderSteps):
+        tokens = FASTEST_PADDED if source.layout.counts_padding else FASTEST_FLAT
+        return tokens, "the fastest on CPUs, where the batches of a loader can be cut anew"
     is_flat = isinstance(source, SampleStream) and source.flat
     return (FASTEST_FLAT if is_flat else FASTEST_PADDED), "the fastest on CPUs"
 

@@ -74,6 +74,20 @@ def test_on_cpus_it_is_the_fastest_whatever_the_memory(tmp_path, flat, capsys):
         assert one == pytest.approx(other, rel=1e-5)
 
 
+def test_ready_micro_batches_of_a_loader_are_put_together_as_well(tmp_path):
+    rows = Rows(32)
+    loader = [collate_padded([rows[i] for i in range(first, first + 2)]) for first in range(0, 32, 2)]
+    given = {"train_loader": loader, "grad_accum_steps": 4, "max_steps": 3}
+    trained(tmp_path / "rows", **given, micro_batch_tokens=None, packing="none")
+    chosen = trained(tmp_path / "auto", **given)
+    expected = sizing.FASTEST_PADDED if chosen.run.source.layout.counts_padding else sizing.FASTEST_FLAT
+    assert chosen.run.source.micro_batch_tokens == expected
+    ((micro_batches, position), *_) = chosen.run.source.steps(0, 0)
+    assert len(micro_batches) == 1 and position == 4
+    for one, other in zip(losses(tmp_path / "rows"), losses(tmp_path / "auto"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_memory_bounds_it(tmp_path, monkeypatch):
     """Half the memory is half the tokens, in few sizes; weights to come count first; ranks take the smallest."""
     trainer = trained(tmp_path)
