@@ -1,6 +1,6 @@
 """The objects of one run, each made when it is first asked for. `trainers.building.Build` is what algorithms see of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import choose_kind, load, open_stream
 from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.files import files_of
+from llm_trainer.data.read.renaming import check_named_files
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import engine_name
@@ -288,6 +289,7 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
             **order(dataset),
         )
 
+    check_named_files(options, _all_files(config))
     # Training data, all files in one stream.
     rows = config.batch_size * accumulation(config, build.trainer_class) * world
     order = partial(_order, config)
@@ -308,6 +310,14 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
 def _reading(loader: DataLoaderConfig) -> dict[str, Any]:
     """The options of reading, by their names."""
     return {name: getattr(loader, name) for name in fields_of(Reading)}
+
+
+def _all_files(config: TrainConfig) -> Iterator[tuple[Path, Path]]:
+    """Each path of the data of a run with each of its files."""
+    evaluation = [] if config.eval_dataset is None else _paths(config.eval_dataset)
+    for path in map(Path, [*_paths(config.file_dataset), *evaluation]):
+        for file in files_of(path):
+            yield path, file
 
 
 def _paths(files: Any) -> list[str]:

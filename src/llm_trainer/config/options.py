@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Self
+from itertools import chain
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import AfterValidator, Field, StrictBool, StrictFloat, StrictInt
 
@@ -61,14 +62,15 @@ class Reading:
     """How files become rows."""
 
     schema: str | None = Field(default=None, description="the rows' schema; null: recognised from the rows")
-    columns: dict[str, str] | None = Field(
+    columns: dict[str, str | dict[str, str]] | None = Field(
         default=None,
-        description="our column: the file's, such as {prompt: query, completion: response}; only these are read; null: the "
-        "file's names are ours",
+        description="our column: the file's, such as {prompt: query, completion: response}; only these are read; or such a "
+        "mapping per file, {path or pattern: {prompt: query}}; null: the file's names are ours",
     )
-    roles: dict[str, str | list[str]] | None = Field(
+    roles: dict[str, str | list[str] | dict[str, str | list[str]]] | None = Field(
         default=None,
-        description="our role: the file's word or words for it, such as {user: customer, assistant: agent}",
+        description="our role: the file's word or words for it, such as {user: customer, assistant: agent}; or such a mapping "
+        "per file, {path or pattern: {user: customer}}",
     )
     text_unit: Literal["auto", "file", "line", "paragraph", "endoftext"] = Field(
         default="auto",
@@ -95,9 +97,33 @@ class Reading:
         return None if self.curriculum == "length" else self.curriculum
 
     def __post_init__(self) -> None:
-        for role in self.roles or {}:
+        for option in ("columns", "roles"):
+            _refuse_mixed(option, getattr(self, option))
+        mappings: list[Any] = [self.roles or {}]
+        if names_files(self.roles):
+            mappings = list(self.roles.values())
+        for role in chain.from_iterable(mappings):
             if role not in ROLES:
                 raise ConfigError(f"roles: got the role {role!r} on the left, expected {' or '.join(ROLES)}")
+
+
+def names_files(names: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether columns or roles are said per file."""
+    return any(isinstance(value, Mapping) for value in (names or {}).values())
+
+
+def _refuse_mixed(option: str, names: Mapping[str, Any] | None) -> None:
+    """Columns or roles are those of all files, or said per file.
+
+    Raises:
+        ConfigError: both at once.
+    """
+    plain = [name for name, value in (names or {}).items() if not isinstance(value, Mapping)]
+    if names_files(names) and plain:
+        raise ConfigError(
+            f"{option}: got names ({', '.join(plain)}) beside mappings of single files, expected one or the other; for all "
+            f"files write {{'*': {{{plain[0]}: ...}}}}"
+        )
 
 
 @config_section

@@ -19,6 +19,7 @@ import numpy as np
 from llm_trainer.config.env import environment
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import TokenStore
+from llm_trainer.data.read.hub import fingerprint, is_streamed
 from llm_trainer.disk import bytes_in, remove
 
 HASHED_WHOLE = 16 << 20  # bytes of a file up to which all of it is in its key
@@ -48,12 +49,15 @@ def key_of(path: Path, how: Sequence[Any], functions: Sequence[Callable[..., Any
     """Hash of everything that the encoding of a file depends on.
 
     Args:
-        path: the file.
+        path: the file, or the name of a dataset that is streamed.
         how: options of reading and encoding.
         functions: that read and encode its rows; of those from outside this package the code counts.
         chat: its tokenizer, template and options count.
     """
-    file = ["".join(path.suffixes), path.stat().st_size, hash_of_content(path)]
+    if is_streamed(path):
+        file: list[Any] = [str(path), fingerprint(path)]
+    else:
+        file = ["".join(path.suffixes), path.stat().st_size, hash_of_content(path)]
     code = [hash_of_our_code(), *map(_hash_of_foreign_code, functions)]
     everything = [file, how, code, chat.facts()]
     return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:16]

@@ -1,10 +1,10 @@
 """Files -> token stores -> one dataset of a kind of rows. Everything that reads text for training goes through here."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.packing import PACKERS
 from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.files import files_of, read_rows
+from llm_trainer.data.read.hub import is_streamed
 from llm_trainer.data.read.recognise import head_of, schema_of, value_that_does_not_fit
-from llm_trainer.data.read.renaming import Renaming
+from llm_trainer.data.read.renaming import Renaming, reading_of
 from llm_trainer.data.read.schemas import Schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
 from llm_trainer.data.windows import Rows, note_dropped
@@ -76,11 +77,11 @@ def load(paths: Iterable[str], kind: Kind, chat: ChatFormat, options: DataOption
     if options.packing not in kind.packings:
         known = " or ".join(map(repr, kind.packings))
         raise ValueError(f"data_loader_config.packing: got {options.packing!r}, expected {known} for {kind.name}")
-    files = list(_files(paths))
+    files = _files(paths, options)
     if not files:
         raise ValueError("file_dataset: no file was given, expected at least one path")
     if options.hardness_column:
-        _refuse_hardness(files, options)
+        _refuse_hardness([file for file, _ in files], options)
     joined = _datasets(files, kind, chat, options, cache)
     refuse_left_out(joined.ledgers, options.max_left_out)
     return joined
@@ -125,8 +126,12 @@ def refuse_left_out(ledgers: Sequence[Ledger], most: float) -> None:
     raise DataError(Location(names), found, f"at most {most:.0%}", fix, "left_out")
 
 
-def _files(paths: Iterable[str]) -> Iterator[Path]:
-    return chain.from_iterable(files_of(Path(path)) for path in paths)
+def _files(paths: Iterable[str], options: DataOptions) -> list[tuple[Path, DataOptions]]:
+    """All files of some paths, each with its options."""
+    files = []
+    for path in map(Path, paths):
+        files += [(file, reading_of(options, path, file)) for file in files_of(path)]
+    return files
 
 
 @dataclass
@@ -139,12 +144,14 @@ class _NoRows:
         self.file_sizes, self.lengths, self.hardness = [0], np.empty(0, dtype=np.int64), np.empty(0)
 
 
-def _datasets(files: Sequence[Path], kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Joined:
+def _datasets(
+    files: Sequence[tuple[Path, DataOptions]], kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path
+) -> Joined:
     """The rows of all files, without those that repeat others where this was asked for."""
     # 1. the stores of all files that are not used where they lie
-    in_place = [_in_place(file, kind, chat, options, cache) for file in files]
-    others = [file for file, rows in zip(files, in_place, strict=True) if rows is None]
-    stores = [store_of(file, kind, chat, options, cache) for file in others]
+    in_place = [_in_place(file, kind, chat, how, cache) for file, how in files]
+    others = [pair for pair, rows in zip(files, in_place, strict=True) if rows is None]
+    stores = [store_of(file, kind, chat, how, cache) for file, how in others]
     if options.duplicates != "keep":
         if len(others) < len(files):
             raise ValueError(
@@ -154,7 +161,7 @@ def _datasets(files: Sequence[Path], kind: Kind, chat: ChatFormat, options: Data
     # 2. their rows
     parts = []
     remaining = iter(stores)
-    for file, rows in zip(files, in_place, strict=True):
+    for (file, _), rows in zip(files, in_place, strict=True):
         if rows is None:
             store = next(remaining)
             rows = kind.rows(store, str(file), options) if _has_rows(store) else _NoRows(_ledger(store, str(file)))
@@ -242,10 +249,11 @@ def choose_kind(names: Sequence[str], paths: Iterable[str], options: DataOptions
     Of a single kind no file is read.
     """
     kinds = [get_kind(name) for name in names]
-    first = next(_files(paths), None) if len(kinds) > 1 else None
-    if first is None:
+    files = _files(islice(paths, 1), options) if len(kinds) > 1 else []
+    if not files:
         return kinds[0]
-    return next((kind for kind in kinds if _fits(first, kind, options)), kinds[0])
+    file, how = files[0]
+    return next((kind for kind in kinds if _fits(file, kind, how)), kinds[0])
 
 
 def _fits(path: Path, kind: Kind, options: DataOptions) -> bool:
@@ -266,8 +274,8 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
     is_tokens = path.suffix in TOKEN_SUFFIXES
     schema = None if is_tokens else find_schema(path, kind, options)
     name = None if schema is None else schema.name
-    size = path.stat().st_size
-    workers = options.workers if size >= PARALLEL_FROM else 1
+    size = 0 if is_streamed(path) else path.stat().st_size  # 0: not known
+    workers = options.workers if size >= PARALLEL_FROM or is_streamed(path) else 1
     how = [options.bad_rows, options.image_columns, options.text_unit, options.columns, options.roles]
     columns = kind.columns
     if options.hardness_column:
@@ -289,7 +297,7 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
         rows: Any = ((Location(path, i + 1), tokens[i]) for i in range(len(tokens)))
     else:
         rows = read_rows(path, options.text_unit, on_error=note)
-    folder = cache / f"{path.stem}-{key}"
+    folder = cache / f"{path.stem.replace(':', '-')}-{key}"
     renaming = Renaming.of(options)
     encode = RowEncoder(
         kind, name, chat, options.bad_rows, options.image_columns, options.text_unit, renaming, options.hardness_column

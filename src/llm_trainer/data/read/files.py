@@ -13,8 +13,8 @@ from glob import glob
 from pathlib import Path
 
 from llm_trainer.data.read.errors import DataError, Location, unreadable
-from llm_trainer.data.read.formats import COMPRESSED, READERS, OnError, Rows, suffix_of
-from llm_trainer.data.read.hub import files_of_dataset, is_named
+from llm_trainer.data.read.formats import COMPRESSED, READERS, OnError, Rows, records, suffix_of
+from llm_trainer.data.read.hub import files_of_dataset, is_named, is_streamed, stream
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES
 
 TEXT_UNITS = ("auto", "file", "paragraph", "line", "endoftext")
@@ -44,7 +44,7 @@ def read_rows(path: Path | str, text_unit: str = "auto", on_error: OnError | Non
     for file in data_files(path):
         is_empty = True
         try:
-            for pair in READERS[suffix_of(file)](file, text_unit, on_error or _raise):
+            for pair in _rows_of(file, text_unit, on_error or _raise):
                 is_empty = False
                 yield pair
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -58,8 +58,16 @@ def read_rows(path: Path | str, text_unit: str = "auto", on_error: OnError | Non
             raise DataError(Location(file), found, "at least one row", "remove or refill the file")
 
 
+def _rows_of(file: Path, text_unit: str, on_error: OnError) -> Rows:
+    if is_streamed(file):
+        return records(stream(file), file, on_error)
+    return READERS[suffix_of(file)](file, text_unit, on_error)
+
+
 def data_files(path: Path | str) -> list[Path]:
     """The files that `read_rows(path)` reads, in name order: the file itself, a folder's, or those of a pattern.
+
+    A dataset that is streamed has none: its name stands for them.
 
     Raises:
         DataError: nothing there, an unknown suffix, a token file, or a folder without data files.
@@ -67,6 +75,8 @@ def data_files(path: Path | str) -> list[Path]:
     path = Path(path)
     if is_named(path):
         return files_of_dataset(path)
+    if is_streamed(path):
+        return [path]
     expected = f"a folder, a pattern such as data/*.jsonl, or {_FORMATS}"
     if path.is_dir():
         return _files_in(path)

@@ -237,7 +237,7 @@ def _parquet_rows(path: Path, unit: str, on_error: OnError) -> Rows:
 
     try:
         with parquet.ParquetFile(path) as file:
-            yield from _records(file.iter_batches(batch_size=256), path, on_error)  # rows in memory at a time
+            yield from records(file.iter_batches(batch_size=256), path, on_error)  # rows in memory at a time
     except pyarrow.ArrowException as error:
         raise unreadable(path, f"damaged parquet data ({error})", "fetch or write the file again") from error
 
@@ -254,12 +254,12 @@ def _arrow_rows(path: Path, unit: str, on_error: OnError) -> Rows:
                 batches = map(file.get_batch, range(file.num_record_batches))
             else:
                 batches = iter(pyarrow.ipc.open_stream(source))
-            yield from _records(batches, path, on_error)
+            yield from records(batches, path, on_error)
     except pyarrow.ArrowException as error:
         raise unreadable(path, f"damaged Arrow data ({error})", "fetch or write the file again") from error
 
 
-def _records(batches: Iterable[Any], path: Path, on_error: OnError) -> Rows:
+def records(batches: Iterable[Any], path: Path, on_error: OnError) -> Rows:
     """The rows of Arrow's record batches, each as a dict."""
     number = 0
     for batch in batches:

@@ -4,15 +4,18 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from llm_trainer.config.options import Reading
+from llm_trainer.config.options import Reading, names_files
 from llm_trainer.data.read.errors import DataError, Location, show
 from llm_trainer.data.read.json_text import parse_json
 
 TURN_COLUMNS = ("messages", "conversations", "conversation")  # hold turns, or JSON text of them
+PER_FILE = ("columns", "roles")  # options of `Reading` that may be said per file
 _MISSING = object()
+R = TypeVar("R", bound=Reading)
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,17 @@ class Renaming:
 
     @classmethod
     def of(cls, reading: Reading) -> "Renaming | None":
-        """The renaming that the options ask for; None: the file's names are ours."""
+        """The renaming that the options of a file (`reading_of`) ask for; None: the file's names are ours."""
+        assert not names_files(reading.columns) and not names_files(reading.roles)
         if not reading.columns and not reading.roles:
             return None
         roles: dict[str, str] = {}
-        for ours, theirs in (reading.roles or {}).items():
+        named: Any = reading.roles or {}
+        for ours, theirs in named.items():
             for word in [theirs] if isinstance(theirs, str) else theirs:
                 roles[word] = ours
-        return cls(dict(reading.columns or {}), roles)
+        columns: Any = reading.columns or {}
+        return cls(dict(columns), roles)
 
     def __call__(self, row: Any, location: Location) -> tuple[Any, Location]:
         """The row as the formats know it, and its place, whose keys are still called as in the file.
@@ -110,6 +116,68 @@ class Renaming:
         first_parts = {theirs.partition(".")[0] for theirs in self.columns.values()}
         used = first_parts | set(self.columns.values())
         return [name for name in columns if self.columns and name not in used]
+
+
+# --- names per file
+
+
+def reading_of(reading: R, given: Path, file: Path) -> R:
+    """The options of reading one file: of columns and roles that are said per file, its own.
+
+    An entry is for the file if it is its path, or the folder, pattern or dataset's name that was given; otherwise if it is a
+    pattern that the path matches, from its end as far as the pattern goes. A file without an entry speaks our language.
+
+    Raises:
+        DataError: several patterns match.
+    """
+    names: dict[str, Any] = {}
+    for option in PER_FILE:
+        entries = getattr(reading, option)
+        if names_files(entries):
+            found = _entries_of(entries, given, file)
+            if len(found) > 1:
+                what = f"{len(found)} entries of data_loader_config.{option} ({', '.join(found)})"
+                raise DataError(Location(file), what, "one at most", "name the file itself, or narrow the patterns")
+            names[option] = entries[found[0]] if found else None
+    return replace(reading, **names) if names else reading
+
+
+def check_named_files(reading: Reading, files: Iterable[tuple[Path, Path]]) -> None:
+    """Every entry of columns and roles that are said per file must be some file's.
+
+    Args:
+        reading: the options.
+        files: all files of a run, as `reading_of` takes them.
+
+    Raises:
+        ValueError: an entry is nobody's; names the nearest.
+    """
+    pairs = list(files)
+    known = list(dict.fromkeys(str(given) for given, _ in pairs))
+    for option in PER_FILE:
+        entries = getattr(reading, option)
+        for entry in entries if names_files(entries) else ():
+            if any(_is_entry(entry, given, file) for given, file in pairs):
+                continue
+            near = difflib.get_close_matches(entry, known, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else "name a path of file_dataset or eval_dataset, or a pattern"
+            raise ValueError(
+                f"data_loader_config.{option}: got {entry!r}, which is no file of this run; expected one of "
+                f"{', '.join(known)}; {fix}"
+            )
+
+
+def _entries_of(entries: Mapping[str, Any], given: Path, file: Path) -> list[str]:
+    """The entry that names the file, else those whose pattern it matches."""
+    named = [entry for entry in entries if Path(entry) == file] or [entry for entry in entries if Path(entry) == given]
+    return named or [entry for entry in entries if _is_entry(entry, given, file)]
+
+
+def _is_entry(entry: str, given: Path, file: Path) -> bool:
+    return Path(entry) in (file, given) or file.match(entry) or fnmatchcase(str(file), entry)
+
+
+# --- inside rows
 
 
 def decode_turns(column: str, value: Any, location: Location) -> Any:

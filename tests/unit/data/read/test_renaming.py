@@ -16,6 +16,7 @@ from llm_trainer.data.load import load
 from llm_trainer.data.read.errors import DataError
 from llm_trainer.data.read.files import read_rows
 from llm_trainer.data.read.recognise import recognise, schema_of
+from llm_trainer.data.read.renaming import check_named_files, reading_of
 from llm_trainer.train_configs import DataLoaderConfig
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -158,3 +159,60 @@ def test_a_renamed_file_is_read_as_the_original(
                 schema.samples(again, location)
         else:
             assert schema.samples(again, location) == samples
+
+
+# --- per file
+
+
+def per_file(folder: Path) -> dict[str, Path]:
+    """Files of three languages, one of them in a folder."""
+    (folder / "more").mkdir()
+    row = {"q": "q", "a": "a"}
+    return {
+        "a": write(folder / "a.jsonl", row),
+        "b": write(folder / "b.jsonl", {"ask": "q", "reply": "a"}),
+        "c": write(folder / "more" / "c.jsonl", {"turns": [{"role": "customer", "content": "q"}, A]}),
+        "ours": write(folder / "ours.jsonl", {"prompt": "q", "completion": "a"}),
+    }
+
+
+def test_names_may_be_said_per_file(tmp_path: Path, reference_dir: Path) -> None:
+    """By path, by the folder that was given, by a pattern; who has no entry speaks our language. Each store is its own."""
+    files = per_file(tmp_path)
+    columns = {
+        str(files["a"]): {"prompt": "q", "completion": "a"},  # its path comes before a pattern
+        "[ab].jsonl": {"prompt": "ask", "completion": "reply"},
+        str(tmp_path / "more"): {"messages": "turns"},
+    }
+    how = DataOptions(columns=columns, roles={"c.jsonl": {"user": "customer"}}, workers=1)
+    chat = ChatFormat(load_tokenizer(reference_dir / "tokenizer"))
+    paths = [str(files["a"]), str(tmp_path / "b*"), str(tmp_path / "more"), str(files["ours"])]
+    data = load(paths, get_kind("conversations"), chat, how, tmp_path / "cache")
+    texts = [chat.tokenizer.decode(data[i]["input_ids"]) for i in range(4)]
+    assert texts[0] == texts[1] == texts[3] != texts[2] and "customer" not in texts[2]
+    alone = DataOptions(columns=columns[str(files["a"])])
+    (again,) = load(paths[:1], get_kind("conversations"), chat, alone, tmp_path / "cache").stores
+    assert not again.is_new
+
+
+def test_what_is_said_per_file_must_be_clear(tmp_path: Path) -> None:
+    files = per_file(tmp_path)
+    pairs = [(path, path) for path in files.values()]
+    names = {"prompt": "q", "completion": "a"}
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: found 2 entries of data_loader_config.columns \(\*\.jsonl, a\.\*\)"
+    ):
+        reading_of(Reading(columns={"*.jsonl": names, "a.*": names}), *pairs[0])
+    unknown = Reading(columns={"*.jsonl": names, "x/a.json": names})
+    with pytest.raises(
+        ValueError, match=r"columns: got 'x/a\.json', which is no file of this run; expected one of .*a\.jsonl"
+    ):
+        check_named_files(unknown, pairs)
+    with pytest.raises(ValueError, match=r"roles: got .*; did you mean '.*a\.jsonl'\?"):
+        check_named_files(Reading(roles={f"{files['a']}l": {"user": "x"}}), pairs)
+    check_named_files(Reading(columns={"more/*": names}, roles={str(files["b"]): {"user": "x"}}), pairs)
+    check_named_files(Reading(columns=names), pairs)
+    with pytest.raises(ConfigError, match=r"columns: got names \(prompt\) beside mappings of single files"):
+        Reading(columns={"prompt": "q", "a.jsonl": names})
+    with pytest.raises(ConfigError, match=r"roles: got the role 'robot' on the left"):
+        DataLoaderConfig(roles={"a.jsonl": {"robot": "x"}})
