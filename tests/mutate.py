@@ -56,6 +56,7 @@ class Mutation:
 LOOP, TABLE = "tests/unit/train/test_loop.py", "tests/invariance/test_table.py"
 CUT = f"{TABLE}::test_one_process[sft-torch-2x4x1-padded]"
 RESUMED = f"{LOOP}::test_a_signal_saves_and_a_second_start_goes_on"
+RETRY = "tests/unit/train/test_retry.py"
 STREAM = "tests/unit/data/test_stream.py"
 MUTATIONS = (
     # Losses.
@@ -117,17 +118,38 @@ MUTATIONS = (
         (f"{LOOP}::test_micro_batches_without_terms_change_nothing",),
     ),
     Mutation(
+        "gradients of an attempt that ran out of memory are kept",
+        "train/retry.py",
+        "        work.engine.drop_gradients()\n",
+        "",
+        (f"{RETRY}::test_nothing_of_a_failed_attempt_is_left",),
+    ),
+    Mutation(
+        "metrics of an attempt that ran out of memory are kept",
+        "train/retry.py",
+        "        work.metrics.go_back(self._metrics)\n",
+        "",
+        (f"{RETRY}::test_nothing_of_a_failed_attempt_is_left",),
+    ),
+    Mutation(
+        "a rank that ran out of memory says so to nobody",
+        "train/retry.py",
+        "dist.largest(int(failure is not None), work.engine.device)",
+        "failure is not None",
+        ("tests/distributed/test_ranks.py",),
+    ),
+    Mutation(
         "the logged loss is that of the last micro-batch",
         "train/loop.py",
-        "loss_sum += share.detach()",
-        "loss_sum = share.detach()",
+        "loss_sum += add_gradient(",
+        "loss_sum = add_gradient(",
         (CUT,),
     ),
     Mutation(
         "gradients of micro-batches do not add up",
         "train/loop.py",
-        "            engine.backward(share)\n",
-        "            algorithm.optimizer.zero_grad()\n            engine.backward(share)\n",
+        "        engine.backward(share)\n",
+        "        algorithm.optimizer.zero_grad()\n        engine.backward(share)\n",
         (CUT,),
     ),
     # Clipping, updates, optimizers.
@@ -192,8 +214,8 @@ MUTATIONS = (
     Mutation(
         "a batch without terms makes the validation loss NaN",
         "train/evaluate.py",
-        "                if weight:",
-        "                if True:",
+        "            if weight:",
+        "            if True:",
         (f"{LOOP}::test_evaluation_is_a_mean_over_terms",),
     ),
     Mutation(
@@ -213,9 +235,9 @@ MUTATIONS = (
     # Resume.
     Mutation(
         "a resumed epoch begins anew",
-        "train/loop.py",
-        "work.algorithm._train_steps(work.source, progress.epoch, progress.position)",
-        "work.algorithm._train_steps(work.source, progress.epoch, 0)",
+        "train/retry.py",
+        "_train_steps(self._work.source, self._progress.epoch, self._progress.position)",
+        "_train_steps(self._work.source, self._progress.epoch, 0)",
         (RESUMED,),
     ),
     Mutation(

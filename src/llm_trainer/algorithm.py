@@ -141,7 +141,8 @@ class Algorithm(ABC):
     def _begin_step(self, batches: list[Any], weights: list[float], sum_over_ranks: SumOverRanks) -> None:
         """See all micro-batches of an optimizer step before the first of them runs, without gradients.
 
-        For a loss with a second denominator, or with an estimate that is made from the whole step.
+        For a loss with a second denominator, or with an estimate that is made from the whole step. A step that runs out of
+        memory is begun anew, cut smaller: what is added up during a step starts at zero here.
 
         Args:
             batches: this rank's micro-batches, as they came from the loader.

@@ -11,6 +11,7 @@ WALKS = {  # question -> the files that answer it, and most lines of code, blank
     "one training step": (
         [
             "train/loop.py",
+            "train/work.py",
             "train/terms.py",
             "state.py",
             "algorithm.py",
@@ -18,7 +19,7 @@ WALKS = {  # question -> the files that answer it, and most lines of code, blank
             "engine/torch.py",
             "train/guards.py",
         ],
-        900,
+        960,
     ),
     "DPO": (["trainers/preference.py", "trainers/references.py"], 400),
     "a description becomes objects": (["assemble.py"], 200),

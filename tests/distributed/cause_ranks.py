@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "invariance")]
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "invariance")]
 from ranks import fork_ranks, import_once
 from table import ENGINES, Answers, tiny_model
 
+from failing_memory import OF_HOST
 from llm_trainer import BaseTrainer, KTOTrainer, configure_optimizer
 from llm_trainer.engine import dist, watch
 from llm_trainer.train.hooks import Hook
@@ -120,14 +121,20 @@ NONE = torch.full((2, 2), float("nan"))
 
 
 def train(
-    folder: Path, engine: str, batches: list[Any], skips_layers: bool = False, lr: float = 0.05, **more: Any
+    folder: Path,
+    engine: str,
+    batches: list[Any],
+    skips_layers: bool = False,
+    lr: float = 0.05,
+    kind: type[BaseTrainer] = Chosen,
+    **more: Any,
 ) -> Any:
     torch.manual_seed(0)
     model = Branches(skips_layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=2 * lr)
     accumulation = len(batches) // 3 // dist.world_size()
     given = {"grad_accum_steps": accumulation, **options(folder, engine), **more}
-    Chosen(model, optimizer, batches, **given).train()
+    kind(model, optimizer, batches, **given).train()
     return curve(folder) if dist.is_main() else []
 
 
@@ -204,6 +211,20 @@ def raises(folder: Path, engine: str) -> Any:
     return on_second_rank(folder, engine, act)
 
 
+class ShortOfMemory(Chosen):
+    """The memory of the second rank runs out in the backward of the second step."""
+
+    def _compute_loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        if dist.rank() == 1 and self.machine.step == 1:
+            outputs.register_hook(lambda gradient: (_ for _ in ()).throw(OF_HOST))
+        return super()._compute_loss(outputs, batch)
+
+
+def runs_out(folder: Path, engine: str) -> Any:
+    """What can be done about it depends on the engine; what is a row, only its own class knows."""
+    return train(folder, engine, [(ROWS, 0)] * 6, kind=ShortOfMemory)
+
+
 def times_out(folder: Path, engine: str) -> Any:
     """The second rank does something else for longer than the time-out."""
     return on_second_rank(folder, engine, partial(time.sleep, 100))
@@ -211,7 +232,18 @@ def times_out(folder: Path, engine: str) -> Any:
 
 CASES: dict[str, Any] = {
     case.__name__: case
-    for case in (odd_rows, no_terms, unused, unused_layer, configured, statistics, raises, raises_early, times_out)
+    for case in (
+        odd_rows,
+        no_terms,
+        unused,
+        unused_layer,
+        configured,
+        statistics,
+        raises,
+        raises_early,
+        runs_out,
+        times_out,
+    )
 }
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from layouts import make_trainer
 from ranks import fork_ranks, import_once
 from table import tiny_model
 
+from failing_memory import FailingMemory, num_rows
 from llm_trainer import DPOTrainer, SFTTrainer, create_trainer
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
@@ -46,6 +47,28 @@ def train(folder: Path, **options: Any) -> dict[str, Any]:
         "dtype": str(parameters[0].dtype),
         "precision": trainer.run.engine.precision_name,
     }
+
+
+def short_of_memory(folder: Path) -> str:
+    """The second rank cannot hold two rows of its second step, and nobody may wait for it; what this rank says then."""
+    trainer = make_trainer(folder, STEPS, engine="fsdp", micro_batch_tokens=None, save_interval_steps=1)
+
+    def fails(batch: dict[str, Any]) -> str:
+        return "backward" * (dist.rank() == 1 and trainer.machine.step == 1 and num_rows(batch) > 1)
+
+    FailingMemory(trainer, trainer.base_model.model.layers[1], fails)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def started_again(folder: Path) -> dict[str, Any]:
+    """The same run, whose micro-batches are smaller now."""
+    trainer = make_trainer(folder, STEPS, engine="fsdp", micro_batch_tokens=None)
+    trainer.train()
+    return {"curve": curve(folder) if dist.is_main() else [], "tokens": trainer.run.budget.tokens}
 
 
 class Squares(nn.Module):
@@ -194,6 +217,8 @@ def main(folder: Path) -> None:
         name: fork_ranks(scenario, folder / name.replace(" ", "-"), ranks)
         for name, (ranks, scenario) in scenarios.items()
     }
+    for name, scenario in (("short of memory", short_of_memory), ("started again", started_again)):
+        report[name] = fork_ranks(scenario, folder / "short", 2)
     print(json.dumps(report))
 
 

@@ -14,12 +14,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path += [str(Path(__file__).parents[1] / "faults"), str(Path(__file__).parents[1])]
+from short_memory import life
 from victim import Rows, make_trainer, metric_lines
 
 from llm_trainer import BaseTrainer
@@ -260,6 +262,10 @@ def main(folder: Path) -> None:
             report[f"{scenario.__name__}-{ranks}"] = fork_ranks(
                 scenario, folder / f"{scenario.__name__}-{ranks}", ranks
             )
+    for ranks in (1, 2):
+        for seed in (None, 0, 1):
+            play = partial(life, seed=seed)
+            report[f"short of memory {seed} {ranks}"] = fork_ranks(play, folder / f"short-{seed}-{ranks}", ranks)
     for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one, threads_of_each):
         timeout_s = 1 if scenario is slow_data else 60
         report[scenario.__name__] = fork_ranks(scenario, folder / scenario.__name__, 2, timeout_s)

@@ -1,6 +1,7 @@
 """FSDP2 with its options, for any module, in both styles: the curve of plain DDP."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,13 @@ def test_a_section_for_deepspeed_is_used_in_one_process(played: dict[str, Any]) 
     (found,) = played["described alone"]
     assert found["engine"] == 3
     assert "DeepSpeedEngine, 1 process" in played["said"]["described alone"][0] and len(found["curve"]) == 12
+
+
+def test_ranks_that_need_each_other_stop_together_and_go_on_cut_smaller(played: dict[str, Any]) -> None:
+    first, second = played["short of memory"]
+    assert second.startswith("OutOfMemoryError: step 2 ran out of memory: micro-batch ")
+    assert re.search(r"2 rows of up to \d+ tokens .*can't allocate.*with micro-batches of at most \d+ tokens", second)
+    assert "rank 1" in first and "failed: OutOfMemoryError: step 2 ran out of memory" in first
+    assert_same(played["started again"][0]["curve"], played["plain"][0]["curve"])
+    tokens = {result["tokens"] for result in played["started again"]}
+    assert len(tokens) == 1 and f"at most {tokens.pop()} tokens" in second

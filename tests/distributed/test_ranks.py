@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / "faults"))
+from short_memory import compare
+
 RANKS = Path(__file__).parent / "ranks.py"
 
 
@@ -76,6 +79,16 @@ def test_an_infinity_on_one_rank_skips_the_step_on_all(played: dict[str, Any]) -
     first, second = played["inf_on_one"]["results"]
     assert first == second and first["skipped"] == 1
     assert first["kept"] == ["step-2-rank-0.pt", "step-2-rank-1.pt"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_curve_does_not_depend_on_where_memory_runs_out(played: dict[str, Any], ranks: int) -> None:
+    plain = played[f"short of memory None {ranks}"]
+    for seed in (0, 1):
+        found = played[f"short of memory {seed} {ranks}"]
+        assert compare(found, plain) == [] and sum(result["failures"] for result in found["results"]) > 0
+        assert len({result["tokens"] for result in found["results"]}) == 1
+        assert "It is taken again, and from now on" in found["texts"][0] and "".join(found["texts"][1:]) == ""
 
 
 def test_changing_the_number_of_ranks_loses_and_repeats_no_sample(played: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from llm_trainer.cli.executable import typed
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.engine import dist
 from llm_trainer.train.guards import NonFiniteError
+from llm_trainer.train.retry import OutOfMemoryError
 from llm_trainer.train.signals import TrainingInterrupted
 from llm_trainer.trainers import create_trainer
 from llm_trainer.trainers.base import BaseTrainer
@@ -33,7 +34,7 @@ def run_training(config: TrainConfig, name: str) -> None:
     except TrainingInterrupted:
         dist.stop()
         raise
-    except (NonFiniteError, CheckpointError) as error:
+    except (NonFiniteError, CheckpointError, OutOfMemoryError) as error:
         raise RunFailed(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise RunFailed(f"{OUT_OF_MEMORY}. {error}") from error

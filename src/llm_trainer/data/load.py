@@ -59,6 +59,13 @@ class Joined:
         part = int(np.searchsorted(self._firsts, index, side="right")) - 1
         return self.parts[part][index - int(self._firsts[part])]
 
+    def place(self, index: int) -> str:
+        """Where a row comes from, for messages."""
+        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        part, row = self.parts[number], index - int(self._firsts[number])
+        # A kind of the user's own need not know.
+        return part.place(row) if hasattr(part, "place") else f"{part.ledger.name}, sample {row + 1}"
+
 
 def load(paths: Iterable[str], kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Joined:
     """All files as one dataset of rows of `kind`, in the order given.

@@ -25,7 +25,7 @@ from llm_trainer.data.order import (
     undealt,
 )
 from llm_trainer.data.packing import cut_by_length, cut_by_tokens
-from llm_trainer.data.stream import Batch, SampleStream, StepSource, mix_seeds
+from llm_trainer.data.stream import Batch, RowOfStep, SampleStream, StepSource, mix_seeds
 from llm_trainer.layout import AS_IT_CAME, Layout
 from llm_trainer.state import MicroBatch
 
@@ -367,6 +367,24 @@ class LoaderSteps:
     def _culprit(self) -> str:
         """Who has the last word about the order."""
         return type(self._order.drawers[-1]).__name__
+
+    def rows_of_step(self, epoch: int, position: int, micro_batches: list[MicroBatch]) -> list[list[RowOfStep]]:
+        batches = [micro_batch.batch for micro_batch in micro_batches]
+        if not can_be_cut(batches) and not self._must_cut:
+            return []
+        rows = []
+        for number, batch in enumerate(batches, start=1):
+            costs, _ = row_lengths(batch, self.sides, flat=not self.layout.counts_padding)
+            place = f"of micro-batch {number} of {self.name} after position {position}, in epoch {epoch + 1}"
+            rows.append([RowOfStep(cost, f"row {row} {place}") for row, cost in enumerate(costs, start=1)])
+        return rows
+
+    def recut(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        if not micro_batches[0].counts:
+            return micro_batches
+        # NOTE: what was loaded ahead is cut when its step comes, so nothing has to be read again.
+        batches = self._recut([micro_batch.batch for micro_batch in micro_batches])
+        return [MicroBatch(batch) for batch in batches]
 
     def _recut(self, batches: list[Batch]) -> list[Batch]:
         """The rows of a step cut anew; the optimisation does not notice.

@@ -157,6 +157,9 @@ class Pieces(Protocol):
     def piece(self, index: int, start: int, stop: int) -> LanguageSample:
         """Tokens `[start, stop)` of a document."""
 
+    def place(self, index: int) -> str:
+        """Where a document comes from, for messages."""
+
 
 class Packed:
     """Documents, each one column of tokens, several in a row of up to `capacity` tokens ('bfd', 'bfd_split')."""
@@ -185,6 +188,12 @@ class Packed:
         if self.documents.is_weighted:
             sample["loss_weights"] = np.concatenate([p["loss_weights"] for p in pieces])
         return sample
+
+    def place(self, index: int) -> str:
+        """Where the documents of a row come from, for messages."""
+        pieces = self.rows[index]
+        more = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
+        return f"{self.documents.place(pieces[0].document)}{more}, packed into one row"
 
 
 class Blocks:
@@ -243,3 +252,7 @@ class Blocks:
         starts = np.arange(self.count) * self.block_size  # nothing predicts the first token of a block
         np.subtract.at(counts, np.searchsorted(self.offsets, starts, side="right") - 1, 1)
         return counts
+
+    def place(self, index: int) -> str:
+        """Where a row comes from, for messages."""
+        return f"{self.ledger.name}, tokens from {index * self.block_size:,} on"

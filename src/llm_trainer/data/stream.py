@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -67,6 +67,18 @@ class Permutation:
         return x.astype(np.int64)
 
 
+class RowOfStep(NamedTuple):
+    """A row of a micro-batch, for messages and for whoever cuts it smaller.
+
+    Attributes:
+        tokens: that it costs.
+        place: where it comes from, in words.
+    """
+
+    tokens: int
+    place: str
+
+
 class StepSource(Protocol):
     """What the loop pulls optimizer steps from. `position` counts whatever the source counts, from 0 in every epoch.
 
@@ -85,6 +97,12 @@ class StepSource(Protocol):
 
     def steps(self, epoch: int, position: int) -> Iterator[tuple[list[MicroBatch], int]]:
         """Each step's micro-batches for this rank, and the position after it."""
+
+    def rows_of_step(self, epoch: int, position: int, micro_batches: list[MicroBatch]) -> list[list[RowOfStep]]:
+        """The rows of each micro-batch of the step at a position; empty if they cannot be told apart."""
+
+    def recut(self, micro_batches: list[MicroBatch]) -> list[MicroBatch] | None:
+        """The rows of a step as `micro_batch_tokens` now says; None: open `steps` anew at its position."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a position means something for, besides size and seed."""
@@ -254,3 +272,14 @@ class SampleStream:
             batches = iter(loader)
         for step, is_filler, stop in self._plan(epoch, position):
             yield [MicroBatch(next(batches), counts=not is_filler) for _ in step], stop
+
+    def rows_of_step(self, epoch: int, position: int, micro_batches: list[MicroBatch]) -> list[list[RowOfStep]]:
+        groups, _, _ = next(self._plan(epoch, position))
+        place = getattr(self.dataset, "place", "sample {} of the dataset".format)  # a dataset need not know
+        rows = []
+        for group in groups:
+            rows.append([RowOfStep(int(self.dataset.lengths[sample]), place(sample)) for sample in group])
+        return rows
+
+    def recut(self, micro_batches: list[MicroBatch]) -> None:
+        return None  # a seek is exact

@@ -232,6 +232,12 @@ class Rows:
             )
         return keep
 
+    def place(self, index: int) -> str:
+        """Where a row comes from, for messages: its number in the file, or among those that were kept of it."""
+        is_whole = not self.store.meta["dropped"]
+        kept = "" if is_whole else " of those that were kept"
+        return f"{Location(self.ledger.name, int(self.stored[index]) + 1)}{kept}"
+
 
 def weight_column(weight: float) -> np.ndarray:
     """What a row has in the column `WEIGHT`, `[1]`."""

@@ -140,6 +140,14 @@ class Engine(ABC):
             Norm of the whole gradient before clipping, and whether it is finite; if not, nothing was updated.
         """
 
+    def give_up_step(self) -> None:
+        """After a forward or backward has failed on this rank: take part, with zeros, in what the other ranks wait for."""
+        assert not self.in_lockstep, "a rank that fails in a forward cannot keep up with the others"
+
+    def drop_gradients(self) -> None:
+        """Forget what the backwards of a step have added up."""
+        assert not self.in_lockstep
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What the engine itself must remember: `scaler`, the fp16 scale, empty without one."""

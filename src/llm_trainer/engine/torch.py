@@ -61,6 +61,7 @@ class TorchEngine(Engine):
         self._optimizer: torch.optim.Optimizer
         self._unused: Unused | None = None  # where gradients are exchanged
         self._is_last = True  # whether the backward under way is the one in which DDP exchanges gradients
+        self._exchanges = False  # whether that backward has begun
 
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         module.to(self.device)
@@ -92,9 +93,22 @@ class TorchEngine(Engine):
             loss = loss * dist.world_size()
         if self._unused is not None:
             self._unused.begin()
+        self._exchanges = self._is_last
         self._scaler.scale(loss).backward()
         if isinstance(self._module, DistributedDataParallel) and self._unused is not None and self._is_last:
             self._unused.complete()
+        self._exchanges = False
+
+    def give_up_step(self) -> None:
+        if isinstance(self._module, DistributedDataParallel) and self._unused is not None:
+            self._unused.make_up(self._module, self._exchanges)
+        self._exchanges = False
+
+    def drop_gradients(self) -> None:
+        if self._unused is not None:
+            self._unused.in_step()
+        # DDP's gradients lie in its buckets, for good: without them the next ones would be allocated beside the buckets.
+        self._optimizer.zero_grad(set_to_none=not isinstance(self._module, DistributedDataParallel))
 
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
         if self._unused is not None:
@@ -105,8 +119,7 @@ class TorchEngine(Engine):
         if finite:
             self._scaler.step(self._optimizer)
         self._scaler.update()
-        # DDP's gradients lie in its buckets, for good: without them the next ones would be allocated beside the buckets.
-        self._optimizer.zero_grad(set_to_none=not isinstance(self._module, DistributedDataParallel))
+        self.drop_gradients()
         return grad_norm, finite
 
     def state_dict(self) -> dict[str, Any]:

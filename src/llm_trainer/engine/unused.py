@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from llm_trainer.engine import dist
 
@@ -57,9 +58,27 @@ class Unused:
         missing = [leaf for leaf in self._targets if leaf not in self._used]
         if not missing:
             return
+        zeros = [leaf.new_zeros(()).expand_as(leaf) for leaf in missing]  # of one number each: memory may be short
         self._completes = True  # a second backward: DDP's hooks stand at the parameters, whatever leads there
-        torch.autograd.backward(missing, [torch.zeros_like(leaf) for leaf in missing])
-        self._completes = False
+        try:
+            torch.autograd.backward(missing, zeros)
+        finally:
+            self._completes = False
+
+    def make_up(self, module: DistributedDataParallel, has_begun: bool) -> None:
+        """After a failure on this rank: bring the exchange of gradients that other ranks wait in to its end, with zeros.
+
+        DDP is then as after any other backward, on every rank, and the gradients are to be dropped.
+
+        Args:
+            module: DDP around the model.
+            has_begun: the last forward of the step is done, so the failure may lie inside the backward that exchanges.
+        """
+        if not has_begun:
+            module.reducer._rebuild_buckets()  # talks to the others at the second step's first forward, else it does nothing
+            module.reducer.prepare_for_backward([])
+            self.begin()
+        self.complete()
 
     def in_step(self) -> list[Tensor]:
         """After all backwards of a step: the leaves that this rank has not used; begins a new step."""

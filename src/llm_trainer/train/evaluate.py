@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_trainer.algorithm import Algorithm
-from llm_trainer.data.stream import StepSource
+from llm_trainer.data.stream import RowOfStep, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
-from llm_trainer.train.loop import Work
+from llm_trainer.state import MicroBatch
 from llm_trainer.train.metrics import Metrics
+from llm_trainer.train.retry import DoesNotFit, any_failed, out_of_memory_noticed, shrink
 from llm_trainer.train.terms import begin_step, fill_up
+from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Sampling
@@ -63,28 +65,47 @@ def unmeasured(sources: Iterable[str], values: Mapping[str, float]) -> list[str]
 
 
 def _measure(work: Work, source: StepSource) -> Metrics:
-    """The metrics of all data of `source` on this rank, or of what came before a signal."""
+    """The metrics of all data of `source` on this rank, or of what came before a signal; cut smaller until it fits."""
+    while True:
+        failure, rows = DoesNotFit(), list[list[RowOfStep]]()  # perhaps of another rank
+        position = 0
+        for micro_batches, after in source.steps(0, 0):
+            try:
+                _measure_step(work, micro_batches)
+            except DoesNotFit as error:
+                failure, rows = error, source.rows_of_step(0, position, micro_batches)
+                break
+            position = after
+            stop = int(work.stop_requested())
+            if work.engine.in_lockstep:
+                stop = dist.largest(stop, work.engine.device)
+            if stop:
+                break
+        measured = work.metrics.take()
+        if not any_failed(work.engine, failure):
+            return measured
+        shrink(work, rows, failure, "the evaluation")
+
+
+def _measure_step(work: Work, micro_batches: list[MicroBatch]) -> None:
+    """
+    Raises:
+        DoesNotFit: this rank has run out of memory.
+    """
     algorithm, engine = work.algorithm, work.engine
-    for micro_batches, _ in source.steps(0, 0):
-        for micro_batch in fill_up(engine, micro_batches):
-            if not micro_batch.counts and not engine.in_lockstep:
-                continue  # nothing is exchanged, so a rank without rows just waits
-            weight = float(algorithm._loss_weight(micro_batch.batch))
-            alone = replace(micro_batch, weight=weight)
-            with work.metrics.recording(micro_batch.counts):
-                begin_step(algorithm, engine, [alone], lambda numbers: numbers)  # each batch is a step of its own
-                with engine.precision(), engine.together():
-                    batch = algorithm._prepare_batch(micro_batch.batch)
-                    outputs = algorithm._forward(batch)
-                    loss = algorithm._compute_loss(outputs, batch)
-                if weight:  # without terms the loss may be 0 / 0, and NaN * 0 is NaN
-                    work.metrics.add("loss", loss * weight, weight)
-        stop = int(work.stop_requested())
-        if engine.in_lockstep:
-            stop = dist.largest(stop, engine.device)
-        if stop:
-            break
-    return work.metrics.take()
+    for number, micro_batch in enumerate(fill_up(engine, micro_batches), start=1):
+        if not micro_batch.counts and not engine.in_lockstep:
+            continue  # nothing is exchanged, so a rank without rows just waits
+        weight = float(algorithm._loss_weight(micro_batch.batch))
+        alone = replace(micro_batch, weight=weight)
+        with out_of_memory_noticed(number), work.metrics.recording(micro_batch.counts):
+            begin_step(algorithm, engine, [alone], lambda numbers: numbers)  # each batch is a step of its own
+            with engine.precision(), engine.together():
+                batch = algorithm._prepare_batch(micro_batch.batch)
+                outputs = algorithm._forward(batch)
+                loss = algorithm._compute_loss(outputs, batch)
+            if weight:  # without terms the loss may be 0 / 0, and NaN * 0 is NaN
+                work.metrics.add("loss", loss * weight, weight)
 
 
 def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int) -> list[str]:

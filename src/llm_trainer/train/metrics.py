@@ -54,6 +54,16 @@ class Metrics:
         for name, (total, count) in other._sums.items():
             self.add(name, total, count)
 
+    def copy(self) -> Metrics:
+        """The same as it is now, apart; sums are never changed in place."""
+        copied = Metrics(self._device)
+        copied._sums = dict(self._sums)
+        return copied
+
+    def go_back(self, earlier: Metrics) -> None:
+        """Forget what was added since `earlier` was copied."""
+        self._sums = dict(earlier._sums)
+
     def take(self) -> Metrics:
         """Everything that was added since the last `reduce` or `take`, apart; nothing of it is left here."""
         taken = Metrics(self._device)

@@ -23,7 +23,7 @@ from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
 from llm_trainer.plan.shapes import Shape
 from llm_trainer.state import Choice
-from llm_trainer.train.loop import Work
+from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings

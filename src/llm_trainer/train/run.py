@@ -28,13 +28,14 @@ from llm_trainer.train.budget import Budget
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, evaluate, unmeasured
 from llm_trainer.train.hooks import Hook, with_names_of_their_own
-from llm_trainer.train.loop import Work
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
 from llm_trainer.train.reporter import Reporter
+from llm_trainer.train.retry import recall
 from llm_trainer.train.rows import LaidOut
 from llm_trainer.train.saving import Wanted
 from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
+from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
@@ -185,6 +186,7 @@ class Run:
         with folder.alone(), self.signals.listening(), workers_needed(), folder.saved_at_the_end(), on_duty:
             self._resume()
             self._choose_kernels()
+            recall(self.budget, self.save_dir)
             self.stop_requested = False
             self.values = {}
             for values in self.progress.lines:

@@ -17,8 +17,8 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.room import room_on
 from llm_trainer.train.budget import Budget, size_below
-from llm_trainer.train.loop import Work
 from llm_trainer.train.preflight import Size, human
+from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings

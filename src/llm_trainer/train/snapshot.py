@@ -24,9 +24,9 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.lock import lock_of_run
 from llm_trainer.state import Progress
 from llm_trainer.train.configured import ConfiguredOptimizer
-from llm_trainer.train.loop import Work
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.saving import Saving, Wanted
+from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -28,8 +29,9 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.engine.unused import Unused
 from llm_trainer.state import MicroBatch, Progress, StepDone
-from llm_trainer.train.loop import Work
-from llm_trainer.train.terms import begin_step, count_terms, fill_up, share_of_step
+from llm_trainer.train.retry import Attempt, DoesNotFit, Steps
+from llm_trainer.train.terms import count_terms, fill_up, share_of_step
+from llm_trainer.train.work import Work
 
 # What the run says already -> the fields of TrainingArguments that would say something else.
 OF_THE_RUN = {
@@ -158,6 +160,7 @@ class Driver(transformers.Trainer):
     micro_batches: list[MicroBatch]  # of the step under way
     total: float  # terms of that step, over all ranks
     started: float  # when that step began, as `time.perf_counter` says it
+    _exchanges: bool  # whether the backward in which DDP exchanges gradients has begun
     done: StepDone  # that step, but for its seconds
     loss_is_scaled_for_ga = True  # a share is already one of the whole step, over micro-batches and ranks
 
@@ -173,6 +176,7 @@ class Driver(transformers.Trainer):
         self.ddp = dist.world_size() > 1
         self._unused = Unused(work.engine.device)
         self._unused.add_all(work.algorithm.model)
+        self.loader = StepLoader(work, progress)
         optimizer = work.run.trainer.optimizer
         super().__init__(
             model=work.algorithm.model,
@@ -184,7 +188,7 @@ class Driver(transformers.Trainer):
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Any:
-        return StepLoader(self.work, self.progress)
+        return self.loader
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next step, unscaled by any count of transformers' own; after the last one of the epoch none."""
@@ -196,14 +200,23 @@ class Driver(transformers.Trainer):
         """Forward and backward of all micro-batches, as in `loop.train_step`; `[]` the loss whose mean over ranks is the
         step's.
         """
-        micro_batches, position = inputs
+        while True:
+            try:
+                return self._try_step(model, *inputs)
+            except DoesNotFit as failure:
+                self.loader.steps.again(failure)  # cut smaller; nothing has happened yet
+                inputs = next(self.loader.steps)
+
+    def _try_step(self, model: nn.Module, micro_batches: list[MicroBatch], position: int) -> Tensor:
         algorithm, engine = self.work.algorithm, self.work.engine
         self.started = time.perf_counter()
         dist.reached(f"step {self.progress.step + 1}, beginning")
         torch.manual_seed(mix_seeds(self.work.seed, self.progress.step, dist.rank()))
         self.micro_batches = fill_up(engine, micro_batches)
         self.total, tokens, stop = count_terms(algorithm, engine, self.micro_batches, self.work.stop_requested())
-        begin_step(algorithm, engine, self.micro_batches, engine.joined(dist.all_reduce))
+        self._unused.in_step()  # forget what an attempt before has used
+        attempt = Attempt(self.work, partial(self._give_up, model))
+        attempt.begin(self.micro_batches)
         self.loss_sum = torch.zeros((), device=engine.device)
         unwrapped, algorithm.model = algorithm.model, model
         try:
@@ -211,11 +224,13 @@ class Driver(transformers.Trainer):
                 dist.reached(f"step {self.progress.step + 1}, micro-batch {number + 1}")
                 is_last = number == len(self.micro_batches) - 1
                 self._unused.begin()
+                self._exchanges = False
                 quiet = nullcontext() if is_last else self.accelerator.no_sync(model)
-                with quiet:
+                with attempt.part(number + 1), quiet:
                     super().training_step(model, {"number": number})
-            if self.ddp:
-                self._unused.complete()
+                    if self.ddp and is_last:
+                        self._unused.complete()
+            attempt.succeed()
         finally:
             algorithm.model = unwrapped
         dist.reached(f"step {self.progress.step + 1}, update")
@@ -230,6 +245,11 @@ class Driver(transformers.Trainer):
         self.done = StepDone(self.loss_sum, grad_norm, finite, tokens, seconds, stop, self.micro_batches, position)
         return self.loss_sum * dist.world_size()
 
+    def _give_up(self, model: nn.Module) -> None:
+        """See `Engine.give_up_step`."""
+        if isinstance(model, DistributedDataParallel):
+            self._unused.make_up(model, self._exchanges)
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -242,6 +262,8 @@ class Driver(transformers.Trainer):
             loss = algorithm._compute_loss(outputs, batch)
             share = share_of_step(loss, micro_batch, self.total, outputs, algorithm)
         self.loss_sum += share.detach()
+        # The backward is next. DDP around a single process exchanges in every one: accelerate does not hold it back there.
+        self._exchanges = not self.ddp or inputs["number"] == len(self.micro_batches) - 1
         return share * dist.world_size()  # DDP averages over ranks what the step adds up
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -270,11 +292,14 @@ class Driver(transformers.Trainer):
 class StepLoader:
     """What is left of the epoch that the run is in, as `(micro-batches, position after them)`."""
 
+    steps: Steps  # of the epoch under way
+
     def __init__(self, work: Work, progress: Progress) -> None:
         self.work, self.progress = work, progress
 
-    def __iter__(self) -> Iterator[tuple[list[MicroBatch], int]]:
-        return self.work.algorithm._train_steps(self.work.source, self.progress.epoch, self.progress.position)
+    def __iter__(self) -> Steps:
+        self.steps = Steps(self.work, self.progress)
+        return self.steps
 
 
 class Schedule:

@@ -195,6 +195,7 @@ class DPOTrainer(BaseTrainer):
         self, batches: list[Batch], weights: list[float], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
         """Count what the step's NLL term is a mean of: it has another denominator than the comparison."""
+        self._new_rewards.zero_()
         if not self.loss.nll_weight:
             return
         counts = [sum(weights), 0.0]
@@ -270,7 +271,6 @@ class DPOTrainer(BaseTrainer):
     def _end_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         if "bco_pair" in self.loss.names:
             self._baseline += sum_over_ranks(self._new_rewards).cpu()
-            self._new_rewards.zero_()
 
     def _get_extra_checkpoint_state(self) -> dict[str, Any]:
         return {"reward_baseline": self._baseline.tolist()}
