@@ -98,17 +98,17 @@ class Run:
         self._metrics = Metrics(self.engine.device)
         self._clock = Clock()
         self._reporter = Reporter(dist.is_main(), self.progress)
-        threads = settle_threads(together)
-        if threads is not None:
-            self.chosen(threads)
         keep = settings.checkpoints_to_keep
         self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)
         self._max_grad_norm = max_grad_norm or 0.0
 
         # The data: this rank's share of the training data, and of every validation set.
         with self._on_duty():
+            threads = settle_threads(together)
             self.source, self.val_sources = self._open_data(train_loader, val_loader)
             machine = sizing.describe_machine(self.engine, self._is_together)
+        if threads is not None:
+            self.chosen(threads)
         sources = [self.source, *self.val_sources.values()]
         self.budget = Budget(settings.micro_batch_tokens, sources, machine, sizing.may_cut(trainer))
         rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
