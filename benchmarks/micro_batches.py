@@ -1,8 +1,7 @@
 """What a training step costs by how it is cut: tokens per second of processor time, for budgets of 512 to 16,384 tokens.
 
 `python benchmarks/micro_batches.py --shape 27M --precision bf16` cuts one step of ragged rows by each budget in turn, flat
-and padded, in alternating rounds, and prints medians and their ratios to the best. The last columns are the resident
-memory at its peak, and what the formula of `llm-trainer plan` expects a token's activations to take.
+and padded, in alternating rounds, and prints medians and their ratios to the best.
 """
 
 import argparse
@@ -12,7 +11,6 @@ import tempfile
 import time
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,14 +41,6 @@ class Ragged:
         size = int(self.lengths[index])
         ids = np.random.default_rng(index).integers(16, VOCABULARY, size)
         return LanguageSample(input_ids=ids, trained=np.ones(size, dtype=bool), document_lengths=[size])
-
-
-def resident_peak() -> float:
-    """The peak of the resident memory since the last call, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(line for line in lines if line.startswith("VmHWM"))
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(peak.split()[1]) / 1000
 
 
 def main() -> None:
@@ -86,7 +76,7 @@ def main() -> None:
                     micro_batch_tokens=budget,
                     flat=layout == "flat",
                 )
-    speeds, peaks = defaultdict(list), {}
+    speeds = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         optimizer = configure_optimizer(model, lr=1e-4)
         trainer = SFTTrainer(
@@ -100,13 +90,11 @@ def main() -> None:
                     continue  # the first round warms up
                 ((micro_batches, position),) = source.steps(0, 0)
                 gc.collect()
-                resident_peak()
                 began = time.process_time()
                 train_step(work, done, micro_batches, position)
                 spent = time.process_time() - began
                 done += 1
                 speeds[name].append(rows.lengths.sum() / spent)
-                peaks[name] = resident_peak()
     medians = {name: statistics.median(values[-options.rounds :]) for name, values in speeds.items()}
     best = max(medians.values())
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -114,7 +102,7 @@ def main() -> None:
         f"{options.shape} ({size:.1f} M), {options.precision}, {rows.lengths.sum()} tokens in {len(rows.lengths)} rows"
     )
     for (layout, budget), speed in medians.items():
-        print(f"{layout:>8} {budget:>7,} {speed:>8.0f} tokens/s {speed / best:>6.2f} {peaks[layout, budget]:>7.0f} MB")
+        print(f"{layout:>8} {budget:>7,} {speed:>8.0f} tokens/s {speed / best:>6.2f}")
 
 
 if __name__ == "__main__":
