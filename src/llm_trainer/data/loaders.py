@@ -413,6 +413,8 @@ class LoaderSteps:
             groups = cut_by_length(costs, sizes)
         else:
             groups = cut_by_tokens(costs, budget, not self.layout.counts_padding)
+        if not self._must_cut and len(batches) == len(groups) == 1:
+            return batches  # it fits as it came
         recut = []
         for group in groups:
             by_side = zip(*(rows[sample] for sample in group), strict=True)

@@ -52,7 +52,10 @@ class Budget:
 
     def settle(self, tokens: int | None, why: str) -> None:
         """Take what was found, on all ranks the same."""
-        self.tokens, self.why, self.is_settled = tokens, why, True
+        is_smaller = self.tokens is not None and self.tokens < (tokens or math.inf)
+        if not (self._has_shrunk and is_smaller):  # an evaluation has found it to be too large
+            self.tokens, self.why = tokens, why
+        self.is_settled = True
         self._apply()
 
     def shrink(self, cost: int, longest: int = 1) -> bool:
@@ -105,9 +108,11 @@ class Budget:
     def _apply(self) -> None:
         """Tell the sources."""
         for source, own in self._sources:
-            in_force = self.tokens if own == "auto" else own
+            in_force = own
+            if own == "auto" and self.is_settled:
+                in_force = self.tokens
             if self._has_shrunk and self.tokens is not None:
-                in_force = min(in_force or self.tokens, self.tokens)
+                in_force = min(in_force, self.tokens) if isinstance(in_force, int) else self.tokens
             source.micro_batch_tokens = in_force
 
 

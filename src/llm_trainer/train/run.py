@@ -116,7 +116,7 @@ class Run:
 
     def _open_data(self, train_loader: Any, val_loader: Any) -> tuple[StepSource, dict[str, StepSource]]:
         settings = self.settings
-        ranks: dict[str, Any] = {"is_sharded": settings.loader_is_sharded}
+        ranks: dict[str, Any] = {"is_sharded": settings.loader_is_sharded, "sides": self.trainer.sides}
         if self._is_together:
             ranks |= {"rank": dist.rank(), "world_size": dist.world_size()}
             ranks["largest"] = partial(dist.largest, device=self.engine.device)
@@ -126,7 +126,6 @@ class Run:
             micro_batch_tokens=settings.micro_batch_tokens,
             seed=settings.seed,
             read_once=self.max_epochs == 1 or settings.max_steps is not None,
-            sides=self.trainer.sides,
             **ranks,
         )
         loaders: Mapping[str, Any] = {} if val_loader is None else {"": val_loader}

@@ -131,13 +131,31 @@ class Normed(nn.Module):
         return self.head(self.norm(self.embed(input_ids).mT).mT)
 
 
-@pytest.mark.parametrize(
-    ("model", "kind", "why"),
-    [(tiny, Own, "Own"), (Normed, SFTTrainer, "may be cut"), ("plain", SFTTrainer, "not known")],
-)
+@pytest.mark.parametrize(("model", "kind", "why"), [(tiny, Own, "Own"), (Normed, SFTTrainer, "may be cut")])
 def test_what_may_not_be_cut_stays_as_it_comes(tmp_path, model, kind, why):
-    made = make_model(model) if isinstance(model, str) else model()
-    trainer = trained(tmp_path, made, kind)
+    trainer = trained(tmp_path, model(), kind)
     assert trainer.run.budget.tokens is None and why in trainer.run.budget.why
     ((micro_batches, _), *_) = trainer.run.source.steps(0, 0)
     assert [len(micro_batch.batch["input_ids"]) for micro_batch in micro_batches] == [2, 2, 2, 2]
+
+
+def test_ready_made_micro_batches_come_together(tmp_path):
+    """Those of a loader too, but for what is no table of rows; a step of one that fits is not touched."""
+    batches = [collate_padded([Rows(30)[row] for row in rows]) for rows in ((0, 1), (2, 3), (4, 5), (6, 7))]
+    trainer = trained(tmp_path, train_loader=batches, grad_accum_steps=2, max_epochs=1)
+    source = trainer.run.source
+    assert trainer.run.budget.tokens in (sizing.FASTEST_FLAT, sizing.FASTEST_PADDED)
+    steps = [step for step, _ in source.steps(0, 0)]
+    assert [[len(micro_batch.batch["input_ids"]) for micro_batch in step] for step in steps] == [[4], [4]]
+    source.accumulation = 1
+    assert all(step[0].batch is batch for (step, _), batch in zip(source.steps(0, 0), batches, strict=True))
+    source.accumulation = 2
+    batches[1]["pictures"] = torch.zeros(2, 3, 4, 4)
+    first, second = [step for step, _ in source.steps(0, 0)]
+    assert first[0].batch is batches[0] and first[1].batch is batches[1] and len(second) == 1
+
+
+def test_ready_made_micro_batches_of_a_model_that_nobody_knows_stay(tmp_path):
+    """Nothing says what a token of it takes, and a loader cannot be looked at before its first step."""
+    trainer = trained(tmp_path, make_model("plain"), train_loader=[collate_padded([Rows(30)[0]])] * 4)
+    assert trainer.run.budget.tokens is None and "not known" in trainer.run.budget.why

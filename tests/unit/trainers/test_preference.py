@@ -100,7 +100,8 @@ def test_a_micro_batch_is_joined_once_also_where_its_step_counts_nll_terms(
     joined: list[int] = []
     monkeypatch.setattr(preference, "join", lambda batch, sides: joined.append(id(batch)) or join(batch, sides))
     batches = [pairs_batch(seed=0), pairs_batch(seed=1)]
-    trainer(tmp_path, batches, loss_type={"sigmoid": 1.0, "sft": 0.5}, grad_accum_steps=2).train()
+    how = {"grad_accum_steps": 2, "micro_batch_tokens": None}
+    trainer(tmp_path, batches, loss_type={"sigmoid": 1.0, "sft": 0.5}, **how).train()
     assert sorted(joined) == sorted(map(id, batches))
 
 
@@ -290,6 +291,15 @@ def test_a_token_budget_cuts_between_pairs_and_changes_no_step(left: bool, tmp_p
     assert made.train()["grad_norm"] == pytest.approx(norms[0], rel=1e-5)  # a pair's rows are not beside each other
     with pytest.raises(ValueError, match="found a batch laid flat"):
         trainer(tmp_path, [flat_of(one) for one in joined], micro_batch_tokens=40).train()
+
+
+def test_pairs_of_validation_stay_pairs_where_they_are_cut(tmp_path: Path) -> None:
+    joined = [join(pairs_batch(4, seed=i), ("chosen", "rejected")) for i in range(2)]
+    made = trainer(tmp_path, joined, tiny(), ref_model=tiny(1), val_loader=joined)
+    whole = made.evaluate()
+    made.run.budget.settle(40, "to see what comes of it")
+    cut = [micro_batch for step, _ in made.run.val_sources[""].steps(0, 0) for micro_batch in step]
+    assert len(cut) > 2 and made.evaluate() == pytest.approx(whole, rel=1e-5)
 
 
 def test_bco_compares_with_the_rewards_of_earlier_steps_and_resumes_there(tmp_path: Path) -> None:
