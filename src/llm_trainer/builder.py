@@ -344,7 +344,7 @@ def _order(config: TrainConfig, dataset: Any) -> dict[str, Any]:
     loader = config.data_loader_config
     hardness = None
     if loader.curriculum is not None:
-        hardness = dataset.hardness if loader.hardness_column else dataset.lengths
+        hardness = dataset.hardness if loader.hardness_column else dataset.num_tokens
     return {
         "shuffle": loader.data_loader_shuffle,
         "file_weights": _file_weights(config, dataset),
@@ -375,7 +375,7 @@ def _file_weights(config: TrainConfig, dataset: Any) -> list[float] | None:
     sizes = np.array(dataset.file_sizes)
     if loader.mixture == "tokens":
         ends = np.cumsum(dataset.file_sizes)
-        sizes = np.array([piece.sum() for piece in np.split(dataset.lengths, ends[:-1])])
+        sizes = np.array([piece.sum() for piece in np.split(dataset.num_tokens, ends[:-1])])
     path_sizes = np.add.reduceat(sizes, firsts[:-1])
     # 2. how often it is visited: as often as was said, or so that its share of what is there comes out
     weights = np.array(given)

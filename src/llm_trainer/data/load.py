@@ -55,6 +55,15 @@ class Joined:
         """What a curriculum by a column of the files sorts by, `[rows]`."""
         return np.concatenate([part.hardness for part in self.parts])
 
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of every row `[rows]`, whatever the layout."""
+        counts = []
+        for part in self.parts:
+            of_part = part.num_tokens if isinstance(part, Rows) else part.lengths
+            counts.append(of_part)
+        return np.concatenate(counts)
+
     def __getitem__(self, index: int) -> Any:
         part = int(np.searchsorted(self._firsts, index, side="right")) - 1
         return self.parts[part][index - int(self._firsts[part])]

@@ -152,7 +152,8 @@ class Rows:
 
     Attributes:
         stored: `[rows]` where each row is in the store.
-        lengths: `[rows]` tokens, as a token budget counts them.
+        lengths: `[rows]` tokens, as a token budget counts them, which depends on how rows are laid out.
+        num_tokens: `[rows]` tokens; orders and shares follow from them.
         weights: `[rows]` how much each row counts as a whole; None: all alike.
         hardness: `[rows]` what a curriculum by a column of the file sorts by; empty where there is none.
 
@@ -174,6 +175,7 @@ class Rows:
         note_dropped(self.ledger, store)
         self.stored = self._select(unusable, learns).nonzero()[0]
         self.lengths: np.ndarray = np.sum([column.lengths for column in columns], axis=0)
+        self.num_tokens = self.lengths
         self.file_sizes = [len(self.lengths)]
         self.weights = weights_of(store)
         if self.weights is not None:

@@ -15,6 +15,7 @@ from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.encode.workers import build_store
 from llm_trainer.data.kinds import DataOptions
 from llm_trainer.data.kinds.pairs import EQUAL_AFTER_CUT, PAIRS, PairRows, collate_pairs
+from llm_trainer.data.load import Joined
 from llm_trainer.data.load import load as load_rows
 from llm_trainer.data.read.errors import DataError
 from llm_trainer.data.windows import EMPTY_AFTER_CUT, TOO_LONG
@@ -168,6 +169,15 @@ def test_a_flat_batch_holds_all_chosen_documents_before_all_rejected(tmp_path: P
         16,
         18,
     ]  # as padded rows cost
+
+
+def test_what_orders_follow_from_does_not_depend_on_the_layout(tmp_path: Path) -> None:
+    store = store_of(tmp_path, EXAMPLES)
+    ways = ({"packing": "none"}, {"packing": "flat"}, {"packing": "flat", "share_prompts": True})
+    rows = [PairRows(store, "x", DataOptions(**how)) for how in ways]
+    assert not np.array_equal(rows[0].lengths, rows[1].lengths)
+    for one in rows:
+        assert Joined([one]).num_tokens.tolist() == rows[1].lengths.tolist()
 
 
 def test_pairs_of_token_ids_are_those_of_text(chat: ChatFormat, tmp_path: Path) -> None:
