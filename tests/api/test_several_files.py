@@ -94,6 +94,27 @@ def test_loaders_with_names_in_the_explicit_style(reference_dir: Path, tmp_path:
     assert {"eval_loss", "eval_left_loss", "eval_right_mean_token_accuracy"} <= set(found)
 
 
+def test_names_of_columns_per_file_are_of_files_of_the_run(reference_dir: Path, tmp_path: Path) -> None:
+    """An entry for an evaluation file is known as well; one for no file is refused before anything is read."""
+    train, held_out = (write(tmp_path, f"{name}.jsonl", ["one two"] * 2) for name in ("train", "held_out"))
+    names = {"prompt": "prompt", "completion": "chosen"}
+    for other, refused in ((held_out, False), (f"{held_out}.gz", True)):
+        columns = DataLoaderConfig(columns={train: names, other: names}, cache_dir=str(tmp_path / "stores"))
+        described = config(
+            reference_dir,
+            tmp_path,
+            sft_config=SFTConfig(),
+            data_loader_config=columns,
+            file_dataset=train,
+            eval_dataset=held_out,
+        )
+        if not refused:
+            assert SFTTrainer(train_config=described).evaluate()["eval_loss"] > 0
+            continue
+        with pytest.raises(ValueError, match=r"columns: got '.*held_out\.jsonl\.gz', which is no file of this run"):
+            SFTTrainer(train_config=described).evaluate()
+
+
 def test_weights_of_files_change_how_often_they_are_visited(reference_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     write(folder, "two.jsonl", ["one"] * 2), write(folder, "three.jsonl", ["two"] * 3)

@@ -26,10 +26,11 @@ from llm_trainer.data.load import find_schema
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows
-from llm_trainer.data.read.messages import mute_empty_answers, read_only, row_weight, step_weights, weight_as_a_whole
+from llm_trainer.data.read.messages import mute_empty_answers, read_only
 from llm_trainer.data.read.recognise import ROWS_LOOKED_AT, recognise, schema_of
 from llm_trainer.data.read.schemas import Schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
+from llm_trainer.data.read.weights import row_weight, step_weights, weight_as_a_whole
 from llm_trainer.data.unused import refuse_unused
 
 Sample = dict[str, Any]

@@ -12,8 +12,8 @@ from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.packing import PACKERS, Blocks, Packed
 from llm_trainer.data.read.formats import END_OF_TEXT
-from llm_trainer.data.read.messages import row_weight, weight_as_a_whole
 from llm_trainer.data.read.token_files import TokenFile
+from llm_trainer.data.read.weights import row_weight, weight_as_a_whole
 from llm_trainer.data.windows import Column, Rows, note_dropped, weight_column, weights_of
 
 

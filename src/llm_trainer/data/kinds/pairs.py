@@ -15,7 +15,8 @@ from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.read.errors import DataError, Location
-from llm_trainer.data.read.messages import mute_empty_answers, read_only, weight_as_a_whole
+from llm_trainer.data.read.messages import mute_empty_answers, read_only
+from llm_trainer.data.read.weights import weight_as_a_whole
 from llm_trainer.data.windows import Column, Rows, lay_flat, row_blocks, weight_column
 
 SIDES = ("chosen", "rejected")

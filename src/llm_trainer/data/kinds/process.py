@@ -9,7 +9,8 @@ from llm_trainer.data.encode.chat import ChatFormat, weights_dtype
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.encode.turns import Tools
 from llm_trainer.data.kinds import NO_WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
-from llm_trainer.data.read.messages import Message, step_weights
+from llm_trainer.data.read.messages import Message
+from llm_trainer.data.read.weights import step_weights
 from llm_trainer.data.windows import Column, Rows
 
 SEPARATOR = "\n"  # ends every step; its last token is where the step is judged

@@ -11,7 +11,8 @@ from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.kinds.pairs import SIDES, up_to_last_trained, weights_of_rows
 from llm_trainer.data.read.errors import DataError, Location
-from llm_trainer.data.read.messages import read_only, weight_as_a_whole
+from llm_trainer.data.read.messages import read_only
+from llm_trainer.data.read.weights import weight_as_a_whole
 from llm_trainer.data.windows import Column, Rows, weight_column
 
 
