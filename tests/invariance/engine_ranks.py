@@ -1,6 +1,7 @@
 """The cells of every engine with two processes: `python engine_ranks.py OUT` forks them all from one import.
 
-Writes, for each engine, how its processes ended and the curves of its cells.
+Writes, for each engine, how its processes ended and the curves of its cells; and beside OUT, in a folder called after the
+engine, leaves a run that ended early.
 """
 
 import json
@@ -12,16 +13,18 @@ from typing import Any
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
 from ranks import fork_ranks, import_once
-from table import ENGINES, TRAINERS, automatic_cells, cells, engine_cells, run, weighed_cell
+from table import ENGINES, STEPS, TRAINERS, Cell, automatic_cells, cells, engine_cells, run, weighed_cell
 
 RANKS = 2
 
 
-def curves(folder: Path, engine: str) -> dict[str, Any]:
-    """Every cell of an engine, one after the other in the same processes."""
+def curves(folder: Path, engine: str, ended_early: Path) -> dict[str, Any]:
+    """Every cell of an engine, one after the other in the same processes; and a run into `ended_early`."""
     make = cells if engine == "torch" else partial(engine_cells, engine=engine)
     wanted = [cell for trainer in TRAINERS for cell in make(trainer, ranks=RANKS)]
     wanted += [cell for trainer in TRAINERS for cell in automatic_cells(trainer, engine, RANKS)]
+    chosen = Cell("sft", 2, 2, RANKS, flat=True, engine=engine, automatic=True)
+    run(chosen, into=str(ended_early), last_step=STEPS - 1)
     return {str(cell): run(cell) for cell in [*wanted, weighed_cell(engine, RANKS)]}
 
 
@@ -33,7 +36,9 @@ def main(out: Path) -> None:
     report = {}
     with tempfile.TemporaryDirectory() as name:
         for engine in ENGINES:
-            done = fork_ranks(partial(curves, engine=engine), Path(name) / engine, RANKS)
+            done = fork_ranks(
+                partial(curves, engine=engine, ended_early=out.parent / engine), Path(name) / engine, RANKS
+            )
             report[engine] = {"codes": done["codes"], "texts": done["texts"], "curves": done["results"][0]}
     out.write_text(json.dumps(report))
 

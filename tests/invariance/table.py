@@ -255,6 +255,8 @@ def run(
     rows: list[int] = []  # of this rank
 
     def watch(run: Any) -> None:
+        if not rows:
+            return  # the last step of the life before was saved before this hook had seen it
         curve.append(StepSeen(run.values["loss"], run.values["grad_norm"], sum(dist.gather_objects(rows[-1]))))
 
     with tempfile.TemporaryDirectory() as own_folder:

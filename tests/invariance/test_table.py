@@ -1,6 +1,7 @@
 """Losses and gradient norms do not depend on how a step is cut: rows, tokens, accumulation, packing, ranks."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).parent / "engine_ranks.py"), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads(out.read_text()) | {"folder": str(out.parent)}
 
 
 def curve_of(cell: Cell, played: dict[str, Any]) -> list:
@@ -64,6 +65,19 @@ def test_what_the_machine_chooses_in_one_process(cell: Cell, base: dict[str, lis
 @pytest.mark.parametrize("cell", [c for e in ENGINES for t in TRAINERS for c in automatic_cells(t, e, 2)], ids=str)
 def test_what_the_machine_chooses_in_two(cell: Cell, base: dict[str, list], played: dict[str, Any]) -> None:
     assert max(differences(curve_of(cell, played), base[cell.trainer])) < AUTOMATIC
+
+
+@pytest.mark.parametrize(
+    "cell", [Cell("sft", 4, 2, 1, True, 40), Cell("sft", 8, 1), automatic_cells("sft", "torch", 1)[1]], ids=str
+)
+@pytest.mark.parametrize("engine", ["torch", "fsdp"])
+def test_one_process_goes_on_where_two_had_chosen(
+    engine: str, cell: Cell, base: dict[str, list], played: dict[str, Any], tmp_path: Path
+) -> None:
+    curve_of(weighed_cell(engine, 2), played)  # it has ended well
+    shutil.copytree(f"{played['folder']}/{engine}", tmp_path / "run")
+    curve = run(cell, into=str(tmp_path / "run"))
+    assert max(differences(curve, base["sft"][-1:])) < AUTOMATIC
 
 
 @pytest.fixture(scope="module")
