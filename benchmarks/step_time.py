@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,14 @@ class Watch:
 
     Attributes:
         first: steps before the timed ones; None: the run does not yet go as it will go on.
-        seconds: of the timed steps.
+        seconds: of the timed steps, of the clock that was asked for.
         tokens: of the timed steps.
         profiled_seconds: of the steps under the profiler.
         parts: seconds of these by part.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self._pace = steps, Pace()
+    def __init__(self, steps: int, clock: Callable[[], float]) -> None:
+        self.steps, self._clock, self._pace = steps, clock, Pace()
         self.first: int | None = None
         self.seconds = self.profiled_seconds = self._start = 0.0
         self.tokens = 0
@@ -75,12 +75,13 @@ class Watch:
         from torch.profiler import ProfilerActivity, profile
 
         step, now, on_device = run.progress.step, time.perf_counter(), run.trainer.device.type == "cuda"
+        spent = self._clock()
         is_steady = self._pace.is_steady(run)
         if self.first is None:
             if is_steady:
-                self.first, self._start, self.tokens = step, now, -run.progress.tokens
+                self.first, self._start, self.tokens = step, spent, -run.progress.tokens
         elif step == self.first + self.steps:
-            self.seconds = now - self._start
+            self.seconds = spent - self._start
             self.tokens += run.progress.tokens
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
             self._profile = profile(activities=activities)
@@ -111,7 +112,7 @@ def model_flops(job: Any, steps: range) -> float:
     return 6 * total
 
 
-def measure(precision: str, steps: int) -> dict[str, Any]:
+def measure(precision: str, steps: int, clock: str) -> dict[str, Any]:
     """Train, in this process; what the steps took."""
     import torch
     from ours import described
@@ -120,7 +121,8 @@ def measure(precision: str, steps: int) -> dict[str, Any]:
     from llm_trainer.train.preflight import peak_flops
 
     job = Job("ours-default", "alpaca", precision, 0, LONG, str(BENCH / "work"))
-    watch = Watch(steps)
+    clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+    watch = Watch(steps, clocks[clock])
     with tempfile.TemporaryDirectory() as folder:
         trainer = described(job, folder, watch)
         trainer.train()
@@ -188,13 +190,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="of 16 rows, timed and then profiled")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--poor-cpu", action="store_true", help="with the instructions of AVX2 alone")
+    parser.add_argument(
+        "--clock",
+        choices=["seconds", "cpu_seconds"],
+        default="seconds",
+        help="processor time is the steadier one on a machine that others use too, with one thread",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--picture", type=Path, help="an .svg of all that was measured so far")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # what the driver gives to the processes it starts
     options = parser.parse_args()
     if options.job:
         sys.path.insert(0, str(RUNNERS))
-        print(json.dumps(measure(options.job, options.steps)))
+        print(json.dumps(measure(options.job, options.steps, options.clock)))
         return
     prepare_work()
     kept: dict[str, dict[str, Any]] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {}
