@@ -88,7 +88,7 @@ def brought(job: Job, folder: str, clock: Callable[[RunView], None]) -> SFTTrain
     model = job.model()
     options: dict[str, Any] = {}
     if job.peer == "ours-equal":
-        options = {"compile": False, "micro_batch_tokens": None}
+        options = {"compile": False, "packing": "none", "micro_batch_tokens": None}
     elif job.peer == "ours-best":
         options = {"compile": True}
         model.set_attn_implementation(resolve_attention("auto", "cpu"))
