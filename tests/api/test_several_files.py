@@ -148,7 +148,7 @@ def test_shares_of_rows_or_tokens_become_visits(reference_dir: Path, tmp_path: P
     by_rows = made(mixture="rows", file_shares=[3, 1])
     assert by_rows.visits == [9, 6, 5] and by_rows.interleave  # 20 rows, of which three quarters are the folder's
     by_tokens = made(mixture="tokens", file_shares=[0.5, 0.5])
-    lengths = by_tokens.dataset.lengths
+    lengths = by_tokens.dataset.num_tokens
     read = lengths[by_tokens.order(0, 0, len(by_tokens))].sum()
     left = lengths[[i for i in by_tokens.order(0, 0, len(by_tokens)) if i < 5]].sum()
     assert left / read == pytest.approx(0.5, abs=0.03) and read == pytest.approx(lengths.sum(), rel=0.05)
