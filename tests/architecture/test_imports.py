@@ -82,6 +82,7 @@ LICENSED = {
     ("train/budget.py", "data"): "the protocol of a step source",
     ("train/sizing.py", "data"): "how a source lays out what it cuts",
     ("train/sizing.py", "plan"): "what a micro-batch takes",
+    ("train/trial.py", "data"): "the longest rows of a stream",
     ("train/loop.py", "data"): "seeds a step",
     ("train/retry.py", "data"): "the rows of a step, for messages",
     ("train/work.py", "data"): "the protocol of a step source",

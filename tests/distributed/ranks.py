@@ -188,6 +188,31 @@ def inf_on_one(folder: Path) -> dict[str, Any]:
     return {"weights": weights_of(trainer), "skipped": trainer.run.progress.skipped_steps, "kept": kept}
 
 
+def tried_out(folder: Path) -> dict[str, Any]:
+    """What a token takes is tried out before the first step, by ranks of which the second finds twice as much."""
+    from llm_trainer.engine.room import Room
+    from llm_trainer.train import sizing, trial
+
+    def twice_on_the_second(work: Any, source: SampleStream) -> float:
+        assert trial.bytes_per_token(work, source)
+        return 5000 * (1 + dist.rank())
+
+    sizing.bytes_by_formula = lambda *about: None  # type: ignore[assignment]
+    sizing.bytes_per_token = twice_on_the_second  # type: ignore[assignment]
+    sizing.room_on = lambda device: Room(10_000_000, 10_000_000, "a box")  # type: ignore[assignment]
+    found: dict[str, Any] = {}
+    for engine in ("torch", "fsdp"):
+        for tries in (False, True):
+            sizing.ENOUGH = 0 if tries else 4096
+            options = QUIET | {"train_loader": stream(Rows(62)), "engine": engine, "max_steps": 2}
+            trainer = make_trainer(folder / f"{engine}-{tries}", "transformer", **options)
+            trainer.train()
+            weights = trainer.run.engine.weights().values()
+            hashed = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights)).hexdigest()
+            found[f"{engine}-{tries}"] = [trainer.run.budget.tokens, hashed]
+    return found
+
+
 def threads_of_each(folder: Path) -> dict[str, Any]:
     """Nobody has said how many threads a process has, and both may use all eight cores of a machine."""
     from llm_trainer.engine import threads
@@ -266,7 +291,7 @@ def main(folder: Path) -> None:
         for seed in (None, 0, 1):
             play = partial(life, seed=seed)
             report[f"short of memory {seed} {ranks}"] = fork_ranks(play, folder / f"short-{seed}-{ranks}", ranks)
-    for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one, threads_of_each):
+    for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one, threads_of_each, tried_out):
         timeout_s = 1 if scenario is slow_data else 60
         report[scenario.__name__] = fork_ranks(scenario, folder / scenario.__name__, 2, timeout_s)
     report["elastic"] = [fork_ranks(elastic, folder / "elastic", ranks) for ranks in (2, 1, 2, 1, 2, 1, 2)]

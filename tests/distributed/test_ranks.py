@@ -46,6 +46,14 @@ def test_the_processes_of_a_machine_share_its_cores(played: dict[str, Any]) -> N
     assert played["threads_of_each"]["results"] == [expected] * 2
 
 
+def test_ranks_agree_on_what_fits_and_a_trial_leaves_nothing_behind(played: dict[str, Any]) -> None:
+    """Under DDP and where weights are sharded; the run without a trial is cut no otherwise."""
+    for result in played["tried_out"]["results"]:
+        for engine in ("torch", "fsdp"):
+            (by_rule, without), (agreed, after) = result[f"{engine}-False"], result[f"{engine}-True"]
+            assert (by_rule, agreed) == (2048, 768) and without == after
+
+
 def test_all_ranks_start_from_the_main_ones_weights(played: dict[str, Any]) -> None:
     first, second = played["other_seed"]["results"]
     assert first == second

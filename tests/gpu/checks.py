@@ -108,6 +108,28 @@ def resume_is_bit_for_bit(device: str, precision: str) -> Numbers:
     return {"steps": 6, "last_loss": losses[-1]}
 
 
+def a_trial_sees_enough(device: str) -> Numbers:
+    """What two rows take, token by token, is enough for eight; what they took is given back, and the weights are as before."""
+    from llm_trainer.train import trial
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = _train(device, folder, 1, use_amp=False)
+    work, source = trainer.run.work, trainer.run.source
+    weights = [parameter.clone() for parameter in trainer.base_model.parameters()]
+    before = torch.cuda.memory_allocated(device)
+    source.batch_size = 2
+    per_token = trial.bytes_per_token(work, source)
+    torch.cuda.synchronize(device)
+    left = torch.cuda.memory_allocated(device) - before
+    source.batch_size = 8
+    of_eight = trial.bytes_per_token(work, source)
+    assert per_token is not None and of_eight is not None and 0 < of_eight <= 1.1 * per_token
+    assert left <= 1 << 20, f"{left:,} bytes are left of a trial"
+    for parameter, was in zip(trainer.base_model.parameters(), weights, strict=True):
+        assert torch.equal(parameter, was) and parameter.grad is None
+    return {"bytes_per_token": per_token, "of_eight_rows": of_eight}
+
+
 def opens_on_the_cpu(device: str, precision: str = "bf16") -> Numbers:
     """A checkpoint saved on the device goes on on the CPU, from the same weights and the same optimizer state."""
     with tempfile.TemporaryDirectory() as folder:
@@ -207,6 +229,7 @@ def all_checks(device: str, trainers: tuple[str, ...] = tuple(TRAINERS)) -> list
     checks.append(("DDP of one process is the plain engine", ddp_of_one_process))
     if on_gpu:
         checks.append(("fp16 skips an overflow, then learns", fp16_skips_an_overflow))
+        checks.append(("a trial shows what a token takes", a_trial_sees_enough))
     return checks
 
 

@@ -69,6 +69,8 @@ class Engine(ABC):
         precision_name: 'fp32', 'bf16' or 'fp16'.
         name: of its line in `config.engines.ENGINES`.
         in_lockstep: whether a forward or backward needs all ranks, so that each must run as many as the others.
+        takes_trials: whether a forward and backward that is followed by no step leaves nothing behind, but for gradients
+            that `drop_gradients` forgets.
         gathers_weights: whether `weights` are copies in the main process's host memory.
         gathers_state: whether `optimizer_state` is a copy in the main process's host memory.
     """
@@ -77,6 +79,7 @@ class Engine(ABC):
     precision_name: str
     name: ClassVar[str]
     in_lockstep: ClassVar[bool] = False
+    takes_trials: ClassVar[bool] = True
     gathers_weights: bool = False
     gathers_state: ClassVar[bool] = False
     _lockstep: Lockstep | None = None  # of engines whose forward needs all ranks

@@ -90,6 +90,7 @@ class DeepSpeedEngine(Engine):
     name: ClassVar[str] = "deepspeed"
     in_lockstep: ClassVar[bool] = True
     gathers_state: ClassVar[bool] = True
+    takes_trials: ClassVar[bool] = False  # it counts backwards, and gradients wait in its buckets
 
     def __init__(self, device: torch.device, precision: str = "fp32", config: Mapping[str, Any] | None = None) -> None:
         self.device = device

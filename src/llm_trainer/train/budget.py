@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from torch import nn
+
+from llm_trainer.algorithm import Algorithm, takes_flat
 from llm_trainer.data.stream import StepSource
 from llm_trainer.state import Choice
 
@@ -130,3 +133,18 @@ def size_below(tokens: float) -> int:
     power = 1 << (wanted.bit_length() - 1)
     between = power * 3 // 2
     return between if power > 1 and between <= wanted else power
+
+
+def may_cut(algorithm: Algorithm) -> bool:
+    """Whether cutting micro-batches anew changes nothing but rounding."""
+    return takes_flat(type(algorithm)) and not _couples_rows(algorithm.base_model)
+
+
+def _couples_rows(model: nn.Module) -> bool:
+    """Whether what a row contributes depends on the others of its micro-batch."""
+    from transformers import PreTrainedModel
+
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return True
+    # A mixture of experts is balanced over the tokens of a micro-batch.
+    return isinstance(model, PreTrainedModel) and "output_router_logits" in model.config.to_dict()

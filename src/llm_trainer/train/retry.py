@@ -21,8 +21,7 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.out_of_memory import is_out_of_memory, let_go, release
 from llm_trainer.layout import takes_flat
 from llm_trainer.state import MicroBatch, Progress
-from llm_trainer.train.budget import Budget
-from llm_trainer.train.sizing import may_cut
+from llm_trainer.train.budget import Budget, may_cut
 from llm_trainer.train.terms import begin_step
 from llm_trainer.train.work import Work
 

@@ -24,7 +24,7 @@ from llm_trainer.kernels import compile_after
 from llm_trainer.optim import schedules
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, sizing, snapshot
-from llm_trainer.train.budget import Budget
+from llm_trainer.train.budget import Budget, may_cut
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, evaluate, unmeasured
 from llm_trainer.train.hooks import Hook, with_names_of_their_own
@@ -110,7 +110,7 @@ class Run:
         if threads is not None:
             self.chosen(threads)
         sources = [self.source, *self.val_sources.values()]
-        self.budget = Budget(settings.micro_batch_tokens, sources, machine, sizing.may_cut(trainer))
+        self.budget = Budget(settings.micro_batch_tokens, sources, machine, may_cut(trainer))
         rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
         self.machine = RunMachine(self.engine, settings, self.progress, self._metrics, rows)
 

@@ -4,20 +4,20 @@ On CPUs the fastest number is a rule, out of `benchmarks/micro_batches.py`; memo
 number that fits is the fastest, up to a size from which on nothing is gained. No stop-watch decides, so runs choose alike.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from llm_trainer.algorithm import Algorithm, takes_flat
 from llm_trainer.data.loaders import LoaderSteps
 from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.room import room_on
-from llm_trainer.train.budget import Budget, size_below
+from llm_trainer.train.budget import Budget, may_cut, size_below
 from llm_trainer.train.preflight import Size, human
+from llm_trainer.train.trial import bytes_per_token
 from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FASTEST_FLAT, FASTEST_PADDED = 4096, 2048  # tokens, on CPUs
 MOST = 65536  # tokens, on other devices: from here on a step's kernels are busy anyway
+ENOUGH = 4096  # tokens of a step that need no trial
 SHARE = 0.8  # of the free memory that a step may take; the rest is for what no formula sees
 BytesOf = Callable[[int], float]  # tokens of a micro-batch -> what it takes while it is computed
 
@@ -40,21 +41,6 @@ def describe_machine(engine: Engine, in_company: bool) -> str:
     return f"{name}, {human(total, 'B')}, {processes} x {engine.name}, {engine.precision_name}"
 
 
-def may_cut(algorithm: Algorithm) -> bool:
-    """Whether cutting micro-batches anew changes nothing but rounding."""
-    return takes_flat(type(algorithm)) and not _couples_rows(algorithm.base_model)
-
-
-def _couples_rows(model: nn.Module) -> bool:
-    """Whether what a row contributes depends on the others of its micro-batch."""
-    from transformers import PreTrainedModel
-
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return True
-    # A mixture of experts is balanced over the tokens of a micro-batch.
-    return isinstance(model, PreTrainedModel) and "output_router_logits" in model.config.to_dict()
-
-
 def settle(work: Work, size: Size, settings: "Settings") -> None:
     """Find the budget of a run that has none yet; all ranks together, between two steps.
 
@@ -66,20 +52,39 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
     if not may_cut(work.algorithm):
         return budget.settle(None, f"{type(work.algorithm).__name__} does not say that they may be cut anew")
     fastest, why = _fastest(work.engine.device, work.source)
-    cost = bytes_by_formula(work.engine, size, settings)
-    if cost is None:
-        return budget.settle(None, "what a token of this model takes is not known")
+    cost = _cost(work, size, settings, fastest)
     room = room_on(work.engine.device)
     free = SHARE * (room.free - _still_to_come(work, size, settings))
-    tokens = fastest
-    while tokens > 1 and cost(tokens) > free:
-        tokens = size_below(tokens - 1)
-    if tokens < fastest:
+    tokens = 0  # nobody knows
+    if cost is not None:
+        tokens = fastest
+        while tokens > 1 and cost(tokens) > free:
+            tokens = size_below(tokens - 1)
+    if 0 < tokens < fastest:
         why = f"what fits into {human(max(0.0, free), 'B')}, of {room.limit}"
     ((agreed, _),) = dist.extremes([tokens])
+    if not agreed:
+        return budget.settle(None, "what a token of this model takes is not known")
     if agreed < tokens:
         why = "what fits on every rank"
     budget.settle(agreed, why)
+
+
+def _cost(work: Work, size: Size, settings: "Settings", fastest: int) -> BytesOf | None:
+    """What a micro-batch takes: by the formula, or where a trial knows better by a trial; None: nobody knows."""
+    engine, source = work.engine, work.source
+    formula = bytes_by_formula(engine, size, settings)
+    if not isinstance(source, SampleStream) or not engine.takes_trials:  # nothing to try it with, or no way
+        return formula
+    if formula is not None and engine.device.type == "cpu":
+        return formula
+    rows = math.ceil(source.rows_per_step / source.world_size)
+    if rows * int(source.dataset.lengths.max()) <= min(fastest, ENOUGH):  # whatever is chosen, steps are no larger
+        return formula or (lambda tokens: 0.0)
+    per_token = bytes_per_token(work, source)
+    if per_token is None:
+        return formula
+    return lambda tokens: per_token * tokens
 
 
 def _fastest(device: torch.device, source: StepSource) -> tuple[int, str]:
