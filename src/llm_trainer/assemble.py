@@ -17,8 +17,10 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.choose import check_precision, join_processes
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.lock import lock_of_run
-from llm_trainer.optim.optimizers import configure_optimizer
+from llm_trainer.models.attention import describe_attention
+from llm_trainer.optim.optimizers import configure_optimizer, describe_kernel
 from llm_trainer.optim.schedules import create_scheduler
+from llm_trainer.state import Choice
 
 
 def assemble(config: TrainConfig, trainer_class: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +82,26 @@ def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], bui
         "tokenizer": build.tokenizer,
         "eval_prompts": config.eval_prompts,
         **_settings(config, build.engine, [*train.dataset.ledgers]),
+        "choices": _choices(config, given, build, optimizer),
         **own,
     }
+
+
+def _choices(
+    config: TrainConfig, given: dict[str, Any], build: Builder, optimizer: torch.optim.Optimizer
+) -> list[Choice]:
+    """What of the objects made here was left to the machine."""
+    choices = []
+    if config.run_config.attention == "auto" and "model" not in given:
+        found = describe_attention(build.policy.config, build.device)
+        other = "eager" if found[0] == "sdpa" else "sdpa"
+        choices.append(Choice("attention", *found, f"run_config.attention: {other}"))
+    # DeepSpeed may put an optimizer of its own in its place.
+    if config.optim_config.fused == "auto" and "optimizer" not in given and build.engine != "deepspeed":
+        kernel = describe_kernel(optimizer)
+        if kernel is not None:
+            choices.append(Choice("optimizer", *kernel, "optim_config.fused: false"))
+    return choices
 
 
 def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str, Any]:
@@ -112,6 +132,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         betas=options.betas,
         eps=options.eps,
         momentum=options.momentum,
+        fused=None if options.fused == "auto" else options.fused,
     )
 
 

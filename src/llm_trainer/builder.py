@@ -40,6 +40,7 @@ from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.scored import ScoredModel
+from llm_trainer.terminal import waiting
 
 
 class Builder:
@@ -86,7 +87,8 @@ class Builder:
             raise ValueError(
                 "tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR"
             )
-        tokenizer = load_tokenizer(self.config.tokenizer)
+        with waiting(f"loading the tokenizer of {self.config.tokenizer}", dist.is_main()):
+            tokenizer = load_tokenizer(self.config.tokenizer)
         if self.trainer_class.prompt_format == "chat" and not tokenizer.chat_template:
             # It is saved with the model: whoever opens the folder then talks to it as it was trained.
             tokenizer.chat_template = default_template(tokenizer)
@@ -103,7 +105,8 @@ class Builder:
     def policy(self) -> Any:
         if "model" in self.given:
             return self.given["model"]
-        return self.trainer_class._model_from_config(self.config, self)
+        with waiting("building the model", dist.is_main()):
+            return self.trainer_class._model_from_config(self.config, self)
 
     def model(self, source: str | None = None, in_half: bool = False) -> Any:
         if source is None:
@@ -270,7 +273,7 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
     def stream(
         paths: list[str], batch_size: int, rows_per_step: int, how: DataOptions, order: Callable[[Any], Any]
     ) -> SampleStream:
-        with dist.main_process_first():
+        with dist.main_process_first(), waiting(f"reading and encoding {', '.join(paths)}", dist.is_main()):
             dataset = load(paths, build.kind, chat, how, cache)
         return open_stream(
             dataset,

@@ -1,7 +1,12 @@
-"""What models write and files hold, as a terminal may be given it: characters that it would obey are shown instead.
+"""What people see: what is waited for, and what models write and files hold, without the characters that a terminal obeys.
 
 A model can write, or a row can hold, the bytes that move a cursor, rename a window or ask a terminal to answer.
 """
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _KEPT = "\n\t"
 _CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]  # C0, delete and C1 of ECMA-48
@@ -16,3 +21,24 @@ def printable(text: str) -> str:
     Each character is looked at by itself, so a sequence that comes in several pieces is caught too.
     """
     return text.translate(_SHOWN)
+
+
+@contextmanager
+def waiting(what: str, speaks: bool = True, after_s: float = 1.0) -> Iterator[None]:
+    """Say on stderr what is waited for, such as "loading the tokenizer", where the block takes longer than `after_s` seconds.
+
+    Args:
+        speaks: whether this process is the one that prints.
+    """
+    timer = threading.Timer(after_s, _say, [f"{what} ..."])
+    timer.daemon = True  # an interpreter that ends does not wait for it
+    if speaks:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -50,8 +50,8 @@ MAY_IMPORT = {
     },
     "trainers": {"algorithm", "layout", "losses", "models", "generation", "config"},
     # a description becomes objects
-    "builder": {"layout", "config", "data", "models", "engine", "checkpoint", "disk"},
-    "assemble": {"builder", "config", "data", "engine", "optim", "checkpoint", "lock"},
+    "builder": {"layout", "config", "data", "models", "engine", "checkpoint", "disk", "terminal"},
+    "assemble": {"builder", "config", "data", "engine", "optim", "models", "state", "checkpoint", "lock"},
     "cli": {
         "assemble",
         "trainers",

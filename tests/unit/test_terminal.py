@@ -1,9 +1,11 @@
 """What a terminal would obey is shown instead."""
 
+import time
+
 import pytest
 
 from llm_trainer.state import Progress
-from llm_trainer.terminal import printable
+from llm_trainer.terminal import printable, waiting
 from llm_trainer.train.reporter import Reporter
 
 
@@ -28,3 +30,14 @@ def test_controls_are_written_out_and_text_stays(written: str, shown: str | None
 def test_what_a_run_says_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
     Reporter(True, Progress()).say("\x1b[31mred")
     assert capsys.readouterr().out == "\\x1b[31mred\n"
+
+
+def test_what_is_waited_for_is_said_where_it_takes_long(capsys: pytest.CaptureFixture[str]) -> None:
+    with waiting("loading the tokenizer", after_s=60):
+        pass
+    with waiting("another process loads it", speaks=False, after_s=0.0):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+    with waiting("loading the tokenizer", after_s=0.0):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == "loading the tokenizer ...\n"

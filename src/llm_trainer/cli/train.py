@@ -10,6 +10,7 @@ from llm_trainer.config.env import environment
 from llm_trainer.config.load import load_config
 from llm_trainer.config.registry import algorithm
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.terminal import waiting
 
 
 def train(
@@ -19,11 +20,12 @@ def train(
 ) -> None:
     """Train on all GPUs of this machine, unless run_config.device or PARALLEL_TYPE=none says otherwise."""
     config = load_config(run, overrides or ())
-    _start_once_per_gpu(config, context.obj)
     name = algorithm(config, str(run))
 
     # A mistake in the file has been said by now: the libraries that train take seconds to import.
-    from llm_trainer.cli.training import run_training
+    _start_once_per_gpu(config, context.obj)
+    with waiting("importing torch and transformers", speaks=environment().rank == 0):
+        from llm_trainer.cli.training import run_training
 
     run_training(config, name)
 

@@ -269,6 +269,10 @@ class Settings(MicroBatches, EarlyStopping, Execution):
     ledgers: Sequence[Any] = Field(
         default=(), description="token ledgers of the data, shown before the first step and stored with the run"
     )
+    choices: Sequence[Any] = Field(
+        default=(),
+        description="what the machine chose while model and optimizer were made, shown before the first step",
+    )
     description: str = Field(default="", description="the configuration as YAML, stored with the run")
 
     @classmethod

@@ -202,6 +202,9 @@ class OptimConfig:
     momentum: StrictFloat | None = Field(
         default=None, ge=0, lt=1, description="momentum of sgd and muon; null: the optimizer's own"
     )
+    fused: Literal["auto"] | StrictBool = Field(
+        default="auto", description="adam: the whole update as one kernel; auto: wherever the device has it"
+    )
     cosine_annealing_period: StrictInt | None = Field(
         default=None, ge=1, description="steps of the first cosine; null: the whole run"
     )

@@ -40,12 +40,39 @@ flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+# What `auto` is on each kind of device, and why; tests hold each to the plain one.
+BEST = {
+    "cpu": ("blocked", "no mask, each document by itself"),
+    GPU: ("sdpa", "torch's own kernels; flash_attn is not installed"),
+}
+FLASH = ("flash_attention_2", "flash_attn is installed")
+ANYWHERE = ("sdpa", "torch's own kernels")
+
+
+def best_attention(device: str | torch.device) -> tuple[str, str]:
+    """What `auto` means on a device, and why. `blocked` on CUDA has to be asked for until benchmarks/gpu.py has shown it."""
+    kind = torch.device(device).type
+    if kind == GPU and importlib.util.find_spec("flash_attn"):
+        return FLASH
+    return BEST.get(kind, ANYWHERE)
+
+
+def describe_attention(config: "PretrainedConfig", device: str | torch.device) -> tuple[str, str]:
+    """What a model that was built with `auto` runs on, and why."""
+    found = config._attn_implementation
+    if found == "blocked" and not _is_ours(config):
+        return "sdpa", f"torch's own kernels and the masks that {config.model_type} makes"
+    best, why = best_attention(device)
+    if found != best:
+        return str(found), f"{config.model_type} has no {best}"
+    return best, why
+
+
 def resolve_attention(name: str = "auto", device: str | torch.device = "cpu") -> str:
     """The attention implementation to give to transformers.
 
     Args:
-        name: one of `BACKENDS`; `auto` is `blocked` on the CPU, flash attention on CUDA where it is installed, else sdpa.
-            `blocked` on CUDA has to be asked for until benchmarks/gpu.py has shown it on one.
+        name: one of `BACKENDS`; `auto` is what `best_attention` says.
         device: where the model will train.
 
     Raises:
@@ -53,11 +80,8 @@ def resolve_attention(name: str = "auto", device: str | torch.device = "cpu") ->
     """
     if name not in BACKENDS:
         raise ValueError(f"attention is {name!r}; expected one of {', '.join(BACKENDS)}")
-    kind = torch.device(device).type
-    if name == "auto" and kind == GPU:
-        name = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
-    elif name == "auto":
-        name = "blocked" if kind == "cpu" else "sdpa"
+    if name == "auto":
+        name, _ = best_attention(device)
     if name == "blocked":
         register()
     return name

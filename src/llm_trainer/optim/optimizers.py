@@ -243,6 +243,34 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
 
+def describe_kernel(optimizer: torch.optim.Optimizer) -> tuple[str, str] | None:
+    """How `optimizer`, whose kernel was left open, updates, and why; None: there is nothing to choose from."""
+    recipe = recipe_of(optimizer)
+    if recipe is None or "fused" not in recipe.uses:
+        return None
+    name = type(optimizer).__name__
+    device = optimizer.param_groups[0]["params"][0].device.type
+    if any(group.get("fused") for group in optimizer.param_groups):
+        return f"{name}, fused", f"one kernel for the whole update on {device}"
+    return name, f"no fused kernel on {device}"
+
+
+def slow_kernel(optimizer: torch.optim.Optimizer) -> str:
+    """What is slow about an optimizer that the user has made; empty: nothing.
+
+    It stays as it is. On a CPU torch's Adam and AdamW take an operation at a time unless they are told otherwise.
+    """
+    recipe = recipe_of(optimizer)
+    if recipe is None or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return ""
+    for group in optimizer.param_groups:
+        is_open = group.get("fused") is None and group.get("foreach") is None and not group.get("differentiable")
+        if not is_open or any(parameter.device.type != "cpu" for parameter in group["params"]):
+            return ""
+    name = type(optimizer).__name__
+    return f"{name}, an operation at a time; {name}(..., fused=True) and configure_optimizer are 2 to 3 times faster"
+
+
 def create_optimizer(
     params: Params,
     optimizer_type: str = "adamw",
@@ -280,6 +308,9 @@ def create_optimizer(
     tensors: list[Tensor] = sum((group["params"] for group in groups), [])
     if not tensors:
         raise ValueError("there is no parameter to optimize: is every parameter of the model frozen?")
+    if fused and "fused" not in recipe.uses:
+        having = ", ".join(sorted(name for name, other in OPTIMIZERS.items() if "fused" in other.uses))
+        raise ValueError(f"fused: {optimizer_type!r} has no fused kernel, expected one of {having}; or leave fused out")
     if fused is None:
         fused = all(param.device.type in _FUSED_DEVICES and param.is_floating_point() for param in tensors)
     hyper: dict[str, Any] = {

@@ -22,6 +22,7 @@ from llm_trainer.engine.device import detect_device
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.kernels import compile_after
 from llm_trainer.optim import schedules
+from llm_trainer.optim.optimizers import slow_kernel
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, sizing, snapshot
 from llm_trainer.train.budget import Budget, may_cut
@@ -107,8 +108,9 @@ class Run:
             threads = settle_threads(together)
             self.source, self.val_sources = self._open_data(train_loader, val_loader)
             machine = sizing.describe_machine(self.engine, self._is_together)
-        if threads is not None:
-            self.chosen(threads)
+        for choice in (*settings.choices, threads):
+            if choice is not None:
+                self.chosen(choice)
         sources = [self.source, *self.val_sources.values()]
         self.budget = Budget(settings.micro_batch_tokens, sources, machine, may_cut(trainer))
         rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
@@ -332,6 +334,9 @@ class Run:
         self.checkpoints.describe(self.settings.description)
         facts = preflight.facts(self.work, self.size, self.settings, self.accumulation)
         folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
+        slow = slow_kernel(self.trainer.optimizer)
+        if slow:
+            facts["optimizer"] = slow
         if self._configured.changes:
             facts["changed"] = f"since the checkpoint: {', '.join(self._configured.changes)}"
         for choice in (self.machine.layout.choice, self.budget.choice()):
