@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import venv
 from collections import defaultdict
 from dataclasses import dataclass
@@ -201,6 +202,76 @@ def print_startup(rounds: int) -> None:
         print(f"{'reached' if best < goal else 'NOT REACHED'}: {name} {best:.3f} s, goal {goal} s")
 
 
+IMPORTS = "import torch, transformers"
+MODEL_CLASS = "from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM"
+FIRST_STEP_GOAL = 3.0  # seconds more than the imports
+MARKS = {"screen": "trainer ", "first step": "step 1/"}  # how the line begins by which each is there
+
+
+def print_first_step(rounds: int) -> None:
+    """From the command to the first step, when the rows have been encoded before, against what any program must import.
+
+    Seconds of the wall clock and of the processor, medians of alternating rounds.
+    """
+    tokenizer, rows = SHARED / "tokenizer" / "minimind", SHARED / "sft" / "alpaca_en.json"
+    if not (tokenizer.is_dir() and rows.is_file()):
+        print("from the command to the first step: its rows are not beside this checkout, skipped")
+        return
+    folder = BENCH / "first_step"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_config": {"vocab_size": 6400, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8},
+        "tokenizer": str(tokenizer),
+        "file_dataset": [str(rows)],
+        "dataset_block_size": 512,
+        "sft_config": {},
+        "data_loader_config": {"cache_dir": str(folder / "stores")},
+        "run_config": {"save_dir": str(folder / "run"), "resume": "never", "max_steps": 1, "progress": False}
+        | {"log_interval": 1, "device": "cpu"},
+    }
+    (folder / "run.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    train = [sys.executable, "-m", "llm_trainer.cli.main", "train", str(folder / "run.yaml")]
+    programs = {
+        "imports": [sys.executable, "-c", f"{IMPORTS}; print('done')"],
+        "imports and a model's class": [sys.executable, "-c", f"{IMPORTS}; {MODEL_CLASS}; print('done')"],
+        "llm-trainer train": train,
+    }
+    seconds_until(train, MARKS)  # encodes the rows
+    found = defaultdict(list)
+    for _ in range(rounds):
+        for name, command in programs.items():
+            marks = MARKS if command is train else {"": "done"}
+            for mark, both in seconds_until(command, marks).items():
+                found[f"{name} {mark}".strip()].append(both)
+    print("\n### from the command to the first step\n\n| | wall s | processor s |\n|---|---|---|")
+    for name, pairs in found.items():
+        wall, processor = zip(*pairs, strict=True)
+        print(f"| {name} | {spread(list(wall), 1)} | {spread(list(processor), 1)} |")
+    more = [
+        step[1] - imports[1]
+        for step, imports in zip(found["llm-trainer train first step"], found["imports"], strict=True)
+    ]
+    reached = "reached" if statistics.median(more) < FIRST_STEP_GOAL else "NOT REACHED"
+    print(f"\n{reached}: {spread(more, 1)} processor s more than the imports, goal {FIRST_STEP_GOAL}")
+
+
+def seconds_until(command: list[str], marks: dict[str, str]) -> dict[str, tuple[float, float]]:
+    """Seconds of the wall clock and of the processor from the start of a command until it prints a line that begins so."""
+    found = {}
+    began = time.perf_counter()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            for mark, beginning in marks.items():
+                if line.strip().startswith(beginning) and mark not in found:
+                    # Fields 14 and 15 of https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html, behind the name.
+                    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                    ticks = int(fields[11]) + int(fields[12])
+                    found[mark] = time.perf_counter() - began, ticks / os.sysconf("SC_CLK_TCK")
+    return found
+
+
 def _names(text: str) -> list[str]:
     return text.split(",")
 
@@ -234,6 +305,7 @@ def main() -> None:
     options = arguments()
     if "startup" in options.cases:
         print_startup(options.rounds)
+        print_first_step(options.rounds)
     work = prepare_work()
     tables: dict[tuple[str, str], Runs] = defaultdict(dict)
     plan = [(case, precision) for case in options.cases if case != "startup" for precision in options.precisions]
