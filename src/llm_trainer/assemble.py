@@ -93,14 +93,15 @@ def _choices(
     """What of the objects made here was left to the machine."""
     choices = []
     if config.run_config.attention == "auto" and "model" not in given:
-        found = describe_attention(build.policy.config, build.device)
-        other = "eager" if found[0] == "sdpa" else "sdpa"
-        choices.append(Choice("attention", *found, f"run_config.attention: {other}"))
+        value, why = describe_attention(build.policy.config, build.device)
+        other = "eager" if value == "sdpa" else "sdpa"
+        choices.append(Choice("attention", value, why, f"run_config.attention: {other}"))
     # DeepSpeed may put an optimizer of its own in its place.
     if config.optim_config.fused == "auto" and "optimizer" not in given and build.engine != "deepspeed":
         kernel = describe_kernel(optimizer)
         if kernel is not None:
-            choices.append(Choice("optimizer", *kernel, "optim_config.fused: false"))
+            value, why = kernel
+            choices.append(Choice("optimizer", value, why, "optim_config.fused: false"))
     return choices
 
 
