@@ -125,6 +125,7 @@ def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str,
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the configuration; matrices decay, norms and biases do not."""
     options = config.optim_config
+    fused = None if options.fused == "auto" else options.fused
     return configure_optimizer(
         model,
         options.optimizer,
@@ -133,7 +134,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         betas=options.betas,
         eps=options.eps,
         momentum=options.momentum,
-        fused=None if options.fused == "auto" else options.fused,
+        fused=fused,
     )
 
 
