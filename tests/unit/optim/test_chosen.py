@@ -18,26 +18,30 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_attention_and_head_on_each_device(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Loss and gradients of documents laid flat, against eager attention and whole logits: relative to the largest of each."""
+@pytest.mark.parametrize(
+    ("dtype", "of_loss", "of_gradients"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 3e-2, 0.1)]
+)
+def test_attention_and_head_on_each_device(
+    device: str, dtype: torch.dtype, of_loss: float, of_gradients: float
+) -> None:
+    """Loss and gradients of documents laid flat, against eager attention and whole logits of each: relative to the largest."""
     chosen, plain = tiny_model(best_attention(device)[0]).to(device), tiny_model("eager").to(device)
     plain.load_state_dict(chosen.state_dict())
     batch = {name: tensor.to(device) for name, tensor in flat_batch().items()}
     lengths = batch.pop("document_lengths").cpu()
-    labels = batch["labels"]
+    whole = torch.zeros((), device=device)
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         loss = scored(chosen)(**batch, document_lengths=lengths).loss_sum
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = plain(**inputs).logits.float()
-    whole = nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
+        for document in batch["input_ids"].split(lengths.tolist(), dim=1):
+            logits = plain(document).logits.float()
+            whole = whole + nn.functional.cross_entropy(logits[0, :-1], document[0, 1:], reduction="sum")
     loss.backward()
     whole.backward()
-    assert loss.item() == pytest.approx(whole.item(), rel=tolerance)
+    assert loss.item() == pytest.approx(whole.item(), rel=of_loss)
     for (name, found), expected in zip(chosen.named_parameters(), plain.parameters(), strict=True):
         assert found.grad is not None and expected.grad is not None
         scale = expected.grad.abs().max()
-        assert (found.grad - expected.grad).abs().max() <= tolerance * scale, name
+        assert (found.grad - expected.grad).abs().max() <= of_gradients * scale, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
