@@ -258,7 +258,12 @@ def described(job: Job, folder: str) -> Any:
         optim_config=OptimConfig(initial_lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=1.0),
         dpo_config=DPOConfig(loss_beta=BETA, gradient_accumulation_steps=PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH),
         run_config=RunConfig(
-            save_dir=folder, save_interval_steps=LONG, log_interval=1, progress=False, precision=job.precision
+            save_dir=folder,
+            save_interval_steps=LONG,  # nobody saves while it is timed, so no memory is taken for copies
+            save_in_background=False,
+            log_interval=1,
+            progress=False,
+            precision=job.precision,
         ),
     )
     return DPOTrainer(train_config=config, hooks=[Hook("clock", job.tick_and_stop, every_steps=1)])

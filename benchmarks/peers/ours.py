@@ -77,7 +77,12 @@ def described(job: Job, folder: str, clock: Callable[[RunView], None]) -> SFTTra
         optim_config=OptimConfig(initial_lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM),
         sft_config=SFTConfig(gradient_accumulation_steps=job.accumulation),
         run_config=RunConfig(
-            save_dir=folder, save_interval_steps=LONG, log_interval=1, progress=False, precision=job.precision
+            save_dir=folder,
+            save_interval_steps=LONG,  # nobody saves while it is timed, so no memory is taken for copies
+            save_in_background=False,
+            log_interval=1,
+            progress=False,
+            precision=job.precision,
         ),
     )
     return SFTTrainer(train_config=config, hooks=[Hook("clock", clock, every_steps=1)])
