@@ -29,6 +29,11 @@ class Choice(NamedTuple):
         return f"{self.name} {self.value}: {self.why} [{self.option}]"
 
     @property
+    def facts(self) -> dict[str, str]:
+        """All but the name, for machines."""
+        return {"value": self.value, "why": self.why, "key": self.key}
+
+    @property
     def option(self) -> str:
         """The key as it is typed behind a command."""
         return self.key.replace(": ", "=")

@@ -66,6 +66,7 @@ MAY_IMPORT = {
         "generation",
         "engine",
         "checkpoint",
+        "state",
         "terminal",
     },
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llm_trainer.cli.automatic import Automatic
 from llm_trainer.config.errors import counted
 from llm_trainer.config.load import load_config
 from llm_trainer.config.registry import algorithm
@@ -20,6 +21,7 @@ from llm_trainer.plan.describe import describe
 from llm_trainer.plan.gpus import GB, find_gpu
 from llm_trainer.plan.shapes import Job, Shape
 from llm_trainer.plan.speed import Cluster, Speed
+from llm_trainer.train.preflight import describe_choices
 
 if TYPE_CHECKING:
     pass
@@ -50,32 +52,33 @@ def plan(
     shape, job = describe(config, name, kind.has_bf16)
 
     # 2. all ways to train it, and the best one
-    configured = config.data_loader_config.micro_batch_tokens
-    micro_tokens = configured if isinstance(configured, int) else config.batch_size * job.sample_tokens
-    found = choices(shape, job, cluster, micro_tokens, mfu)
+    automatic = Automatic(config, name)
+    found = choices(shape, job, cluster, automatic.micro_tokens(job), mfu)
     chosen, why = recommend(shape, job, cluster, found)
     budget = tokens
     if budget is None and config.run_config.max_steps:
         budget = config.run_config.max_steps * job.rows * job.sample_tokens * gpus
 
     # 3. as a table or as JSON
-    host = 0
-    if chosen is not None and config.run_config.save_in_background:
-        host = _host_copy(shape, job, cluster, chosen)
+    host, left_open = 0, []
+    if chosen is not None:
+        left_open = automatic.choices(chosen)
+        if config.run_config.save_in_background:
+            host = _host_copy(shape, job, cluster, chosen)
     if as_json:
         facts = _for_machines(shape, job, cluster, found, chosen, why, budget)
-        typer.echo(json.dumps(facts | {"host_copy_bytes": host}, indent=1))
+        facts |= {"host_copy_bytes": host, "automatic": {choice.name: choice.facts for choice in left_open}}
+        typer.echo(json.dumps(facts, indent=1))
         return
-    advice = [f"take  {why}"]
+    advice = [f"auto  {line}" for line in describe_choices(left_open)]
     if host:
-        copy = f"{host / 1e9:.1f} GB of the first machine's host memory"
-        advice.insert(
-            0, f"host  {copy} for the copy that checkpoints are written from [run_config.save_in_background=false]"
-        )
+        copy = f"{host / 1e9:.1f} GB of the first machine's host memory, for the copy that checkpoints are written from"
+        advice.append(f"host  {copy} [run_config.save_in_background=false]")
+    advice.append(f"take  {why}")
+    if chosen is not None:
+        advice.append(f"      {' '.join(_changes(key_of(name), job, chosen, config.batch_size))}")
     for line in [*_facts(shape, job, cluster, mfu, budget), "", *_table(found, chosen, budget), "", *advice]:
         typer.echo(line)
-    if chosen is not None:
-        typer.echo(f"      {' '.join(_changes(key_of(name), job, chosen))}")
 
 
 def _host_copy(shape: Shape, job: Job, cluster: Cluster, chosen: Choice) -> int:
@@ -175,7 +178,7 @@ def _aligned(lines: Sequence[Sequence[str]], num_left: int) -> list[str]:
     return aligned
 
 
-def _changes(section: str, job: Job, chosen: Choice) -> list[str]:
+def _changes(section: str, job: Job, chosen: Choice, batch_size: int) -> list[str]:
     """The choice as changes to the configuration, whose algorithm has `section`."""
     strategy = chosen.strategy
     changes = []
@@ -190,8 +193,11 @@ def _changes(section: str, job: Job, chosen: Choice) -> list[str]:
     else:
         changes.append("run_config.engine=torch")
     changes.append(f"run_config.gradient_checkpointing={str(chosen.checkpointing).lower()}")
-    changes.append(f"batch_size={chosen.micro_rows}")
-    changes.append(f"{section}.gradient_accumulation_steps={chosen.accumulation}")
+    micro_rows = chosen.micro_rows
+    if chosen.why_tokens:  # the run cuts its steps itself
+        micro_rows = batch_size
+    changes.append(f"batch_size={micro_rows}")
+    changes.append(f"{section}.gradient_accumulation_steps={job.rows // micro_rows}")
     return changes
 
 

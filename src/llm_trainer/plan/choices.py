@@ -10,6 +10,8 @@ from llm_trainer.plan.speed import Cluster, Speed, estimate
 
 # Of a device's memory that is left to the driver, NCCL, kernels' workspaces and fragmentation.
 RESERVE = 0.1
+# How the run finds the tokens of its micro-batches: (what so many take in bytes, bytes that are free for that) -> tokens, why.
+Finding = Callable[[Callable[[int], float], float], tuple[int, str]]
 # Estimates of time are not more precise than this: among ways so close to each other the simpler one wins.
 CLOSE = 0.1
 # From the simplest to operate to the least simple; among equals less recomputation wins first.
@@ -23,10 +25,12 @@ class Choice:
 
     Attributes:
         strategy, checkpointing, chunked: the way; whole logits (not chunked) are what a plain loop would hold.
-        memory: of the micro-batch that the run configures.
+        memory: of the micro-batch that the run configures or, where it leaves that open, will find.
         largest_rows: rows of the largest micro-batch that fits; 0: not even one does.
-        micro_rows, accumulation: the same rows per step in the fewest micro-batches that fit.
+        micro_rows, accumulation: the same rows per step in the fewest micro-batches that fit, or in those that it will find.
         speed: with these; None where nothing fits.
+        micro_tokens: positions of the micro-batch that `memory` is of.
+        why_tokens: the reason, where the run finds it.
     """
 
     strategy: Strategy
@@ -37,6 +41,8 @@ class Choice:
     micro_rows: int
     accumulation: int
     speed: Speed | None
+    micro_tokens: int
+    why_tokens: str
 
     @property
     def name(self) -> str:
@@ -49,14 +55,14 @@ def usable(cluster: Cluster) -> float:
     return cluster.gpu.memory * (1 - RESERVE)
 
 
-def choices(shape: Shape, job: Job, cluster: Cluster, micro_tokens: int, share: float) -> list[Choice]:
+def choices(shape: Shape, job: Job, cluster: Cluster, micro_tokens: int | Finding, share: float) -> list[Choice]:
     """Every strategy with and without checkpointing, with a chunked head and with whole logits.
 
     Args:
         shape: the model.
         job: the work of a step.
         cluster: the devices.
-        micro_tokens: positions of the micro-batch that the run configures.
+        micro_tokens: positions of the micro-batch that the run configures, or how it finds them.
         share: of the peak that products reach while nothing waits.
     """
     strategies = (ONE,) if cluster.devices == 1 else STRATEGIES
@@ -65,12 +71,14 @@ def choices(shape: Shape, job: Job, cluster: Cluster, micro_tokens: int, share: 
     for strategy, checkpointing, chunked in product(strategies, (False, True), heads):
         if strategy is FSDP2 and job.precision == "fp16":
             continue  # fp16 needs a loss scale, which FSDP2 does not have
-        step = Step(micro_tokens, checkpointing, chunked)
-        found.append(_choice(shape, job, cluster, strategy, step, share))
+        step = Step(0, checkpointing, chunked)
+        found.append(_choice(shape, job, cluster, strategy, step, micro_tokens, share))
     return found
 
 
-def _choice(shape: Shape, job: Job, cluster: Cluster, strategy: Strategy, given: Step, share: float) -> Choice:
+def _choice(
+    shape: Shape, job: Job, cluster: Cluster, strategy: Strategy, given: Step, micro_tokens: int | Finding, share: float
+) -> Choice:
     def needs(tokens: int, accumulates: bool) -> Memory:
         step = Step(tokens, given.checkpointing, given.chunked, accumulates)
         return peak(shape, job, strategy, cluster.devices, step)
@@ -78,8 +86,19 @@ def _choice(shape: Shape, job: Job, cluster: Cluster, strategy: Strategy, given:
     def fits(rows: int) -> bool:
         return needs(rows * job.sample_tokens, accumulates=rows < job.rows).total <= usable(cluster)
 
+    # 1. the micro-batches of a step
+    step_tokens = job.rows * job.sample_tokens
     largest = _largest(fits)
-    micro_rows = next((rows for rows in range(min(largest, job.rows), 0, -1) if job.rows % rows == 0), 1)
+    if isinstance(micro_tokens, int):
+        tokens, why = micro_tokens, ""
+        micro_rows = next((rows for rows in range(min(largest, job.rows), 0, -1) if job.rows % rows == 0), 1)
+    else:
+        fixed = needs(0, True).total
+        tokens, why = micro_tokens(lambda n: needs(n, True).total - fixed, usable(cluster) - fixed)
+        tokens = max(min(tokens, step_tokens), job.sample_tokens)  # a row is not cut
+        micro_rows = tokens // job.sample_tokens
+
+    # 2. the time that they take
     speed = None
     if largest:
         speed = estimate(
@@ -89,11 +108,13 @@ def _choice(shape: Shape, job: Job, cluster: Cluster, strategy: Strategy, given:
         strategy,
         given.checkpointing,
         given.chunked,
-        memory=needs(given.tokens, accumulates=given.tokens < job.rows * job.sample_tokens),
+        memory=needs(tokens, accumulates=tokens < step_tokens),
         largest_rows=largest,
         micro_rows=micro_rows,
-        accumulation=job.rows // micro_rows,
+        accumulation=-(-job.rows // micro_rows),
         speed=speed,
+        micro_tokens=tokens,
+        why_tokens=why,
     )
 
 

@@ -34,7 +34,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
         ConfigError: the configuration does not say what the model looks like.
     """
     trainer_class = ALGORITHMS[name].load()
-    model = model_of_config(_configuration(config), empty=True)
+    model = without_weights(config)
     length = config.dataset_block_size or model.config.max_position_embeddings
     precision = config.run_config.precision
     if precision == "auto":
@@ -58,6 +58,11 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
         **costs,
     )
     return shape, job
+
+
+def without_weights(config: "TrainConfig") -> "PreTrainedModel":
+    """The model of a run on the meta device."""
+    return model_of_config(_configuration(config), empty=True)
 
 
 class Sketch:

@@ -82,8 +82,7 @@ class Budget:
         """What the machine has chosen, for the screen; None where the user's own words are in force."""
         if not (self.is_automatic or self._has_shrunk):
             return None
-        value = "as they come" if self.tokens is None else f"{self.tokens:,} tokens"
-        return Choice("micro-batches", value, self.why, KEY)
+        return choice_of(self.tokens, self.why)
 
     def state_dict(self) -> dict[str, Any]:
         """What is in force, and what it was chosen for."""
@@ -119,6 +118,12 @@ class Budget:
             source.micro_batch_tokens = in_force
 
 
+def choice_of(tokens: int | None, why: str) -> Choice:
+    """A budget that the machine has chosen, for the screen."""
+    value = "as they come" if tokens is None else f"{tokens:,} tokens"
+    return Choice("micro-batches", value, why, KEY)
+
+
 def next_size(tokens: float) -> int:
     """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... that is at least `tokens`: few sizes, so that runs choose alike."""
     wanted = max(1, math.ceil(tokens))
@@ -137,7 +142,12 @@ def size_below(tokens: float) -> int:
 
 def may_cut(algorithm: Algorithm) -> bool:
     """Whether cutting micro-batches anew changes nothing but rounding."""
-    return takes_flat(type(algorithm)) and not _couples_rows(algorithm.base_model)
+    return class_may_cut(type(algorithm), algorithm.base_model)
+
+
+def class_may_cut(kind: type[Algorithm], model: nn.Module) -> bool:
+    """The same of an algorithm that is not there yet, and the model that it will train."""
+    return takes_flat(kind) and not _couples_rows(model)
 
 
 def _couples_rows(model: nn.Module) -> bool:

@@ -262,8 +262,8 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
 
 def describe_choices(choices: Sequence[Choice]) -> list[str]:
     """What was chosen, why, and in brackets the option by which the user decides otherwise; a line each, in columns."""
-    names = max(len(choice.name) for choice in choices)
-    values = max(len(choice.value) for choice in choices)
+    names = max((len(choice.name) for choice in choices), default=0)
+    values = max((len(choice.value) for choice in choices), default=0)
     lines = []
     for choice in choices:
         lines.append(f"{choice.name:<{names}}  {choice.value:<{values}}  {choice.why} [{choice.option}]")

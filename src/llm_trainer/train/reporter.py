@@ -136,9 +136,7 @@ class Reporter:
             self._write_choices([choice])
 
     def _write_choices(self, choices: Iterable[Choice]) -> None:
-        facts = {}
-        for choice in choices:
-            facts[choice.name] = {"value": choice.value, "why": choice.why, "key": choice.key}
+        facts = {choice.name: choice.facts for choice in choices}
         for writer in self._writers:
             if isinstance(writer, JsonLines):
                 writer.note_choices(self._progress.step, facts)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FASTEST_FLAT, FASTEST_PADDED = 4096, 2048  # tokens, on CPUs
 MOST = 65536  # tokens, on other devices: from here on a step's kernels are busy anyway
 ENOUGH = 4096  # tokens of a step that need no trial
+ON_GPUS = MOST, "more gains nothing"
 SHARE = 0.8  # of the free memory that a step may take; the rest is for what no formula sees
 BytesOf = Callable[[int], float]  # tokens of a micro-batch -> what it takes while it is computed
 
@@ -54,14 +55,10 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
     fastest, why = _fastest(work.engine.device, work.source)
     cost = _cost(work, size, settings, fastest)
     room = room_on(work.engine.device)
-    free = SHARE * (room.free - _still_to_come(work, size, settings))
+    free = room.free - _still_to_come(work, size, settings)
     tokens = 0  # nobody knows
     if cost is not None:
-        tokens = fastest
-        while tokens > 1 and cost(tokens) > free:
-            tokens = size_below(tokens - 1)
-    if 0 < tokens < fastest:
-        why = f"what fits into {human(max(0.0, free), 'B')}, of {room.limit}"
+        tokens, why = largest_that_fits(fastest, why, cost, free, room.limit)
     ((agreed, _),) = dist.extremes([tokens])
     if not agreed:
         return budget.settle(None, "what a token of this model takes is not known")
@@ -89,12 +86,30 @@ def _cost(work: Work, size: Size, settings: "Settings", fastest: int) -> BytesOf
 
 def _fastest(device: torch.device, source: StepSource) -> tuple[int, str]:
     if device.type != "cpu":
-        return MOST, "more gains nothing"
+        return ON_GPUS
     if isinstance(source, LoaderSteps):
         tokens = FASTEST_PADDED if source.layout.counts_padding else FASTEST_FLAT
         return tokens, "the fastest on CPUs, where the batches of a loader can be cut anew"
     is_flat = isinstance(source, SampleStream) and source.flat
     return (FASTEST_FLAT if is_flat else FASTEST_PADDED), "the fastest on CPUs"
+
+
+def largest_that_fits(fastest: int, why: str, cost: BytesOf, free: float, limit: str) -> tuple[int, str]:
+    """Tokens of the micro-batches of a run, and why; `llm-trainer plan` asks here too.
+
+    Args:
+        fastest: tokens from which on more gains nothing.
+        why: the reason for these.
+        cost: what a micro-batch takes.
+        free: bytes that a step could take; `SHARE` of them are used.
+        limit: what sets that, in words.
+    """
+    tokens = fastest
+    while tokens > 1 and cost(tokens) > SHARE * free:
+        tokens = size_below(tokens - 1)
+    if tokens < fastest:
+        why = f"what fits into {human(max(0.0, SHARE * free), 'B')}, of {limit}"
+    return tokens, why
 
 
 def bytes_by_formula(engine: Engine, size: Size, settings: "Settings") -> BytesOf | None:

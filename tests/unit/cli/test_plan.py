@@ -15,6 +15,8 @@ from llm_trainer.engine.fsdp import FsdpEngine
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.models.build import build_model, flops_per_token, num_parameters
 from llm_trainer.plan.describe import describe
+from llm_trainer.train.budget import KEY
+from llm_trainer.train.sizing import MOST
 from llm_trainer.trainers.distill import CHUNK_ELEMENTS
 
 MODEL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -95,7 +97,8 @@ def test_a_teacher_is_held_in_16_bits(run, tmp_path):
 
 
 def test_the_table_has_every_way_and_marks_the_one_to_take(run, capsys):
-    lines = said(capsys, run(), "batch_size=4096", "--gpus", "16", "--gpu", "a100-40", "--tokens", "1e9").splitlines()
+    rows_as_given = ("batch_size=4096", "data_loader_config.micro_batch_tokens=null")
+    lines = said(capsys, run(), *rows_as_given, "--gpus", "16", "--gpu", "a100-40", "--tokens", "1e9").splitlines()
     rows = [line.split() for line in lines if line.lstrip("* ").startswith(("DDP", "ZeRO", "FSDP2"))]
     assert len(rows) == 5 * 2 * 2
     assert [row[:4] for row in rows if row[0] == "*"] == [["*", "DDP", "no", "chunked"]]
@@ -135,6 +138,32 @@ def test_the_copy_of_a_checkpoint_in_host_memory_is_what_engines_take(run, capsy
     of_each = engine.bytes_to_copy(4 * sharded["model"]["num_parameters"], int(sharded["job"]["state_bytes"]))
     assert sharded["host_copy_bytes"] == 8 * of_each
     assert "host  " in said(capsys, run(), *cluster)
+
+
+def test_what_is_left_open_is_what_the_run_would_find(run, capsys):
+    """A step of 262,144 tokens is cut by the largest size that helps, or by what fits; words of the user stay."""
+    cluster = ("batch_size=4096", "--gpus", "16", "--gpu", "a100-40")
+    told = planned(capsys, run(), *cluster)
+    budget = told["automatic"]["micro-batches"]
+    assert budget == {"value": f"{MOST:,} tokens", "why": "more gains nothing", "key": KEY}
+    assert told["recommendation"]["choice"]["micro_rows"] * 64 == MOST
+    assert told["recommendation"]["choice"]["accumulation"] == 4
+    assert told["automatic"]["attention"]["value"] == "sdpa"
+    shown = said(capsys, run(), *cluster)
+    assert (
+        "auto  micro-batches  65,536 tokens  more gains nothing [data_loader_config.micro_batch_tokens=null]" in shown
+    )
+    assert "batch_size=4096 sft_config.gradient_accumulation_steps=1" in shown.splitlines()[-1]  # the user's own
+
+    shape = {"vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
+    large = run(model=json.dumps(shape | {"max_position_embeddings": 4096}))
+    tight = planned(capsys, large, "dataset_block_size=4096", "batch_size=64", "--gpus", "16", "--gpu", "h200")
+    assert "what fits into" in tight["automatic"]["micro-batches"]["why"]
+    for choice in tight["choices"]:
+        assert choice["total_bytes"] < 0.9 * tight["cluster"]["gpu"]["memory"] or choice["micro_tokens"] == 4096
+
+    given = planned(capsys, run(), "data_loader_config.micro_batch_tokens=2048", "run_config.attention=eager", *cluster)
+    assert given["automatic"] == {} and given["recommendation"]["choice"]["micro_tokens"] == 2048
 
 
 def test_json_adds_up(run, capsys):

@@ -1,0 +1,49 @@
+"""What a run will choose on GPUs that are not here, for `llm-trainer plan`: by the functions that the run itself asks."""
+
+from functools import partial
+
+from llm_trainer.assemble import attention_choice
+from llm_trainer.config.schema import TrainConfig
+from llm_trainer.config.table import ALGORITHMS
+from llm_trainer.models.attention import resolve_attention
+from llm_trainer.plan.choices import Choice as Way
+from llm_trainer.plan.choices import Finding
+from llm_trainer.plan.describe import without_weights
+from llm_trainer.plan.shapes import Job
+from llm_trainer.state import Choice
+from llm_trainer.train.budget import choice_of, class_may_cut
+from llm_trainer.train.sizing import ON_GPUS, largest_that_fits
+
+DEVICE = "cuda"
+
+
+class Automatic:
+    """The choices of a run that a configuration leaves open.
+
+    Args:
+        config: the whole run.
+        name: of the algorithm.
+    """
+
+    def __init__(self, config: TrainConfig, name: str) -> None:
+        self.config = config
+        self.trainer_class = ALGORITHMS[name].load()
+        self.model = without_weights(config)
+
+    def micro_tokens(self, job: Job) -> int | Finding:
+        """Positions of a micro-batch as configured, or how they are found."""
+        configured = self.config.data_loader_config.micro_batch_tokens
+        if configured == "auto" and class_may_cut(self.trainer_class, self.model):
+            return partial(largest_that_fits, *ON_GPUS, limit="device memory")
+        if isinstance(configured, int):
+            return configured
+        return self.config.batch_size * job.sample_tokens
+
+    def choices(self, way: Way) -> list[Choice]:
+        """What the run will choose when it is trained in this way."""
+        found = []
+        if way.why_tokens:
+            found.append(choice_of(way.micro_tokens, way.why_tokens))
+        if self.config.run_config.attention == "auto":
+            found.append(attention_choice(resolve_attention("auto", DEVICE)))
+        return found
