@@ -18,7 +18,6 @@ from llm_trainer.cli.executable import typed
 from llm_trainer.cli.plots import plot_run
 from llm_trainer.data.encode.tokenizer import train_tokenizer
 from llm_trainer.train_configs import (
-    DataLoaderConfig,
     DPOConfig,
     EvalConfig,
     ModelConfig,
@@ -123,7 +122,6 @@ def sft_config(folder: Path) -> TrainConfig:
         n_epochs=3,
         batch_size=32,
         eval_prompts=list(QUESTIONS),
-        data_loader_config=DataLoaderConfig(packing="flat"),
         optim_config=OptimConfig(enable_lr_scheduler=True, initial_lr=1e-3, min_lr=1e-5, warmup_iters=20),
         eval_config=EvalConfig(eval_batch_interval=100, max_seq_len=48, temperature=0.0),
         run_config=RunConfig(save_dir=str(folder / "sft"), log_dir=None, log_interval=10),
@@ -139,7 +137,6 @@ def dpo_config(folder: Path) -> TrainConfig:
         eval_dataset=str(folder / "data" / "preferences_held_out.jsonl"),
         batch_size=16,
         eval_prompts=list(QUESTIONS),
-        data_loader_config=DataLoaderConfig(packing="flat"),
         optim_config=OptimConfig(initial_lr=1e-4, warmup_iters=5, enable_lr_scheduler=True),
         eval_config=EvalConfig(eval_batch_interval=100, max_seq_len=48, temperature=0.0),
         run_config=RunConfig(save_dir=str(folder / "dpo"), log_dir=None, log_interval=10),

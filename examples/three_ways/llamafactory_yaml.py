@@ -37,7 +37,6 @@ RENAMED = {  # ours -> theirs, the value as it is
     "optim_config.eps": "adam_epsilon",
     "optim_config.max_grad_norm": "max_grad_norm",
     "run_config.seed": "seed",
-    "run_config.compile": "torch_compile",
     "run_config.log_interval": "logging_steps",
     "run_config.checkpoints_to_keep": "save_total_limit",
     "run_config.writers": "report_to",
@@ -53,7 +52,14 @@ TRANSLATED = {  # besides: by the functions below, or with the model and the dat
     *("optim_config.lr_scheduler", "optim_config.min_lr", "optim_config.max_lr", "optim_config.wsd_decay_fraction"),
     *("optim_config.polynomial_power", "optim_config.plateau_patience", "optim_config.plateau_factor"),
     *("eval_config.eval_batch_interval", "eval_config.eval_batch_size", "run_config.save_dir", "run_config.log_dir"),
-    *("run_config.max_steps", "run_config.precision", "run_config.attention", "run_config.device", "run_config.engine"),
+    *(
+        "run_config.max_steps",
+        "run_config.compile",
+        "run_config.precision",
+        "run_config.attention",
+        "run_config.device",
+        "run_config.engine",
+    ),
     *(
         "run_config.save_interval_steps",
         "run_config.resume",
@@ -167,6 +173,7 @@ def translate(
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": on_cpu,
+        "torch_compile": run.compile is True,  # it has no way to wait and see
         "flash_attn": ATTENTION.get(run.attention, "auto"),
         "disable_gradient_checkpointing": not run.gradient_checkpointing,
         "disable_shuffling": not loader.data_loader_shuffle,

@@ -93,9 +93,7 @@ def _choices(
     """What of the objects made here was left to the machine."""
     choices = []
     if config.run_config.attention == "auto" and "model" not in given:
-        value, why = describe_attention(build.policy.config, build.device)
-        other = "eager" if value == "sdpa" else "sdpa"
-        choices.append(Choice("attention", value, why, f"run_config.attention: {other}"))
+        choices.append(attention_choice(*describe_attention(build.policy.config, build.device)))
     # DeepSpeed may put an optimizer of its own in its place.
     if config.optim_config.fused == "auto" and "optimizer" not in given and build.engine != "deepspeed":
         kernel = describe_kernel(optimizer)
@@ -103,6 +101,13 @@ def _choices(
             value, why = kernel
             choices.append(Choice("optimizer", value, why, "optim_config.fused: false"))
     return choices
+
+
+def attention_choice(value: str, why: str) -> Choice:
+    """What `run_config.attention: auto` has come to, for the screen before training."""
+    if value == "sdpa":
+        return Choice("attention", value, why, "run_config.attention: eager")
+    return Choice("attention", value, why, "run_config.attention: sdpa")
 
 
 def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.choose import engine_name
 from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
 from llm_trainer.engine.torch import TorchEngine
-from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout, takes_flat
+from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout, is_open, takes_flat
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.frozen import freeze, frozen_copy
@@ -41,6 +41,8 @@ from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.terminal import waiting
+
+LAYOUT_KEY = "data_loader_config.packing: none"
 
 
 class Builder:
@@ -192,21 +194,21 @@ class Builder:
         """
         # 1. what there is to choose
         wanted, packings = self.config.data_loader_config.packing, self.kind.packings
-        is_open = wanted == "auto"
-        if is_open and (packings[0] != "none" or "flat" not in packings):
+        is_chosen = is_open(wanted, packings)
+        if wanted == "auto" and not is_chosen:
             return packings[0], AS_IT_CAME
         is_flat = wanted in ("flat", *PACKERS)
-        may_be_flat = takes_flat(self.trainer_class) and (is_open or is_flat)
+        may_be_flat = takes_flat(self.trainer_class) and (is_chosen or is_flat)
         # 2. what the models make of it
         tried: list[Packing] = []
         if may_be_flat:
             if dist.is_main():  # elsewhere there may be no weights
                 tried = self._tried()
             tried = dist.broadcast_object(tried)
-        if not is_open:
+        if not is_chosen:
             key = f"data_loader_config.packing: {wanted}"
             return wanted, given_layout(tried, key) if is_flat else AS_IT_CAME
-        layout = choose_layout(tried, may_be_flat, self.trainer_class.__name__, "data_loader_config.packing: none")
+        layout = choose_layout(tried, may_be_flat, self.trainer_class.__name__, LAYOUT_KEY)
         return "none" if layout.counts_padding else "flat", layout
 
     def _tried(self) -> list[Packing]:

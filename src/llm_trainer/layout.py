@@ -63,6 +63,11 @@ class Layout:
 AS_IT_CAME = Layout()
 
 
+def is_open(wanted: str, packings: Sequence[str]) -> bool:
+    """Whether rows are padded or flat as the machine likes: `wanted` leaves it open, and the kind of rows, with `packings`."""
+    return wanted == "auto" and packings[0] == "none" and "flat" in packings
+
+
 def choose_layout(packings: Sequence[Packing], takes_flat: bool, trainer: str, key: str) -> Layout:
     """The layout where the user left it open; it changes neither the rows of a step nor its gradient.
 

@@ -2,10 +2,18 @@
 
 from functools import partial
 
+import torch
+
+from llm_trainer.algorithm import takes_flat
 from llm_trainer.assemble import attention_choice
+from llm_trainer.builder import LAYOUT_KEY
+from llm_trainer.config.registry import options_of
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.config.table import ALGORITHMS
-from llm_trainer.models.attention import resolve_attention
+from llm_trainer.data.kinds import get_kind
+from llm_trainer.layout import choose_layout, is_open
+from llm_trainer.models.attention import best_attention
+from llm_trainer.models.packing import packing_of
 from llm_trainer.plan.choices import Choice as Way
 from llm_trainer.plan.choices import Finding
 from llm_trainer.plan.describe import without_weights
@@ -39,11 +47,21 @@ class Automatic:
             return configured
         return self.config.batch_size * job.sample_tokens
 
+    def layout(self) -> Choice | None:
+        """How rows will be laid out; a small model of the same class is tried out here."""
+        rows = self.trainer_class._data_from_config(options_of(self.config, self.trainer_class)).rows
+        if not is_open(self.config.data_loader_config.packing, get_kind(rows[0]).packings):
+            return None
+        takes = takes_flat(self.trainer_class)
+        tried = [packing_of(self.model, self.trainer_class.reader, torch.device("cpu"))] if takes else []
+        return choose_layout(tried, takes, self.trainer_class.__name__, LAYOUT_KEY).choice
+
     def choices(self, way: Way) -> list[Choice]:
         """What the run will choose when it is trained in this way."""
-        found = []
+        layout = self.layout()
+        found = [] if layout is None else [layout]
         if way.why_tokens:
             found.append(choice_of(way.micro_tokens, way.why_tokens))
         if self.config.run_config.attention == "auto":
-            found.append(attention_choice(resolve_attention("auto", DEVICE)))
+            found.append(attention_choice(*best_attention(DEVICE)))
         return found

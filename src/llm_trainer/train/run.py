@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ from llm_trainer.algorithm import Algorithm
 from llm_trainer.compiler import compile_module
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.loader_workers import workers_needed
-from llm_trainer.data.loaders import as_step_source
-from llm_trainer.data.stream import StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
@@ -36,6 +33,7 @@ from llm_trainer.train.retry import recall
 from llm_trainer.train.rows import LaidOut
 from llm_trainer.train.saving import Wanted
 from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
+from llm_trainer.train.sources import open_sources
 from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
@@ -106,7 +104,11 @@ class Run:
         # The data: this rank's share of the training data, and of every validation set.
         with self._on_duty():
             threads = settle_threads(together)
-            self.source, self.val_sources = self._open_data(train_loader, val_loader)
+            read_once = max_epochs == 1 or settings.max_steps is not None
+            training = {"accumulation": grad_accum_steps, "read_once": read_once}
+            self.source, self.val_sources = open_sources(
+                train_loader, val_loader, settings, self.engine, together, trainer.sides, training
+            )
             machine = sizing.describe_machine(self.engine, self._is_together)
         for choice in (*settings.choices, threads):
             if choice is not None:
@@ -115,31 +117,6 @@ class Run:
         self.budget = Budget(settings.micro_batch_tokens, sources, machine, may_cut(trainer))
         rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
         self.machine = RunMachine(self.engine, settings, self.progress, self._metrics, rows)
-
-    def _open_data(self, train_loader: Any, val_loader: Any) -> tuple[StepSource, dict[str, StepSource]]:
-        settings = self.settings
-        ranks: dict[str, Any] = {"is_sharded": settings.loader_is_sharded, "sides": self.trainer.sides}
-        if self._is_together:
-            ranks |= {"rank": dist.rank(), "world_size": dist.world_size()}
-            ranks["largest"] = partial(dist.largest, device=self.engine.device)
-        source = as_step_source(
-            train_loader,
-            accumulation=self.accumulation,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            seed=settings.seed,
-            read_once=self.max_epochs == 1 or settings.max_steps is not None,
-            **ranks,
-        )
-        loaders: Mapping[str, Any] = {} if val_loader is None else {"": val_loader}
-        if isinstance(val_loader, Mapping):
-            loaders = val_loader
-        ranks["in_step"] = self.engine.in_lockstep
-        if settings.micro_batch_tokens != "auto":
-            ranks["micro_batch_tokens"] = None  # a number of the user's is for training
-        val_sources = {}
-        for name, loader in loaders.items():
-            val_sources[name] = as_step_source(loader, name=f"val_loader {name}".strip(), **ranks)
-        return source, val_sources
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""

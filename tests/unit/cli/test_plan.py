@@ -149,6 +149,7 @@ def test_what_is_left_open_is_what_the_run_would_find(run, capsys):
     assert told["recommendation"]["choice"]["micro_rows"] * 64 == MOST
     assert told["recommendation"]["choice"]["accumulation"] == 4
     assert told["automatic"]["attention"]["value"] == "sdpa"
+    assert told["automatic"]["layout"]["value"] == "flat"
     shown = said(capsys, run(), *cluster)
     assert (
         "auto  micro-batches  65,536 tokens  more gains nothing [data_loader_config.micro_batch_tokens=null]" in shown
@@ -162,8 +163,16 @@ def test_what_is_left_open_is_what_the_run_would_find(run, capsys):
     for choice in tight["choices"]:
         assert choice["total_bytes"] < 0.9 * tight["cluster"]["gpu"]["memory"] or choice["micro_tokens"] == 4096
 
-    given = planned(capsys, run(), "data_loader_config.micro_batch_tokens=2048", "run_config.attention=eager", *cluster)
-    assert given["automatic"] == {} and given["recommendation"]["choice"]["micro_tokens"] == 2048
+    given = planned(
+        capsys,
+        run(),
+        *(told["automatic"][name]["key"].replace(": ", "=") for name in ("layout", "attention")),
+        *cluster,
+    )
+    assert list(given["automatic"]) == ["micro-batches"]
+    given = planned(capsys, run("pretrain_config"), "data_loader_config.micro_batch_tokens=2048", *cluster)
+    assert list(given["automatic"]) == ["attention"]  # documents of a text are packed in any case
+    assert given["recommendation"]["choice"]["micro_tokens"] == 2048
 
 
 def test_json_adds_up(run, capsys):
