@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,90 @@ def compile_module(module: nn.Module) -> None:
     """Compile a module in place: its parameters keep their names."""
     with _ready_compiler():
         module.compile()
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What is raised where something cannot be compiled, such as without a C++ compiler."""
+    # Imported here: the compiler takes a second to import.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InvalidCxxCompiler
+
+    return TorchDynamoException, InvalidCxxCompiler
+
+
+class CompiledLayers:
+    """The layers of models, which may be switched between plain and compiled from one call to the next.
+
+    Layers rather than whole models: those of a model are alike, so that one is compiled for all of them, in a fraction of the
+    time (docs/results.md). What cannot be compiled runs plain: the call under way too, so that nothing is lost.
+
+    Attributes:
+        layers: of all models.
+        is_on: whether they are compiled, each at its first call.
+        failure: why they could not be; empty: nothing has failed.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[nn.Module] = []
+        self.is_on, self.failure = False, ""
+        self._compiled: Callable[..., Any] = _call
+        self._errors: tuple[type[Exception], ...] = ()
+
+    def add(self, layers: list[nn.Module]) -> None:
+        """Switch `layers` together with the others."""
+        self.layers += layers
+        if self.is_on:
+            self._place(layers)
+
+    def switch(self, on: bool) -> None:
+        """Run compiled from the next call on, or plain."""
+        self.is_on = on
+        if on:
+            self.failure, self._errors = "", compiler_errors()
+            try:
+                # Lengths differ from batch to batch: one graph for all of them.
+                self._compiled = compiled(_call, dynamic=True)
+            except self._errors as error:
+                self._give_up(error)
+        self._place(self.layers)
+
+    def _place(self, layers: list[nn.Module]) -> None:
+        for layer in layers:
+            # What `nn.Module.compile` sets and `nn.Module.__call__` asks; copies and checkpoints leave it out.
+            layer._compiled_call_impl = partial(self._run, layer) if self.is_on else None
+
+    def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        writes = kwargs.get("past_key_values") is not None  # into a cache that grows by a token per call
+        if writes or not self.is_on:
+            return _call(layer, args, kwargs)
+        try:
+            with _backward_at_once():
+                return self._compiled(layer, args, kwargs)
+        except self._errors as error:
+            self._give_up(error)
+            return _call(layer, args, kwargs)
+
+    def _give_up(self, error: Exception) -> None:
+        first_line = str(error).strip().partition("\n")[0]
+        self.failure, self.is_on = f"{type(error).__name__}: {first_line}", False
+
+
+def _call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return layer._call_impl(*args, **kwargs)
+
+
+@contextmanager
+def _backward_at_once() -> Iterator[None]:
+    """Whatever is compiled in the block is compiled for its backward too, so that a failure shows in the forward.
+
+    NOTE: inside of DDP torch would cut a graph where its buckets end; layers are smaller than these.
+    """
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True), torch._dynamo.config.patch(
+        optimize_ddp=False
+    ):
+        yield
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_trainer.compiler import compiled
+from llm_trainer.compiler import compiled, compiler_errors
 
 # Below this many elements neither blocks nor a compiled kernel save anything.
 LARGE = 2**18
@@ -70,16 +70,12 @@ class Kernel:
         return self.function(first, *rest)
 
     def _compiled(self, first: Tensor, *rest: Any) -> Any:
-        # Imported here: the compiler takes a second to import.
-        from torch._dynamo.exc import BackendCompilerFailed
-        from torch._inductor.exc import InductorError
-
         try:
             if self.compiled is None:
                 # The number of rows differs from batch to batch: one kernel for all of them.
                 self.compiled = compiled(self.function, dynamic=True)
             return self.compiled(first, *rest)
-        except (BackendCompilerFailed, InductorError) as error:
+        except compiler_errors() as error:
             self.can_compile = False
             warnings.warn(
                 f"{self.function.__name__} runs uncompiled, up to 2 times slower: torch.compile failed with "
