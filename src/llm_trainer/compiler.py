@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -59,9 +60,11 @@ class CompiledLayers:
 
     def switch(self, on: bool) -> None:
         """Run compiled from the next call on, or plain."""
-        self.is_on = on
+        self.is_on, self.failure = on, ""
         if on:
-            self.failure, self._errors = "", compiler_errors()
+            self._errors = compiler_errors()
+            # Tracing looks at inputs as it does at parameters.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             try:
                 # Lengths differ from batch to batch: one graph for all of them.
                 self._compiled = compiled(_call, dynamic=True)
@@ -79,7 +82,7 @@ class CompiledLayers:
         if writes or not self.is_on:
             return _call(layer, args, kwargs)
         try:
-            with _backward_at_once():
+            with _compiling_soundly():
                 return self._compiled(layer, args, kwargs)
         except self._errors as error:
             self._give_up(error)
@@ -87,7 +90,7 @@ class CompiledLayers:
 
     def _give_up(self, error: Exception) -> None:
         first_line = str(error).strip().partition("\n")[0]
-        self.failure, self.is_on = f"{type(error).__name__}: {first_line}", False
+        self.failure, self.is_on = shorten(f"{type(error).__name__}: {first_line}", 200), False
 
 
 def _call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -95,13 +98,13 @@ def _call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 @contextmanager
-def _backward_at_once() -> Iterator[None]:
-    """Whatever is compiled in the block is compiled for its backward too, so that a failure shows in the forward.
-
-    NOTE: inside of DDP torch would cut a graph where its buckets end; layers are smaller than these.
-    """
-    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True), torch._dynamo.config.patch(
-        optimize_ddp=False
+def _compiling_soundly() -> Iterator[None]:
+    """The context in which a layer is called, and compiled if that has to be."""
+    dynamo, autograd, inductor = torch._dynamo.config, torch._functorch.config, torch._inductor.config
+    with (
+        dynamo.patch(optimize_ddp=False),  # DDP's buckets would cut graphs, and are larger than a layer
+        autograd.patch(force_non_lazy_backward_lowering=True),  # what cannot be compiled shows in the forward
+        inductor.patch(fallback_random=True),  # the same dropout as without
     ):
         yield
 

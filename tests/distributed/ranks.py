@@ -146,9 +146,11 @@ class MeanOfNothing(BaseTrainer):
         return (outputs * batch[1]).sum() / (batch[1] > 0).sum()
 
 
-def mean_trainer(folder: Path, batches: list[torch.Tensor], seed: int = 0, **options: Any) -> MeanOfNothing:
+def mean_trainer(
+    folder: Path, batches: list[torch.Tensor], seed: int = 0, model: torch.nn.Module | None = None, **options: Any
+) -> MeanOfNothing:
     torch.manual_seed(seed)
-    model = torch.nn.Linear(1, 1)
+    model = model or torch.nn.Linear(1, 1)
     return MeanOfNothing(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.1),
@@ -210,6 +212,48 @@ def tried_out(folder: Path) -> dict[str, Any]:
             weights = trainer.run.engine.weights().values()
             hashed = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights)).hexdigest()
             found[f"{engine}-{tries}"] = [trainer.run.budget.tokens, hashed]
+    return found
+
+
+class Layers(torch.nn.Module):
+    """Three equal layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(3))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            values = layer(values)
+        return values
+
+
+def compiled(folder: Path) -> list[Any]:
+    """Never, after three steps, and where the compiler fails on the second rank."""
+    from llm_trainer import compiler
+    from llm_trainer.train import compiling
+
+    def fails(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        if dist.rank() == 1:
+            raise InvalidCxxCompiler
+        return function
+
+    def traces(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+        return torch.compile(function, backend="eager", dynamic=dynamic)
+
+    compiling.WATCHED, compiling.SHORTEST_S, compiling.WORTH_KEEPING = 3, 0.0, 0.0
+    compiling.EXPECTED = {("cpu", "fp32"): compiling.Estimate(0.0, 1e9)}
+    compiling.Compiling._known = lambda self, done: None  # type: ignore[method-assign]
+    found = []
+    for number, (how, compile_with) in enumerate(((False, traces), ("auto", traces), ("auto", fails))):
+        compiler.compiled = compile_with  # type: ignore[assignment]
+        torch.manual_seed(0)
+        trainer = mean_trainer(folder / str(number), [ONE] * 20, model=Layers(), compile=how)
+        trainer.train()
+        said = trainer.run.choices.get("compile")
+        found.append([weights_of(trainer), trainer.run.compiling.state_dict()["is_on"], said and said.why])
     return found
 
 
@@ -291,7 +335,7 @@ def main(folder: Path) -> None:
         for seed in (None, 0, 1):
             play = partial(life, seed=seed)
             report[f"short of memory {seed} {ranks}"] = fork_ranks(play, folder / f"short-{seed}-{ranks}", ranks)
-    for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one, threads_of_each, tried_out):
+    for scenario in (slow_data, other_seed, one_raises, signalled, inf_on_one, threads_of_each, tried_out, compiled):
         timeout_s = 1 if scenario is slow_data else 60
         report[scenario.__name__] = fork_ranks(scenario, folder / scenario.__name__, 2, timeout_s)
     report["elastic"] = [fork_ranks(elastic, folder / "elastic", ranks) for ranks in (2, 1, 2, 1, 2, 1, 2)]

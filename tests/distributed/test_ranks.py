@@ -54,6 +54,13 @@ def test_ranks_agree_on_what_fits_and_a_trial_leaves_nothing_behind(played: dict
             assert (by_rule, agreed) == (2048, 768) and without == after
 
 
+def test_all_ranks_are_compiled_or_none(played: dict[str, Any]) -> None:
+    for never, decided, failed in played["compiled"]["results"]:
+        assert never[0] == decided[0] == failed[0]
+        assert [never[1], decided[1], failed[1]] == [False, True, False]
+        assert "InvalidCxxCompiler" in failed[2]
+
+
 def test_all_ranks_start_from_the_main_ones_weights(played: dict[str, Any]) -> None:
     first, second = played["other_seed"]["results"]
     assert first == second

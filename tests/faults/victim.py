@@ -88,6 +88,7 @@ def make_trainer(folder: Path, model_name: str = "plain", precision: str = "fp32
         "precision": precision,
         "resume": "auto",
         "best_file": False,
+        "compile": False,
         "progress": False,
         "save_dir": str(folder),
     }

@@ -212,7 +212,10 @@ class Execution:
         default="stop",
         description="where DeepSpeed is configured and not installed: stop, or leave its section out and say so",
     )
-    compile: StrictBool = Field(default=False, description="torch.compile the model")
+    compile: StrictBool | Literal["auto"] = Field(
+        default="auto",
+        description="torch.compile the model; auto: its layers, after the first steps, where the run is long enough",
+    )
     gradient_checkpointing: StrictBool = Field(
         default=False, description="recompute activations: less memory, more time"
     )

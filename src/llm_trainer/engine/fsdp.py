@@ -16,6 +16,7 @@ from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import EngineOptions
 from llm_trainer.engine.device import DTYPES
+from llm_trainer.engine.layers import layers_of
 from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import TorchEngine
@@ -212,22 +213,6 @@ class FsdpEngine(TorchEngine):
             return parameters.get(name.split("/")[2]) if name.startswith("optimizer/state/") else None
 
         return checkpoint.load_checkpoint(path, model=self._base, optimizer=self._optimizer, like=like, verify="sizes")
-
-
-def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The layers that are sharded one by one: those a transformers model names, else the members of every `ModuleList`."""
-    from transformers import PreTrainedModel
-
-    names: set[str] = set()
-    in_lists: list[nn.Module] = []
-    for inner in module.modules():
-        if isinstance(inner, PreTrainedModel):
-            names.update(inner._no_split_modules or ())
-        elif isinstance(inner, nn.ModuleList):
-            in_lists += [layer for layer in inner if next(layer.parameters(), None) is not None]
-    if names:
-        return [inner for inner in module.modules() if type(inner).__name__ in names]
-    return in_lists
 
 
 def _parameters_of(module: nn.Module) -> list[Any]:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.compiler import compile_module
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.layout import Layout, Packing
 from llm_trainer.state import Progress
+from llm_trainer.train.compiling import Compiling
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.rows import LaidOut
 
@@ -23,9 +23,15 @@ class RunMachine:
     """The machinery of one run, as its algorithm sees it: `algorithm.Machine` says what each member means."""
 
     def __init__(
-        self, engine: Engine, settings: "Settings", progress: Progress, metrics: Metrics, rows: LaidOut
+        self,
+        engine: Engine,
+        settings: "Settings",
+        compiling: Compiling,
+        progress: Progress,
+        metrics: Metrics,
+        rows: LaidOut,
     ) -> None:
-        self._engine, self._settings = engine, settings
+        self._engine, self._settings, self._compiling = engine, settings, compiling
         self._rows = rows
         self._progress, self._metrics = progress, metrics
 
@@ -66,8 +72,7 @@ class RunMachine:
             self._rows.reads_rows(try_out)
 
     def place(self, frozen: nn.Module) -> None:
-        if self._settings.compile:  # both must round alike
-            compile_module(frozen)
+        self._compiling.add(frozen)
         if not self._engine.in_lockstep:
             return self._engine.place(frozen)
         with dist.on_duty(str):  # it is sharded, for which all ranks are needed

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llm_trainer.algorithm import Algorithm
-from llm_trainer.compiler import compile_module
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.loader_workers import workers_needed
 from llm_trainer.engine import dist
@@ -23,6 +22,7 @@ from llm_trainer.optim.optimizers import slow_kernel
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
 from llm_trainer.train import guards, preflight, sizing, snapshot
 from llm_trainer.train.budget import Budget, may_cut
+from llm_trainer.train.compiling import Compiling, steps_left
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, evaluate, unmeasured
 from llm_trainer.train.hooks import Hook, with_names_of_their_own
@@ -99,6 +99,7 @@ class Run:
         self._reporter = Reporter(dist.is_main(), self.progress)
         keep = settings.checkpoints_to_keep
         self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)
+        self.compiling = Compiling(settings.compile, self.engine, engine_of(settings))
         self._max_grad_norm = max_grad_norm or 0.0
 
         # The data: this rank's share of the training data, and of every validation set.
@@ -116,7 +117,7 @@ class Run:
         sources = [self.source, *self.val_sources.values()]
         self.budget = Budget(settings.micro_batch_tokens, sources, machine, may_cut(trainer))
         rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
-        self.machine = RunMachine(self.engine, settings, self.progress, self._metrics, rows)
+        self.machine = RunMachine(self.engine, settings, self.compiling, self.progress, self._metrics, rows)
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""
@@ -124,8 +125,7 @@ class Run:
         preflight.check_optimizer(self.trainer.optimizer, model, module)
         if self.settings.gradient_checkpointing:
             _recompute_activations(model)
-        if self.settings.compile:
-            compile_module(module)
+        self.compiling.add(module)
         # Now: an engine may leave nothing to count in the parameters themselves.
         self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
         with self._on_duty():
@@ -143,6 +143,7 @@ class Run:
             source=self.source,
             val_sources=self.val_sources,
             budget=self.budget,
+            compiling=self.compiling,
             metrics=self._metrics,
             horizon=self.horizon,
             run=self,
@@ -239,6 +240,7 @@ class Run:
             self._skip(done)
         progress.advance(done.position)
         self._reporter.note_learning_rate(progress.step, progress.learning_rate)
+        self._note(self.compiling.after(done, steps_left(self.horizon, progress)))
 
     def _choose_kernels(self) -> None:
         """Compile the kernels of head and attention as soon as the run is long enough to earn it back."""
@@ -309,6 +311,7 @@ class Run:
             self._may_save_behind()
         self.checkpoints.set_later_aside(self.progress.step)  # a folder that cannot be written shows here
         self.checkpoints.describe(self.settings.description)
+        self._note(self.compiling.choice(steps_left(self.horizon, self.progress)))
         facts = preflight.facts(self.work, self.size, self.settings, self.accumulation)
         folders = {"checkpoints": str(self.save_dir), "logs": str(self.log_dir)}
         slow = slow_kernel(self.trainer.optimizer)
@@ -406,6 +409,10 @@ class Run:
         if not self.settings.description:
             choice = choice.as_keyword()
         self._reporter.note_choice(choice)
+
+    def _note(self, choice: Choice | None) -> None:
+        if choice is not None:
+            self.chosen(choice)
 
     # What hooks may ask (`hooks.RunView`), besides `trainer`, `progress` and `values`; trainers ask it too.
 

@@ -117,6 +117,7 @@ def parts_of(work: Work, progress: Progress, configured: ConfiguredOptimizer) ->
         "progress": progress,
         "engine": work.engine,
         "budget": work.budget,
+        "compiling": work.compiling,
         "metrics": SharedMetrics(work.metrics),
         "random": RandomState(),
         "trainer": AlgorithmState(algorithm),
@@ -254,7 +255,7 @@ class Checkpoints:
                 f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
                 f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
             )
-        for name in ("configured", "budget"):
+        for name in ("configured", "budget", "compiling"):
             state.setdefault(name, None)  # checkpoints of earlier versions do not say
         missing = next((name for name in parts if name not in state), None)
         if missing is not None:

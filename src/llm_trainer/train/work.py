@@ -8,6 +8,7 @@ from llm_trainer.data.stream import StepSource
 from llm_trainer.engine.base import Engine
 from llm_trainer.state import Horizon
 from llm_trainer.train.budget import Budget
+from llm_trainer.train.compiling import Compiling
 from llm_trainer.train.hooks import RunView
 from llm_trainer.train.metrics import Metrics
 
@@ -22,6 +23,7 @@ class Work:
         source: where optimizer steps come from.
         val_sources: validation data by name.
         budget: how many tokens a micro-batch may have.
+        compiling: whether the model is compiled.
         metrics: what the algorithm records, unless the micro-batch is a filler.
         horizon: how far the run goes.
         run: for drivers of other libraries, which may ask it to evaluate or save.
@@ -35,6 +37,7 @@ class Work:
     source: StepSource
     val_sources: Mapping[str, StepSource]
     budget: Budget
+    compiling: Compiling
     metrics: Metrics
     horizon: Horizon
     run: RunView

@@ -127,7 +127,7 @@ def test_file_dataset_takes_paths_lists_and_objects():
         (lambda: RunConfig(max_steps=0), "max_steps: got 0, expected an integer of at least 1 or null"),
         (lambda: RunConfig(precision="int8"), "precision: got 'int8', expected one of auto, fp32, bf16, fp16"),
         (lambda: RunConfig(writers=["x"]), "writers: got 'x', expected a list of tensorboard or wandb"),
-        (lambda: RunConfig(compile="yes"), "compile: got 'yes', expected true or false"),
+        (lambda: RunConfig(compile="yes"), "compile: got 'yes', expected true or false or one of auto"),
         (lambda: DataLoaderConfig(packing="all"), "expected one of auto, none, flat, bfd, bfd_split, wrapped"),
         (lambda: ModelConfig(hidden_size=64), "ModelConfig: num_hidden_layers is missing: number of blocks"),
         (lambda: ModelConfig(**SHAPE | {"hidden_size": 66}), "hidden_size: got 66, expected a multiple of num_att"),
