@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from table import ENGINES, TRAINERS, Cell, automatic_cells, cells, differences, engine_cells, run, weighed_cell
 
 TOLERANCE = 1e-5
-AUTOMATIC = 1e-6  # where the machine chooses
+AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the last digit of fp32 is 5e-7
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
 
