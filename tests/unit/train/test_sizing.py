@@ -62,7 +62,7 @@ def test_on_cpus_it_is_the_fastest_whatever_the_memory(tmp_path, flat, capsys):
     assert by_rows.run.budget.tokens is None and "micro-batches" not in by_rows.run.choices
     capsys.readouterr()
     chosen = trained(tmp_path / "auto", train_loader=stream(**layout), val_loader=stream(**layout))
-    fastest = sizing.FASTEST
+    fastest = sizing.FASTEST_FLAT if flat else sizing.FASTEST_PADDED
     assert chosen.run.budget.tokens == chosen.run.source.micro_batch_tokens == fastest
     assert chosen.run.val_sources[""].micro_batch_tokens == fastest
     screen = capsys.readouterr().out
@@ -80,7 +80,8 @@ def test_ready_micro_batches_of_a_loader_are_put_together_as_well(tmp_path):
     given = {"train_loader": loader, "grad_accum_steps": 4, "max_steps": 3}
     trained(tmp_path / "rows", **given, micro_batch_tokens=None, packing="none")
     chosen = trained(tmp_path / "auto", **given)
-    assert chosen.run.source.micro_batch_tokens == sizing.FASTEST
+    expected = sizing.FASTEST_PADDED if chosen.run.source.layout.counts_padding else sizing.FASTEST_FLAT
+    assert chosen.run.source.micro_batch_tokens == expected
     ((micro_batches, position), *_) = chosen.run.source.steps(0, 0)
     assert len(micro_batches) == 1 and position == 4
     for one, other in zip(losses(tmp_path / "rows"), losses(tmp_path / "auto"), strict=True):
@@ -105,7 +106,7 @@ def test_memory_bounds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sizing, "room_on", lambda device: Room(1 << 50, 0, "a box"))
     work.budget.is_settled = False
     sizing.settle(work, trainer.run.size, settings)
-    assert work.budget.tokens == sizing.FASTEST // 2 and work.budget.why == "what fits on every rank"
+    assert work.budget.tokens == sizing.FASTEST_PADDED // 2 and work.budget.why == "what fits on every rank"
 
 
 def test_what_is_to_come_is_kept_free(tmp_path):
@@ -143,7 +144,7 @@ def test_ready_made_micro_batches_come_together(tmp_path):
     batches = [collate_padded([Rows(30)[row] for row in rows]) for rows in ((0, 1), (2, 3), (4, 5), (6, 7))]
     trainer = trained(tmp_path, train_loader=batches, grad_accum_steps=2, max_epochs=1)
     source = trainer.run.source
-    assert trainer.run.budget.tokens == sizing.FASTEST
+    assert trainer.run.budget.tokens in (sizing.FASTEST_FLAT, sizing.FASTEST_PADDED)
     steps = [step for step, _ in source.steps(0, 0)]
     assert [[len(micro_batch.batch["input_ids"]) for micro_batch in step] for step in steps] == [[4], [4]]
     source.accumulation = 1
