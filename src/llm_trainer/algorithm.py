@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.layout import takes_flat as takes_flat  # of an algorithm: whether its micro-batches may be cut anew
-
 if TYPE_CHECKING:
     from llm_trainer.layout import Layout, Packing
     from llm_trainer.state import MicroBatch

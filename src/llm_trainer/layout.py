@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from llm_trainer.state import Choice
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Packing(NamedTuple):
@@ -125,4 +128,18 @@ def takes_flat(algorithm: type) -> bool:
             return bool(vars(kind)["takes_flat"])
         if any(name in vars(kind) for name in OF_MICRO_BATCHES):
             return False
+    return False
+
+
+def couples_rows(model: "nn.Module") -> bool:
+    """Whether what a row contributes depends on the others of its micro-batch, in `model` or in one that it wraps."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            return True
+        # A mixture of experts is balanced over the tokens of a micro-batch.
+        if isinstance(module, PreTrainedModel) and "output_router_logits" in module.config.to_dict():
+            return True
     return False

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from llm_trainer import BaseTrainer, DPOTrainer, SFTTrainer, Trainer, get_trainer_class
-from llm_trainer.algorithm import takes_flat
-from llm_trainer.layout import OF_MICRO_BATCHES
+from llm_trainer.layout import OF_MICRO_BATCHES, takes_flat
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "kto", "reward"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout
+from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, couples_rows, given_layout
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,15 @@ def test_who_asks_for_flat_rows_gets_them_or_an_error() -> None:
         ValueError, match="packing='flat': M: it looks back; expected a model that scores .* Set packing to none"
     ):
         given_layout([Packing(), Packing("M: it looks back")], "packing='flat'")
+
+
+def test_rows_are_coupled_by_experts_inside_of_a_wrapper() -> None:
+    from torch import nn
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_experts=2, num_experts_per_tok=1))
+    assert couples_rows(experts) and couples_rows(nn.Sequential(experts))
+    assert not couples_rows(nn.Sequential(Qwen3ForCausalLM(Qwen3Config(**shape))))
+    assert couples_rows(nn.Sequential(nn.BatchNorm1d(2)))

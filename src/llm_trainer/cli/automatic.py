@@ -4,14 +4,13 @@ from functools import partial
 
 import torch
 
-from llm_trainer.algorithm import takes_flat
 from llm_trainer.assemble import attention_choice
 from llm_trainer.builder import LAYOUT_KEY
 from llm_trainer.config.registry import options_of
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.kinds import get_kind
-from llm_trainer.layout import choose_layout, is_open
+from llm_trainer.layout import choose_layout, is_open, takes_flat
 from llm_trainer.models.attention import best_attention
 from llm_trainer.models.packing import packing_of
 from llm_trainer.plan.choices import Choice as Way

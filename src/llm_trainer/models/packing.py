@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.layout import Packing
-from llm_trainer.models.scored import evaluating, experts_of, small_sibling
+from llm_trainer.layout import Packing, couples_rows
+from llm_trainer.models.scored import evaluating, small_sibling
 
 # Two documents of ids that every vocabulary has. The second is compared after its first token, which nothing predicts.
 FIRST, SECOND = (0, 1, 1, 0, 1, 0, 0), (1, 0, 1, 1, 0)
@@ -56,7 +56,7 @@ def packing_of(model: nn.Module, reader: Callable[[nn.Module], Any], device: tor
         fault = "its BatchNorm sees padding as well"
     if fault:
         fault = f"{name}: {fault}"
-    return Packing(fault, _dense_width(model), has_batch_norm or experts_of(model) is not None)
+    return Packing(fault, _dense_width(model), couples_rows(model))
 
 
 def _fault(reader: Reader, model: nn.Module) -> str:

@@ -73,7 +73,7 @@ class ScoredModel(nn.Module):
         self.loss = loss or LanguageLoss()
         self.with_entropy = with_entropy
         self._split = _split(model)  # a tuple, so that no parameter gets a second name
-        self._experts = experts_of(model)
+        self._experts = _experts(model)
         self._causal = self._split is not None and self._split.backbone.config.model_type in BLOCKED_ARCHITECTURES
         self._accepted = _accepted_inputs(model)
         self._run: Callable[..., Any] = self._call
@@ -313,7 +313,7 @@ def _accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def experts_of(model: nn.Module) -> tuple[int, int] | None:
+def _experts(model: nn.Module) -> tuple[int, int] | None:
     """(experts, experts per token) of a transformers mixture of experts, else None."""
     from transformers import PreTrainedModel
 

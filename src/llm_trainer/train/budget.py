@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from llm_trainer.algorithm import Algorithm, takes_flat
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.stream import StepSource
+from llm_trainer.layout import couples_rows, takes_flat
 from llm_trainer.state import Choice
 
 Configured = int | Literal["auto"] | None  # tokens; the machine's choice; micro-batches as they come
@@ -147,14 +148,4 @@ def may_cut(algorithm: Algorithm) -> bool:
 
 def class_may_cut(kind: type[Algorithm], model: nn.Module) -> bool:
     """The same of an algorithm that is not there yet, and the model that it will train."""
-    return takes_flat(kind) and not _couples_rows(model)
-
-
-def _couples_rows(model: nn.Module) -> bool:
-    """Whether what a row contributes depends on the others of its micro-batch."""
-    from transformers import PreTrainedModel
-
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return True
-    # A mixture of experts is balanced over the tokens of a micro-batch.
-    return isinstance(model, PreTrainedModel) and "output_router_logits" in model.config.to_dict()
+    return takes_flat(kind) and not couples_rows(model)
