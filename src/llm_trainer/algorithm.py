@@ -1,18 +1,17 @@
-"""What an algorithm says to the machinery, and what it may ask of it. `trainers/` implements one, `train/run.py` the other."""
+"""What an algorithm says to the machinery, which `trainers/` implement. What it may ask of it is a `machine.Machine`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.machine import Machine
+
 if TYPE_CHECKING:
-    from llm_trainer.layout import Layout, Packing
     from llm_trainer.state import MicroBatch
 
-M = TypeVar("M", bound=nn.Module)
 PromptFormat = Literal["chat", "text"]
 SumOverRanks = Callable[[Tensor], Tensor]
 Step = tuple[list["MicroBatch"], int]  # this rank's micro-batches of an optimizer step, and the position after it
@@ -23,61 +22,6 @@ class Source(Protocol):
 
     def steps(self, epoch: int, position: int) -> Iterator[Step]:
         """The steps of an epoch from a position on."""
-
-
-class Machine(Protocol):
-    """What an algorithm may ask of the machinery that runs it.
-
-    Attributes:
-        device: where this process computes.
-        precision_name: 'fp32', 'bf16' or 'fp16'.
-        seed: of the run; all noise follows from it.
-        step: optimizer steps done.
-        is_distributed: whether several processes train together.
-        rank: which part of the data this process sees, from 0.
-        is_main: true in the one process that prints and saves.
-        layout: whether `_prepare_batch` is to lay padded rows flat (`trainers.answers.lay_flat` does).
-    """
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def precision_name(self) -> str: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def step(self) -> int: ...
-
-    @property
-    def is_distributed(self) -> bool: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def is_main(self) -> bool: ...
-
-    @property
-    def layout(self) -> "Layout": ...
-
-    def reads_rows(self, try_out: Callable[[], "Packing"]) -> None:
-        """Say that a model sees the rows of micro-batches: they are laid flat only if all such models keep them apart.
-
-        Args:
-            try_out: finds that out (`models.packing.packing_of`); called in the main process, and only where it matters.
-        """
-
-    def place(self, frozen: nn.Module) -> None:
-        """Place a frozen module (a reference, a teacher) as the trained one is: sharded and compiled where that is."""
-
-    def generating(self) -> AbstractContextManager[None]:
-        """The context in which the trained model itself may be called, with other lengths on every rank."""
-
-    def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """Add to a metric: its logged value is sum of totals / sum of counts, over steps and ranks."""
 
 
 class Algorithm(ABC):

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "engine": {"config", "checkpoint", "optim", "state", "cores"},
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
-    "algorithm": {"state", "layout"},
+    "machine": {"layout"},
+    "algorithm": {"machine", "state", "layout"},
     "train": {
         "algorithm",
         "state",

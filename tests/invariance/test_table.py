@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from served import served
 from table import ENGINES, TRAINERS, Cell, automatic_cells, cells, differences, engine_cells, run, weighed_cell
 
 TOLERANCE = 1e-5
@@ -38,11 +39,16 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text()) | {"folder": str(out.parent)}
 
 
+def ended_well(engine: str, played: dict[str, Any]) -> dict[str, Any]:
+    """What an engine has made, once it has ended well on both ranks."""
+    found = played[engine]
+    assert found["codes"] == [0, 0], "".join(found["texts"])[-3000:]
+    return found["curves"]
+
+
 def curve_of(cell: Cell, played: dict[str, Any]) -> list:
-    """Losses and gradient norms of a cell, once its engine has ended well on both ranks."""
-    engine = played[cell.engine]
-    assert engine["codes"] == [0, 0], "".join(engine["texts"])[-3000:]
-    return engine["curves"][str(cell)]
+    """Losses and gradient norms of a cell."""
+    return ended_well(cell.engine, played)[str(cell)]
 
 
 @pytest.mark.parametrize("cell", [cell for t in TRAINERS for cell in cells(t, 2)], ids=str)
@@ -95,6 +101,29 @@ def test_loss_weights_of_hundredths_in_one_process(engine: str, unclipped: list,
 @pytest.mark.parametrize("engine", ENGINES)
 def test_loss_weights_of_hundredths_in_two(engine: str, unclipped: list, played: dict[str, Any]) -> None:
     assert max(differences(curve_of(weighed_cell(engine, 2), played), unclipped)) < TOLERANCE
+
+
+# What a run serves to those who make rollouts (served.py).
+
+
+@pytest.fixture(scope="module")
+def served_alone() -> dict[str, Any]:
+    """By one process."""
+    return served("torch", 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_rank_is_served_the_weights_that_are_saved(
+    engine: str, served_alone: dict[str, Any], played: dict[str, Any]
+) -> None:
+    """Whole, tied ones once, frozen parameters and persistent buffers with them; training goes on as if nothing was."""
+    report = ended_well(engine, played)["served"]
+    weights, alone = report["weights"], served_alone["weights"]
+    assert weights["names"] == alone["names"] and weights["names"][:3] == ["scale", "seen", "model.embed_tokens.weight"]
+    assert "model.norm.weight" in weights["names"] and weights["tied"] == ["lm_head.weight"] and weights["is_tied"]
+    assert weights["everywhere"] == [weights["saved"]] * 2
+    assert weights["half"] == [weights["cast"]] * 2
+    assert max(differences(report["curve"], served_alone["curve"])) < TOLERANCE
 
 
 def test_the_table_would_notice_a_mean_of_means(base: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Model weights, optimizer state by parameter name, and the state of random generators."""
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +33,9 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
-def gathered_weights(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The tensors of a sharded model by name, each as `gather` returns it; tied ones stay one tensor."""
-    found: dict[str, Tensor] = {}
-    gathered: dict[int, Tensor] = {}  # by parameter
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in gathered:
-            gathered[id(tensor)] = gather(tensor)
-        found[plain_name(name)] = gathered[id(tensor)]
-    return found
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of `model`: its parameters and persistent buffers themselves; tied ones are one tensor."""
+    return {plain_name(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What every engine can do: five verbs of training, shaped by the hardest implementation, and what saving asks of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.engine import dist
 from llm_trainer.engine.lockstep import Lockstep
 
@@ -82,6 +83,7 @@ class Engine(ABC):
     takes_trials: ClassVar[bool] = True
     gathers_weights: bool = False
     gathers_state: ClassVar[bool] = False
+    _base: nn.Module
     _lockstep: Lockstep | None = None  # of engines whose forward needs all ranks
 
     @abstractmethod
@@ -161,9 +163,43 @@ class Engine(ABC):
 
     # Saving and loading. All ranks call these together.
 
-    @abstractmethod
+    def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Everything that a checkpoint holds of `base`, whole, on every rank: one tensor at a time, with its name there.
+
+        Parameters, frozen ones too, and persistent buffers; of tied weights one, under the first of its names. All ranks
+        go through all of them. A tensor may be the model's own memory: it is read before the next one is asked for, or
+        copied.
+
+        Args:
+            dtype: of the tensors of floating-point numbers; None: the one that the model has.
+        """
+        seen = set()
+        for name, tensor in tensors_by_name(self._base).items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            wanted = tensor.dtype
+            if dtype is not None and tensor.is_floating_point():
+                wanted = dtype
+            yield name, self._full_tensor(tensor, wanted)
+
+    def _full_tensor(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """All of a tensor of `base`, of which this process may hold a shard, in `dtype` and detached."""
+        return tensor.detach().to(dtype)
+
     def weights(self) -> dict[str, Tensor]:
         """The full tensors of `base` by name, on the main process; nothing on the others. See `gathers_weights`."""
+        whole = {}
+        for name, tensor in self.stream_weights():
+            if dist.is_main():
+                whole[name] = tensor.to("cpu", copy=True) if self.gathers_weights else tensor
+        if not dist.is_main():
+            return {}
+        first_names: dict[int, str] = {}
+        found = {}
+        for name, tensor in tensors_by_name(self._base).items():
+            found[name] = whole[first_names.setdefault(id(tensor), name)]
+        return found
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.checkpoint.weights import (
     check_groups,
     first_few,
-    gathered_weights,
     of_another_shape,
     portable_group,
     read_weights,
@@ -98,7 +97,6 @@ class DeepSpeedEngine(Engine):
         self.stage = stage_of(self.config)
         self.gathers_weights = self.stage == 3
         check_arithmetic(self.config, device)
-        self._base: nn.Module
         self._optimizer: torch.optim.Optimizer  # the user's, which DeepSpeed hands its pieces
         self._groups: list[dict[str, nn.Parameter]]  # by name; the user's groups before they were flattened
         self._pieces: dict[nn.Parameter, Tensor]  # what the user's optimizer updates in place of a parameter
@@ -299,17 +297,13 @@ class DeepSpeedEngine(Engine):
 
     # Saving and loading.
 
-    def weights(self) -> dict[str, Tensor]:
+    def _full_tensor(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if self.stage < 3:
-            return gathered_weights(self._base, Tensor.detach) if dist.is_main() else {}
+            return super()._full_tensor(tensor, dtype)
         from deepspeed.runtime.zero import GatheredParameters
 
-        def gather(tensor: Tensor) -> Tensor:
-            with GatheredParameters([tensor]):
-                return tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor.detach().flatten()[:0]
-
-        found = gathered_weights(self._base, gather)
-        return found if dist.is_main() else {}
+        with GatheredParameters([tensor]):
+            return tensor.detach().to(dtype, copy=True)  # DeepSpeed takes the gathered one back
 
     def optimizer_state(self) -> dict[str, Any]:
         """All of it in the main process's host memory, one tensor after the other; names and groups on all."""

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from llm_trainer import checkpoint
-from llm_trainer.checkpoint.weights import gathered_weights, shard_like
+from llm_trainer.checkpoint.weights import shard_like
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import EngineOptions
@@ -193,17 +193,12 @@ class FsdpEngine(TorchEngine):
         self._reshard()
         return super().optimizer_state()
 
-    def weights(self) -> dict[str, Tensor]:
+    def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         self._reshard()
+        yield from super().stream_weights(dtype)
 
-        def gather(tensor: Tensor) -> Tensor:
-            value = checkpoint.full_tensor(tensor.detach())
-            if not dist.is_main():
-                return value.flatten()[:0]
-            return value.to("cpu", copy=True)  # the gathered one may be the parameter itself
-
-        found = gathered_weights(self._base, gather)
-        return found if dist.is_main() else {}
+    def _full_tensor(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return checkpoint.full_tensor(super()._full_tensor(tensor, dtype))  # fewer bytes travel where it is cast before
 
     def load(self, path: str | Path) -> dict[str, Any]:
         self._reshard()

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llm_trainer import checkpoint
-from llm_trainer.checkpoint.weights import gathered_weights
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import DTYPES
@@ -57,7 +56,6 @@ class TorchEngine(Engine):
         self.ddp = ddp
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._module: nn.Module
-        self._base: nn.Module
         self._optimizer: torch.optim.Optimizer
         self._unused: Unused | None = None  # where gradients are exchanged
         self._is_last = True  # whether the backward under way is the one in which DDP exchanges gradients
@@ -128,11 +126,6 @@ class TorchEngine(Engine):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
-
-    def weights(self) -> dict[str, Tensor]:
-        if not dist.is_main():
-            return {}
-        return gathered_weights(checkpoint.unwrap(self._base), Tensor.detach)
 
     def optimizer_state(self) -> dict[str, Any]:
         return checkpoint.optimizer_state_by_name(self._base, self._optimizer)

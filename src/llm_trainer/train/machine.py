@@ -1,7 +1,8 @@
-"""What an algorithm may ask of the machinery: see `algorithm.Machine`."""
+"""What an algorithm may ask of the machinery: see `machine.Machine`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RunMachine:
-    """The machinery of one run, as its algorithm sees it: `algorithm.Machine` says what each member means."""
+    """The machinery of one run, as its algorithm sees it: `machine.Machine` says what each member means."""
 
     def __init__(
         self,
@@ -30,10 +31,13 @@ class RunMachine:
         progress: Progress,
         metrics: Metrics,
         rows: LaidOut,
+        save_dir: Path,
+        stop_requested: Callable[[], bool],
     ) -> None:
         self._engine, self._settings, self._compiling = engine, settings, compiling
         self._rows = rows
         self._progress, self._metrics = progress, metrics
+        self.save_dir, self.stop_requested = save_dir, stop_requested
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +84,9 @@ class RunMachine:
 
     def generating(self) -> AbstractContextManager[None]:
         return self._engine.inference(alone=True)
+
+    def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        return self._engine.stream_weights(dtype)
 
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         self._metrics.add(name, total, count)

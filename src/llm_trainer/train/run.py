@@ -117,7 +117,16 @@ class Run:
         sources = [self.source, *self.val_sources.values()]
         self.budget = Budget(settings.micro_batch_tokens, sources, machine, may_cut(trainer))
         rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
-        self.machine = RunMachine(self.engine, settings, self.compiling, self.progress, self._metrics, rows)
+        self.machine = RunMachine(
+            self.engine,
+            settings,
+            self.compiling,
+            self.progress,
+            self._metrics,
+            rows,
+            self.save_dir,
+            self.signals.stop,
+        )
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""

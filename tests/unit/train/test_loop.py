@@ -95,15 +95,21 @@ def test_a_step_without_any_term_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_a_second_start_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    heard = []
+
     def send(run: Any) -> None:
         if run.progress.step == 2:
+            machine = run.trainer.machine
+            heard.append((machine.save_dir, machine.stop_requested()))
             os.kill(os.getpid(), number)
+            heard.append((machine.save_dir, machine.stop_requested()))
 
     batches, before = [torch.rand(2, 2) for _ in range(6)], signal.getsignal(number)
     stopped = make(tmp_path / "stopped", batches, hooks=[Hook("send", send, every_steps=1)])
     with pytest.raises(TrainingInterrupted) as interruption:
         stopped.train()
     assert interruption.value.code == 75 and stopped.run.progress.step == 3 and signal.getsignal(number) is before
+    assert heard == [(tmp_path / "stopped", False), (tmp_path / "stopped", True)]  # as the algorithm may ask it
     resumed, whole = make(tmp_path / "stopped", batches, resume="auto"), make(tmp_path / "whole", batches)
     for trainer in (resumed, whole):
         trainer.train()

@@ -1,0 +1,86 @@
+"""What an algorithm may ask of the machinery that runs it. `train/machine.py` implements it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llm_trainer.layout import Layout, Packing
+
+
+class Machine(Protocol):
+    """What an algorithm may ask of the machinery that runs it.
+
+    Attributes:
+        device: where this process computes.
+        precision_name: 'fp32', 'bf16' or 'fp16'.
+        seed: of the run; all noise follows from it.
+        step: optimizer steps done.
+        is_distributed: whether several processes train together.
+        rank: which part of the data this process sees, from 0.
+        is_main: true in the one process that prints and saves.
+        save_dir: the folder of the run.
+        layout: whether `_prepare_batch` is to lay padded rows flat (`trainers.answers.lay_flat` does).
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def precision_name(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def is_distributed(self) -> bool: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def save_dir(self) -> "Path": ...
+
+    @property
+    def layout(self) -> "Layout": ...
+
+    def stop_requested(self) -> bool:
+        """Whether this process has been asked to stop, by a signal; other ranks may not have been yet."""
+
+    def reads_rows(self, try_out: Callable[[], "Packing"]) -> None:
+        """Say that a model sees the rows of micro-batches: they are laid flat only if all such models keep them apart.
+
+        Args:
+            try_out: finds that out (`models.packing.packing_of`); called in the main process, and only where it matters.
+        """
+
+    def place(self, frozen: nn.Module) -> None:
+        """Place a frozen module (a reference, a teacher) as the trained one is: sharded and compiled where that is."""
+
+    def generating(self) -> AbstractContextManager[None]:
+        """The context in which the trained model itself may be called, with other lengths on every rank."""
+
+    def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The weights of `base_model` as they are now, by their names in its checkpoints, one whole tensor at a time.
+
+        Every rank gets all of them, sharded or not, and all ranks go through them together, to the end. Parameters, frozen
+        ones too, and persistent buffers; tied weights once, under their first name. A tensor may be the model's own memory:
+        it is read, not written into, and copied by whoever keeps it.
+
+        Args:
+            dtype: of the tensors of floating-point numbers; None: the one that the model has.
+        """
+
+    def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """Add to a metric: its logged value is sum of totals / sum of counts, over steps and ranks."""

@@ -1,0 +1,69 @@
+"""What a run serves to those who make rollouts, on any engine, between two of its steps."""
+
+import hashlib
+from typing import Any
+
+import torch
+from table import Cell, Curve, run, tiny_model
+from torch import Tensor
+
+from llm_trainer.engine import dist
+from llm_trainer.train.hooks import Hook
+
+
+def model_with_everything() -> Any:
+    """A tiny model with a tied head, a frozen parameter, and buffers of numbers and of counts."""
+    model = tiny_model()
+    model.model.norm.weight.requires_grad_(False)
+    model.register_buffer("scale", torch.linspace(0, 1, 5))
+    model.register_buffer("seen", torch.tensor(7))
+    model.register_buffer("cache", torch.ones(3), persistent=False)
+    return model
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    """A hash of names and bits."""
+    of = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        of.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        of.update(
+            tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"%r" % tensor.item()
+        )
+    return of.hexdigest()
+
+
+def streamed(trainer: Any) -> dict[str, Any]:
+    """The weights of a run as they are streamed and as they are saved."""
+    machine = trainer.machine
+    found = {name: tensor.clone() for name, tensor in machine.stream_weights()}
+    half = {name: tensor.clone() for name, tensor in machine.stream_weights(torch.bfloat16)}
+    saved = trainer.run.engine.weights()
+    cast = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+    report: dict[str, Any] = {
+        "names": [*found],
+        "everywhere": dist.gather_objects(digest(found)),
+        "half": dist.gather_objects(digest(half)),
+        "cast": digest(cast),
+    }
+    if dist.is_main():
+        report["saved"] = digest({name: saved[name] for name in found})
+        report["tied"] = sorted(saved.keys() - found.keys())
+        report["is_tied"] = saved["lm_head.weight"] is saved["model.embed_tokens.weight"]
+    return report
+
+
+def served(engine: str, ranks: int) -> dict[str, Any]:
+    """What a run of an engine serves after its first step, and the curve of the run, which goes on."""
+    report: dict[str, Any] = {}
+
+    def serve(view: Any) -> None:
+        if view.progress.step == 1:
+            report["weights"] = streamed(view.trainer)
+
+    cell = Cell("sft", 8 // ranks, 1, ranks, engine=engine)
+
+    def hook(trainer: Any) -> None:
+        trainer.run._user_hooks.append(Hook("serve", serve, every_steps=1))
+
+    curve: Curve = run(cell, model=model_with_everything(), ready=hook)
+    return report | {"curve": curve}
