@@ -1,4 +1,4 @@
-"""Text from a model: batched and streamed decoding."""
+"""Completions of a model: batched and streamed decoding, and the service that trainers ask."""
 
 from llm_trainer.generation.sampler import Completions, generate, stream
 

@@ -2,62 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from torch import nn
 
+from decoding_models import MODELS, PROMPTS, Whole, build_gpt2, build_qwen3
 from llm_trainer.generation import generate, stream
-from llm_trainer.generation.sampler import Decoding
-
-PROMPTS = [[5, 6, 7, 8, 9, 10], [3], [11, 12, 13], [20, 1, 20, 1]]
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.5,  # far from uniform, so that an error shows
-}
-
-
-def build_qwen3(**more: object) -> nn.Module:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **more)).eval()
-
-
-def build_moe() -> nn.Module:
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    return Qwen3MoeForCausalLM(config).eval()
-
-
-def build_gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=40, n_positions=12, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
-    return GPT2LMHeadModel(config).eval()
-
-
-class Whole(nn.Module):
-    """A module that maps ids to logits and knows no cache, over a transformers model."""
-
-    def __init__(self, model: nn.Module, form: str = "tensor") -> None:
-        super().__init__()
-        self.model, self.form = model, form
-
-    def forward(self, ids: Tensor) -> object:
-        output = self.model(ids, use_cache=False)
-        return {"tensor": output.logits, "dict": {"logits": output.logits}, "object": output}[self.form]
-
-
-MODELS = {
-    "qwen3": build_qwen3,
-    "sliding": lambda: build_qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=1),
-    "moe": build_moe,
-    "gpt2": build_gpt2,
-    "whole": lambda: Whole(build_qwen3()),
-}
+from llm_trainer.generation.decoding import Decoding
+from llm_trainer.generation.in_process import InProcess
+from llm_trainer.generation.service import Request
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -93,15 +44,30 @@ def test_a_module_without_cache_gives_the_same_completions(form: str) -> None:
     torch.testing.assert_close(whole.logprobs, cached.logprobs, rtol=1e-4, atol=1e-4)
 
 
-def test_logprobs_are_those_a_trainer_recomputes() -> None:
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5, "top_p": 0.8}, {"min_p": 0.1}, {"repetition_penalty": 1.3}])
+def test_logprobs_are_those_of_the_distribution_drawn_from(cut: dict) -> None:
     model = build_qwen3()
-    settings = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "suppress_tokens": [4], "seed": 0}
-    made = generate(model, PROMPTS, max_new_tokens=6, pad_token_id=0, **settings)
-    for prompt, ids, logprobs in zip(PROMPTS, made.ids, made.logprobs, strict=True):
+    decoding = Decoding(max_new_tokens=6, temperature=0.7, suppress_tokens=[4], seed=0, **cut)
+    service = InProcess(model)
+    made = service.generate([Request(prompt, row) for row, prompt in enumerate(PROMPTS)], decoding, lambda: False)
+    for prompt, (completion,) in zip(PROMPTS, made, strict=True):
+        ids = completion.ids
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-4)
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        if "repetition_penalty" in cut:
+            for place in range(len(ids)):
+                before = torch.tensor(prompt + ids[:place]).unique()
+                values = logits[place, before]
+                logits[place, before] = torch.where(values > 0, values / 1.3, values * 1.3)
+        logits[:, 4] = -torch.inf
+        logits = logits / 0.7
+        for place, (token, logprob) in enumerate(zip(ids, completion.logprobs, strict=True)):
+            kept = range(40) if completion.kept is None else completion.kept[place]
+            among = logits[place, torch.tensor(list(kept))].log_softmax(0)
+            assert logprob == pytest.approx(float(among[list(kept).index(token)]), abs=1e-5)
+        assert (completion.kept is None) == (not decoding.is_cut)
+        forced = service.logprobs([prompt + ids], decoding)[0]
+        torch.testing.assert_close(forced[len(prompt) - 1 :], completion.logprobs, rtol=0, atol=1e-5)
 
 
 def test_rows_stop_at_a_stop_token_and_the_others_go_on() -> None:
@@ -178,7 +144,7 @@ def test_the_distribution_is_the_filtered_softmax(settings: dict, kept: int | No
     logits, temperature = torch.randn(300) * 2, 1.3
     grid = (torch.arange(100_000) + 0.5) / 100_000
     decoding = Decoding(max_new_tokens=1, temperature=temperature, **settings)
-    ids, _ = decoding.choose(logits.expand(len(grid), -1), grid)
+    ids = decoding.choose(logits.expand(len(grid), -1), grid).ids
     expected, order = (logits / temperature).softmax(-1).sort(descending=True)
     if settings.get("top_k"):
         expected[settings["top_k"] :] = 0
@@ -191,7 +157,7 @@ def test_the_distribution_is_the_filtered_softmax(settings: dict, kept: int | No
 
 def test_noise_of_one_never_picks_a_token_of_probability_zero() -> None:
     logits = torch.tensor([[2.0, 1.0, -torch.inf]])
-    ids, _ = Decoding(max_new_tokens=1).choose(logits, torch.ones(1))
+    ids = Decoding(max_new_tokens=1).choose(logits, torch.ones(1)).ids
     assert ids.tolist() == [1]
 
 
