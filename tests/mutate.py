@@ -264,7 +264,7 @@ MUTATIONS = (
     Mutation(
         "weights that are broken before the first step are trained on",
         "train/run.py",
-        "        guards.check_weights(self.engine, self.trainer.base_model)\n",
+        "        guards.check_weights(self.engine, self.trainer.saved_model)\n",
         "",
         (f"{LOOP}::test_weights_that_are_broken_before_the_first_step_are_named",),
     ),

@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llm_trainer.machine import Machine
+from llm_trainer.model_group import ModelGroup
 
 if TYPE_CHECKING:
     from llm_trainer.state import MicroBatch
@@ -102,6 +104,19 @@ class Algorithm(ABC):
     def _build_module(self, model: nn.Module) -> nn.Module:
         """The module that the engine wraps and `_forward` calls: `model` itself, or around it."""
         return model
+
+    def _other_models(self) -> dict[str, nn.Module]:
+        """Models that a checkpoint holds beside `base_model`, by name: a critic that learns too, a reference that moves.
+
+        Asked once, before the engine wraps anything; what of them learns is inside of `_build_module` and in the optimizer.
+        """
+        return {}
+
+    @cached_property
+    def saved_model(self) -> nn.Module:
+        """All that has weights to save: `base_model`, or a group of it and `_other_models`."""
+        others = self._other_models()
+        return ModelGroup(self.base_model, others) if others else self.base_model
 
     # What it says to people and to checkpoints.
 

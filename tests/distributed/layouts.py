@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "invariance")]
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "invariance"), str(Path(__file__).parents[1])]
 from ranks import fork_ranks, import_once
 from table import Rows, tiny_model
 
@@ -20,6 +20,7 @@ from llm_trainer.data.collate import collate_flat
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.train import saving
+from two_models import TwoModels, two_models
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
     "one": (1, {}),
@@ -31,11 +32,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
 }
 PAIRS = [(first, second) for first in list(LAYOUTS)[:4] for second in list(LAYOUTS)[:4]]
 PAIRS += [("tensor-2", "one"), ("fsdp-3", "tensor-2"), ("zero3-2", "fsdp-2"), ("fsdp-3", "zero3-2")]  # slow on CPUs
+RELAY = ["one", "fsdp-2", "zero3-2", "ddp-2"]  # of a run of two models; each takes two steps
 FIRST, LAST = 3, 5  # steps; an epoch has two
 
 
-def make_trainer(folder: Path, max_steps: int, **options: Any) -> SFTTrainer:
-    """Two layers on 24 ragged rows, two steps per epoch, a best model in every epoch."""
+def make_trainer(folder: Path, max_steps: int, shares_body: bool | None = None, **options: Any) -> SFTTrainer:
+    """Two layers on 24 ragged rows, two steps per epoch, a best model in every epoch.
+
+    With `shares_body` (None: the model is alone) a critic learns too, on the model's body or with its own.
+    """
     if "fsdp" in options:
         dist.share_data(
             options["fsdp"].tensor_parallel_size
@@ -57,6 +62,8 @@ def make_trainer(folder: Path, max_steps: int, **options: Any) -> SFTTrainer:
         "resume": "auto",
         "progress": False,
     }
+    if shares_body is not None:
+        return TwoModels(**(values | two_models(model, shares_body) | options))
     return SFTTrainer(**(values | options))
 
 
@@ -109,6 +116,7 @@ def run(layout: str, folder: Path, max_steps: int, **options: Any) -> dict[str, 
         "hashed": done["results"],
         "curve": [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line],
         "weights": newest["files"]["model/model.safetensors"]["sha256"],
+        "models": sorted({name.partition("/")[0] for name in newest["files"] if name.endswith("model.safetensors")}),
         "evaluations": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
     }
 
@@ -127,6 +135,13 @@ def main(folder: Path) -> None:
         both = folder / f"{first}-{second}"
         shutil.copytree(folder / f"{first}-half", both, symlinks=True)
         report[f"{first} {second}"] = run(second, both, LAST, **ONE_SAVE)
+    for name, shares_body in (("body of its own", False), ("body shared", True)):
+        folders = folder / f"{name} whole", folder / f"{name} relay"
+        steps = 2 * len(RELAY)
+        whole = run("one", folders[0], steps, shares_body=shares_body, **ONE_SAVE)
+        for number, layout in enumerate(RELAY, start=1):
+            relay = run(layout, folders[1], 2 * number, shares_body=shares_body, **ONE_SAVE)
+        report[name] = [whole, relay]
     full = fork_ranks(leg_on_a_full_disk, folder / "full", 2)
     report["full disk"] = [full, [path.name for path in sorted((folder / "full").glob("*"))]]
     report["files"] = {

@@ -61,3 +61,13 @@ def test_a_single_file_serves_any_layout(played: dict[str, Any]) -> None:
     best = min(value for _, value in played["one"]["evaluations"])
     for values in played["files"].values():
         assert values == pytest.approx([best] * len(values), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["body of its own", "body shared"])
+def test_two_models_go_from_one_layout_to_the_next(played: dict[str, Any], name: str) -> None:
+    """A policy and its critic, each with its optimizer state: one process, FSDP2, ZeRO-3, DDP, two steps each."""
+    whole, relay = played[name]
+    assert whole["models"] == relay["models"] == ["critic", "model"]
+    assert len(whole["curve"]) == len(relay["curve"]) == 8
+    for one, other in zip(relay["curve"], whole["curve"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)

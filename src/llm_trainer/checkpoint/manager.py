@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm_trainer.checkpoint.atomic import clear_left_behind, exchange, partial_path, replace, whole_or_nothing
-from llm_trainer.checkpoint.reading import WARN, LoadedCheckpoint, load_folder
+from llm_trainer.checkpoint.reading import OTHER_MODELS, WARN, LoadedCheckpoint, load_folder
 from llm_trainer.checkpoint.state import StateFiles, restore, set_tensors_aside
 from llm_trainer.checkpoint.tensor_files import Shard, shard_files, write_files
 from llm_trainer.checkpoint.valid import (
@@ -30,6 +30,7 @@ from llm_trainer.checkpoint.weights import (
     unwrap,
 )
 from llm_trainer.disk import bytes_in, explained, flush, remove
+from llm_trainer.model_group import MODEL, weights_by_member
 
 OUR_COPY = ".published"  # marks a published model that is a copy, which the next one may replace
 
@@ -254,13 +255,24 @@ def save_checkpoint(
         state["optimizer"] = optimizer_state_by_name(model, optimizer)
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
-    return write_file(path, unwrap(model).state_dict(), state)
+    model = unwrap(model)
+    return write_file(path, weights_by_member(model, model.state_dict()), state)
 
 
-def write_file(path: str | Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write weights and state as one `.pt` file: see `save_checkpoint`."""
+def write_file(path: str | Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    """Write weights and state as one `.pt` file: see `save_checkpoint`.
+
+    Args:
+        weights: the tensors of each model by name; those of the first stand where a file of one model has them.
+    """
     path = Path(path)
-    content: dict[str, Any] = {"model": {plain_name(name): value for name, value in weights.items()}, **state}
+    plain: dict[str, dict[str, Tensor]] = {}
+    for member, named in weights.items():
+        plain[member] = {plain_name(name): value for name, value in named.items()}
+    content: dict[str, Any] = {MODEL: plain.pop(MODEL)}
+    if plain:
+        content[OTHER_MODELS] = plain
+    content.update(state)
     for name in state:
         tensors: dict[str, Tensor] = {}
         content[name] = restore(set_tensors_aside(content[name], name, tensors), tensors)  # only what will load

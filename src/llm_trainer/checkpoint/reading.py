@@ -22,8 +22,10 @@ from llm_trainer.checkpoint.valid import (
     read_manifest,
     valid_checkpoints,
 )
-from llm_trainer.checkpoint.weights import load_optimizer_state_by_name, load_weights, read_model
+from llm_trainer.checkpoint.weights import load_optimizer_state_by_name, load_weights, read_model, unwrap
+from llm_trainer.model_group import MODEL, members_of, weights_of_group
 
+OTHER_MODELS = "other_models"  # in a file of several models: the weights of all but the first
 WEIGHTS_OF = "weights_of"  # in best_model.pt: the checkpoint that has the rest, and hashes by which it is known
 # Where other frameworks keep weights in a file.
 THEIR_WEIGHTS = ("model_state_dict", "model_state", "state_dict", "module")
@@ -99,10 +101,11 @@ def load_checkpoint(
     for name, wanted in (("optimizer", optimizer), ("scheduler", scheduler)):
         if wanted is not None and name not in state:
             raise CheckpointError(f"'{path}' holds no {name} state: pass {name}=None to load the weights alone")
+    others = state.pop(OTHER_MODELS, {})
     if isinstance(weights, Path):
         read_model(model, weights)
     else:
-        load_weights(model, weights, path)
+        load_weights(model, joined_weights(model, weights, others, path), path)
     if optimizer is not None:
         load_optimizer_state_by_name(model, optimizer, state.pop("optimizer"))
     if scheduler is not None:
@@ -114,6 +117,8 @@ def read_checkpoint(
     path: str | Path, like: Callable[[str], Tensor | None] = lambda name: None, verify: str = "full"
 ) -> tuple[Path | dict[str, Tensor], dict[str, Any]]:
     """The weights (or the folder of `write_model` that they are in) and the state of a checkpoint: see `load_checkpoint`.
+
+    Of a file of several models, `OTHER_MODELS` of the state holds the weights of all but the first.
 
     Args:
         like: See `read_tensors`.
@@ -130,6 +135,31 @@ def read_checkpoint(
         if isinstance(content.get(name), Mapping):
             return _without_wrapper(content[name]), {OF_OTHERS: sorted(content)}
     return content, {}
+
+
+def joined_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], source: str | Path
+) -> dict[str, Tensor]:
+    """The weights of a file by their names in `model`, which may be a group of models.
+
+    Args:
+        model: into which they go.
+        weights: of the first model.
+        others: of the others by name; what `model` does not have is left out.
+        source: the file, for the message.
+
+    Raises:
+        CheckpointError: it lacks one of the group.
+    """
+    wanted = members_of(unwrap(model))
+    found = {MODEL: weights, **others}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"'{source}' holds no {', '.join(missing)}, which this run trains too: it is of another algorithm. For the "
+            f"weights of its model alone set init_weights_path"
+        )
+    return weights_of_group(unwrap(model), {name: found[name] for name in wanted})
 
 
 def _without_wrapper(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from llm_trainer.checkpoint.tensor_files import Shard, TensorFile, TensorFolder, write_files
 from llm_trainer.checkpoint.valid import CheckpointError
+from llm_trainer.model_group import MODEL, ModelGroup, members_of, weights_by_member, weights_of_group
 
 MODEL_FILE_BYTES = 5 * 10**9  # larger models are several files, which several threads write and verify
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}  # of this machine, not of the run
@@ -96,6 +97,24 @@ def model_files(model: nn.Module, tokenizer: Any = None, weights: Mapping[str, T
     return ModelFiles(small, large)
 
 
+def group_files(model: nn.Module, tokenizer: Any, weights: Mapping[str, Tensor]) -> ModelFiles:
+    """The folders of the models that a run saves, each under its name; the tokenizer is in that of the first.
+
+    Args:
+        model: a model, or a group of several.
+        weights: by their names in it; none on other processes than the main one.
+    """
+    small: dict[str, bytes] = {}
+    tensors: dict[str, TensorFile] = {}
+    by_member = weights_by_member(unwrap(model), weights)
+    for name, member in members_of(unwrap(model)).items():
+        of_member = tokenizer if name == MODEL else None
+        files = model_files(member, of_member, by_member[name])
+        small.update({f"{name}/{file}": content for file, content in files.small.items()})
+        tensors.update({f"{name}/{file}": content for file, content in files.tensors.items()})
+    return ModelFiles(small, tensors)
+
+
 def _as_they_are(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:
     shards = {name: Shard.whole(tensor.detach()) for name, tensor in tensors.items()}
     return TensorFile(shards, metadata or {"format": "pt"})
@@ -141,10 +160,16 @@ def read_model(model: nn.Module, folder: str | Path) -> None:
 
     Non-persistent buffers (rotary frequencies) are not in a checkpoint: they keep what the model was built with.
 
+    Of a group of models each is read from its own folder; `folder` is that of the first.
+
     Raises:
-        CheckpointError: Names or shapes differ.
+        CheckpointError: Names or shapes differ, or the folder of a model is missing.
     """
     model, folder = unwrap(model), Path(folder)
+    if isinstance(model, ModelGroup):
+        for name, member in members_of(model).items():
+            read_model(member, _folder_of_member(folder, name))
+        return
     own = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     files = _files_by_name(model, folder)
     if files is None or any(own[name].shape != shape for name, shape in files.shapes.items()):
@@ -174,10 +199,15 @@ def _files_by_name(model: nn.Module, folder: Path) -> TensorFolder | None:
 def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     """The tensors of a model like `model` that `write_model` wrote, on the CPU; mapped where nothing has to be done to them.
 
+    Of a group of models each is read from its own folder; `folder` is that of the first.
+
     Raises:
-        CheckpointError: The folder holds another model.
+        CheckpointError: The folder holds another model, or one is missing.
     """
     folder, model = Path(folder), unwrap(model)
+    if isinstance(model, ModelGroup):
+        found = {n: read_weights(member, _folder_of_member(folder, n)) for n, member in members_of(model).items()}
+        return weights_of_group(model, found)
     if not _is_pretrained(model):
         if not (folder / "model.safetensors").is_file():
             raise CheckpointError(f"'{folder}' has no model.safetensors to load into a {type(model).__name__}")
@@ -200,6 +230,21 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     if any(problems.values()):
         raise CheckpointError(f"the weights in '{folder}' do not fit a {model_class.__name__}: {first_few(problems)}")
     return loaded.state_dict()
+
+
+def _folder_of_member(first: Path, name: str) -> Path:
+    """Where a model of a group lies, beside the first one.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    folder = first.with_name(name)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"'{first.parent}' holds no {name}, which this run trains too: it is of another algorithm. For the weights of its "
+            f"model alone set init_weights_path"
+        )
+    return folder
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.engine import dist
 from llm_trainer.engine.lockstep import Lockstep
+from llm_trainer.model_group import MODEL, members_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Fsdp
@@ -164,7 +165,7 @@ class Engine(ABC):
     # Saving and loading. All ranks call these together.
 
     def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Everything that a checkpoint holds of `base`, whole, on every rank: one tensor at a time, with its name there.
+        """The weights of the run's model, whole, on every rank: one tensor at a time, with its name in checkpoints.
 
         Parameters, frozen ones too, and persistent buffers; of tied weights one, under the first of its names. All ranks
         go through all of them. A tensor may be the model's own memory: it is read before the next one is asked for, or
@@ -173,8 +174,12 @@ class Engine(ABC):
         Args:
             dtype: of the tensors of floating-point numbers; None: the one that the model has.
         """
+        return self._stream(members_of(self._base)[MODEL], dtype)
+
+    def _stream(self, module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `base` or of a part of it; see `stream_weights`."""
         seen = set()
-        for name, tensor in tensors_by_name(self._base).items():
+        for name, tensor in tensors_by_name(module).items():
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
@@ -190,7 +195,7 @@ class Engine(ABC):
     def weights(self) -> dict[str, Tensor]:
         """The full tensors of `base` by name, on the main process; nothing on the others. See `gathers_weights`."""
         whole = {}
-        for name, tensor in self.stream_weights():
+        for name, tensor in self._stream(self._base, None):
             if dist.is_main():
                 whole[name] = tensor.to("cpu", copy=True) if self.gathers_weights else tensor
         if not dist.is_main():

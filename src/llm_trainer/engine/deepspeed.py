@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llm_trainer import checkpoint
 from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.checkpoint.reading import OTHER_MODELS, joined_weights
 from llm_trainer.checkpoint.weights import (
     check_groups,
     first_few,
@@ -340,8 +341,11 @@ class DeepSpeedEngine(Engine):
         weights, state = checkpoint.read_checkpoint(path, verify="sizes")
         if "optimizer" not in state:
             raise CheckpointError(f"'{path}' holds no optimizer state: for its weights alone set init_weights_path")
+        others = state.pop(OTHER_MODELS, {})
         if isinstance(weights, Path):
             weights = read_weights(self._base, weights)
+        else:
+            weights = joined_weights(self._base, weights, others, path)
         saved = state.pop("optimizer")
         check_groups(self._groups, saved["param_groups"])
         self._load_weights(weights, path)

@@ -21,6 +21,7 @@ from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.engine.unused import Unused
+from llm_trainer.model_group import ModelGroup, members_of
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
 
@@ -60,6 +61,12 @@ class FsdpEngine(TorchEngine):
             raise ValueError(
                 f"optimizer: {type(optimizer).__name__} cannot update matrices that are sharded (FSDP); use one of {others}, "
                 "or engine: torch"
+            )
+        if self.options.tensor_parallel_size > 1 and isinstance(base, ModelGroup):
+            names = ", ".join(members_of(base))
+            raise ValueError(
+                f"tensor_parallel_size: got {self.options.tensor_parallel_size}, which splits the layers of one model, and "
+                f"this run trains several ({names}); expected 1: FSDP shards all of them"
             )
         self._module, self._base, self._optimizer = module, base, optimizer
         state = checkpoint.optimizer_state_by_name(base, optimizer)
@@ -193,9 +200,9 @@ class FsdpEngine(TorchEngine):
         self._reshard()
         return super().optimizer_state()
 
-    def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def _stream(self, module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         self._reshard()
-        yield from super().stream_weights(dtype)
+        yield from super()._stream(module, dtype)
 
     def _full_tensor(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return checkpoint.full_tensor(super()._full_tensor(tensor, dtype))  # fewer bytes travel where it is cast before

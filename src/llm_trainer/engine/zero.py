@@ -98,7 +98,8 @@ def recompute_layers(module: nn.Module, recompute: Callable[..., Any]) -> None:
             f"deepspeed: activation_checkpointing needs a transformers model that can recompute its layers, this is "
             f"{type(module).__name__}; call deepspeed.checkpointing.checkpoint in its forward and drop the section"
         )
-    models[0]._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
+    for model in models:
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
 
 
 class _TiedTogether(torch.autograd.Function):

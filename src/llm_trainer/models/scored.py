@@ -35,7 +35,7 @@ class TokenScores(NamedTuple):
         correct: `[B, T]` bool, the label is the most probable token.
         entropy: `[B, T]` in nats of the distribution that predicts each position, or None; differentiable as `logprobs`.
         aux_loss: scalar, load balancing of a mixture of experts without its coefficient, or None.
-        distance: scalar, what `distance` made of the states before the supervised labels, or None.
+        distance: what `distance` made of the states before the supervised labels, or None.
     """
 
     loss_sum: Tensor
@@ -47,7 +47,7 @@ class TokenScores(NamedTuple):
     distance: Tensor | None = None
 
 
-# A scalar of the states that predict N tokens and the head that reads them; see `ScoredModel.states`.
+# A scalar, or `[N]`, of the states that predict N tokens and the head that reads them; see `ScoredModel.states`.
 Distance = Callable[[Tensor, nn.Linear | None], Tensor]
 
 
@@ -107,7 +107,7 @@ class ScoredModel(nn.Module):
             differentiable_logprobs: `logprobs` and `entropy` carry gradients; `loss_sum` is then the plain negative
                 log-likelihood. Costs one more run of the head in the backward.
             temperature: the logits are divided by it.
-            distance: a further differentiable scalar of what the head is given, such as how far it is from a teacher.
+            distance: something else, differentiable, of what the head is given, such as how far it is from a teacher.
             loss_weights: `[B, T]` what the loss of each label is multiplied by in `loss_sum`; None: 1.
             repeats: `[B, T]` how many tokens each one stands for in `aux_loss`: those that branches share are several.
             model_inputs: handed to the model as they are, such as `pixel_values`.

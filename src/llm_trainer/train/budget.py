@@ -143,7 +143,7 @@ def size_below(tokens: float) -> int:
 
 def may_cut(algorithm: Algorithm) -> bool:
     """Whether cutting micro-batches anew changes nothing but rounding."""
-    return class_may_cut(type(algorithm), algorithm.base_model)
+    return class_may_cut(type(algorithm), algorithm.saved_model)
 
 
 def class_may_cut(kind: type[Algorithm], model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from llm_trainer.data.stream import SampleStream, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
+from llm_trainer.model_group import members_of
 from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
@@ -77,10 +78,10 @@ class Size:
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, row_length: int | None) -> Self:
-        """The size of a model; FLOPs with rows of `row_length` tokens, where that is known."""
+        """The size of a model or group of models; FLOPs with rows of `row_length` tokens, where that is known."""
         from transformers import PreTrainedModel
 
-        from llm_trainer.models.build import ARCHITECTURES, flops_per_token
+        from llm_trainer.models.build import ARCHITECTURES
         from llm_trainer.plan.shapes import shape_of
 
         shape = None
@@ -88,16 +89,32 @@ class Size:
             shape = shape_of(model)
         every = list(model.parameters())
         trained = [parameter for parameter in every if parameter.requires_grad]
-        flops = flops_per_token(model, row_length or 1) if isinstance(model, PreTrainedModel) else None
         return cls(
             parameters=sum(p.numel() for p in every),
             trained=sum(p.numel() for p in trained),
             bytes=sum(p.numel() * p.element_size() for p in every),
             trained_bytes=sum(p.numel() * p.element_size() for p in trained),
             optimizer_bytes=state_bytes(optimizer),
-            flops_per_token=flops,
+            flops_per_token=_flops_per_token(model, row_length or 1),
             shape=shape,
         )
+
+
+def _flops_per_token(model: nn.Module, row_length: int) -> float | None:
+    """Of training a model, or all that learn of a group; a body that several share runs once. None: it is not known."""
+    from transformers import PreTrainedModel
+
+    from llm_trainer.models.build import flops_per_token
+
+    total, counted_before = 0.0, set[nn.Parameter]()
+    for member in members_of(model).values():
+        parameters = set(member.parameters())
+        if not isinstance(member, PreTrainedModel):
+            return None
+        if parameters.isdisjoint(counted_before) and any(parameter.requires_grad for parameter in parameters):
+            total += flops_per_token(member, row_length)
+        counted_before |= parameters
+    return total
 
 
 def check_numbers(max_grad_norm: float | None, **counts: Any) -> None:

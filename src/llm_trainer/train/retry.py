@@ -145,7 +145,7 @@ def _statistics(work: Work) -> Iterator[Tensor]:
     """The buffers that a forward may change and a checkpoint holds, such as running means."""
     if work.engine.in_lockstep:
         return
-    for module in work.algorithm.base_model.modules():
+    for module in work.algorithm.saved_model.modules():
         for name, buffer in module._buffers.items():
             is_saved = buffer is not None and name not in module._non_persistent_buffers_set
             if buffer is not None and is_saved and buffer.numel() <= MOST_STATISTICS:

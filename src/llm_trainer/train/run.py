@@ -17,6 +17,7 @@ from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, j
 from llm_trainer.engine.device import detect_device
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.kernels import compile_after
+from llm_trainer.model_group import members_of
 from llm_trainer.optim import schedules
 from llm_trainer.optim.optimizers import slow_kernel
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
@@ -130,10 +131,11 @@ class Run:
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""
-        model = self.trainer.base_model
+        model = self.trainer.saved_model
         preflight.check_optimizer(self.trainer.optimizer, model, module)
         if self.settings.gradient_checkpointing:
-            _recompute_activations(model)
+            for member in members_of(model).values():
+                _recompute_activations(member)
         self.compiling.add(module)
         # Now: an engine may leave nothing to count in the parameters themselves.
         self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
@@ -272,7 +274,7 @@ class Run:
         if self.engine.state_dict()["scaler"]:
             limit += 20  # fp16 finds its loss scale so
         if progress.bad_steps >= limit:
-            cause = guards.likely_cause(loss, guards.broken_tensor(self.engine, self.trainer.base_model))
+            cause = guards.likely_cause(loss, guards.broken_tensor(self.engine, self.trainer.saved_model))
             raise guards.NonFiniteError(
                 f"{message}. {progress.bad_steps} steps in a row were not finite, so the run stops; nothing was updated "
                 f"by them. Likely cause: {cause}. Last valid checkpoint: {self.checkpoints.newest_for_messages()}"
@@ -315,7 +317,7 @@ class Run:
     def _open(self) -> None:
         """Check the weights, show what is about to happen, and open the logs."""
         schedules.check(self.trainer.scheduler, is_evaluated=bool(self.val_sources))
-        guards.check_weights(self.engine, self.trainer.base_model)
+        guards.check_weights(self.engine, self.trainer.saved_model)
         if self.save_interval or self.settings.save_interval_steps:
             self._may_save_behind()
         self.checkpoints.set_later_aside(self.progress.step)  # a folder that cannot be written shows here
@@ -463,7 +465,7 @@ class Run:
         self.checkpoints.finish_last()
         state = snapshot.state_of(self.work, self.progress, self._configured, self.settings)
         if path is not None:
-            return self.checkpoints.save_file(path, state)
+            return self.checkpoints.save_file(path, self.trainer.saved_model, state)
         best_loss = self.progress.best_loss if is_best else None
         best_file = is_best and self.settings.best_file
         wanted = Wanted(self.progress.step, is_best, best_loss, best_file, background)

@@ -25,10 +25,13 @@ from llm_trainer.checkpoint.copies import HostMemory, fits, free_memory
 from llm_trainer.checkpoint.state import StateFiles
 from llm_trainer.checkpoint.tensor_files import Shard, own_shard, shard_files, write_files
 from llm_trainer.checkpoint.valid import Written
-from llm_trainer.checkpoint.weights import ModelFiles, model_files
+from llm_trainer.checkpoint.weights import ModelFiles, group_files
 from llm_trainer.disk import storage_failure
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.model_group import weights_by_member
+
+BestWeights = dict[str, dict[str, Tensor]]  # name of a model -> its tensors by name
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Collected:
         wanted: what was asked for.
         texts: the state without its tensors, by file.
         shards: what this process holds of the state's tensors.
-        model: the model's folder; None but on the main process.
-        best_weights: of best_model.pt; None: it is not written.
+        model: the folders of the models; None but on the main process.
+        best_weights: of best_model.pt, by model; None: it is not written.
         apart: the folder that the other ranks write their shards into; None: they have none.
     """
 
@@ -67,7 +70,7 @@ class Collected:
     texts: dict[str, str]
     shards: dict[str, Shard]
     model: ModelFiles | None
-    best_weights: dict[str, Tensor] | None
+    best_weights: BestWeights | None
     apart: Path | None
 
 
@@ -95,7 +98,7 @@ class Saving:
         """Save a checkpoint, all ranks together; its path.
 
         Args:
-            algorithm: its model and tokenizer become the model's folder.
+            algorithm: its models, the first with the tokenizer, become folders.
             state: see `snapshot.state_of`.
 
         Raises:
@@ -174,10 +177,10 @@ class Saving:
         if dist.is_main():
             try:
                 self._manager()  # a folder that cannot be written shows here
-                model = model_files(algorithm.base_model, algorithm.tokenizer, weights)
+                model = group_files(algorithm.saved_model, algorithm.tokenizer, weights)
             except (CheckpointError, OSError) as error:
                 failure = str(error)
-        best_weights = weights if wanted.best_file else None
+        best_weights = weights_by_member(algorithm.saved_model, weights) if wanted.best_file else None
         if copy is not None and model is not None and not self.engine.gathers_weights:
             model, best_weights = _copied(model, best_weights, copy)
         self._memory.finish()
@@ -253,11 +256,10 @@ class Saving:
         """Fill a checkpoint's folder; its files whose hashes are known."""
         model = collected.model
         assert model is not None
-        model.write_small(folder / "model")
+        model.write_small(folder)
         for file, text in collected.texts.items():
             (folder / file).write_text(text, encoding="utf-8")
-        files = {f"model/{name}": file for name, file in model.tensors.items()}
-        files |= shard_files(collected.shards, dist.process_number())
+        files = {**model.tensors, **shard_files(collected.shards, dist.process_number())}
         written = write_files(folder, files)
         (folder / "tensors").mkdir(exist_ok=True)
         for name in written_apart:
@@ -275,8 +277,8 @@ class Saving:
 
 
 def _copied(
-    model: ModelFiles, best_weights: dict[str, Tensor] | None, copy: Callable[[Tensor], Tensor]
-) -> tuple[ModelFiles, dict[str, Tensor] | None]:
+    model: ModelFiles, best_weights: BestWeights | None, copy: Callable[[Tensor], Tensor]
+) -> tuple[ModelFiles, BestWeights | None]:
     """The same with copies of the tensors, one of each.
 
     NOTE: transformers takes tensors that lie in one piece of memory, as copies do, for tied ones: it sees the originals.
@@ -294,7 +296,10 @@ def _copied(
         shards = {name: replace(shard, tensor=once(shard.tensor)) for name, shard in content.shards.items()}
         files[file] = replace(content, shards=shards)
     if best_weights is not None:
-        best_weights = {name: once(tensor) for name, tensor in best_weights.items()}
+        copied: BestWeights = {}
+        for member, weights in best_weights.items():
+            copied[member] = {name: once(tensor) for name, tensor in weights.items()}
+        best_weights = copied
     return replace(model, tensors=files), best_weights
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_trainer import checkpoint
 from llm_trainer.algorithm import Algorithm
@@ -22,6 +22,7 @@ from llm_trainer.disk import DiskError, whole_file
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.lock import lock_of_run
+from llm_trainer.model_group import weights_by_member
 from llm_trainer.state import Progress
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.metrics import Metrics
@@ -320,8 +321,13 @@ class Checkpoints:
     def _warn_of_save(self, error: CheckpointError) -> None:
         self._warn(f"{error}. Training goes on; the next save is tried as planned")
 
-    def save_file(self, path: str, state: dict[str, Any]) -> str:
+    def save_file(self, path: str, model: nn.Module, state: dict[str, Any]) -> str:
         """Write everything into a single `.pt` file.
+
+        Args:
+            path: of it.
+            model: whose weights the engine has.
+            state: see `state_of`.
 
         Raises:
             CheckpointError: It could not be written.
@@ -331,7 +337,7 @@ class Checkpoints:
         failure = None
         if dist.is_main():
             try:
-                path = str(checkpoint.write_file(path, weights, gathered))
+                path = str(checkpoint.write_file(path, weights_by_member(model, weights), gathered))
             except CheckpointError as error:
                 failure = str(error)
         for found in dist.gather_patiently(failure):
