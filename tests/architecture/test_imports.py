@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "checkpoint": {"cores", "disk", "model_group"},
     "generation": set(),
     "optim": set(),
+    "rewards": {"config", "disk"},
     "train_configs": {"config"},
     "optimizer": {"optim"},
     # data, models and engines
@@ -51,7 +52,7 @@ MAY_IMPORT = {
         "model_group",
         "terminal",
     },
-    "trainers": {"algorithm", "layout", "losses", "models", "generation", "config"},
+    "trainers": {"algorithm", "layout", "losses", "models", "generation", "rewards", "config"},
     # a description becomes objects
     "builder": {"layout", "config", "data", "models", "engine", "checkpoint", "disk", "terminal"},
     "assemble": {"builder", "config", "data", "engine", "optim", "models", "state", "checkpoint", "lock"},
