@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llm_trainer.trainers import get_trainer_class as get_trainer_class
     from llm_trainer.trainers.base import BaseTrainer as BaseTrainer
     from llm_trainer.trainers.distill import Distillation as Distillation
+    from llm_trainer.trainers.grpo import GRPOTrainer as GRPOTrainer
     from llm_trainer.trainers.language import PretrainTrainer as PretrainTrainer
     from llm_trainer.trainers.language import SFTTrainer as SFTTrainer
     from llm_trainer.trainers.language import Trainer as Trainer
@@ -31,6 +32,7 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "PretrainTrainer": "llm_trainer.trainers.language",
     "Distillation": "llm_trainer.trainers.distill",
     "DPOTrainer": "llm_trainer.trainers.preference",
+    "GRPOTrainer": "llm_trainer.trainers.grpo",
     "FileDataset": "llm_trainer.config.files",
     "Hook": "llm_trainer.train.hooks",
     "KTOTrainer": "llm_trainer.trainers.unpaired",

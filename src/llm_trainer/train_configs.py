@@ -22,6 +22,7 @@ from llm_trainer.config.deepspeed import (
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
 from llm_trainer.config.options import FsdpConfig, KDConfig
+from llm_trainer.config.reinforcement import GenerateConfig, GRPOConfig
 from llm_trainer.config.schema import (
     DataLoaderConfig,
     EvalConfig,
@@ -50,6 +51,8 @@ __all__ = [
     "EvalConfig",
     "FileDataset",
     "FsdpConfig",
+    "GRPOConfig",
+    "GenerateConfig",
     "KDConfig",
     "KTOConfig",
     "LossConfig",

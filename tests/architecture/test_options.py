@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.config import algorithms, schema
+from llm_trainer.config import algorithms, reinforcement, schema
 from llm_trainer.config.options import Sampling, Settings
 from llm_trainer.config.table import ALGORITHMS, key_of
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "llm_trainer"
-_ALL = {**vars(algorithms), **vars(schema)}.values()
+_ALL = {**vars(algorithms), **vars(reinforcement), **vars(schema)}.values()
 SECTIONS = [value for value in _ALL if isinstance(value, type) and is_dataclass(value)]
 
 
@@ -29,7 +29,7 @@ def reads(*skip: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_every_field_of_the_configuration_is_read(section: type) -> None:
-    known = reads("schema.py", "algorithms.py")
+    known = reads("schema.py", "algorithms.py", "reinforcement.py")
     dead = [f.name for f in fields(section) if not known.get(f.name)]  # type: ignore[arg-type]
     # The schema itself resolves these: other names of fields that are read, and the name behind `OptimConfig.optimizer`;
     # `plugins` is read from the file, before there is a configuration; sections of algorithms by the keys of their table.

@@ -18,6 +18,7 @@ from llm_trainer.config.env import environment
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import Files
 from llm_trainer.config.options import EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
+from llm_trainer.config.reinforcement import GRPOConfig
 from llm_trainer.config.section import config_section
 
 
@@ -313,6 +314,9 @@ class TrainConfig:
     dpo_config: DPOConfig | None = Field(default=None, description="preference optimisation on pairs")
     kto_config: KTOConfig | None = Field(default=None, description="preference optimisation on single answers")
     reward_config: RewardConfig | None = Field(default=None, description="a reward model from pairs")
+    grpo_config: GRPOConfig | None = Field(
+        default=None, description="reinforcement learning from groups of completions"
+    )
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and isinstance(self.model_config, str):

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
+from llm_trainer.config.reinforcement import GRPOConfig
 
 _MODEL_OF_A_FOLDER = {"model_config": "path/to/model", "tokenizer": "path/to/model"}
 _NEW_MODEL = {
@@ -52,6 +53,7 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
     "dpo": AlgorithmEntry("llm_trainer.trainers.preference:DPOTrainer", DPOConfig),
     "kto": AlgorithmEntry("llm_trainer.trainers.unpaired:KTOTrainer", KTOConfig),
     "reward": AlgorithmEntry("llm_trainer.trainers.reward:RewardTrainer", RewardConfig),
+    "grpo": AlgorithmEntry("llm_trainer.trainers.grpo:GRPOTrainer", GRPOConfig),
 }
 
 

@@ -26,7 +26,9 @@ Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
 _PER_TOKEN = ("input_ids", "labels", "completion")
 _LABELS = ("labels", "completion", "step_labels")
-_LAID_FLAT = ("input_ids", "loss_weights", *_LABELS)
+# What the tokens of completions have in reinforcement learning.
+OF_TOKENS = ("old_logprobs", "ref_logprobs", "sampled_logprobs", "advantages")
+_LAID_FLAT = ("input_ids", "loss_weights", *_LABELS, *OF_TOKENS)
 _PADDING = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
 
 
@@ -70,10 +72,15 @@ def join(batch: Batch, answers: Sequence[str]) -> Batch:
 def _join_side(batch: Batch, answer: str) -> Batch:
     prompt, ids = batch["prompt_input_ids"], batch[f"{answer}_input_ids"]
     mask = torch.cat([batch["prompt_attention_mask"], batch[f"{answer}_attention_mask"]], 1).bool()  # [B, P + L]
+    labels = torch.cat([torch.full_like(prompt, IGNORE), ids], 1)
+    return compact({"input_ids": torch.cat([prompt, ids], 1), "labels": labels}, mask)
+
+
+def compact(columns: Batch, mask: Tensor) -> Batch:
+    """Columns `[B, L]` with only the tokens of a bool `mask [B, L]`, in their order, padded on the right; `attention_mask`."""
     order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]  # the tokens first, in their order
     present = mask.gather(1, order)
-    pieces = {"input_ids": torch.cat([prompt, ids], 1), "labels": torch.cat([torch.full_like(prompt, IGNORE), ids], 1)}
-    rows = {name: value.gather(1, order).where(present, _PADDING[name]) for name, value in pieces.items()}
+    rows = {name: value.gather(1, order).where(present, _PADDING.get(name, 0)) for name, value in columns.items()}
     return rows | {"attention_mask": present.long()}
 
 
@@ -233,11 +240,13 @@ def to_device(rows: Batch, device: torch.device) -> Batch:
     return moved | {name: rows[name] for name in ("document_lengths",) if name in rows}
 
 
-def score(model: "nn.Module | AdaptersOff", rows: Batch, differentiable: bool = False) -> "TokenScores":
+def score(
+    model: "nn.Module | AdaptersOff", rows: Batch, differentiable: bool = False, temperature: float = 1.0
+) -> "TokenScores":
     """The model's scores of a joined batch: log-probs of its labels, with gradients if `differentiable`."""
     device = rows["input_ids"].device
     inputs = {name: rows[name].to(device, non_blocking=True) for name in _INPUTS if name in rows}
-    return model(**inputs, differentiable_logprobs=differentiable)
+    return model(**inputs, differentiable_logprobs=differentiable, temperature=temperature)
 
 
 def count_tokens(batch: Batch) -> int:

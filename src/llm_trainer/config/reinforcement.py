@@ -1,0 +1,96 @@
+"""The sections of reinforcement learning: how completions are drawn, rewarded and learned from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, StrictBool, StrictFloat, StrictInt
+
+from llm_trainer.config.section import config_section
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "luspo", "sapo", "vespo"]
+Advantage = Literal["group", "dr_grpo", "batch", "rloo", "reinforce++", "reinforce++_baseline", "remax", "gdpo"]
+
+
+@config_section
+class GenerateConfig:
+    """How the policy's completions are drawn."""
+
+    gen_max_seq_len: StrictInt = Field(default=256, ge=1, description="most new tokens of a completion")
+    gen_temperature: StrictFloat = Field(
+        default=1.0, gt=0, description="divides the logits, in sampling and in learning alike"
+    )
+    gen_k: StrictInt = Field(default=0, ge=0, description="sample from this many likeliest tokens; 0: all")
+    gen_p: StrictFloat = Field(
+        default=1.0, gt=0, le=1, description="sample from the likeliest tokens that hold this much probability"
+    )
+    gen_min_p: StrictFloat = Field(
+        default=0.0, ge=0, lt=1, description="only tokens at least this share as likely as the likeliest; 0: all"
+    )
+    gen_repetition_penalty: StrictFloat = Field(
+        default=1.0, gt=0, description="above 1: what was written before is less likely (Keskar et al. 2019)"
+    )
+    gen_suppress_tokens: list[StrictInt] = Field(default_factory=list, description="token ids that are never drawn")
+    gen_stop_strings: list[str] = Field(
+        default_factory=list, description="texts that end a completion, beside the template's stop tokens"
+    )
+
+
+@config_section
+class RolloutOptions:
+    """What is kept of rollouts, and what may become of completions before they are learned from."""
+
+    off_policy_correction: Literal["none", "truncate", "mask"] = Field(
+        default="none",
+        description="of what the sampler draws otherwise than the trainer scores it, w times as probable: its loss is "
+        "multiplied by w, truncated at the cap; or masked outside of floor and cap",
+    )
+    off_policy_level: Literal["token", "seq"] = Field(
+        default="token", description="whether w is of a token, or of its sequence (the product)"
+    )
+    off_policy_cap: StrictFloat = Field(default=2.0, ge=1, description="the largest w")
+    off_policy_floor: StrictFloat = Field(default=0.0, ge=0, lt=1, description="the smallest w that mask keeps")
+
+
+@config_section
+class GRPOConfig(GenerateConfig, RolloutOptions):
+    """Reinforcement learning from groups of completions: GRPO and its family, without a critic."""
+
+    group_size: StrictInt = Field(default=12, ge=1, description="completions of each prompt")
+    loss_type: LossType = Field(default="grpo", description="the loss, and what it is a mean of")
+    loss_clip_eps: StrictFloat | None = Field(
+        default=None,
+        ge=0,
+        description="how far the ratio may fall below 1; null: what belongs to loss_type, 0.2 for grpo",
+    )
+    loss_clip_eps_high: StrictFloat | None = Field(
+        default=None, ge=0, description="how far it may rise above 1; null: loss_clip_eps, or what belongs to loss_type"
+    )
+    loss_delta: StrictFloat | None = Field(
+        default=None,
+        gt=1,
+        description="the largest ratio where the advantage is negative; null: none (two-sided clipping)",
+    )
+    loss_importance_sampling_level: Literal["token", "seq"] | None = Field(
+        default=None,
+        description="a ratio for each token, or for each sequence (the mean of its logarithms: GSPO); null: what belongs to "
+        "loss_type, token for grpo",
+    )
+    loss_beta: StrictFloat = Field(
+        default=0.0, ge=0, description="weight of the KL divergence from the reference; 0: no reference is loaded"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="how that is estimated (Schulman 2020)")
+    kl_in: Literal["loss", "reward"] = Field(default="loss", description="where it is: in the loss, or in the reward")
+    kl_bias_correction: StrictBool = Field(
+        default=False, description="multiply it by the ratio, which makes its gradient that of the KL off policy too"
+    )
+    entropy_coef: StrictFloat = Field(default=0.0, ge=0, description="weight of the entropy, which is rewarded")
+    advantage: Advantage | None = Field(
+        default=None, description="what a completion is compared with; null: what belongs to loss_type"
+    )
+    ref_model_checkpoint: Any = Field(
+        default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
+    )
+    gradient_accumulation_steps: StrictInt = Field(
+        default=1, ge=1, description="a rollout has batch_size x this x devices prompts"
+    )
