@@ -31,6 +31,7 @@ from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import engine_name
 from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
+from llm_trainer.engine.score import Scoring
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout, is_open, takes_flat
 from llm_trainer.models.attention import knows_branches, resolve_attention
@@ -164,23 +165,22 @@ class Builder:
         train, evaluation = self._streams
         return train, *evaluation.values()
 
-    @torch.no_grad()
     def score(
-        self, lengths: Any, function: Callable[[list[int]], Tensor], columns: int, group_size: int, cache: Path
+        self,
+        model: nn.Module,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        function: Callable[[Any], Mapping[str, Tensor]],
+        cache: Path,
     ) -> np.ndarray:
         cache = cache.with_name(f"{cache.stem}-{self._precision}{cache.suffix}")  # runs of any precision share stores
         if not all(dist.gather_objects(cache.exists())):  # a node may have a disk of its own
-            precision = TorchEngine(self.device, self._precision).precision
-            table = torch.zeros(len(lengths), columns, device=self.device)
-            longest_first = np.argsort(-np.asarray(lengths))
-            mine = longest_first[dist.rank() :: dist.world_size()]  # rows of similar length come together
-            for first in range(0, len(mine), group_size):
-                group = mine[first : first + group_size].tolist()
-                with precision():
-                    table[group] = function(group)
-            table = dist.all_reduce(table)
+            budget = self.config.data_loader_config.micro_batch_tokens
+            tokens = budget if isinstance(budget, int) else None
+            scoring = Scoring(TorchEngine(self.device, self._precision), model.to(self.device), tokens)
+            columns = scoring(dataset, collate, function)
             if environment().local_rank == 0:
-                numbers = table.cpu().numpy()
+                numbers = np.stack([np.array(column) for column in columns.values()], axis=1)
                 save_array(cache, numbers.shape, numbers.dtype, [numbers])
             dist.broadcast_object(None)  # nobody reads before it is written
         return np.load(cache)

@@ -1,14 +1,16 @@
 """What an algorithm may ask of the machinery that runs it. `train/machine.py` implements it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
 
     from llm_trainer.layout import Layout, Packing
 
@@ -80,6 +82,29 @@ class Machine(Protocol):
 
         Args:
             dtype: of the tensors of floating-point numbers; None: the one that the model has.
+        """
+
+    def score(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], function: Callable[[Any], Mapping[str, Tensor]]
+    ) -> "dict[str, list[np.ndarray]]":
+        """Numbers of every row of a dataset, or of each of its tokens, by one pass without gradients; all ranks call it.
+
+        Each rank has a share of the micro-batches. They are cut by the token budget of the run, and whatever the number of
+        ranks, a row is in the same one. Nothing drops out, and what `function` records is not kept.
+
+        Args:
+            dataset: `lengths [rows]` in tokens, and `dataset[index]`; the same on every rank.
+            collate: its rows -> a batch, padded on the right, or flat where `layout` is.
+            function: a batch -> by name `[rows]`, or of every token what is laid out as the batch is: `[rows, T]` or
+                `[1, tokens]`. It calls `model`, or what was placed.
+
+        Returns:
+            By name one array for each row, in the order of the dataset, the same on every rank: `[]`, or `[T]` without
+            padding.
+
+        Raises:
+            Stopped: a rank has been asked to stop (`state.Stopped`); on all ranks.
+            OutOfMemoryError: a single row does not fit into memory.
         """
 
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Stopped(Exception):
+    """A source of steps has stopped, because a rank was asked to; raised on all ranks, between two steps."""
+
+
 class Choice(NamedTuple):
     """Something that the machine chose because the user left it open. It never changes what is learned.
 

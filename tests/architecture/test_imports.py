@@ -81,6 +81,7 @@ MAY_IMPORT = {
 LICENSED = {
     ("trainers/base.py", "train"): "the one trainer file that starts a run",
     ("trainers/base.py", "assemble"): "the door of the config style",
+    ("engine/score.py", "data"): "cuts the rows of a dataset into micro-batches as a stream does",
     ("plan/describe.py", "data"): "the size of a vocabulary is the tokenizer's",
     ("plan/describe.py", "models"): "counts the parameters of a model without weights",
     ("train/run.py", "data"): "asks for the workers of loaders",

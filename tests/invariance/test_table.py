@@ -7,11 +7,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from served import served
-from table import ENGINES, TRAINERS, Cell, automatic_cells, cells, differences, engine_cells, run, weighed_cell
+from table import (
+    ENGINES,
+    ROWS_PER_STEP,
+    STEPS,
+    TRAINERS,
+    Cell,
+    automatic_cells,
+    cells,
+    differences,
+    engine_cells,
+    run,
+    weighed_cell,
+)
 
 TOLERANCE = 1e-5
 AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the last digit of fp32 is 5e-7
@@ -124,6 +137,20 @@ def test_every_rank_is_served_the_weights_that_are_saved(
     assert weights["everywhere"] == [weights["saved"]] * 2
     assert weights["half"] == [weights["cast"]] * 2
     assert max(differences(report["curve"], served_alone["curve"])) < TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_rank_is_served_the_scores_of_all_rows(
+    engine: str, served_alone: dict[str, Any], played: dict[str, Any]
+) -> None:
+    scores, alone = ended_well(engine, played)["served"]["scores"], served_alone["scores"]
+    assert scores["modes"] == [True, True]
+    for layout in ("padded", "flat"):
+        assert len(set(scores[f"{layout} everywhere"])) == 1
+        for name in ("each", "sum"):
+            assert len(scores[layout][name]) == STEPS * ROWS_PER_STEP
+            for ours, theirs in zip(scores[layout][name], alone["padded"][name], strict=True):
+                assert ours == pytest.approx(theirs, abs=TOLERANCE * max(1, -min(np.atleast_1d(theirs))))
 
 
 def test_the_table_would_notice_a_mean_of_means(base: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from llm_trainer.cli.errors import RunFailed
 from llm_trainer.cli.executable import typed
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.engine import dist
+from llm_trainer.engine.out_of_memory import OutOfMemoryError
 from llm_trainer.train.guards import NonFiniteError
-from llm_trainer.train.retry import OutOfMemoryError
 from llm_trainer.train.signals import TrainingInterrupted
 from llm_trainer.trainers import create_trainer
 from llm_trainer.trainers.base import BaseTrainer

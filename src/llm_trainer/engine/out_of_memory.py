@@ -19,6 +19,10 @@ _SAID = (
 )
 
 
+class OutOfMemoryError(RuntimeError):
+    """Something that cannot be cut any smaller does not fit into memory."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was no memory left, on the device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

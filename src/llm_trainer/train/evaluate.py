@@ -10,6 +10,7 @@ from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.stream import RowOfStep, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.engine.score import in_evaluation
 from llm_trainer.state import MicroBatch
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.retry import DoesNotFit, any_failed, out_of_memory_noticed, shrink
@@ -32,14 +33,8 @@ def evaluate(work: Work) -> tuple[dict[str, float], bool]:
     Returns:
         The metrics, and whether a signal cut the evaluation short, on every rank alike.
     """
-    module = work.algorithm.model
-    was_training = module.training
-    module.eval()
-    try:
-        with work.metrics.set_aside():
-            measured = {name: _measure(work, source) for name, source in work.val_sources.items()}
-    finally:
-        module.train(was_training)
+    with in_evaluation(work.algorithm.model), work.metrics.set_aside():
+        measured = {name: _measure(work, source) for name, source in work.val_sources.items()}
 
     # All sources together ...
     total = Metrics(work.engine.device)

@@ -1,17 +1,20 @@
 """What an algorithm may ask of the machinery: see `machine.Machine`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.algorithm import Algorithm
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.engine.score import Columns, Scoring
 from llm_trainer.layout import Layout, Packing
 from llm_trainer.state import Progress
+from llm_trainer.train.budget import Budget
 from llm_trainer.train.compiling import Compiling
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.rows import LaidOut
@@ -21,7 +24,15 @@ if TYPE_CHECKING:
 
 
 class RunMachine:
-    """The machinery of one run, as its algorithm sees it: `machine.Machine` says what each member means."""
+    """The machinery of one run, as its algorithm sees it: `machine.Machine` says what each member means.
+
+    Attributes:
+        trainer: the algorithm.
+        budget: of its micro-batches; there as soon as the data is.
+    """
+
+    trainer: Algorithm
+    budget: Budget
 
     def __init__(
         self,
@@ -33,11 +44,12 @@ class RunMachine:
         rows: LaidOut,
         save_dir: Path,
         stop_requested: Callable[[], bool],
+        say: Callable[[str], None],
     ) -> None:
         self._engine, self._settings, self._compiling = engine, settings, compiling
         self._rows = rows
         self._progress, self._metrics = progress, metrics
-        self.save_dir, self.stop_requested = save_dir, stop_requested
+        self.save_dir, self.stop_requested, self.say = save_dir, stop_requested, say
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +99,14 @@ class RunMachine:
 
     def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         return self._engine.stream_weights(dtype)
+
+    @torch.no_grad()
+    def score(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], function: Callable[[Any], Mapping[str, Tensor]]
+    ) -> Columns:
+        scoring = Scoring(self._engine, self.trainer.model, self.budget.tokens, self.say, self.stop_requested)
+        with self._metrics.set_aside():
+            return scoring(dataset, collate, function)
 
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         self._metrics.add(name, total, count)

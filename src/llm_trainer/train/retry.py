@@ -18,7 +18,7 @@ from llm_trainer.data.stream import RowOfStep
 from llm_trainer.disk import DiskError, whole_file
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
-from llm_trainer.engine.out_of_memory import is_out_of_memory, let_go, release
+from llm_trainer.engine.out_of_memory import OutOfMemoryError, is_out_of_memory, let_go, release
 from llm_trainer.layout import takes_flat
 from llm_trainer.state import MicroBatch, Progress
 from llm_trainer.train.budget import Budget, may_cut
@@ -33,10 +33,6 @@ HELP = (
 
 MOST_STATISTICS = 1 << 20  # numbers in a buffer that is put back after a failure; larger ones are tables
 REMEMBERED = "smaller_micro_batches.json"  # beside the checkpoints: what a run that had to stop goes on with
-
-
-class OutOfMemoryError(RuntimeError):
-    """A step that cannot be cut any smaller does not fit into memory."""
 
 
 class DoesNotFit(Exception):

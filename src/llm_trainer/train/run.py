@@ -127,7 +127,9 @@ class Run:
             rows,
             self.save_dir,
             self.signals.stop,
+            self.say,
         )
+        self.machine.trainer, self.machine.budget = trainer, self.budget
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""

@@ -63,15 +63,22 @@ class Build(Protocol):
         """
 
     def score(
-        self, lengths: Any, function: "Callable[[list[int]], Tensor]", columns: int, group_size: int, cache: Path
+        self,
+        model: "nn.Module",
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        function: "Callable[[Any], Mapping[str, Tensor]]",
+        cache: Path,
     ) -> Any:
         """Numbers of every row of a dataset: from the file `cache`, or computed now by all ranks and kept there.
 
+        As `machine.Machine.score` does it in a run.
+
         Args:
-            lengths: tokens of every row; rows of similar length come together.
-            function: numbers of some rows, `n` of them -> `[n, columns]`, on `device`; it runs without gradients.
-            columns: numbers per row.
-            group_size: most rows that `function` sees at once.
+            model: that `function` calls; it is moved to the device.
+            dataset: `lengths [rows]` in tokens, and `dataset[index]`.
+            collate: its rows -> a batch.
+            function: a batch -> by name `[rows]`; every name is a column.
             cache: an .npy file, whose name holds everything that the numbers depend on.
 
         Returns:

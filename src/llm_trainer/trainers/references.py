@@ -9,7 +9,7 @@ from llm_trainer.algorithm import Algorithm
 from llm_trainer.models.frozen import AdaptersOff, fingerprint, freeze, frozen_copy, has_adapters
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
-from llm_trainer.trainers.answers import as_rows, score, share_prompts, to_device
+from llm_trainer.trainers.answers import Batch, as_rows, score, share_prompts, to_device
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.building import Build
@@ -43,21 +43,19 @@ def precompute_reference(stream: Any, reference: nn.Module, build: "Build", want
         build: shares the work among ranks and keeps the file.
         wants_sharing: run the prompt of a pair once, where attention can do it.
     """
-    model = scored(reference).to(build.device)
+    model = scored(reference)
     shares_prompts = wants_sharing and model.knows_branches(build.device)
-    was_training, key = reference.training, fingerprint(reference)
-    model.eval()
+    key = fingerprint(reference)
+
+    def sums(batch: Batch) -> dict[str, Tensor]:
+        """`[n]` of chosen and rejected."""
+        if shares_prompts:
+            batch = share_prompts(batch)
+        batch = to_device(batch, build.device)
+        logprobs = as_rows(score(model, batch).logprobs, batch)
+        chosen, rejected = logprobs.sum(1).view(2, -1)  # all chosen come before all rejected
+        return {"chosen": chosen, "rejected": rejected}
+
     for rows in stream.dataset.parts:
-
-        def sums(group: list[int], rows: Any = rows) -> Tensor:
-            """`[n, 2]` of chosen and rejected."""
-            batch = stream.collate([rows[i] for i in group])
-            if shares_prompts:
-                batch = share_prompts(batch)
-            batch = to_device(batch, build.device)
-            logprobs = as_rows(score(model, batch).logprobs, batch)
-            return logprobs.sum(1).view(2, -1).T  # all chosen come before all rejected
-
         cache = rows.store.folder / f"ref_logps-{key}-{rows.how.block_size}-{rows.how.truncation}.npy"
-        rows.ref_logps = build.score(rows.lengths, sums, 2, stream.batch_size, cache)
-    model.train(was_training)
+        rows.ref_logps = build.score(model, rows, stream.collate, sums, cache)

@@ -12,8 +12,7 @@ from torch import nn
 from llm_trainer import SFTTrainer
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.stream import SampleStream
-from llm_trainer.engine.out_of_memory import is_out_of_memory
-from llm_trainer.train.retry import OutOfMemoryError
+from llm_trainer.engine.out_of_memory import OutOfMemoryError, is_out_of_memory
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "invariance"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
