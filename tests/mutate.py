@@ -220,10 +220,17 @@ MUTATIONS = (
     ),
     Mutation(
         "evaluation drops out",
-        "train/evaluate.py",
+        "engine/score.py",
         "    module.eval()\n",
         "    module.train()\n",
         (f"{LOOP}::test_evaluation_is_without_dropout",),
+    ),
+    Mutation(
+        "a row gets the numbers of another one",
+        "engine/score.py",
+        "groups[rank :: dist.world_size()]",
+        "sorted(groups)[rank :: dist.world_size()]",
+        ("tests/unit/engine/test_score.py",),
     ),
     Mutation(
         "the worst model is the best one",
