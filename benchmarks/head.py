@@ -1,7 +1,8 @@
 """The head and the loss, and a whole training step, against plain PyTorch and a plain transformers loop.
 
-`python benchmarks/head.py head` takes head + loss alone (V = 151,936) and `python benchmarks/head.py step` a step of a
-27 M model (`--vocab 32000` for 40 M), in bfloat16 autocast. Each variant runs in a process of its own; rounds alternate
+`python benchmarks/head.py head` takes head + loss alone (V = 151,936), `python benchmarks/head.py policy` the same with a
+clipped policy loss, with the head run again in the backward and in one pass, and `python benchmarks/head.py step` a step
+of a 27 M model (`--vocab 32000` for 40 M), in bfloat16 autocast. Each variant runs in a process of its own; rounds alternate
 between the variants, and a ratio is the median of the rounds' ratios, so that other load on the machine meets both;
 `best` compares the fastest runs. Memory is the peak above what the inputs and weights take, compilation not counted.
 """
@@ -16,7 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VARIANTS = {"head": ("plain", "chunked", "recomputed"), "step": ("hand", "hand compiled", "ours", "ours compiled")}
+VARIANTS = {
+    "head": ("plain", "chunked", "recomputed"),
+    "policy": ("recomputed", "one pass"),
+    "step": ("hand", "hand compiled", "ours", "ours compiled"),
+}
 REPEATS = 3
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -43,6 +48,42 @@ def head_step(variant: str, options: argparse.Namespace) -> Callable[[], float]:
                 loss = function(hidden, weight, None, labels).loss_sum
         (loss / options.tokens).backward()
         return loss.item() / options.tokens
+
+    return step
+
+
+def policy_step(variant: str, options: argparse.Namespace) -> Callable[[], float]:
+    """One forward and backward of head + policy loss, PPO's clipping and an entropy bonus; returns the loss."""
+    import torch
+
+    from llm_trainer.losses.chunked import Objective, chunked_logprobs, chunked_objective
+    from llm_trainer.losses.policy import PolicyLoss, PolicyTokens
+    from llm_trainer.losses.sequences import Sequences
+
+    device = torch.device(options.device)
+    hidden = torch.randn(options.tokens, options.width, device=device, requires_grad=True)
+    weight = (torch.randn(options.vocab, options.width, device=device) * 0.02).requires_grad_()
+    labels = torch.randint(0, options.vocab, (options.tokens,), device=device)
+    loss = PolicyLoss("dapo", entropy_coef=0.01)
+    sequences = Sequences(torch.ones(1, options.tokens, dtype=torch.bool, device=device))
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        old = chunked_logprobs(hidden, weight, None, labels).logprobs
+    old = old + 0.1 * torch.randn_like(old)
+    tokens = PolicyTokens(torch.randn(1, options.tokens, device=device), old[None])
+    function, columns = loss.per_token(tokens, sequences)
+    objective = Objective(function, {name: column[0] for name, column in columns.items()})
+
+    def step() -> float:
+        hidden.grad = weight.grad = None
+        with torch.autocast(device.type, torch.bfloat16):
+            if variant == "one pass":
+                mean = chunked_objective(hidden, weight, None, labels, objective).loss_sum / options.tokens
+            else:
+                scores = chunked_logprobs(hidden, weight, None, labels, with_entropy=True)
+                losses = loss.token_losses(scores.logprobs[None], tokens, sequences, scores.entropy[None])
+                mean = loss.mean(losses, sequences)
+        mean.backward()
+        return mean.item()
 
     return step
 
@@ -97,7 +138,7 @@ def run(variant: str, options: argparse.Namespace) -> None:
     import torch
 
     torch.manual_seed(0)
-    step = (head_step if options.case == "head" else training_step)(variant, options)
+    step = {"head": head_step, "policy": policy_step, "step": training_step}[options.case](variant, options)
     before = memory("VmRSS")
     first = step()
     step()
@@ -122,7 +163,7 @@ def main() -> None:
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.device = "cpu"  # `gpu.py` takes the head alone to a GPU
-    options.vocab = options.vocab or (151_936 if options.case == "head" else 6_400)
+    options.vocab = options.vocab or (6_400 if options.case == "step" else 151_936)
     if options.variant:
         run(options.variant, options)
         return

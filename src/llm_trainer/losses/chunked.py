@@ -2,15 +2,16 @@
 
 Two ways through the head, both over N supervised tokens laid flat, a few rows of logits `[n, V]` at a time:
 
-* `chunked_loss`: the sum of token losses. The gradient of a sum is known before the backward up to one factor, so the
-  forward computes it chunk by chunk, in place of the logits, and the backward only multiplies.
-* `chunked_logprobs`: one differentiable log-probability (and entropy) per token, for losses that are not a sum known
-  beforehand (DPO, policy gradients). The backward computes the logits a second time.
+* `chunked_loss` and `chunked_objective`: the sum of token losses, of a language model or of any function of a token's
+  log-probability and entropy. The gradient of a sum is known before the backward up to one factor, so the forward
+  computes it chunk by chunk, in place of the logits, and the backward only multiplies.
+* `chunked_logprobs`: one differentiable log-probability (and entropy) per token, for losses that couple tokens (DPO,
+  GSPO). The backward computes the logits a second time.
 
 The weight is used as a whole however many tokens there are, so ranks of a sharded engine stay in step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.kernels import Kernel
+from llm_trainer.losses.drawn_from import DrawnFrom, excluding
 from llm_trainer.losses.language import LanguageLoss, at_least_float32
 
 # One chunk of logits, in bytes. Fewer chunks mean fewer passes over the weight's gradient; measured on 2 CPU cores at
@@ -48,6 +50,22 @@ class HeadScores(NamedTuple):
     logprobs: Tensor
     correct: Tensor
     entropy: Tensor | None
+
+
+# What a token contributes: (log-probs [n], entropies [n], columns [n] by name) -> losses [n], each of its own token alone.
+TokenFunction = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+
+
+class Objective(NamedTuple):
+    """A loss that is a sum over tokens.
+
+    Attributes:
+        function: what a token contributes.
+        columns: what the function knows of the tokens, `[N]` each; for `ScoredModel`, in the layout of its labels.
+    """
+
+    function: TokenFunction
+    columns: dict[str, Tensor]
 
 
 def _statistics(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
@@ -123,6 +141,52 @@ def _loss_coefficients(
     )
 
 
+def _score_coefficients(on_logprob: Tensor, on_entropy: Tensor, entropy: Tensor) -> LogitCoefficients:
+    """The gradient of logits from those of log-probs and entropies, all `[n]`.
+
+    d log p_y / d logit_v = [v = y] - p_v and d H / d logit_v = -p_v * (log p_v + H).
+    """
+    return LogitCoefficients(
+        on_prob=-on_logprob - on_entropy * entropy,
+        on_surprise=-on_entropy,
+        everywhere=torch.zeros_like(on_logprob),
+        on_label=on_logprob,
+    )
+
+
+# (statistics of n tokens, which of the N they are) -> their losses `[n]`, and the gradient of their sum.
+Losses = Callable[[list[Tensor], slice], tuple[Tensor, LogitCoefficients]]
+
+
+def _language_losses(loss: LanguageLoss, labels: Tensor, own_weights: Tensor | None, num_ids: int) -> Losses:
+    """Those of `loss`, times `own_weights [N]`."""
+
+    def losses(stats: list[Tensor], rows: slice) -> tuple[Tensor, LogitCoefficients]:
+        weights = loss.token_weights(labels[rows])
+        if own_weights is not None:
+            weights = weights * own_weights[rows]
+        return _loss_coefficients(stats, weights, loss, num_ids)
+
+    return losses
+
+
+def _objective_losses(objective: Objective) -> Losses:
+    """Those of `objective`; what it says of a token is differentiated by autograd, on `[n]`."""
+
+    def losses(stats: list[Tensor], rows: slice) -> tuple[Tensor, LogitCoefficients]:
+        columns = {name: column[rows] for name, column in objective.columns.items()}
+        logprobs, entropy = stats[0].detach().requires_grad_(), stats[4].detach().requires_grad_()
+        with torch.enable_grad():
+            values = objective.function(logprobs, entropy, columns)
+            inputs = logprobs, entropy
+            on_logprob, on_entropy = torch.autograd.grad(
+                values.sum(), inputs, allow_unused=True, materialize_grads=True
+            )
+        return values.detach(), _score_coefficients(on_logprob, on_entropy, stats[4])
+
+    return losses
+
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -133,8 +197,10 @@ class _Head:
     in float32 (float64 for float64).
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, drawn_from: DrawnFrom | None = None
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.drawn_from = hidden, weight, bias, drawn_from
         chunk_bytes = CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
         num_rows = max(16, chunk_bytes // (weight.shape[0] * weight.element_size()))
         num_chunks = max(1, -(-len(hidden) // num_rows))
@@ -163,7 +229,11 @@ class _Head:
         """-> `[n, V]`, a view of the buffer: valid until the next call."""
         out = self.buffer[: rows.stop - rows.start]
         torch.mm(self.hidden[rows], self.weight.t(), out=out)
-        return out if self.bias is None else out.add_(self.bias)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.drawn_from is not None:
+            out.copy_(excluding(out, self.drawn_from.excluded(rows, len(self.weight))))
+        return out
 
     def gradient_buffers(self, wanted: tuple[bool, ...]) -> Gradients:
         """Zeros for the gradients of hidden, weight and bias that are `wanted`."""
@@ -213,20 +283,17 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        hidden, weight, _, labels, own_weights, loss, with_entropy, with_gradient = inputs
+        hidden, _, _, labels, token_losses, drawn_from, with_entropy, with_gradient = inputs
         wanted = tuple(with_gradient and needed for needed in ctx.needs_input_grad[:3])
         columns: list[list[Tensor]] = []
         operands = _product_operands(*inputs[:3])  # asks autocast, so before it is switched off
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(*operands)
+            head = _Head(*operands, drawn_from)
             buffers = head.gradient_buffers(wanted)
             for rows in head.chunks():
                 logits = head.logits(rows)
                 stats = list(statistics(logits, labels[rows], with_entropy))
-                token_weights = loss.token_weights(labels[rows])
-                if own_weights is not None:
-                    token_weights = token_weights * own_weights[rows]
-                losses, coefficients = _loss_coefficients(stats, token_weights, loss, len(weight))
+                losses, coefficients = token_losses(stats, rows)
                 if any(wanted):
                     head.backward(rows, logits, labels[rows], stats, coefficients, buffers)
                 columns.append([losses, *stats])
@@ -238,7 +305,7 @@ class _LossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError("chunked_loss was run backward twice: its gradients are given away by the first time")
+            raise RuntimeError("a chunked loss was run backward twice: its gradients are given away by the first time")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if g is None else g.mul_(upstream[0]) for g in gradients), None, None, None, None, None
 
@@ -248,38 +315,32 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        hidden, weight, bias, labels, with_entropy = inputs
+        hidden, weight, bias, labels, with_entropy, drawn_from = inputs
         operands = _product_operands(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(*operands)
+            head = _Head(*operands, drawn_from)
             columns = [statistics(head.logits(rows), labels[rows], with_entropy) for rows in head.chunks()]
         logprobs, log_normaliser, _, correct, entropy = _joined(columns, 5, head.buffer)
-        ctx.dtype = operands[0].dtype
+        ctx.dtype, ctx.drawn_from = operands[0].dtype, drawn_from
         ctx.save_for_backward(hidden, weight, bias, labels, logprobs, log_normaliser, entropy)
         ctx.mark_non_differentiable(*(correct,) if with_entropy else (correct, entropy))
         return logprobs, correct, entropy
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        """d log p_y / d logit_v = [v = y] - p_v and d H / d logit_v = -p_v * (log p_v + H)."""
         *inputs, labels, logprobs, log_normaliser, entropy = ctx.saved_tensors
         on_logprob, _, on_entropy = upstream
-        to = LogitCoefficients(
-            on_prob=-on_logprob - on_entropy * entropy,
-            on_surprise=-on_entropy,
-            everywhere=torch.zeros_like(on_logprob),
-            on_label=on_logprob,
-        )
+        to = _score_coefficients(on_logprob, on_entropy, entropy)
         with torch.autocast(labels.device.type, enabled=False):
             bias = None if inputs[2] is None else inputs[2].to(ctx.dtype)
-            head = _Head(inputs[0].to(ctx.dtype), inputs[1].to(ctx.dtype), bias)
+            head = _Head(inputs[0].to(ctx.dtype), inputs[1].to(ctx.dtype), bias, ctx.drawn_from)
             buffers = head.gradient_buffers(ctx.needs_input_grad)
             for rows in head.chunks():
                 stats = [logprobs[rows], log_normaliser[rows]]
                 part = LogitCoefficients(*(x[rows] for x in to))
                 head.backward(rows, head.logits(rows), labels[rows], stats, part, buffers)
         gradients = [None if g is None else g.to(x.dtype) for g, x in zip(buffers, inputs, strict=True)]
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _joined(columns: Sequence[Sequence[Tensor]], num_columns: int, like: Tensor) -> list[Tensor]:
@@ -312,17 +373,40 @@ def chunked_loss(
         with_entropy: also return the entropies.
         weights: `[N]` float, what each token's loss is multiplied by; None: 1.
     """
-    loss = loss or LanguageLoss()
-    # NOTE: inside `forward` gradients always look switched off, so that it has to be given.
-    options = (loss, with_entropy, torch.is_grad_enabled())
-    scores = HeadScores(*_LossSum.apply(hidden, weight, bias, labels, weights, *options))
+    token_losses = _language_losses(loss or LanguageLoss(), labels, weights, len(weight))
+    scores = _loss_sum(hidden, weight, bias, labels, token_losses, None, with_entropy)
     return scores if with_entropy else scores._replace(entropy=None)
 
 
-def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_entropy: bool = False
+def chunked_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    drawn_from: DrawnFrom | None = None,
 ) -> HeadScores:
-    """Differentiable log-probabilities of `labels`; arguments as in `chunked_loss`; `loss_sum` is their negative sum."""
-    logprobs, correct, entropy = _Logprobs.apply(hidden, weight, bias, labels, with_entropy)
+    """The sum of what `objective` makes of each token's log-probability and entropy, one chunk of tokens at a time.
+
+    Runs backward once, as `chunked_loss`; its other arguments are the same. `drawn_from`: where not from all ids.
+    """
+    return _loss_sum(hidden, weight, bias, labels, _objective_losses(objective), drawn_from, True)
+
+
+def _loss_sum(*inputs: Any) -> HeadScores:
+    # NOTE: inside `forward` gradients always look switched off, so that it has to be given.
+    return HeadScores(*_LossSum.apply(*inputs, torch.is_grad_enabled()))
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    with_entropy: bool = False,
+    drawn_from: DrawnFrom | None = None,
+) -> HeadScores:
+    """Differentiable log-probabilities of `labels`; arguments as in `chunked_objective`; `loss_sum` is their negative sum."""
+    logprobs, correct, entropy = _Logprobs.apply(hidden, weight, bias, labels, with_entropy, drawn_from)
     scores = HeadScores(-logprobs.sum(), logprobs, correct, entropy)
     return scores if with_entropy else scores._replace(entropy=None)

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from llm_trainer.compiler import compiled
-from llm_trainer.losses.chunked import HeadScores, chunked_logprobs, chunked_loss
+from llm_trainer.losses.chunked import HeadScores, Objective, chunked_logprobs, chunked_loss, chunked_objective
+from llm_trainer.losses.drawn_from import DrawnFrom, excluding
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses, load_balancing_loss
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
 
@@ -28,7 +30,8 @@ class TokenScores(NamedTuple):
     """What a model says about the labels of a batch. Supervised: a label other than -100, after position 0.
 
     Attributes:
-        loss_sum: scalar, the token losses, times their weights, summed over the supervised tokens; differentiable.
+        loss_sum: scalar, the token losses, times their weights, summed over the supervised tokens; differentiable. Of an
+            objective: what it makes of them.
         num_tokens: scalar int64, the number of supervised tokens.
         logprobs: `[B, T]`, log-probability of the token AT each position, 0 where unsupervised; differentiable only when
             asked for.
@@ -56,6 +59,21 @@ class _Split(NamedTuple):
 
     backbone: "PreTrainedModel"
     head: nn.Linear
+
+
+class _How(NamedTuple):
+    """How N tokens are scored: the arguments of `ScoredModel.forward` of that name, laid flat."""
+
+    weights: Tensor | None
+    differentiable: bool
+    temperature: float
+    objective: Objective | None
+    drawn_from: DrawnFrom | None
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether log-probs and entropies are differentiated."""
+        return self.differentiable or self.drawn_from is not None or self.objective is not None
 
 
 class ScoredModel(nn.Module):
@@ -94,6 +112,8 @@ class ScoredModel(nn.Module):
         distance: Distance | None = None,
         repeats: Tensor | None = None,
         loss_weights: Tensor | None = None,
+        objective: Objective | None = None,
+        drawn_from: DrawnFrom | None = None,
         **model_inputs: Any,
     ) -> TokenScores:
         """Score `labels` under the model.
@@ -110,6 +130,8 @@ class ScoredModel(nn.Module):
             distance: something else, differentiable, of what the head is given, such as how far it is from a teacher.
             loss_weights: `[B, T]` what the loss of each label is multiplied by in `loss_sum`; None: 1.
             repeats: `[B, T]` how many tokens each one stands for in `aux_loss`: those that branches share are several.
+            objective: `loss_sum` is its sum over the supervised tokens, made in one run of the head; its columns `[B, T]`.
+            drawn_from: the ids that the softmax is taken over, where not over all; its counts `[B, T]`.
             model_inputs: handed to the model as they are, such as `pixel_values`.
         """
         # 1. which positions are scored
@@ -120,6 +142,12 @@ class ScoredModel(nn.Module):
         supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
         chosen = labels[:, 1:][supervised]  # (N,)
         weights = None if loss_weights is None else loss_weights[:, 1:][supervised].float()  # (N,)
+        if objective is not None:
+            columns = {name: column[:, 1:][supervised] for name, column in objective.columns.items()}
+            objective = objective._replace(columns=columns)
+        if drawn_from is not None:
+            drawn_from = drawn_from.of(F.pad(supervised, (1, 0)))
+        how = _How(weights, differentiable_logprobs, temperature, objective, drawn_from)
 
         # 2. the model, up to what its head is given
         given = {"attention_mask": attention_mask, "position_ids": position_ids, **model_inputs}
@@ -127,9 +155,9 @@ class ScoredModel(nn.Module):
 
         # 3. the head and the scores
         if self._split is None:
-            scores = self._scores_of_logits(states / temperature, chosen, weights, differentiable_logprobs)
+            scores = self._scores_of_logits(states, chosen, how)
         else:
-            scores = self._scores_of_hidden(states, chosen, weights, differentiable_logprobs, temperature)
+            scores = self._scores_of_hidden(states, chosen, how)
 
         # 4. back to the shape of the labels
         entropy = None
@@ -210,32 +238,38 @@ class ScoredModel(nn.Module):
             inputs["output_router_logits"] = True
         return inputs
 
-    def _scores_of_hidden(
-        self, hidden: Tensor, chosen: Tensor, weights: Tensor | None, differentiable: bool, temperature: float
-    ) -> HeadScores:
-        """`hidden [N, D]`, `chosen [N]`, `weights [N]` of `loss_sum`."""
+    def _scores_of_hidden(self, hidden: Tensor, chosen: Tensor, how: _How) -> HeadScores:
+        """`hidden [N, D]`, `chosen [N]`."""
         assert self._split is not None
         weight, bias = weight_and_bias(self._split.head)
-        if temperature != 1.0:  # (x / t) W + b / t, without touching the logits
-            hidden = hidden / temperature
+        if how.temperature != 1.0:  # (x / t) W + b / t, without touching the logits
+            hidden = hidden / how.temperature
             if bias is not None:
-                bias = bias / temperature
-        if differentiable:
-            return chunked_logprobs(hidden, weight, bias, chosen, self.with_entropy)
-        return chunked_loss(hidden, weight, bias, chosen, self.loss, self.with_entropy, weights)
+                bias = bias / how.temperature
+        if how.objective is not None:
+            return chunked_objective(hidden, weight, bias, chosen, how.objective, how.drawn_from)
+        if how.differentiable or how.drawn_from is not None:
+            return chunked_logprobs(hidden, weight, bias, chosen, self.with_entropy, how.drawn_from)
+        return chunked_loss(hidden, weight, bias, chosen, self.loss, self.with_entropy, how.weights)
 
-    def _scores_of_logits(
-        self, logits: Tensor, chosen: Tensor, weights: Tensor | None, differentiable: bool
-    ) -> HeadScores:
-        """`logits [N, V]`, `chosen [N]`, `weights [N]` of `loss_sum`: the same scores by autograd."""
-        values, logprobs = flat_losses(logits, chosen, self.loss, weights)
+    def _scores_of_logits(self, logits: Tensor, chosen: Tensor, how: _How) -> HeadScores:
+        """`logits [N, V]`, `chosen [N]`: the same scores by autograd."""
+        logits = logits / how.temperature
+        if how.drawn_from is not None:
+            excluded = how.drawn_from.excluded(slice(0, len(chosen)), logits.shape[-1])
+            logits = excluding(logits, excluded)
+        values, logprobs = flat_losses(logits, chosen, self.loss, how.weights)
         correct = logits.argmax(-1) == chosen
         entropy = None
-        if self.with_entropy:
-            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        if self.with_entropy or how.objective is not None:
+            with torch.set_grad_enabled(how.wants_scores and torch.is_grad_enabled()):
                 log_probs = at_least_float32(logits).log_softmax(-1)
                 entropy = -(log_probs.exp() * log_probs).sum(-1)
-        if differentiable:
+        if how.objective is not None:
+            assert entropy is not None
+            losses = how.objective.function(logprobs, entropy, how.objective.columns)
+            return HeadScores(losses.sum(), logprobs.detach(), correct, entropy.detach())
+        if how.wants_scores:
             return HeadScores(-logprobs.sum(), logprobs, correct, entropy)
         return HeadScores(values.sum(), logprobs.detach(), correct, entropy)
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llm_trainer import kernels
 from llm_trainer.losses import chunked
-from llm_trainer.losses.chunked import chunked_logprobs, chunked_loss
+from llm_trainer.losses.chunked import Objective, chunked_logprobs, chunked_loss, chunked_objective
+from llm_trainer.losses.drawn_from import DrawnFrom
 from llm_trainer.losses.language import LanguageLoss, flat_losses
 
 N, D, V = 37, 6, 19
@@ -98,6 +99,64 @@ def test_only_wanted_gradients_are_computed() -> None:
     assert hidden.grad is not None and weight.grad is None
     with torch.no_grad():
         assert not chunked_loss(hidden, weight, None, labels).loss_sum.requires_grad
+
+
+def labels_but_last() -> Tensor:
+    return head()[1].clamp(max=V - 2)
+
+
+def restricted() -> DrawnFrom:
+    """Every third token from all ids but the suppressed last one, the others from a few, with their labels among them."""
+    labels = labels_but_last()
+    generator = torch.Generator().manual_seed(2)
+    kept = []
+    for number, label in enumerate(labels.tolist()):
+        others = [id for id in torch.randperm(V, generator=generator)[:4].tolist() if id != label]
+        kept.append([] if number % 3 == 0 else [*others, label])
+    counts = torch.tensor([len(ids) for ids in kept])
+    return DrawnFrom(torch.tensor(sum(kept, [])), counts, torch.tensor([V - 1]))
+
+
+@pytest.mark.parametrize("drawn_from", [None, restricted()], ids=["all ids", "some ids"])
+def test_an_objective_per_token_is_differentiated_in_the_forward(drawn_from: DrawnFrom | None) -> None:
+    (inputs, _), labels = head(), labels_but_last()
+    old, advantages = torch.randn(2, N, dtype=torch.float64)
+
+    def clipped(logprobs: Tensor, entropy: Tensor, columns: Any) -> Tensor:
+        ratios = (logprobs - columns["old"]).exp()
+        return -torch.minimum(ratios * columns["adv"], ratios.clamp(0.8, 1.2) * columns["adv"]) - 0.1 * entropy.square()
+
+    columns = {"old": old - 3, "adv": advantages}
+    scores = chunked_objective(*inputs, labels, Objective(clipped, columns), drawn_from)
+    logits = all_logits(inputs)
+    if drawn_from is not None:
+        logits = logits.masked_fill(drawn_from.excluded(slice(0, N), V), -torch.inf)
+    log_probs = logits.log_softmax(-1)
+    logprobs = log_probs.gather(-1, labels[:, None])[:, 0]
+    entropy = torch.distributions.Categorical(logits=logits.clamp(min=-1e9)).entropy()
+    wanted = clipped(logprobs, entropy, columns)
+    torch.testing.assert_close(scores.loss_sum, wanted.sum())
+    torch.testing.assert_close(scores.logprobs, logprobs.detach())
+    torch.testing.assert_close(scores.entropy, entropy.detach())
+    for ours, theirs in zip(gradients(3 * scores.loss_sum, inputs), gradients(3 * wanted.sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+    again = chunked_logprobs(*inputs, labels, with_entropy=True, drawn_from=drawn_from)  # the other way to the same
+    assert again.entropy is not None
+    total = clipped(again.logprobs, again.entropy, columns).sum()
+    for ours, theirs in zip(gradients(total, inputs), gradients(wanted.sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_excluded_ids_leave_every_gradient_finite(dtype: torch.dtype) -> None:
+    (inputs, _), labels = head(dtype), labels_but_last()
+    columns = {"scale": torch.full((N,), 128.0)}
+    objective = Objective(lambda logprobs, entropy, columns: columns["scale"] * (logprobs + entropy), columns)
+    scores = chunked_objective(*inputs, labels, objective, restricted())
+    assert scores.loss_sum.isfinite()
+    for gradient in gradients(scores.loss_sum / 128, inputs):
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("function", [chunked_loss, chunked_logprobs])

@@ -12,7 +12,11 @@ from tiny_models import LENGTHS, VOCAB, flat_batch, padded_batch, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
+from llm_trainer.losses.chunked import Objective
+from llm_trainer.losses.drawn_from import DrawnFrom
 from llm_trainer.losses.language import IGNORE, LanguageLoss, load_balancing_loss
+from llm_trainer.losses.policy import PolicyLoss, PolicyTokens
+from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.scored import ScoredModel, restarting_positions, scored
 from plain_losses import cross_entropy
 
@@ -53,6 +57,37 @@ def test_chunked_and_plain_agree(differentiable: bool, temperature: float) -> No
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["padded", "flat"])
+@pytest.mark.parametrize("is_restricted", [False, True], ids=["all ids", "some ids"])
+def test_a_policy_loss_in_one_run_of_the_head(flat: bool, is_restricted: bool) -> None:
+    batch = flat_batch() if flat else padded_batch()
+    sequences, labels = Sequences.of_batch(batch), batch["labels"]
+    torch.manual_seed(0)
+    tokens = PolicyTokens(torch.randn(len(LENGTHS)), -5 + torch.rand(labels.shape), -5 + torch.rand(labels.shape))
+    loss = PolicyLoss("dapo", kl_coef=0.1, entropy_coef=0.1)
+    how: dict[str, Any] = {"temperature": 0.7}
+    if is_restricted:  # to its label and ids below 9; of prompts, where nothing counts, something else
+        kept = [[*range(9), int(label)] if label != IGNORE else [1, 2] for label in labels.flatten()]
+        counts = torch.tensor([len(ids) for ids in kept]).view(labels.shape)
+        how["drawn_from"] = DrawnFrom(torch.tensor(sum(kept, [])), counts, torch.tensor([VOCAB - 1]))
+    results = []
+    for one_pass in (True, False):
+        for model in (scored(tiny_model()), as_plain(tiny_model())):
+            if one_pass:
+                scores = model(**batch, **how, objective=Objective(*loss.per_token(tokens, sequences)))
+                assert not scores.logprobs.requires_grad
+                mean = scores.loss_sum / loss.num_terms(sequences)
+            else:
+                scores = model(**batch, **how, differentiable_logprobs=True)
+                losses = loss.token_losses(scores.logprobs, tokens, sequences, scores.entropy)
+                mean = loss.mean(losses, sequences)
+            mean.backward()
+            results.append([mean, scores.logprobs, scores.entropy, *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_stand_at_their_labels() -> None:
