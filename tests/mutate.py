@@ -243,8 +243,8 @@ MUTATIONS = (
     Mutation(
         "a resumed epoch begins anew",
         "train/retry.py",
-        "_train_steps(self._work.source, self._progress.epoch, self._progress.position)",
-        "_train_steps(self._work.source, self._progress.epoch, 0)",
+        "source.steps(self._progress.epoch, self._progress.place)",
+        "source.steps(self._progress.epoch, 0)",
         (RESUMED,),
     ),
     Mutation(

@@ -1,9 +1,9 @@
 """What an algorithm says to the machinery, which `trainers/` implement. What it may ask of it is a `machine.Machine`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,12 @@ from llm_trainer.machine import Machine
 from llm_trainer.model_group import ModelGroup
 
 if TYPE_CHECKING:
-    from llm_trainer.state import MicroBatch
+    from llm_trainer.state import MicroBatch, Position
 
 PromptFormat = Literal["chat", "text"]
 SumOverRanks = Callable[[Tensor], Tensor]
-Step = tuple[list["MicroBatch"], int]  # this rank's micro-batches of an optimizer step, and the position after it
-
-
-class Source(Protocol):
-    """Where optimizer steps come from; see `data.stream.StepSource`."""
-
-    def steps(self, epoch: int, position: int) -> Iterator[Step]:
-        """The steps of an epoch from a position on."""
+# This rank's micro-batches of an optimizer step, and the position after it.
+Step = tuple[list["MicroBatch"], "Position"]
 
 
 class Algorithm(ABC):
@@ -39,13 +33,17 @@ class Algorithm(ABC):
         scheduler: stepped once per update; None: the learning rate stays.
         tokenizer: saved with the model; None: there is none.
         eval_prompts: answered at every evaluation.
-        machine: what runs it.
+        machine: what runs it; there from `_build_source` on.
         prompt_format: whether a prompt for a sample answer is a user's turn in a chat, or the beginning of a text.
+        best_metric: of the validation data, by which the best model is known.
+        best_is_highest: whether that is the one with the highest value; else the lowest.
     """
 
     prompt_format: ClassVar[PromptFormat] = "chat"
     takes_flat: ClassVar[bool] = False
     sides: ClassVar[int] = 1
+    best_metric: ClassVar[str] = "eval_loss"
+    best_is_highest: ClassVar[bool] = False
 
     base_model: nn.Module
     model: nn.Module
@@ -97,9 +95,16 @@ class Algorithm(ABC):
     def _end_step(self, sum_over_ranks: SumOverRanks) -> None:
         """Act after the last backward of a training step, before the update."""
 
-    def _train_steps(self, source: Source, epoch: int, position: int) -> Iterator[Step]:
-        """Optimizer steps as (micro-batches of this rank, position after them); reinforcement learning overrides it."""
-        return source.steps(epoch, position)
+    def _build_source(self, source: Any, training: bool) -> Any:
+        """The `data.stream.StepSource` whose steps are taken, around that of the user's data.
+
+        Reinforcement learning makes its rollouts there. Called before the model is prepared; `machine` is there.
+
+        Args:
+            source: a `data.stream.StepSource`.
+            training: False: of validation data.
+        """
+        return source
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         """The module that the engine wraps and `_forward` calls: `model` itself, or around it."""

@@ -25,6 +25,9 @@ class Machine(Protocol):
         step: optimizer steps done.
         is_distributed: whether several processes train together.
         rank: which part of the data this process sees, from 0.
+        world_size: number of these parts.
+        process_number: of this process among all, from 0; several may see one part of the data.
+        num_processes: that train together.
         is_main: true in the one process that prints and saves.
         save_dir: the folder of the run.
         layout: whether `_prepare_batch` is to lay padded rows flat (`trainers.answers.lay_flat` does).
@@ -47,6 +50,15 @@ class Machine(Protocol):
 
     @property
     def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def process_number(self) -> int: ...
+
+    @property
+    def num_processes(self) -> int: ...
 
     @property
     def is_main(self) -> bool: ...
@@ -106,6 +118,18 @@ class Machine(Protocol):
             Stopped: a rank has been asked to stop (`state.Stopped`); on all ranks.
             OutOfMemoryError: a single row does not fit into memory.
         """
+
+    def weights_hash(self) -> str:
+        """Tells the trained weights as they are now from others; all processes ask together, and get the same."""
+
+    def gather(self, value: object) -> list[Any]:
+        """The `value` of every process, by its number, however long one of them takes to come here; all must."""
+
+    def checkpoint_steps(self) -> tuple[list[int], list[int]]:
+        """Steps of the checkpoints in `save_dir`: of those that rotation leaves, and of the others, such as the best one."""
+
+    def say(self, message: str) -> None:
+        """Print, in the main process."""
 
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add to a metric: its logged value is sum of totals / sum of counts, over steps and ranks."""

@@ -9,6 +9,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class InRollout(NamedTuple):
+    """A position between two updates of a rollout; sources of rollouts have such ones in place of a single number.
+
+    Attributes:
+        position: of the rollout's first prompt in the epoch.
+        number: of the rollout, counted over the whole run.
+        updates: optimizer steps that were taken on it.
+    """
+
+    position: int
+    number: int = 0
+    updates: int = 0
+
+    @classmethod
+    def at(cls, position: "Position") -> "InRollout":
+        """The same position, of a run that has no rollout behind it if it is a single number."""
+        return position if isinstance(position, cls) else cls(int(position))  # type: ignore[arg-type]
+
+
+Position = int | InRollout  # in an epoch of data, whatever its source counts
+
+
 class Stopped(Exception):
     """A source of steps has stopped, because a rank was asked to; raised on all ranks, between two steps."""
 
@@ -58,10 +80,13 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         epoch: epochs done.
-        position: position of the next sample in the current epoch, in the units of the step source.
+        position: position of the next sample in the current epoch, in the units of the step source; in a rollout, of its
+            first prompt.
+        rollout: number of the rollout under way, counted over the run; 0 also where nothing is sampled.
+        updates: optimizer steps that were taken on it.
         tokens: tokens seen on all ranks.
-        train_seconds: time spent in steps.
-        best_loss: lowest validation loss.
+        train_seconds: time spent in steps, and in waiting for their data.
+        best_loss: lowest validation loss; where the best model is that with the highest of another metric, that value.
         best_step: the step it was measured at.
         evals_without_progress: evaluations since then.
         stopped_early: early stopping, or a hook, ended the run.
@@ -76,6 +101,8 @@ class Progress:
     step: int = 0
     epoch: int = 0
     position: int = 0
+    rollout: int = 0
+    updates: int = 0
     tokens: int = 0
     train_seconds: float = 0.0
     best_loss: float | None = None
@@ -89,20 +116,33 @@ class Progress:
     lines: list[dict[str, float]] = field(default_factory=list)
     words: str = ""
 
-    def advance(self, position: int) -> None:
+    @property
+    def place(self) -> Position:
+        """Where the next step begins, as its source says it."""
+        if self.rollout or self.updates:
+            return InRollout(self.position, self.rollout, self.updates)
+        return self.position
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether an epoch has just ended: the first updates of a rollout leave the position at its first prompt."""
+        return self.epoch > 0 and self.position == 0 and self.updates == 0
+
+    def advance(self, position: Position) -> None:
         """Count a finished optimizer step; the next one begins at `position`."""
         self.step += 1
-        self.position = position
+        self.position, self.rollout, self.updates = InRollout.at(position)
 
     def next_epoch(self) -> None:
         """Count a finished epoch; the next one begins at its first sample."""
         self.epoch += 1
         self.position = 0
 
-    def note_loss(self, loss: float, min_delta: float) -> bool:
-        """Note a validation loss; whether it is the lowest so far, by more than `min_delta`."""
-        best = math.inf if self.best_loss is None else self.best_loss
-        is_best = loss < best - min_delta  # never where it is NaN
+    def note_loss(self, loss: float, min_delta: float, highest: bool = False) -> bool:
+        """Note a validation loss; whether it is the lowest so far, by more than `min_delta`. `highest`: a reward's highest."""
+        sign = -1 if highest else 1
+        best = math.inf if self.best_loss is None else sign * self.best_loss
+        is_best = sign * loss < best - min_delta  # never where it is NaN
         if is_best:
             self.best_loss, self.best_step = loss, self.step
             self.evals_without_progress = 0
@@ -179,6 +219,7 @@ class StepDone:
         finite: whether it is finite; otherwise nothing was updated.
         tokens: of all ranks.
         seconds: that the step took.
+        waited: seconds before it, in which its data were awaited; of a rollout's first update, until it was made.
         stop: whether any rank has been asked to stop.
         batches: this rank's micro-batches.
         position: in the data, after the step.
@@ -191,4 +232,5 @@ class StepDone:
     seconds: float
     stop: bool
     batches: Sequence[MicroBatch]
-    position: int
+    position: Position
+    waited: float = 0.0

@@ -82,7 +82,7 @@ def test_own_answers_by_configuration_end_where_the_template_ends_turns(
     kd = KDConfig(teacher_model=str(teacher_folder), on_policy_fraction=1.0, max_new_tokens=3)
     trainer = SFTTrainer(train_config=config(reference_dir, tmp_path / "run", sft_config=SFTConfig(kd_config=kd)))
     assert trainer.tokenizer.eos_token_id in trainer.kd.stop_token_ids
-    (batches, _), *_ = trainer._train_steps(trainer.run.source, 0, 0)
+    (batches, _), *_ = trainer.run.source.steps(0, 0)
     assert 1 <= int((batches[0].batch["labels"] != -100).sum(1).max()) <= 3
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "train_configs": {"config"},
     "optimizer": {"optim"},
     # data, models and engines
-    "data": {"config", "losses", "state", "layout", "disk", "lock"},
+    "data": {"config", "losses", "machine", "state", "layout", "disk", "lock"},
     "models": {"config", "losses", "layout", "checkpoint", "compiler", "kernels"},
     "engine": {"config", "checkpoint", "optim", "state", "cores", "model_group"},
     "plan": {"config", "losses", "optim"},
@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "model_group",
         "terminal",
     },
-    "trainers": {"algorithm", "layout", "losses", "models", "generation", "rewards", "config"},
+    "trainers": {"algorithm", "state", "layout", "losses", "models", "generation", "rewards", "config"},
     # a description becomes objects
     "builder": {"layout", "config", "data", "models", "engine", "checkpoint", "disk", "terminal"},
     "assemble": {"builder", "config", "data", "engine", "optim", "models", "state", "checkpoint", "lock"},
@@ -84,7 +84,8 @@ LICENSED = {
     ("engine/score.py", "data"): "cuts the rows of a dataset into micro-batches as a stream does",
     ("plan/describe.py", "data"): "the size of a vocabulary is the tokenizer's",
     ("plan/describe.py", "models"): "counts the parameters of a model without weights",
-    ("train/run.py", "data"): "asks for the workers of loaders",
+    ("trainers/language.py", "data"): "amends the steps of a source with answers of the model's own",
+    ("train/run.py", "data"): "asks for the workers of loaders, and holds the sources of steps",
     ("train/sources.py", "data"): "loaders become step sources here",
     ("train/rows.py", "data"): "a stream lays out its rows itself, the batches of a loader are laid out for it",
     ("train/run.py", "optim"): "tells a plateau schedule the validation loss",

@@ -1,6 +1,7 @@
 """Samples of different lengths become one batch: padded on the right, or laid flat without any padding."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NotRequired, TypedDict
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from llm_trainer.data.kinds import LanguageSample
+from llm_trainer.layout import Layout
 
 IGNORE = -100  # the label that no loss counts (torch's own convention)
 
@@ -33,6 +35,13 @@ def collate_cheaper(
     """Flat where that `pays` for rows of these lengths, else padded."""
     lengths = [len(sample["input_ids"]) for sample in samples]
     return collate_flat(samples) if pays(lengths) else collate_padded(samples, pad_id)
+
+
+def laying(layout: Layout, pad_id: int) -> tuple[bool, Callable[[Sequence[LanguageSample]], LanguageBatch]]:
+    """Whether a token budget need not count padding, and what lays out rows as `layout` says."""
+    if layout.flat and layout.dense_width:
+        return False, partial(collate_cheaper, pad_id=pad_id, pays=layout.pays)
+    return layout.flat, collate_flat if layout.flat else partial(collate_padded, pad_id=pad_id)
 
 
 def pad_right(rows: Sequence[np.ndarray], value: int, dtype: type = np.int64) -> torch.Tensor:

@@ -25,7 +25,7 @@ from llm_trainer.data.order import (
     undealt,
 )
 from llm_trainer.data.packing import cut_by_length, cut_by_tokens
-from llm_trainer.data.stream import Batch, RowOfStep, SampleStream, StepSource, mix_seeds
+from llm_trainer.data.stream import Batch, RowOfStep, StepSource, mix_seeds
 from llm_trainer.layout import AS_IT_CAME, Layout
 from llm_trainer.state import MicroBatch
 
@@ -95,6 +95,7 @@ class LoaderSteps:
     largest: Callable[[int], int] = lambda number: number
     sides: int = 1
     layout: Layout = AS_IT_CAME
+    deals: bool = True  # False: every rank gets all micro-batches of a step
 
     def __post_init__(self) -> None:
         self._must_cut = isinstance(self.micro_batch_tokens, int)  # the user said so: what cannot be cut is an error
@@ -109,8 +110,8 @@ class LoaderSteps:
         self._order = Order(drawers, self.seed)
         self._order.seed = self.largest(self._order.seed)  # generators may be seeded otherwise on every rank
         deals = any(ranks_of(drawer) > 1 for drawer in samplers_in(self._sampler)) if self._indexed else False
-        self._deals_itself = self.world_size > 1 and (self.is_sharded or deals)
-        self._ranks = 1 if self._deals_itself else self.world_size  # among which it is dealt here
+        self.deals_itself = self.world_size > 1 and (self.is_sharded or deals)
+        self._ranks = 1 if self.deals_itself else self.world_size  # among which it is dealt here
         self._copy: DataLoader | None = None  # of the loader, loading `_indices`; kept while its workers are to be kept
         self._indices = _Indices()
         self._epochs_drawn = 0
@@ -140,11 +141,11 @@ class LoaderSteps:
     def _facts(self) -> dict[str, int | None]:
         batch_sampler = self._sampler if self._indexed else None
         rows = batch_sampler.batch_size if isinstance(batch_sampler, BatchSampler) else None
-        return {"rows": rows, "ranks": self.world_size if self._deals_itself else None}
+        return {"rows": rows, "ranks": self.world_size if self.deals_itself else None}
 
     def _of_all_ranks(self, printed: int) -> tuple[int, int]:
         """Fingerprints of a loader that gives every rank something else: the largest and the smallest."""
-        return (self.largest(printed), -self.largest(-printed)) if self._deals_itself else (printed, printed)
+        return (self.largest(printed), -self.largest(-printed)) if self.deals_itself else (printed, printed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the run that gave `state_dict`.
@@ -189,7 +190,7 @@ class LoaderSteps:
                     last = self._any_batch() if last is None else last
                     drawn = _Drawn([last], False, self.accumulation, self._drawn[1])
                 last = drawn.batches[-1]
-                position += self.accumulation if self._deals_itself else drawn.number
+                position += self.accumulation if self.deals_itself else drawn.number
                 self._drawn = (position, drawn.fingerprint)
                 if drawn.counts:
                     yield [MicroBatch(batch) for batch in self._recut(drawn.batches)], position
@@ -202,7 +203,7 @@ class LoaderSteps:
     def _goes_on(self, drawn: _Drawn | None) -> bool:
         """Whether there is another step, for this rank or for others of a loader that deals by itself."""
         has_more = int(drawn is not None)
-        if self._deals_itself and self.in_step:
+        if self.deals_itself and self.in_step:
             has_more = self.largest(has_more)
         return bool(has_more)
 
@@ -238,7 +239,7 @@ class LoaderSteps:
                 return
             for item in step:
                 printed = fingerprint(item, printed)
-            mine = step[first :: self._ranks]
+            mine = step[first :: self._ranks] if self.deals else step
             yield _Drawn(mine or step[:1], bool(mine), len(step), printed)
 
     def _loaded(self, epoch: int, position: int, randomness: Randomness) -> Iterator[_Drawn]:
@@ -335,7 +336,7 @@ class LoaderSteps:
                     f"pass loader_is_sharded=True; otherwise {self._culprit} draws from something that is not seeded alike"
                 )
         has_any = int(drawn is not None)
-        if self._deals_itself:
+        if self.deals_itself:
             has_any = self.largest(has_any)
         if not has_any and not position:
             how = "an earlier pass over it gave some: it can be read only once" if self._has_given else "it is empty"
@@ -458,11 +459,11 @@ def as_step_source(loader: Any, **options: Any) -> StepSource:
     Raises:
         ValueError: it cannot be read as it must be.
     """
-    if not isinstance(loader, SampleStream):
+    if not isinstance(loader, StepSource):
         return LoaderSteps(loader, **options)
     if options.get("is_sharded"):
         raise ValueError(
-            "loader_is_sharded=True: found a SampleStream, which deals by its own `rank` and `world_size`; expected a loader "
-            "of yours. Leave loader_is_sharded out"
+            f"loader_is_sharded=True: found a {type(loader).__name__}, which deals by its own `rank` and `world_size`; "
+            "expected a loader of yours. Leave loader_is_sharded out"
         )
     return loader

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from llm_trainer.data.loader_workers import WorkerLife, signals_held
 from llm_trainer.data.packing import cut_by_length, cut_by_tokens
 from llm_trainer.layout import Layout
-from llm_trainer.state import MicroBatch
+from llm_trainer.state import MicroBatch, Position
 
 Batch = Any
 INTERLEAVED = 0x1A7E  # what tells the seed of the order of all files from those of single files
@@ -79,8 +79,11 @@ class RowOfStep(NamedTuple):
     place: str
 
 
+@runtime_checkable
 class StepSource(Protocol):
     """What the loop pulls optimizer steps from. `position` counts whatever the source counts, from 0 in every epoch.
+
+    A source that stops because the process was asked to raises `state.Stopped`, on all ranks; one that ends has no more.
 
     Attributes:
         micro_batch_tokens: what the rows of a step are cut by; it may change between two calls of `steps`. None: they are
@@ -95,10 +98,10 @@ class StepSource(Protocol):
     def size(self) -> int | None:
         """The position at the end of an epoch, whatever the number of ranks; None when unknown."""
 
-    def steps(self, epoch: int, position: int) -> Iterator[tuple[list[MicroBatch], int]]:
+    def steps(self, epoch: int, position: Any) -> Iterator[tuple[list[MicroBatch], Position]]:
         """Each step's micro-batches for this rank, and the position after it."""
 
-    def rows_of_step(self, epoch: int, position: int, micro_batches: list[MicroBatch]) -> list[list[RowOfStep]]:
+    def rows_of_step(self, epoch: int, position: Any, micro_batches: list[MicroBatch]) -> list[list[RowOfStep]]:
         """The rows of each micro-batch of the step at a position; empty if they cannot be told apart."""
 
     def recut(self, micro_batches: list[MicroBatch]) -> list[MicroBatch] | None:
@@ -109,6 +112,46 @@ class StepSource(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the source that gave `state`; a ValueError says why its positions mean nothing here."""
+
+
+class Amended:
+    """The steps of another source, with something done to their micro-batches when each comes.
+
+    Args:
+        source: the other one.
+        amend: changes the micro-batches of a step.
+    """
+
+    def __init__(self, source: StepSource, amend: Callable[[list[MicroBatch]], None]) -> None:
+        self.source, self._amend = source, amend
+        self.num_steps, self.size, self.rows_of_step = source.num_steps, source.size, source.rows_of_step
+        self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict
+
+    @property
+    def micro_batch_tokens(self) -> int | Literal["auto"] | None:
+        """That of the other source."""
+        return self.source.micro_batch_tokens
+
+    @micro_batch_tokens.setter
+    def micro_batch_tokens(self, tokens: int | Literal["auto"] | None) -> None:
+        self.source.micro_batch_tokens = tokens
+
+    def steps(self, epoch: int, position: Any) -> Iterator[tuple[list[MicroBatch], Position]]:
+        """The other's steps, each amended when it is asked for."""
+        for micro_batches, after in self.source.steps(epoch, position):
+            self._amend(micro_batches)
+            yield micro_batches, after
+
+    def recut(self, micro_batches: list[MicroBatch]) -> list[MicroBatch] | None:
+        """The rows of a step as they are cut now; they are amended already."""
+        return self.source.recut(micro_batches)
+
+
+def innermost(source: StepSource) -> StepSource:
+    """The source that reads rows, behind those that amend them."""
+    while isinstance(source, Amended):
+        source = source.source
+    return source
 
 
 class SampleDataset(Protocol):

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_trainer.algorithm import Algorithm
+from llm_trainer.data.rollouts import RolloutSource
 from llm_trainer.data.stream import RowOfStep, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.score import in_evaluation
-from llm_trainer.state import MicroBatch
+from llm_trainer.state import MicroBatch, Position, Stopped
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.retry import DoesNotFit, any_failed, out_of_memory_noticed, shrink
 from llm_trainer.train.terms import begin_step, fill_up
@@ -61,21 +62,26 @@ def unmeasured(sources: Iterable[str], values: Mapping[str, float]) -> list[str]
 
 def _measure(work: Work, source: StepSource) -> Metrics:
     """The metrics of all data of `source` on this rank, or of what came before a signal; cut smaller until it fits."""
+    ranks_meet = isinstance(source, RolloutSource)  # to make the next rollout: none may leave the others alone
     while True:
         failure, rows = DoesNotFit(), list[list[RowOfStep]]()  # perhaps of another rank
-        position = 0
-        for micro_batches, after in source.steps(0, 0):
-            try:
-                _measure_step(work, micro_batches)
-            except DoesNotFit as error:
-                failure, rows = error, source.rows_of_step(0, position, micro_batches)
-                break
-            position = after
-            stop = int(work.stop_requested())
-            if work.engine.in_lockstep:
-                stop = dist.largest(stop, work.engine.device)
-            if stop:
-                break
+        position: Position = 0
+        try:
+            for micro_batches, after in source.steps(0, 0):
+                try:
+                    _measure_step(work, micro_batches)
+                except DoesNotFit as error:
+                    failure, rows = error, source.rows_of_step(0, position, micro_batches)
+                if any_failed(work.engine, failure) if ranks_meet else failure.number is not None:
+                    break
+                position = after
+                stop = int(work.stop_requested())
+                if ranks_meet or work.engine.in_lockstep:
+                    stop = dist.largest(stop, work.engine.device)
+                if stop:
+                    break
+        except Stopped:
+            pass  # on all ranks, while completions were sampled
         measured = work.metrics.take()
         if not any_failed(work.engine, failure):
             return measured

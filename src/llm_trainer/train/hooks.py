@@ -78,8 +78,9 @@ class Hook:
         if progress.hooks_done.get(self.name) == progress.step:
             return False
         by_steps = self.every_steps is not None and progress.step > 0 and progress.step % self.every_steps == 0
-        at_epoch_end = progress.position == 0 and progress.epoch > 0
-        by_epochs = bool(self.every_epochs) and at_epoch_end and progress.epoch % (self.every_epochs or 1) == 0
+        by_epochs = (
+            bool(self.every_epochs) and progress.is_between_epochs and progress.epoch % (self.every_epochs or 1) == 0
+        )
         return by_steps or by_epochs or (self.at_end and finished)
 
 

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine import dist
-from llm_trainer.state import MicroBatch, Progress, StepDone
+from llm_trainer.state import MicroBatch, Position, Progress, StepDone
 from llm_trainer.train.retry import Attempt, DoesNotFit, Steps
 from llm_trainer.train.terms import count_terms, fill_up, share_of_step
 from llm_trainer.train.work import Work
@@ -29,14 +30,14 @@ def fit(work: Work, progress: Progress, after: Callable[[StepDone | None], bool]
             except DoesNotFit as failure:
                 steps.again(failure)  # cut smaller; nothing has happened yet
                 continue
-            if after(done):
+            if after(replace(done, waited=steps.waited)):
                 return
             dist.reached(f"data of step {progress.step + 1}")
         if after(None):
             return
 
 
-def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position: int) -> StepDone:
+def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position: Position) -> StepDone:
     """Take one optimizer step: along the gradient of the mean over ALL terms of all micro-batches on all ranks.
 
     Raises:

@@ -1,6 +1,7 @@
 """What an algorithm may ask of the machinery: see `machine.Machine`."""
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.algorithm import Algorithm
+from llm_trainer.checkpoint.valid import step_folders, step_of
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.score import Columns, Scoring
@@ -23,16 +25,42 @@ if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
 
 
+HASHED_AT_ONCE = 1 << 22  # elements
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+@torch.no_grad()
+def hash_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Tells weights from others, by every bit of them and its place; they are read where they are.
+
+    Two sums of integers per tensor, which wrap around and so do not depend on the order in which a device adds.
+    """
+    names, sums = [], []
+    for name, weight in weights:
+        words = weight.contiguous().flatten().view(INTEGERS[weight.element_size()])
+        total = torch.zeros(2, dtype=torch.int64, device=words.device)
+        for first in range(0, len(words), HASHED_AT_ONCE):
+            piece = words[first : first + HASHED_AT_ONCE].long()
+            places = torch.arange(first + 1, first + 1 + len(piece), device=piece.device)
+            total += torch.stack([piece.sum(), (piece * places).sum()])
+        names.append(f"{name} {tuple(weight.shape)}")
+        sums.append(total)
+    table = torch.stack(sums).cpu().tolist()  # the host waits for the device once
+    return hashlib.sha256(repr([names, table]).encode()).hexdigest()[:16]
+
+
 class RunMachine:
     """The machinery of one run, as its algorithm sees it: `machine.Machine` says what each member means.
 
     Attributes:
         trainer: the algorithm.
         budget: of its micro-batches; there as soon as the data is.
+        rows: how they are laid out; there as soon as the data is.
     """
 
     trainer: Algorithm
     budget: Budget
+    rows: LaidOut
 
     def __init__(
         self,
@@ -41,13 +69,11 @@ class RunMachine:
         compiling: Compiling,
         progress: Progress,
         metrics: Metrics,
-        rows: LaidOut,
         save_dir: Path,
         stop_requested: Callable[[], bool],
         say: Callable[[str], None],
     ) -> None:
         self._engine, self._settings, self._compiling = engine, settings, compiling
-        self._rows = rows
         self._progress, self._metrics = progress, metrics
         self.save_dir, self.stop_requested, self.say = save_dir, stop_requested, say
 
@@ -76,16 +102,28 @@ class RunMachine:
         return dist.rank()
 
     @property
+    def world_size(self) -> int:
+        return dist.world_size()
+
+    @property
+    def process_number(self) -> int:
+        return dist.process_number()
+
+    @property
+    def num_processes(self) -> int:
+        return dist.num_processes()
+
+    @property
     def is_main(self) -> bool:
         return dist.is_main()
 
     @property
     def layout(self) -> Layout:
-        return self._rows.layout
+        return self.rows.layout
 
     def reads_rows(self, try_out: Callable[[], Packing]) -> None:
         with dist.on_duty(str):  # the main process says it to the others
-            self._rows.reads_rows(try_out)
+            self.rows.reads_rows(try_out)
 
     def place(self, frozen: nn.Module) -> None:
         self._compiling.add(frozen)
@@ -107,6 +145,17 @@ class RunMachine:
         scoring = Scoring(self._engine, self.trainer.model, self.budget.tokens, self.say, self.stop_requested)
         with self._metrics.set_aside():
             return scoring(dataset, collate, function)
+
+    def weights_hash(self) -> str:
+        return hash_of(self.stream_weights())
+
+    def gather(self, value: object) -> list[Any]:
+        return dist.gather_patiently(value)
+
+    def checkpoint_steps(self) -> tuple[list[int], list[int]]:
+        steps = [step_of(path) for path in step_folders(self.save_dir)]
+        recent = self._settings.checkpoints_to_keep
+        return steps[:recent], steps[recent:]
 
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         self._metrics.add(name, total, count)

@@ -14,7 +14,8 @@ from torch import nn
 from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.templates import describe_default, has_default_template
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.stream import SampleStream, StepSource
+from llm_trainer.data.rollouts import RolloutSource
+from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
@@ -166,6 +167,7 @@ def mfu_per_rate(size: Size, engine: Engine) -> float | None:
 
 def mean_row_length(source: StepSource) -> int | None:
     """Tokens of a row on average; None where the data does not say."""
+    source = innermost(source)
     if not isinstance(source, SampleStream):
         return None
     return round(float(source.dataset.lengths.mean()))
@@ -232,6 +234,8 @@ def describe_memory(memory: Mapping[str, float]) -> str:
 
 def describe_batch(source: StepSource, accumulation: int) -> str:
     """What an optimizer step consists of, as an equation."""
+    if isinstance(source, RolloutSource):
+        return source.describe() + _budget_of(source)
     ranks = counted(dist.world_size(), "rank")
     if not isinstance(source, SampleStream):
         in_all = counted(accumulation * dist.world_size(), "micro-batch")
@@ -250,7 +254,7 @@ def _budget_of(source: StepSource) -> str:
 
 def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> dict[str, str]:
     """What is about to happen, by name: model, batch-size equation, steps, precision, expected memory."""
-    trainer, engine, source = work.algorithm, work.engine, work.source
+    trainer, engine, source = work.algorithm, work.engine, innermost(work.source)
     model, steps = trainer.base_model, work.horizon.total()
     processes = counted(dist.num_processes(), "process")
     memory = expected_memory(size, engine, source, settings)

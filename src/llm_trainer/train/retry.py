@@ -5,6 +5,7 @@ that runs out of memory takes part in that exchange with zeros, and then all ran
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -149,21 +150,28 @@ def _statistics(work: Work) -> Iterator[Tensor]:
 
 
 class Steps:
-    """The steps of an epoch, from where the run stands; one that ran out of memory comes again, cut smaller."""
+    """The steps of an epoch, from where the run stands; one that ran out of memory comes again, cut smaller.
+
+    Attributes:
+        waited: seconds until the step that came last was there.
+    """
 
     def __init__(self, work: Work, progress: Progress) -> None:
         self._work, self._progress = work, progress
         self._steps = self._open()
         self._step: Step
+        self.waited = 0.0
 
     def _open(self) -> Iterator[Step]:
-        return self._work.algorithm._train_steps(self._work.source, self._progress.epoch, self._progress.position)
+        return self._work.source.steps(self._progress.epoch, self._progress.place)
 
     def __iter__(self) -> "Steps":
         return self
 
     def __next__(self) -> Step:
+        began = time.perf_counter()
         self._step = next(self._steps)
+        self.waited = time.perf_counter() - began
         return self._step
 
     def again(self, failure: DoesNotFit) -> None:
@@ -173,7 +181,7 @@ class Steps:
             OutOfMemoryError: it cannot be cut any smaller, or the ranks have lost each other; on every rank.
         """
         work, (micro_batches, position) = self._work, self._step
-        rows = work.source.rows_of_step(self._progress.epoch, self._progress.position, micro_batches)
+        rows = work.source.rows_of_step(self._progress.epoch, self._progress.place, micro_batches)
         shrink(work, rows, failure, f"step {self._progress.step + 1}")
         recut = work.source.recut(micro_batches)
         if recut is None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.loaders import LoaderSteps
-from llm_trainer.data.stream import SampleStream, StepSource
+from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout, takes_flat
@@ -30,6 +30,7 @@ class LaidOut:
     """
 
     def __init__(self, wanted: str, source: StepSource, trainer: Algorithm, engine: Engine, together: bool) -> None:
+        source = innermost(source)
         self._source, self._engine, self._together = source, engine, together
         self._trainer, self._takes_flat = type(trainer).__name__, takes_flat(type(trainer))
         self._packings: list[Packing] = []

@@ -11,6 +11,7 @@ from torch import nn
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.env import environment, set_default
 from llm_trainer.data.loader_workers import workers_needed
+from llm_trainer.data.stream import StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
@@ -20,7 +21,7 @@ from llm_trainer.kernels import compile_after
 from llm_trainer.model_group import members_of
 from llm_trainer.optim import schedules
 from llm_trainer.optim.optimizers import slow_kernel
-from llm_trainer.state import Choice, Horizon, Progress, StepDone
+from llm_trainer.state import Choice, Horizon, Progress, StepDone, Stopped
 from llm_trainer.train import guards, preflight, sizing, snapshot
 from llm_trainer.train.budget import Budget, may_cut
 from llm_trainer.train.compiling import Compiling, steps_left
@@ -103,33 +104,39 @@ class Run:
         self.compiling = Compiling(settings.compile, self.engine, engine_of(settings))
         self._max_grad_norm = max_grad_norm or 0.0
 
-        # The data: this rank's share of the training data, and of every validation set.
-        with self._on_duty():
-            threads = settle_threads(together)
-            read_once = max_epochs == 1 or settings.max_steps is not None
-            training = {"accumulation": grad_accum_steps, "read_once": read_once}
-            self.source, self.val_sources = open_sources(
-                train_loader, val_loader, settings, self.engine, together, trainer.sides, training
-            )
-            machine = sizing.describe_machine(self.engine, self._is_together)
-        for choice in (*settings.choices, threads):
-            if choice is not None:
-                self.chosen(choice)
-        sources = [self.source, *self.val_sources.values()]
-        self.budget = Budget(settings.micro_batch_tokens, sources, machine, may_cut(trainer))
-        rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
+        # What the algorithm may ask; its sources of steps may ask it too.
         self.machine = RunMachine(
             self.engine,
             settings,
             self.compiling,
             self.progress,
             self._metrics,
-            rows,
             self.save_dir,
             self.signals.stop,
             self.say,
         )
-        self.machine.trainer, self.machine.budget = trainer, self.budget
+        self.machine.trainer, trainer.machine = trainer, self.machine
+
+        # The data: this rank's share of the training data, and of every validation set.
+        with self._on_duty():
+            threads = settle_threads(together)
+            read_once = max_epochs == 1 or settings.max_steps is not None
+            training = {"accumulation": grad_accum_steps, "read_once": read_once}
+            source, val_sources = open_sources(
+                train_loader, val_loader, settings, self.engine, together, trainer.sides, training
+            )
+            self.source: StepSource = trainer._build_source(source, training=True)
+            self.val_sources: dict[str, StepSource] = {}
+            for name, val_source in val_sources.items():
+                self.val_sources[name] = trainer._build_source(val_source, training=False)
+            machine = sizing.describe_machine(self.engine, self._is_together)
+        for choice in (*settings.choices, threads):
+            if choice is not None:
+                self.chosen(choice)
+        sources = [self.source, *self.val_sources.values()]
+        self.budget = Budget(settings.micro_batch_tokens, sources, machine, may_cut(trainer))
+        self.machine.budget = self.budget
+        self.machine.rows = LaidOut(settings.packing, self.source, trainer, self.engine, together)
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Place and wrap the trained module; switch on what the settings ask of it."""
@@ -193,7 +200,7 @@ class Run:
                 if not self.finished():
                     self.trainer.model.train()
                     self._buffers.begin()
-                    self.driver(self.work, self.progress, self.after)
+                    self._drive()
                 if not self.finished():  # the driver of another library ends when a callback of it says so
                     self.stop("training was ended before its last step")
                     self._call_hooks()
@@ -202,6 +209,14 @@ class Run:
                 return dict(self.values)
             finally:
                 self._reporter.close()
+
+    def _drive(self) -> None:
+        """Let the driver take steps until the run is over, or a source of steps has stopped for a signal."""
+        try:
+            self.driver(self.work, self.progress, self.after)
+        except Stopped:  # between two steps: no step and no epoch is to be counted
+            self.stop_requested = True
+            self._call_hooks()
 
     def _on_duty(self) -> AbstractContextManager[None]:
         """The context in which the ranks of this run need each other."""
@@ -235,11 +250,11 @@ class Run:
             self.say(said)
         progress = self.progress
         progress.tokens += done.tokens
-        progress.train_seconds += done.seconds
+        progress.train_seconds += done.seconds + done.waited
         first_group = self.trainer.optimizer.param_groups[0]
         progress.learning_rate = float(first_group["lr"])  # the one that the step was taken with
         progress.lines, progress.words = [], ""
-        self._clock.add(done.tokens, done.seconds)
+        self._clock.add(done.tokens, done.seconds + done.waited)
         self._last_batch = done.batches[-1].batch
         self.new_best = False
         self.stop_requested = self.stop_requested or done.stop
@@ -381,16 +396,18 @@ class Run:
                 f"step {progress.step}: {name} could not be measured, since nothing in this validation data counts in the "
                 "loss; expected labels that are not all -100: look at its rows, and at what truncation leaves of them"
             )
-        loss = values.get("eval_loss")
-        if loss is None:
+        name, highest = self.trainer.best_metric, self.trainer.best_is_highest
+        value = values.get(name)
+        if value is None:
             return  # nothing was measured, which is no lack of progress
-        if progress.note_loss(loss, settings.early_stopping_min_delta):
+        if progress.note_loss(value, settings.early_stopping_min_delta, highest):
             self.new_best = True
-        schedules.after_evaluation(self.trainer.scheduler, loss)
+        sign = -1 if highest else 1
+        schedules.after_evaluation(self.trainer.scheduler, sign * value)
         patience = settings.early_stopping_patience
         if patience is not None and progress.evals_without_progress >= patience:
             self.stop(
-                f"stopped early: {patience} evaluations without progress, best eval_loss {progress.best_loss} at step "
+                f"stopped early: {patience} evaluations without progress, best {name} {progress.best_loss} at step "
                 f"{progress.best_step}"
             )
 

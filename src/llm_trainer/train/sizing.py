@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_trainer.data.loaders import LoaderSteps
-from llm_trainer.data.stream import SampleStream, StepSource
+from llm_trainer.data.rollouts import RolloutSource
+from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.room import room_on
@@ -52,7 +53,7 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
         return
     if not may_cut(work.algorithm):
         return budget.settle(None, f"{type(work.algorithm).__name__} does not say that they may be cut anew")
-    fastest, why = _fastest(work.engine.device, work.source)
+    fastest, why = _fastest(work.engine.device, innermost(work.source))
     cost = _cost(work, size, settings, fastest)
     room = room_on(work.engine.device)
     free = room.free - _still_to_come(work, size, settings)
@@ -69,7 +70,7 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
 
 def _cost(work: Work, size: Size, settings: "Settings", fastest: int) -> BytesOf | None:
     """What a micro-batch takes: by the formula, or where a trial knows better by a trial; None: nobody knows."""
-    engine, source = work.engine, work.source
+    engine, source = work.engine, innermost(work.source)
     formula = bytes_by_formula(engine, size, settings)
     if not isinstance(source, SampleStream) or not engine.takes_trials:  # nothing to try it with, or no way
         return formula
@@ -87,7 +88,7 @@ def _cost(work: Work, size: Size, settings: "Settings", fastest: int) -> BytesOf
 def _fastest(device: torch.device, source: StepSource) -> tuple[int, str]:
     if device.type != "cpu":
         return ON_GPUS
-    if isinstance(source, LoaderSteps):
+    if isinstance(source, LoaderSteps | RolloutSource):
         tokens = FASTEST_PADDED if source.layout.counts_padding else FASTEST_FLAT
         return tokens, "the fastest on CPUs, where the batches of a loader can be cut anew"
     is_flat = isinstance(source, SampleStream) and source.flat

@@ -17,7 +17,7 @@ from llm_trainer import checkpoint
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
 from llm_trainer.checkpoint.valid import step_folders
-from llm_trainer.data.stream import StepSource
+from llm_trainer.data.stream import StepSource, innermost
 from llm_trainer.disk import DiskError, whole_file
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
@@ -93,7 +93,7 @@ class DataFacts:
         return self._facts() | self.source.state_dict()
 
     def _facts(self) -> dict[str, Any]:
-        return {"kind": type(self.source).__name__, "size": self.source.size(), "seed": self.seed}
+        return {"kind": type(innermost(self.source)).__name__, "size": self.source.size(), "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         try:

@@ -28,7 +28,7 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.engine.unused import Unused
-from llm_trainer.state import MicroBatch, Progress, StepDone
+from llm_trainer.state import MicroBatch, Position, Progress, StepDone
 from llm_trainer.train.retry import Attempt, DoesNotFit, Steps
 from llm_trainer.train.terms import count_terms, fill_up, share_of_step
 from llm_trainer.train.work import Work
@@ -207,7 +207,7 @@ class Driver(transformers.Trainer):
                 self.loader.steps.again(failure)  # cut smaller; nothing has happened yet
                 inputs = next(self.loader.steps)
 
-    def _try_step(self, model: nn.Module, micro_batches: list[MicroBatch], position: int) -> Tensor:
+    def _try_step(self, model: nn.Module, micro_batches: list[MicroBatch], position: Position) -> Tensor:
         algorithm, engine = self.work.algorithm, self.work.engine
         self.started = time.perf_counter()
         dist.reached(f"step {self.progress.step + 1}, beginning")
@@ -337,7 +337,8 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         seconds = time.perf_counter() - self.driver.started
-        self._after(replace(self.driver.done, seconds=seconds), args, state, control)
+        waited = self.driver.loader.steps.waited
+        self._after(replace(self.driver.done, seconds=seconds, waited=waited), args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

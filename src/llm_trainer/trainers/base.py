@@ -118,7 +118,6 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
             save_interval=save_interval,
             hooks=hooks,
         )
-        self.machine = self.run.machine
         self._reads_rows(model)
         self.model = self.run.prepare(self._build_module(model))
 

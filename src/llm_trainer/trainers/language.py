@@ -1,18 +1,20 @@
 """Language modelling: next-token prediction on the tokens that are trained on. Pretraining and SFT are this."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
-from llm_trainer.algorithm import PromptFormat, Source, Step
+from llm_trainer.algorithm import PromptFormat
 from llm_trainer.config.algorithms import PretrainConfig, SFTConfig
 from llm_trainer.config.options import KDConfig
+from llm_trainer.data.stream import Amended
 from llm_trainer.losses.distill import mix_with_task
 from llm_trainer.losses.language import IGNORE, LanguageLoss, mean_over, weight_sum
 from llm_trainer.models.scored import TokenScores, scored
+from llm_trainer.state import MicroBatch
 from llm_trainer.trainers.answers import lay_flat
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
@@ -139,15 +141,20 @@ class Trainer(BaseTrainer):
     def _get_extra_config_info(self) -> dict[str, Any]:
         return {} if self.kd is None else {"distillation": self.kd}
 
-    def _train_steps(self, source: Source, epoch: int, position: int) -> Iterator[Step]:
-        for batches, after in super()._train_steps(source, epoch, position):
-            seed = None if self.kd is None else self.kd.sampling_seed(self.machine.seed, self.machine.step)
-            if self.kd is not None and seed is not None:
-                with self.machine.generating():
-                    for micro_batch in batches:
-                        if micro_batch.counts:
-                            micro_batch.batch = own_answers(dict(micro_batch.batch), self.base_model, self.kd, seed)
-            yield batches, after
+    def _build_source(self, source: Any, training: bool) -> Any:
+        learns_own_answers = self.kd is not None and self.kd.on_policy_fraction > 0
+        return Amended(source, self._write_own_answers) if training and learns_own_answers else source
+
+    def _write_own_answers(self, batches: list[MicroBatch]) -> None:
+        """In the share of the steps that is on-policy, put what the model answers in place of the answers of a step."""
+        assert self.kd is not None
+        seed = self.kd.sampling_seed(self.machine.seed, self.machine.step)
+        if seed is None:
+            return
+        with self.machine.generating():
+            for micro_batch in batches:
+                if micro_batch.counts:
+                    micro_batch.batch = own_answers(dict(micro_batch.batch), self.base_model, self.kd, seed)
 
     def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         batch = lay_flat(batch, self.machine.layout)

@@ -313,7 +313,7 @@ def test_weights_that_are_broken_before_the_first_step_are_named(tmp_path: Path)
 def test_a_step_without_a_micro_batch_is_refused(tmp_path: Path) -> None:
     """Also of one rank alone, which the others would wait for."""
     trainer = make(tmp_path, [GOOD])
-    trainer._train_steps = lambda source, epoch, position: iter([([], 1)])  # type: ignore[method-assign]
+    trainer.run.source.steps = lambda epoch, position: iter([([], 1)])  # type: ignore[method-assign]
     with pytest.raises(
         ValueError, match="a step without a micro-batch on this rank; expected at least one on every rank"
     ):

@@ -50,10 +50,11 @@ class Ragged:
 class TokenStore:
     """An opened store; columns are memory mapped."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, meta: dict[str, Any] | None = None) -> None:
+        """`meta`: the facts, if `meta.json` is not written yet."""
         self.folder = folder
         self.is_new = False  # made by who has opened it, and not found
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.meta: dict[str, Any] = meta or json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.columns: dict[str, Ragged] = {}
         for name in self.meta["columns"]:
             values = np.load(folder / f"{name}.values.npy", mmap_mode="r")
@@ -101,6 +102,12 @@ def write_part(folder: Path, number: int, part: Part) -> None:
         np.savez(file, **arrays)
 
 
+def columns_of(part: Path) -> list[str]:
+    """Names of the columns of a part that was written."""
+    with np.load(part) as arrays:
+        return [name.removesuffix(".values") for name in arrays.files if name.endswith(".values")]
+
+
 def join_parts(
     folder: Path,
     num_parts: int,
@@ -111,24 +118,46 @@ def join_parts(
 ) -> TokenStore:
     """Make the store at `folder` of its parts 0 to `num_parts` - 1, in this order; afterwards they are removed.
 
+    Who has more columns to add calls `join_columns`, `write_column` and `close_store` one after the other.
+
     Args:
         folder: where `write_part` wrote.
         columns: names of the columns that every part has.
         meta: further facts to keep in meta.json.
         unreadable: rows that never came into a part, by reason.
     """
+    facts = join_columns(folder, num_parts, columns)
+    facts["dropped"].update(unreadable or {})
+    return close_store(folder, facts | (meta or {}))
+
+
+def join_columns(folder: Path, num_parts: int, columns: Sequence[str]) -> dict[str, Any]:
+    """Join the columns of all parts, which stay; the facts of the store, for `close_store`."""
     parts = [part_path(folder, number) for number in range(num_parts)]
     (folder / "parts").mkdir(parents=True, exist_ok=True)  # there is none where there was no row
     counts = {name: _join_column(folder, name, parts) for name in columns}
     assert len(set(counts.values())) <= 1, f"columns of different numbers of rows: {counts}"
-    dropped, notes = Counter[str](unreadable or {}), Counter[str]()
+    dropped, notes = Counter[str](), Counter[str]()
     for path in parts:
         with np.load(path) as part:
             dropped.update(json.loads(part["dropped"].tobytes()))
             notes.update(json.loads(part["notes"].tobytes()))
-    facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped, "notes": notes}
+    return {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped, "notes": notes}
+
+
+def write_column(folder: Path, name: str, rows: Sequence[np.ndarray]) -> None:
+    """Write one more column, `[T_i]` per row."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    offsets = np.cumsum(np.concatenate([[0], lengths]), dtype=np.int64)
+    save_array(folder / f"{name}.offsets.npy", offsets.shape, offsets.dtype, [offsets])
+    dtype = np.result_type(*{row.dtype for row in rows} or [np.float32])
+    save_array(folder / f"{name}.values.npy", (int(offsets[-1]),), dtype, rows)
+
+
+def close_store(folder: Path, facts: dict[str, Any]) -> TokenStore:
+    """Write `meta.json`, which comes last, and remove the parts."""
     with whole_file(folder / "meta.json") as partial:
-        partial.write_text(json.dumps(facts | (meta or {}), indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     shutil.rmtree(folder / "parts")
     return TokenStore(folder)
 
