@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from llm_trainer import SFTTrainer, configure_optimizer
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.model_group import ModelGroup
-from llm_trainer.models.critic import Acted, ActorCritic, critic_of, critic_on_body
+from llm_trainer.models.critic import Acted, ActorCritic, critic_of
 from llm_trainer.models.scored import scored
 from llm_trainer.trainers.answers import lay_flat, to_device
 
@@ -44,7 +44,7 @@ class TwoModels(SFTTrainer):
 
 def two_models(model: Any, shares_body: bool, lr: float = 1e-2) -> dict[str, Any]:
     """Keywords of `TwoModels`: the critic learns with half the rate, in groups of its own where its body is its own."""
-    critic = critic_on_body(model) if shares_body else critic_of(model)
+    critic = critic_of(model, on_policy=shares_body)
     optimizer = configure_optimizer(model=ModelGroup(model, {"critic": critic}), lr=lr)
     if not shares_body:
         optimizer = configure_optimizer(model=model, lr=lr)

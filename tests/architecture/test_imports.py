@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "model_group",
         "terminal",
     },
-    "trainers": {"algorithm", "state", "layout", "losses", "models", "generation", "rewards", "config"},
+    "trainers": {"algorithm", "state", "layout", "losses", "models", "generation", "rewards", "config", "optim"},
     # a description becomes objects
     "builder": {"layout", "config", "data", "models", "engine", "checkpoint", "disk", "terminal"},
     "assemble": {"builder", "config", "data", "engine", "optim", "models", "state", "checkpoint", "lock"},

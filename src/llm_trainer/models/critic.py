@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_trainer.losses.language import IGNORE
+from llm_trainer.models.frozen import has_adapters
 from llm_trainer.models.rewarding import Rewarding, process_reward_model
-from llm_trainer.models.scored import ScoredModel, TokenScores
+from llm_trainer.models.scored import ScoredModel, TokenScores, accepted_inputs, logits_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +34,7 @@ class ActorCritic(nn.Module):
 
     Args:
         policy: a language model with scores.
-        critic: a classification model with one label, of its own or on the body of the policy's (`critic_on_body`), which
-            then runs once for both.
+        critic: of the policy (`critic_of`); where both have one body, it runs once for both.
 
     Raises:
         ValueError: the critic is on the policy's body, and the policy does not come apart into body and head.
@@ -43,7 +43,7 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: ScoredModel, critic: nn.Module) -> None:
         super().__init__()
         self.policy = policy
-        self.critic = Rewarding(critic)
+        self.critic = reader_of(critic)
         self.shares_body = any(inner is self.critic.body for inner in policy.modules())
         if self.shares_body and policy.head is None:
             raise ValueError(
@@ -64,7 +64,7 @@ class ActorCritic(nn.Module):
 
             def value(states: Tensor, head: nn.Linear | None) -> Tensor:
                 states = states.detach() if detach_body else states
-                return self.critic.head(states).squeeze(-1).float()  # (N,)
+                return cast(Rewarding, self.critic).head(states).squeeze(-1).float()  # (N,)
 
             scores = self.policy(labels=labels, distance=value, **inputs)
             assert scores.distance is not None
@@ -81,14 +81,107 @@ class ActorCritic(nn.Module):
         return Acted(scores, F.pad(torch.where(supervised, after[:, :-1], 0.0), (1, 0)))
 
 
-def critic_on_body(policy: "PreTrainedModel") -> "PreTrainedModel":
-    """A critic with a new head on the policy's own body, which then learns from both losses."""
-    return process_reward_model(policy, policy.config.pad_token_id)
+class OwnCritic(nn.Module):
+    """A critic of the user's: any module that gives a number for each token, read as `Rewarding` is.
+
+    Args:
+        model: its forward takes `input_ids [B, T]`, and `attention_mask` and `position_ids` where it has these, and returns
+            `[B, T]` or `[B, T, 1]`, as a tensor, as `.logits` or as `["logits"]`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.body = model
+        self._accepted = accepted_inputs(model)
+
+    def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+        """The numbers of `input_ids [B, T]` or `[1, N]`, of the same shape."""
+        return self(input_ids, **layout)
+
+    def forward(self, input_ids: Tensor, every_token: bool = True, **layout: Tensor) -> Tensor:
+        """Values `[B, T]` of `input_ids [B, T]`.
+
+        Raises:
+            ValueError: the module returned another shape.
+        """
+        if self._accepted is not None:
+            layout = {name: value for name, value in layout.items() if name in self._accepted}
+        values = logits_of(self.body(input_ids, **layout), type(self.body).__name__)
+        if values.dim() == 3 and values.shape[-1] == 1:
+            values = values.squeeze(-1)
+        if values.shape != input_ids.shape:
+            raise ValueError(
+                f"value_model: {type(self.body).__name__} returned the shape {tuple(values.shape)} for input_ids "
+                f"{tuple(input_ids.shape)}; expected one number for each token"
+            )
+        return values.float()
 
 
-def critic_of(policy: "PreTrainedModel") -> "PreTrainedModel":
-    """A critic with a new head on a copy of the policy's body as it is now."""
-    body = deepcopy(policy.base_model)
-    critic = process_reward_model(policy, policy.config.pad_token_id)
-    setattr(critic, critic.base_model_prefix, body)
-    return cast("PreTrainedModel", critic.requires_grad_(True))
+def reader_of(critic: nn.Module) -> "Rewarding | OwnCritic":
+    """What gives a critic's numbers per token."""
+    from transformers import PreTrainedModel
+
+    return Rewarding(critic) if isinstance(critic, PreTrainedModel) else OwnCritic(critic)
+
+
+def critic_of(policy: nn.Module, value_model: nn.Module | None = None, on_policy: bool | None = None) -> nn.Module:
+    """The critic of a policy.
+
+    Args:
+        policy: a language model.
+        value_model: a classification model with one label, such as a reward model, is the critic itself; a language model's
+            body gets a new head; any other module is the user's own critic. None: a new head on the policy's body.
+        on_policy: whether that is the body itself, which then learns from both losses, or a copy of it as it is now. None:
+            itself where only its adapters learn: a copy of it would cost as much memory as all the rest.
+
+    Raises:
+        ValueError: it is the policy itself, has another vocabulary, or cannot be made.
+    """
+    if value_model is None:
+        if on_policy is None:
+            on_policy = has_adapters(policy)
+        return _made_of(policy, on_policy)
+    if value_model is policy:
+        raise ValueError(
+            "value_model is the policy itself, whose head gives a distribution over the vocabulary; expected another model, "
+            "or none and critic_on_policy=True for a head on the policy's own body"
+        )
+    if on_policy:
+        raise ValueError("critic_on_policy: value_model is a critic with a body of its own; give one of them")
+    theirs, ours = _num_tokens(value_model), _num_tokens(policy)
+    if 0 < theirs < ours:
+        raise ValueError(
+            f"value_model knows {theirs} tokens, the policy {ours}; expected a critic with the policy's tokenizer: one trained "
+            f"on this model's family, or none, and one is made of the policy"
+        )
+    model = _language_model(value_model)
+    if model is not value_model or model.get_output_embeddings() is None:
+        return value_model
+    return process_reward_model(model, model.config.pad_token_id)
+
+
+def _made_of(policy: nn.Module, shares_body: bool) -> nn.Module:
+    model = _language_model(policy)
+    if model is None:
+        raise ValueError(
+            f"value_model: none given, and a {type(policy).__name__} is no transformers model of which a critic could be made; "
+            f"expected a module that gives a number for each token"
+        )
+    critic = process_reward_model(model, model.config.pad_token_id)
+    if not shares_body:
+        setattr(critic, critic.base_model_prefix, deepcopy(model.base_model))
+    return critic
+
+
+def _language_model(model: nn.Module) -> "PreTrainedModel | None":
+    """The transformers model in `model`, which may have adapters around it."""
+    from transformers import PreTrainedModel
+
+    return next((inner for inner in model.modules() if isinstance(inner, PreTrainedModel)), None)
+
+
+def _num_tokens(model: nn.Module) -> int:
+    """Rows of a transformers model's embeddings; 0: not known."""
+    found = _language_model(model)
+    embeddings = None if found is None else found.get_input_embeddings()
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else 0

@@ -93,7 +93,7 @@ class ScoredModel(nn.Module):
         self._split = _split(model)  # a tuple, so that no parameter gets a second name
         self._experts = _experts(model)
         self._causal = self._split is not None and self._split.backbone.config.model_type in BLOCKED_ARCHITECTURES
-        self._accepted = _accepted_inputs(model)
+        self._accepted = accepted_inputs(model)
         self._run: Callable[..., Any] = self._call
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -210,7 +210,7 @@ class ScoredModel(nn.Module):
             inputs |= document_bounds(self._split.backbone.config, input_ids, position_ids, document_lengths)
         output = self._run(input_ids, **inputs)
         if self._split is None:
-            states = _logits_of(output, type(self.base).__name__)  # (B, T, V)
+            states = logits_of(output, type(self.base).__name__)  # (B, T, V)
         else:
             states = output.last_hidden_state  # (B, T, D)
         return states[:, :-1][supervised], output
@@ -324,7 +324,7 @@ def _padded_on_the_right(attention_mask: Tensor) -> bool:
     return bool(mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all())
 
 
-def _logits_of(output: Any, name: str) -> Tensor:
+def logits_of(output: Any, name: str) -> Tensor:
     """Logits `[B, T, V]` from what a model returned."""
     if isinstance(output, Tensor):
         return output
@@ -339,7 +339,7 @@ def _logits_of(output: Any, name: str) -> Tensor:
         ) from None
 
 
-def _accepted_inputs(model: nn.Module) -> frozenset[str] | None:
+def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     """The names that `model.forward` takes, or None when it takes any."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -411,7 +411,7 @@ def _split(model: nn.Module) -> _Split | None:
     try:
         with evaluating(model), torch.no_grad():
             input_ids = torch.tensor([[0, 1]], device=split.head.weight.device)
-            logits = _logits_of(model(input_ids), type(model).__name__)
+            logits = logits_of(model(input_ids), type(model).__name__)
             hidden = split.backbone(input_ids, use_cache=False).last_hidden_state
     finally:
         hook.remove()

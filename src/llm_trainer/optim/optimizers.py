@@ -81,19 +81,18 @@ class Muon(torch.optim.Optimizer):
         if rest:
             inner.append(torch.optim.AdamW(rest, lr, betas, eps, weight_decay, fused=fused))
         super().__init__(sum((half.param_groups for half in inner), []), {})
-        self._halves = [(half, len(half.param_groups)) for half in inner]
+        self._halves = inner
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; `closure`, if given, recomputes the loss that is returned."""
         loss = _evaluate(closure)
-        start = 0
-        for half, num_groups in self._halves:
+        for half in self._halves:
             # Groups and state live here and are only lent: loading a state or re-pointing parameters replaces them.
-            half.param_groups = self.param_groups[start : start + num_groups]
+            of_muon = isinstance(half, torch.optim.Muon)
+            half.param_groups = [group for group in self.param_groups if group["use_muon"] == of_muon]
             half.state = self.state
             half.step()
-            start += num_groups
         return loss
 
 
@@ -110,7 +109,7 @@ def _split_for_muon(params: Params) -> tuple[list[dict[str, Any]], list[dict[str
     rest: list[dict[str, Any]] = []
     for group in _as_groups(params):
         not_matrices = {param for param in group["params"] if not _is_for_muon(param, group)}
-        for part in _separate(group, not_matrices):
+        for part in separate(group, not_matrices):
             (matrices if part["use_muon"] else rest).append(part)
     return matrices, rest
 
@@ -384,12 +383,12 @@ def configure_optimizer(
     if not use_parameter_groups:
         groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
     if optimizer_type.lower() == "muon":
-        tables = _vocabulary_tables(model)
-        groups = sum((_separate(group, tables) for group in groups), [])
+        tables = vocabulary_tables(model)
+        groups = sum((separate(group, tables) for group in groups), [])
     return create_optimizer(groups, optimizer_type, lr=lr, weight_decay=weight_decay, **options)
 
 
-def _vocabulary_tables(model: nn.Module) -> set[Tensor]:
+def vocabulary_tables(model: nn.Module) -> set[Tensor]:
     """Embedding weights, and linear weights shaped [V, D] like the tallest of them: the LM head when it is not tied."""
     tables: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables:
@@ -399,7 +398,7 @@ def _vocabulary_tables(model: nn.Module) -> set[Tensor]:
     return {*tables, *heads}
 
 
-def _separate(group: dict[str, Any], tables: set[Tensor]) -> list[dict[str, Any]]:
+def separate(group: dict[str, Any], tables: set[Tensor]) -> list[dict[str, Any]]:
     """Split one group into (the rest, for Muon) and (`tables`, for AdamW), dropping an empty part."""
     matrices = [parameter for parameter in group["params"] if parameter not in tables]
     others = [parameter for parameter in group["params"] if parameter in tables]

@@ -228,6 +228,8 @@ class Scheduler(LRScheduler):
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
         self.schedule = schedule
         self.plateau = Plateau(**schedule.options) if schedule.name == "reduce_on_plateau" else None
+        # Before other groups come, see `take_in`: it is what the schedule's top means.
+        self._top = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
         super().__init__(optimizer)  # ends in step(), which makes last_epoch 0
 
     def get_lr(self) -> list[float | torch.Tensor]:
@@ -235,8 +237,7 @@ class Scheduler(LRScheduler):
         rate = self.schedule(self.last_epoch)
         if self.plateau is not None:
             rate = min(rate, max(rate * self.plateau.scale, self.schedule.min_lr))
-        top = max(float(base) for base in self.base_lrs)
-        return [rate * (float(base) / top) for base in self.base_lrs]
+        return [rate * (float(base) / self._top) for base in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:
         """Go on to the next update; `epoch` (the next step's number) is there for torch's interface.
@@ -272,6 +273,12 @@ class Scheduler(LRScheduler):
     def describe(self) -> str:
         """One line for people; see `Schedule.describe`."""
         return self.schedule.describe()
+
+    def take_in(self, group: dict[str, Any]) -> None:
+        """Follow a parameter group that the optimizer has just been given, whose rate is that at the top."""
+        group["initial_lr"] = group["lr"]
+        self.base_lrs.append(group["lr"])
+        self._apply()
 
     def _apply(self) -> None:
         self._last_lr = self.get_lr()
