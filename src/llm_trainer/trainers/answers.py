@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
-_PER_TOKEN = ("input_ids", "labels", "completion")
 _LABELS = ("labels", "completion", "step_labels")
 # What the tokens of completions have in reinforcement learning.
 OF_TOKENS = ("old_logprobs", "ref_logprobs", "sampled_logprobs", "advantages")
@@ -95,41 +94,69 @@ def _require_answers(rows: Batch, answers: Sequence[str]) -> None:
         )
 
 
-def share_prompts(rows: Batch) -> Batch:
-    """Pairs laid flat with their prompts once: each rejected answer is a branch (`models.attention`) of the chosen one.
+def share_prompts(rows: Batch, groups: Tensor | None = None) -> Batch:
+    """Answers laid flat with the prompts of pairs, or of groups, once: each further answer is a branch of the first one.
 
-    The branch begins with the last token before the first label, so that every label is still predicted by the token
-    before it. What the answers themselves have in common is not shared: its tokens are labels of both.
+    A branch (`models.attention`) begins with the last token before the first label, so that every label is still predicted by
+    the token before it. What the answers themselves have in common is not shared: its tokens are labels of both.
 
     Args:
-        rows: a joined batch of pairs, padded or flat, all chosen rows before all rejected; perhaps with `completion`,
-            further labels.
+        rows: a joined batch, padded or flat, with numbers per token, like `completion`, further labels.
+        groups: `[rows]`, equal for answers to one prompt, wherever they stand; None: pairs, all chosen rows before all
+            rejected.
 
     Returns:
-        `input_ids`, `labels` and the like `[1, N]`, `position_ids [1, N]`, `document_lengths [2B]` (chosen, rejected,
-        chosen, ...), `document_order [2B]`, and `repeats [1, N]`, 2 on shared tokens; and every other key of the batch.
+        `input_ids`, `labels` and the like `[1, N]`, `position_ids [1, N]`, `document_lengths [rows]` (of a group together:
+        first its trunk, then the branches), `document_order [rows]`, and `repeats [1, N]`, for how many rows each token
+        stands; and every other key of the batch.
     """
-    columns = {name: _documents(rows[name], rows) for name in _PER_TOKEN if name in rows}
-    order = torch.arange(num_answers(rows)).view(-1, 2).T.flatten()
-    pieces: dict[str, list[Tensor]] = {name: [] for name in (*columns, "position_ids", "repeats")}
-    half = len(order) // 2
+    columns = {name: _documents(rows[name], rows) for name in _LAID_FLAT if name in rows}
     documents = columns["input_ids"]
-    sizes = torch.tensor([len(ids) for ids in documents])
-    chosen_ids, rejected_ids = torch.cat(list(documents[:half])), torch.cat(list(documents[half:]))
-    is_label = torch.cat(list(columns["labels"][half:])) != IGNORE
-    shared_tokens = num_shared(chosen_ids, sizes[:half], rejected_ids, sizes[half:], is_label).tolist()
-    for chosen, shared in enumerate(shared_tokens):
-        rejected = chosen + half
+    if groups is None:
+        groups = torch.arange(len(documents)) % (len(documents) // 2)
+    trunks = _first_of_group(groups.cpu())
+    shared = _shared_with(trunks, documents, columns["labels"])
+    pieces: dict[str, list[Tensor]] = {name: [] for name in (*columns, "position_ids", "repeats")}
+    # A row that shares nothing begins anew, so that no branch may come behind it.
+    order = sorted(range(len(documents)), key=lambda row: (trunks[row], row != trunks[row] and not shared[row], row))
+    followers: dict[int, list[int]] = {}
+    for row in order:
+        if shared[row]:
+            followers.setdefault(trunks[row], []).append(shared[row])
+    for row in order:
+        positions = torch.arange(shared[row], len(documents[row]))
+        begun = torch.tensor(followers.get(row, []), dtype=torch.long)
         for name, values in columns.items():
-            pieces[name] += [values[chosen], values[rejected][shared:]]
-        positions = [torch.arange(len(documents[chosen])), torch.arange(shared, len(documents[rejected]))]
-        pieces["position_ids"] += positions
-        pieces["repeats"] += [1 + (positions[0] < shared).long(), torch.ones_like(positions[1])]
+            pieces[name].append(values[row][shared[row] :])
+        pieces["position_ids"].append(positions)
+        pieces["repeats"].append(1 + (positions[:, None] < begun).sum(1))
     laid = {name: torch.cat(parts)[None] for name, parts in pieces.items()}
     lengths = torch.tensor([len(part) for part in pieces["input_ids"]])
     laid["labels"][0, lengths.cumsum(0) - lengths] = IGNORE  # nothing predicts a first token
     others = {name: value for name, value in rows.items() if name not in ("attention_mask", *laid)}
-    return others | laid | {"document_lengths": lengths, "document_order": order}
+    place = torch.tensor(order).argsort()  # the document of each row
+    return others | laid | {"document_lengths": lengths, "document_order": place}
+
+
+def _first_of_group(groups: Tensor) -> list[int]:
+    """`groups [rows]` -> of each row, the first one of its group."""
+    first: dict[int, int] = {}
+    return [first.setdefault(group, row) for row, group in enumerate(groups.tolist())]
+
+
+def _shared_with(trunks: list[int], documents: Sequence[Tensor], labels: Sequence[Tensor]) -> list[int]:
+    """How many tokens each row has in common with the first one of its group; 0 for that one itself."""
+    shared = [0] * len(documents)
+    branches = [row for row, trunk in enumerate(trunks) if row != trunk]
+    if branches:
+        before = [documents[trunks[row]] for row in branches]
+        own = [documents[row] for row in branches]
+        sizes = torch.tensor([[len(a), len(b)] for a, b in zip(before, own, strict=True)])
+        is_label = torch.cat([labels[row] for row in branches]) != IGNORE
+        found = num_shared(torch.cat(before), sizes[:, 0], torch.cat(own), sizes[:, 1], is_label)
+        for row, number in zip(branches, found.tolist(), strict=True):
+            shared[row] = number
+    return shared
 
 
 def _documents(values: Tensor, rows: Batch) -> Sequence[Tensor]:
