@@ -6,7 +6,7 @@ Every packing is a list of rows, each a list of `Piece`s in the order in which t
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -73,6 +73,82 @@ def cut_by_tokens(lengths: Lengths, max_tokens: int, flat: bool) -> list[list[in
         batches.append(sorted(order[:num_rows]))
         order = order[num_rows:]
     return batches
+
+
+class SharedPrompts(NamedTuple):
+    """Rows in groups that begin alike, which the trainer runs once per micro-batch.
+
+    Attributes:
+        groups: `[rows]`, equal for rows of a group.
+        tokens: `[rows]` int64, with how many tokens every row of its group begins alike.
+    """
+
+    groups: np.ndarray
+    tokens: np.ndarray
+
+    def of(self, rows: np.ndarray) -> "SharedPrompts":
+        """Those of some `rows [n]`."""
+        return SharedPrompts(self.groups[rows], self.tokens[rows])
+
+
+def cut_groups(lengths: Lengths, shared: SharedPrompts, max_tokens: int) -> list[list[int]]:
+    """`cut_by_tokens` for flat rows in groups whose beginnings count once per micro-batch.
+
+    A group comes together; one that is larger than `max_tokens` is cut into parts, each of which begins with that again.
+
+    Args:
+        lengths: tokens of each row.
+        shared: what the rows have in common.
+        max_tokens: of a micro-batch; a row longer than that gets one of its own.
+
+    Returns:
+        Row indices of each micro-batch, in their original order inside it.
+    """
+    _check_capacity(max_tokens)
+    sizes = _as_list(lengths)
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(shared.groups.tolist()):
+        members.setdefault(group, []).append(row)
+    parts, costs = [], []
+    for rows in members.values():
+        prompt = int(shared.tokens[rows].min())
+        own = [sizes[row] - prompt for row in rows]
+        for part in _best_fit(own, _longest_first(own), max(1, max_tokens - prompt)):
+            parts.append([rows[i] for i in part])
+            costs.append(prompt + sum(own[i] for i in part))
+    batches = []
+    for batch in _best_fit(costs, _longest_first(costs), max_tokens):
+        batches.append(sorted(chain.from_iterable(parts[i] for i in batch)))
+    return batches
+
+
+def shared_prompts(ids: np.ndarray, is_label: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> SharedPrompts:
+    """How rows of groups begin alike, up to the token before the first label of each.
+
+    Args:
+        ids: `[N]` of all rows end to end.
+        is_label: `[N]` bool, what is predicted.
+        lengths: `[rows]`.
+        groups: `[rows]`, equal for rows of a group.
+    """
+    import torch
+
+    from llm_trainer.losses.pairs import MIN_SHARED, num_shared
+
+    if not len(lengths):
+        return SharedPrompts(groups, np.zeros(0, dtype=np.int64))
+    # 1. each row against the first one of its group, also that one itself
+    _, first, index = np.unique(groups, return_index=True, return_inverse=True)
+    starts = np.cumsum(lengths) - lengths
+    others = [ids[starts[row] : starts[row] + lengths[row]] for row in first[index]]
+    compared = (np.concatenate(others).astype(np.int64), lengths[first[index]], ids.astype(np.int64), lengths, is_label)
+    alike = num_shared(*(torch.from_numpy(np.ascontiguousarray(column)) for column in compared)).numpy()
+    # 2. what all rows of a group have in common, where it pays for any two of them
+    common, longest = np.full(len(first), np.iinfo(np.int64).max), np.zeros(len(first), dtype=np.int64)
+    np.minimum.at(common, index, alike)
+    np.maximum.at(longest, index, lengths)
+    pays = common >= 2 * MIN_SHARED * longest
+    return SharedPrompts(groups, np.where(pays, common, 0)[index])
 
 
 def cut_by_length(lengths: Lengths, sizes: Sequence[int]) -> list[list[int]]:

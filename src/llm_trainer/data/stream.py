@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from llm_trainer.data.loader_workers import WorkerLife, signals_held
-from llm_trainer.data.packing import cut_by_length, cut_by_tokens
+from llm_trainer.data.packing import SharedPrompts, cut_by_length, cut_by_tokens, cut_groups
 from llm_trainer.layout import Layout
 from llm_trainer.state import MicroBatch, Position
 
@@ -191,6 +191,7 @@ class SampleStream:
     # Budget of a micro-batch instead of `batch_size`; counts padding unless `flat`. auto: whoever trains sets it.
     micro_batch_tokens: int | Literal["auto"] | None = "auto"
     flat: bool = False  # whether `collate` lays rows end to end
+    shared: SharedPrompts | None = None  # what rows have in common that is run once, and counts once in the budget
     layout: Layout | None = None  # that `collate` follows, where somebody has looked what the models make of it
     shuffle: bool = True  # visit each file's samples in an order drawn from (seed, epoch)
     file_weights: Sequence[float] | None = None
@@ -285,6 +286,8 @@ class SampleStream:
                 return [rows[start : start + self.batch_size].tolist() for start in starts]
             sizes = [min(self.batch_size, len(rows) - start) for start in starts]
             groups = cut_by_length(self.dataset.lengths[rows], sizes)
+        elif self.shared is not None:
+            groups = cut_groups(self.dataset.lengths[rows], self.shared.of(rows), self.micro_batch_tokens)
         else:
             groups = cut_by_tokens(self.dataset.lengths[rows].tolist(), self.micro_batch_tokens, self.flat)
         return [rows[group].tolist() for group in groups]

@@ -10,7 +10,16 @@ import torch
 from llm_trainer.data.collate import collate_flat
 from llm_trainer.data.kinds import DataOptions
 from llm_trainer.data.kinds.language import Documents
-from llm_trainer.data.packing import Blocks, Packed, cut_by_tokens, pack_bfd, pack_bfd_split
+from llm_trainer.data.packing import (
+    Blocks,
+    Packed,
+    SharedPrompts,
+    cut_by_tokens,
+    cut_groups,
+    pack_bfd,
+    pack_bfd_split,
+    shared_prompts,
+)
 from token_stores import ROWS, store_of
 
 
@@ -127,3 +136,37 @@ def test_blocks_cover_everything_and_cost_no_memory(tmp_path):
     assert len(big[40_000]["input_ids"]) == 1024
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("max_tokens", [30, 64, 200, 10_000])
+def test_prompts_of_groups_count_once_and_large_groups_are_cut(max_tokens: int) -> None:
+    noise = np.random.default_rng(0)
+    groups = noise.integers(0, 12, 90)
+    prompts = noise.integers(0, 25, 12)
+    own = noise.integers(1, 40, 90)
+    lengths = own + prompts[groups]
+    batches = cut_groups(lengths, SharedPrompts(groups, prompts[groups]), max_tokens)
+    assert sorted(row for batch in batches for row in batch) == list(range(90))
+    assert all(batch == sorted(batch) for batch in batches)
+    for batch in batches:
+        cost = own[batch].sum() + prompts[np.unique(groups[batch])].sum()
+        assert cost <= max_tokens or len(batch) == 1
+    alone = cut_by_tokens(lengths, max_tokens, flat=True)
+    assert len(batches) <= len(alone)
+    if max_tokens == 200:
+        assert len(batches) < len(alone)
+
+
+def test_what_rows_of_a_group_have_in_common() -> None:
+    rows = [[5, 6, 7, 8], [1, 2, 3], [5, 6, 7, 9, 9], [5, 6, 7], [1, 2, 4, 4], [5, 6], [7, 7]]
+    labels = [[0, 0, 0, 1], [0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 1], [0, 0, 1, 1], [0, 1], [0, 0]]
+    groups = np.array([3, 0, 3, 4, 0, 4, 9])
+    flat = (
+        np.concatenate([np.array(row) for row in rows]),
+        np.concatenate([np.array(row) for row in labels]).astype(bool),
+    )
+    shared = shared_prompts(*flat, np.array([len(row) for row in rows]), groups)
+    # The last token of a prompt predicts a label of each; a row of group 4 has a prompt of one, and 9 has no label.
+    assert shared.tokens.tolist() == [2, 1, 2, 0, 1, 0, 0]
+    assert shared.of(np.array([2, 6])).tokens.tolist() == [2, 0]
+    assert len(shared_prompts(*(np.zeros(0, dtype=np.int64),) * 4).tokens) == 0
