@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.data.rollouts import Finished, Plan, Prompt, Rollout, RolloutSource, as_json
+from llm_trainer.data.rollout_source import RolloutSource
+from llm_trainer.data.rollouts import Finished, Plan, Prompt, Rollout, as_json
 from llm_trainer.trainers.base import BaseTrainer
 
 VOCABULARY, LONGEST = 13, 6

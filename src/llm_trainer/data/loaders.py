@@ -131,6 +131,20 @@ class LoaderSteps:
         size = self.size()
         return None if size is None else math.ceil(size / (self.accumulation * self._ranks))
 
+    def num_rows(self) -> tuple[int, int] | None:
+        """Rows of an epoch, and of each of its steps over all ranks; None where the loader does not say."""
+        batch_sampler = self._sampler if self._indexed else None
+        if not isinstance(batch_sampler, BatchSampler) or self.deals_itself:
+            return None
+        sampler: Any = batch_sampler.sampler
+        try:
+            rows = len(sampler)
+        except TypeError:
+            return None
+        if batch_sampler.drop_last:
+            rows -= rows % batch_sampler.batch_size
+        return rows, batch_sampler.batch_size * self.accumulation * self._ranks
+
     # What a position means.
 
     def state_dict(self) -> dict[str, Any]:

@@ -129,16 +129,18 @@ class RolloutFolder:
         os.rename(path, target)
         return target
 
-    def prune(self, recent: Sequence[int], others: Sequence[int]) -> None:
+    def prune(self) -> None:
         """Remove rollouts that no checkpoint needs.
 
-        The oldest of the `recent` checkpoints, by their steps, needs the rollout that was under way there and all later
-        ones; of the `others`, such as the best one, each needs the one that it lies inside.
+        The oldest of the checkpoints that rotation leaves needs the rollout that was under way there and all later ones; of
+        the others, such as the best one, each needs the one that it lies inside.
         """
-        if recent:
-            self._on_main(lambda: self._prune(recent, others))
+        self._on_main(self._prune)
 
-    def _prune(self, recent: Sequence[int], others: Sequence[int]) -> None:
+    def _prune(self) -> None:
+        recent, others = self._machine.checkpoint_steps()
+        if not recent:
+            return
         finished = {path: step_of(path) for path in sorted(self.folder.glob("[0-9]" * 8)) if TokenStore.exists(path)}
         paths, begins = list(finished), list(finished.values())
         for path, begin, end in zip(paths, begins, [*begins[1:], None], strict=True):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_trainer.algorithm import Algorithm
-from llm_trainer.data.rollouts import RolloutSource
+from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.stream import RowOfStep, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine

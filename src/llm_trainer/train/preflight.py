@@ -14,7 +14,7 @@ from torch import nn
 from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.templates import describe_default, has_default_template
 from llm_trainer.data.ledger import Ledger
-from llm_trainer.data.rollouts import RolloutSource
+from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_trainer.data.loaders import LoaderSteps
-from llm_trainer.data.rollouts import RolloutSource
+from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine

@@ -136,6 +136,13 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         return DataRequest(cls.rows)
 
     @classmethod
+    def _steps_per_epoch(cls, stream: Any, section: Any) -> int:
+        """Optimizer steps of an epoch over a `data.stream.SampleStream`, by which a schedule is made; those of rollouts are
+        updates (`data.rollout_source.num_updates`).
+        """
+        return stream.num_steps()
+
+    @classmethod
     def _model_from_config(cls, config: "TrainConfig", build: "Build") -> nn.Module:
         """The model to train, if the caller does not give one."""
         return build.model()
