@@ -9,6 +9,7 @@ from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.readers import all_logits, device_of, unwrapped
 from llm_trainer.generation.sampler import evaluating, make_batch
 from llm_trainer.generation.service import Completion, Interrupted, Request
+from llm_trainer.generation.verify import hashes_of
 
 
 class InProcess:
@@ -28,6 +29,10 @@ class InProcess:
         for _ in weights:
             pass
         self.version = version
+
+    def held(self) -> dict[str, int]:
+        """As `GenerationService.held` says."""
+        return hashes_of(unwrapped(self.model))
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, stop: Callable[[], bool]

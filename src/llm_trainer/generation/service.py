@@ -65,6 +65,9 @@ class GenerationService(Protocol):
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take over all weights, each whole and under its name in the trained model; `version` moves at the end."""
 
+    def held(self) -> dict[str, int]:
+        """The hash (`verify.Hashes`) of every tensor that it decodes with, as it lies there, by its names."""
+
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, stop: Callable[[], bool]
     ) -> list[list[Completion]]:
