@@ -99,6 +99,7 @@ LICENSED = {
     ("train/work.py", "data"): "the protocol of a step source",
     ("train/evaluate.py", "data"): "the same, and the chat format of prompts",
     ("train/transformers_driver.py", "data"): "seeds a step as the loop does",
+    ("train/machine.py", "generation"): "tells weights from others as those are told that a sampler was sent",
     ("train/evaluate.py", "generation"): "answers to prompts",
     ("train/snapshot.py", "data"): "the protocol of a step source",
     ("train/preflight.py", "data"): "shows the ledger and the batch equation",

@@ -163,10 +163,10 @@ def check_probe(
     mean = sum(differences) / len(differences)
     if mean < limit:  # never where it is NaN
         return mean
-    ours, theirs = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
+    by_trainer, by_sampler = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
     raise WrongWeights(
         f"weights of version {version} are not what {where} decodes with: log-probabilities of the probe differ by {mean:.3g} "
-        f"on average, at most {ours:.4f} by the trained weights and {theirs:.4f} by the sampler; expected less than {limit:g}. "
+        f"on average, at most {by_trainer:.4f} by the trained weights and {by_sampler:.4f} by the sampler; expected less than {limit:g}. "
         f"None of its tokens were used: look for weights that the sampler keeps in another form, such as a packed head"
     )
 

@@ -1,7 +1,7 @@
 """What an algorithm may ask of the machinery: see `machine.Machine`."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from llm_trainer.checkpoint.valid import step_folders, step_of
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.score import Columns, Scoring
+from llm_trainer.generation.verify import Hashes
 from llm_trainer.layout import Layout, Packing
 from llm_trainer.state import Progress
 from llm_trainer.train.budget import Budget
@@ -23,30 +24,6 @@ from llm_trainer.train.rows import LaidOut
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
-
-
-HASHED_AT_ONCE = 1 << 22  # elements
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-
-
-@torch.no_grad()
-def hash_of(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Tells weights from others, by every bit of them and its place; they are read where they are.
-
-    Two sums of integers per tensor, which wrap around and so do not depend on the order in which a device adds.
-    """
-    names, sums = [], []
-    for name, weight in weights:
-        words = weight.contiguous().flatten().view(INTEGERS[weight.element_size()])
-        total = torch.zeros(2, dtype=torch.int64, device=words.device)
-        for first in range(0, len(words), HASHED_AT_ONCE):
-            piece = words[first : first + HASHED_AT_ONCE].long()
-            places = torch.arange(first + 1, first + 1 + len(piece), device=piece.device)
-            total += torch.stack([piece.sum(), (piece * places).sum()])
-        names.append(f"{name} {tuple(weight.shape)}")
-        sums.append(total)
-    table = torch.stack(sums).cpu().tolist()  # the host waits for the device once
-    return hashlib.sha256(repr([names, table]).encode()).hexdigest()[:16]
 
 
 class RunMachine:
@@ -147,7 +124,10 @@ class RunMachine:
             return scoring(dataset, collate, function)
 
     def weights_hash(self) -> str:
-        return hash_of(self.stream_weights())
+        hashes = Hashes()
+        for name, tensor in self.stream_weights():
+            hashes.note(name, tensor)
+        return hashlib.sha256(repr(hashes.read()).encode()).hexdigest()[:16]
 
     def gather(self, value: object) -> list[Any]:
         return dist.gather_patiently(value)
