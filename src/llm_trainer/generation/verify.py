@@ -166,8 +166,9 @@ def check_probe(
     by_trainer, by_sampler = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
     raise WrongWeights(
         f"weights of version {version} are not what {where} decodes with: log-probabilities of the probe differ by {mean:.3g} "
-        f"on average, at most {by_trainer:.4f} by the trained weights and {by_sampler:.4f} by the sampler; expected less than {limit:g}. "
-        f"None of its tokens were used: look for weights that the sampler keeps in another form, such as a packed head"
+        f"on average, at most {by_trainer:.4f} by the trained weights and {by_sampler:.4f} by the sampler; expected less than "
+        f"{limit:g}. None of its tokens were used: look for weights that the sampler keeps in another form, such as a packed "
+        f"head"
     )
 
 
