@@ -91,6 +91,9 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     ref_model_checkpoint: Any = Field(
         default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
     )
+    share_prompts: StrictBool = Field(
+        default=True, description="run the prompt of a group once per micro-batch, where attention can (CPU)"
+    )
     gradient_accumulation_steps: StrictInt = Field(
         default=1, ge=1, description="a rollout has batch_size x this x devices prompts"
     )

@@ -44,6 +44,7 @@ class RolloutSource:
         pad_id: token that pads rows.
         keep_rollouts: all of them; else those that no checkpoint needs are removed.
         rollouts: folder of stored rollouts of another run, which are learned from in place of new ones.
+        shares_prompts: the trainer runs the prompt of a group once per micro-batch, so that a token budget counts it once.
     """
 
     source: StepSource
@@ -59,6 +60,7 @@ class RolloutSource:
     pad_id: int = 0
     keep_rollouts: bool = False
     rollouts: str | None = None
+    shares_prompts: bool = False
 
     def __post_init__(self) -> None:
         self.micro_batch_tokens: int | Literal["auto"] | None = self.source.micro_batch_tokens
@@ -160,8 +162,10 @@ class RolloutSource:
     def _stream(self, number: int, rollout: Rollout, rows_per_update: int | None) -> SampleStream:
         """The rows of a rollout that are learned from, in steps."""
         flat, lay = laying(self.layout, self.pad_id)
+        rows = Used(rollout)
+        shared = rows.shared() if self.shares_prompts else None
         return SampleStream(
-            Used(rollout),
+            rows,
             partial(collate_rollout, lay=lay),
             rows_per_step=rows_per_update or max(1, len(rollout.used)),
             batch_size=self.batch_size or ROWS_PER_MICRO_BATCH,
@@ -169,6 +173,7 @@ class RolloutSource:
             world_size=self.machine.world_size,
             micro_batch_tokens=self.micro_batch_tokens,
             flat=flat,
+            shared=shared,
             layout=self.layout,
             shuffle=self.training,
             seed=mix_seeds(self.machine.seed, number),

@@ -19,6 +19,7 @@ import torch
 from llm_trainer.data.collate import pad_right
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.kinds import Batch, LanguageSample, Lay
+from llm_trainer.data.packing import SharedPrompts, shared_prompts
 from llm_trainer.data.rollout_prompts import Prompt
 from llm_trainer.data.rollout_store import Row
 
@@ -131,6 +132,16 @@ class Used:
 
     def __getitem__(self, index: int) -> RolloutRow:
         return self._rollout[int(self._rollout.used[index])]
+
+    def shared(self) -> SharedPrompts:
+        """What the rows of each group begin with, the tokens before their completions."""
+        rollout = self._rollout
+        ids, labels = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=bool)]
+        for row in rollout.used.tolist():
+            ids.append(rollout.store["input_ids"][row])
+            labels.append(rollout.store["trained"][row] & ~rollout.is_masked[row])
+        groups = rollout.column("group")[rollout.used]
+        return shared_prompts(np.concatenate(ids), np.concatenate(labels), self.lengths, groups)
 
     def place(self, index: int) -> str:
         return self._rollout.place(int(self._rollout.used[index]))

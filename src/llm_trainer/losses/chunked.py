@@ -12,6 +12,7 @@ The weight is used as a whole however many tokens there are, so ranks of a shard
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -56,8 +57,9 @@ class HeadScores(NamedTuple):
 TokenFunction = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 
-class Objective(NamedTuple):
-    """A loss that is a sum over tokens.
+@dataclass(frozen=True)
+class Objective:
+    """A loss that is a sum over tokens. No tuple, so that no engine looks inside of it for tensors to cast.
 
     Attributes:
         function: what a token contributes.

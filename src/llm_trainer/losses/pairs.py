@@ -113,9 +113,10 @@ def num_shared(
     """
     chosen_starts = chosen_lengths.cumsum(0) - chosen_lengths
     rejected_starts = rejected_lengths.cumsum(0) - rejected_lengths
-    # 1. up to the token before the first label, but for a label on a first token, which nothing predicts
+    # 1. up to the token before the first label, but for a label on a first token, which nothing predicts; without a label
+    #    all but the last token, so that something is left
     first_label = _first_true(is_label.index_fill(0, rejected_starts, False), rejected_lengths)
-    before_label = torch.where(first_label < rejected_lengths, first_label - 1, 0)
+    before_label = (first_label - 1).clamp(min=0)
     # 2. of these tokens, as many as are equal
     limit = torch.minimum(chosen_lengths, before_label)
     pair = torch.repeat_interleave(limit)

@@ -144,7 +144,7 @@ class ScoredModel(nn.Module):
         weights = None if loss_weights is None else loss_weights[:, 1:][supervised].float()  # (N,)
         if objective is not None:
             columns = {name: column[:, 1:][supervised] for name, column in objective.columns.items()}
-            objective = objective._replace(columns=columns)
+            objective = Objective(objective.function, columns)
         if drawn_from is not None:
             drawn_from = drawn_from.of(F.pad(supervised, (1, 0)))
         how = _How(weights, differentiable_logprobs, temperature, objective, drawn_from)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from llm_trainer.layout import Layout
+from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
 
@@ -28,6 +29,8 @@ _LABELS = ("labels", "completion", "step_labels")
 # What the tokens of completions have in reinforcement learning.
 OF_TOKENS = ("old_logprobs", "ref_logprobs", "sampled_logprobs", "advantages")
 _LAID_FLAT = ("input_ids", "loss_weights", *_LABELS, *OF_TOKENS)
+# What is made anew where prompts are shared, and tables with a line per row, which may be as wide as rows are long.
+_NOT_OF_TOKENS = ("attention_mask", "position_ids", "repeats", "rewards")
 _PADDING = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
 
 
@@ -110,7 +113,11 @@ def share_prompts(rows: Batch, groups: Tensor | None = None) -> Batch:
         first its trunk, then the branches), `document_order [rows]`, and `repeats [1, N]`, for how many rows each token
         stands; and every other key of the batch.
     """
-    columns = {name: _documents(rows[name], rows) for name in _LAID_FLAT if name in rows}
+    columns: dict[str, Sequence[Tensor]] = {}
+    for name, value in rows.items():
+        is_per_token = isinstance(value, Tensor) and value.shape == rows["input_ids"].shape
+        if is_per_token and name not in _NOT_OF_TOKENS:
+            columns[name] = _documents(value, rows)
     documents = columns["input_ids"]
     if groups is None:
         groups = torch.arange(len(documents)) % (len(documents) // 2)
@@ -268,12 +275,20 @@ def to_device(rows: Batch, device: torch.device) -> Batch:
 
 
 def score(
-    model: "nn.Module | AdaptersOff", rows: Batch, differentiable: bool = False, temperature: float = 1.0
+    model: "nn.Module | AdaptersOff",
+    rows: Batch,
+    differentiable: bool = False,
+    temperature: float = 1.0,
+    objective: Objective | None = None,
 ) -> "TokenScores":
-    """The model's scores of a joined batch: log-probs of its labels, with gradients if `differentiable`."""
+    """The model's scores of a joined batch: log-probs of its labels, with gradients if `differentiable`.
+
+    With an `objective`, whose columns are laid out as the batch is, `loss_sum` is its sum.
+    """
     device = rows["input_ids"].device
     inputs = {name: rows[name].to(device, non_blocking=True) for name in _INPUTS if name in rows}
-    return model(**inputs, differentiable_logprobs=differentiable, temperature=temperature)
+    how = {"differentiable_logprobs": differentiable, "temperature": temperature, "objective": objective}
+    return model(**inputs, **how)
 
 
 def count_tokens(batch: Batch) -> int:

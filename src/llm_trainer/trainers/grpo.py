@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import GRPOConfig
 from llm_trainer.losses.advantages import Advantages
+from llm_trainer.losses.chunked import Objective
+from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.policy import Correction, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.scored import TokenScores, scored
-from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, score, to_device
+from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, score, share_prompts, to_device
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id_of, without_missing
 from llm_trainer.trainers.references import default_reference, reference_of
@@ -90,6 +92,8 @@ class GRPOTrainer(BaseTrainer):
         self._given: list[tuple[Batch, Batch]] = []  # batches of this step that carry completions, and their rows
         super().__init__(model, *args, **options)
         self.reference = None if reference is None else reference_of(reference, self, self._policy)
+        models = [self._policy, *([] if self.reference is None else [self.reference])]
+        self.shares_prompts = self.how.share_prompts and all(model.knows_branches(self.device) for model in models)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
@@ -114,7 +118,8 @@ class GRPOTrainer(BaseTrainer):
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         held_to = "none" if self.reference is None else "a frozen model"
-        return {"loss": self.loss, "advantages": self.advantages.kind, "reference": held_to}
+        prompts = "shared" if self.shares_prompts else "repeated"
+        return {"loss": self.loss, "advantages": self.advantages.kind, "reference": held_to, "prompts": prompts}
 
     # Batches.
 
@@ -154,24 +159,42 @@ class GRPOTrainer(BaseTrainer):
             compare(unknown, self.advantages, self.device, self.machine.rank, sum_over_ranks, self.record)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
-        rows = to_device(lay_flat(self._joined(batch), self.machine.layout), self.device)
+        rows = self._joined(batch)
+        groups = rows.get("group", rows.get("prompt_keys"))
+        if self.shares_prompts and groups is not None:
+            rows = share_prompts(rows, groups)
+        else:
+            rows = lay_flat(rows, self.machine.layout)
+        rows = to_device(rows, self.device)
         if self.reference is not None and "ref_logprobs" not in rows:
             with torch.no_grad():
                 rows["ref_logprobs"] = score(self.reference, rows, temperature=self.how.gen_temperature).logprobs
         return rows
 
     def _forward(self, batch: Batch) -> TokenScores:
-        return score(self.model, batch, differentiable=True, temperature=self.how.gen_temperature)
+        objective = None
+        if self._is_sum_of_tokens(batch):
+            sequences = Sequences.of_batch(batch)
+            known = self._tokens(batch, torch.zeros(batch["labels"].shape, device=self.device), sequences)
+            objective = Objective(*self.loss.per_token(known, sequences))
+        wants_logprobs = objective is None
+        return score(self.model, batch, wants_logprobs, self.how.gen_temperature, objective)
+
+    def _is_sum_of_tokens(self, batch: Batch) -> bool:
+        """Whether a token's loss depends on its own log-prob alone, so that the head makes its gradient in the forward."""
+        corrects = self.correction is not None and "sampled_logprobs" in batch
+        return self.loss.is_per_token and "has_sums" not in batch and not corrects
 
     def _compute_loss(self, outputs: TokenScores, batch: Batch) -> Tensor:
         sequences, loss = Sequences.of_batch(batch), self.loss
         if "has_sums" in batch and loss.level == "token":
             loss = loss.replace(importance="seq")
         known = self._tokens(batch, outputs.logprobs, sequences)
-        losses = loss.token_losses(outputs.logprobs, known, sequences, outputs.entropy)
         for name, (total, count) in loss.metrics(outputs.logprobs, known, sequences, outputs.entropy).items():
             self.record(name, total, count)
-        return loss.mean(losses, sequences)
+        if self._is_sum_of_tokens(batch):
+            return mean_over(outputs.loss_sum, loss.num_terms(sequences).to(outputs.loss_sum.dtype))
+        return loss.mean(loss.token_losses(outputs.logprobs, known, sequences, outputs.entropy), sequences)
 
     def _tokens(self, batch: Batch, logprobs: Tensor, sequences: Sequences) -> PolicyTokens:
         """What is known of the tokens beside the policy's `logprobs`."""

@@ -166,7 +166,7 @@ def test_what_rows_of_a_group_have_in_common() -> None:
         np.concatenate([np.array(row) for row in labels]).astype(bool),
     )
     shared = shared_prompts(*flat, np.array([len(row) for row in rows]), groups)
-    # The last token of a prompt predicts a label of each; a row of group 4 has a prompt of one, and 9 has no label.
-    assert shared.tokens.tolist() == [2, 1, 2, 0, 1, 0, 0]
-    assert shared.of(np.array([2, 6])).tokens.tolist() == [2, 0]
+    # The last token of a prompt predicts a label of each; a row of group 4 has a prompt of one.
+    assert shared.tokens.tolist() == [2, 1, 2, 0, 1, 0, 1]
+    assert shared.of(np.array([2, 5])).tokens.tolist() == [2, 0]
     assert len(shared_prompts(*(np.zeros(0, dtype=np.int64),) * 4).tokens) == 0

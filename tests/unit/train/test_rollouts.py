@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_trainer.data.rollouts import Rollout
+from llm_trainer.data.rollouts import Rollout, Used
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted
 from writers import BigramTrainer, make_trainer, prompts
@@ -54,6 +54,20 @@ def test_a_rollout_on_disk_has_its_columns_and_a_ledger_that_balances(tmp_path: 
     masked = sum(int(rollout.store["trained"][i].sum()) for i in np.flatnonzero(cut))
     assert ledger["masked"] == {"cut": masked} and ledger["sampled"] == ledger["trained"] + masked
     assert not rollout[int(np.flatnonzero(cut)[0])]["trained"].any()
+
+
+def test_rows_of_a_group_begin_with_their_prompt_and_a_budget_counts_it_once(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.train()
+    rollout = Rollout(tmp_path / "rollouts" / "00000002")
+    shared = Used(rollout).shared()
+    own = np.array([int(rollout[i]["trained"].argmax()) for i in range(8)]) - 1  # but the last token of the prompt
+    assert shared.tokens.tolist() == own.tolist() and shared.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    source: Any = trainer.run.source
+    source.shares_prompts, source.micro_batch_tokens = True, int(rollout.lengths.sum() - own[::2].sum())
+    assert len(source._stream(2, rollout, None)._micro_batches(np.arange(8))) == 1
+    source.shares_prompts = False
+    assert len(source._stream(2, rollout, None)._micro_batches(np.arange(8))) == 2
 
 
 def test_a_run_that_was_interrupted_at_any_update_ends_in_the_same_bits(tmp_path: Path) -> None:

@@ -100,6 +100,27 @@ def test_a_group_is_found_in_all_batches_of_the_step(tmp_path: Path) -> None:
     assert math.isclose(once["grad_norm"], cut["grad_norm"], rel_tol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "grpo"}, {"loss_type": "dapo", "kl_coef": 0.1, "entropy_coef": 0.02}]
+)
+def test_prompts_once_and_the_head_once_change_no_number(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = given_batch() | {"old_logprobs": -4 + torch.randn(8, 6, generator=torch.Generator().manual_seed(2))}
+    batches = [batch, batch]
+    trainer, found = train(tmp_path / "once", batches, share_prompts=True, **options)
+    assert trainer.shares_prompts and trainer._is_sum_of_tokens(batch)
+    trainer, expected = train(tmp_path / "repeated", batches, share_prompts=False, **options)
+    assert not trainer.shares_prompts
+    monkeypatch.setattr(GRPOTrainer, "_is_sum_of_tokens", lambda self, batch: False)
+    _, again = train(tmp_path / "head again", batches, share_prompts=False, **options)
+    for other in (found, again):
+        for a, b in zip(other, expected, strict=True):
+            assert a.keys() == b.keys()
+            for name in ("loss", "grad_norm", "ratio", "entropy", "approx_kl", "clip_ratio/region_mean"):
+                assert math.isclose(a[name], b[name], rel_tol=2e-5, abs_tol=1e-6), name
+
+
 def test_on_policy_the_ratio_is_one_without_old_logprobs(tmp_path: Path) -> None:
     _, (seen,) = train(tmp_path, [given_batch()])
     assert seen["ratio"] == 1 and seen["clip_ratio/region_mean"] == 0

@@ -72,13 +72,13 @@ def test_a_prompt_of_a_group_is_there_once() -> None:
     rows = batch()
     shared = share_prompts(rows, rows["group"])
     tokens = int(rows["attention_mask"].sum())
-    # Of 9 tokens the last is repeated; row 6 has five of them; row 8, without a label, shares nothing.
-    once = (9 - 1) + 5 + (6 - 1)
+    # Of 9 tokens the last is repeated; row 6 has five of them; row 8, without a label, shares what is equal.
+    once = (9 - 1) + 5 + 9 + (6 - 1)
     assert shared["input_ids"].numel() == tokens - once
     assert shared["repeats"].sum() == tokens
     assert shared["group"].tolist() == GROUPS
     lengths, place = shared["document_lengths"], shared["document_order"]
-    assert lengths[place].tolist() == [10, 16, 4, 2, 9, 3, 9, 3, 12]
+    assert lengths[place].tolist() == [10, 16, 4, 2, 9, 3, 9, 3, 3]
 
 
 def test_pairs_are_groups_of_two() -> None:
