@@ -146,6 +146,18 @@ def set_default(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+def secret(name: str) -> str:
+    """The value of a variable that the user names, such as the key of a server.
+
+    Raises:
+        ConfigError: it is not set.
+    """
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(f"the environment variable {name} is not set; expected a key")
+    return value
+
+
 def override(name: str, value: str) -> None:
     """Sets a variable for this process and its children, whatever the user set."""
     os.environ[name] = value

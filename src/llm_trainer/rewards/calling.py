@@ -12,6 +12,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.rewards.returned import Missing, Returned, nothing, read_returned
 
 GIVEN = ("prompts", "completions", "answers")
+LENGTHS = "lengths"  # tokens of each completion, for functions that take them
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -43,7 +44,10 @@ def arguments(name: str, function: Callable[..., Any], judged: Judged) -> tuple[
         ConfigError: it takes something that is not there.
     """
     first = [judged.prompts, judged.completions, judged.answers]
-    known = {**judged.columns, **dict(zip(GIVEN, first, strict=True))}
+    columns = dict(judged.columns)
+    if judged.lengths is not None:
+        columns.setdefault(LENGTHS, judged.lengths)
+    known = {**columns, **dict(zip(GIVEN, first, strict=True))}
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):  # written in C
@@ -57,7 +61,7 @@ def arguments(name: str, function: Callable[..., Any], judged: Judged) -> tuple[
 
     # 1. by name
     if not has_nameless and all(parameter in known for parameter in required):
-        wanted = set(known)
+        wanted = {*GIVEN, *judged.columns}
         if not takes_all:
             wanted = {parameter.name for parameter in named}
         return [], {key: value for key, value in known.items() if key in wanted}
@@ -65,19 +69,19 @@ def arguments(name: str, function: Callable[..., Any], judged: Judged) -> tuple[
     # 2. the three by position, columns by name
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = [parameter for parameter in named if parameter not in by_position[:3]]
-    missing = [p.name for p in rest if p.default is p.empty and p.name not in judged.columns]
+    missing = [p.name for p in rest if p.default is p.empty and p.name not in columns]
     takes_three = len(by_position) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if missing or not takes_three:
         missing = missing or [p for p in required if p not in known] or ["too few arguments"]
-        columns = ", ".join(judged.columns) or "none"
+        there = ", ".join(judged.columns) or "none"
         raise ConfigError(
             f"reward function {name!r} takes {', '.join(missing)}, which the data does not have; expected the signature "
-            f"f(prompts, completions, answers, **columns); columns of the data: {columns}"
+            f"f(prompts, completions, answers, **columns); columns of the data: {there}"
         )
     wanted = {parameter.name for parameter in rest}
     if takes_all:
         wanted = set(judged.columns)
-    return first, {key: value for key, value in judged.columns.items() if key in wanted}
+    return first, {key: value for key, value in columns.items() if key in wanted}
 
 
 def call_function(name: str, function: Callable[..., Any], judged: Judged) -> Returned:

@@ -19,7 +19,7 @@ from llm_trainer.rewards.workers import Interrupted
 
 PROMPTS, COMPLETIONS, ANSWERS = ["p", "q", "r"], ["a", "bb", "ccc"], ["1", None, "3"]
 COLUMNS = {"level": [1, 2, 3], "source": ["x", "y", "z"]}
-JUDGED = Judged(PROMPTS, COMPLETIONS, ANSWERS, COLUMNS)
+JUDGED = Judged(PROMPTS, COMPLETIONS, ANSWERS, COLUMNS, lengths=[10, 20, 30])
 
 
 def takes_by_name(completions: list[str], level: list[int]) -> list[float]:
@@ -51,7 +51,8 @@ GOOD = {
     "bool": (lambda p, c, a: (True, False, True), [1, 0, 1]),
     "array": (lambda p, c, a: np.array([1, 2, 3], dtype=np.float32), [1, 2, 3]),
     "numpy scalars": (lambda p, c, a: [np.float32(1), np.int64(2), 3], [1, 2, 3]),
-    "per token": (lambda p, c, a: [[1.0], [0.5, 0.5], None], [1, 1, math.nan]),
+    "lengths": (lambda completions, lengths: lengths, [10, 20, 30]),
+    "per token": (lambda p, c, a: [[0.1] * 10, [0.5] * 20, None], [1, 10, math.nan]),
 }
 
 
@@ -73,7 +74,12 @@ BAD = {
     "NaN": (lambda: [1.0, math.nan, 2.0], "not finite", "returned nan for a completion, expected a finite number", 1),
     "infinity": (lambda: [1.0, -math.inf, 2.0], "not finite", "returned -inf for a completion", 1),
     "too large": (lambda: [1.0, 10**400, 2.0], "type", "for a completion, expected a number", 1),
-    "NaN per token": (lambda: [[1.0], [1.0, math.nan], [2.0]], "not finite", "returned nan for a completion", 1),
+    "NaN per token": (
+        lambda: [[1.0] * 10, [math.nan] * 20, [2.0] * 30],
+        "not finite",
+        "returned nan for a completion",
+        1,
+    ),
     "raises": (lambda: 1 / 0, "raised", "raised ZeroDivisionError: division by zero (test_functions.py, line ", 3),
     "exits": (lambda: exit(3), "exited", "called exit (3)", 3),
     "missing": (lambda: [1.0, Missing("could not be asked"), 2.0], "unavailable", "could not be asked", 1),
@@ -171,7 +177,6 @@ def test_functions_run_in_processes_that_stay(functions: RewardFunctions) -> Non
     ]
     assert second.causes == {"type": 3} and list(second.errors[0]) == ["generator"]
     assert functions.weights[0] == 0.5 and functions.weights[1] == 1.0
-    assert np.isnan(second.totals(functions.weights)).all()  # one of the functions failed
     assert "reward function 'counts' printed: hello from the function" in said
     assert second.metrics()["rewards/closure"] == (12.0, 3.0)
     assert second.metrics()["rewards/failed/type"] == (3.0, 21.0)
@@ -206,6 +211,29 @@ def test_too_many_failures_stop_the_run() -> None:
         RewardError, match=r"8 of the last 32 rewards of 'reward' are missing.* 8 x type: .* a str: 'bad'"
     ):
         functions(["p"] * 4, ["c"] * 4, [None] * 4)
+
+
+def test_functions_that_never_apply_stop_the_run() -> None:
+    functions = RewardFunctions(lambda p, c, a: [None] * len(c), in_process=True)
+    functions(["p"] * 99, ["c"] * 99, [None] * 99)
+    with pytest.raises(
+        RewardError, match=r"no reward function \(reward\) applies to any of the first 100 .* reference answers"
+    ):
+        functions(["p"], ["c"], [None])
+
+
+@pytest.mark.parametrize(("differ", "times"), [(False, 1), (True, 0)])
+def test_rewards_that_are_equal_for_ever_are_said_once(differ: bool, times: int) -> None:
+    heard: list[str] = []
+
+    def function(p: Any, c: list[str], a: Any) -> list[float]:
+        return [float(differ and row > 7) for row in range(len(c))]
+
+    functions = RewardFunctions({"same": function}, in_process=True, say=heard.append)
+    for _ in range(12):
+        functions(["p"] * 50, ["c"] * 50, [None] * 50)
+    assert len(heard) == times
+    assert all("the rewards of all 500 completions so far are equal (same 0)" in text for text in heard)
 
 
 def test_failures_long_ago_do_not_stop_the_run() -> None:
