@@ -141,8 +141,16 @@ def share_prompts(rows: Batch, groups: Tensor | None = None) -> Batch:
     lengths = torch.tensor([len(part) for part in pieces["input_ids"]])
     laid["labels"][0, lengths.cumsum(0) - lengths] = IGNORE  # nothing predicts a first token
     others = {name: value for name, value in rows.items() if name not in ("attention_mask", *laid)}
+    if "kept" in rows:
+        others["kept"] = _kept_of(rows["kept"], columns["kept_counts"], order, shared)
     place = torch.tensor(order).argsort()  # the document of each row
     return others | laid | {"document_lengths": lengths, "document_order": place}
+
+
+def _kept_of(kept: Tensor, counts: Sequence[Tensor], order: list[int], shared: list[int]) -> Tensor:
+    """`kept [M]`, ids of the tokens of all rows as `counts` says (`losses.drawn_from`), of rows in another `order`."""
+    of_rows = kept.split([int(count.sum()) for count in counts])
+    return torch.cat([of_rows[row][int(counts[row][: shared[row]].sum()) :] for row in order])
 
 
 def _first_of_group(groups: Tensor) -> list[int]:
