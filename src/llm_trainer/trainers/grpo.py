@@ -110,7 +110,9 @@ class GRPOTrainer(BaseTrainer):
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         section: GRPOConfig = sketch.section
         reference = sketch.frozen() if section.loss_beta else {}
-        return {"rows_per_sample": section.group_size, **reference}
+        columns = 1 + bool(section.loss_beta)  # advantages, and the reference's log-probabilities
+        sampled = sketch.sampled(section.group_size, section.gen_max_seq_len, columns)
+        return {**reference, **sampled}
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)
