@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "checkpoint": {"cores", "disk", "model_group"},
     "generation": set(),
     "optim": set(),
-    "rewards": {"config", "disk"},
+    "rewards": {"config"},
     "train_configs": {"config"},
     "optimizer": {"optim"},
     # data, models and engines
