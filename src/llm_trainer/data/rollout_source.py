@@ -17,7 +17,8 @@ from llm_trainer.data.rollouts import LEFT_OUT, Maker, Plan, Rollout, Used, acco
 from llm_trainer.data.stream import RowOfStep, SampleStream, StepSource, mix_seeds
 from llm_trainer.layout import Layout
 from llm_trainer.machine import Machine
-from llm_trainer.state import InRollout, MicroBatch, Position
+from llm_trainer.position import InRollout, Position
+from llm_trainer.state import MicroBatch
 
 ROWS_PER_PART = 64  # of a default part, at most: what a kill loses of a rollout
 ROWS_PER_MICRO_BATCH = 8  # where neither a token budget nor anybody says it

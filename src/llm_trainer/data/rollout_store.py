@@ -143,8 +143,8 @@ class RolloutFolder:
             return
         finished = {path: step_of(path) for path in sorted(self.folder.glob("[0-9]" * 8)) if TokenStore.exists(path)}
         paths, begins = list(finished), list(finished.values())
-        for path, begin, end in zip(paths, begins, [*begins[1:], None], strict=True):
-            if end is None or end > min(recent):
+        for path, begin, end in zip(paths, begins, begins[1:], strict=False):  # the last one has no end yet
+            if end > min(recent):
                 continue
             inside = [step for step in others if begin < step < end]
             if not inside:

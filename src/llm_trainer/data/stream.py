@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from llm_trainer.data.loader_workers import WorkerLife, signals_held
 from llm_trainer.data.packing import SharedPrompts, cut_by_length, cut_by_tokens, cut_groups
 from llm_trainer.layout import Layout
-from llm_trainer.state import MicroBatch, Position
+from llm_trainer.position import Position
+from llm_trainer.state import MicroBatch
 
 Batch = Any
 INTERLEAVED = 0x1A7E  # what tells the seed of the order of all files from those of single files
