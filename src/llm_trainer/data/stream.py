@@ -306,6 +306,15 @@ class SampleStream:
             position = stop
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
+        while position < len(self):
+            budget = self.micro_batch_tokens
+            for micro_batches, after in self._steps_of_one_budget(epoch, position):
+                yield micro_batches, after
+                position = after
+                if self.micro_batch_tokens != budget:  # an evaluation has run out of memory, and workers are ahead
+                    break
+
+    def _steps_of_one_budget(self, epoch: int, position: int) -> Iterator[tuple[list[MicroBatch], int]]:
         groups = chain.from_iterable(step for step, _, _ in self._plan(epoch, position))
         loader: DataLoader = DataLoader(
             _Groups(self.dataset, self.collate),
