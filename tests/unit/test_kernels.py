@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_trainer import SFTTrainer, configure_optimizer, kernels
 from llm_trainer.kernels import Kernel, compile_after
 from llm_trainer.losses import chunked
-from llm_trainer.models import attention
+from llm_trainer.models import document_attention as attention
 from llm_trainer.train.hooks import Hook
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))

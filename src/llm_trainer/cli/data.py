@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.text import Text
 
+from llm_trainer.cli.marked import marked
 from llm_trainer.cli.reading import ColumnOption, RoleOption, SchemaOption, reading_options
 from llm_trainer.data.cache import default_folder, entries
-from llm_trainer.data.check import FileReport, Piece, check_file
+from llm_trainer.data.check import FileReport, check_file
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
 from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.store import TokenStore
@@ -100,12 +100,10 @@ def _show(report: FileReport) -> None:
         say(f"{'problem':>12}  {error}")
     if len(report.problems) > PROBLEMS_SHOWN:
         say(f"{'':>12}  ... and {len(report.problems) - PROBLEMS_SHOWN:,} more")
-    mark, shown_by = _mark, "in [[ ]]"
-    if console.is_terminal:
-        mark, shown_by = _colour, "green"
     for number, pieces in enumerate(report.examples, 1):
+        shown, shown_by = marked([(printable(text), trained) for text, trained in pieces], console)
         say(f"{f'example {number}':>12}  (what is trained on is {shown_by})")
-        console.print(mark([(printable(text), trained) for text, trained in pieces]), markup=False)
+        console.print(shown, markup=False)
 
 
 def _facts(report: FileReport) -> dict[str, str]:
@@ -132,23 +130,6 @@ def _facts(report: FileReport) -> dict[str, str]:
         facts["too long"] = f"{report.too_long[0]:,} samples; truncation would cut {report.too_long[1]:,} tokens"
     facts["problems"] = f"{len(report.problems):,}"
     return facts
-
-
-def _mark(pieces: list[Piece]) -> Text:
-    marked = Text()
-    for text, trained in pieces:
-        if trained:
-            text = f"[[{text}]]"
-        marked.append(text)
-    return marked
-
-
-def _colour(pieces: list[Piece]) -> Text:
-    coloured = Text()
-    for text, trained in pieces:
-        style = "bold green" if trained else "dim"
-        coloured.append(text, style)
-    return coloured
 
 
 @app.command()

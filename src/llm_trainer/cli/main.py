@@ -28,6 +28,7 @@ COMMANDS = {
     "chat": Entry("llm_trainer.cli.chat:chat", "Talk to a saved model."),
     "plan": Entry("llm_trainer.cli.plan:plan", "Plan a run on GPUs that are not here."),
     "score": Entry("llm_trainer.cli.score:score", "Score answers or their steps with a reward model."),
+    "rollouts": Entry("llm_trainer.cli.rollouts:rollouts", "Show what a policy has written, and what it was worth."),
     "compare": Entry("llm_trainer.cli.compare:compare", "Train one YAML file with several engines and compare."),
     "data": Entry("llm_trainer.cli.data:app", "Look at training data, and turn it into tokens."),
     "tokenizer": Entry("llm_trainer.cli.tokenizer:app", "Train tokenizers."),

@@ -74,6 +74,9 @@ def plan(
     if host:
         copy = f"{host / 1e9:.1f} GB of the first machine's host memory, for the copy that checkpoints are written from"
         advice.append(f"host  {copy} [run_config.save_in_background=false]")
+    if job.disk_bytes:
+        rollouts = f"{job.disk_bytes * gpus / 1e9:.2g} GB for each rollout, kept until the oldest checkpoint is younger"
+        advice.append(f"disk  {rollouts}; times leave out what it takes to sample and reward one")
     advice.append(f"take  {why}")
     if chosen is not None:
         advice.append(f"      {' '.join(_changes(key_of(name), job, chosen, config.batch_size))}")
@@ -194,10 +197,10 @@ def _changes(section: str, job: Job, chosen: Choice, batch_size: int) -> list[st
         changes.append("run_config.engine=torch")
     changes.append(f"run_config.gradient_checkpointing={str(chosen.checkpointing).lower()}")
     micro_rows = chosen.micro_rows
-    if chosen.why_tokens:  # the run cuts its steps itself
+    if chosen.why_tokens or job.completions > 1:  # the run cuts its steps itself
         micro_rows = batch_size
     changes.append(f"batch_size={micro_rows}")
-    changes.append(f"{section}.gradient_accumulation_steps={job.rows // micro_rows}")
+    changes.append(f"{section}.gradient_accumulation_steps={job.rows // job.completions // micro_rows}")
     return changes
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt
 from llm_trainer.config.section import config_section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "luspo", "sapo", "vespo"]
-Advantage = Literal["group", "dr_grpo", "batch", "rloo", "reinforce++", "reinforce++_baseline", "remax", "gdpo"]
+Advantage = Literal["group", "dr_grpo", "batch", "rloo", "reinforce++", "reinforce++_baseline", "gdpo"]
 
 
 @config_section
@@ -40,6 +40,12 @@ class GenerateConfig:
 class RolloutOptions:
     """What is kept of rollouts, and what may become of completions before they are learned from."""
 
+    overlong: Literal["train", "mask"] = Field(
+        default="train", description="completions without an end: mask leaves them out of the loss (DAPO)"
+    )
+    overlong_buffer: StrictInt = Field(
+        default=0, ge=0, description="the last tokens before the limit, over which the reward falls by up to 1 (DAPO)"
+    )
     off_policy_correction: Literal["none", "truncate", "mask"] = Field(
         default="none",
         description="of what the sampler draws otherwise than the trainer scores it, w times as probable: its loss is "
@@ -50,6 +56,18 @@ class RolloutOptions:
     )
     off_policy_cap: StrictFloat = Field(default=2.0, ge=1, description="the largest w")
     off_policy_floor: StrictFloat = Field(default=0.0, ge=0, lt=1, description="the smallest w that mask keeps")
+    max_logp_difference: StrictFloat | None = Field(
+        default=None,
+        gt=0,
+        description="mean difference of log-probs between sampler and trainer from which on the run stops; null: 0.01 in "
+        "fp32, 0.1 otherwise",
+    )
+    keep_rollouts: StrictBool = Field(
+        default=False, description="keep rollouts that no checkpoint needs any more, in <save_dir>/rollouts"
+    )
+    rollouts: str | None = Field(
+        default=None, description="folder of another run's rollouts: they are learned from, and nothing is sampled"
+    )
 
 
 @config_section
@@ -57,6 +75,10 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     """Reinforcement learning from groups of completions: GRPO and its family, without a critic."""
 
     group_size: StrictInt = Field(default=12, ge=1, description="completions of each prompt")
+    grpo_steps: StrictInt = Field(default=1, ge=1, description="passes over each rollout")
+    rows_per_update: StrictInt | None = Field(
+        default=None, ge=1, description="completions of an optimizer step, over all devices; null: all of a rollout"
+    )
     loss_type: LossType = Field(default="grpo", description="the loss, and what it is a mean of")
     loss_clip_eps: StrictFloat | None = Field(
         default=None,
@@ -87,6 +109,12 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     entropy_coef: StrictFloat = Field(default=0.0, ge=0, description="weight of the entropy, which is rewarded")
     advantage: Advantage | None = Field(
         default=None, description="what a completion is compared with; null: what belongs to loss_type"
+    )
+    max_resamplings: StrictInt = Field(
+        default=0,
+        ge=0,
+        description="how often a group whose rewards are all equal is drawn again, before it is left out (dynamic sampling); "
+        "0: it stays, and teaches nothing",
     )
     ref_model_checkpoint: Any = Field(
         default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"

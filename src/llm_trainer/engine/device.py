@@ -2,7 +2,7 @@
 
 import torch
 
-from llm_trainer.config.env import CPU_ISAS_WITHOUT_BF16, environment
+from llm_trainer.config.env import CPU_ISAS_WITHOUT_BF16, environment, set_default
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -13,6 +13,15 @@ def detect_device(name: str | None) -> torch.device:
     Raises:
         ValueError: this machine has no such device.
     """
+    device = _detect(name)
+    if device.type == "cpu":
+        # oneDNN keeps 1,024 kernels, one per shape: with ragged rows half a GiB. It asks once, at its first product, so
+        # this has to come before any model is tried out.
+        set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    return device
+
+
+def _detect(name: str | None) -> torch.device:
     if name is not None:
         available = ["cpu"]
         if torch.cuda.is_available():

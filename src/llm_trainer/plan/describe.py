@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+MAX_ROWS, MAX_CACHE_BYTES = 64, 4 * 2**30  # of `generation.in_process.InProcess`
+ON_DISK = 9  # bytes of a token of a rollout: id, whether it is trained on, log-probability that it was drawn with
 
 
 def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[Shape, Job]:
@@ -39,25 +41,31 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
     precision = config.run_config.precision
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp16"
-    sketch = Sketch(options_of(config, trainer_class), model, length, precision)
-    costs = {"rows_per_sample": 1, "has_head": True} | trainer_class._plan_costs(config, sketch)
+    rows = config.batch_size * accumulation(config, trainer_class)
+    sketch = Sketch(options_of(config, trainer_class), model, length, rows, precision)
+    costs: dict[str, Any] = {"rows_per_sample": 1, "has_head": True, "row_tokens": length, "rows": rows}
+    costs |= trainer_class._plan_costs(config, sketch)
+    critic = costs.pop("critic", None)
     if not costs["has_head"]:
         with torch.device("meta"):
             model = reward_model(model)
     shape = shape_of(model)
-    flops = flops_per_token(model, length)
-    if not costs["has_head"] and shape.tied:
-        flops -= 6 * shape.vocabulary_parameters  # which are only looked up
+    flops = _flops(model, costs["row_tokens"], costs["has_head"])
     optim = config.optim_config
-    job = Job(
-        row_tokens=length,
-        rows=config.batch_size * accumulation(config, trainer_class),
-        flops_per_token=flops,
-        state_bytes=optimizer_bytes(optim.optimizer, optim.momentum, model),
-        precision=precision,
-        **costs,
-    )
-    return shape, job
+    state = optimizer_bytes(optim.optimizer, optim.momentum, model)
+    if critic is not None:
+        flops += _flops(critic, costs["row_tokens"], has_head=False)
+        state += optimizer_bytes(optim.optimizer, optim.momentum, critic)
+        shape = shape.beside(shape_of(critic))
+    return shape, Job(flops_per_token=flops, state_bytes=state, precision=precision, **costs)
+
+
+def _flops(model: "PreTrainedModel", length: int, has_head: bool) -> float:
+    """Of training, per token; without a head the rows of a vocabulary table are only looked up."""
+    flops, shape = flops_per_token(model, length), shape_of(model)
+    if not has_head and shape.tied:
+        flops -= 6 * shape.vocabulary_parameters
+    return flops
 
 
 def without_weights(config: "TrainConfig") -> "PreTrainedModel":
@@ -68,9 +76,9 @@ def without_weights(config: "TrainConfig") -> "PreTrainedModel":
 class Sketch:
     """What an algorithm is given when it is asked for its costs (`trainers.building.Sketch`)."""
 
-    def __init__(self, section: Any, model: "PreTrainedModel", length: int, precision: str) -> None:
+    def __init__(self, section: Any, model: "PreTrainedModel", length: int, rows: int, precision: str) -> None:
         self.section, self.model = section, model
-        self.length, self.precision = length, precision
+        self.length, self.rows, self.precision = length, rows, precision
 
     def frozen(self, source: str | None = None, forwards: float = 1.0, in_half: bool = False) -> dict[str, float]:
         model = self.model
@@ -81,6 +89,27 @@ class Sketch:
             "frozen_bytes": float(_BYTES[precision] * shape_of(model).num_parameters),
             "frozen_flops_per_token": flops_per_token(model, self.length) / 3 * forwards,  # a step is three forwards
         }
+
+    def sampled(self, completions: int, new_tokens: int, columns: int) -> dict[str, float]:
+        shape, each = shape_of(self.model), _BYTES[self.precision]
+        row_tokens = min(self.length + new_tokens, self.model.config.max_position_embeddings)
+        rows = self.rows * completions
+        per_token = 2 * each * shape.num_layers * shape.num_kv_heads * shape.head_dim
+        return {
+            "row_tokens": row_tokens,
+            "rows": rows,
+            "completions": completions,
+            "copy_bytes": float(each * shape.num_parameters),
+            "cache_bytes": float(min(MAX_CACHE_BYTES, min(rows, MAX_ROWS) * row_tokens * per_token)),
+            "disk_bytes": float(rows * row_tokens * (ON_DISK + 4 * columns)),
+        }
+
+    def critic(self, source: str | None = None) -> dict[str, "PreTrainedModel"]:
+        model = self.model
+        if source is not None:
+            model = model_of_config(_of_folder(source, "value_model_checkpoint"), empty=True)
+        with torch.device("meta"):
+            return {"critic": reward_model(model)}
 
 
 def _configuration(config: "TrainConfig") -> "PretrainedConfig":

@@ -8,7 +8,7 @@ strategies follow Rajbhandari et al. 2020 (arXiv:1910.02054, section 3 and figur
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from llm_trainer.losses.chunked import CHUNK_BYTES, CHUNK_BYTES_GPU, PRODUCT_BYTES, PRODUCT_BYTES_GPU
 from llm_trainer.plan.shapes import Job, Shape
@@ -57,6 +57,7 @@ class Memory:
         head: logits, their gradient, and the gradient of the vocabulary matrix.
         buffers: what is gathered from other devices or on its way to them.
         frozen: a reference or a teacher.
+        sampler: what completions are sampled with: a copy of the weights, and its cache.
     """
 
     weights: float = 0.0
@@ -66,6 +67,7 @@ class Memory:
     head: float = 0.0
     buffers: float = 0.0
     frozen: float = 0.0
+    sampler: float = 0.0
 
     @property
     def total(self) -> float:
@@ -206,7 +208,7 @@ def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulat
 
 def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step) -> Iterator[Memory]:
     """The moments of a step at which memory may peak: the head, the backward of the last layer, that of the first layer,
-    that of the embedding, the update.
+    that of the embedding, the update; and before, where completions are sampled, when their cache is full.
     """
     w = Widths.of(strategy, job.precision)
     states, gradients = _states(shape, job, strategy, devices)
@@ -220,7 +222,8 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
     there = gradients if step.accumulates or strategy.is_zero or strategy is DDP else 0.0  # DDP's buckets stay
 
     def at(activations: float, head: float, gradients: float, buffers: float) -> Memory:
-        return Memory(states.weights, gradients, states.optimizer, activations, head, buffers, states.frozen)
+        fixed = (states.frozen, job.copy_bytes)
+        return Memory(states.weights, gradients, states.optimizer, activations, head, buffers, *fixed)
 
     yield at(kept + outer, head, there, in_head)
     yield at(kept + at_work, after_head, there, in_layers)
@@ -236,6 +239,9 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
     yield at(r * d * step.tokens, twice, gradients, in_embedding)
     update = 4 * shape.num_parameters / devices if strategy.is_zero and job.precision != "fp32" else 0.0
     yield at(0.0, 0.0, gradients + update, 0.0)
+    if job.cache_bytes:
+        between = gradients if strategy.is_zero or strategy is DDP else 0.0  # what keeps its buckets between steps
+        yield replace(at(0.0, 0.0, between, 0.0), sampler=job.copy_bytes + job.cache_bytes)
 
 
 def peak(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step) -> Memory:

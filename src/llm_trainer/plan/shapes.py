@@ -1,6 +1,6 @@
 """The numbers of a model, of the job it is trained in, and of the optimizer, that a plan is made from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
@@ -40,6 +40,20 @@ class Shape:
     experts_per_token: int
     normed_heads: bool
     tied: bool
+
+    def beside(self, other: "Shape") -> "Shape":
+        """This model and another one that is trained in the same steps, as one.
+
+        The other's layers count as so many layers of this width as have their parameters.
+        """
+        layers = round(other.product_parameters / (self.product_parameters / self.num_layers))
+        return replace(
+            self,
+            num_parameters=self.num_parameters + other.num_parameters,
+            product_parameters=self.product_parameters + other.product_parameters,
+            layer_parameters=max(self.layer_parameters, other.layer_parameters),
+            num_layers=self.num_layers + layers,
+        )
 
     @property
     def vocabulary_parameters(self) -> int:
@@ -92,7 +106,8 @@ class Job:
 
     Attributes:
         row_tokens: positions of a row, padding included.
-        rows: rows of a step on one device (batch size times accumulation).
+        rows: rows of a step on one device: batch size times accumulation, and of each prompt its completions.
+        completions: of each row of data, where they are sampled; each is a row of its own.
         rows_per_sample: sequences per row of data: 2 for pairs of answers.
         flops_per_token: of training, forward and backward of the trained model.
         frozen_flops_per_token: of the forward of reference or teacher.
@@ -101,6 +116,9 @@ class Job:
         precision: fp32, bf16 or fp16.
         has_head: the vocabulary head runs (not in reward models).
         teacher_chunk: elements of the logits at a time that a student is compared with a teacher on; 0: no teacher.
+        copy_bytes: of the weights that completions are sampled with, beside the trained ones; every device has all of them.
+        cache_bytes: of keys and values, while completions are sampled.
+        disk_bytes: of a rollout, the share of one device.
     """
 
     row_tokens: int
@@ -113,6 +131,10 @@ class Job:
     frozen_bytes: float = 0.0
     has_head: bool = True
     teacher_chunk: int = 0
+    completions: int = 1
+    copy_bytes: float = 0.0
+    cache_bytes: float = 0.0
+    disk_bytes: float = 0.0
 
     @property
     def sample_tokens(self) -> int:

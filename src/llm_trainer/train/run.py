@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llm_trainer.algorithm import Algorithm
-from llm_trainer.config.env import environment, set_default
+from llm_trainer.config.env import environment
 from llm_trainer.data.loader_workers import workers_needed
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.stream import StepSource
@@ -83,8 +83,6 @@ class Run:
 
         # The machine: device, processes, engine, driver.
         place = detect_device(device)
-        if place.type == "cpu":  # oneDNN keeps 1,024 kernels by default, one per shape: with ragged rows half a GiB
-            set_default("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         self._is_together = together = environment().world_size > 1 if use_ddp is None else use_ddp
         if together:
             join_processes(place, engine_of(settings), settings.fsdp, settings.ddp_timeout_s)

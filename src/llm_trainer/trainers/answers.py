@@ -7,7 +7,7 @@ pair or judged answer counts as a whole, is optional.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from llm_trainer.layout import Layout
-from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
 
@@ -30,7 +29,7 @@ _LABELS = ("labels", "completion", "step_labels")
 OF_TOKENS = ("old_logprobs", "ref_logprobs", "sampled_logprobs", "advantages")
 _LAID_FLAT = ("input_ids", "loss_weights", *_LABELS, *OF_TOKENS)
 # What is made anew where prompts are shared, and tables with a line per row, which may be as wide as rows are long.
-_NOT_OF_TOKENS = ("attention_mask", "position_ids", "repeats", "rewards")
+_NOT_OF_TOKENS = ("attention_mask", "position_ids", "repeats", "rewards", "kept")
 _PADDING = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
 
 
@@ -141,8 +140,16 @@ def share_prompts(rows: Batch, groups: Tensor | None = None) -> Batch:
     lengths = torch.tensor([len(part) for part in pieces["input_ids"]])
     laid["labels"][0, lengths.cumsum(0) - lengths] = IGNORE  # nothing predicts a first token
     others = {name: value for name, value in rows.items() if name not in ("attention_mask", *laid)}
+    if "kept" in rows:
+        others["kept"] = _kept_of(rows["kept"], columns["kept_counts"], order, shared)
     place = torch.tensor(order).argsort()  # the document of each row
     return others | laid | {"document_lengths": lengths, "document_order": place}
+
+
+def _kept_of(kept: Tensor, counts: Sequence[Tensor], order: list[int], shared: list[int]) -> Tensor:
+    """`kept [M]`, ids of the tokens of all rows as `counts` says (`losses.drawn_from`), of rows in another `order`."""
+    of_rows = kept.split([int(count.sum()) for count in counts])
+    return torch.cat([of_rows[row][int(counts[row][: shared[row]].sum()) :] for row in order])
 
 
 def _first_of_group(groups: Tensor) -> list[int]:
@@ -274,21 +281,14 @@ def to_device(rows: Batch, device: torch.device) -> Batch:
     return moved | {name: rows[name] for name in ("document_lengths",) if name in rows}
 
 
-def score(
-    model: "nn.Module | AdaptersOff",
-    rows: Batch,
-    differentiable: bool = False,
-    temperature: float = 1.0,
-    objective: Objective | None = None,
-) -> "TokenScores":
+def score(model: "nn.Module | AdaptersOff", rows: Batch, differentiable: bool = False, **how: Any) -> "TokenScores":
     """The model's scores of a joined batch: log-probs of its labels, with gradients if `differentiable`.
 
-    With an `objective`, whose columns are laid out as the batch is, `loss_sum` is its sum.
+    `how`: further arguments of `ScoredModel.forward`, such as `temperature`.
     """
     device = rows["input_ids"].device
     inputs = {name: rows[name].to(device, non_blocking=True) for name in _INPUTS if name in rows}
-    how = {"differentiable_logprobs": differentiable, "temperature": temperature, "objective": objective}
-    return model(**inputs, **how)
+    return model(**inputs, differentiable_logprobs=differentiable, **how)
 
 
 def count_tokens(batch: Batch) -> int:

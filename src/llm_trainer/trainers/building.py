@@ -113,3 +113,19 @@ class Sketch(Protocol):
             forwards: that each token of a batch costs.
             in_half: its weights are kept in the precision of products.
         """
+
+    def sampled(self, completions: int, new_tokens: int, columns: int) -> dict[str, float]:
+        """The costs of completions that are sampled: rows of a step, a copy of the weights, its cache, rollouts on disk.
+
+        Args:
+            completions: of each prompt, which has `dataset_block_size` tokens.
+            new_tokens: of a completion, at most.
+            columns: numbers per token that a rollout gets when it is scored.
+        """
+
+    def critic(self, source: str | None = None) -> "dict[str, Any]":
+        """The costs of a model that is trained beside the policy and gives one number per token.
+
+        Args:
+            source: the Hugging Face folder of its first weights; None: it has the shape of the policy.
+        """

@@ -14,7 +14,8 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.fsdp import FsdpEngine
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.models.build import build_model, flops_per_token, num_parameters
-from llm_trainer.plan.describe import describe
+from llm_trainer.plan.describe import Sketch, describe, without_weights
+from llm_trainer.plan.shapes import shape_of
 from llm_trainer.train.budget import KEY
 from llm_trainer.train.sizing import MOST
 from llm_trainer.trainers.distill import CHUNK_ELEMENTS
@@ -84,6 +85,34 @@ def test_a_reward_model_has_no_vocabulary_head(run):
     assert sft.flops_per_token - reward.flops_per_token == 6 * 32 * (100 - 1)  # one number instead
     shape, _ = describe(load_config(run("reward_config")), "reward")
     assert shape.num_parameters == num_parameters(build_model(ModelConfig(**MODEL))) + 32
+
+
+def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, capsys):
+    options = "group_size: 6, gen_max_seq_len: 32, gradient_accumulation_steps: 2"
+    job, parameters = job_of(run("grpo_config", options), "grpo"), num_parameters(build_model(ModelConfig(**MODEL)))
+    assert (job.rows, job.completions, job.row_tokens, job.sample_tokens) == (4 * 2 * 6, 6, 64 + 32, 96)
+    assert job.copy_bytes == 2 * parameters and job.frozen_bytes == 0
+    assert job.cache_bytes == 48 * 96 * (2 * 2) * 2 * 32  # rows, tokens, keys and values of 16 bits, layers, width
+    assert job.disk_bytes == 48 * 96 * (9 + 4)  # and advantages
+    held = job_of(run("grpo_config", options + ", loss_beta: 0.1"), "grpo")
+    assert held.frozen_bytes == 4 * parameters and held.disk_bytes == 48 * 96 * (9 + 8)
+    assert job_of(run("grpo_config", "group_size: 1000"), "grpo").cache_bytes == 64 * (64 + 256) * 256
+    lines = said(capsys, run("grpo_config", options), "--gpus", "4", "--gpu", "a100-40")
+    assert "sampler" in lines.splitlines()[5] and "disk  0.00024 GB for each rollout" in lines
+    assert "batch_size=4 grpo_config.gradient_accumulation_steps=2" in lines.splitlines()[-1]
+
+
+def test_a_critic_is_trained_beside_the_policy(run, tmp_path):
+    config = load_config(run())
+    model = without_weights(config)
+    sketch = Sketch(None, model, 64, 4, "bf16")
+    own = sketch.critic()["critic"]
+    assert num_parameters(own) == num_parameters(model) + 32
+    larger = build_model(ModelConfig(**MODEL | {"num_hidden_layers": 6}))
+    larger.config.save_pretrained(tmp_path / "critic")
+    both = shape_of(model).beside(shape_of(sketch.critic(str(tmp_path / "critic"))["critic"]))
+    assert both.num_layers == 2 + 6
+    assert both.num_parameters == num_parameters(model) + num_parameters(larger) + 32
 
 
 def test_a_teacher_is_held_in_16_bits(run, tmp_path):

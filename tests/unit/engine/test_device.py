@@ -1,5 +1,7 @@
 """What a run learns of the machine it is on."""
 
+import os
+
 import pytest
 import torch
 
@@ -21,6 +23,16 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert detect_device("cpu") == CPU
     with pytest.raises(ValueError, match=r"device: got 'tpu:0', but this machine has cpu"):
         detect_device("tpu:0")
+
+
+@pytest.mark.parametrize("given", [None, "64"])
+def test_few_kernels_are_kept_from_the_first_product_on(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN reads the variable once; a configured run asks for its device before it tries its model out."""
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given or "")
+    if given is None:
+        monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    detect_device("cpu")
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == (given or "128")
 
 
 @pytest.mark.parametrize(

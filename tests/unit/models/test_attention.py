@@ -8,8 +8,9 @@ from tiny_models import LENGTHS, flat_batch, padded_batch, tiny_model
 from torch.nn import functional as F
 
 from llm_trainer import kernels
-from llm_trainer.models import attention
-from llm_trainer.models.attention import document_attention, resolve_attention
+from llm_trainer.models import document_attention as operator
+from llm_trainer.models.attention import resolve_attention
+from llm_trainer.models.document_attention import document_attention
 from llm_trainer.models.scored import scored
 
 BACKENDS = ("blocked", "sdpa", "eager")
@@ -99,10 +100,10 @@ def test_generation_with_a_cache_is_that_of_sdpa() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lengths", [(23,), (3, 12, 1, 7)])
+@pytest.mark.parametrize("lengths", [(23,), (3, 12, 1, 7), (40, 3, 64, 520, 33)])
 def test_operator_against_sdpa(dtype: torch.dtype, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Several row blocks in bfloat16; each document by itself is the reference."""
-    monkeypatch.setattr(attention, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(operator, "BLOCK_ROWS", 5)
     generator = torch.Generator().manual_seed(4)
     total = sum(lengths)
     shapes = ((1, 4, total, 8), (1, 2, total, 8), (1, 2, total, 8))
@@ -131,7 +132,7 @@ def test_operator_against_sdpa(dtype: torch.dtype, lengths: tuple[int, ...], mon
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_branch_sees_what_it_goes_on_from(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents with no, one and two branches, beside a dense mask; positions that name no prefix begin a document."""
-    monkeypatch.setattr(attention, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(operator, "BLOCK_ROWS", 3)
     runs = [(0, 6), (2, 9), (6, 11), (0, 5), (0, 7), (3, 4), (9, 12)]  # positions from, to
     positions = torch.cat([torch.arange(*run) for run in runs])[None]
     mask = torch.zeros(positions.numel(), positions.numel(), dtype=torch.bool)
@@ -172,13 +173,30 @@ def test_operator_is_what_torch_compile_expects() -> None:
 def test_kernels_of_the_backward_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.randn(1, 2, 40, 8).bfloat16().requires_grad_()
     key, value = torch.randn(2, 1, 1, 40, 8).bfloat16().unbind(0)
-    monkeypatch.setattr(attention, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(operator, "BLOCK_ROWS", 16)
     gradients = []
     for threshold in (2**40, 1):
         monkeypatch.setattr(kernels, "LARGE", threshold)
         output, _ = document_attention(query, key, value, torch.arange(40)[None], 0.3)
         gradients.append(torch.autograd.grad(output.float().sum(), query)[0].float())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=2e-2)
+
+
+def test_documents_of_similar_length_are_computed_together() -> None:
+    """In bfloat16, up to so many tokens; elsewhere each by itself, as it is."""
+    lengths = (40, 3, 64, 600, 33, 300, *[50] * 6)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    parts = operator._documents(positions, 1, sum(lengths))
+    groups = operator._groups(parts, torch.bfloat16)
+    assert [(group.length, len(group.places)) for group in groups] == [(64, 8), (32, 1), (608, 1), (320, 1), (64, 1)]
+    alone = operator._groups(parts, torch.float32)
+    assert [group.length for group in alone] == list(lengths)
+    flat = torch.randn(1, 2, sum(lengths), 4)
+    assert alone[1].stack(flat).data_ptr() == flat[:, :, 40:].data_ptr()
+    back = torch.empty_like(flat)
+    for group in groups:
+        group.unstack((group.stack(flat),), (back,))
+    assert torch.equal(back, flat)
 
 
 def test_names() -> None:

@@ -9,8 +9,9 @@ from transformers import AttentionInterface
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.collate import IGNORE
 from llm_trainer.models import attention, gpu_attention
-from llm_trainer.models.attention import blocked_mask, document_attention, document_bounds
+from llm_trainer.models.attention import blocked_mask, document_bounds
 from llm_trainer.models.build import build_model
+from llm_trainer.models.document_attention import document_attention
 from llm_trainer.models.scored import scored
 
 LENGTHS = (5, 1, 9)

@@ -167,6 +167,24 @@ def test_a_reference_is_sharded_by_fsdp_only():
     }
 
 
+def test_a_sampler_keeps_its_copy_and_fills_its_cache_between_steps():
+    few = Step(64, checkpointing=True)
+    for strategy in STRATEGIES:
+        plain, copied = (peak(BIG, replace(JOB, copy_bytes=copy), strategy, 8, few) for copy in (0.0, 15e9))
+        assert copied.total == pytest.approx(plain.total + 15e9) and copied.sampler == 15e9
+        sampling = peak(BIG, replace(JOB, copy_bytes=15e9, cache_bytes=900e9), strategy, 8, few)
+        assert sampling.sampler == 915e9 and sampling.activations == sampling.head == 0
+        assert sampling.optimizer == plain.optimizer and sampling.frozen == plain.frozen
+    assert peak(BIG, replace(JOB, copy_bytes=15e9, cache_bytes=1.0), FSDP2, 8, few).sampler == 15e9  # no peak
+
+
+def test_two_models_that_are_trained_together_count_as_one_of_both():
+    both = BIG.beside(SMALL)
+    assert both.num_parameters == BIG.num_parameters + SMALL.num_parameters
+    assert both.num_layers == BIG.num_layers  # of a hundredth of its layers
+    assert BIG.beside(BIG).num_layers == 72 and BIG.beside(BIG).product_parameters == 2 * BIG.product_parameters
+
+
 def test_without_a_head_there_are_no_logits():
     assert peak(BIG, replace(JOB, has_head=False), ONE, 1, Step(4096)).head == 0
 

@@ -81,6 +81,19 @@ def test_a_prompt_of_a_group_is_there_once() -> None:
     assert lengths[place].tolist() == [10, 16, 4, 2, 9, 3, 9, 3, 3]
 
 
+def test_the_ids_that_tokens_were_drawn_from_follow_their_tokens() -> None:
+    rows = batch()
+    counts = torch.arange(rows["labels"].numel()).view(rows["labels"].shape) % 3 * (rows["labels"] != -100)
+    counts[8, 9:12] = 1  # a masked row, whose tokens were drawn from few ids too
+    tokens = torch.arange(counts.numel())  # ids that name the token that they belong to
+    rows |= {"kept_counts": counts, "kept": tokens.repeat_interleave(counts.flatten())}
+    rows["names"] = tokens.view(counts.shape)
+    for given in (rows, rows | {"labels": rows["labels"].index_fill(0, torch.tensor([1]), -100)}):
+        shared = share_prompts(given, given["group"])
+        found = shared["names"].flatten().repeat_interleave(shared["kept_counts"].flatten())
+        assert torch.equal(found, shared["kept"])
+
+
 def test_pairs_are_groups_of_two() -> None:
     rows = batch()
     pairs = {name: value[[1, 0, 3, 5]] for name, value in rows.items()}

@@ -1,0 +1,59 @@
+"""`llm-trainer rollouts`: what is shown of the rollouts of a run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from writers import make_trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 3 rollouts, begun at steps 0, 4 and 8, of 4 prompts with 2 completions each."""
+    path = tmp_path_factory.mktemp("run")
+    make_trainer(path, max_epochs=1, source_options={"passes": 2, "rows_per_update": 4, "keep_rollouts": True}).train()
+    return path
+
+
+def shown(capsys: pytest.CaptureFixture[str], run: Any, *arguments: Any) -> str:
+    assert run("rollouts", *arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_the_last_rollout_with_its_rewards(folder: Path, run: Any, capsys: Any) -> None:
+    text = shown(capsys, run, folder, "--rows", 3)
+    assert "00000002: 8 completions of 4 prompts, made at optimizer step 8" in text
+    assert text.count("--- completion") == 3
+    assert re.search(r"--- completion 1 of prompt 0: \d tokens, ended by (stop|length)", text)
+    assert re.search(r"reward \S+ \(reward 0 \S+\), advantage -?\d", text)
+    assert "reference answer: answer " in text
+    assert "[[" in text and "no tokenizer was found" in text
+
+
+def test_a_rollout_by_step_sorted_by_reward(folder: Path, run: Any, capsys: Any) -> None:
+    text = shown(capsys, run, folder, "--step", 5, "--sort", "reward")
+    assert "made at optimizer step 4" in text
+    rewards = [float(value) for value in re.findall(r"^reward (\S+) \(", text, re.MULTILINE)]
+    assert len(rewards) == 8 and rewards == sorted(rewards, reverse=True)
+    smallest = shown(capsys, run, folder / "rollouts" / "00000001", "--sort", "advantage", "--ascending")
+    advantages = [float(value) for value in re.findall(r"advantage (\S+)$", smallest, re.MULTILINE)]
+    assert len(advantages) == 8 and advantages == sorted(advantages)
+
+
+def test_tokens_as_text(folder: Path, run: Any, capsys: Any, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.config.rootpath / "tests" / "reference" / "tokenizer"
+    text = shown(capsys, run, folder, "--tokenizer", tokenizer, "--rows", 1)
+    assert "no tokenizer was found" not in text and "[[" in text
+
+
+def test_what_is_not_there_is_said(folder: Path, tmp_path: Path, run: Any, capsys: Any) -> None:
+    assert run("rollouts", tmp_path) == 2
+    assert "found no rollout, expected the save_dir of a run" in capsys.readouterr().err
+    file = next((folder / "rollouts" / "00000000").glob("trained*.npy"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"\xff")
+    assert run("rollouts", folder, "--step", 0) == 2
+    assert "damaged" in capsys.readouterr().err
+    file.write_bytes(content)
