@@ -123,6 +123,8 @@ def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str,
         "sampling": config.eval_config,
         "ledgers": ledgers,
         "description": dump_config(config),
+        # Of rollouts; streams lay out their rows themselves.
+        "packing": "none" if config.data_loader_config.packing == "none" else "auto",
     }
     return shared | stopping | own
 

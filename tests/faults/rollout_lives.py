@@ -207,26 +207,29 @@ def kill_one_after_the_other(folder: Path, kills: int, chance: random.Random) ->
 
 def kill_with_another_number_of_ranks(folder: Path, kills: int, chance: random.Random) -> dict[str, Any]:
     """Kill a rank of 2 -> 1 -> 2 -> ...: every row is learned from as often as was said."""
-    killed, lives, finished = 0, 0, False
-    while not finished:
-        ranks = 2 - lives % 2
-        lives += 1
-        victim = chance.randrange(ranks)
-        aim = chance.choice(list(PHASES)) if killed < kills else ""
-        count = chance.randint(1, PHASES.get(aim, 1))
+    killed, lives, wrong = 0, 0, list[str]()
+    while killed < kills:
+        run = folder / f"run-{lives}"
+        finished = False
+        while not finished:
+            ranks, victim = 2 - lives % 2, chance.randrange(2)
+            lives += 1
+            aim = chance.choice(list(PHASES)) if killed < kills else ""
+            count = chance.randint(1, PHASES.get(aim, 1))
 
-        def live(rank: int, victim: int = victim, aim: str = aim, count: int = count) -> None:
-            made = trainer(folder)
-            if rank == victim:
-                made.phase, made.left = aim, count
-            made.train()
+            def live(rank: int, run: Path = run, victim: int = victim, aim: str = aim, count: int = count) -> None:
+                made = trainer(run)
+                if rank == victim % dist.world_size():
+                    made.phase, made.left = aim, count
+                made.train()
 
-        codes = codes_of(start_ranks(folder, ranks, live))
-        finished = codes == [0] * ranks
-        killed += -signal.SIGKILL in codes
-        assert finished or -signal.SIGKILL in codes, Path(f"{folder}.out").read_text()[-3000:]
-    steps = len(list((folder / "rows").iterdir()))
-    return {"kills": killed, "lives": lives, "steps": steps, "wrong": learned_twice_or_never(folder)}
+            codes = codes_of(start_ranks(run, ranks, live))
+            finished = codes == [0] * ranks
+            killed += -signal.SIGKILL in codes
+            assert finished or -signal.SIGKILL in codes, Path(f"{run}.out").read_text()[-3000:]
+        steps = len(list((run / "rows").iterdir()))
+        wrong += learned_twice_or_never(run) + [f"{run.name}: {steps} steps"] * (steps != 24)
+    return {"kills": killed, "lives": lives, "wrong": wrong}
 
 
 def noisy_rewards(folder: Path, kills: int, chance: random.Random) -> dict[str, Any]:

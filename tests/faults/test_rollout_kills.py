@@ -18,7 +18,7 @@ def lives(folder: Path, *options: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_two_ranks(report: dict[str, Any]) -> None:
@@ -40,5 +40,5 @@ def test_eighty_kills_of_which_some_change_the_number_of_ranks(tmp_path: Path) -
     assert report["kills"] == dict.fromkeys(AIMS, 7) and report["different"] == []
     check_two_ranks(report["two_ranks"])
     ranks, noisy = report["ranks"], report["noisy"]
-    assert ranks["kills"] >= 21 and ranks["steps"] == 24 and ranks["wrong"] == []
+    assert ranks["kills"] == 21 and ranks["lives"] > 21 and ranks["wrong"] == []
     assert noisy == {"different": [], "sampled": 0, "rollouts": 6}

@@ -67,6 +67,10 @@ class RunMachine:
         return self._settings.seed
 
     @property
+    def begins_anew(self) -> bool:
+        return self._settings.resume == "never" and self._progress.step == 0
+
+    @property
     def step(self) -> int:
         return self._progress.step
 

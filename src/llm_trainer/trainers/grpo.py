@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import GRPOConfig
+from llm_trainer.data.rollout_source import num_updates
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout
 from llm_trainer.losses.advantages import Advantages, group_statistics, weighted_rewards
 from llm_trainer.losses.chunked import Objective
@@ -116,6 +117,12 @@ class GRPOTrainer(OnPolicyTrainer):
         if section.loss_beta and source is not None and "ref_model" not in build.given:
             options["ref_model"] = build.frozen(source)
         return options
+
+    @classmethod
+    def _steps_per_epoch(cls, stream: Any, section: GRPOConfig) -> int:
+        return (
+            num_updates(stream, section.group_size, section.rows_per_update, section.grpo_steps) or stream.num_steps()
+        )
 
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:

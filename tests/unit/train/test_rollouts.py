@@ -187,9 +187,10 @@ def test_rollouts_that_no_checkpoint_needs_are_removed(tmp_path: Path) -> None:
 def test_a_rollout_of_other_settings_is_set_aside_and_made_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_trainer(tmp_path, max_steps=1, save_interval=0).train()
+    make_trainer(tmp_path, max_steps=1).train()
+    shutil.rmtree(tmp_path / "checkpoint-00000001")
     hot = type("Hot", (BigramTrainer,), {"temperature": 2.0})
-    trainer = make_trainer(tmp_path, kind=hot, max_steps=1, resume="never")
+    trainer = make_trainer(tmp_path, kind=hot, max_steps=1)
     trainer.train()
     said = capsys.readouterr().out
     aside = tmp_path / "rollouts" / "set-aside-1" / "00000000"
@@ -219,7 +220,8 @@ def test_a_damaged_rollout_is_made_anew_between_two_and_an_error_in_its_middle(
         make_trainer(tmp_path, max_steps=6).train()
     make_trainer(tmp_path / "new", max_steps=1).train()
     break_file(tmp_path / "new" / "rollouts" / "00000000")
-    trainer = make_trainer(tmp_path / "new", max_steps=1, resume="never")
+    shutil.rmtree(tmp_path / "new" / "checkpoint-00000001")
+    trainer = make_trainer(tmp_path / "new", max_steps=1)
     trainer.train()
     assert trainer.maker.begun == [0] and "damaged, rewards.values.npy" in capsys.readouterr().out
 
@@ -231,6 +233,26 @@ def test_the_rollout_of_another_run_is_not_taken_for_the_one_under_way(tmp_path:
     shutil.copytree(tmp_path / "1" / "rollouts", tmp_path / "0" / "rollouts")
     with pytest.raises(RolloutError, match=r"a rollout of another run or another moment \(seed differ\)"):
         make_trainer(tmp_path / "0", max_steps=3).train()
+
+
+def test_a_run_that_begins_anew_does_not_take_over_the_rollouts_of_an_earlier_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its reward function may be another one by the same name."""
+    make_trainer(tmp_path, max_steps=5).train()
+    trainer = make_trainer(tmp_path, max_steps=1, resume="never")
+    trainer.train()
+    assert trainer.maker.begun == [0] and len(list((tmp_path / "rollouts" / "set-aside-1").iterdir())) == 2
+    assert "the rollouts of an earlier one were moved to" in capsys.readouterr().out
+
+
+def test_settings_may_change_in_the_middle_of_a_rollout(tmp_path: Path) -> None:
+    """The next one is drawn with them."""
+    make_trainer(tmp_path, max_steps=2).train()
+    hot = type("Hot", (BigramTrainer,), {"temperature": 2.0})
+    trainer = make_trainer(tmp_path, kind=hot, max_steps=5)
+    trainer.train()
+    assert trainer.maker.begun == [1]
 
 
 def test_stored_rollouts_of_another_run_are_learned_from(tmp_path: Path) -> None:
