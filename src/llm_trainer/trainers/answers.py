@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
 _LABELS = ("labels", "completion", "step_labels")
 # What the tokens of completions have in reinforcement learning.
-OF_TOKENS = ("old_logprobs", "ref_logprobs", "sampled_logprobs", "advantages")
+OF_TOKENS = ("old_logprobs", "ref_logprobs", "sampled_logprobs", "advantages", "returns", "values")
 _LAID_FLAT = ("input_ids", "loss_weights", *_LABELS, *OF_TOKENS)
 # What is made anew where prompts are shared, and tables with a line per row, which may be as wide as rows are long.
 _NOT_OF_TOKENS = ("attention_mask", "position_ids", "repeats", "rewards", "kept")
