@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.section import config_section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "luspo", "sapo", "vespo"]
@@ -40,11 +41,26 @@ class GenerateConfig:
 class RolloutOptions:
     """What is kept of rollouts, and what may become of completions before they are learned from."""
 
+    rewards: list[Any] = Field(
+        default_factory=list,
+        description="reward functions: exact_match, numeric, math_verify, format, overlong, code, judge, or your own as "
+        "file.py:function; or mappings {name: ..., weight: 0.5} with a function's options",
+    )
+    reward_model_checkpoint: str | None = Field(
+        default=None, description="folder of a reward model, which judges completions too"
+    )
+    reward_seconds: StrictFloat = Field(default=60.0, gt=0, description="that a call of a reward function may take")
+    reward_memory_gb: StrictFloat | None = Field(
+        default=4.0, gt=0, description="memory that a reward function may take; null: no limit"
+    )
+    reward_in_process: StrictBool = Field(
+        default=False, description="call reward functions in the process that trains, without limits"
+    )
+    max_failed_rewards: StrictFloat = Field(
+        default=0.5, ge=0, le=1, description="share of rewards that may be missing because a function failed"
+    )
     overlong: Literal["train", "mask"] = Field(
         default="train", description="completions without an end: mask leaves them out of the loss (DAPO)"
-    )
-    overlong_buffer: StrictInt = Field(
-        default=0, ge=0, description="the last tokens before the limit, over which the reward falls by up to 1 (DAPO)"
     )
     off_policy_correction: Literal["none", "truncate", "mask"] = Field(
         default="none",
@@ -125,3 +141,17 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     gradient_accumulation_steps: StrictInt = Field(
         default=1, ge=1, description="a rollout has batch_size x this x devices prompts"
     )
+
+    def __post_init__(self) -> None:
+        compares = ("group", "dr_grpo", "batch", "rloo", "gdpo", "reinforce++_baseline")
+        kind = self.advantage or "group"
+        if self.group_size == 1 and kind in compares:
+            raise ConfigError(
+                f"group_size: got 1, but advantage {kind} compares a completion with the others of its group, so that nothing "
+                "would be learned; expected at least 2, or advantage: reinforce++"
+            )
+        if self.gen_repetition_penalty != 1 and self.off_policy_correction == "none":
+            raise ConfigError(
+                f"gen_repetition_penalty: got {self.gen_repetition_penalty:g}: tokens are then drawn from another distribution "
+                "than the policy's own, which learns; set off_policy_correction to truncate or mask, or leave it at 1"
+            )

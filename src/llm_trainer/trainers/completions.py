@@ -106,14 +106,6 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
     return row
 
 
-def overlong_penalty(length: int, longest: int, buffer: int) -> float:
-    """What an almost or really overlong completion costs: 0 up to `longest - buffer` tokens, then down to -1 in a line.
-
-    Soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 13).
-    """
-    return -min(1.0, max(0.0, (length - (longest - buffer)) / buffer))
-
-
 def metrics_of(
     rollout: Rollout, names: Sequence[str], rewards: np.ndarray, weights: np.ndarray
 ) -> dict[str, tuple[float, float]]:

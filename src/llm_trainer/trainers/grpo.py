@@ -20,7 +20,8 @@ from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts, to_device
 from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id_of, without_missing
-from llm_trainer.trainers.on_policy import OnPolicyTrainer, of_learning
+from llm_trainer.trainers.learned import of_learning, with_cuts
+from llm_trainer.trainers.on_policy import OnPolicyTrainer
 from llm_trainer.trainers.references import default_reference, reference_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ KEYWORDS = {
     "temperature": "gen_temperature",
 }
 # What a section says about other objects than the loss.
-_OBJECTS = ("ref_model_checkpoint", "gradient_accumulation_steps")
+_OBJECTS = ("ref_model_checkpoint", "reward_model_checkpoint", "gradient_accumulation_steps")
 
 
 class GRPOTrainer(OnPolicyTrainer):
@@ -111,6 +112,7 @@ class GRPOTrainer(OnPolicyTrainer):
         options = {name: getattr(section, name) for name in fields_of(GRPOConfig) if name not in _OBJECTS}
         for ours, theirs in KEYWORDS.items():
             options[ours] = options.pop(theirs)
+        options |= cls._rewards_from_config(config, build)
         source = section.ref_model_checkpoint
         if section.loss_beta and source is not None and "ref_model" not in build.given:
             options["ref_model"] = build.frozen(source)
@@ -144,7 +146,7 @@ class GRPOTrainer(OnPolicyTrainer):
     def _joined(self, batch: Batch) -> Batch:
         """The batch as rows whose labels are the tokens to learn from."""
         if not is_given(batch):
-            return without_missing(batch)
+            return with_cuts(without_missing(batch))
         for one, rows in self._given:
             if one is batch:
                 return rows
@@ -246,6 +248,8 @@ class GRPOTrainer(OnPolicyTrainer):
         groups = torch.from_numpy(np.array(rollout.column("group")))
         how = replace(self.advantages, weights=torch.from_numpy(weights))
         advantages, is_missing = how(torch.from_numpy(values), groups)
+        is_level = level_groups(values, weights, groups)
+        self._note(rollout, is_missing.numpy(), bool(is_level.all()) and len(groups.unique()) < len(groups))
         learned = []
         for row, advantage in enumerate(advantages.tolist()):
             learned.append(np.float32(advantage) * rollout.store["trained"][row].astype(np.float32))
@@ -254,7 +258,7 @@ class GRPOTrainer(OnPolicyTrainer):
             masked["it has no end"] = rollout.column("finish") == FINISHES.index("length")
         dropped = {"no reward": is_missing.numpy()}
         if self.how.max_resamplings:
-            dropped["all rewards of its group are equal"] = level_groups(values, weights, groups)
+            dropped["all rewards of its group are equal"] = is_level
         return Finished(columns | judged | {"advantages": learned}, masked, dropped)
 
 

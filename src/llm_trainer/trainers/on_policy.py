@@ -3,32 +3,50 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import RolloutOptions
 from llm_trainer.data.collate import collate_padded, laying
 from llm_trainer.data.rollout_source import RolloutSource
-from llm_trainer.data.rollouts import Finished, Rollout, collate_rollout
+from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
-from llm_trainer.losses.drawn_from import DrawnFrom
 from llm_trainer.losses.policy import Correction
 from llm_trainer.losses.sequences import Sequences
+from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.frozen import freeze
-from llm_trainer.models.rewarding import Judge
+from llm_trainer.models.rewarding import Judge, load_reward_model
 from llm_trainer.models.scored import TokenScores
 from llm_trainer.rewards.functions import RewardFunctions
+from llm_trainer.rewards.named import several
 from llm_trainer.trainers.agreement import Agreement
-from llm_trainer.trainers.answers import OF_TOKENS, Batch, score, to_device
+from llm_trainer.trainers.answers import Batch, score, to_device
 from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.rollouts import JUDGED, RolloutMaker
+from llm_trainer.trainers.said import RowsOfIds, context_of, stop_tokens_of, vocab_size_of
 
+if TYPE_CHECKING:
+    from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build
+
+# What is said when nothing else happens in many rollouts.
+PATIENCE = 10
+NO_VARIANCE = (
+    "the rewards of every group were equal, so that nothing was learned: look at the completions (llm-trainer rollouts), take "
+    "easier or harder prompts, a larger group_size or a higher gen_temperature, or a reward with more steps"
+)
+NO_END = (
+    "no completion ended before gen_max_seq_len: look at the completions (llm-trainer rollouts), at the stop tokens of the "
+    "tokenizer's chat template, and at gen_max_seq_len"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the sampler's copy of the weights
 
 
@@ -72,13 +90,23 @@ class OnPolicyTrainer(BaseTrainer):
         self.how = how
         self.samples, self.passes, self.rows_per_update = samples, passes, rows_per_update
         self.rewards: RewardFunctions | None = None
+        if reward_func is None and how.rewards:
+            reward_func, reward_weights = several(how.rewards)
         if isinstance(reward_func, RewardFunctions):
             self.rewards = reward_func
         elif reward_func is not None:  # its processes are forked before there are threads and devices
-            self.rewards = RewardFunctions(reward_func, reward_weights)
+            self.rewards = RewardFunctions(
+                reward_func,
+                reward_weights,
+                seconds=how.reward_seconds,
+                memory_gb=how.reward_memory_gb,
+                in_process=how.reward_in_process,
+                max_failed=how.max_failed_rewards,
+            )
         self.judge = None if reward_model is None else Judge(freeze(reward_model))
         self._service, self._stop_token_ids = generation_service, stop_token_ids
         self._verified: GenerationService | None = None
+        self._in_a_row: dict[str, int] = {}  # rollouts without anything to learn from, by what is said of them
         self._evaluation = options.get("sampling") or Sampling()
         self._maker: RolloutMaker | None = None
         self.correction = correction_of(how)
@@ -87,6 +115,33 @@ class OnPolicyTrainer(BaseTrainer):
         self._agreement = Agreement(self.machine.precision_name, how.max_logp_difference, is_own)
         if self.judge is not None:
             self.machine.place(self.judge)
+
+    @classmethod
+    def _rewards_from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        """What judges completions, and what ends them, as keywords.
+
+        Raises:
+            ConfigError: nothing judges them.
+        """
+        section = build.section
+        options: dict[str, Any] = {"stop_token_ids": build.stop_token_ids}
+        source = section.reward_model_checkpoint
+        if source is not None and "reward_model" not in build.given:
+            if build.tokenizer_of(source).get_vocab() != build.tokenizer.get_vocab():
+                raise ConfigError(
+                    f"reward_model_checkpoint: {source} has another tokenizer than the policy, so its ids mean other tokens; "
+                    f"expected a reward model made of the policy's family"
+                )
+            attention = resolve_attention(config.run_config.attention, build.device)
+            options["reward_model"] = load_reward_model(source, attention)
+        judges = (section.rewards, source, section.rollouts)
+        if not any(judges) and not {"reward_func", "reward_model"} & set(build.given):
+            raise ConfigError(
+                f"{cls.section}: nothing judges completions: expected rewards (such as [exact_match]), a "
+                f"reward_model_checkpoint, or {cls.__name__}(train_config=..., reward_func=f) with "
+                f"f(prompts, completions, answers) -> list of numbers"
+            )
+        return options
 
     # Making rollouts.
 
@@ -120,7 +175,6 @@ class OnPolicyTrainer(BaseTrainer):
                 tokenizer=self.tokenizer,
                 stop_token_ids=self._stops(),
                 context=context_of(self.base_model),
-                overlong_buffer=self.how.overlong_buffer,
                 max_resamplings=self._max_resamplings,
                 evaluation=self._evaluation,
             )
@@ -189,13 +243,38 @@ class OnPolicyTrainer(BaseTrainer):
         )
         return {JUDGED: [np.atleast_1d(value).astype(np.float64) for value in found[JUDGED]]}
 
+    def _note(self, rollout: Rollout, is_missing: np.ndarray, is_level: bool) -> None:
+        """Say what will teach nothing, however long it goes on.
+
+        Args:
+            is_missing: `[rows]` which completions have no reward.
+            is_level: the rewards of all groups are equal.
+
+        Raises:
+            ValueError: no completion has a reward, and no function has failed.
+        """
+        if is_missing.all() and not rollout.column("failed").any():
+            name = rollout.store.folder.name.partition(".")[0]
+            unanswered = sum(rollout.facts(row)["answer"] is None for row in range(len(rollout)))
+            raise ValueError(
+                f"no completion of rollout {name} has a reward: no reward function applies to any. {unanswered} of "
+                f"{len(rollout)} have no reference answer in the data; expected an answer where a reward function compares "
+                f"with one: look at the rows' columns (data_loader_config.columns: {{answer: ...}}), or take rewards that need "
+                f"none"
+            )
+        has_no_end = (rollout.column("finish") == FINISHES.index("length")).all()
+        for what, is_so in ((NO_VARIANCE, is_level), (NO_END, has_no_end)):
+            self._in_a_row[what] = (self._in_a_row.get(what, 0) + 1) * bool(is_so)
+            if self._in_a_row[what] % PATIENCE == PATIENCE - 1:
+                self.machine.say(f"WARNING: in {self._in_a_row[what]} rollouts in a row {what}")
+
     def _scored(self, rollout: Rollout, old: bool, reference: Any) -> dict[str, list[np.ndarray]]:
         """Log-probs of all tokens: under the policy as it is now, if `old`, and under the `reference`, if there is one."""
         if not old and reference is None:
             return {}
 
         def logprobs(batch: Batch) -> dict[str, Tensor]:
-            rows, found = to_device(of_learning(batch), self.device), {}
+            rows, found = to_device(of_learning(with_cuts(batch)), self.device), {}
             if old:
                 found["old_logprobs"] = self._score(self.model, rows).logprobs
             if reference is not None:
@@ -240,75 +319,6 @@ class OnPolicyTrainer(BaseTrainer):
             mean, largest = found["sampler"]
             self.record("sampling/sampling_logp_difference/mean", mean)
             self.record("sampling/sampling_logp_difference/max", largest)
-
-
-# What a micro-batch is learned from; it may have more.
-_LAID = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "document_order", "repeats")
-LEARNED = (*_LAID, *OF_TOKENS, "has_sums")
-
-
-def of_learning(batch: Batch) -> Batch:
-    """The tensors of a micro-batch that are learned from; `kept [M]`, what its rows have of it end to end."""
-    rows = {name: batch[name] for name in LEARNED if name in batch}
-    if "kept_counts" in batch:
-        kept = [ids.flatten().long() for ids in batch["kept"]]
-        if "document_order" in batch:
-            kept = [kept[row] for row in batch["document_order"].argsort().tolist()]
-        rows |= {"kept_counts": batch["kept_counts"], "kept": torch.cat(kept)}
-    return rows
-
-
-def drawn_from_of(rows: Batch, suppressed: Sequence[int]) -> DrawnFrom | None:
-    """The ids that tokens were drawn from, where these were not all."""
-    if "sampled_logprobs" not in rows or not ("kept" in rows or suppressed):
-        return None
-    device = rows["input_ids"].device
-    kept = rows.get("kept", torch.zeros(0, dtype=torch.long, device=device))
-    counts = rows.get("kept_counts", torch.zeros_like(rows["input_ids"]))
-    never = torch.tensor(list(suppressed), device=device) if suppressed else None
-    return DrawnFrom(kept, counts, never)
-
-
-class RowsOfIds:
-    """Sequences of ids as rows whose tokens are all labels."""
-
-    def __init__(self, ids: Sequence[Sequence[int]]) -> None:
-        self.ids, self.lengths = ids, np.array([len(row) for row in ids])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        ids = np.array(self.ids[index])
-        return {"input_ids": ids, "trained": np.ones(len(ids), dtype=bool), "document_lengths": [len(ids)]}
-
-
-def vocab_size_of(model: nn.Module) -> int | None:
-    """How many ids a model knows; None: it does not say."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return None
-    return getattr(model.config.get_text_config(), "vocab_size", None)
-
-
-def context_of(model: nn.Module) -> int | None:
-    """The most tokens that a model takes; None: it does not say."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return None
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def stop_tokens_of(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
-    """The tokens that end a completion, as model and tokenizer say."""
-    from transformers import PreTrainedModel
-
-    found: list[int] = []
-    if isinstance(model, PreTrainedModel) and model.generation_config is not None:
-        stops = model.generation_config.eos_token_id
-        found += [stops] if isinstance(stops, int) else stops or []
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(found))
 
 
 def correction_of(how: RolloutOptions) -> Correction | None:

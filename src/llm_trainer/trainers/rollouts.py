@@ -24,7 +24,6 @@ from llm_trainer.trainers.completions import (
     decoding_of,
     given_with,
     metrics_of,
-    overlong_penalty,
     row_of,
 )
 
@@ -49,7 +48,6 @@ class RolloutMaker:
         tokenizer: for the texts that functions get; None: they get ids.
         stop_token_ids: that end a completion.
         context: most tokens that the model takes; None: no limit.
-        overlong_buffer: the last tokens before the limit, over which the reward falls by up to 1.
         max_resamplings: how often a group whose rewards are all equal is drawn again.
         evaluation: how completions are drawn in evaluation; they may be as long as in training.
     """
@@ -64,7 +62,6 @@ class RolloutMaker:
     tokenizer: Any = None
     stop_token_ids: Sequence[int] = ()
     context: int | None = None
-    overlong_buffer: int = 0
     max_resamplings: int = 0
     evaluation: Sampling = field(default_factory=Sampling)
 
@@ -73,14 +70,12 @@ class RolloutMaker:
         self.weights: np.ndarray = np.ones(1)  # of each
         if self.rewards is not None:
             self.names, self.weights = self.rewards.names, self.rewards.weights
-        if self.overlong_buffer:
-            self.names, self.weights = (*self.names, "overlong"), np.append(self.weights, 1.0)
 
     def settings(self, training: bool) -> Mapping[str, Any]:
         facts = asdict(self._decoding(0, training))
         for name in ("decode", "seed", "row_numbers"):
             del facts[name]
-        own = {"overlong_buffer": self.overlong_buffer, "max_resamplings": self.max_resamplings}
+        own = {"max_resamplings": self.max_resamplings}
         rewards = dict(zip(self.names, self.weights.tolist(), strict=True))
         return facts | own | {"samples": self.num_samples(training), "rewards": rewards}
 
@@ -209,10 +204,6 @@ class RolloutMaker:
         for number, one in enumerate(written):
             if one.reward is not None:
                 values[number, 0] = one.reward / self.weights[0]
-            if self.overlong_buffer:
-                values[number, -1] = overlong_penalty(
-                    len(one.completion.ids), self.how.gen_max_seq_len, self.overlong_buffer
-                )
             rows.append(row_of(one, values[number], errors[number], self._keeps_cuts))
         return rows
 
