@@ -1,7 +1,9 @@
 """Running out of memory: how it is recognised, and how what a failed forward or backward held is let go."""
 
+import ctypes
 import errno
 import gc
+from contextlib import suppress
 from traceback import clear_frames
 
 import torch
@@ -51,3 +53,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if device.type == "cpu":
+        with suppress(OSError, AttributeError):  # not the C library of GNU
+            ctypes.CDLL(None).malloc_trim(0)

@@ -94,12 +94,12 @@ def _statistics(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Ten
 
 
 def _softmax_gradient(
-    logits: Tensor, log_normaliser: Tensor, on_prob: Tensor, on_surprise: Tensor, everywhere: Tensor, out: Tensor
+    logits: Tensor, log_normaliser: Tensor, on_prob: Tensor, on_surprise: Tensor, everywhere: Tensor
 ) -> None:
-    """Writes p * (on_prob + on_surprise * log p) + everywhere into `out [n, V]`; the coefficients are `[n]`."""
+    """Overwrites `logits [n, V]` with p * (on_prob + on_surprise * log p) + everywhere; the coefficients are `[n]`."""
     log_probs = at_least_float32(logits) - log_normaliser[:, None]
     factor = on_prob[:, None] + on_surprise[:, None] * log_probs
-    out.copy_(log_probs.exp_().mul_(factor).add_(everywhere[:, None]))
+    logits.copy_(log_probs.exp_().mul_(factor).add_(everywhere[:, None]))
 
 
 def _add_product(total: Tensor, product: Tensor) -> None:
@@ -108,7 +108,7 @@ def _add_product(total: Tensor, product: Tensor) -> None:
 
 
 statistics = Kernel(_statistics, per_row=2)
-softmax_gradient = Kernel(_softmax_gradient, per_row=6)
+softmax_gradient = Kernel(_softmax_gradient, per_row=5)
 add_product = Kernel(_add_product, per_row=2)
 
 
@@ -211,11 +211,6 @@ class _Head:
         self.buffer = hidden.new_empty(self.rows, weight.shape[0])
 
     @cached_property
-    def gradient(self) -> Tensor:
-        """The buffer for the gradient of a chunk of logits; made only where there is a backward."""
-        return torch.empty_like(self.buffer)
-
-    @cached_property
     def product(self) -> Tensor:
         """The buffer for a slice of the weight's gradient in half precision, `[v, D]`."""
         product_bytes = PRODUCT_BYTES if self.hidden.device.type == "cpu" else PRODUCT_BYTES_GPU
@@ -252,10 +247,13 @@ class _Head:
     def backward(
         self, rows: slice, logits: Tensor, labels: Tensor, stats: list[Tensor], to: LogitCoefficients, into: Gradients
     ) -> None:
-        """Adds what n tokens, `labels [n]` and `stats` of `[n]`, give to the gradients of hidden, weight and bias."""
-        gradient = self.gradient[: len(logits)]
+        """Adds what n tokens, `labels [n]` and `stats` of `[n]`, give to the gradients of hidden, weight and bias.
+
+        The `logits` are overwritten with their gradient.
+        """
         logprobs, log_normaliser = stats[:2]
-        softmax_gradient(logits, log_normaliser, to.on_prob, to.on_surprise, to.everywhere, gradient)
+        softmax_gradient(logits, log_normaliser, to.on_prob, to.on_surprise, to.everywhere)
+        gradient = logits
         # p_y - 1 in one rounding: in bfloat16 a p_y of 0.999 would be 1.
         at_label = logprobs.exp() * (to.on_prob + to.on_surprise * logprobs) + to.everywhere + to.on_label
         gradient[torch.arange(len(labels), device=labels.device), labels] = at_label.to(gradient.dtype)

@@ -54,7 +54,7 @@ class Memory:
         gradients: of all weights.
         optimizer: state.
         activations: kept for the backward, and what the layer at work needs besides.
-        head: logits, their gradient, and the gradient of the vocabulary matrix.
+        head: logits, which become their gradient, and the gradient of the vocabulary matrix.
         buffers: what is gathered from other devices or on its way to them.
         frozen: a reference or a teacher.
         sampler: what completions are sampled with: a copy of the weights, and its cache.
@@ -144,9 +144,9 @@ class Step:
 def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     """Bytes of the head while the loss is computed, and those that remain until the backward of the last layer.
 
-    Chunked: a chunk of logits, its gradient, in 16 bit a slice of the weight's gradient, and that gradient in fp32; of every
-    token the hidden state, its copy for the product, and the gradients of both. Whole: the log-softmax of fp32 logits
-    and the gradients of both.
+    Chunked: a chunk of logits, which becomes its gradient, in 16 bit a slice of the weight's gradient, and that gradient
+    in fp32; of every token the hidden state, its copy for the product, and the gradients of both. Whole: the log-softmax of
+    fp32 logits and the gradients of both.
     """
     table, e, r = shape.vocabulary_parameters, w.product, w.residual
     if not job.has_head:
@@ -161,7 +161,7 @@ def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     per_token = (2 * r + 2 * e if w.cast else r + e) * shape.hidden_size
     casts = e * table * (w.cast or r == 2)  # of the weight before, or of its gradient after
     # After the loss comes a teacher: both models' logits of a chunk in fp32 and what lies between them.
-    buffers = max(2 * chunk + product, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
+    buffers = max(chunk + product, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
     gradients = 4 * table * (2 if job.teacher_chunk else 1)
     fixed = buffers + gradients + casts
     return step.tokens * per_token + fixed, after

@@ -44,6 +44,7 @@ class Budget:
         self.machine = machine
         self._may_cut = may_cut or isinstance(self.configured, int)
         self._has_shrunk = False
+        self._found: tuple[int, int] | None = None  # tokens while layers run plain, and once they are compiled
         self.is_settled = self.configured != "auto"
         self.tokens = self.configured if isinstance(self.configured, int) else None
         self.why = "as configured" if self.is_settled else "not found yet"
@@ -54,13 +55,23 @@ class Budget:
         """Whether the machine chooses it."""
         return self.configured == "auto"
 
-    def settle(self, tokens: int | None, why: str) -> None:
-        """Take what was found, on all ranks the same."""
+    def settle(self, tokens: int | None, why: str, compiled: int | None = None) -> None:
+        """Take what was found, on all ranks the same; `compiled`: once layers are compiled, if that is another number."""
         is_smaller = self.tokens is not None and self.tokens < (tokens or math.inf)
         if not (self._has_shrunk and is_smaller):  # an evaluation has found it to be too large
             self.tokens, self.why = tokens, why
+            if tokens is not None and compiled is not None:
+                self._found = tokens, compiled
         self.is_settled = True
         self._apply()
+
+    def compiled(self, is_on: bool) -> bool:
+        """Take the number for layers that are compiled, or that run plain; whether it is another one than before."""
+        if self._found is None or self.tokens == self._found[is_on]:
+            return False
+        self.tokens = self._found[is_on]
+        self._apply()
+        return True
 
     def shrink(self, cost: int, longest: int = 1) -> bool:
         """Cut smaller from now on, because a micro-batch did not fit; whether that can help.
@@ -75,7 +86,7 @@ class Budget:
             return False
         self.tokens = max(longest, next_size(cost / 2))
         self.why = f"{cost:,} did not fit into memory"
-        self._has_shrunk = True
+        self._has_shrunk, self._found = True, None
         self._apply()
         return True
 
@@ -94,6 +105,7 @@ class Budget:
             "machine": self.machine,
             "is_settled": self.is_settled,
             "has_shrunk": self._has_shrunk,
+            "found": self._found,
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -106,6 +118,8 @@ class Budget:
             return
         self.tokens, self.why = state["tokens"], state["why"]
         self.is_settled, self._has_shrunk = state["is_settled"], state["has_shrunk"]
+        found = state.get("found")  # not in checkpoints of earlier versions
+        self._found = None if found is None else tuple(found)
         self._apply()
 
     def _apply(self) -> None:

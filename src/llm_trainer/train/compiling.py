@@ -86,6 +86,11 @@ class Compiling:
         self._has_begun = False  # whether the step in which layers are compiled is over
         self._is_settled = not self._is_automatic
 
+    @property
+    def is_on(self) -> bool:
+        """Whether layers run compiled, or the whole model."""
+        return self._configured is True or self._layers.is_on
+
     def add(self, module: nn.Module) -> None:
         """A model that is trained, or one that it is compared with: both must round alike."""
         if self._configured is True:

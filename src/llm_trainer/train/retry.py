@@ -163,6 +163,7 @@ class Steps:
         self.waited = 0.0
 
     def _open(self) -> Iterator[Step]:
+        self._cut_by = self._work.budget.tokens
         return self._work.source.steps(self._progress.epoch, self._progress.place)
 
     def __iter__(self) -> "Steps":
@@ -171,8 +172,21 @@ class Steps:
     def __next__(self) -> Step:
         began = time.perf_counter()
         self._step = next(self._steps)
+        if self._work.budget.tokens != self._cut_by:  # it has changed since the step before
+            self._cut_anew()
+            self._step = next(self._steps)
         self.waited = time.perf_counter() - began
         return self._step
+
+    def _cut_anew(self) -> None:
+        """Let the step that came last come again, and all that follow, cut as the budget now says."""
+        micro_batches, position = self._step
+        recut = self._work.source.recut(micro_batches)
+        if recut is None:
+            self._steps = self._open()
+        else:
+            self._steps = chain([(recut, position)], self._steps)
+            self._cut_by = self._work.budget.tokens
 
     def again(self, failure: DoesNotFit) -> None:
         """Let the step that came last come again; it and all that follow are cut smaller, on all ranks alike.
@@ -180,14 +194,10 @@ class Steps:
         Raises:
             OutOfMemoryError: it cannot be cut any smaller, or the ranks have lost each other; on every rank.
         """
-        work, (micro_batches, position) = self._work, self._step
+        work, (micro_batches, _) = self._work, self._step
         rows = work.source.rows_of_step(self._progress.epoch, self._progress.place, micro_batches)
         shrink(work, rows, failure, f"step {self._progress.step + 1}")
-        recut = work.source.recut(micro_batches)
-        if recut is None:
-            self._steps = self._open()
-        else:
-            self._steps = chain([(recut, position)], self._steps)
+        self._cut_anew()
 
 
 # How to cut smaller.

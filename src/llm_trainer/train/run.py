@@ -17,6 +17,7 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import detect_device
+from llm_trainer.engine.out_of_memory import release
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.kernels import compile_after
 from llm_trainer.model_group import members_of
@@ -270,6 +271,9 @@ class Run:
         progress.advance(done.position)
         self._reporter.note_learning_rate(progress.step, progress.learning_rate)
         self._note(self.compiling.after(done, steps_left(self.horizon, progress)))
+        if self.budget.compiled(self.compiling.is_on):
+            release(self.engine.device)  # buffers of the size of before leave holes that those to come do not fill
+            self._note(self.budget.choice())
 
     def _choose_kernels(self) -> None:
         """Compile the kernels of head and attention as soon as the run is long enough to earn it back."""

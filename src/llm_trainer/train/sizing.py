@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_trainer.data.loaders import LoaderSteps
-from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
@@ -24,7 +23,7 @@ from llm_trainer.train.work import Work
 if TYPE_CHECKING:
     from llm_trainer.config.options import Settings
 
-FASTEST_FLAT, FASTEST_PADDED = 4096, 2048  # tokens, on CPUs
+FASTEST, FASTEST_COMPILED = 2048, 4096  # tokens, on CPUs; the latter for rows laid flat, once layers are compiled
 MOST = 65536  # tokens, on other devices: from here on a step's kernels are busy anyway
 ENOUGH = 4096  # tokens of a step that need no trial
 ON_GPUS = MOST, "more gains nothing"
@@ -53,7 +52,7 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
         return
     if not may_cut(work.algorithm):
         return budget.settle(None, f"{type(work.algorithm).__name__} does not say that they may be cut anew")
-    fastest, why = _fastest(work.engine.device, innermost(work.source))
+    plain, fastest, why = _fastest(work.engine.device, innermost(work.source))
     cost = _cost(work, size, settings, fastest)
     room = room_on(work.engine.device)
     free = room.free - _still_to_come(work, size, settings)
@@ -65,7 +64,8 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
         return budget.settle(None, "what a token of this model takes is not known")
     if agreed < tokens:
         why = "what fits on every rank"
-    budget.settle(agreed, why)
+    budget.settle(min(agreed, plain), why, compiled=agreed)
+    budget.compiled(work.compiling.is_on)
 
 
 def _cost(work: Work, size: Size, settings: "Settings", fastest: int) -> BytesOf | None:
@@ -85,14 +85,18 @@ def _cost(work: Work, size: Size, settings: "Settings", fastest: int) -> BytesOf
     return lambda tokens: per_token * tokens
 
 
-def _fastest(device: torch.device, source: StepSource) -> tuple[int, str]:
+def _fastest(device: torch.device, source: StepSource) -> tuple[int, int, str]:
+    """Tokens from which on more gains nothing: while layers run plain, and once they are compiled; and why."""
     if device.type != "cpu":
-        return ON_GPUS
-    if isinstance(source, LoaderSteps | RolloutSource):
-        tokens = FASTEST_PADDED if source.layout.counts_padding else FASTEST_FLAT
-        return tokens, "the fastest on CPUs, where the batches of a loader can be cut anew"
-    is_flat = isinstance(source, SampleStream) and source.flat
-    return (FASTEST_FLAT if is_flat else FASTEST_PADDED), "the fastest on CPUs"
+        return MOST, *ON_GPUS
+    why = "the fastest on CPUs"
+    if isinstance(source, LoaderSteps):
+        is_flat = not source.layout.counts_padding
+        why += ", where the batches of a loader can be cut anew"
+    else:
+        is_flat = isinstance(source, SampleStream) and source.flat
+    compiled = FASTEST_COMPILED if is_flat else FASTEST
+    return FASTEST, compiled, why
 
 
 def largest_that_fits(fastest: int, why: str, cost: BytesOf, free: float, limit: str) -> tuple[int, str]:

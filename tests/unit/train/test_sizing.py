@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,10 @@ from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.room import Room
 from llm_trainer.models.build import build_model
+from llm_trainer.state import Progress
 from llm_trainer.train import sizing
+from llm_trainer.train.budget import Budget
+from llm_trainer.train.retry import Steps
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 from victim import Rows, make_model
@@ -62,7 +66,7 @@ def test_on_cpus_it_is_the_fastest_whatever_the_memory(tmp_path, flat, capsys):
     assert by_rows.run.budget.tokens is None and "micro-batches" not in by_rows.run.choices
     capsys.readouterr()
     chosen = trained(tmp_path / "auto", train_loader=stream(**layout), val_loader=stream(**layout))
-    fastest = sizing.FASTEST_FLAT if flat else sizing.FASTEST_PADDED
+    fastest = sizing.FASTEST
     assert chosen.run.budget.tokens == chosen.run.source.micro_batch_tokens == fastest
     assert chosen.run.val_sources[""].micro_batch_tokens == fastest
     screen = capsys.readouterr().out
@@ -80,12 +84,52 @@ def test_ready_micro_batches_of_a_loader_are_put_together_as_well(tmp_path):
     given = {"train_loader": loader, "grad_accum_steps": 4, "max_steps": 3}
     trained(tmp_path / "rows", **given, micro_batch_tokens=None, packing="none")
     chosen = trained(tmp_path / "auto", **given)
-    expected = sizing.FASTEST_PADDED if chosen.run.source.layout.counts_padding else sizing.FASTEST_FLAT
-    assert chosen.run.source.micro_batch_tokens == expected
+    assert chosen.run.source.micro_batch_tokens == sizing.FASTEST
     ((micro_batches, position), *_) = chosen.run.source.steps(0, 0)
     assert len(micro_batches) == 1 and position == 4
     for one, other in zip(losses(tmp_path / "rows"), losses(tmp_path / "auto"), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize(("flat", "compiled"), [(True, sizing.FASTEST_COMPILED), (False, sizing.FASTEST)])
+def test_compiled_layers_take_more_tokens_of_flat_rows(tmp_path, flat, compiled):
+    """They keep less for the backward; a run that is compiled from the start has that number from the start."""
+    collate = collate_flat if flat else collate_padded
+    trainer = trained(tmp_path, train_loader=stream(flat=flat, collate=collate))
+    budget = trainer.run.budget
+    assert budget.compiled(True) == (compiled != sizing.FASTEST) and budget.tokens == compiled
+    again = Budget("auto", [stream()], budget.machine)
+    again.load_state_dict(budget.state_dict())
+    assert again.tokens == compiled
+    again.compiled(False)
+    assert again.tokens == sizing.FASTEST
+    again.shrink(1500)
+    assert not again.compiled(True) and again.tokens == 768  # what did not fit plain is not tried with more
+    budget.is_settled = False
+    trainer.run.compiling._layers.is_on = True
+    sizing.settle(trainer.run.work, trainer.run.size, trainer.run.settings)
+    assert budget.tokens == compiled
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_step_is_cut_by_the_number_that_is_in_force_when_it_comes(tmp_path, is_stream):
+    """The same rows in the same steps, whether the source is opened anew or cuts what it has."""
+    loader = stream() if is_stream else [collate_padded([Rows(30)[row]]) for row in range(24)]
+    work = trained(tmp_path, train_loader=loader, grad_accum_steps=8, max_steps=1, packing="none").run.work
+    progress = Progress()
+    steps = Steps(work, progress)
+    whole, position = next(steps)
+    progress.advance(position)
+    work.budget.settle(40, "to see what comes of it")
+    cut, position = next(steps)
+    progress.advance(position)
+    work.budget.settle(4096, "to see what comes of it")
+    last, _ = next(steps)
+    assert [len(whole), len(last)] == [1, 1] and len(cut) > 1
+    ids = [torch.cat([micro_batch.batch["input_ids"].flatten() for micro_batch in step]) for step in (whole, cut, last)]
+    expected = [Rows(30)[int(row)]["input_ids"] for row in range(24)]
+    found = np.sort(np.concatenate(ids))
+    assert is_stream or np.array_equal(found[found > 0], np.sort(np.concatenate(expected)))
 
 
 def test_memory_bounds_it(tmp_path, monkeypatch):
@@ -106,7 +150,7 @@ def test_memory_bounds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sizing, "room_on", lambda device: Room(1 << 50, 0, "a box"))
     work.budget.is_settled = False
     sizing.settle(work, trainer.run.size, settings)
-    assert work.budget.tokens == sizing.FASTEST_PADDED // 2 and work.budget.why == "what fits on every rank"
+    assert work.budget.tokens == sizing.FASTEST // 2 and work.budget.why == "what fits on every rank"
 
 
 def test_what_is_to_come_is_kept_free(tmp_path):
@@ -144,7 +188,7 @@ def test_ready_made_micro_batches_come_together(tmp_path):
     batches = [collate_padded([Rows(30)[row] for row in rows]) for rows in ((0, 1), (2, 3), (4, 5), (6, 7))]
     trainer = trained(tmp_path, train_loader=batches, grad_accum_steps=2, max_epochs=1)
     source = trainer.run.source
-    assert trainer.run.budget.tokens in (sizing.FASTEST_FLAT, sizing.FASTEST_PADDED)
+    assert trainer.run.budget.tokens == sizing.FASTEST
     steps = [step for step, _ in source.steps(0, 0)]
     assert [[len(micro_batch.batch["input_ids"]) for micro_batch in step] for step in steps] == [[4], [4]]
     source.accumulation = 1
