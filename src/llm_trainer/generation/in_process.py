@@ -1,6 +1,7 @@
-"""The service that decodes in the process that asks."""
+"""The service that decodes in the process that asks, with a copy of the weights or with the trained ones in place."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,37 +11,71 @@ from llm_trainer.generation.readers import all_logits, device_of, unwrapped
 from llm_trainer.generation.sampler import evaluating, make_batch
 from llm_trainer.generation.service import Completion, Interrupted, Request
 from llm_trainer.generation.verify import hashes_of
+from llm_trainer.generation.weights import WeightsCopy
+
+NOT_LOADED = -1
 
 
 class InProcess:
-    """Decodes with `model` as it is, in the precision around the call.
+    """Decodes in this process.
 
     Args:
         model: A transformers causal LM, or any module whose `forward(ids [B, T])` gives causal logits `[B, T, V]`.
-        max_rows: How many completions are decoded together.
+        dtype: Of a copy of the weights, which `load` fills: autocast would cast float32 weights again for every token.
+            None: no copy, where memory is short. The trained weights are used in place, in the precision around the
+            call, and `load` only takes their version.
+        max_rows: How many completions are decoded together at most.
+        max_cache_bytes: Of keys and values; there are fewer rows where longer ones would need more.
+
+    Attributes:
+        version: See `GenerationService`.
+        model: What decodes: the copy, or the model itself.
     """
 
-    def __init__(self, model: nn.Module, max_rows: int = 64) -> None:
-        self.model, self.max_rows = model, max_rows
-        self.version = -1
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        max_rows: int = 64,
+        max_cache_bytes: int = 4 * 2**30,
+    ) -> None:
+        if max_rows < 1 or max_cache_bytes < 1:
+            raise ValueError(f"max_rows={max_rows}, max_cache_bytes={max_cache_bytes}: expected at least 1 of both")
+        model = unwrapped(model)
+        self.copy = None if dtype is None else WeightsCopy(model, dtype, device_of(model))
+        self.model = model if self.copy is None else self.copy.model
+        self.max_rows, self.max_cache_bytes = max_rows, max_cache_bytes
+        self.version = NOT_LOADED
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """The weights are those of the model; only their version moves."""
-        for _ in weights:
-            pass
+        """As `GenerationService.load` says.
+
+        Raises:
+            ValueError: A tensor is unknown, missing, or of another shape; no weights count as loaded then.
+        """
+        self.version = NOT_LOADED
+        with torch.no_grad():
+            if self.copy is None:
+                for _ in weights:  # all ranks take part in what makes them
+                    pass
+            else:
+                self.copy.load(weights)
         self.version = version
 
     def held(self) -> dict[str, int]:
         """As `GenerationService.held` says."""
-        return hashes_of(unwrapped(self.model))
+        if self.copy is None:
+            return hashes_of(self.model)
+        return hashes_of(self.copy)
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, stop: Callable[[], bool]
     ) -> list[list[Completion]]:
         """As `GenerationService.generate` says."""
-        num_rows = min(self.max_rows, sum(request.samples for request in requests))
-        with evaluating(self.model):
-            batch = make_batch(self.model, requests, decoding, num_rows, self.version, keeps_cuts=True)
+        self._check_loaded()
+        limits = {"max_rows": self.max_rows, "max_cache_bytes": self.max_cache_bytes}
+        with evaluating(self.model), self._precision():
+            batch = make_batch(self.model, requests, decoding, self.version, keeps_cuts=True, **limits)
             while batch.is_busy:
                 batch.step()
                 if stop():
@@ -50,20 +85,32 @@ class InProcess:
     @torch.no_grad()
     def logprobs(self, ids: Sequence[Sequence[int]], decoding: Decoding) -> list[list[float]]:
         """As `GenerationService.logprobs` says."""
-        model = unwrapped(self.model)
+        self._check_loaded()
         found = []
-        with evaluating(model):
+        with evaluating(self.model), self._precision():
             for row in ids:
-                tokens = torch.tensor([list(row)], device=device_of(model))
-                logits = all_logits(model, tokens)[0, :-1]
+                tokens = torch.tensor([list(row)], device=device_of(self.model))
+                logits = all_logits(self.model, tokens)[0, :-1]
                 seen = _seen(tokens[0], logits.shape[1]) if decoding.repetition_penalty != 1 else None
                 found.append(decoding.logprobs(logits, tokens[0, 1:], seen).tolist())
         return found
 
+    def _check_loaded(self) -> None:
+        if self.copy is not None and self.version == NOT_LOADED:
+            raise ValueError(
+                "the sampler's copy holds no weights, or those of a load that failed: call load(weights, version) first"
+            )
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """A copy computes in its own dtype; the trained weights in the precision around the call."""
+        if self.copy is None:
+            return nullcontext()
+        return torch.autocast(device_of(self.model).type, enabled=False)
+
 
 def _seen(ids: Tensor, vocabulary: int) -> Tensor:
     """Whether each token of the vocabulary stands before or at each position but the last. `[T - 1, V]`"""
-    first = torch.zeros(len(ids) - 1, vocabulary, dtype=torch.bool, device=ids.device)
+    seen = torch.zeros(len(ids) - 1, vocabulary, dtype=torch.bool, device=ids.device)
     for place, token in enumerate(ids[:-1].tolist()):
-        first[place:, token] = True
-    return first
+        seen[place:, token] = True
+    return seen

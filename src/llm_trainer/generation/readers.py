@@ -61,6 +61,16 @@ def context_of(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
 
 
+def cache_bytes(model: nn.Module) -> int:
+    """What keys and values of a token take, for models that are read from a cache of a known shape; others: 1."""
+    if not knows_cache(model) or not reads_slots(model):
+        return 1
+    config: Any = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+    return numbers * next(model.parameters()).element_size()
+
+
 def make_reader(model: nn.Module, num_rows: int, num_tokens: int, pad: int) -> Reader:
     """A reader of at most `num_rows` rows of at most `num_tokens` tokens."""
     if not knows_cache(model):

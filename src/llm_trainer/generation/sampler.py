@@ -4,15 +4,16 @@ A row's completion depends on its prompt, the seed and the row's number, never o
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from llm_trainer.generation.batch import Batch
 from llm_trainer.generation.decoding import Decoding
-from llm_trainer.generation.readers import context_of, device_of, make_reader, unwrapped
+from llm_trainer.generation.readers import cache_bytes, context_of, device_of, make_reader, unwrapped
 from llm_trainer.generation.service import Request
 
 
@@ -51,7 +52,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], **settings: Any
         raise ValueError(f"row_numbers has {len(numbers)} entries for {len(prompts)} prompts; expected one per prompt")
     requests = [Request(ids, number) for ids, number in zip(prompts, numbers, strict=True)]
     with evaluating(model):
-        batch = make_batch(model, requests, decoding, num_rows=len(requests))
+        batch = make_batch(model, requests, decoding)
         while batch.is_busy:
             batch.step()
     written = [completions[0] for completions in batch.done]
@@ -72,7 +73,7 @@ def stream(model: nn.Module, prompt_ids: Sequence[int], **settings: Any) -> Iter
     decoding = Decoding(**settings)
     number = 0 if decoding.row_numbers is None else decoding.row_numbers[0]
     with evaluating(model):
-        batch = make_batch(model, [Request(prompt_ids, number)], decoding, num_rows=1)
+        batch = make_batch(model, [Request(prompt_ids, number)], decoding)
         while batch.is_busy:
             yield int(batch.step())
 
@@ -81,21 +82,29 @@ def make_batch(
     model: nn.Module,
     requests: Sequence[Request],
     decoding: Decoding,
-    num_rows: int,
     version: int = 0,
     keeps_cuts: bool = False,
+    max_rows: int | None = None,
+    max_cache_bytes: int | None = None,
 ) -> Batch:
-    """The completions of `requests`, at most `num_rows` at a time, yet to be written.
+    """The completions of `requests`, yet to be written, at most `max_rows` at a time (None: all).
 
     Raises:
         ValueError: A prompt is empty or fills the context.
     """
+    # 1. how far each row may go
     model = unwrapped(model)
     prompts = [request.ids for request in requests]
     budgets = decoding.budgets(prompts, decoding.context_length or context_of(model))
     longest = 0
     for prompt, budget in zip(prompts, budgets, strict=True):
         longest = max(longest, len(prompt) + budget)
+
+    # 2. how many fit
+    num_rows = sum(request.samples for request in requests)
+    num_rows = min(num_rows, max_rows or num_rows)
+    if max_cache_bytes is not None and longest:
+        num_rows = min(num_rows, max(1, max_cache_bytes // (longest * cache_bytes(model))))
     reader = make_reader(model, num_rows, longest, decoding.pad_token_id)
     return Batch(reader, requests, budgets, decoding, num_rows, device_of(model), version, keeps_cuts)
 
@@ -106,7 +115,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with _not_compiled(model):
+            yield
     finally:
         for module, training in was_training:
             module.training = training
+
+
+def _not_compiled(model: nn.Module) -> AbstractContextManager[object]:
+    """What was compiled for training is not compiled again for rows of one token."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()

@@ -100,6 +100,9 @@ class SlotReader:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Keep `key` and `value`; the attention of `query` over all that its row has, `[B, T, H, D]`."""
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if layer not in self.keys:
             shape = self.num_rows, key.shape[1], self.num_tokens, key.shape[3]
             # NOTE: not empty: what a mask hides is still multiplied by 0, and 0 * NaN is NaN.
