@@ -71,12 +71,14 @@ def cache_bytes(model: nn.Module) -> int:
     return numbers * next(model.parameters()).element_size()
 
 
-def make_reader(model: nn.Module, num_rows: int, num_tokens: int, pad: int) -> Reader:
-    """A reader of at most `num_rows` rows of at most `num_tokens` tokens."""
+def make_reader(
+    model: nn.Module, num_rows: int, longest_prompt: int, longest_budget: int, pad: int, shares: bool
+) -> Reader:
+    """A reader of at most `num_rows` rows; `shares`: many of them are forked."""
     if not knows_cache(model):
         return UncachedReader(model, pad)
     if reads_slots(model):
-        return SlotReader(model, num_rows, num_tokens)
+        return SlotReader(model, num_rows, longest_prompt, longest_budget, shares)
     return CachedReader(model, pad)
 
 

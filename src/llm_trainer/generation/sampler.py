@@ -16,6 +16,9 @@ from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.readers import cache_bytes, context_of, device_of, make_reader, unwrapped
 from llm_trainer.generation.service import Request
 
+# Samples per prompt from which on attention reads prompts by themselves: that costs a second call for every layer.
+SHARED_FROM = 2
+
 
 @dataclass(frozen=True)
 class Completions:
@@ -96,16 +99,16 @@ def make_batch(
     model = unwrapped(model)
     prompts = [request.ids for request in requests]
     budgets = decoding.budgets(prompts, decoding.context_length or context_of(model))
-    longest = 0
-    for prompt, budget in zip(prompts, budgets, strict=True):
-        longest = max(longest, len(prompt) + budget)
+    longest_prompt, longest_budget = max(map(len, prompts), default=0), max(budgets, default=0)
 
     # 2. how many fit
-    num_rows = sum(request.samples for request in requests)
-    num_rows = min(num_rows, max_rows or num_rows)
-    if max_cache_bytes is not None and longest:
-        num_rows = min(num_rows, max(1, max_cache_bytes // (longest * cache_bytes(model))))
-    reader = make_reader(model, num_rows, longest, decoding.pad_token_id)
+    num_samples = sum(request.samples for request in requests)
+    num_rows = min(num_samples, max_rows or num_samples)
+    if max_cache_bytes is not None and requests:
+        bytes_of_row = (longest_prompt + longest_budget) * cache_bytes(model)
+        num_rows = min(num_rows, max(1, max_cache_bytes // bytes_of_row))
+    shares = num_samples >= SHARED_FROM * len(requests)
+    reader = make_reader(model, num_rows, longest_prompt, longest_budget, decoding.pad_token_id, shares)
     return Batch(reader, requests, budgets, decoding, num_rows, device_of(model), version, keeps_cuts)
 
 

@@ -26,7 +26,11 @@ def test_rows_enter_and_leave_and_nobody_notices(name: str) -> None:
     assert [len(group) for group in wide] == [3, 2, 3, 2]
     assert len({len(one.ids) for group in wide for one in group}) > 3
     assert len({tuple(one.ids) for one in wide[0]}) > 1
-    for group in wide:
+    forced = Decoding(max_new_tokens=1)
+    for request, group in zip(requests, wide, strict=True):
+        exact = InProcess(model).logprobs([[*request.ids, *one.ids] for one in group], forced)
+        for one, logprobs in zip(group, exact, strict=True):
+            torch.testing.assert_close(one.logprobs, logprobs[len(request.ids) - 1 :], rtol=0, atol=1e-5)
         assert all((one.finish == "stop") == (one.ids[-1] < 8) for one in group)
 
 
