@@ -2,7 +2,16 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [3], [11, 12, 13], [20, 1, 20, 1]]
 SIZES = {
@@ -20,7 +29,12 @@ SIZES = {
 
 def build_qwen3(**more: object) -> nn.Module:
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **more)).eval()
+    return Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **more})).eval()
+
+
+def build_llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, eos_token_id=None)).eval()
 
 
 def build_moe() -> nn.Module:
@@ -51,6 +65,7 @@ MODELS = {
     "qwen3": build_qwen3,
     "sliding": lambda: build_qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "moe": build_moe,
+    "llama": build_llama,
     "gpt2": build_gpt2,
     "whole": lambda: Whole(build_qwen3()),
 }

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from decoding_models import MODELS, PROMPTS, build_qwen3
+from llm_trainer.generation import slots
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import Interrupted, Request
+from llm_trainer.models.attention import BLOCKED_ARCHITECTURES
 
 
 def never() -> bool:
@@ -142,3 +144,124 @@ def test_the_cache_bounds_the_rows() -> None:
     model.register_forward_pre_hook(lambda _, args, inputs: seen.append(len(inputs["input_ids"])), with_kwargs=True)
     assert [one.ids for one in bounded.generate(requests, decoding, never)[0]] == [one.ids for one in free[0]]
     assert max(seen) == 2
+
+
+CUTS = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.1},
+    "penalty": {"repetition_penalty": 1.6},
+    "suppressed": {"suppress_tokens": [3, 14, 31]},
+    "all": {
+        "temperature": 1.4,
+        "top_k": 12,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.3,
+        "suppress_tokens": [3, 14],
+    },
+}
+
+
+def exact_probabilities(model: torch.nn.Module, prompt: list[int], options: dict) -> torch.Tensor:
+    """By the processors of transformers, in their order."""
+    from transformers import generation as theirs
+
+    processors = []
+    if "repetition_penalty" in options:
+        processors.append(theirs.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if "suppress_tokens" in options:
+        processors.append(theirs.SuppressTokensLogitsProcessor(options["suppress_tokens"]))
+    if "temperature" in options:
+        processors.append(theirs.TemperatureLogitsWarper(options["temperature"]))
+    if "top_k" in options:
+        processors.append(theirs.TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        processors.append(theirs.TopPLogitsWarper(options["top_p"]))
+    if "min_p" in options:
+        processors.append(theirs.MinPLogitsWarper(options["min_p"]))
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        scores = model(ids).logits[:, -1].float()
+    for processor in processors:
+        scores = processor(ids, scores)
+    return scores.softmax(-1)[0].double()
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_tokens_are_drawn_as_often_as_their_probability_says(name: str) -> None:
+    """Chi-square of 5,000 draws; the seed is fixed, so this does not fail by chance."""
+    model, prompt, num_draws = build_qwen3(), PROMPTS[0], 5_000
+    decoding = Decoding(max_new_tokens=1, seed=11, **CUTS[name])
+    service = InProcess(model, max_rows=num_draws)
+    [drawn] = service.generate([Request(prompt, 5, samples=num_draws)], decoding, never)
+    observed = torch.tensor([completion.ids[0] for completion in drawn]).bincount(minlength=40).double()
+    exact = exact_probabilities(model, prompt, CUTS[name])
+    assert observed[exact == 0].sum() == 0
+    is_frequent = exact * num_draws >= 5
+    rest = torch.tensor([observed[~is_frequent].sum(), (exact[~is_frequent].sum() * num_draws).clamp(min=1e-9)])
+    counts = torch.cat([observed[is_frequent], rest[:1]])
+    expected = torch.cat([exact[is_frequent] * num_draws, rest[1:]])
+    counts, expected = counts[expected >= 1], expected[expected >= 1]
+    chi_square = ((counts - expected).square() / expected).sum()
+    p_value = torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), chi_square / 2)
+    assert len(expected) > 2 and p_value > 1e-3
+    for completion in drawn[:50]:
+        assert completion.logprobs[0] == pytest.approx(float(exact[completion.ids[0]].log()), abs=1e-5)
+        if completion.kept is not None:
+            assert sorted(completion.kept[0]) == exact.nonzero()[:, 0].tolist()
+
+
+def count_equal_rows(num_rows: int, num_tokens: int, **options: float) -> int:
+    generator = torch.Generator().manual_seed(4)
+    requests = []
+    for number in range(num_rows):
+        length = int(torch.randint(1, 12, (), generator=generator))
+        requests.append(Request(torch.randint(40, (length,), generator=generator).tolist(), number))
+    service = InProcess(build_qwen3(**options))
+    decoding = Decoding(max_new_tokens=num_tokens, seed=0, stop_token_ids=[7])
+    together = service.generate(requests, decoding, never)
+    num_equal = 0
+    for request, (batched,) in zip(requests, together, strict=True):
+        [[alone]] = service.generate([request], decoding, never)
+        num_equal += alone.ids == batched.ids
+    return num_equal
+
+
+def test_rows_alone_and_in_a_batch_are_the_same() -> None:
+    assert count_equal_rows(40, 6) == 40
+
+
+@pytest.mark.slow
+def test_a_thousand_rows_alone_and_in_a_batch_are_the_same() -> None:
+    # Far from uniform (0.5), rounding of the logits reaches 1e-5, and one of 20,000 tokens was another one.
+    assert count_equal_rows(1000, 20, initializer_range=0.1) == 1000
+
+
+def test_prompts_that_are_too_many_for_one_forward_are_computed_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_qwen3()
+    requests = [Request(prompt, number) for number, prompt in enumerate(PROMPTS)]
+    decoding = Decoding(max_new_tokens=3, seed=0)
+    expected = InProcess(model).generate(requests, decoding, never)
+    monkeypatch.setattr(slots, "PREFILL_TOKENS", 7)
+    found = InProcess(model).generate(requests, decoding, never)
+    assert [group[0].ids for group in found] == [group[0].ids for group in expected]
+
+
+def test_architectures_are_those_that_training_knows_as_plain() -> None:
+    assert slots.ARCHITECTURES == BLOCKED_ARCHITECTURES
+
+
+def test_what_was_compiled_for_training_decodes_as_it_is() -> None:
+    model = build_qwen3()
+    requests = [Request(prompt, number) for number, prompt in enumerate(PROMPTS)]
+    decoding = Decoding(max_new_tokens=3, seed=0)
+    expected = InProcess(model).generate(requests, decoding, never)
+
+    def refuse(graph: object, inputs: object) -> None:
+        raise AssertionError("compiled")
+
+    model.model.layers[0].compile(backend=refuse)
+    assert InProcess(model).generate(requests, decoding, never) == expected

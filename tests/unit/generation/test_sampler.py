@@ -24,7 +24,7 @@ def test_a_row_does_not_depend_on_its_batch(name: str, temperature: float) -> No
     assert len({tuple(ids) for ids in together.ids}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "sliding", "moe"])
+@pytest.mark.parametrize("name", ["qwen3", "sliding", "moe", "llama"])
 def test_greedy_is_what_transformers_generates(name: str) -> None:
     model = MODELS[name]()
     ours = generate(model, PROMPTS, max_new_tokens=10, pad_token_id=0, temperature=0)
