@@ -10,7 +10,7 @@ from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.readers import all_logits, device_of, unwrapped
 from llm_trainer.generation.sampler import evaluating, make_batch
 from llm_trainer.generation.service import Completion, Interrupted, Request
-from llm_trainer.generation.verify import hashes_of
+from llm_trainer.generation.verify import Hashes, hashes_of
 from llm_trainer.generation.weights import WeightsCopy
 
 NOT_LOADED = -1
@@ -66,7 +66,10 @@ class InProcess:
         """As `GenerationService.held` says."""
         if self.copy is None:
             return hashes_of(self.model)
-        return hashes_of(self.copy)
+        hashes = Hashes()
+        for name, tensor in self.copy.held():
+            hashes.note(name, tensor)
+        return hashes.read()
 
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, stop: Callable[[], bool]

@@ -1,6 +1,6 @@
 """A copy of a model's weights to decode with: in the decoding dtype, and laid out for products with few rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -75,6 +75,14 @@ class WeightsCopy:
             if name not in arrived:  # the head that is the embedding
                 linear.pack(self.targets[name])
 
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """What is decoded with, under all its names; packed weights are unpacked one at a time."""
+        for name, tensor in self.model.state_dict().items():
+            if name not in self.packed:
+                yield name, tensor
+        for name, linear in self.packed.items():
+            yield name, linear.unpacked()
+
     def _target(self, name: str) -> Tensor:
         if name not in self.targets:
             raise ValueError(
@@ -110,6 +118,11 @@ class PackedLinear:
     def pack(self, weight: Tensor) -> None:
         """Use `weight [out, in]` from now on."""
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), USUAL_ROWS)
+
+    def unpacked(self) -> Tensor:
+        """The weight that is used, bit for bit."""
+        assert self.weight is not None
+        return self.weight.to_dense()
 
     def __call__(self, inputs: Tensor) -> Tensor:
         assert self.weight is not None

@@ -8,6 +8,7 @@ from llm_trainer.generation import slots
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import Interrupted, Request
+from llm_trainer.generation.verify import Hashes, WrongWeights, check_hashes
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES
 
 
@@ -131,6 +132,23 @@ def test_a_copy_takes_all_weights_of_its_model_or_none() -> None:
             service.generate([Request([1], 0)], Decoding(max_new_tokens=1), never)
     service.load(weights, 3)
     assert service.version == 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copy_is_verified_as_what_it_multiplies_with(tied: bool) -> None:
+    model = build_qwen3(tie_word_embeddings=tied)
+    service = InProcess(model, dtype=torch.bfloat16)
+    sent = [(name, tensor.to(torch.bfloat16)) for name, tensor in weights_of(model)]
+    service.load(sent, 1)
+    hashes = Hashes()
+    for _ in hashes.passing(sent):
+        pass
+    check_hashes(hashes.read(), service.held(), 1, "here")
+    head = service.copy.packed.get("lm_head.weight")
+    if head is not None:  # as where it was packed before
+        head.pack(head.unpacked() * 2)
+        with pytest.raises(WrongWeights, match="lm_head.weight"):
+            check_hashes(hashes.read(), service.held(), 1, "here")
 
 
 def test_the_cache_bounds_the_rows() -> None:
