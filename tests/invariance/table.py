@@ -22,6 +22,7 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "dpo": {"loss_type": {"sigmoid": 1.0, "sft": 0.5}},  # pairs and tokens: two denominators
     "kto": {},
     "reward": {"center_coef": 0.01},
+    "grpo": {"kl_coef": 0.1, "entropy_coef": 0.01},  # of rollouts that are there
 }
 ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     "torch": {},
@@ -166,15 +167,39 @@ class Answers:
         return {"chosen": row, "rejected": other, "margin": index / 10}
 
 
+class Completions:
+    """Such rows as completions of prompts, with what a rollout says of their tokens; prompts are those of every third row."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.rows = Rows("grpo", vocab_size)
+        self.lengths, self.file_sizes = self.rows.lengths, self.rows.file_sizes
+
+    def __getitem__(self, index: int) -> Any:
+        from llm_trainer.data.rollouts import RolloutRow
+
+        row, noise = self.rows[index], np.random.default_rng(index)
+        length = len(row["input_ids"])
+        columns = {name: row[name] for name in ("input_ids", "trained")}
+        columns["old_logprobs"] = -6 - noise.random(length).astype(np.float32)
+        columns["advantages"] = np.full(length, noise.normal(), dtype=np.float32)
+        columns["group"] = np.array([index % 3])
+        found = RolloutRow(columns)
+        found.per_token = frozenset(columns) - {"group"}
+        return found
+
+
 def data_of(cell: Cell) -> tuple[Any, Any]:
     """The rows of a trainer, and how they become batches."""
     from llm_trainer.data.collate import collate_flat, collate_padded
     from llm_trainer.data.kinds.pairs import collate_pairs
     from llm_trainer.data.kinds.unpaired import collate_unpaired
+    from llm_trainer.data.rollouts import collate_rollout
 
     collate: Any = collate_flat if cell.flat else collate_padded
     if cell.trainer in ("pretrain", "sft", "weighed"):
         return Rows(cell.trainer.replace("weighed", "sft"), 512), collate
+    if cell.trainer == "grpo":
+        return Completions(512), partial(collate_rollout, lay=collate)
     return Answers(cell.trainer, 512), partial(
         collate_unpaired if cell.trainer == "kto" else collate_pairs, lay=collate
     )
@@ -247,7 +272,7 @@ def run(
     left_open = {} if cell.automatic else PLAIN
     options = of_trainer | ENGINES[cell.engine] | {"use_amp": False} | left_open | options
     model = tiny_model() if model is None else model
-    if cell.trainer in ("dpo", "kto"):
+    if cell.trainer in ("dpo", "kto", "grpo"):
         options.setdefault("ref_model", tiny_model(seed=1))
     elif cell.trainer == "reward":
         model = reward_model(model)
