@@ -58,6 +58,7 @@ CUT = f"{TABLE}::test_one_process[sft-torch-2x4x1-padded]"
 RESUMED = f"{LOOP}::test_a_signal_saves_and_a_second_start_goes_on"
 RETRY = "tests/unit/train/test_retry.py"
 STREAM = "tests/unit/data/test_stream.py"
+ROLLOUTS = "tests/unit/train/test_rollouts.py"
 MUTATIONS = (
     # Losses.
     Mutation(
@@ -235,8 +236,8 @@ MUTATIONS = (
     Mutation(
         "the worst model is the best one",
         "state.py",
-        "is_best = loss < best - min_delta",
-        "is_best = not loss < best - min_delta",
+        "is_best = sign * loss < best - min_delta",
+        "is_best = not sign * loss < best - min_delta",
         ("tests/unit/train/test_loop.py::test_the_best_model_is_the_one_with_the_lowest_loss",),
     ),
     # Resume.
@@ -246,6 +247,35 @@ MUTATIONS = (
         "source.steps(self._progress.epoch, self._progress.place)",
         "source.steps(self._progress.epoch, 0)",
         (RESUMED,),
+    ),
+    # Rollouts.
+    Mutation(
+        "a rollout of other weights or settings is learned from",
+        "data/rollout_source.py",
+        "if stored is not None and stored.made_of != made_of:",
+        "if stored is not None and len(stored.made_of) != len(made_of):",
+        (f"{ROLLOUTS}::test_a_rollout_of_other_settings_is_set_aside_and_made_anew",),
+    ),
+    Mutation(
+        "the rows of a rollout that no update is to see are learned from",
+        "data/rollouts.py",
+        "np.flatnonzero((left_out == 0) | self.is_masked)",
+        "np.flatnonzero(left_out >= 0)",
+        (f"{ROLLOUTS}::test_rows_without_a_token_of_the_policy_are_dropped_and_counted",),
+    ),
+    Mutation(
+        "updates on an epoch's first rollout end the epoch",
+        "state.py",
+        "self.epoch > 0 and self.position == 0 and self.updates == 0",
+        "self.epoch > 0 and self.position == 0",
+        (f"{ROLLOUTS}::test_an_epoch_ends_once_and_not_in_its_first_rollout",),
+    ),
+    Mutation(
+        "a resumed rollout is learned from its beginning",
+        "data/rollout_source.py",
+        "done = place.updates\n        first, before = divmod(done, per_pass)",
+        "done = place.updates\n        first, before = 0, 0",
+        (f"{ROLLOUTS}::test_a_run_that_was_interrupted_at_any_update_ends_in_the_same_bits",),
     ),
     Mutation(
         "the noise of a step depends on where the run was started",

@@ -62,7 +62,9 @@ class FakeMaker:
                 if plan.stop():
                     return None
                 self.trainer.passes("generating")
-                rows.append(self._row(plan, prompt, sample))
+                row = self._row(plan, prompt, sample)
+                self.trainer.spoil(plan.number, row, sample)
+                rows.append(row)
         self.trainer.passes("rewarding")
         self.made.append((plan.number, prompts[0].number, prompts[-1].number))
         return rows
@@ -124,6 +126,9 @@ class BigramTrainer(BaseTrainer):
 
     def passes(self, phase: str) -> None:
         """Called at moments of each phase, for tests that kill or signal there."""
+
+    def spoil(self, number: int, row: dict[str, np.ndarray], sample: int) -> None:
+        """Called with every completion, for tests that change it."""
 
     def _build_source(self, source: Any, training: bool) -> RolloutSource:
         options = self.source_options if training else {}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llm_trainer.trainers.language import PretrainTrainer as PretrainTrainer
     from llm_trainer.trainers.language import SFTTrainer as SFTTrainer
     from llm_trainer.trainers.language import Trainer as Trainer
+    from llm_trainer.trainers.ppo import PPOTrainer as PPOTrainer
     from llm_trainer.trainers.preference import DPOTrainer as DPOTrainer
     from llm_trainer.trainers.reward import RewardTrainer as RewardTrainer
     from llm_trainer.trainers.unpaired import KTOTrainer as KTOTrainer
@@ -33,6 +34,7 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "Distillation": "llm_trainer.trainers.distill",
     "DPOTrainer": "llm_trainer.trainers.preference",
     "GRPOTrainer": "llm_trainer.trainers.grpo",
+    "PPOTrainer": "llm_trainer.trainers.ppo",
     "FileDataset": "llm_trainer.config.files",
     "Hook": "llm_trainer.train.hooks",
     "KTOTrainer": "llm_trainer.trainers.unpaired",

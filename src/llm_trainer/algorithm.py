@@ -12,7 +12,8 @@ from llm_trainer.machine import Machine
 from llm_trainer.model_group import ModelGroup
 
 if TYPE_CHECKING:
-    from llm_trainer.state import MicroBatch, Position
+    from llm_trainer.position import Position
+    from llm_trainer.state import MicroBatch
 
 PromptFormat = Literal["chat", "text"]
 SumOverRanks = Callable[[Tensor], Tensor]

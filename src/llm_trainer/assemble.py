@@ -66,6 +66,7 @@ def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], bui
     if build.engine in ("torch", "hf"):  # the others shard it on the way there: it may be too big for one device
         model.to(build.device)
     optimizer = given["optimizer"] if "optimizer" in given else make_optimizer(config, model)
+    trainer_class._extend_optimizer(optimizer, own, build.section)
     steps = trainer_class._steps_per_epoch(train, build.section) * config.n_epochs
     return {
         "model": model,
@@ -123,6 +124,8 @@ def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str,
         "sampling": config.eval_config,
         "ledgers": ledgers,
         "description": dump_config(config),
+        # Of rollouts; streams lay out their rows themselves.
+        "packing": "none" if config.data_loader_config.packing == "none" else "auto",
     }
     return shared | stopping | own
 

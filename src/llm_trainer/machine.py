@@ -30,6 +30,7 @@ class Machine(Protocol):
         num_processes: that train together.
         is_main: true in the one process that prints and saves.
         save_dir: the folder of the run.
+        begins_anew: whether the run has done no step, and is not to go on from anything that lies in `save_dir`.
         layout: whether `_prepare_batch` is to lay padded rows flat (`trainers.answers.lay_flat` does).
     """
 
@@ -62,6 +63,9 @@ class Machine(Protocol):
 
     @property
     def is_main(self) -> bool: ...
+
+    @property
+    def begins_anew(self) -> bool: ...
 
     @property
     def save_dir(self) -> "Path": ...

@@ -22,6 +22,7 @@ from llm_trainer.config.deepspeed import (
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
 from llm_trainer.config.options import FsdpConfig, KDConfig
+from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.config.reinforcement import GenerateConfig, GRPOConfig
 from llm_trainer.config.schema import (
     DataLoaderConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "ModelConfig",
     "MoeConfig",
     "OptimConfig",
+    "PPOConfig",
     "PretrainConfig",
     "RewardConfig",
     "RunConfig",

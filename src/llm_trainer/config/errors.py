@@ -25,7 +25,7 @@ _NOUNS: dict[Any, str] = {
     list: "a list",
     Callable: "a function",
 }
-_NOUNS_OF_MANY: dict[Any, str] = {int: "integers", float: "numbers", str: "strings"}
+_NOUNS_OF_MANY: dict[Any, str] = {int: "integers", float: "numbers", str: "strings", Any: "values"}
 _BOUNDS: dict[type, tuple[str, str]] = {
     Ge: ("ge", "of at least"),
     Gt: ("gt", "above"),

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.section import config_section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "luspo", "sapo", "vespo"]
-Advantage = Literal["group", "dr_grpo", "batch", "rloo", "reinforce++", "reinforce++_baseline", "remax", "gdpo"]
+Advantage = Literal["group", "dr_grpo", "batch", "rloo", "reinforce++", "reinforce++_baseline", "gdpo"]
 
 
 @config_section
@@ -40,6 +41,27 @@ class GenerateConfig:
 class RolloutOptions:
     """What is kept of rollouts, and what may become of completions before they are learned from."""
 
+    rewards: list[Any] = Field(
+        default_factory=list,
+        description="reward functions: exact_match, numeric, math_verify, format, overlong, code, judge, or your own as "
+        "file.py:function; or mappings {name: ..., weight: 0.5} with a function's options",
+    )
+    reward_model_checkpoint: str | None = Field(
+        default=None, description="folder of a reward model, which judges completions too"
+    )
+    reward_seconds: StrictFloat = Field(default=60.0, gt=0, description="that a call of a reward function may take")
+    reward_memory_gb: StrictFloat | None = Field(
+        default=4.0, gt=0, description="memory that a reward function may take; null: no limit"
+    )
+    reward_in_process: StrictBool = Field(
+        default=False, description="call reward functions in the process that trains, without limits"
+    )
+    max_failed_rewards: StrictFloat = Field(
+        default=0.5, ge=0, le=1, description="share of rewards that may be missing because a function failed"
+    )
+    overlong: Literal["train", "mask"] = Field(
+        default="train", description="completions without an end: mask leaves them out of the loss (DAPO)"
+    )
     off_policy_correction: Literal["none", "truncate", "mask"] = Field(
         default="none",
         description="of what the sampler draws otherwise than the trainer scores it, w times as probable: its loss is "
@@ -50,6 +72,18 @@ class RolloutOptions:
     )
     off_policy_cap: StrictFloat = Field(default=2.0, ge=1, description="the largest w")
     off_policy_floor: StrictFloat = Field(default=0.0, ge=0, lt=1, description="the smallest w that mask keeps")
+    max_logp_difference: StrictFloat | None = Field(
+        default=None,
+        gt=0,
+        description="mean difference of log-probs between sampler and trainer from which on the run stops; null: 0.01 in "
+        "fp32, 0.1 otherwise",
+    )
+    keep_rollouts: StrictBool = Field(
+        default=False, description="keep rollouts that no checkpoint needs any more, in <save_dir>/rollouts"
+    )
+    rollouts: str | None = Field(
+        default=None, description="folder of another run's rollouts: they are learned from, and nothing is sampled"
+    )
 
 
 @config_section
@@ -57,6 +91,10 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     """Reinforcement learning from groups of completions: GRPO and its family, without a critic."""
 
     group_size: StrictInt = Field(default=12, ge=1, description="completions of each prompt")
+    grpo_steps: StrictInt = Field(default=1, ge=1, description="passes over each rollout")
+    rows_per_update: StrictInt | None = Field(
+        default=None, ge=1, description="completions of an optimizer step, over all devices; null: all of a rollout"
+    )
     loss_type: LossType = Field(default="grpo", description="the loss, and what it is a mean of")
     loss_clip_eps: StrictFloat | None = Field(
         default=None,
@@ -88,6 +126,12 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     advantage: Advantage | None = Field(
         default=None, description="what a completion is compared with; null: what belongs to loss_type"
     )
+    max_resamplings: StrictInt = Field(
+        default=0,
+        ge=0,
+        description="how often a group whose rewards are all equal is drawn again, before it is left out (dynamic sampling); "
+        "0: it stays, and teaches nothing",
+    )
     ref_model_checkpoint: Any = Field(
         default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
     )
@@ -97,3 +141,17 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     gradient_accumulation_steps: StrictInt = Field(
         default=1, ge=1, description="a rollout has batch_size x this x devices prompts"
     )
+
+    def __post_init__(self) -> None:
+        compares = ("group", "dr_grpo", "batch", "rloo", "gdpo", "reinforce++_baseline")
+        kind = self.advantage or "group"
+        if self.group_size == 1 and kind in compares:
+            raise ConfigError(
+                f"group_size: got 1, but advantage {kind} compares a completion with the others of its group, so that nothing "
+                "would be learned; expected at least 2, or advantage: reinforce++"
+            )
+        if self.gen_repetition_penalty != 1 and self.off_policy_correction == "none":
+            raise ConfigError(
+                f"gen_repetition_penalty: got {self.gen_repetition_penalty:g}: tokens are then drawn from another distribution "
+                "than the policy's own, which learns; set off_policy_correction to truncate or mask, or leave it at 1"
+            )

@@ -18,6 +18,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import Files
 from llm_trainer.config.optim import OptimConfig
 from llm_trainer.config.options import EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
+from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.config.reinforcement import GRPOConfig
 from llm_trainer.config.section import config_section
 
@@ -245,6 +246,7 @@ class TrainConfig:
     grpo_config: GRPOConfig | None = Field(
         default=None, description="reinforcement learning from groups of completions"
     )
+    ppo_config: PPOConfig | None = Field(default=None, description="reinforcement learning with a critic")
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and isinstance(self.model_config, str):

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
+from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.config.reinforcement import GRPOConfig
 
 _MODEL_OF_A_FOLDER = {"model_config": "path/to/model", "tokenizer": "path/to/model"}
@@ -54,6 +55,7 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
     "kto": AlgorithmEntry("llm_trainer.trainers.unpaired:KTOTrainer", KTOConfig),
     "reward": AlgorithmEntry("llm_trainer.trainers.reward:RewardTrainer", RewardConfig),
     "grpo": AlgorithmEntry("llm_trainer.trainers.grpo:GRPOTrainer", GRPOConfig),
+    "ppo": AlgorithmEntry("llm_trainer.trainers.ppo:PPOTrainer", PPOConfig),
 }
 
 

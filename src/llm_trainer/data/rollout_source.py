@@ -17,7 +17,8 @@ from llm_trainer.data.rollouts import LEFT_OUT, Maker, Plan, Rollout, Used, acco
 from llm_trainer.data.stream import RowOfStep, SampleStream, StepSource, mix_seeds
 from llm_trainer.layout import Layout
 from llm_trainer.machine import Machine
-from llm_trainer.state import InRollout, MicroBatch, Position
+from llm_trainer.position import InRollout, Position
+from llm_trainer.state import MicroBatch
 
 ROWS_PER_PART = 64  # of a default part, at most: what a kill loses of a rollout
 ROWS_PER_MICRO_BATCH = 8  # where neither a token budget nor anybody says it
@@ -69,6 +70,7 @@ class RolloutSource:
         folder = self.machine.save_dir / "rollouts"
         if not self.training:
             folder = folder / "evaluation"
+            self.passes, self.rows_per_update = 1, None
         self._folder = RolloutFolder(folder, self.machine)
         self._opened: tuple[int, int, Rollout] | None = None  # epoch and number of it
         self._logged: tuple[int, int] | None = None  # number and step of the rollout whose metrics were recorded last
@@ -209,6 +211,8 @@ class RolloutSource:
     def _found_or_made(self, epoch: int, place: InRollout) -> Rollout | None:
         """The rollout that the weights, the seed and the prompts of this moment make, from the disk if it is there."""
         number = place.number
+        if self.training and self.machine.begins_anew:
+            self._folder.set_all_aside()
         stored = self._find(number)
         as_stored = None if stored is None else stored.after
         taken = self._prompts.take(epoch, place.position, as_stored)
@@ -324,6 +328,7 @@ class RolloutSource:
                 f"was saved; {fix}"
             )
         expected = self._place_of(epoch, place, self.machine.step - place.updates)
+        del expected["settings"]  # new ones are for the next rollout
         differ = [name for name in expected if stored.made_of.get(name) != expected[name]]
         if differ:
             raise RolloutError(

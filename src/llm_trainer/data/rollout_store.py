@@ -31,6 +31,7 @@ from llm_trainer.state import Stopped
 
 T = TypeVar("T")
 Row = Mapping[str, np.ndarray]  # column -> values of one row
+VISIBLE_WITHIN_S = 60  # a file that another process has written
 LOOKS_EVERY_S = 0.2  # at the files by which other processes say something
 VERSION = 1  # of what is written here
 
@@ -57,6 +58,8 @@ class Stored(NamedTuple):
 
 class RolloutFolder:
     """The rollouts of a run, or of its evaluations; every method is called by all processes together.
+
+    They see one disk: processes on several machines need a `save_dir` that these share.
 
     Args:
         folder: that holds them.
@@ -87,7 +90,51 @@ class RolloutFolder:
             raise failure
         return found
 
+    def _wait_for(self, path: Path) -> None:
+        """Wait until every process sees what the main one has written; a network's disk shows it some seconds later.
+
+        Raises:
+            RolloutError: one does not see it.
+        """
+        deadline = time.monotonic() + VISIBLE_WITHIN_S
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(LOOKS_EVERY_S)
+        blind = [number for number, seen in enumerate(self._machine.gather(path.exists())) if not seen]
+        if blind:
+            raise RolloutError(
+                f"{path}: written by the main process and not seen by process {', '.join(map(str, blind))}; expected one disk: "
+                "set save_dir to a folder that all machines of the run share"
+            )
+
     # Finding.
+
+    def set_all_aside(self) -> None:
+        """Take all that an earlier run has left out of the way of one that begins anew, and say so."""
+        target = self._on_main(self._set_all_aside)
+        if target is not None:
+            self._machine.say(
+                f"WARNING: this run starts at step 0; the rollouts of an earlier one were moved to {target}"
+            )
+
+    def _set_all_aside(self) -> Path | None:
+        for building in self.folder.glob("*.building"):
+            remove(building)
+        earlier = sorted(self.folder.glob("[0-9]" * 8))
+        if not earlier:
+            return None
+        target = self._unused()
+        for path in earlier:
+            os.rename(path, target / path.name)
+        return target
+
+    def _unused(self) -> Path:
+        """A new folder for what is set aside."""
+        attempt = 1
+        while (self.folder / f"set-aside-{attempt}").exists():
+            attempt += 1
+        target = self.folder / f"set-aside-{attempt}"
+        target.mkdir()
+        return target
 
     def find(self, number: int) -> Stored | None:
         """What there is of a rollout; None: nothing.
@@ -122,10 +169,7 @@ class RolloutFolder:
         if not keep:
             remove(path)
             return None
-        attempt = 1
-        while (target := self.folder / f"set-aside-{attempt}" / path.name).exists():
-            attempt += 1
-        target.parent.mkdir(exist_ok=True)
+        target = self._unused() / path.name
         os.rename(path, target)
         return target
 
@@ -143,8 +187,8 @@ class RolloutFolder:
             return
         finished = {path: step_of(path) for path in sorted(self.folder.glob("[0-9]" * 8)) if TokenStore.exists(path)}
         paths, begins = list(finished), list(finished.values())
-        for path, begin, end in zip(paths, begins, [*begins[1:], None], strict=True):
-            if end is None or end > min(recent):
+        for path, begin, end in zip(paths, begins, begins[1:], strict=False):  # the last one has no end yet
+            if end > min(recent):
                 continue
             inside = [step for step in others if begin < step < end]
             if not inside:
@@ -154,7 +198,9 @@ class RolloutFolder:
 
     def begin(self, number: int, facts: Mapping[str, Any]) -> list[int]:
         """Open the folder of a rollout that is to be made; the numbers of the parts that are missing."""
-        return self._on_main(lambda: self._begin(number, facts))
+        missing = self._on_main(lambda: self._begin(number, facts))
+        self._wait_for(self._building(number) / "plan.json")
+        return missing
 
     def _begin(self, number: int, facts: Mapping[str, Any]) -> list[int]:
         building = self._building(number)
@@ -193,7 +239,10 @@ class RolloutFolder:
     def join(self, number: int, count: int) -> tuple[Path, dict[str, Any]]:
         """Join the parts, which stay until the rollout is finished; its folder so far, and its facts."""
         building = self._building(number)
-        return building, self._on_main(lambda: join_columns(building, count, columns_of(part_path(building, 0))))
+        facts = self._on_main(lambda: join_columns(building, count, columns_of(part_path(building, 0))))
+        for name in facts["columns"]:
+            self._wait_for(building / f"{name}.values.npy")
+        return building, facts
 
     def finish(
         self,
@@ -209,7 +258,9 @@ class RolloutFolder:
             facts: what `join` gave.
             meta: more facts, `made_of` and `after` among them.
         """
-        return self._on_main(lambda: self._finish(number, columns, {**facts, **meta}))
+        path = self._on_main(lambda: self._finish(number, columns, {**facts, **meta}))
+        self._wait_for(path / "meta.json")
+        return path
 
     def _finish(self, number: int, columns: Mapping[str, Sequence[np.ndarray]], meta: dict[str, Any]) -> Path:
         building, path = self._building(number), self.path(number)

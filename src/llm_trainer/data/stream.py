@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from llm_trainer.data.loader_workers import WorkerLife, signals_held
 from llm_trainer.data.packing import SharedPrompts, cut_by_length, cut_by_tokens, cut_groups
 from llm_trainer.layout import Layout
-from llm_trainer.state import MicroBatch, Position
+from llm_trainer.position import Position
+from llm_trainer.state import MicroBatch
 
 Batch = Any
 INTERLEAVED = 0x1A7E  # what tells the seed of the order of all files from those of single files
@@ -305,6 +306,15 @@ class SampleStream:
             position = stop
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
+        while position < len(self):
+            budget = self.micro_batch_tokens
+            for micro_batches, after in self._steps_of_one_budget(epoch, position):
+                yield micro_batches, after
+                position = after
+                if self.micro_batch_tokens != budget:  # an evaluation has run out of memory, and workers are ahead
+                    break
+
+    def _steps_of_one_budget(self, epoch: int, position: int) -> Iterator[tuple[list[MicroBatch], int]]:
         groups = chain.from_iterable(step for step, _, _ in self._plan(epoch, position))
         loader: DataLoader = DataLoader(
             _Groups(self.dataset, self.collate),

@@ -164,7 +164,9 @@ class Engine(ABC):
 
     # Saving and loading. All ranks call these together.
 
-    def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def stream_weights(
+        self, dtype: torch.dtype | None = None, every_model: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         """The weights of the run's model, whole, on every rank: one tensor at a time, with its name in checkpoints.
 
         Parameters, frozen ones too, and persistent buffers; of tied weights one, under the first of its names. All ranks
@@ -173,8 +175,10 @@ class Engine(ABC):
 
         Args:
             dtype: of the tensors of floating-point numbers; None: the one that the model has.
+            every_model: all models of a group, by their names in it.
         """
-        return self._stream(members_of(self._base)[MODEL], dtype)
+        module = self._base if every_model else members_of(self._base)[MODEL]
+        return self._stream(module, dtype)
 
     def _stream(self, module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `base` or of a part of it; see `stream_weights`."""
@@ -195,7 +199,7 @@ class Engine(ABC):
     def weights(self) -> dict[str, Tensor]:
         """The full tensors of `base` by name, on the main process; nothing on the others. See `gathers_weights`."""
         whole = {}
-        for name, tensor in self._stream(self._base, None):
+        for name, tensor in self.stream_weights(every_model=True):
             if dist.is_main():
                 whole[name] = tensor.to("cpu", copy=True) if self.gathers_weights else tensor
         if not dist.is_main():

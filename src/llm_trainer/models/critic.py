@@ -28,6 +28,11 @@ class Acted(NamedTuple):
     scores: TokenScores
     values: Tensor
 
+    @property
+    def logprobs(self) -> Tensor:
+        """`[B, T]` of the policy, for whoever asks no critic."""
+        return self.scores.logprobs
+
 
 class ActorCritic(nn.Module):
     """A policy and its critic, whose forward gives `Acted`.

@@ -136,3 +136,30 @@ def load_reward_model(
     attention = supported_attention(attention, found.config)
     with without_progress_bars():
         return model_class.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
+
+
+class Judge(nn.Module):
+    """A reward model, called alike whatever it is: a `transformers` classifier with one label, or any module that gives one
+    number for each row of ids `[B, T]` under a mask `[B, T]`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        from transformers import PreTrainedModel
+
+        self.model = Rewarding(model) if isinstance(model, PreTrainedModel) else model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Rewards `[B]` of rows padded on the right.
+
+        Raises:
+            ValueError: the module gives something else.
+        """
+        rewards = self.model(input_ids, attention_mask)
+        if not isinstance(rewards, Tensor) or rewards.numel() != len(input_ids):
+            shape = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+            raise ValueError(
+                f"reward_model: got {shape} for {len(input_ids)} rows, expected one number for each: a transformers "
+                f"classification model with one label, or a module that gives [{len(input_ids)}]"
+            )
+        return rewards.reshape(-1).float()

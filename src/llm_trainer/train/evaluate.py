@@ -12,7 +12,8 @@ from llm_trainer.data.stream import RowOfStep, StepSource
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.score import in_evaluation
-from llm_trainer.state import MicroBatch, Position, Stopped
+from llm_trainer.position import Position
+from llm_trainer.state import MicroBatch, Stopped
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.retry import DoesNotFit, any_failed, out_of_memory_noticed, shrink
 from llm_trainer.train.terms import begin_step, fill_up

@@ -67,6 +67,10 @@ class RunMachine:
         return self._settings.seed
 
     @property
+    def begins_anew(self) -> bool:
+        return self._settings.resume == "never" and self._progress.step == 0
+
+    @property
     def step(self) -> int:
         return self._progress.step
 
@@ -125,7 +129,7 @@ class RunMachine:
 
     def weights_hash(self) -> str:
         hashes = Hashes()
-        for name, tensor in self.stream_weights():
+        for name, tensor in self._engine.stream_weights(every_model=True):
             hashes.note(name, tensor)
         return hashlib.sha256(repr(hashes.read()).encode()).hexdigest()[:16]
 

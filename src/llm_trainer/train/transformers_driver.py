@@ -28,7 +28,8 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.engine.unused import Unused
-from llm_trainer.state import MicroBatch, Position, Progress, StepDone
+from llm_trainer.position import Position
+from llm_trainer.state import MicroBatch, Progress, StepDone
 from llm_trainer.train.retry import Attempt, DoesNotFit, Steps
 from llm_trainer.train.terms import count_terms, fill_up, share_of_step
 from llm_trainer.train.work import Work

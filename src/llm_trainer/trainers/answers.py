@@ -7,7 +7,7 @@ pair or judged answer counts as a whole, is optional.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from llm_trainer.layout import Layout
-from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
 
@@ -27,10 +26,10 @@ Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "repeats")
 _LABELS = ("labels", "completion", "step_labels")
 # What the tokens of completions have in reinforcement learning.
-OF_TOKENS = ("old_logprobs", "ref_logprobs", "sampled_logprobs", "advantages")
+OF_TOKENS = ("old_logprobs", "ref_logprobs", "sampled_logprobs", "advantages", "returns", "values")
 _LAID_FLAT = ("input_ids", "loss_weights", *_LABELS, *OF_TOKENS)
 # What is made anew where prompts are shared, and tables with a line per row, which may be as wide as rows are long.
-_NOT_OF_TOKENS = ("attention_mask", "position_ids", "repeats", "rewards")
+_NOT_OF_TOKENS = ("attention_mask", "position_ids", "repeats", "rewards", "kept")
 _PADDING = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
 
 
@@ -282,21 +281,14 @@ def to_device(rows: Batch, device: torch.device) -> Batch:
     return moved | {name: rows[name] for name in ("document_lengths",) if name in rows}
 
 
-def score(
-    model: "nn.Module | AdaptersOff",
-    rows: Batch,
-    differentiable: bool = False,
-    temperature: float = 1.0,
-    objective: Objective | None = None,
-) -> "TokenScores":
+def score(model: "nn.Module | AdaptersOff", rows: Batch, differentiable: bool = False, **how: Any) -> "TokenScores":
     """The model's scores of a joined batch: log-probs of its labels, with gradients if `differentiable`.
 
-    With an `objective`, whose columns are laid out as the batch is, `loss_sum` is its sum.
+    `how`: further arguments of `ScoredModel.forward`, such as `temperature`.
     """
     device = rows["input_ids"].device
     inputs = {name: rows[name].to(device, non_blocking=True) for name in _INPUTS if name in rows}
-    how = {"differentiable_logprobs": differentiable, "temperature": temperature, "objective": objective}
-    return model(**inputs, **how)
+    return model(**inputs, differentiable_logprobs=differentiable, **how)
 
 
 def count_tokens(batch: Batch) -> int:

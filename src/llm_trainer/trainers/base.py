@@ -148,6 +148,10 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         return build.model()
 
     @classmethod
+    def _extend_optimizer(cls, optimizer: torch.optim.Optimizer, own: dict[str, Any], section: Any) -> None:
+        """Give the optimizer of a configuration, which has the model's parameters, what else learns of the keywords `own`."""
+
+    @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         """What this algorithm costs beyond the forward and backward of its model, as keywords of `plan.shapes.Job`.
 

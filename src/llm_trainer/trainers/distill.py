@@ -30,6 +30,7 @@ from llm_trainer.losses.distill import TeacherLogits, chunked_divergence, diverg
 from llm_trainer.models.frozen import freeze
 from llm_trainer.models.scored import ScoredModel, scored, weight_and_bias
 from llm_trainer.trainers.answers import IGNORE, Batch, as_rows
+from llm_trainer.trainers.references import different_ids
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.building import Build
@@ -211,15 +212,12 @@ def check_same_tokenizer(student: Mapping[str, int], teacher: Mapping[str, int],
     Raises:
         TeacherError: they do not; the message names the first ids that differ.
     """
-    ours = {number: token for token, number in student.items()}
-    theirs = {number: token for token, number in teacher.items()}
-    different = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    different = different_ids(student, teacher)
     if different:
-        examples = "; ".join(f"id {i} is {ours.get(i)!r} here and {theirs.get(i)!r} there" for i in different[:3])
         raise TeacherError(
-            f"teacher_model: {name!r} has another tokenizer than the student: {len(different)} ids differ ({examples}; "
-            "None: no such id). Expected the same tokens under the same ids: choose a teacher of the student's family, "
-            "or map its logits onto the student's vocabulary yourself with teacher_logits_provider"
+            f"teacher_model: {name!r} has another tokenizer than the student: {different}. Expected the same tokens under "
+            "the same ids: choose a teacher of the student's family, or map its logits onto the student's vocabulary "
+            "yourself with teacher_logits_provider"
         )
 
 

@@ -1,22 +1,27 @@
 """Reinforcement learning from groups of completions, without a critic: GRPO and its family."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import GRPOConfig
-from llm_trainer.losses.advantages import Advantages
+from llm_trainer.data.rollout_source import num_updates
+from llm_trainer.data.rollouts import FINISHES, Finished, Rollout
+from llm_trainer.losses.advantages import Advantages, group_statistics, weighted_rewards
 from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
-from llm_trainer.losses.policy import Correction, PolicyLoss, PolicyTokens
+from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.scored import TokenScores, scored
-from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, score, share_prompts, to_device
-from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts, to_device
 from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id_of, without_missing
+from llm_trainer.trainers.learned import of_learning, with_cuts
+from llm_trainer.trainers.on_policy import OnPolicyTrainer
 from llm_trainer.trainers.references import default_reference, reference_of
 
 if TYPE_CHECKING:
@@ -31,10 +36,10 @@ KEYWORDS = {
     "temperature": "gen_temperature",
 }
 # What a section says about other objects than the loss.
-_OBJECTS = ("ref_model_checkpoint", "gradient_accumulation_steps")
+_OBJECTS = ("ref_model_checkpoint", "reward_model_checkpoint", "gradient_accumulation_steps")
 
 
-class GRPOTrainer(BaseTrainer):
+class GRPOTrainer(OnPolicyTrainer):
     """Reinforcement learning from groups of completions: the mean of `PolicyLoss` over the whole optimizer step.
 
         loss = mean of -min(r A, clip(r, 1 - eps, 1 + eps) A) + kl_coef * KL(policy || reference) - entropy_coef * entropy
@@ -60,8 +65,8 @@ class GRPOTrainer(BaseTrainer):
     """
 
     section = "grpo_config"
-    rows = ("prompts",)
     takes_flat = True
+    how: GRPOConfig
 
     def __init__(
         self,
@@ -72,7 +77,6 @@ class GRPOTrainer(BaseTrainer):
         kl_coef: float = 0.0,
         temperature: float = 1.0,
         ref_model: nn.Module | None = None,
-        reward_weights: list[float] | None = None,
         **options: Any,
     ) -> None:
         said = {
@@ -81,19 +85,26 @@ class GRPOTrainer(BaseTrainer):
             "loss_beta": kl_coef,
             "gen_temperature": temperature,
         }
-        self.how = _section(type(self).__name__, said, options)
-        self.loss = loss_of(self.how)
-        weights = None if reward_weights is None else torch.tensor(reward_weights, dtype=torch.float64)
-        self.advantages = Advantages(_advantage_of(self.how), weights)
-        self.correction = correction_of(self.how)
+        how = _section(type(self).__name__, said, options)
+        self.loss = loss_of(how)
+        self.advantages = Advantages(_advantage_of(how))
         reference = None
-        if self.how.loss_beta:
+        if how.loss_beta:
             reference = default_reference(model) if ref_model is None else ref_model
+        self._of_correction: dict[str, tuple[Tensor, Tensor]] = {}  # what to watch of a micro-batch
         self._given: list[tuple[Batch, Batch]] = []  # batches of this step that carry completions, and their rows
-        super().__init__(model, *args, **options)
+        super().__init__(
+            model,
+            *args,
+            how=how,
+            samples=how.group_size,
+            passes=how.grpo_steps,
+            rows_per_update=how.rows_per_update,
+            **options,
+        )
         self.reference = None if reference is None else reference_of(reference, self, self._policy)
         models = [self._policy, *([] if self.reference is None else [self.reference])]
-        self.shares_prompts = self.how.share_prompts and all(model.knows_branches(self.device) for model in models)
+        self.shares_prompts = how.share_prompts and all(model.knows_branches(self.device) for model in models)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
@@ -101,10 +112,17 @@ class GRPOTrainer(BaseTrainer):
         options = {name: getattr(section, name) for name in fields_of(GRPOConfig) if name not in _OBJECTS}
         for ours, theirs in KEYWORDS.items():
             options[ours] = options.pop(theirs)
+        options |= cls._rewards_from_config(config, build)
         source = section.ref_model_checkpoint
         if section.loss_beta and source is not None and "ref_model" not in build.given:
             options["ref_model"] = build.frozen(source)
         return options
+
+    @classmethod
+    def _steps_per_epoch(cls, stream: Any, section: GRPOConfig) -> int:
+        return (
+            num_updates(stream, section.group_size, section.rows_per_update, section.grpo_steps) or stream.num_steps()
+        )
 
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
@@ -128,7 +146,7 @@ class GRPOTrainer(BaseTrainer):
     def _joined(self, batch: Batch) -> Batch:
         """The batch as rows whose labels are the tokens to learn from."""
         if not is_given(batch):
-            return without_missing(batch)
+            return with_cuts(without_missing(batch))
         for one, rows in self._given:
             if one is batch:
                 return rows
@@ -151,6 +169,7 @@ class GRPOTrainer(BaseTrainer):
         self, batches: list[Batch], weights: list[float], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
         """Compare completions that are given with the others of their groups, which may be on other ranks."""
+        super()._begin_step(batches, weights, sum_over_ranks)
         current = set(map(id, batches))
         self._given = [(batch, rows) for batch, rows in self._given if id(batch) in current]
         counted = [batch for batch, weight in zip(batches, weights, strict=True) if weight]
@@ -165,35 +184,40 @@ class GRPOTrainer(BaseTrainer):
         groups = rows.get("group", rows.get("prompt_keys"))
         if self.shares_prompts and groups is not None:
             rows = share_prompts(rows, groups)
-        else:
+        elif is_given(batch):
             rows = lay_flat(rows, self.machine.layout)
-        rows = to_device(rows, self.device)
+        rows = to_device(of_learning(rows), self.device)
         if self.reference is not None and "ref_logprobs" not in rows:
             with torch.no_grad():
-                rows["ref_logprobs"] = score(self.reference, rows, temperature=self.how.gen_temperature).logprobs
+                rows["ref_logprobs"] = self._score(self.reference, rows).logprobs
         return rows
 
+    # The loss.
+
     def _forward(self, batch: Batch) -> TokenScores:
-        objective = None
-        if self._is_sum_of_tokens(batch):
-            sequences = Sequences.of_batch(batch)
-            known = self._tokens(batch, torch.zeros(batch["labels"].shape, device=self.device), sequences)
-            objective = Objective(*self.loss.per_token(known, sequences))
-        wants_logprobs = objective is None
-        return score(self.model, batch, wants_logprobs, self.how.gen_temperature, objective)
+        if not self._is_sum_of_tokens(batch):
+            return self._score(self.model, batch, differentiable=True)
+        sequences = Sequences.of_batch(batch)
+        known = self._tokens(batch, torch.zeros(batch["labels"].shape, device=self.device), sequences)
+        return self._score(self.model, batch, objective=Objective(*self.loss.per_token(known, sequences)))
 
     def _is_sum_of_tokens(self, batch: Batch) -> bool:
         """Whether a token's loss depends on its own log-prob alone, so that the head makes its gradient in the forward."""
-        corrects = self.correction is not None and "sampled_logprobs" in batch
-        return self.loss.is_per_token and "has_sums" not in batch and not corrects
+        needs_logprobs = self._corrects(batch) and "old_logprobs" not in batch
+        return self.loss.is_per_token and "has_sums" not in batch and not needs_logprobs
+
+    def _corrects(self, batch: Batch) -> bool:
+        return self.correction is not None and "sampled_logprobs" in batch
 
     def _compute_loss(self, outputs: TokenScores, batch: Batch) -> Tensor:
         sequences, loss = Sequences.of_batch(batch), self.loss
         if "has_sums" in batch and loss.level == "token":
-            loss = loss.replace(importance="seq")
+            loss = loss.replace(importance="seq")  # of sums over completions there are no ratios of tokens
         known = self._tokens(batch, outputs.logprobs, sequences)
-        for name, (total, count) in loss.metrics(outputs.logprobs, known, sequences, outputs.entropy).items():
+        metrics = loss.metrics(outputs.logprobs, known, sequences, outputs.entropy) | self._of_correction
+        for name, (total, count) in metrics.items():
             self.record(name, total, count)
+        self._watch(batch, outputs.logprobs.detach(), sequences)
         if self._is_sum_of_tokens(batch):
             return mean_over(outputs.loss_sum, loss.num_terms(sequences).to(outputs.loss_sum.dtype))
         return loss.mean(loss.token_losses(outputs.logprobs, known, sequences, outputs.entropy), sequences)
@@ -204,13 +228,38 @@ class GRPOTrainer(BaseTrainer):
         if advantages is None:  # a filler, which weighs nothing
             advantages = torch.zeros_like(logprobs)
         tokens = PolicyTokens(advantages, batch.get("old_logprobs"), batch.get("ref_logprobs"))
-        if self.correction is None or "sampled_logprobs" not in batch:
+        if self.correction is None or not self._corrects(batch):
             return tokens
-        old = tokens.old_logprobs if tokens.old_logprobs is not None else logprobs.detach()
-        weights, metrics = self.correction(old, batch["sampled_logprobs"], sequences)
-        for name, (total, count) in metrics.items():
-            self.record(name, total, count)
+        old = batch.get("old_logprobs", logprobs.detach())
+        weights, self._of_correction = self.correction(old, batch["sampled_logprobs"], sequences)
         return tokens._replace(corrections=weights)
+
+    # What is learned of a rollout.
+
+    def _finish(self, rollout: Rollout) -> Finished:
+        updates = self.passes if self.rows_per_update is None else 2
+        columns = self._scored(rollout, old=updates > 1, reference=self.reference)
+        judged = self._judged(rollout)
+        values, _, weights = self._rollout_maker().table(rollout, judged)
+        if self.how.kl_in == "reward" and self.reference is not None:
+            costs = -self.how.loss_beta * kl_of_rows(rollout, columns, self.how.kl_estimator)
+            values, weights = np.column_stack([values, costs]), np.append(weights, 1.0)
+            values[np.isnan(values[:, :-1]).all(1)] = np.nan
+        groups = torch.from_numpy(np.array(rollout.column("group")))
+        how = replace(self.advantages, weights=torch.from_numpy(weights))
+        advantages, is_missing = how(torch.from_numpy(values), groups)
+        is_level = level_groups(values, weights, groups)
+        self._note(rollout, is_missing.numpy(), bool(is_level.all()) and len(groups.unique()) < len(groups))
+        learned = []
+        for row, advantage in enumerate(advantages.tolist()):
+            learned.append(np.float32(advantage) * rollout.store["trained"][row].astype(np.float32))
+        masked = {}
+        if self.how.overlong == "mask":
+            masked["it has no end"] = rollout.column("finish") == FINISHES.index("length")
+        dropped = {"no reward": is_missing.numpy()}
+        if self.how.max_resamplings:
+            dropped["all rewards of its group are equal"] = is_level
+        return Finished(columns | judged | {"advantages": learned}, masked, dropped)
 
 
 def _section(trainer: str, said: dict[str, Any], options: dict[str, Any]) -> GRPOConfig:
@@ -246,15 +295,24 @@ def loss_of(how: GRPOConfig) -> PolicyLoss:
     )
 
 
-def correction_of(how: GRPOConfig) -> Correction | None:
-    """How a section corrects what was drawn otherwise than it is scored."""
-    mode = how.off_policy_correction
-    if mode == "none":
-        return None
-    return Correction(mode, how.off_policy_level, how.off_policy_cap, how.off_policy_floor)
-
-
 def _advantage_of(how: GRPOConfig) -> str:
     if how.advantage is not None:
         return how.advantage
     return "dr_grpo" if how.loss_type == "dr_grpo" else "group"
+
+
+def kl_of_rows(rollout: Rollout, columns: Mapping[str, Sequence[np.ndarray]], estimator: str) -> np.ndarray:
+    """`[rows]` the KL of the policy that wrote each completion from the reference, summed over its tokens."""
+    wrote = columns.get("old_logprobs", rollout.store["sampled_logprobs"])
+    totals = np.zeros(len(rollout))
+    for row in range(len(rollout)):
+        differences = torch.from_numpy((wrote[row] - columns["ref_logprobs"][row]).astype(np.float64))
+        trained = torch.from_numpy(np.array(rollout.store["trained"][row], dtype=bool))
+        totals[row] = float(KL_ESTIMATORS[estimator](differences)[trained].sum())
+    return totals
+
+
+def level_groups(rewards: np.ndarray, weights: np.ndarray, groups: Tensor) -> np.ndarray:
+    """`[rows]` bool: all rewards of the row's group are equal."""
+    totals = weighted_rewards(torch.from_numpy(rewards), torch.from_numpy(weights))
+    return group_statistics(totals, groups).is_level.numpy()

@@ -1,5 +1,6 @@
 """What a policy is compared with, and what that says about data."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -59,3 +60,14 @@ def precompute_reference(stream: Any, reference: nn.Module, build: "Build", want
     for rows in stream.dataset.parts:
         cache = rows.store.folder / f"ref_logps-{key}-{rows.how.block_size}-{rows.how.truncation}.npy"
         rows.ref_logps = build.score(model, rows, stream.collate, sums, cache)
+
+
+def different_ids(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    """What is different about two vocabularies, token -> id, in words; empty: nothing."""
+    here = {number: token for token, number in ours.items()}
+    there = {number: token for token, number in theirs.items()}
+    different = sorted(i for i in here.keys() | there.keys() if here.get(i) != there.get(i))
+    if not different:
+        return ""
+    examples = "; ".join(f"id {i} is {here.get(i)!r} here and {there.get(i)!r} there" for i in different[:3])
+    return f"{len(different)} ids differ ({examples}; None: no such id)"

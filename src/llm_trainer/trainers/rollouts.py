@@ -1,32 +1,247 @@
-"""Rollouts of the trainers that learn from the policy's own completions: how they are drawn, rewarded and scored."""
+"""The maker of rollouts: the policy's completions of prompts, drawn by a service and judged by reward functions.
 
-from collections.abc import Sequence
+What is learned from them is the trainer's business (`RolloutMaker.finish` asks it). A rollout depends on weights, seed and
+prompts alone: the noise of a completion is that of its prompt's number in the rollout, whichever process draws it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import GenerateConfig
+from llm_trainer.data.rollouts import Finished, Plan, Prompt, Rollout
 from llm_trainer.generation.decoding import Decoding
+from llm_trainer.generation.service import GenerationService, Interrupted, Request
+from llm_trainer.machine import Machine
+from llm_trainer.rewards.functions import RewardFunctions, Rewards, weighted_sum
+from llm_trainer.rewards.workers import Interrupted as RewardsInterrupted
+from llm_trainer.trainers.completions import (
+    Row,
+    Written,
+    decoding_of,
+    given_with,
+    metrics_of,
+    row_of,
+)
+
+JUDGED = "model_reward"  # the column of a reward model, [1] per row
+ATTEMPT = 1 << 32  # what a prompt's number is raised by when its group is drawn again: other noise
 
 
-def decoding_of(how: GenerateConfig, seed: int, stop_token_ids: Sequence[int], tokenizer: Any = None) -> Decoding:
-    """How completions are drawn.
+@dataclass(eq=False)
+class RolloutMaker:
+    """Makes rollouts of a trainer (`data.rollouts.Maker`).
+
+    Beside those of every rollout its rows have the column `failed` (a reward function did), and where the distribution is cut
+    `kept` and `kept_counts [T]`, the ids that each token was drawn from, end to end, and how many are each token's.
 
     Args:
-        how: what the section says.
-        seed: of their noise.
-        stop_token_ids: that end one.
-        tokenizer: makes text of ids where texts end one; None: there are no such texts.
+        machine: of the run.
+        how: how completions are drawn.
+        service: gives who draws them.
+        finished: called by all processes when all rows are there: further columns, such as advantages.
+        samples: completions of each prompt.
+        rewards: functions that judge them; None: they come with their rewards, or a model judges them later.
+        tokenizer: for the texts that functions get; None: they get ids.
+        stop_token_ids: that end a completion.
+        context: most tokens that the model takes; None: no limit.
+        max_resamplings: how often a group whose rewards are all equal is drawn again.
+        evaluation: how completions are drawn in evaluation; they may be as long as in training.
     """
-    decode = None if tokenizer is None else tokenizer.decode
-    return Decoding(
-        max_new_tokens=how.gen_max_seq_len,
-        temperature=how.gen_temperature,
-        top_k=how.gen_k,
-        top_p=how.gen_p,
-        min_p=how.gen_min_p,
-        repetition_penalty=how.gen_repetition_penalty,
-        suppress_tokens=tuple(how.gen_suppress_tokens),
-        stop_strings=tuple(how.gen_stop_strings),
-        decode=decode,
-        stop_token_ids=tuple(stop_token_ids),
-        seed=seed,
-    )
+
+    machine: Machine
+    how: GenerateConfig
+    service: Callable[[], GenerationService]
+    finished: Callable[[Rollout], Finished]
+    _: KW_ONLY
+    samples: int
+    rewards: RewardFunctions | None = None
+    tokenizer: Any = None
+    stop_token_ids: Sequence[int] = ()
+    context: int | None = None
+    max_resamplings: int = 0
+    evaluation: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        self.names: tuple[str, ...] = ("given",)  # of the columns of `rewards`
+        self.weights: np.ndarray = np.ones(1)  # of each
+        if self.rewards is not None:
+            self.names, self.weights = self.rewards.names, self.rewards.weights
+
+    def settings(self, training: bool) -> Mapping[str, Any]:
+        facts = asdict(self._decoding(0, training))
+        for name in ("decode", "seed", "row_numbers"):
+            del facts[name]
+        own = {"max_resamplings": self.max_resamplings}
+        rewards = dict(zip(self.names, self.weights.tolist(), strict=True))
+        return facts | own | {"samples": self.num_samples(training), "rewards": rewards}
+
+    def begin(self, plan: Plan) -> None:
+        self.service().load(self.machine.stream_weights(), plan.version)
+
+    def make(self, plan: Plan, prompts: Sequence[Prompt]) -> list[Row] | None:
+        try:
+            groups = self._groups(plan, prompts, 0)
+            for attempt in range(1, self.max_resamplings + 1):
+                level = [prompt for prompt in prompts if self._is_level(prompt, groups)]
+                if level and plan.training:
+                    groups |= self._groups(plan, level, attempt)
+        except (Interrupted, RewardsInterrupted):
+            return None
+        rows = []
+        for prompt in prompts:
+            rows += groups[prompt.number]
+        return rows
+
+    def finish(self, rollout: Rollout) -> Finished:
+        return self.finished(rollout)
+
+    def metrics(self, rollout: Rollout) -> Mapping[str, tuple[float, float]]:
+        columns = {}
+        if JUDGED in rollout.store.columns:
+            columns = {JUDGED: rollout.column(JUDGED)}
+        values, names, weights = self.table(rollout, columns)
+        return metrics_of(rollout, names, values, weights)
+
+    def table(self, rollout: Rollout, judged: Mapping[str, Any]) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+        """What completions are worth: `[rows, F]`, NaN where a reward is missing; the names and weights of the columns.
+
+        A row for which a function has failed has no reward at all: it would be compared with rows that all have judged.
+
+        Args:
+            judged: the column of a reward model, if there is one.
+        """
+        values, names, weights = rollout.column("rewards").copy(), self.names, self.weights
+        if self.rewards is None and judged:
+            values, names, weights = values[:, 1:], names[1:], weights[1:]
+        for name, column in judged.items():
+            values = np.column_stack([values, np.concatenate([np.atleast_1d(value) for value in column])])
+            names, weights = (*names, name), np.append(weights, 1.0)
+        values[rollout.column("failed") != 0] = np.nan
+        return values, names, weights
+
+    # Drawing.
+
+    def num_samples(self, training: bool) -> int:
+        """Completions of each prompt."""
+        return self.samples if training else 1
+
+    def _decoding(self, seed: int, training: bool) -> Decoding:
+        decoding = decoding_of(self.how, seed, self.stop_token_ids, self.tokenizer)
+        if training:
+            return decoding
+        sampling = self.evaluation
+        return replace(
+            decoding, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=0.0
+        )
+
+    def _groups(self, plan: Plan, prompts: Sequence[Prompt], attempt: int) -> dict[int, list[Row]]:
+        """The rows of each prompt, by its number.
+
+        Raises:
+            Interrupted: the plan has been stopped.
+            ValueError: a prompt leaves no room for a completion.
+        """
+        written: list[Written] = []
+        for prompt in prompts:
+            written += given_with(prompt)
+        written += self._drawn(plan, [prompt for prompt in prompts if not prompt.given], attempt)
+        rows = self._rewarded(plan, written)
+        groups: dict[int, list[Row]] = {prompt.number: [] for prompt in prompts}
+        for row in rows:
+            groups[int(row["group"][0])].append(row)
+        return groups
+
+    def _drawn(self, plan: Plan, prompts: Sequence[Prompt], attempt: int) -> list[Written]:
+        """The policy's completions of prompts."""
+        if not prompts:
+            return []
+        requests = []
+        for prompt in prompts:
+            self._check_room(prompt)
+            number = prompt.number + attempt * ATTEMPT
+            requests.append(Request(prompt.ids.tolist(), number, self.num_samples(plan.training)))
+        before = plan.seconds.get("generate", 0.0)
+        with plan.timed("generate"):
+            drawn = self.service().generate(requests, self._decoding(plan.seed, plan.training), plan.stop)
+        written = []
+        for prompt, completions in zip(prompts, drawn, strict=True):
+            written += [Written(prompt, completion, attempt=attempt) for completion in completions]
+        tokens = sum(len(one.completion.ids) for one in written)
+        self.machine.record("tokens_per_s/generate", tokens, plan.seconds["generate"] - before)
+        return written
+
+    def _check_room(self, prompt: Prompt) -> None:
+        length = len(prompt.ids)
+        if self.context is not None and length >= self.context:
+            raise ValueError(
+                f"prompt {prompt.number} of a rollout has {length} tokens, and the model's context is {self.context}: no room "
+                f"for a completion. Expected at most {self.context - self.how.gen_max_seq_len}, the context less "
+                f"gen_max_seq_len: leave such rows out, set dataset_block_size to that, or take a model with a longer context"
+            )
+
+    # Rewarding.
+
+    def _rewarded(self, plan: Plan, written: Sequence[Written]) -> list[Row]:
+        """The rows of completions.
+
+        Raises:
+            Interrupted: the plan has been stopped.
+        """
+        values = np.full((len(written), len(self.names)), np.nan)
+        errors: list[Mapping[str, str]] = [{}] * len(written)
+        asked = [number for number, one in enumerate(written) if one.reward is None]
+        if self.rewards is not None and asked:
+            with plan.timed("reward"):
+                found = self._judged([written[number] for number in asked], plan)
+            values[asked, : found.values.shape[1]] = found.values
+            for number, said in zip(asked, found.errors, strict=True):
+                errors[number] = said
+        rows = []
+        for number, one in enumerate(written):
+            if one.reward is not None:
+                values[number, 0] = one.reward / self.weights[0]
+            rows.append(row_of(one, values[number], errors[number], self._keeps_cuts))
+        return rows
+
+    @property
+    def _keeps_cuts(self) -> bool:
+        """Whether the distribution that tokens are drawn from is cut, and to what is kept."""
+        return self._decoding(0, training=True).is_cut
+
+    def _judged(self, written: Sequence[Written], plan: Plan) -> Rewards:
+        assert self.rewards is not None
+        names: dict[str, None] = {}
+        for one in written:
+            names |= dict.fromkeys(one.prompt.columns)
+        columns = {}
+        for name in names:
+            columns[name] = [one.prompt.columns.get(name) for one in written]
+        return self.rewards(
+            [self._text(one.prompt.ids.tolist()) for one in written],
+            [self._text(one.completion.ids) for one in written],
+            [one.prompt.answer for one in written],
+            columns,
+            lengths=[len(one.completion.ids) for one in written],
+            stop=plan.stop,
+        )
+
+    def _text(self, ids: list[int]) -> Any:
+        """As functions get it: without the tokens that mark turns and their ends."""
+        if self.tokenizer is None:
+            return ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _is_level(self, prompt: Prompt, groups: Mapping[int, Sequence[Row]]) -> bool:
+        """Whether a group was drawn here, and its rewards, as far as there are any, are all equal."""
+        if prompt.given:
+            return False
+        rows = groups[prompt.number]
+        values = np.stack([row["rewards"] for row in rows])
+        failed = np.concatenate([row["failed"] for row in rows]) != 0
+        totals = weighted_sum(values, self.weights, failed)
+        known = totals[~np.isnan(totals)]
+        return len(known) == 0 or known.max() == known.min()

@@ -34,6 +34,17 @@ def steps_of(source, epoch=0, position=0):
     ]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_budget_that_changes_between_two_steps_changes_the_rows_of_none(num_workers):
+    source = stream(rows_per_step=8, micro_batch_tokens=40, num_workers=num_workers)
+    found, sizes = [], []
+    for step, _ in source.steps(0, 0):
+        found.append(sorted(sample for micro_batch in step for sample in micro_batch.batch))
+        sizes.append(len(step))
+        source.micro_batch_tokens = 7
+    assert found == steps_of(stream(rows_per_step=8)) and sizes[0] < 4 < sizes[1]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 1000, 4097])
 def test_permutation_visits_everything_once_and_in_another_order_for_another_seed(size):
     order = Permutation(size, 1)(np.arange(size))

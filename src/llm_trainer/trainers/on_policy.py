@@ -1,0 +1,329 @@
+"""What trainers that learn from the policy's own completions have in common: who draws them, and who judges them."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.options import Sampling
+from llm_trainer.config.reinforcement import RolloutOptions
+from llm_trainer.data.collate import collate_padded, laying
+from llm_trainer.data.rollout_source import RolloutSource
+from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
+from llm_trainer.generation.in_process import InProcess
+from llm_trainer.generation.service import GenerationService
+from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
+from llm_trainer.losses.policy import Correction
+from llm_trainer.losses.sequences import Sequences
+from llm_trainer.models.attention import resolve_attention
+from llm_trainer.models.frozen import freeze
+from llm_trainer.models.rewarding import Judge, load_reward_model
+from llm_trainer.models.scored import TokenScores
+from llm_trainer.rewards.functions import RewardFunctions
+from llm_trainer.rewards.named import several
+from llm_trainer.trainers.agreement import Agreement
+from llm_trainer.trainers.answers import Batch, score, to_device
+from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
+from llm_trainer.trainers.rollouts import JUDGED, RolloutMaker
+from llm_trainer.trainers.said import RowsOfIds, context_of, stop_tokens_of, vocab_size_of
+
+if TYPE_CHECKING:
+    from llm_trainer.config.schema import TrainConfig
+    from llm_trainer.trainers.building import Build
+
+# What is said when nothing else happens in many rollouts.
+PATIENCE = 10
+NO_VARIANCE = (
+    "the rewards of every group were equal, so that nothing was learned: look at the completions (llm-trainer rollouts), take "
+    "easier or harder prompts, a larger group_size or a higher gen_temperature, or a reward with more steps"
+)
+NO_END = (
+    "no completion ended before gen_max_seq_len: look at the completions (llm-trainer rollouts), at the stop tokens of the "
+    "tokenizer's chat template, and at gen_max_seq_len"
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the sampler's copy of the weights
+
+
+class OnPolicyTrainer(BaseTrainer):
+    """A trainer that learns from rollouts, which it makes itself, or from completions that are given.
+
+    Args:
+        how: its section.
+        samples: completions of each prompt.
+        passes: over each rollout.
+        rows_per_update: completions of an optimizer step, over all ranks; None: all of a rollout.
+        reward_func: judges completions: a function, several, several by name, or `RewardFunctions`.
+        reward_weights: of each function, in their order or by name; None: 1.
+        reward_model: judges them too: a `transformers` classification model with one label, or any module that gives one
+            number for each row of ids `[B, T]` under a mask `[B, T]`. It has the policy's tokenizer.
+        generation_service: draws completions; None: this process does, with a copy of the weights.
+        stop_token_ids: that end a completion; None: what tokenizer and model say.
+    """
+
+    rows = ("prompts",)
+    best_metric: ClassVar[str] = "eval_reward"
+    best_is_highest: ClassVar[bool] = True
+    how: Any  # its section, of `GenerateConfig` and `RolloutOptions`
+    starts_at_reference = False  # whether the policy and what it is held to are the same model at the start
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        how: Any,
+        samples: int,
+        passes: int,
+        rows_per_update: int | None,
+        reward_func: Any = None,
+        reward_weights: Any = None,
+        reward_model: nn.Module | None = None,
+        generation_service: GenerationService | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        self.how = how
+        self.samples, self.passes, self.rows_per_update = samples, passes, rows_per_update
+        self.rewards: RewardFunctions | None = None
+        if reward_func is None and how.rewards:
+            reward_func, reward_weights = several(how.rewards)
+        if isinstance(reward_func, RewardFunctions):
+            self.rewards = reward_func
+        elif reward_func is not None:  # its processes are forked before there are threads and devices
+            self.rewards = RewardFunctions(
+                reward_func,
+                reward_weights,
+                seconds=how.reward_seconds,
+                memory_gb=how.reward_memory_gb,
+                in_process=how.reward_in_process,
+                max_failed=how.max_failed_rewards,
+            )
+        self.judge = None if reward_model is None else Judge(freeze(reward_model))
+        self._service, self._stop_token_ids = generation_service, stop_token_ids
+        self._verified: GenerationService | None = None
+        self._in_a_row: dict[str, int] = {}  # rollouts without anything to learn from, by what is said of them
+        self._evaluation = options.get("sampling") or Sampling()
+        self._maker: RolloutMaker | None = None
+        self.correction = correction_of(how)
+        super().__init__(model, *args, **options)
+        is_own = how.rollouts is None and how.gen_repetition_penalty == 1
+        self._agreement = Agreement(self.machine.precision_name, how.max_logp_difference, is_own)
+        if self.judge is not None:
+            self.machine.place(self.judge)
+
+    @classmethod
+    def _rewards_from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
+        """What judges completions, and what ends them, as keywords.
+
+        Raises:
+            ConfigError: nothing judges them.
+        """
+        section = build.section
+        options: dict[str, Any] = {"stop_token_ids": build.stop_token_ids}
+        source = section.reward_model_checkpoint
+        if source is not None and "reward_model" not in build.given:
+            if build.tokenizer_of(source).get_vocab() != build.tokenizer.get_vocab():
+                raise ConfigError(
+                    f"reward_model_checkpoint: {source} has another tokenizer than the policy, so its ids mean other tokens; "
+                    f"expected a reward model made of the policy's family"
+                )
+            attention = resolve_attention(config.run_config.attention, build.device)
+            options["reward_model"] = load_reward_model(source, attention)
+        judges = (section.rewards, source, section.rollouts)
+        if not any(judges) and not {"reward_func", "reward_model"} & set(build.given):
+            raise ConfigError(
+                f"{cls.section}: nothing judges completions: expected rewards (such as [exact_match]), a "
+                f"reward_model_checkpoint, or {cls.__name__}(train_config=..., reward_func=f) with "
+                f"f(prompts, completions, answers) -> list of numbers"
+            )
+        return options
+
+    # Making rollouts.
+
+    def _build_source(self, source: Any, training: bool) -> Any:
+        """Rollouts around a source of prompts; batches that carry completions and rewards are steps as they are."""
+        if self.rewards is None and self.judge is None and self.how.rollouts is None:
+            return source
+        maker = self._rollout_maker()
+        return RolloutSource(
+            source,
+            maker,
+            self.machine,
+            training=training,
+            samples=maker.num_samples(training),
+            passes=self.passes,
+            rows_per_update=self.rows_per_update,
+            pad_id=self._pad_id,
+            keep_rollouts=self.how.keep_rollouts,
+            rollouts=self.how.rollouts,
+        )
+
+    def _rollout_maker(self) -> RolloutMaker:
+        if self._maker is None:
+            self._maker = RolloutMaker(
+                self.machine,
+                self.how,
+                self._service_of_run,
+                self._finish,
+                samples=self.samples,
+                rewards=self.rewards,
+                tokenizer=self.tokenizer,
+                stop_token_ids=self._stops(),
+                context=context_of(self.base_model),
+                max_resamplings=self._max_resamplings,
+                evaluation=self._evaluation,
+            )
+        return self._maker
+
+    @property
+    def _max_resamplings(self) -> int:
+        """How often a group whose rewards are all equal is drawn again."""
+        return 0
+
+    def _service_of_run(self) -> GenerationService:
+        """Who draws; asked when the model is where it will train. Its weights are verified, but for modules without a size."""
+        if self._verified is None:
+            service = self._service or InProcess(self.base_model)
+            self._verified = service
+            vocab_size = vocab_size_of(self.base_model)
+            if vocab_size is not None:
+                limit = LIMITS[DTYPES[self.machine.precision_name]]
+                self._verified = Verified(service, self._probe_logprobs, probe_ids(vocab_size), limit)
+        return self._verified
+
+    def _probe_logprobs(self, probe: list[list[int]]) -> list[list[float]]:
+        """By the trained weights, of every token but the first."""
+
+        def logprobs(batch: Batch) -> dict[str, Tensor]:
+            return {"logprobs": score(self.model, to_device(batch, self.device)).logprobs}
+
+        found = self.machine.score(RowsOfIds(probe), partial(collate_padded, pad_id=self._pad_id), logprobs)
+        return [row[1:].tolist() for row in found["logprobs"]]
+
+    @property
+    def _pad_id(self) -> int:
+        return 0 if self.tokenizer is None else self.tokenizer.pad_token_id or 0
+
+    def _stops(self) -> tuple[int, ...]:
+        """What ends a completion; where nothing is known, each is as long as it may be, which is said."""
+        if self._stop_token_ids is not None:
+            return tuple(self._stop_token_ids)
+        found = stop_tokens_of(self.tokenizer, self.base_model)
+        if not found and not self.how.gen_stop_strings:
+            self.machine.say(
+                f"WARNING: no token is known that ends a completion, neither of the tokenizer nor of the model's "
+                f"generation_config: each will have {self.how.gen_max_seq_len} tokens (gen_max_seq_len). Pass stop_token_ids, "
+                f"or stop_token_ids=[] if that is meant"
+            )
+        return found
+
+    # Judging and scoring.
+
+    @abstractmethod
+    def _finish(self, rollout: Rollout) -> Finished:
+        """What is learned of a rollout, as further columns; called by all processes when all rows are there."""
+
+    def _judged(self, rollout: Rollout) -> dict[str, list[np.ndarray]]:
+        """The column of the reward model, if there is one."""
+        judge = self.judge
+        if judge is None:
+            return {}
+
+        def rewards(batch: Batch) -> dict[str, Tensor]:
+            inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+            return {JUDGED: judge(**inputs)}
+
+        found = self.machine.score(
+            rollout, partial(collate_rollout, lay=partial(collate_padded, pad_id=self._pad_id)), rewards
+        )
+        return {JUDGED: [np.atleast_1d(value).astype(np.float64) for value in found[JUDGED]]}
+
+    def _note(self, rollout: Rollout, is_missing: np.ndarray, is_level: bool) -> None:
+        """Say what will teach nothing, however long it goes on.
+
+        Args:
+            is_missing: `[rows]` which completions have no reward.
+            is_level: the rewards of all groups are equal.
+
+        Raises:
+            ValueError: no completion has a reward, and no function has failed.
+        """
+        if is_missing.all() and not rollout.column("failed").any():
+            name = rollout.store.folder.name.partition(".")[0]
+            unanswered = sum(rollout.facts(row)["answer"] is None for row in range(len(rollout)))
+            raise ValueError(
+                f"no completion of rollout {name} has a reward: no reward function applies to any. {unanswered} of "
+                f"{len(rollout)} have no reference answer in the data; expected an answer where a reward function compares "
+                f"with one: look at the rows' columns (data_loader_config.columns: {{answer: ...}}), or take rewards that need "
+                f"none"
+            )
+        has_no_end = (rollout.column("finish") == FINISHES.index("length")).all()
+        for what, is_so in ((NO_VARIANCE, is_level), (NO_END, has_no_end)):
+            self._in_a_row[what] = (self._in_a_row.get(what, 0) + 1) * bool(is_so)
+            if self._in_a_row[what] % PATIENCE == PATIENCE - 1:
+                self.machine.say(f"WARNING: in {self._in_a_row[what]} rollouts in a row {what}")
+
+    def _scored(self, rollout: Rollout, old: bool, reference: Any) -> dict[str, list[np.ndarray]]:
+        """Log-probs of all tokens: under the policy as it is now, if `old`, and under the `reference`, if there is one."""
+        if not old and reference is None:
+            return {}
+
+        def logprobs(batch: Batch) -> dict[str, Tensor]:
+            rows, found = to_device(of_learning(with_cuts(batch)), self.device), {}
+            if old:
+                found["old_logprobs"] = self._score(self.model, rows).logprobs
+            if reference is not None:
+                found["ref_logprobs"] = self._score(reference, rows).logprobs
+            return found
+
+        _, lay = laying(self.machine.layout, self._pad_id)
+        return self.machine.score(rollout, partial(collate_rollout, lay=lay), logprobs)
+
+    def _score(self, model: Any, rows: Batch, **how: Any) -> TokenScores:
+        """A model's scores of rows, as the distribution that completions are drawn from."""
+        drawn_from = drawn_from_of(rows, self.how.gen_suppress_tokens)
+        return score(model, rows, temperature=self.how.gen_temperature, drawn_from=drawn_from, **how)
+
+    # What must hold.
+
+    def _begin_step(
+        self, batches: list[Batch], weights: list[float], sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._agreement.forget()
+
+    def _watch(self, batch: Batch, logprobs: Tensor, sequences: Sequences) -> None:
+        """Compare the policy's `logprobs` of a micro-batch with what they should be."""
+        if not self.model.training or "sampled_logprobs" not in batch:
+            return
+        old = batch.get("old_logprobs", logprobs)
+        self._agreement.see("sampler", old, batch["sampled_logprobs"], sequences)
+        if self.machine.step == 0:
+            self._agreement.see("ratio", logprobs, old, sequences)
+            if self.starts_at_reference and "ref_logprobs" in batch:
+                self._agreement.see("reference", logprobs, batch["ref_logprobs"], sequences)
+
+    def _end_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """
+        Raises:
+            DisagreementError: sampler and trainer, or policy and reference, do not agree; nothing is updated.
+        """
+        if self._maker is None:
+            return
+        found = self._agreement.check(self.device, self.machine.rank, sum_over_ranks)
+        if "sampler" in found:
+            mean, largest = found["sampler"]
+            self.record("sampling/sampling_logp_difference/mean", mean)
+            self.record("sampling/sampling_logp_difference/max", largest)
+
+
+def correction_of(how: RolloutOptions) -> Correction | None:
+    """How a section corrects what was drawn otherwise than it is scored."""
+    mode = how.off_policy_correction
+    if mode == "none":
+        return None
+    return Correction(mode, how.off_policy_level, how.off_policy_cap, how.off_policy_floor)

@@ -1,0 +1,161 @@
+"""GRPO from a configuration: the same curve as with the same objects, evaluation by reward, what is refused at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_trainer import GRPOTrainer, configure_optimizer
+from llm_trainer.builder import make_model
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.train_configs import (
+    ConfigError,
+    DataLoaderConfig,
+    EvalConfig,
+    GRPOConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+SHAPE = ModelConfig(
+    vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+)
+ROWS = [{"question": f"count to {n}", "answer": "x" * n, "level": n} for n in range(1, 7)]
+
+
+def shorter(prompts: list[str], completions: list[str], answers: list[str], level: list[int]) -> list[float]:
+    """Minus the distance from the answer's length, times a column of the data."""
+    return [-abs(len(c) - len(a)) * number for c, a, number in zip(completions, answers, level, strict=True)]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def config(path: Path, reference_dir: Path, save_dir: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "model_config": SHAPE,
+        "tokenizer": str(reference_dir / "tokenizer"),
+        "file_dataset": str(path),
+        "batch_size": 2,
+        "data_loader_config": DataLoaderConfig(data_loader_shuffle=False),
+        "optim_config": OptimConfig(initial_lr=1e-2),
+        "run_config": RunConfig(save_dir=str(save_dir), log_interval=1, save_interval_steps=1000, progress=False),
+        "grpo_config": GRPOConfig(group_size=3, gen_max_seq_len=12, loss_beta=0.05, grpo_steps=2),
+    }
+    return TrainConfig(**(values | changes))
+
+
+def curve(save_dir: Path) -> list[tuple[float, float, float]]:
+    lines = (save_dir / "log" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    return [(row["loss"], row["grad_norm"], row.get("reward", 0.0)) for row in rows]
+
+
+def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
+    described = config(prompts, reference_dir, tmp_path / "described")
+    GRPOTrainer(train_config=described, reward_func=shorter).train()
+
+    tokenizer = load_tokenizer(reference_dir / "tokenizer")
+    chat = ChatFormat(tokenizer)
+    ids = [chat.encode_prompt([{"role": "user", "content": row["question"]}]) for row in ROWS]
+    batches = []
+    for first in range(0, len(ids), 2):
+        rows, own = ids[first : first + 2], ROWS[first : first + 2]
+        width = max(map(len, rows))
+        batches.append(
+            {
+                "prompts": torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+                "prompt_attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+                "answers": [row["answer"] for row in own],
+                "level": [row["level"] for row in own],
+            }
+        )
+    model = make_model(described, tokenizer, torch.device("cpu"))
+    GRPOTrainer(
+        model=model,
+        optimizer=configure_optimizer(model=model, lr=1e-2),
+        train_loader=batches,
+        max_epochs=1,
+        num_samples_per_prompt=3,
+        kl_coef=0.05,
+        grpo_steps=2,
+        gen_max_seq_len=12,
+        reward_func=shorter,
+        tokenizer=tokenizer,
+        stop_token_ids=chat.stop_token_ids(),
+        log_interval=1,
+        progress=False,
+        save_dir=str(tmp_path / "explicit"),
+        save_interval=0,
+    ).train()
+    found = curve(tmp_path / "described")
+    assert len(found) == 6 and found == curve(tmp_path / "explicit")
+
+
+def test_evaluation_is_by_reward(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(prompts.read_text())
+    overlong = {"name": "overlong", "weight": 0.5, "max_tokens": 12, "buffer": 6}
+    described = config(
+        prompts,
+        reference_dir,
+        tmp_path / "run",
+        eval_dataset=str(held_out),
+        eval_config=EvalConfig(eval_batch_interval=2, temperature=0.0),
+        grpo_config=GRPOConfig(
+            group_size=3,
+            gen_max_seq_len=12,
+            rewards=["exact_match", overlong],
+        ),
+        eval_prompts=["count to 3"],
+    )
+    last = GRPOTrainer(train_config=described).train()
+    assert {"eval_reward", "eval_completions/mean_length", "rewards/exact_match"} <= set(last)
+    best = sorted((tmp_path / "run").glob("*/best*")) + sorted((tmp_path / "run").glob("best*"))
+    assert last["eval_reward"] <= 1 or best
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, "nothing judges completions: expected rewards"),
+        ({"rewards": ["exact"]}, "got 'exact', expected one of exact_match"),
+        ({"rewards": ["exact_match"], "loss_type": "dap"}, "loss_type: got 'dap', expected one of grpo"),
+        ({"rewards": ["exact_match"], "group_size": 1}, "group_size"),
+        ({"rewards": ["exact_match"], "gen_repetition_penalty": 1.2}, "off_policy_correction"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(
+    section: dict[str, Any], message: str, prompts: Path, reference_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GRPOTrainer(train_config=config(prompts, reference_dir, tmp_path, grpo_config=GRPOConfig(**section)))
+
+
+def test_rewards_that_apply_to_nothing_stop_the_run(reference_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": "count"}]}) + "\n")
+    described = config(
+        path, reference_dir, tmp_path, grpo_config=GRPOConfig(rewards=["exact_match"], gen_max_seq_len=4)
+    )
+    with pytest.raises(ValueError, match="no completion of rollout 00000000 has a reward.* answer"):
+        GRPOTrainer(train_config=described).train()
+
+
+def test_prompts_that_leave_no_room(reference_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"question": "word " * 200, "answer": "1"}) + "\n")
+    with pytest.raises(ValueError, match="no room for a completion. Expected at most 60.*dataset_block_size"):
+        GRPOTrainer(
+            train_config=config(path, reference_dir, tmp_path, grpo_config=GRPOConfig(gen_max_seq_len=4)),
+            reward_func=shorter,
+        ).train()

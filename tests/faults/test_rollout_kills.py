@@ -1,0 +1,44 @@
+"""Kills of a run that learns from its own completions, in every phase: it ends as the one that was left alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIVES = Path(__file__).parent / "rollout_lives.py"
+AIMS = ("generating", "rewarding", "scoring", "updating", "syncing", "rollouts", "saving")
+
+
+def lives(folder: Path, *options: str) -> dict[str, Any]:
+    """The report of rollout_lives.py."""
+    command = [sys.executable, str(LIVES), str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_two_ranks(report: dict[str, Any]) -> None:
+    """Rollouts token for token; a signal to one rank while it samples stops both, and what was finished is kept."""
+    assert report["codes"] == [0, 0] and report["same"] and report["difference"] < 1e-5
+    assert report["stopped"] == [75, 75] and report["seconds"] < 5 and 2 <= report["parts"] < 4
+
+
+def test_a_kill_in_every_phase(tmp_path: Path) -> None:
+    report = lives(tmp_path, "1")
+    assert report["kills"] == dict.fromkeys(AIMS, 1) and report["different"] == []
+    check_two_ranks(report["two_ranks"])
+
+
+@pytest.mark.slow
+def test_eighty_kills_of_which_some_change_the_number_of_ranks(tmp_path: Path) -> None:
+    """And a reward that is not the same twice: a run that is given the rollouts samples nothing, and ends in the same bits."""
+    report = lives(tmp_path, "7", "--ranks")
+    assert report["kills"] == dict.fromkeys(AIMS, 7) and report["different"] == []
+    check_two_ranks(report["two_ranks"])
+    ranks, noisy = report["ranks"], report["noisy"]
+    assert ranks["kills"] == 21 and ranks["lives"] > 21 and ranks["wrong"] == []
+    assert noisy == {"different": [], "sampled": 0, "rollouts": 6}

@@ -1,0 +1,185 @@
+"""PPO from prompts to updates: rollouts are drawn, judged and scored; the run goes on bit for bit wherever it stops."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm_trainer import configure_optimizer
+from llm_trainer.config.schema import ModelConfig
+from llm_trainer.data.rollouts import Rollout
+from llm_trainer.models.build import build_model
+from llm_trainer.models.rewarding import reward_model
+from llm_trainer.train.hooks import Hook
+from llm_trainer.trainers.ppo import PPOTrainer
+
+STOP = 2
+
+
+def tiny(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    shape = ModelConfig(
+        vocab_size=24, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+    )
+    return build_model(shape)
+
+
+def prompts(count: int = 12, size: int = 4) -> list[dict[str, Any]]:
+    """Batches of prompts padded on the left."""
+    noise = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(count // size):
+        mask = torch.ones(size, 4, dtype=torch.long)
+        mask[0, 0] = 0
+        batches.append({"prompts": torch.randint(3, 24, (size, 4), generator=noise), "prompt_attention_mask": mask})
+    return batches
+
+
+def even_share(prompts: list[list[int]], completions: list[list[int]], answers: list[str]) -> list[float | None]:
+    """The share of even tokens; a prompt that begins with an odd number of the first five has none."""
+    shares: list[float | None] = []
+    for prompt, ids in zip(prompts, completions, strict=True):
+        share = sum(token % 2 == 0 for token in ids) / max(1, len(ids))
+        shares.append(None if prompt[0] in (3, 5) else share)
+    return shares
+
+
+def make(folder: Path, model: Any = None, **options: Any) -> PPOTrainer:
+    model = tiny() if model is None else model
+    given: dict[str, Any] = {
+        "train_loader": prompts(),
+        "reward_func": even_share,
+        "completions_per_prompt": 2,
+        "ppo_epochs": 2,
+        "ppo_batch_size": 4,
+        "gen_max_seq_len": 8,
+        "stop_token_ids": [STOP],
+        "max_epochs": 1,
+        "keep_rollouts": True,
+        "normalize_rewards": True,
+        "kl_target": 0.1,
+        "kl_horizon": 100.0,
+        "missing_eos_penalty": 0.5,
+        "save_interval": 0,
+    }
+    return PPOTrainer(
+        model=model,
+        optimizer=configure_optimizer(model=model, lr=3e-3),
+        device="cpu",
+        use_amp=False,
+        log_interval=1,
+        save_dir=str(folder),
+        progress=False,
+        **(given | options),
+    )
+
+
+def state_of(trainer: PPOTrainer) -> dict[str, Any]:
+    """Everything that goes on: weights of both, moments, statistics."""
+    engine = trainer.run.engine
+    moments = engine.optimizer_state()["state"]
+    return {"weights": engine.weights(), "moments": moments, "followed": trainer.shaping.state_dict()}
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_equal(found[name], expected[name])
+    else:
+        assert found == expected
+
+
+def test_it_draws_judges_scores_and_learns(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+    trainer = make(tmp_path, hooks=[Hook("watch", lambda run: seen.append(dict(run.values)), every_steps=1)])
+    trainer.train()
+    rollouts = [Rollout(path) for path in sorted((tmp_path / "rollouts").glob("[0-9]" * 8))]
+    assert len(rollouts) == 3 and all(len(rollout) == 8 for rollout in rollouts)
+    updates = sum(2 * -(-len(rollout.used) // 4) for rollout in rollouts)
+    assert trainer.run.progress.step == updates == len(seen)
+    first = seen[0]
+    assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4)  # policy and reference begin equal
+    assert {
+        "reward",
+        "val/explained_variance",
+        "objective/kl_coef",
+        "loss/value",
+        "completions/mean_length",
+    } <= first.keys()
+
+    # What each column is about: the critic and both policies as they were when the first rollout was made.
+    fresh = make(tmp_path / "fresh")
+    row = rollouts[0][int(rollouts[0].used[0])]
+    ids, wrote = torch.from_numpy(row["input_ids"].astype(np.int64))[None], np.array(row["trained"])
+    with torch.no_grad():
+        logprobs = fresh.base_model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        critic: Any = fresh.critic
+        before = critic.score(critic.base_model(ids).last_hidden_state)[0, :-1, 0]
+    np.testing.assert_allclose(row["old_logprobs"][1:][wrote[1:]], logprobs[wrote[1:]], atol=1e-5)
+    np.testing.assert_allclose(row["values"][1:][wrote[1:]], before[wrote[1:]], atol=1e-5)
+    assert not row["values"][~wrote].any() and not row["advantages"][~wrote].any()
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_run_that_stops_between_two_updates_goes_on_bit_for_bit(tmp_path: Path, stop: int) -> None:
+    """In the middle of a rollout and at its end; the critic, the moments of both and the statistics too."""
+    whole = make(tmp_path / "whole")
+    whole.train()
+    make(tmp_path / "cut", max_steps=stop, save_interval_steps=1, max_epochs=1).train()
+    # A rollout that was made after the checkpoint is found again.
+    made = sorted((tmp_path / "cut" / "rollouts").glob("[0-9]" * 8))
+    rest = make(tmp_path / "cut", resume="auto")
+    rest.train()
+    assert_equal(state_of(rest), state_of(whole))
+    timed = ("seconds", "_per_s", "per_sec", "mfu", "time", "memory", "eta")
+    for name, value in whole.run.values.items():
+        if not any(word in name for word in timed):
+            assert rest.run.values[name] == value, name
+    assert [path for path in made if path.exists()] == made
+
+
+def test_a_rollout_made_with_other_options_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, max_steps=1).train()
+    make(tmp_path, max_steps=1, gamma=0.5).train()
+    assert "was made with other settings" in capsys.readouterr().out
+    critic = reward_model(tiny(seed=3))
+    make(tmp_path, max_steps=1, gamma=0.5, value_model=critic).train()
+    assert "was made with other weights" in capsys.readouterr().out
+
+
+def test_a_reward_model_judges_and_is_the_critic(tmp_path: Path) -> None:
+    judge, critic = reward_model(tiny(seed=1)), reward_model(tiny(seed=1))
+    trainer = make(tmp_path, reward_func=None, reward_model=judge, value_model=critic, max_steps=2)
+    before = critic.score.weight.detach().clone()
+    values = trainer.train()
+    assert "rewards/model_reward" in values
+    assert not torch.equal(before, critic.score.weight) and not any(p.requires_grad for p in judge.parameters())
+
+
+def test_adapters_are_their_own_reference_and_critic(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    import warnings
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, about transformers
+        model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer = make(tmp_path, model, max_steps=8)
+    values = trainer.train()
+    now = dict(model.named_parameters())
+    assert all(torch.equal(value, now[name]) for name, value in frozen.items())
+    assert trainer._acting.shares_body and values["objective/kl"] > 0
+    rest = make(tmp_path, model, max_steps=9, resume="auto")
+    rest.train()
+
+
+def test_nothing_judges(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing judges completions: expected a reward_func"):
+        make(tmp_path, reward_func=None)

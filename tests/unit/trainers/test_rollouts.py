@@ -1,0 +1,103 @@
+"""Rollouts of a real policy: drawn by the sampler, judged by functions, learned from; what a rollout depends on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm_trainer import GRPOTrainer, configure_optimizer
+from llm_trainer.config.schema import ModelConfig
+from llm_trainer.data.rollouts import Rollout
+from llm_trainer.models.build import build_model
+from llm_trainer.train.hooks import Hook
+
+STOP = 2
+
+
+def tiny(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    shape = ModelConfig(
+        vocab_size=24, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+    )
+    return build_model(shape)
+
+
+def prompts(count: int = 6, size: int = 2) -> list[dict[str, Any]]:
+    """Batches of prompts padded on the left, with an answer each."""
+    noise = torch.Generator().manual_seed(1)
+    batches = []
+    for first in range(0, count, size):
+        ids = torch.randint(3, 24, (size, 4), generator=noise)
+        mask = torch.ones(size, 4, dtype=torch.long)
+        mask[0, 0] = 0
+        answers = [str(first + row) for row in range(size)]
+        batches.append({"prompts": ids, "prompt_attention_mask": mask, "answers": answers})
+    return batches
+
+
+def even_share(prompts: list[list[int]], completions: list[list[int]], answers: list[str]) -> list[float]:
+    """The share of even tokens: ids, since there is no tokenizer."""
+    return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completions]
+
+
+def train(
+    folder: Path, batches: Any = None, model: Any = None, **options: Any
+) -> tuple[GRPOTrainer, list[dict[str, float]]]:
+    seen: list[dict[str, float]] = []
+    model = tiny() if model is None else model
+    given: dict[str, Any] = {
+        "reward_func": even_share,
+        "num_samples_per_prompt": 4,
+        "gen_max_seq_len": 8,
+        "stop_token_ids": [STOP],
+        "max_epochs": 1,
+        "keep_rollouts": True,
+    }
+    trainer = GRPOTrainer(
+        model=model,
+        optimizer=configure_optimizer(model=model, lr=3e-3),
+        train_loader=prompts() if batches is None else batches,
+        device="cpu",
+        use_amp=False,
+        log_interval=1,
+        save_dir=str(folder),
+        save_interval=0,
+        hooks=[Hook("watch", lambda run: seen.append(dict(run.values)), every_steps=1)],
+        **(given | options),
+    )
+    trainer.train()
+    return trainer, seen
+
+
+def rollouts_of(folder: Path) -> list[Rollout]:
+    return [Rollout(path) for path in sorted((folder / "rollouts").glob("[0-9]" * 8))]
+
+
+def test_it_draws_judges_and_learns(tmp_path: Path) -> None:
+    _, seen = train(tmp_path)
+    assert len(seen) == 3  # a step for each batch of prompts
+    first = rollouts_of(tmp_path)[0]
+    assert len(first) == 8 and first.column("group").tolist() == [0] * 4 + [1] * 4
+    for row in range(8):
+        ids, start = first.store["input_ids"][row], 3 if row < 4 else 4
+        written = ids[start:]
+        assert first.store["trained"][row].tolist() == [False] * start + [True] * len(written)
+        assert first.column("rewards")[row, 0] == sum(token % 2 == 0 for token in written) / len(written)
+        assert len(written) <= 8 and (first.column("finish")[row] == 0) == (written[-1] == STOP)
+        assert first.facts(row)["answer"] == str(row // 4)
+    assert seen[0]["reward"] == pytest.approx(first.column("rewards").mean())
+    assert seen[0]["ratio"] == 1 and seen[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert seen[0]["completions/max_length"] == max(trained.sum() for trained in first.column("trained"))
+    assert all(name in seen[0] for name in ("seconds/generate", "seconds/reward", "seconds/sync", "entropy"))
+
+
+def test_one_update_asks_the_model_for_no_old_log_probs(tmp_path: Path) -> None:
+    train(tmp_path / "one")
+    train(tmp_path / "two", grpo_steps=2)
+    assert "old_logprobs" not in rollouts_of(tmp_path / "one")[0].store.columns
+    assert "ref_logprobs" not in rollouts_of(tmp_path / "two")[0].store.columns
+    old = rollouts_of(tmp_path / "two")[0]
+    for row in range(8):
+        np.testing.assert_allclose(old.store["old_logprobs"][row], old.store["sampled_logprobs"][row], atol=1e-5)
