@@ -21,6 +21,8 @@ TESTS = ("tests", "test_list", "test", "test_cases")  # columns that data sets h
 SETUP = ("test_setup_code", "setup", "test_imports")
 GRAVE = ("network", "write")  # what code may never do unless the user says so
 START_S = 30.0
+# Of the process, without those of the trainer, which hold keys. Libraries start a thread for each core unless they are told.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _BEGIN = "import sys; sys.path.insert(0, {root!r}); from llm_trainer.rewards import sandbox; del sys.path[0]; {call}"
 
 
@@ -153,8 +155,7 @@ class CodeTests:
             self.close()
         if self._server is None:
             command = _command(f"sandbox.main({self.parallel})")
-            # Without variables of the trainer, which hold keys.
-            self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={})
+            self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
         return self._server
 
     def close(self) -> None:
@@ -205,15 +206,9 @@ def _notes(unconfined: bool) -> list[str]:
     Raises:
         ConfigError: it is too much, and the user has not said that it shall run all the same.
     """
-    holes = ["open network connections", "write files outside its folder"]
-    if sys.platform == "linux":
-        command = _command("import json; print(json.dumps(sandbox.holes()))")
-        tried = subprocess.run(command, capture_output=True, text=True, timeout=4 * START_S, env={})
-        if tried.returncode:
-            raise ConfigError(
-                f"the reward code: its process does not start on this machine: {tried.stderr.strip()[-500:]}"
-            )
-        holes = json.loads(tried.stdout)
+    if sys.platform != "linux":
+        raise ConfigError(f"the reward code: code of a model is confined on Linux only, this is {sys.platform}")
+    holes = _holes()
     if any(word in hole for hole in holes for word in GRAVE) and not unconfined:
         raise ConfigError(
             f"the reward code: on this machine code of the model could {', '.join(holes)}; expected a Linux with Landlock or "
@@ -222,3 +217,11 @@ def _notes(unconfined: bool) -> list[str]:
     if holes:
         return [f"code of the model is not fully confined: on this machine it can {', '.join(holes)}"]
     return []
+
+
+def _holes() -> list[str]:
+    command = _command("import json; print(json.dumps(sandbox.holes()))")
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=4 * START_S, env=ENVIRONMENT)
+    if tried.returncode:
+        raise ConfigError(f"the reward code: its process does not start on this machine: {tried.stderr.strip()[-500:]}")
+    return json.loads(tried.stdout)

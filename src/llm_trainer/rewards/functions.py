@@ -4,6 +4,7 @@ import math
 import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.rewards.calling import Judged, arguments, call_function
 from llm_trainer.rewards.returned import Returned
-from llm_trainer.rewards.workers import Worker, answers, in_memory, what_runs, why_no_workers
+from llm_trainer.rewards.workers import Worker, answers, held_memory, in_memory, what_runs, why_no_workers
 
 RECENT = 100  # completions, at least, that the share of failures is taken of
 FEW = 8  # failures that are no reason to stop yet
+MUCH_MEMORY = 2_000_000_000  # bytes of the trainer that a fork keeps as they were
 MANY_ALIKE = 500  # rewards that do not differ, after which that is said
 Function = Callable[..., Any]
 
@@ -158,6 +160,11 @@ class RewardFunctions:
                 self._note_no_limits(
                     [name], f"a fork of this process, where {running or 'another thread'} runs, does not answer"
                 )
+        if workers and held_memory() > MUCH_MEMORY:
+            self.notes.append(
+                f"the processes of reward functions keep {held_memory() / 1e9:.1f} GB of this one as it is now, which is more "
+                f"to hold when it changes, as weights on a CPU do. RewardFunctions made before the model avoids it"
+            )
         if running and workers:
             self.notes.append(
                 f"the processes of reward functions were forked while {running} ran here; they were tried out and answer. A "
@@ -214,7 +221,8 @@ class RewardFunctions:
         found: dict[str, Returned] = {}
         count = len(judged.completions)
         data = pickle.dumps(judged, pickle.HIGHEST_PROTOCOL) if self._workers else b""
-        with in_memory(data) as request:
+        with ExitStack() as stack:
+            request = stack.enter_context(in_memory(data)) if self._workers else -1
             for name, worker in self._workers.items():
                 worker.begin(request, len(data), self._seconds(name, count), count)
             for name, function in self._functions.items():

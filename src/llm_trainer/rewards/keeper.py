@@ -33,6 +33,7 @@ MOST_OUTPUT = 2000  # bytes of what a call prints that are kept
 MOST_ANSWER = 1 << 30  # bytes
 MOST_PROCESSES = 64 + (os.cpu_count() or 1)  # of a function at a time: pools have one per core
 LOOK_S = 0.2  # between two looks at the processes of a call
+DISMISS_S = 0.3  # for what is told to end, before it is killed
 SWEEP_S = 5.0  # to kill processes that fork meanwhile
 _READ = 1 << 20
 _QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # sent to whole groups or jobs
@@ -89,10 +90,11 @@ class Keeper:
         self._greet()
         while os.getppid() == self.trainer:
             if not self._ready(self.channel.fileno(), 1000):
+                self._is_alive()
                 continue
             message, files, *_ = socket.recv_fds(self.channel, CALL.size, 1)
             if len(message) < CALL.size or not files:
-                return
+                return self._dismiss()
             _, seconds = CALL.unpack(message)
             if not self._is_alive():
                 self._end_worker()
@@ -146,6 +148,14 @@ class Keeper:
             if pid == self.worker:
                 self.ended = status
         return self.ended is None
+
+    def _dismiss(self) -> None:
+        """Let an idle worker end, and what it has started clean up behind itself, before they are killed."""
+        self.requests.close()
+        deadline = time.monotonic() + DISMISS_S
+        while _descendants(os.getpid(), _processes()) and time.monotonic() < deadline:
+            self._is_alive()
+            time.sleep(0.005)
 
     def _end_worker(self) -> None:
         """Kill the worker and all processes that come from it."""
@@ -327,8 +337,9 @@ def _prepare(kept: Kept, output: int, keeper: int) -> None:
 
     # 3. the memory; where the machine runs out of it, this process goes before the trainer
     if kept.memory is not None:
-        limit = _mapped() + kept.memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        # What can be written to. Address space would count libraries too, and what is reserved and never used.
+        limit = _writable() + kept.memory
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
 
@@ -459,7 +470,7 @@ def _prctl(option: int, value: int) -> None:
     _LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0)
 
 
-def _mapped() -> int:
-    """Bytes of address space that this process has; most of it is shared with the trainer, or reserved and never used."""
+def _writable() -> int:
+    """Bytes of private memory that this process may write to; most of it is shared with the trainer still."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+        return int(file.read().split()[5]) * resource.getpagesize()

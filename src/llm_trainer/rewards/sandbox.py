@@ -6,7 +6,6 @@ not all tests passed, `"why"`.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -35,7 +34,6 @@ READABLE = [
     "/dev/random",
     "/dev/zero",
 ]
-_PR_SET_PDEATHSIG = 1
 MOST_WORDS = 300  # characters of why a test did not pass
 
 
@@ -61,7 +59,6 @@ def main(parallel: int) -> None:
     """Serve requests until stdin is closed, `parallel` at a time."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
     for name in COMMON.split():
         __import__(name)
     out = os.dup(1)

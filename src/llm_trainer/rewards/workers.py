@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 from llm_trainer.rewards.returned import Returned, nothing
 
-START_S = 10.0  # for a worker to come to life
+START_S = 30.0  # for a worker to come to life
 GRACE_S = 5.0  # beyond the limit of a call, until a keeper that does not answer is given up
 _open: "weakref.WeakSet[Worker]" = weakref.WeakSet()  # of this process
 
@@ -28,6 +28,13 @@ def why_no_workers() -> str:
     if sys.platform != "linux":
         return f"on {sys.platform} a process with threads cannot be forked"
     return ""
+
+
+def held_memory() -> int:
+    """Bytes that a fork made now shares with this process, and keeps as they were when this process changes them."""
+    with open("/proc/self/statm") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def what_runs() -> str:

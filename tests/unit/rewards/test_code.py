@@ -15,6 +15,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.rewards import code
 from llm_trainer.rewards.code import CodeTests, as_tests, code_of
 from llm_trainer.rewards.confine import can_filter, landlock_version, seccomp_program
+from llm_trainer.rewards.functions import RewardFunctions
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "code" / "mbpp_train.jsonl"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="code is confined on Linux only")
@@ -148,10 +149,28 @@ def test_reference_solutions_pass_inside_that_pass_outside_and_quickly(tests: Co
 
 
 def test_a_machine_that_cannot_confine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(ConfigError, match=r"could open network connections, write files outside.*unconfined: true"):
+    monkeypatch.setattr(code, "_holes", lambda: ["read files outside its folder"])
+    assert "not fully confined: on this machine it can read files outside its folder" in CodeTests().notes[0]
+    monkeypatch.setattr(code, "_holes", lambda: ["open network connections"])
+    with pytest.raises(ConfigError, match=r"could open network connections; expected.*unconfined: true"):
         CodeTests()
-    assert "not fully confined: on this machine it can open network" in CodeTests(unconfined=True).notes[0]
+    assert "it can open network connections" in CodeTests(unconfined=True).notes[0]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match="confined on Linux only, this is darwin"):
+        CodeTests(unconfined=True)
+
+
+def test_nothing_is_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders of checks are removed, also where the code runs below a process that is ended with all it has started."""
+    monkeypatch.setattr(code, "ENVIRONMENT", {"TMPDIR": str(tmp_path)})
+    functions = RewardFunctions({"code": CodeTests(seconds=20.0)})
+    rewards = functions(
+        ["p"], ["open('mine', 'w').close()"], [None], {"tests": ["import os; assert os.path.exists('mine')"]}
+    )
+    assert rewards.values.tolist() == [[1.0]]
+    assert len(list(tmp_path.glob("checks-*"))) == 1
+    functions.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_code_of_and_as_tests() -> None:
