@@ -84,6 +84,7 @@ MAY_IMPORT = {
         "plan",
         "models",
         "generation",
+        "rewards",
         "engine",
         "checkpoint",
         "state",

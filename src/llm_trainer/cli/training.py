@@ -11,6 +11,7 @@ from llm_trainer.config.schema import TrainConfig
 from llm_trainer.engine import dist
 from llm_trainer.engine.out_of_memory import OutOfMemoryError
 from llm_trainer.generation.verify import WrongWeights
+from llm_trainer.rewards.functions import RewardError
 from llm_trainer.train.guards import NonFiniteError
 from llm_trainer.train.signals import TrainingInterrupted
 from llm_trainer.trainers import create_trainer
@@ -35,7 +36,7 @@ def run_training(config: TrainConfig, name: str) -> None:
     except TrainingInterrupted:
         dist.stop()
         raise
-    except (NonFiniteError, CheckpointError, OutOfMemoryError, WrongWeights) as error:
+    except (NonFiniteError, CheckpointError, OutOfMemoryError, RewardError, WrongWeights) as error:
         raise RunFailed(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise RunFailed(f"{OUT_OF_MEMORY}. {error}") from error

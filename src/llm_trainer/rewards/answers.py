@@ -83,7 +83,9 @@ def as_number(text: str) -> Fraction | None:
         return None
     text = FRACTION.sub(r"\1\2/\3", text)
     negated = re.fullmatch(r"-\s*(.+)", text)  # also `-$5`
-    match = UNITS.match(negated[1] if negated else text)
+    if negated:
+        text = negated[1]
+    match = UNITS.match(text)
     assert match is not None
     number = match[1].strip()
     if not NUMBER.fullmatch(number):

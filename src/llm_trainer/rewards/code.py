@@ -209,7 +209,8 @@ def _notes(unconfined: bool) -> list[str]:
     if sys.platform != "linux":
         raise ConfigError(f"the reward code: code of a model is confined on Linux only, this is {sys.platform}")
     holes = _holes()
-    if any(word in hole for hole in holes for word in GRAVE) and not unconfined:
+    is_grave = any(word in ", ".join(holes) for word in GRAVE)
+    if is_grave and not unconfined:
         raise ConfigError(
             f"the reward code: on this machine code of the model could {', '.join(holes)}; expected a Linux with Landlock or "
             "seccomp. Run in a container that holds nothing of value, and set unconfined: true"

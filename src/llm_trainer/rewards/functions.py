@@ -19,7 +19,6 @@ from llm_trainer.rewards.workers import Worker, answers, held_memory, in_memory,
 RECENT = 100  # completions, at least, that the share of failures is taken of
 FEW = 8  # failures that are no reason to stop yet
 MUCH_MEMORY = 2_000_000_000  # bytes of the trainer that a fork keeps as they were
-MANY_ALIKE = 500  # rewards that do not differ, after which that is said
 Function = Callable[..., Any]
 
 
@@ -127,7 +126,6 @@ class RewardFunctions:
         self.notes: list[str] = []
         self._memory = None if memory_gb is None else int(memory_gb * 1e9)
         self._recent: dict[str, deque[tuple[int, Returned]]] = {name: deque() for name in self.names}
-        self._seen = _Seen()
         for function in self._functions.values():
             self.notes += getattr(function, "notes", ())
         here = self._run_here(in_process)
@@ -212,9 +210,7 @@ class RewardFunctions:
             if said.output.strip():
                 self.say(f"reward function {name!r} printed: {said.output.rstrip()}")
         self._watch(returned, count)
-        rewards = self._together(returned, count)
-        self._seen.add(rewards, self.say)
-        return rewards
+        return self._together(returned, count)
 
     def _call(self, judged: Judged, stop: Callable[[], bool]) -> dict[str, Returned]:
         """What every function returns; those with processes of their own run at the same time."""
@@ -271,43 +267,6 @@ class RewardFunctions:
         """End the processes; they also end with this process, however that ends."""
         for worker in self._workers.values():
             worker.close()
-
-
-class _Seen:
-    """What all rewards so far have in common: a run whose rewards say nothing learns nothing."""
-
-    def __init__(self) -> None:
-        self._rows, self._different, self._said = 0, False, False
-        self._first: np.ndarray | None = None  # the values of the first completion to which a function applies
-
-    def add(self, rewards: Rewards, say: Callable[[str], None]) -> None:
-        """Look at some more.
-
-        Raises:
-            RewardError: no function applies to any of many completions.
-        """
-        self._rows += len(rewards.values)
-        for values, errors in zip(rewards.values, rewards.errors, strict=True):
-            if errors or np.isnan(values).all():
-                continue
-            if self._first is None:
-                self._first = values
-            if not np.array_equal(values, self._first, equal_nan=True):
-                self._different = True
-                break
-        has_failed = bool(rewards.causes)
-        if self._first is None and self._rows >= RECENT and not has_failed:
-            raise RewardError(
-                f"no reward function ({', '.join(rewards.names)}) applies to any of the first {self._rows} completions, so "
-                "nothing can be learned. Does the data have reference answers, or what else they need?"
-            )
-        if self._first is not None and not self._different and not self._said and self._rows >= MANY_ALIKE:
-            self._said = True
-            told = ", ".join(f"{name} {value:g}" for name, value in zip(rewards.names, self._first, strict=True))
-            say(
-                f"the rewards of all {self._rows} completions so far are equal ({told}): advantages are 0 and nothing is "
-                "learned. Are the prompts too hard or too easy, or do the functions not find the answer?"
-            )
 
 
 def _named(functions: Function | Sequence[Function] | Mapping[str, Function]) -> dict[str, Function]:
@@ -368,6 +327,6 @@ def _too_many(name: str, recent: Sequence[Returned], failed: int, rows: int, mos
             examples.setdefault(cause, message)
     causes = "; ".join(f"{count} x {cause}: {examples[cause]}" for cause, count in counts.most_common())
     return (
-        f"{failed} of the last {rows} rewards of {name!r} are missing, more than max_failed: {most:g} allows. {causes}. "
-        f"Mend the function (or what it asks), or raise the share"
+        f"{failed} of the last {rows} rewards of {name!r} are missing, more than the share of {most:g} that max_failed_rewards "
+        f"(max_failed of RewardFunctions) allows. {causes}. Mend the function, or what it asks, or raise the share"
     )

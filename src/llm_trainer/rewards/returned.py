@@ -80,7 +80,7 @@ def read_returned(name: str, returned: Any, count: int, lengths: Sequence[int] |
         try:
             per_token = _as_list(value)
             if per_token is not None:
-                tokens[row] = _numbers(per_token, None if lengths is None else lengths[row])
+                tokens[row] = _numbers(per_token, lengths, row)
                 values[row] = math.fsum(tokens[row])
             elif value is not None:
                 values[row] = _number(value)
@@ -118,9 +118,9 @@ def _number(value: Any) -> float:
     return number
 
 
-def _numbers(values: list[Any], length: int | None) -> list[float]:
-    if length is not None and len(values) != length:
-        raise Missing(f"returned {len(values)} numbers for a completion of {length} tokens", "count")
+def _numbers(values: list[Any], lengths: Sequence[int] | None, row: int) -> list[float]:
+    if lengths is not None and len(values) != lengths[row]:
+        raise Missing(f"returned {len(values)} numbers for a completion of {lengths[row]} tokens", "count")
     return [_number(value) for value in values]
 
 

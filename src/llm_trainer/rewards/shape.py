@@ -31,7 +31,7 @@ class Format:
 class Overlong:
     """A penalty that grows from 0 to -1 over the last tokens before a limit, and is -1 beyond it.
 
-    Equation 13 of DAPO (Yu et al. 2025, https://arxiv.org/abs/2503.14476).
+    Soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 13).
 
     Args:
         max_tokens: of a completion.
@@ -49,13 +49,10 @@ class Overlong:
         self.max_tokens, self.buffer = max_tokens, buffer
 
     def __call__(self, completions: Sequence[str], lengths: Sequence[int]) -> list[float]:
-        rewards = []
-        for length in lengths:
-            beyond = length - (self.max_tokens - self.buffer)
-            if beyond <= 0:
-                rewards.append(0.0)
-            elif length > self.max_tokens:
-                rewards.append(-1.0)
-            else:
-                rewards.append(-beyond / self.buffer)
-        return rewards
+        return [self._penalty(length) for length in lengths]
+
+    def _penalty(self, length: int) -> float:
+        beyond = length - (self.max_tokens - self.buffer)
+        if beyond <= 0:
+            return 0.0
+        return -min(1.0, beyond / max(1, self.buffer))

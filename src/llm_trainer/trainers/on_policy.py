@@ -115,6 +115,10 @@ class OnPolicyTrainer(BaseTrainer):
         self._agreement = Agreement(self.machine.precision_name, how.max_logp_difference, is_own)
         if self.judge is not None:
             self.machine.place(self.judge)
+        if self.rewards is not None:
+            self.rewards.say = self.machine.say
+            for note in self.rewards.notes:
+                self.machine.say(note)
 
     @classmethod
     def _rewards_from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:

@@ -213,29 +213,6 @@ def test_too_many_failures_stop_the_run() -> None:
         functions(["p"] * 4, ["c"] * 4, [None] * 4)
 
 
-def test_functions_that_never_apply_stop_the_run() -> None:
-    functions = RewardFunctions(lambda p, c, a: [None] * len(c), in_process=True)
-    functions(["p"] * 99, ["c"] * 99, [None] * 99)
-    with pytest.raises(
-        RewardError, match=r"no reward function \(reward\) applies to any of the first 100 .* reference answers"
-    ):
-        functions(["p"], ["c"], [None])
-
-
-@pytest.mark.parametrize(("differ", "times"), [(False, 1), (True, 0)])
-def test_rewards_that_are_equal_for_ever_are_said_once(differ: bool, times: int) -> None:
-    heard: list[str] = []
-
-    def function(p: Any, c: list[str], a: Any) -> list[float]:
-        return [float(differ and row > 7) for row in range(len(c))]
-
-    functions = RewardFunctions({"same": function}, in_process=True, say=heard.append)
-    for _ in range(12):
-        functions(["p"] * 50, ["c"] * 50, [None] * 50)
-    assert len(heard) == times
-    assert all("the rewards of all 500 completions so far are equal (same 0)" in text for text in heard)
-
-
 def test_failures_long_ago_do_not_stop_the_run() -> None:
     fails = [True] * 3 + [False] * 50
     functions = RewardFunctions(lambda p, c, a: ["bad" if fails.pop(0) else 1.0] * 4, in_process=True, max_failed=0.9)

@@ -19,6 +19,7 @@ def test_overlong() -> None:
     """Equation 13 of DAPO, with 10 tokens of which the last 4 are the buffer."""
     lengths = [1, 6, 7, 9, 10, 11]
     assert Overlong(max_tokens=10, buffer=4)([""] * 6, lengths) == [0.0, 0.0, -0.25, -0.75, -1.0, -1.0]
+    assert Overlong(max_tokens=10, buffer=0)([""] * 6, lengths) == [0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
 
 
 def test_built_in_and_own(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from llm_trainer import GRPOTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
+from llm_trainer.rewards.functions import RewardError
 from llm_trainer.train.hooks import Hook
 
 STOP = 2
@@ -101,3 +102,30 @@ def test_one_update_asks_the_model_for_no_old_log_probs(tmp_path: Path) -> None:
     old = rollouts_of(tmp_path / "two")[0]
     for row in range(8):
         np.testing.assert_allclose(old.store["old_logprobs"][row], old.store["sampled_logprobs"][row], atol=1e-5)
+
+
+def test_reward_functions_by_name_within_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "import os, time\n"
+        "def sometimes(prompts, completions, answers):\n"
+        "    if '2' in answers:\n"
+        "        time.sleep(60)\n"
+        "    print('judged', len(completions))\n"
+        "    return [float(len(ids)) for ids in completions]\n"
+    )
+    entries = [{"name": f"{own}:sometimes", "weight": 0.5, "label": "long"}]
+    _, seen = train(tmp_path / "run", reward_func=None, rewards=entries, reward_seconds=1.5, max_failed_rewards=1.0)
+    assert len(seen) == 2  # nothing is left of the second rollout to learn from, and the run goes on
+    made = rollouts_of(tmp_path / "run")
+    assert made[1].facts(0)["errors"] == {"long": "reward function 'long' did not return within 1.5 s and was ended"}
+    assert len(made[1].used) == 0 and len(made[2].used) == len(made[2])
+    assert "reward function 'long' printed: judged " in capsys.readouterr().out
+
+
+def test_too_many_failures_stop_the_run_with_their_cause(tmp_path: Path) -> None:
+    def fails(prompts: Any, completions: Any, answers: Any) -> Any:
+        raise KeyError("level")
+
+    with pytest.raises(RewardError, match=r"rewards of 'fails' are missing.* KeyError: 'level'"):
+        train(tmp_path, reward_func=fails)
