@@ -1,5 +1,8 @@
 """Rollouts of a real policy: drawn by the sampler, judged by functions, learned from; what a rollout depends on."""
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
 from llm_trainer.rewards.functions import RewardError
 from llm_trainer.train.hooks import Hook
+from llm_trainer.train.signals import TrainingInterrupted
 
 STOP = 2
 
@@ -129,3 +133,16 @@ def test_too_many_failures_stop_the_run_with_their_cause(tmp_path: Path) -> None
 
     with pytest.raises(RewardError, match=r"rewards of 'fails' are missing.* KeyError: 'level'"):
         train(tmp_path, reward_func=fails)
+
+
+def test_sigterm_while_completions_are_judged(tmp_path: Path) -> None:
+    trainer = os.getpid()
+
+    def terminates(prompts: Any, completions: Any, answers: Any) -> Any:
+        os.kill(trainer, signal.SIGTERM)
+        time.sleep(60)
+
+    began = time.monotonic()
+    with pytest.raises(TrainingInterrupted):
+        train(tmp_path, reward_func=terminates)
+    assert time.monotonic() - began < 10
