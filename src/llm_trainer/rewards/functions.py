@@ -46,19 +46,6 @@ class Rewards:
     tokens: dict[str, list[np.ndarray | None]]
     seconds: dict[str, float]
 
-    def metrics(self) -> dict[str, tuple[float, float]]:
-        """Metrics as (total, count): mean value of each function where it applies, and shares of missing values by cause."""
-        found: dict[str, tuple[float, float]] = {}
-        for number, name in enumerate(self.names):
-            there = self.values[:, number]
-            there = there[np.isfinite(there)]
-            if len(there):
-                found[f"rewards/{name}"] = float(there.sum()), float(len(there))
-        for cause, count in self.causes.items():
-            found[f"rewards/failed/{cause.replace(' ', '_')}"] = float(count), float(self.values.size)
-        found["rewards/failed"] = float(sum(self.causes.values())), float(self.values.size)
-        return found
-
 
 def weighted_sum(values: np.ndarray, weights: np.ndarray, failed: np.ndarray) -> np.ndarray:
     """What a completion is worth altogether.

@@ -10,7 +10,7 @@ CAUSES = {
     "raised": "the function raised an exception",
     "count": "it returned another number of rewards than it was given completions",
     "type": "it returned something that is not a number",
-    "not finite": "it returned NaN or an infinity",
+    "not_finite": "it returned NaN or an infinity",
     "time": "it took longer than it may",
     "memory": "it took more memory than it may",
     "processes": "it started more processes than it may",
@@ -30,6 +30,7 @@ class Missing(Exception):
     """
 
     def __init__(self, message: str, cause: str = "unavailable") -> None:
+        assert cause in CAUSES
         super().__init__(message)
         self.cause = cause
 
@@ -113,7 +114,7 @@ def _number(value: Any) -> float:
         raise Missing(f"returned {_show(value)} for a completion, expected a number", "type") from None
     if not math.isfinite(number):
         raise Missing(
-            f"returned {number} for a completion, expected a finite number, or None: it does not apply", "not finite"
+            f"returned {number} for a completion, expected a finite number, or None: it does not apply", "not_finite"
         )
     return number
 

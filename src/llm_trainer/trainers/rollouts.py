@@ -198,6 +198,8 @@ class RolloutMaker:
             with plan.timed("reward"):
                 found = self._judged([written[number] for number in asked], plan)
             values[asked, : found.values.shape[1]] = found.values
+            for cause, count in found.causes.items():
+                self.machine.record(f"rewards/failed/{cause}", count, found.values.size)
             for number, said in zip(asked, found.errors, strict=True):
                 errors[number] = said
         rows = []
