@@ -298,8 +298,9 @@ class RolloutSource:
         # 2. joined, and what is known of all of them only
         folder, joined = self._folder.join(number, len(parts))
         with plan.timed("score"):
-            finished = self.maker.finish(Rollout(folder, joined))
-        reasons, left_out, ledger = account(Rollout(folder, joined), finished)
+            rollout = Rollout(folder, joined)
+            finished = self.maker.finish(rollout)
+        reasons, left_out, ledger = account(rollout, finished)
         columns = dict(finished.columns) | {LEFT_OUT: list(left_out[:, None])}
         own = {name: facts[name] for name in ("made_of", "after")}
         path = self._folder.finish(number, columns, joined, own | {"reasons": reasons, "ledger": ledger})

@@ -239,10 +239,13 @@ class RolloutFolder:
     def join(self, number: int, count: int) -> tuple[Path, dict[str, Any]]:
         """Join the parts, which stay until the rollout is finished; its folder so far, and its facts."""
         building = self._building(number)
-        facts = self._on_main(lambda: join_columns(building, count, columns_of(part_path(building, 0))))
+        facts = self._on_main(lambda: self._join(building, count))
         for name in facts["columns"]:
             self._wait_for(building / f"{name}.values.npy")
         return building, facts
+
+    def _join(self, building: Path, count: int) -> dict[str, Any]:
+        return join_columns(building, count, columns_of(part_path(building, 0)), flushed=False)
 
     def finish(
         self,
