@@ -213,7 +213,9 @@ class RolloutSource:
         number = place.number
         if self.training and self.machine.begins_anew:
             self._folder.set_all_aside()
-        stored = self._find(number)
+        stored = self._find(number) if self.training else None
+        if not self.training:  # what rewards it may be anything by now
+            self._folder.set_aside(number, keep=False)
         as_stored = None if stored is None else stored.after
         taken = self._prompts.take(epoch, place.position, as_stored)
         if taken is None:

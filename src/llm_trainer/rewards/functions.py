@@ -13,6 +13,7 @@ import numpy as np
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.rewards.calling import Judged, arguments, call_function
+from llm_trainer.rewards.identity import code_hash
 from llm_trainer.rewards.returned import Returned
 from llm_trainer.rewards.workers import Worker, answers, held_memory, in_memory, what_runs, why_no_workers
 
@@ -88,6 +89,7 @@ class RewardFunctions:
 
     Attributes:
         names: of the functions.
+        codes: hash of the code of each, by name; '' where there is none to be read.
         weights: `[F]`.
         notes: what the user should know at the start.
 
@@ -108,6 +110,7 @@ class RewardFunctions:
     ) -> None:
         self._functions = _named(functions)
         self.names = tuple(self._functions)
+        self.codes = {name: code_hash(function) for name, function in self._functions.items()}
         self.weights = _weights(weights, self.names)
         self.seconds, self.max_failed, self.say = seconds, max_failed, say
         self.notes: list[str] = []

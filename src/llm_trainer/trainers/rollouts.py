@@ -75,7 +75,9 @@ class RolloutMaker:
         facts = asdict(self._decoding(0, training))
         for name in ("decode", "seed", "row_numbers"):
             del facts[name]
-        own = {"max_resamplings": self.max_resamplings}
+        own: dict[str, Any] = {"max_resamplings": self.max_resamplings}
+        if self.rewards is not None:
+            own["code"] = self.rewards.codes
         rewards = dict(zip(self.names, self.weights.tolist(), strict=True))
         return facts | own | {"samples": self.num_samples(training), "rewards": rewards}
 
