@@ -175,6 +175,7 @@ class OnPolicyTrainer(BaseTrainer):
                 self._service_of_run,
                 self._finish,
                 samples=self.samples,
+                dtype=self._decoding_dtype,
                 rewards=self.rewards,
                 tokenizer=self.tokenizer,
                 stop_token_ids=self._stops(),
@@ -189,14 +190,18 @@ class OnPolicyTrainer(BaseTrainer):
         """How often a group whose rewards are all equal is drawn again."""
         return 0
 
+    @property
+    def _decoding_dtype(self) -> torch.dtype:
+        return DTYPES[self.machine.precision_name]
+
     def _service_of_run(self) -> GenerationService:
         """Who draws; asked when the model is where it will train. Its weights are verified, but for modules without a size."""
         if self._verified is None:
-            service = self._service or InProcess(self.base_model)
+            service = self._service or InProcess(self.base_model, self._decoding_dtype)
             self._verified = service
             vocab_size = vocab_size_of(self.base_model)
             if vocab_size is not None:
-                limit = LIMITS[DTYPES[self.machine.precision_name]]
+                limit = LIMITS[self._decoding_dtype]
                 self._verified = Verified(service, self._probe_logprobs, probe_ids(vocab_size), limit)
         return self._verified
 

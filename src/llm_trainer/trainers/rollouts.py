@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import GenerateConfig
@@ -44,6 +45,7 @@ class RolloutMaker:
         service: gives who draws them.
         finished: called by all processes when all rows are there: further columns, such as advantages.
         samples: completions of each prompt.
+        dtype: of the weights that the service gets.
         rewards: functions that judge them; None: they come with their rewards, or a model judges them later.
         tokenizer: for the texts that functions get; None: they get ids.
         stop_token_ids: that end a completion.
@@ -58,6 +60,7 @@ class RolloutMaker:
     finished: Callable[[Rollout], Finished]
     _: KW_ONLY
     samples: int
+    dtype: torch.dtype
     rewards: RewardFunctions | None = None
     tokenizer: Any = None
     stop_token_ids: Sequence[int] = ()
@@ -82,7 +85,7 @@ class RolloutMaker:
         return facts | own | {"samples": self.num_samples(training), "rewards": rewards}
 
     def begin(self, plan: Plan) -> None:
-        self.service().load(self.machine.stream_weights(), plan.version)
+        self.service().load(self.machine.stream_weights(self.dtype), plan.version)
 
     def make(self, plan: Plan, prompts: Sequence[Prompt]) -> list[Row] | None:
         try:
