@@ -147,9 +147,12 @@ def _empty_like(model: nn.Module, dtype: torch.dtype, device: torch.device) -> n
         return deepcopy(model).to(device, dtype)
     # What shards a model adds a class of its own in front of it.
     kinds = [kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)]
-    config: Any = deepcopy(model.config)
+    # NOTE: not `_from_config`, which shards what it makes where a run uses ZeRO-3.
     with torch.device("meta"):
-        empty = kinds[0]._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+        empty: Any = kinds[0](deepcopy(model.config))  # type: ignore[call-arg]
+    for parameter in empty.parameters():  # buffers keep their type: rotations are in float32
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     empty = empty.to_empty(device=device)
     empty.tie_weights()
     return empty
