@@ -23,6 +23,7 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "kto": {},
     "reward": {"center_coef": 0.01},
     "grpo": {"kl_coef": 0.1, "entropy_coef": 0.01},  # of rollouts that are there
+    "ppo": {"kl_beta": 0.0, "critic_warmup_steps": 1},  # two models; the policy waits for a step
 }
 ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     "torch": {},
@@ -113,13 +114,20 @@ def weighed_cell(engine: str, ranks: int) -> Cell:
 
 def trainer_class_of(cell: Cell) -> Any:
     """The class that trains a cell."""
-    from llm_trainer import SFTTrainer, get_trainer_class
+    from llm_trainer import PPOTrainer, SFTTrainer, get_trainer_class
 
     class Weighed(SFTTrainer):
         def _loss_weight(self, batch: Any) -> float:
             return 0.01 * super()._loss_weight(batch)
 
-    return Weighed if cell.trainer == "weighed" else get_trainer_class(cell.trainer)
+    class OfStoredRows(PPOTrainer):
+        takes_flat = True
+
+        def _build_source(self, source: Any, training: bool) -> Any:
+            return source
+
+    own = {"weighed": Weighed, "ppo": OfStoredRows}
+    return own.get(cell.trainer) or get_trainer_class(cell.trainer)
 
 
 class Rows:
@@ -182,6 +190,8 @@ class Completions:
         columns = {name: row[name] for name in ("input_ids", "trained")}
         columns["old_logprobs"] = -6 - noise.random(length).astype(np.float32)
         columns["advantages"] = np.full(length, noise.normal(), dtype=np.float32)
+        columns["values"] = noise.normal(size=length).astype(np.float32) / 10  # these are PPO's
+        columns["returns"] = noise.normal(size=length).astype(np.float32)
         columns["group"] = np.array([index % 3])
         found = RolloutRow(columns)
         found.per_token = frozenset(columns) - {"group"}
@@ -198,7 +208,7 @@ def data_of(cell: Cell) -> tuple[Any, Any]:
     collate: Any = collate_flat if cell.flat else collate_padded
     if cell.trainer in ("pretrain", "sft", "weighed"):
         return Rows(cell.trainer.replace("weighed", "sft"), 512), collate
-    if cell.trainer == "grpo":
+    if cell.trainer in ("grpo", "ppo"):
         return Completions(512), partial(collate_rollout, lay=collate)
     return Answers(cell.trainer, 512), partial(
         collate_unpaired if cell.trainer == "kto" else collate_pairs, lay=collate

@@ -84,6 +84,11 @@ class PPOConfig(GenerateConfig, RolloutOptions):
     def __post_init__(self) -> None:
         if self.value_optim_config is not None:
             _check_group(self.value_optim_config)
+        if self.gen_repetition_penalty != 1 and self.off_policy_correction == "none":
+            raise ConfigError(
+                f"gen_repetition_penalty: got {self.gen_repetition_penalty:g}: tokens are then drawn from another distribution "
+                "than the policy's own, which learns; set off_policy_correction to truncate or mask, or leave it at 1"
+            )
         if self.kl_target is not None and not self.kl_beta:
             raise ConfigError(
                 "kl_target: kl_beta is 0, which stays 0 whatever it is multiplied by; give it a first value"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.errors import fields_of
+from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.data.collate import laying
 from llm_trainer.data.rollout_source import RolloutSource, num_updates
@@ -25,8 +25,9 @@ from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.extend import add_groups
 from llm_trainer.trainers.answers import Batch, count_tokens, to_device
-from llm_trainer.trainers.critics import critic_of_folder, group_options
-from llm_trainer.trainers.on_policy import OnPolicyTrainer, of_learning
+from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder, group_options, let_critic_alone
+from llm_trainer.trainers.learned import of_learning, with_cuts
+from llm_trainer.trainers.on_policy import OnPolicyTrainer
 from llm_trainer.trainers.references import default_reference, reference_of
 from llm_trainer.trainers.shaping import Followed, Shaping
 from llm_trainer.trainers.shaping import scored as scored_rollout
@@ -35,9 +36,13 @@ if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
     from llm_trainer.trainers.building import Build, Sketch
 
-CRITIC = "critic"  # its name in checkpoints
 # What the section says about other objects than the trainer; `_from_config` makes them.
-_OBJECTS = ("ref_model_checkpoint", "value_model_checkpoint", "gradient_accumulation_steps")
+_OBJECTS = (
+    "ref_model_checkpoint",
+    "value_model_checkpoint",
+    "reward_model_checkpoint",
+    "gradient_accumulation_steps",
+)
 
 
 class PPOTrainer(OnPolicyTrainer):
@@ -82,6 +87,7 @@ class PPOTrainer(OnPolicyTrainer):
         if how.kl_beta:  # before the critic puts a head on the policy
             reference = default_reference(model) if ref_model is None else ref_model
             self.starts_at_reference = reference is not model and (ref_model is None or same_weights(model, reference))
+        check_learns(value_model, ref_model=ref_model, reward_model=options.get("reward_model"))
         self.critic = critic_of(model, value_model, how.critic_on_policy)
         self.loss = PolicyLoss("bnpo", clip_eps=how.clip_eps, entropy_coef=how.entropy_coef)
         self.shaping = Shaping(how)
@@ -98,31 +104,38 @@ class PPOTrainer(OnPolicyTrainer):
             rows_per_update=how.ppo_batch_size,
             **options,
         )
-        self.optimizer.register_step_pre_hook(self._hold_policy)
-        self.optimizer.register_step_post_hook(self._release_policy)
+        let_critic_alone(self.optimizer, lambda: self._policy_waits)
         self.reference = None if reference is None else reference_of(reference, self, self._policy)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
         section: PPOConfig = build.section
         own = {name: getattr(section, name) for name in fields_of(PPOConfig) if name not in _OBJECTS}
-        own["critic_on_policy"] = own["value_optim_config"] = None  # what is made here is so made
+        own |= cls._rewards_from_config(config, build)
         if section.kl_beta and section.ref_model_checkpoint is not None and "ref_model" not in build.given:
             own["ref_model"] = build.frozen(section.ref_model_checkpoint)
-        own["value_model"] = build.given.get("value_model")
-        if own["value_model"] is None:
+        if "value_model" not in build.given:
             found = critic_of_folder(section.value_model_checkpoint, config, build)
             own["value_model"] = critic_of(build.policy, found, section.critic_on_policy)
+            own["critic_on_policy"] = own["value_optim_config"] = None  # it is made so, and `_extend_optimizer` knows
         return own
 
     @classmethod
     def _extend_optimizer(cls, optimizer: torch.optim.Optimizer, own: dict[str, Any], section: PPOConfig) -> None:
         options = None if section.value_optim_config is None else group_options(section.value_optim_config)
-        add_groups(optimizer, own["value_model"], options)
+        if "value_model" in own:  # else it is the caller's, and the constructor adds it
+            add_groups(optimizer, own["value_model"], options)
 
     @classmethod
     def _steps_per_epoch(cls, stream: Any, section: PPOConfig) -> int:
-        steps = num_updates(stream, section.completions_per_prompt, section.ppo_batch_size, section.ppo_epochs)
+        rows, update = stream.rows_per_step * section.completions_per_prompt, section.ppo_batch_size
+        if update is not None and rows % update:
+            raise ConfigError(
+                f"ppo_batch_size: got {update}, which does not divide the {rows} completions of a rollout: the last update of "
+                f"each pass would be smaller than the others. Expected a divisor, or null for one update per pass; a rollout "
+                f"has batch_size x gradient_accumulation_steps x devices x completions_per_prompt"
+            )
+        steps = num_updates(stream, section.completions_per_prompt, update, section.ppo_epochs)
         assert steps is not None, "a stream of rows says how many it has"
         return steps
 
@@ -201,6 +214,8 @@ class PPOTrainer(OnPolicyTrainer):
         columns = self.machine.score(rollout, partial(collate_rollout, lay=lay), self._say_of)
         rewards = self._totals(rollout, judged)
         shaped = self.shaping(scored_rollout(rollout, rewards, columns), follows=False)
+        is_level = len(np.unique(rewards)) == 1  # NaN is one of them
+        self._note(rollout, shaped.is_missing.numpy(), is_level and len(rewards) > 1)
         bounds = np.cumsum(rollout.lengths)[:-1]
         for name, values in (("advantages", shaped.advantages), ("returns", shaped.returns)):
             columns[name] = np.split(values[0].float().numpy(), bounds)
@@ -211,7 +226,7 @@ class PPOTrainer(OnPolicyTrainer):
 
     def _say_of(self, batch: Batch) -> dict[str, Tensor]:
         """What policy, critic and reference say about each token of a batch of a rollout."""
-        rows = to_device(of_learning(batch), self.device)
+        rows = to_device(of_learning(with_cuts(batch)), self.device)
         acted = self._act(rows)
         found = {"old_logprobs": acted.scores.logprobs, "values": acted.values}
         if self.reference is not None:
@@ -228,20 +243,6 @@ class PPOTrainer(OnPolicyTrainer):
         values, _, weights = self._rollout_maker().table(rollout, judged)
         return weighted_rewards(torch.from_numpy(values), torch.from_numpy(weights)).numpy()
 
-    # The critic may learn alone at first: the policy's groups then take their steps with a rate of 0, on every engine.
-
-    def _hold_policy(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._held = []
-        if self._policy_waits:
-            for group in optimizer.param_groups:
-                if group.get("model") != CRITIC:
-                    self._held.append((group, group["lr"]))
-                    group["lr"] = 0.0
-
-    def _release_policy(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group, rate in self._held:
-            group["lr"] = rate
-
     # Learning from a rollout.
 
     @property
@@ -256,7 +257,7 @@ class PPOTrainer(OnPolicyTrainer):
         return count_tokens(batch)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
-        return to_device(of_learning(batch), self.device)
+        return to_device(of_learning(with_cuts(batch)), self.device)
 
     def _forward(self, batch: Batch) -> Acted:
         sequences = Sequences.of_batch(batch)

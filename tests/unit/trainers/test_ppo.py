@@ -164,6 +164,10 @@ def test_what_cannot_be_meant(tmp_path: Path) -> None:
         make(tmp_path, model, ref_model=model, kl_beta=0.1)
     with pytest.raises(ValueError, match="value_model is the policy itself"):
         make(tmp_path, model, value_model=model)
+    with pytest.raises(ValueError, match="value_model is the reward_model itself, which is frozen"):
+        make(tmp_path, model, value_model=critic, reward_model=critic)
+    with pytest.raises(ValueError, match="all of its parameters are frozen"):
+        make(tmp_path, model, value_model=critic_of(model).requires_grad_(False))
     with pytest.raises(ValueError, match="value_optim_config: the optimizer has the critic's parameters already"):
         make(tmp_path, model, value_model=critic, optimizer=both, value_optim_config=OptimConfig())
     with pytest.raises(ValueError, match="critic_warmup_steps: the critic's parameters are in one group"):
