@@ -22,6 +22,7 @@ from train_throughput import (
     BENCH,
     SHARED,
     TIMEOUT_S,
+    add_machine_options,
     environment_of,
     prepare_work,
     print_goal,
@@ -433,9 +434,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help=f"timed optimizer steps of {PAIRS_PER_STEP} pairs")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--poor-cpu", action="store_true", help="with the instructions of AVX2 alone")
-    parser.add_argument("--clock", choices=["seconds", "cpu_seconds"], default="seconds")
+    add_machine_options(parser)
     parser.add_argument("--job", help=argparse.SUPPRESS)  # what the driver gives to the processes it starts
     options = parser.parse_args()
     if options.job:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.steady import LONG, Pace
-from train_throughput import BENCH, RUNNERS, environment_of, prepare_work
+from train_throughput import BENCH, RUNNERS, add_machine_options, environment_of, prepare_work
 
 KEPT = BENCH / "step_time.json"
 PARTS = ("matrix products", "attention", "head and loss", "optimizer", "rest")
@@ -188,14 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--precisions", default=["fp32", "bf16"], type=lambda text: text.split(","))
     parser.add_argument("--steps", type=int, default=5, help="of 16 rows, timed and then profiled")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--poor-cpu", action="store_true", help="with the instructions of AVX2 alone")
-    parser.add_argument(
-        "--clock",
-        choices=["seconds", "cpu_seconds"],
-        default="seconds",
-        help="processor time is the steadier one on a machine that others use too, with one thread",
-    )
+    add_machine_options(parser)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--picture", type=Path, help="an .svg of all that was measured so far")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # what the driver gives to the processes it starts

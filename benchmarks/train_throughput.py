@@ -105,6 +105,18 @@ def prepare_work() -> Path:
     return work
 
 
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """How a benchmark of this CPU is run and timed; `environment_of` reads it."""
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--poor-cpu", action="store_true", help="with the instructions of AVX2 alone")
+    parser.add_argument(
+        "--clock",
+        choices=["seconds", "cpu_seconds"],
+        default="seconds",
+        help="of speeds and ratios; processor time is the steadier one on a machine that others use too, with one thread",
+    )
+
+
 def environment_of(options: argparse.Namespace) -> dict[str, str]:
     """The environment variables of every run."""
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -284,14 +296,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps of about 4,000 tokens per run")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--poor-cpu", action="store_true", help="with the instructions of AVX2 alone")
-    parser.add_argument(
-        "--clock",
-        choices=["seconds", "cpu_seconds"],
-        default="seconds",
-        help="what ratios are taken of; processor time is the steadier one on a machine that others use too",
-    )
+    add_machine_options(parser)
     parser.add_argument("--results", type=Path, default=BENCH / "results.jsonl", help="every run is appended here")
     options = parser.parse_args()
     for name, known in (("cases", {*DENSE, *RAGGED, "startup"}), ("peers", set(PEERS))):
