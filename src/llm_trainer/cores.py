@@ -48,7 +48,7 @@ def cpu_quota(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) ->
     (https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html).
     """
     quotas = []
-    for folder in _groups(cgroups, own):
+    for folder, _ in control_groups("cpu", cgroups, own):
         try:
             if (folder / "cpu.max").exists():
                 allowed, period = (folder / "cpu.max").read_text().split()
@@ -62,8 +62,14 @@ def cpu_quota(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) ->
     return min(quotas, default=None)
 
 
-def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
-    """The folders of this process's groups for CPU time, each with its parents up to the root."""
+def control_groups(controller: str, cgroups: Path, own: Path) -> Iterator[tuple[Path, int]]:
+    """The folders of this process's groups for `controller`, each with its parents up to the root, and their version.
+
+    Args:
+        controller: `cpu` or `memory`.
+        cgroups: where the groups are mounted.
+        own: what says which they are, `/proc/self/cgroup`.
+    """
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -71,12 +77,14 @@ def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            roots = [cgroups, cgroups / "unified"]
-        elif "cpu" in controllers.split(","):
-            roots = [cgroups / controllers, cgroups / "cpu"]
+            version, roots = 2, [cgroups, cgroups / "unified"]
+        elif controller in controllers.split(","):
+            version, roots = 1, [cgroups / controllers, cgroups / controller]
         else:
             continue
-        for root in roots:
+        for root in dict.fromkeys(roots):
             folder = root / path.lstrip("/")
             # In a container the path may be that of the host, where only the root is mounted.
-            yield from (parent for parent in [folder, *folder.parents] if parent.is_relative_to(root))
+            for parent in (folder, *folder.parents):
+                if parent.is_relative_to(root):
+                    yield parent, version

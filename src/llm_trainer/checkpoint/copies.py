@@ -1,15 +1,11 @@
 """Copies of tensors in host memory, of which a checkpoint is written while training goes on."""
 
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-MEMORY = Path("/proc/meminfo")
 BLOCK = 1 << 30  # bytes
-GROUP = Path("/sys/fs/cgroup")  # of a container that shows its own limit there
 
 
 class HostMemory:
@@ -66,21 +62,6 @@ class HostMemory:
         """Wait for the copies of what lies on a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def free_memory() -> int | None:
-    """Bytes of host memory that can be taken without anything being swapped or killed; None: the system does not say."""
-    try:
-        lines = MEMORY.read_text().splitlines()
-    except OSError:
-        return None
-    sizes = dict(line.split(":", 1) for line in lines)
-    free = int(sizes["MemAvailable"].split()[0]) * 1024
-    with suppress(OSError, ValueError, KeyError):  # no limit, or none that is shown here
-        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        cache = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(cache["inactive_file"]))
-    return free
 
 
 def fits(processes: Sequence[tuple[str, int, int | None]]) -> bool:

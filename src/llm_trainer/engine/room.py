@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from llm_trainer.config.env import environment
+from llm_trainer.cores import control_groups
 
 ROOT = Path("/")  # tests have one of their own
 _UNLIMITED = 1 << 60  # cgroups of version 1 write a number of this size where there is no limit
@@ -41,6 +42,11 @@ def room_on(device: torch.device) -> Room:
     return tightest._replace(total=min(limit.total for limit in limits))
 
 
+def free_memory() -> int | None:
+    """Bytes of host memory that all processes here may still take, without anything being killed; None: nobody says."""
+    return min((room.free for room in (*_of_machine(), *_of_containers())), default=None)
+
+
 def _of_machine() -> Iterator[Room]:
     """What the kernel calls available: free, or a cache of files that it would give up."""
     table = _table(ROOT / "proc/meminfo")
@@ -50,24 +56,14 @@ def _of_machine() -> Iterator[Room]:
 
 def _of_containers() -> Iterator[Room]:
     """The control groups of this process and those around them, of version 2 and of version 1."""
-    for line in _lines(ROOT / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        base = ROOT / "sys/fs/cgroup"
+    for folder, version in control_groups("memory", ROOT / "sys/fs/cgroup", ROOT / "proc/self/cgroup"):
         names = ("memory.max", "memory.current", "inactive_file")
-        if controllers:
-            base = base / "memory"
+        if version == 1:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # Inside a container the path may be that on the host, and only the root of the tree is to be seen.
-        inner = base / path.lstrip("/")
-        for folder in (inner, *inner.parents):
-            limit, used = _number(folder / names[0]), _number(folder / names[1])
-            if limit is not None and used is not None and limit < _UNLIMITED:
-                cache = _table(folder / "memory.stat").get(names[2], 0)  # of files; given up before a process is killed
-                yield Room(max(0, limit - used + cache), limit, "the container's limit")
-            if folder == base:
-                break
+        limit, used = _number(folder / names[0]), _number(folder / names[1])
+        if limit is not None and used is not None and limit < _UNLIMITED:
+            cache = _table(folder / "memory.stat").get(names[2], 0)  # of files; given up before a process is killed
+            yield Room(max(0, limit - used + cache), limit, "the container's limit")
 
 
 def _of_process() -> Iterator[Room]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from llm_trainer import checkpoint
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
-from llm_trainer.checkpoint.copies import HostMemory, fits, free_memory
+from llm_trainer.checkpoint.copies import HostMemory, fits
 from llm_trainer.checkpoint.state import StateFiles
 from llm_trainer.checkpoint.tensor_files import Shard, own_shard, shard_files, write_files
 from llm_trainer.checkpoint.valid import Written
@@ -29,6 +29,7 @@ from llm_trainer.checkpoint.weights import ModelFiles, group_files
 from llm_trainer.disk import storage_failure
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.engine.room import free_memory
 from llm_trainer.model_group import weights_by_member
 
 BestWeights = dict[str, dict[str, Tensor]]  # name of a model -> its tensors by name

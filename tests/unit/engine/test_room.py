@@ -35,7 +35,7 @@ def found() -> tuple[float, float, str]:
 def test_without_limits_it_is_what_the_machine_has_free(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found() == (48, 64, "free memory")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert found() == (12, 16, "free memory")
+    assert found() == (12, 16, "free memory") and room.free_memory() == 48 * GB  # of all four
 
 
 @pytest.mark.parametrize("path", ["/", "/pods/one"])
@@ -56,7 +56,7 @@ def test_containers_of_version_1(machine: Path) -> None:
     write(machine, "sys/fs/cgroup/memory/memory.usage_in_bytes", 20 * GB)
     write(machine, "sys/fs/cgroup/memory/pods/one/memory.limit_in_bytes", 8 * GB)
     write(machine, "sys/fs/cgroup/memory/pods/one/memory.usage_in_bytes", 3 * GB)
-    assert found() == (5, 8, "the container's limit")
+    assert found() == (5, 8, "the container's limit") and room.free_memory() == 5 * GB
 
 
 @pytest.mark.parametrize(("kind", "free"), [(resource.RLIMIT_AS, 4), (resource.RLIMIT_DATA, 5)])
