@@ -211,7 +211,7 @@ class RolloutSource:
     def _found_or_made(self, epoch: int, place: InRollout) -> Rollout | None:
         """The rollout that the weights, the seed and the prompts of this moment make, from the disk if it is there."""
         number = place.number
-        if self.training and self.machine.begins_anew:
+        if self.training and number == 0 and self.machine.begins_anew:
             self._folder.set_all_aside()
         stored = self._find(number) if self.training else None
         if not self.training:  # what rewards it may be anything by now
@@ -225,7 +225,8 @@ class RolloutSource:
             differ = [name for name in made_of if stored.made_of.get(name) != made_of[name]]
             stored = None
             self._set_aside(number, f"was made with other {' and '.join(differ)}")
-            taken = self._prompts.take(epoch, place.position) or taken
+            if isinstance(self.source, SampleStream):  # as many as a step has now
+                taken = self._prompts.take(epoch, place.position) or taken
             made_of = self._made_of(epoch, place, taken.prompts)
         if stored is not None and stored.is_finished:
             return Rollout(self._folder.path(number))
@@ -276,7 +277,7 @@ class RolloutSource:
             Stopped: a process was asked to stop; on all of them.
         """
         machine, parts = self.machine, facts["parts"]
-        stop = AnyAsked(machine, self._folder.stop_sign(number))
+        stop, sign = AnyAsked(machine, self._folder.stop_sign(number)), self._folder.stop_sign(number)
         purpose = () if self.training else (EVALUATION,)
         plan = Plan(number, mix_seeds(machine.seed, number, *purpose), machine.step, self.training, stop)
 
@@ -284,18 +285,21 @@ class RolloutSource:
         missing = self._folder.begin(number, facts)
         with plan.timed("sync"):
             self.maker.begin(plan)
+        is_stopped = False
         try:
             for part in missing[machine.process_number :: machine.num_processes]:
                 first, last = parts[part]
                 rows = None if stop() else self.maker.make(plan, prompts[first:last])
                 if rows is None:
+                    is_stopped = True
+                    sign.touch()
                     break
                 self._folder.write_part(number, part, [checked(row) for row in rows])
         except BaseException:
-            self._folder.stop_sign(number).touch()  # the others do not wait for it
+            sign.touch()  # the others do not wait for it
             raise
         with plan.timed("wait"):
-            self._folder.wait_for_parts(number, len(parts), stop)
+            self._folder.wait_for_parts(number, len(parts), lambda: is_stopped or stop())
 
         # 2. joined, and what is known of all of them only
         folder, joined = self._folder.join(number, len(parts))
