@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import pairwise
@@ -45,7 +45,8 @@ class RolloutSource:
         pad_id: token that pads rows.
         keep_rollouts: all of them; else those that no checkpoint needs are removed.
         rollouts: folder of stored rollouts of another run, which are learned from in place of new ones.
-        shares_prompts: the trainer runs the prompt of a group once per micro-batch, so that a token budget counts it once.
+        shares_prompts: says, when a rollout is there, whether the trainer runs the prompt of a group once per micro-batch, so
+            that a token budget counts it once; None: it does not.
     """
 
     source: StepSource
@@ -61,7 +62,7 @@ class RolloutSource:
     pad_id: int = 0
     keep_rollouts: bool = False
     rollouts: str | None = None
-    shares_prompts: bool = False
+    shares_prompts: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
         self.micro_batch_tokens: int | Literal["auto"] | None = self.source.micro_batch_tokens
@@ -165,7 +166,8 @@ class RolloutSource:
         """The rows of a rollout that are learned from, in steps."""
         flat, lay = laying(self.layout, self.pad_id)
         rows = Used(rollout)
-        shared = rows.shared() if self.shares_prompts else None
+        are_shared = self.shares_prompts is not None and self.shares_prompts()
+        shared = rows.shared() if are_shared else None
         return SampleStream(
             rows,
             partial(collate_rollout, lay=lay),

@@ -69,6 +69,7 @@ class OnPolicyTrainer(BaseTrainer):
     rows = ("prompts",)
     best_metric: ClassVar[str] = "eval_reward"
     best_is_highest: ClassVar[bool] = True
+    shares_prompts = False  # whether the prompt of a group is run once
     how: Any  # its section, of `GenerateConfig` and `RolloutOptions`
     starts_at_reference = False  # whether the policy and what it is held to are the same model at the start
 
@@ -165,6 +166,7 @@ class OnPolicyTrainer(BaseTrainer):
             pad_id=self._pad_id,
             keep_rollouts=self.how.keep_rollouts,
             rollouts=self.how.rollouts,
+            shares_prompts=lambda: self.shares_prompts,  # known when the model is where it will train
         )
 
     def _rollout_maker(self) -> RolloutMaker:

@@ -79,9 +79,9 @@ def test_rows_of_a_group_begin_with_their_prompt_and_a_budget_counts_it_once(tmp
     own = np.array([int(rollout[i]["trained"].argmax()) for i in range(8)]) - 1  # but the last token of the prompt
     assert shared.tokens.tolist() == own.tolist() and shared.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     source: Any = trainer.run.source
-    source.shares_prompts, source.micro_batch_tokens = True, int(rollout.lengths.sum() - own[::2].sum())
+    source.shares_prompts, source.micro_batch_tokens = (lambda: True), int(rollout.lengths.sum() - own[::2].sum())
     assert len(source._stream(2, rollout, None)._micro_batches(np.arange(8))) == 1
-    source.shares_prompts = False
+    source.shares_prompts = None
     assert len(source._stream(2, rollout, None)._micro_batches(np.arange(8))) == 2
 
 

@@ -146,3 +146,17 @@ def test_sigterm_while_completions_are_judged(tmp_path: Path) -> None:
     with pytest.raises(TrainingInterrupted):
         train(tmp_path, reward_func=terminates)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("options", [{"gen_k": 5}, {"gen_p": 0.8, "gen_suppress_tokens": [4, 9], "loss_type": "gspo"}])
+def test_prompts_once_change_nothing_also_where_the_distribution_was_cut(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    how = {"rows_per_update": 5, **options}
+    trainer, shared = train(tmp_path / "shared", **how)
+    assert trainer.shares_prompts and trainer.run.source.shares_prompts()
+    _, repeated = train(tmp_path / "repeated", share_prompts=False, **how)
+    assert len(shared) == len(repeated) == 6 and shared[0]["ratio"] == pytest.approx(1, abs=1e-5)
+    for a, b in zip(shared, repeated, strict=True):
+        for name in ("loss", "grad_norm", "ratio", "entropy", "reward"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
