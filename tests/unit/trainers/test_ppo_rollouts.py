@@ -1,5 +1,6 @@
 """PPO from prompts to updates: rollouts are drawn, judged and scored; the run goes on bit for bit wherever it stops."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,14 @@ def test_a_run_that_stops_between_two_updates_goes_on_bit_for_bit(tmp_path: Path
 
 
 def test_a_rollout_made_with_other_options_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that was made after the last checkpoint, whose advantages are those of another gamma."""
     make(tmp_path, max_steps=1).train()
-    make(tmp_path, max_steps=1, gamma=0.5).train()
-    assert "was made with other settings" in capsys.readouterr().out
-    critic = reward_model(tiny(seed=3))
-    make(tmp_path, max_steps=1, gamma=0.5, value_model=critic).train()
-    assert "was made with other weights" in capsys.readouterr().out
+    updates = 2 * -(-len(Rollout(tmp_path / "rollouts" / "00000000").used) // 4)
+    saves: dict[str, Any] = {"save_interval_steps": 1, "checkpoints_to_keep": 20, "resume": "auto"}
+    make(tmp_path, max_steps=updates + 1, **saves).train()
+    shutil.rmtree(tmp_path / f"checkpoint-{updates + 1:08d}")
+    make(tmp_path, max_steps=updates + 1, gamma=0.5, **saves).train()
+    assert "00000001 was made with other settings" in capsys.readouterr().out
 
 
 def test_a_reward_model_judges_and_is_the_critic(tmp_path: Path) -> None:
