@@ -30,7 +30,11 @@ def reads_slots(model: nn.Module) -> bool:
     """Whether a transformers model can be read by `SlotReader`."""
     config: Any = model.config
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    slides = config.to_dict().get("sliding_window") is not None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    else:
+        slides = set(kinds) != {"full_attention"}
     return config.model_type in ARCHITECTURES and rotation in ROTATIONS and not slides
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoding_models import MODELS, PROMPTS, build_qwen3
+from decoding_models import MODELS, PROMPTS, SIZES, build_qwen3
 from llm_trainer.generation import slots
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
@@ -283,3 +283,26 @@ def test_what_was_compiled_for_training_decodes_as_it_is() -> None:
 
     model.model.layers[0].compile(backend=refuse)
     assert InProcess(model).generate(requests, decoding, never) == expected
+
+
+@pytest.mark.parametrize("architecture", sorted(slots.ARCHITECTURES))
+def test_every_architecture_that_is_read_from_slots_is_read_right(architecture: str) -> None:
+    """Log-probabilities while decoding, prompts shared, against one forward of the model as it is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = SIZES | {"sliding_window": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = AutoConfig.for_model(architecture, **sizes, **experts, shared_expert_intermediate_size=16)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert slots.reads_slots(model)
+    service = InProcess(model, dtype=torch.float32)
+    service.load(weights_of(model), 0)
+    requests = [Request(prompt, number, samples=2) for number, prompt in enumerate(PROMPTS)]
+    made = service.generate(requests, Decoding(max_new_tokens=5, seed=0), never)
+    for prompt, group in zip(PROMPTS, made, strict=True):
+        for completion in group:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
+            exact = logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), exact, rtol=0, atol=2e-5)
