@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from llm_trainer.generation.service import GenerationService
     from llm_trainer.layout import Layout, Packing
 
 
@@ -86,8 +87,16 @@ class Machine(Protocol):
     def place(self, frozen: nn.Module) -> None:
         """Place a frozen module (a reference, a teacher) as the trained one is: sharded and compiled where that is."""
 
-    def generating(self) -> AbstractContextManager[None]:
-        """The context in which the trained model itself may be called, with other lengths on every rank."""
+    def generating(self) -> "AbstractContextManager[GenerationService]":
+        """The context of a service that draws completions with the trained weights as they are now, on every rank others.
+
+        All ranks enter it together. It has the weights in place where this process holds them, and where they are sharded a
+        copy, in the precision of products, for as long as the context lasts.
+
+        Raises:
+            ValueError: they are sharded, and `base_model` is none of transformers'.
+            WrongWeights: the copy is not what was sent (`generation.verify`).
+        """
 
     def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The weights of `base_model` as they are now, by their names in its checkpoints, one whole tensor at a time.

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "engine": {"config", "checkpoint", "optim", "state", "cores", "model_group"},
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
-    "machine": {"layout"},
+    "machine": {"generation", "layout"},
     "algorithm": {"machine", "position", "state", "layout", "model_group"},
     "train": {
         "algorithm",

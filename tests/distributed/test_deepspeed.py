@@ -57,6 +57,11 @@ def test_an_infinity_on_one_rank_changes_nothing_on_any(played: dict[str, Any]) 
         assert run["weights"] == pytest.approx(plain["weights"], abs=1e-7)  # a rank without terms poisons nothing
 
 
+def test_a_student_whose_weights_are_sharded_writes_answers_with_a_copy(played: dict[str, Any]) -> None:
+    plain, sharded = played["on_policy"]
+    assert difference(sharded, plain) < 1e-5 and plain[0][0] != plain[2][0]
+
+
 @pytest.mark.parametrize("kind", ["autocast", "bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_16_bits_train_as_the_plain_engine_does(played: dict[str, Any], kind: str) -> None:
     """Autocast as closely as its roundings allow; 16-bit weights round more."""

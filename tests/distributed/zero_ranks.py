@@ -90,6 +90,18 @@ def not_finite(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def on_policy(folder: Path) -> list[Any]:
+    """The student writes answers of its own, which are longer on one rank than on the other."""
+    from llm_trainer.trainers.distill import Distillation
+
+    found = []
+    for how in ({}, zero(3)):
+        stops = tuple(range(0, 512, 3))
+        kd = Distillation(tiny_model(seed=1), on_policy_fraction=1.0, max_new_tokens=6, stop_token_ids=stops)
+        found.append(curve_of(folder, Cell("sft", 4, 1, 2), kd=kd, **how))
+    return found
+
+
 PRECISIONS: dict[str, dict[str, Any]] = {
     **{f"autocast-{stage}": zero(stage) | {"precision": "bf16", "use_amp": True} for stage in STAGES},
     **{f"bf16-{stage}": zero(stage, bf16={"enabled": True}) for stage in STAGES},
@@ -212,6 +224,7 @@ def main(folder: Path, what: dict[str, Any]) -> None:
         "not_finite": not_finite,
         "offload": partial(offload, cells=what["offload"]),
         "recomputed": recomputed,
+        "on_policy": on_policy,
         "whole-2": begin,
         "resumed-2": partial(resumed, halves=go_on[2]),
         "precisions": partial(precisions, names=what["precisions"]),

@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from typing import Any
 
+import numpy as np
 import torch
 from table import Cell, Curve, Rows, run, tiny_model
 from torch import Tensor
@@ -12,13 +13,26 @@ from llm_trainer.engine import dist
 from llm_trainer.train.hooks import Hook
 
 
-def model_with_everything() -> Any:
-    """A tiny model with a tied head, a frozen parameter, and buffers of numbers and of counts."""
-    model = tiny_model()
-    model.model.norm.weight.requires_grad_(False)
+def add_buffers(model: Any) -> None:
+    """Of numbers and of counts, and one that is not saved."""
     model.register_buffer("scale", torch.linspace(0, 1, 5))
     model.register_buffer("seen", torch.tensor(7))
     model.register_buffer("cache", torch.ones(3), persistent=False)
+
+
+def model_with_everything() -> Any:
+    """A tiny model with a tied head, a frozen parameter and buffers, of a class of the user's."""
+    model = tiny_model()
+    kind = type(model)
+
+    class Own(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any) -> None:
+            kind.__init__(self, config)
+            add_buffers(self)
+
+    add_buffers(model)
+    model.__class__ = Own
+    model.model.norm.weight.requires_grad_(False)
     return model
 
 
@@ -71,6 +85,29 @@ def scored(trainer: Any) -> dict[str, Any]:
     return report
 
 
+def written(trainer: Any) -> dict[str, Any]:
+    """Completions of prompts, greedy and drawn, with the log-probabilities of their tokens; of every rank all of them."""
+    from llm_trainer.generation.decoding import Decoding
+    from llm_trainer.generation.service import Request
+
+    noise = np.random.default_rng(1)
+    requests = []
+    for number in range(5):
+        requests.append(Request(noise.integers(3, 512, 2 + 3 * number).tolist(), number, samples=2))
+    report: dict[str, Any] = {}
+    with trainer.machine.generating() as service:
+        for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
+            decoding = Decoding(max_new_tokens=12, temperature=temperature, stop_token_ids=range(0, 512, 40), seed=3)
+            mine = requests[dist.rank() :] + requests[: dist.rank()]  # other lengths on every rank
+            completions = service.generate(mine, decoding, lambda: False)
+            found = {request.number: group for request, group in zip(mine, completions, strict=True)}
+            report[name] = [[completion.ids for completion in found[request.number]] for request in requests]
+            logprobs = [[completion.logprobs for completion in found[request.number]] for request in requests]
+            report[f"{name} logprobs"] = sum(logprobs, [])
+            report[f"{name} everywhere"] = dist.gather_objects(report[name])
+    return report
+
+
 def served(engine: str, ranks: int) -> dict[str, Any]:
     """What a run of an engine serves after its first step, and the curve of the run, which goes on."""
     report: dict[str, Any] = {}
@@ -83,6 +120,7 @@ def served(engine: str, ranks: int) -> dict[str, Any]:
     cell = Cell("sft", 8 // ranks, 1, ranks, micro_batch_tokens=150, engine=engine)
 
     def hook(trainer: Any) -> None:
+        report["written"] = written(trainer)
         trainer.run._user_hooks.append(Hook("serve", serve, every_steps=1))
 
     curve: Curve = run(cell, model=model_with_everything(), ready=hook)

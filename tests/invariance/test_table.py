@@ -153,6 +153,19 @@ def test_every_rank_is_served_the_scores_of_all_rows(
                 assert ours == pytest.approx(theirs, abs=TOLERANCE * max(1, -min(np.atleast_1d(theirs))))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_rank_is_served_the_same_completions_token_for_token(
+    engine: str, served_alone: dict[str, Any], played: dict[str, Any]
+) -> None:
+    """With the same weights in fp32; ranks ask for them in another order. No row is batched as in one process."""
+    ours, alone = ended_well(engine, played)["served"]["written"], served_alone["written"]
+    for name in ("greedy", "drawn"):
+        assert ours[name] == alone[name] and ours[f"{name} everywhere"] == [alone[name]] * 2
+        for found, expected in zip(ours[f"{name} logprobs"], alone[f"{name} logprobs"], strict=True):
+            assert found == pytest.approx(expected, abs=TOLERANCE)
+    assert alone["greedy"] != alone["drawn"] and len({len(ids) for group in alone["drawn"] for ids in group}) > 3
+
+
 def test_the_table_would_notice_a_mean_of_means(base: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:
     """The classical bug, seeded on purpose: weighting micro-batches alike must leave the tolerance far behind."""
     from llm_trainer.trainers.language import Trainer

@@ -111,13 +111,8 @@ class Engine(ABC):
     def precision(self) -> AbstractContextManager[None]:
         """The context that a forward without gradients runs in."""
 
-    def inference(self, alone: bool = False) -> AbstractContextManager[None]:
-        """The context in which `base` itself may be called, for generation; all ranks enter it.
-
-        Args:
-            alone: ranks may do different things in it, for which a sharded model is gathered; else, in lockstep, all do
-                the same.
-        """
+    def inference(self) -> AbstractContextManager[None]:
+        """The context in which `base` itself may be called, for generation; in lockstep all ranks do the same in it."""
         return self.precision()
 
     def together(self) -> AbstractContextManager[None]:

@@ -281,14 +281,6 @@ class DeepSpeedEngine(Engine):
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
         return parameter.ds_tensor.detach() if self.stage == 3 else parameter.detach()  # type: ignore[attr-defined]
 
-    def inference(self, alone: bool = False) -> AbstractContextManager[None]:
-        if alone and self.stage == 3:
-            raise DeepSpeedError(
-                "deepspeed: the model answers during training, with other lengths on every rank, for which stage 3 would "
-                "have to gather all of it; use stage 2, or engine: fsdp"
-            )
-        return self.precision()
-
     def state_dict(self) -> dict[str, Any]:
         return {"scaler": {name: value for name, value in self._scaler().items() if isinstance(value, int | float)}}
 

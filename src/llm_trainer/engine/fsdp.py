@@ -171,23 +171,16 @@ class FsdpEngine(TorchEngine):
         return super().step(max_grad_norm)
 
     @contextmanager
-    def inference(self, alone: bool = False) -> Iterator[None]:
-        # Without `alone` only what the base model is called without: the module around it holds embedding and head.
+    def inference(self) -> Iterator[None]:
+        # What the base model is called without: the module around it holds embedding and head.
         root = self._root
         # Else the first layer to be called would take itself for the root.
         cast(Any, root)._get_fsdp_state()._lazy_init()
-        layers = [m for m in cast(nn.Module, root).modules() if isinstance(m, FSDPModule) and m is not root]
-        if alone:
-            for layer in layers:
-                layer.set_reshard_after_forward(False, recurse=False)
-                layer.unshard()
         root.unshard()
         try:
             with self._lockstep.apart(), self.precision():
                 yield
         finally:
-            for layer in layers:
-                layer.set_reshard_after_forward(self.options.reshard_after_forward, recurse=False)
             self._reshard()
 
     def _reshard(self) -> None:

@@ -47,6 +47,11 @@ class InProcess:
         self.max_rows, self.max_cache_bytes = max_rows, max_cache_bytes
         self.version = NOT_LOADED
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As `GenerationService.dtype` says."""
+        return None if self.copy is None else self.copy.dtype
+
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """As `GenerationService.load` says.
 
@@ -68,7 +73,8 @@ class InProcess:
             return hashes_of(self.model)
         hashes = Hashes()
         for name, tensor in self.copy.held():
-            hashes.note(name, tensor)
+            wanted = self.copy.dtype if tensor.is_floating_point() else tensor.dtype
+            hashes.note(name, tensor.to(wanted))  # as it was sent: a model may keep a few tensors in another dtype
         return hashes.read()
 
     def generate(

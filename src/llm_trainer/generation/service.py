@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from llm_trainer.generation.decoding import Decoding
@@ -58,9 +59,13 @@ class GenerationService(Protocol):
 
     Attributes:
         version: That of the weights that are loaded whole; -1: none are.
+        dtype: That floating-point weights are kept in; None: as they come.
     """
 
     version: int
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take over all weights, each whole and under its name in the trained model; `version` moves at the end."""

@@ -178,7 +178,7 @@ class Verified:
     Args:
         service: makes the completions.
         score: log-probabilities by the trained weights, at temperature 1, of every token but the first of some sequences;
-            all ranks call it together.
+            all ranks call it together. None: the hashes alone must do.
         probe: sequences that are scored by both (`probe_ids`).
         limit: of their mean difference (`LIMITS`).
         where: the sampler, for messages.
@@ -191,13 +191,13 @@ class Verified:
     def __init__(
         self,
         service: GenerationService,
-        score: Callable[[list[list[int]]], Sequence[Sequence[float]]],
-        probe: list[list[int]],
-        limit: float,
+        score: Callable[[list[list[int]]], Sequence[Sequence[float]]] | None = None,
+        probe: Sequence[list[int]] = (),
+        limit: float = LIMITS[torch.float32],
         where: str = "the sampler of this process",
     ) -> None:
         self.service, self.version, self.difference = service, -1, 0.0
-        self._score, self._probe, self._limit, self._where = score, probe, limit, where
+        self._score, self._probe, self._limit, self._where = score, list(probe), limit, where
         self._verified: set[int] = set()
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -208,7 +208,7 @@ class Verified:
         """
         self.version = -1
         hashes = Hashes()
-        on_the_way = hashes.passing(weights)
+        on_the_way = hashes.passing(self._cast(weights))
         self.service.load(on_the_way, version)
         for _ in on_the_way:  # what the service did not take, the other ranks go through too
             pass
@@ -218,9 +218,10 @@ class Verified:
                 f"{self.service.version}; expected {version}. None of its tokens were used"
             )
         check_hashes(hashes.read(), self.service.held(), version, self._where)
-        ours = self._score(self._probe)
-        theirs = self.service.logprobs(self._probe, Decoding(max_new_tokens=1))
-        self.difference = check_probe(ours, theirs, version, self._where, self._limit)
+        if self._score is not None:
+            ours = self._score(self._probe)
+            theirs = self.service.logprobs(self._probe, Decoding(max_new_tokens=1))
+            self.difference = check_probe(ours, theirs, version, self._where, self._limit)
         self._verified.add(version)
         self.version = version
 
@@ -247,6 +248,19 @@ class Verified:
     def held(self) -> dict[str, int]:
         """As `GenerationService.held` says."""
         return self.service.held()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As `GenerationService.dtype` says."""
+        return self.service.dtype
+
+    def _cast(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights as the service keeps them, so that their bits can be compared."""
+        for name, tensor in weights:
+            wanted = tensor.dtype
+            if self.dtype is not None and tensor.is_floating_point():
+                wanted = self.dtype
+            yield name, tensor.to(wanted)
 
     def _check_loaded(self) -> None:
         if self.version < 0:

@@ -11,7 +11,7 @@ from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_config, flops_per_token, model_of_config
 from llm_trainer.models.pretrained import Kind, find_pretrained
-from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.rewarding import REWARD_MODELS, reward_model
 from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ class Sketch:
     def critic(self, source: str | None = None) -> dict[str, "PreTrainedModel"]:
         model = self.model
         if source is not None:
-            model = model_of_config(_of_folder(source, "value_model_checkpoint"), empty=True)
+            kinds = (Kind.LANGUAGE_MODEL, *REWARD_MODELS)
+            model = model_of_config(_of_folder(source, "value_model_checkpoint", kinds), empty=True)
         with torch.device("meta"):
             return {"critic": reward_model(model)}
 
@@ -124,7 +125,9 @@ def _configuration(config: "TrainConfig") -> "PretrainedConfig":
     return build_config(wanted)
 
 
-def _of_folder(source: str, key: str = "model_config") -> "PretrainedConfig":
+def _of_folder(
+    source: str, key: str = "model_config", kinds: tuple[Kind, ...] = (Kind.LANGUAGE_MODEL,)
+) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(find_pretrained(source, (Kind.LANGUAGE_MODEL,), key).source)
+    return AutoConfig.from_pretrained(find_pretrained(source, kinds, key).source)

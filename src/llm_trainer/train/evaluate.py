@@ -113,7 +113,9 @@ def _measure_step(work: Work, micro_batches: list[MicroBatch]) -> None:
 def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int) -> list[str]:
     """What the model answers to each of `eval_prompts`; in lockstep all ranks must ask together, and get the same."""
     from llm_trainer.data.encode.chat import ChatFormat
-    from llm_trainer.generation.sampler import generate
+    from llm_trainer.generation.decoding import Decoding
+    from llm_trainer.generation.in_process import InProcess
+    from llm_trainer.generation.service import Request
 
     tokenizer = algorithm.tokenizer
     chat = ChatFormat(tokenizer)
@@ -123,16 +125,16 @@ def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int
             ids.append(chat.encode_prompt([{"role": "user", "content": prompt}]))
         else:
             ids.append(chat.encode_text(prompt).input_ids[:-1])  # without the end of the text
+    decoding = Decoding(
+        max_new_tokens=sampling.max_seq_len,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        stop_token_ids=chat.stop_token_ids(),
+        pad_token_id=tokenizer.pad_token_id,
+        seed=seed,
+    )
+    requests = [Request(prompt, number) for number, prompt in enumerate(ids)]
     with torch.no_grad(), engine.inference():
-        answers = generate(
-            algorithm.base_model,
-            ids,
-            max_new_tokens=sampling.max_seq_len,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            stop_token_ids=chat.stop_token_ids(),
-            pad_token_id=tokenizer.pad_token_id,
-            seed=seed,
-        )
-    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers.ids]
+        written = InProcess(algorithm.base_model).generate(requests, decoding, stop=lambda: False)
+    return [tokenizer.decode(completion.ids, skip_special_tokens=True) for (completion,) in written]

@@ -2,19 +2,23 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint.valid import step_folders, step_of
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.score import Columns, Scoring
-from llm_trainer.generation.verify import Hashes
+from llm_trainer.generation.in_process import InProcess
+from llm_trainer.generation.service import GenerationService
+from llm_trainer.generation.verify import Hashes, Verified
 from llm_trainer.layout import Layout, Packing
 from llm_trainer.state import Progress
 from llm_trainer.train.budget import Budget
@@ -113,8 +117,22 @@ class RunMachine:
         with dist.on_duty(str):  # it is sharded, for which all ranks are needed
             self._engine.place(frozen)
 
-    def generating(self) -> AbstractContextManager[None]:
-        return self._engine.inference(alone=True)
+    @contextmanager
+    def generating(self) -> Iterator[GenerationService]:
+        engine, model = self._engine, self.trainer.base_model
+        weights_share, _, _ = engine.shard_fractions()
+        if weights_share == 1:
+            with engine.precision():
+                yield InProcess(model)
+            return
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"engine: {engine.name} shards the weights, and completions are drawn with a copy of them, which is made by "
+                f"the configuration of a transformers model; got {type(model).__name__}. Use engine: torch"
+            )
+        service = Verified(InProcess(model, DTYPES[self.precision_name]))
+        service.load(self.stream_weights(service.dtype), self.step)
+        yield service
 
     def stream_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         return self._engine.stream_weights(dtype)

@@ -25,7 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm_trainer.config.options import KDConfig
 from llm_trainer.config.section import config_section
-from llm_trainer.generation.sampler import generate
+from llm_trainer.generation.decoding import Decoding
+from llm_trainer.generation.service import GenerationService, Request
 from llm_trainer.losses.distill import TeacherLogits, chunked_divergence, divergence, teacher_head
 from llm_trainer.models.frozen import freeze
 from llm_trainer.models.scored import ScoredModel, scored, weight_and_bias
@@ -221,7 +222,7 @@ def check_same_tokenizer(student: Mapping[str, int], teacher: Mapping[str, int],
         )
 
 
-def own_answers(batch: Batch, student: nn.Module, kd: Distillation, seed: int) -> Batch:
+def own_answers(batch: Batch, student: GenerationService, kd: Distillation, seed: int) -> Batch:
     """The batch with every row's last answer replaced by what the student writes, padded on the right.
 
     What comes before that answer is the prompt, earlier answers included; a row without an answer stays as it is. A
@@ -246,19 +247,20 @@ def own_answers(batch: Batch, student: nn.Module, kd: Distillation, seed: int) -
         start = _start_of_last_answer(row_labels)
         if start:
             starts[r] = start
-    written = generate(
-        student,
-        [ids[r][:start] for r, start in starts.items()],
+    decoding = Decoding(
         max_new_tokens=kd.max_new_tokens,
-        pad_token_id=0,
         stop_token_ids=kd.stop_token_ids,
         temperature=kd.sampling_temperature,
         seed=seed,
-        row_numbers=[zlib.crc32(repr((ids[r], labels[r])).encode()) for r in starts],
     )
+    requests = []
+    for r, start in starts.items():
+        requests.append(Request(ids[r][:start], zlib.crc32(repr((ids[r], labels[r])).encode())))
+    written = student.generate(requests, decoding, stop=lambda: False)
 
     # 2. In place of the answers that were there, and as heavy.
-    for (r, start), answer in zip(starts.items(), written.ids, strict=True):
+    for (r, start), (completion,) in zip(starts.items(), written, strict=True):
+        answer = completion.ids
         ids[r] = ids[r][:start] + answer
         labels[r] = [IGNORE] * start + answer
         if weights is not None:

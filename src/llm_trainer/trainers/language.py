@@ -151,10 +151,10 @@ class Trainer(BaseTrainer):
         seed = self.kd.sampling_seed(self.machine.seed, self.machine.step)
         if seed is None:
             return
-        with self.machine.generating():
+        with self.machine.generating() as service:
             for micro_batch in batches:
                 if micro_batch.counts:
-                    micro_batch.batch = own_answers(dict(micro_batch.batch), self.base_model, self.kd, seed)
+                    micro_batch.batch = own_answers(dict(micro_batch.batch), service, self.kd, seed)
 
     def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         batch = lay_flat(batch, self.machine.layout)

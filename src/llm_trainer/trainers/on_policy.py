@@ -197,10 +197,12 @@ class OnPolicyTrainer(BaseTrainer):
         return DTYPES[self.machine.precision_name]
 
     def _service_of_run(self) -> GenerationService:
-        """Who draws; asked when the model is where it will train. Its weights are verified, but for modules without a size."""
+        """Who draws; asked when the model is where it will train. Its weights are verified: by a probe too, but for modules
+        whose vocabulary has no known size.
+        """
         if self._verified is None:
             service = self._service or InProcess(self.base_model, self._decoding_dtype)
-            self._verified = service
+            self._verified = Verified(service)
             vocab_size = vocab_size_of(self.base_model)
             if vocab_size is not None:
                 limit = LIMITS[self._decoding_dtype]

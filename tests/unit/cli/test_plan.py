@@ -14,6 +14,7 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.fsdp import FsdpEngine
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.models.build import build_model, flops_per_token, num_parameters
+from llm_trainer.models.rewarding import reward_model
 from llm_trainer.plan.describe import Sketch, describe, without_weights
 from llm_trainer.plan.shapes import shape_of
 from llm_trainer.train.budget import KEY
@@ -100,6 +101,21 @@ def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, caps
     lines = said(capsys, run("grpo_config", options), "--gpus", "4", "--gpu", "a100-40")
     assert "sampler" in lines.splitlines()[5] and "disk  0.00024 GB for each rollout" in lines
     assert "batch_size=4 grpo_config.gradient_accumulation_steps=2" in lines.splitlines()[-1]
+
+
+def test_ppo_trains_a_critic_beside_the_policy(run, tmp_path):
+    parameters = num_parameters(build_model(ModelConfig(**MODEL)))
+    shape, job = describe(load_config(run("ppo_config", "gen_max_seq_len: 32")), "ppo")
+    assert shape.num_parameters == 2 * parameters + 32 and shape.num_layers == 4
+    assert job.state_bytes == 8 * shape.num_parameters and job.frozen_bytes == 4 * parameters
+    assert (job.rows, job.row_tokens, job.copy_bytes) == (4, 96, 2 * parameters)  # of the policy alone
+    judge = reward_model(build_model(ModelConfig(**MODEL | {"num_hidden_layers": 3})))
+    judge.save_pretrained(tmp_path / "judge")
+    options = f"value_model_checkpoint: {tmp_path}/judge, kl_beta: 0.0"
+    shape, job = describe(load_config(run("ppo_config", options)), "ppo")
+    assert shape.num_layers == 2 + 3 and job.frozen_bytes == 0
+    shape, job = describe(load_config(run("ppo_config", "critic_on_policy: true")), "ppo")
+    assert shape.num_parameters == parameters
 
 
 def test_a_critic_is_trained_beside_the_policy(run, tmp_path):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from llm_trainer import Distillation, SFTTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.collate import collate_flat
+from llm_trainer.generation.in_process import InProcess
 from llm_trainer.losses.distill import divergence
 from llm_trainer.models.build import build_model
 from llm_trainer.train.hooks import Hook
@@ -194,7 +195,7 @@ GKD = Distillation(on_policy_fraction=0.5, max_new_tokens=5, stop_token_ids=(1, 
 
 
 def test_own_answers_replace_the_last_answer_whatever_the_batch() -> None:
-    student, rows = model(), batch()
+    student, rows = InProcess(model()), batch()
     rows["labels"][0, 5:7] = -100  # two answers: what is asked for is all before the second
     rows["labels"][1] = -100  # no answer
     found = own_answers(rows, student, GKD, seed=7)
