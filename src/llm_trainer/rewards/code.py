@@ -21,6 +21,7 @@ TESTS = ("tests", "test_list", "test", "test_cases")  # columns that data sets h
 SETUP = ("test_setup_code", "setup", "test_imports")
 GRAVE = ("network", "write")  # what code may never do unless the user says so
 START_S = 30.0
+DISMISS_S = 2.0  # to end by itself
 # Of the process, without those of the trainer, which hold keys. Libraries start a thread for each core unless they are told.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _BEGIN = "import sys; sys.path.insert(0, {root!r}); from llm_trainer.rewards import sandbox; del sys.path[0]; {call}"
@@ -161,9 +162,17 @@ class CodeTests:
     def close(self) -> None:
         """End the process that runs code."""
         server, self._server = self._server, None
-        if server is not None:
+        if server is None:
+            return
+        assert server.stdin is not None and server.stdout is not None
+        with suppress(OSError):
+            server.stdin.close()  # at which it removes its folder and ends
+        try:
+            server.wait(DISMISS_S)
+        except subprocess.TimeoutExpired:
             server.kill()
-            server.communicate()
+            server.wait()
+        server.stdout.close()
 
 
 def code_of(completion: str) -> str:
