@@ -156,8 +156,20 @@ def main() -> None:
     for name in EXPERIMENTS:
         table.append(line(name))
         print(table[-1], flush=True)
+    write(table, MARKERS)
+
+
+def table_of(markers: tuple[str, str]) -> list[str]:
+    """The lines of a table, head and all, that stand between its two markers in docs/results.md."""
     text = RESULTS.read_text(encoding="utf-8")
-    begin, end = text.index(MARKERS[0]) + len(MARKERS[0]), text.index(MARKERS[1])
+    begin, end = text.index(markers[0]) + len(markers[0]), text.index(markers[1])
+    return text[begin:end].strip().splitlines()
+
+
+def write(table: list[str], markers: tuple[str, str]) -> None:
+    """Put the lines of a table between its two markers in docs/results.md."""
+    text = RESULTS.read_text(encoding="utf-8")
+    begin, end = text.index(markers[0]) + len(markers[0]), text.index(markers[1])
     RESULTS.write_text(text[:begin] + "\n" + "\n".join(table) + "\n" + text[end:], encoding="utf-8")
 
 

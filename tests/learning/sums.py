@@ -6,6 +6,7 @@ the form and the digits, and takes the right one of two by chance. Preferences h
 are in no training row judge it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ def rows(numbers: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     carry = (units + other >= 10) == right
     plus, equals = torch.full_like(numbers, PLUS), torch.full_like(numbers, EQUALS)
     return torch.stack([tens, units, plus, other, equals, (units + other) % 10, tens + carry], dim=1)
+
+
+def answer(prompt: Sequence[int]) -> list[int]:
+    """The ids of the right sum behind the ids of a prompt: units before tens."""
+    tens, units, _, other, _ = prompt
+    total = 10 * tens + units + other
+    return [total % 10, total // 10]
 
 
 def _parts(**parts: torch.Tensor) -> Batch:

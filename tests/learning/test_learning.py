@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import learning_table as table
+import reinforcement_table as reinforcement
 
 
 @pytest.mark.slow
@@ -17,3 +18,12 @@ def test_held_out_accuracy(name: str, seed: int) -> None:
     assert 0.3 < outcome.accuracy[0] < 0.7  # chance
     assert expected.accepts(outcome.accuracy[1], outcome.margin), outcome
     assert outcome.seconds < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", reinforcement.SEEDS)
+@pytest.mark.parametrize("name", reinforcement.EXPERIMENTS)
+def test_held_out_sums_after_reinforcement(name: str, seed: int) -> None:
+    outcome, (low, high) = reinforcement.run(name, seed), reinforcement.EXPERIMENTS[name].accuracy
+    assert 0.3 < outcome.accuracy[0] < 0.7  # chance
+    assert low <= outcome.accuracy[1] <= high, outcome
