@@ -1,0 +1,176 @@
+"""Kills GRPO or PPO with a real policy: `python policy_lives.py FOLDER KILLS {grpo,ppo}` prints what happened as JSON.
+
+As rollout_lives.py, whose fakes it does without: completions are drawn by the sampler, judged in a process of their own.
+"""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from aimed import Killer
+from rollout_lives import FILES, codes_of, rollouts_of
+from victim import flat, fork_life
+
+from llm_trainer import GRPOTrainer, configure_optimizer
+from llm_trainer.checkpoint import CheckpointManager
+from llm_trainer.config.schema import ModelConfig
+from llm_trainer.generation.in_process import InProcess
+from llm_trainer.models.build import build_model
+from llm_trainer.rewards.functions import RewardFunctions
+from llm_trainer.trainers.ppo import PPOTrainer
+from llm_trainer.trainers.rollouts import RolloutMaker
+
+PHASES = {"generating": 40, "rewarding": 4, "scoring": 4, "updating": 12, "syncing": 4}
+AIMS = (*PHASES, *FILES)
+
+
+class Kill:
+    """Kills this process when it was called `count` times."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def even_share(prompts: list[list[int]], completions: list[list[int]], answers: list[str]) -> list[float]:
+    """The share of even tokens."""
+    return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completions]
+
+
+def make(name: str, folder: Path, **options: Any) -> Any:
+    """A run of 6 rollouts of 4 prompts that saves every third step."""
+    torch.manual_seed(0)
+    shape = ModelConfig(
+        vocab_size=24, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+    )
+    model, noise = build_model(shape), torch.Generator().manual_seed(1)
+    batches = [{"prompts": torch.randint(3, 24, (4, 4), generator=noise)} for _ in range(3)]
+    given: dict[str, Any] = {
+        "train_loader": batches,
+        "reward_func": even_share,
+        "gen_max_seq_len": 6,
+        "stop_token_ids": [2],
+        "max_epochs": 2,
+        "keep_rollouts": True,
+        "save_interval_steps": 3,
+        "resume": "auto",
+    }
+    kind: Any = GRPOTrainer
+    own: dict[str, Any] = {"num_samples_per_prompt": 2, "kl_coef": 0.05, "grpo_steps": 2}
+    if name == "ppo":
+        kind, own = PPOTrainer, {"completions_per_prompt": 2, "ppo_epochs": 2, "normalize_rewards": True}
+    optimizer = configure_optimizer(model=model, lr=3e-3)
+    how = {"device": "cpu", "use_amp": False, "log_interval": 1, "progress": False, "compile": False}
+    return kind(model=model, optimizer=optimizer, save_dir=str(folder), **how, **own, **(given | options))
+
+
+def before(owner: Any, name: str, call: Callable[[], None]) -> None:
+    """Let `call` be called before a method."""
+    method = getattr(owner, name)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        call()
+        return method(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+def aim_at(phase: str, kill: Kill, kind: Any) -> None:
+    """Let a life end at a moment of a phase."""
+    if phase == "generating":
+        generate = InProcess.generate
+
+        def counted(self: Any, requests: Any, decoding: Any, stop: Callable[[], bool]) -> Any:
+            def stop_or_end() -> bool:
+                kill()
+                return stop()
+
+            return generate(self, requests, decoding, stop_or_end)
+
+        InProcess.generate = counted  # type: ignore[method-assign]
+    elif phase == "rewarding":
+        before(RewardFunctions, "__call__", kill)
+    elif phase == "syncing":
+        before(RolloutMaker, "begin", kill)
+    else:
+        before(kind, {"scoring": "_finish", "updating": "_forward"}[phase], kill)
+
+
+def start(name: str, folder: Path, aim: str, count: int) -> int:
+    """Fork a life that trains in `folder` until its end, or until the moment that is aimed at."""
+
+    def live() -> None:
+        if aim in FILES:
+            sys.addaudithook(Killer(folder, FILES[aim][0], count, 0.0))
+        if aim in PHASES:
+            aim_at(aim, Kill(count), PPOTrainer if name == "ppo" else GRPOTrainer)
+        make(name, folder).train()
+
+    return fork_life(folder, live)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on when it was killed."""
+    loaded = CheckpointManager(folder).load()
+    progress = loaded.state["progress"]
+    progress = {name: value for name, value in progress.items() if name not in ("train_seconds", "lines")}
+    lines = []
+    for line in (folder / "log" / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        if "choices" not in values:
+            lines.append(
+                {name: value for name, value in values.items() if "second" not in name and name not in ("time", "mfu")}
+            )
+    models = {}
+    for file in sorted(loaded.model_folder.parent.rglob("*.safetensors")):
+        models[str(file.relative_to(loaded.model_folder.parent))] = file.read_bytes().hex()
+    kept = {name: loaded.state[name] for name in ("optimizer", "trainer")}
+    state = flat({**kept, "progress": progress})
+    return {"weights": models, "state": state, "metrics": lines, "rollouts": rollouts_of(folder)}
+
+
+def main(folder: Path, kills: int, name: str) -> None:
+    """Kill `kills` lives at each aim, in turns, and compare every run that has ended with one that was left alone."""
+    torch.set_num_threads(1)
+    importlib.import_module("torch.distributed.checkpoint")
+    make(name, folder / "unused", max_steps=1, save_interval_steps=None).train()  # imports the rest
+    began, chance = time.monotonic(), random.Random(5)
+    assert codes_of([start(name, folder / "whole", "", 0)]) == [0], (folder / "whole.out").read_text()[-3000:]
+    whole, killed, different, runs = outcome(folder / "whole"), Counter[str](), list[str](), 0
+    aims = AIMS * kills
+    while aims:
+        run, finished = folder / f"run-{runs}", False
+        runs += 1
+        while not finished:
+            aim = aims[0] if aims else ""
+            most = PHASES.get(aim) or FILES.get(aim, ("", 1))[1]
+            (code,) = codes_of([start(name, run, aim, chance.randint(1, most))])
+            assert code in (0, -signal.SIGKILL), (folder / f"{run.name}.out").read_text()[-3000:]
+            finished = code == 0
+            if not finished:
+                killed[aim] += 1
+                aims = aims[1:]
+        result = outcome(run)
+        different += [f"{run.name}: {what}" for what in whole if result[what] != whole[what]]
+    seconds = round(time.monotonic() - began, 1)
+    steps = len(whole["metrics"])
+    print(json.dumps({"kills": killed, "runs": runs, "different": different, "steps": steps, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
