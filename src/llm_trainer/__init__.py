@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llm_trainer.trainers.language import Trainer as Trainer
     from llm_trainer.trainers.ppo import PPOTrainer as PPOTrainer
     from llm_trainer.trainers.preference import DPOTrainer as DPOTrainer
+    from llm_trainer.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
+    from llm_trainer.trainers.reinforce import RLOOTrainer as RLOOTrainer
     from llm_trainer.trainers.reward import RewardTrainer as RewardTrainer
     from llm_trainer.trainers.unpaired import KTOTrainer as KTOTrainer
 
@@ -38,6 +40,8 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "FileDataset": "llm_trainer.config.files",
     "Hook": "llm_trainer.train.hooks",
     "KTOTrainer": "llm_trainer.trainers.unpaired",
+    "RLOOTrainer": "llm_trainer.trainers.reinforce",
+    "ReinforceTrainer": "llm_trainer.trainers.reinforce",
     "RewardTrainer": "llm_trainer.trainers.reward",
     "configure_optimizer": "llm_trainer.optim.optimizers",
     "create_optimizer": "llm_trainer.optim.optimizers",

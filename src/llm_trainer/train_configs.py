@@ -23,7 +23,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
 from llm_trainer.config.options import FsdpConfig, KDConfig
 from llm_trainer.config.ppo import PPOConfig
-from llm_trainer.config.reinforcement import GenerateConfig, GRPOConfig
+from llm_trainer.config.reinforcement import GenerateConfig, GRPOConfig, ReinforceConfig, RLOOConfig
 from llm_trainer.config.schema import (
     DataLoaderConfig,
     EvalConfig,
@@ -62,6 +62,8 @@ __all__ = [
     "OptimConfig",
     "PPOConfig",
     "PretrainConfig",
+    "RLOOConfig",
+    "ReinforceConfig",
     "RewardConfig",
     "RunConfig",
     "SFTConfig",

@@ -155,3 +155,25 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
                 f"gen_repetition_penalty: got {self.gen_repetition_penalty:g}: tokens are then drawn from another distribution "
                 "than the policy's own, which learns; set off_policy_correction to truncate or mask, or leave it at 1"
             )
+
+
+@config_section
+class RLOOConfig(GRPOConfig):
+    """Reinforcement learning with the mean of a group's other completions as baseline: RLOO."""
+
+    group_size: StrictInt = Field(default=4, ge=1, description="completions of each prompt")
+    loss_type: LossType = Field(default="dr_grpo", description="the loss, and what it is a mean of")
+    advantage: Advantage | None = Field(default="rloo", description="what a completion is compared with")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="how the KL is estimated (Schulman 2020)")
+    kl_in: Literal["loss", "reward"] = Field(default="reward", description="where it is: in the loss, or in the reward")
+
+
+@config_section
+class ReinforceConfig(GRPOConfig):
+    """Reinforcement learning with the mean of all completions as baseline: REINFORCE++."""
+
+    group_size: StrictInt = Field(default=1, ge=1, description="completions of each prompt")
+    loss_type: LossType = Field(default="bnpo", description="the loss, and what it is a mean of")
+    advantage: Advantage | None = Field(default="reinforce++", description="what a completion is compared with")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="how the KL is estimated (Schulman 2020)")
+    kl_in: Literal["loss", "reward"] = Field(default="reward", description="where it is: in the loss, or in the reward")

@@ -19,7 +19,7 @@ from llm_trainer.config.files import Files
 from llm_trainer.config.optim import OptimConfig
 from llm_trainer.config.options import EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
 from llm_trainer.config.ppo import PPOConfig
-from llm_trainer.config.reinforcement import GRPOConfig
+from llm_trainer.config.reinforcement import GRPOConfig, ReinforceConfig, RLOOConfig
 from llm_trainer.config.section import config_section
 
 
@@ -246,6 +246,8 @@ class TrainConfig:
     grpo_config: GRPOConfig | None = Field(
         default=None, description="reinforcement learning from groups of completions"
     )
+    rloo_config: RLOOConfig | None = Field(default=None, description="the same, with the others of a group as baseline")
+    reinforce_config: ReinforceConfig | None = Field(default=None, description="the same, with all others as baseline")
     ppo_config: PPOConfig | None = Field(default=None, description="reinforcement learning with a critic")
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class GRPOTrainer(OnPolicyTrainer):
     `trainers.given.join_responses` says what they have.
 
     Args:
-        num_samples_per_prompt: completions of each prompt.
+        num_samples_per_prompt: completions of each prompt; None: 4.
         clip_eps: how far a ratio may be from 1; None: what belongs to `loss_type`, 0.2 for GRPO.
         kl_coef: weight of the KL from the reference; 0: there is none.
         temperature: of sampling; the policy that learns is this distribution.
@@ -67,12 +67,14 @@ class GRPOTrainer(OnPolicyTrainer):
     section = "grpo_config"
     takes_flat = True
     how: GRPOConfig
+    options: ClassVar[type[GRPOConfig]] = GRPOConfig
+    default_samples: ClassVar[int] = 4  # where objects are given
 
     def __init__(
         self,
         model: nn.Module,
         *args: Any,
-        num_samples_per_prompt: int = 4,
+        num_samples_per_prompt: int | None = None,
         clip_eps: float | None = None,
         kl_coef: float = 0.0,
         temperature: float = 1.0,
@@ -80,12 +82,12 @@ class GRPOTrainer(OnPolicyTrainer):
         **options: Any,
     ) -> None:
         said = {
-            "group_size": num_samples_per_prompt,
+            "group_size": num_samples_per_prompt or self.default_samples,
             "loss_clip_eps": clip_eps,
             "loss_beta": kl_coef,
             "gen_temperature": temperature,
         }
-        how = _section(type(self).__name__, said, options)
+        how = _section(type(self), said, options)
         self.loss = loss_of(how)
         self.advantages = Advantages(_advantage_of(how))
         reference = None
@@ -262,7 +264,7 @@ class GRPOTrainer(OnPolicyTrainer):
         return Finished(columns | judged | {"advantages": learned}, masked, dropped)
 
 
-def _section(trainer: str, said: dict[str, Any], options: dict[str, Any]) -> GRPOConfig:
+def _section(trainer: type[GRPOTrainer], said: dict[str, Any], options: dict[str, Any]) -> GRPOConfig:
     """The fields of the section among a trainer's keywords, which are taken out of `options`.
 
     Raises:
@@ -273,9 +275,9 @@ def _section(trainer: str, said: dict[str, Any], options: dict[str, Any]) -> GRP
         if name not in options or name in _OBJECTS:
             continue
         if name in renamed:
-            raise TypeError(f"{trainer} has no option {name!r} in this style; it is {renamed[name]}")
+            raise TypeError(f"{trainer.__name__} has no option {name!r} in this style; it is {renamed[name]}")
         said[name] = options.pop(name)
-    return GRPOConfig(**said)
+    return trainer.options(**said)
 
 
 def loss_of(how: GRPOConfig) -> PolicyLoss:

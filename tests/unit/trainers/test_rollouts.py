@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_trainer import GRPOTrainer, configure_optimizer
+from llm_trainer import GRPOTrainer, configure_optimizer, create_trainer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
@@ -160,3 +160,31 @@ def test_prompts_once_change_nothing_also_where_the_distribution_was_cut(
     for a, b in zip(shared, repeated, strict=True):
         for name in ("loss", "grad_norm", "ratio", "entropy", "reward"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(("name", "samples"), [("rloo", 4), ("reinforce", 1)])
+def test_baselines_of_reinforce(name: str, samples: int, tmp_path: Path) -> None:
+    model = tiny()
+    trainer: Any = create_trainer(
+        name,
+        model=model,
+        optimizer=configure_optimizer(model=model, lr=3e-3),
+        train_loader=prompts(size=3),
+        reward_func=even_share,
+        gen_max_seq_len=8,
+        stop_token_ids=[STOP],
+        kl_coef=0.1,
+        max_epochs=1,
+        keep_rollouts=True,
+        save_dir=str(tmp_path),
+    )
+    trainer.train()
+    first = rollouts_of(tmp_path)[0]
+    rewards, groups = first.column("rewards")[:, 0], first.column("group")  # the KL is 0 in the first rollout
+    assert len(first) == 3 * samples
+    for row in range(len(first)):
+        others = (groups == groups[row]) & (np.arange(len(first)) != row)
+        expected = rewards[row] - rewards[others].mean() if name == "rloo" else None
+        if name == "reinforce":
+            expected = (rewards[row] - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+        assert first.store["advantages"][row][-1] == pytest.approx(expected, abs=1e-3)
