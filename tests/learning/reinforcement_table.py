@@ -128,7 +128,7 @@ def accuracy(model: Any, numbers: torch.Tensor) -> float:
     for _ in range(ANSWER):
         following = model.eval()(ids).logits[:, -1].argmax(-1)
         ids = torch.cat([ids, following[:, None]], 1)
-    return float((ids == right).all(1).float().mean())
+    return float((ids == right).all(1).double().mean())  # 171 of 180 are 0.95
 
 
 def line(name: str) -> str:
