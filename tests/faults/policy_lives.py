@@ -33,6 +33,7 @@ from llm_trainer.trainers.rollouts import RolloutMaker
 
 PHASES = {"generating": 40, "rewarding": 4, "scoring": 4, "updating": 12, "syncing": 4}
 AIMS = (*PHASES, *FILES)
+LEARNED = ("step", "loss", "grad_norm", "reward", "learning_rate", "num_tokens", "epoch")  # no times
 
 
 class Kill:
@@ -133,9 +134,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     for line in (folder / "log" / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
         if "choices" not in values:
-            lines.append(
-                {name: value for name, value in values.items() if "second" not in name and name not in ("time", "mfu")}
-            )
+            lines.append({name: value for name, value in values.items() if name in LEARNED})
     models = {}
     for file in sorted(loaded.model_folder.parent.rglob("*.safetensors")):
         models[str(file.relative_to(loaded.model_folder.parent))] = file.read_bytes().hex()
