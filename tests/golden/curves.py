@@ -32,7 +32,14 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, and wha
     "fsdp x2": (2, {"run_config": {"engine": "fsdp"}}),
     "zero-2 x2": (2, {"run_config": {"engine": "deepspeed"}, "ds_config": {"zero_config": {"stage": 2}}}),
 }
-TIMES = ("time", "tokens_per_second", "mfu")  # what no two runs have in common
+# What no two runs have in common: names, and beginnings of names.
+TIMES = ("time", "tokens_per_second", "mfu")
+TIMES_OF = ("seconds/", "eval_seconds/", "tokens_per_second/", "eval_tokens_per_second/")
+# Which differs between completions of a model that has learned nothing.
+REWARD = """
+def vowels(prompts, completions, answers):
+    return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
+"""
 
 
 def write_data(folder: Path) -> None:
@@ -50,9 +57,11 @@ def write_data(folder: Path) -> None:
     judged = [
         {"prompt": f"count to {n}", "completion": " ".join(words[: 1 + n % 6]), "label": n % 3 != 0} for n in range(24)
     ]
-    files = {"texts": texts, "chats": chats, "pairs": pairs, "judged": judged}
+    prompts = [{"prompt": f"count to {n}", "answer": str(n)} for n in range(24)]
+    files = {"texts": texts, "chats": chats, "pairs": pairs, "judged": judged, "prompts": prompts}
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
 
 
 def trainers(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -65,6 +74,8 @@ def trainers(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 
     kd = {"teacher_model": str(folder / "teacher"), "kd_coef": 0.5}
     nll = {"dpo": 0.7, "sft": 0.3}
+    drawn = {"rewards": [f"{folder / 'reward.py'}:vowels"], "gen_max_seq_len": 8}
+    groups = drawn | {"group_size": 3}
     return {
         "pretrain": (
             "pretrain",
@@ -77,6 +88,10 @@ def trainers(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         "kto": ("kto", data("judged") | {"kto_config": {"gradient_accumulation_steps": 2}}),
         "reward": ("reward", data("pairs") | {"reward_config": {"center_coef": 0.01}}),
         "distill": ("sft", data("chats") | {"sft_config": {"kd_config": kd}}),
+        "grpo": ("grpo", data("prompts") | {"grpo_config": groups | {"grpo_steps": 2, "loss_beta": 0.05}}),
+        "rloo": ("rloo", data("prompts") | {"rloo_config": groups}),
+        "reinforce": ("reinforce", data("prompts") | {"reinforce_config": groups}),
+        "ppo": ("ppo", data("prompts") | {"ppo_config": drawn | {"ppo_epochs": 2}}),
     }
 
 
@@ -109,7 +124,9 @@ def run(name: str, engine: str, folder: Path, **loader: Any) -> dict[str, Any]:
         return {}
     lines = [json.loads(line) for line in (save_dir / "log" / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "choices" not in line]
-    kept = [{key: value for key, value in line.items() if key not in TIMES} for line in measured]
+    kept = []
+    for line in measured:
+        kept.append({k: value for k, value in line.items() if k not in TIMES and not k.startswith(TIMES_OF)})
     weights = (save_dir / "model" / "model.safetensors").read_bytes()
     return {"metrics": kept, "weights": hashlib.sha256(weights).hexdigest()}
 
@@ -132,9 +149,13 @@ def run_engine(engine: str, folder: Path, out: Path) -> None:
     import torch
 
     from llm_trainer.engine import dist
+    from llm_trainer.trainers import TRAINERS
 
     torch.set_num_threads(1)
-    curves = {name: run(name, engine, folder) for name in trainers(folder)}
+    known = [
+        name for name, (trainer, _) in trainers(folder).items() if trainer in TRAINERS
+    ]  # an earlier revision has fewer
+    curves = {name: run(name, engine, folder) for name in known}
     if dist.is_main():
         out.write_text(json.dumps(curves))
     dist.stop()
@@ -167,7 +188,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     lines = []
     for engine, runs in ours.items():
         for name, curve in runs.items():
-            other = theirs[engine][name]
+            other = theirs[engine].get(name, curve)  # what is new has nothing to be compared with
             if curve["weights"] != other["weights"]:
                 lines.append(f"{engine} {name}: the final weights differ")
             for mine, base in zip(curve["metrics"], other["metrics"], strict=True):

@@ -27,7 +27,7 @@ def test_a_curve_is_the_one_written_down(name: str, folder: Path) -> None:
     steps = [[line["step"], line["loss"], line["grad_norm"]] for line in found if "loss" in line]
     assert len(steps) == len(GOLDEN[name]) >= 6
     for ours, golden in zip(steps, GOLDEN[name], strict=True):
-        assert ours == pytest.approx(golden, rel=2e-4)
+        assert ours == pytest.approx(golden, rel=2e-4, abs=1e-5)  # on policy the loss is 0 up to rounding
 
 
 def test_every_trainer_has_a_curve(tmp_path: Path) -> None:

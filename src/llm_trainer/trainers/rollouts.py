@@ -169,14 +169,11 @@ class RolloutMaker:
             self._check_room(prompt)
             number = prompt.number + attempt * ATTEMPT
             requests.append(Request(prompt.ids.tolist(), number, self.num_samples(plan.training)))
-        before = plan.seconds.get("generate", 0.0)
         with plan.timed("generate"):
             drawn = self.service().generate(requests, self._decoding(plan.seed, plan.training), plan.stop)
         written = []
         for prompt, completions in zip(prompts, drawn, strict=True):
             written += [Written(prompt, completion, attempt=attempt) for completion in completions]
-        tokens = sum(len(one.completion.ids) for one in written)
-        self.machine.record("tokens_per_s/generate", tokens, plan.seconds["generate"] - before)
         return written
 
     def _check_room(self, prompt: Prompt) -> None:
