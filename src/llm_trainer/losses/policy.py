@@ -234,6 +234,21 @@ class PolicyLoss:
         """Whether a token's loss depends on no other token's log-prob, so that the head can make its gradient at once."""
         return self.level == "token"
 
+    def __str__(self) -> str:
+        """In words, for the screen before training: `grpo, ratios of tokens from 0.8 to 1.2, 0.05 x KL (k3)`."""
+        ratios = "ratios of tokens" if self.is_per_token else "ratios of sequences"
+        if self._type.formula in (clipped_loss, cispo_loss):
+            low, high = self.bounds
+            ratios += f" from {max(low, 0):g} to {high:g}"
+        said = [self.loss_type, ratios]
+        if self.delta is not None:
+            said.append(f"at most {self.delta:g} where the advantage is negative")
+        if self.kl_coef:
+            said.append(f"{self.kl_coef:g} x KL ({self.kl_estimator})")
+        if self.entropy_coef:
+            said.append(f"-{self.entropy_coef:g} x entropy")
+        return ", ".join(said)
+
     # What the loss is a mean of.
 
     def num_terms(self, sequences: Sequences) -> Tensor:

@@ -195,3 +195,12 @@ def test_rows_of_a_flat_batch_whose_documents_lie_in_another_order() -> None:
     assert sequences.spread(torch.tensor([10.0, 20.0, 30.0])).tolist() == [[10.0] * 3 + [30.0] * 2 + [20.0] * 4]
     assert sequences.compact(values).tolist() == [[1.0, 2.0, 0.0], [6.0, 7.0, 8.0], [4.0, 0.0, 0.0]]
     assert torch.equal(sequences.expand(sequences.compact(values)), torch.where(mask, values, 0.0))
+
+
+def test_a_loss_says_what_it_is() -> None:
+    assert str(PolicyLoss()) == "grpo, ratios of tokens from 0.8 to 1.2"
+    assert str(PolicyLoss("sapo")) == "sapo, ratios of tokens"
+    held = PolicyLoss(clip_eps=0.1, delta=2.0, kl_coef=0.05, entropy_coef=0.01, importance="seq")
+    assert str(held) == (
+        "grpo, ratios of sequences from 0.9 to 1.1, at most 2 where the advantage is negative, 0.05 x KL (k3), -0.01 x entropy"
+    )
