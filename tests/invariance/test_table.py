@@ -28,6 +28,8 @@ from table import (
 
 TOLERANCE = 1e-5
 AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the last digit of fp32 is 5e-7
+# A new critic's gradients are small at first, and Adam divides them by themselves: their rounding is amplified.
+AUTOMATIC_OF = {"ppo": TOLERANCE}
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
 
@@ -78,12 +80,13 @@ def test_two_processes_on_other_engines(cell: Cell, base: dict[str, list], playe
 
 @pytest.mark.parametrize("cell", [cell for t in TRAINERS for cell in automatic_cells(t, "torch", 1)], ids=str)
 def test_what_the_machine_chooses_in_one_process(cell: Cell, base: dict[str, list]) -> None:
-    assert max(differences(run(cell), base[cell.trainer])) < AUTOMATIC
+    assert max(differences(run(cell), base[cell.trainer])) < AUTOMATIC_OF.get(cell.trainer, AUTOMATIC)
 
 
 @pytest.mark.parametrize("cell", [c for e in ENGINES for t in TRAINERS for c in automatic_cells(t, e, 2)], ids=str)
 def test_what_the_machine_chooses_in_two(cell: Cell, base: dict[str, list], played: dict[str, Any]) -> None:
-    assert max(differences(curve_of(cell, played), base[cell.trainer])) < AUTOMATIC
+    limit = AUTOMATIC_OF.get(cell.trainer, AUTOMATIC)
+    assert max(differences(curve_of(cell, played), base[cell.trainer])) < limit
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,9 @@ class RLOOConfig(GRPOConfig):
 
     group_size: StrictInt = Field(default=4, ge=1, description="completions of each prompt")
     loss_type: LossType = Field(default="dr_grpo", description="the loss, and what it is a mean of")
-    advantage: Advantage | None = Field(default="rloo", description="what a completion is compared with")
+    advantage: Advantage = Field(  # type: ignore[assignment]  # None is its default, and not the choice of loss_type
+        default="rloo", description="what a completion is compared with"
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="how the KL is estimated (Schulman 2020)")
     kl_in: Literal["loss", "reward"] = Field(default="reward", description="where it is: in the loss, or in the reward")
 
@@ -174,6 +176,8 @@ class ReinforceConfig(GRPOConfig):
 
     group_size: StrictInt = Field(default=1, ge=1, description="completions of each prompt")
     loss_type: LossType = Field(default="bnpo", description="the loss, and what it is a mean of")
-    advantage: Advantage | None = Field(default="reinforce++", description="what a completion is compared with")
+    advantage: Advantage = Field(  # type: ignore[assignment]  # None is its default, and not the choice of loss_type
+        default="reinforce++", description="what a completion is compared with"
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="how the KL is estimated (Schulman 2020)")
     kl_in: Literal["loss", "reward"] = Field(default="reward", description="where it is: in the loss, or in the reward")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from llm_trainer import Distillation, DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
+from llm_trainer.generation.in_process import InProcess
 from llm_trainer.losses.distill import divergence
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import reward_model
@@ -126,7 +127,7 @@ def test_distillation_and_evaluation_weigh_as_well(tmp_path: Path) -> None:
 def test_own_answers_weigh_as_much_as_those_they_replace() -> None:
     kd = Distillation(teacher_logits_provider=lambda ids, mask: None, on_policy_fraction=0.5, stop_token_ids=(1,))
     given = batch() | {"loss_weights": torch.full((4, 12), 0.5)}
-    answered = own_answers(given, model(), kd, seed=3)
+    answered = own_answers(given, InProcess(model()), kd, seed=3)
     assert answered["loss_weights"].shape == answered["labels"].shape
     assert torch.equal(answered["loss_weights"] == 0.5, answered["labels"] != -100)
 
