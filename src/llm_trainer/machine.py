@@ -87,6 +87,12 @@ class Machine(Protocol):
     def place(self, frozen: nn.Module) -> None:
         """Place a frozen module (a reference, a teacher) as the trained one is: sharded and compiled where that is."""
 
+    def follow(self, frozen: nn.Module, weight: float) -> None:
+        """Move the weights of a module that was placed towards the trained ones: w <- weight * trained + (1 - weight) * w.
+
+        All ranks call it together. It has the names and shapes of `base_model`.
+        """
+
     def generating(self) -> "AbstractContextManager[GenerationService]":
         """The context of a service that draws completions with the trained weights as they are now, on every rank others.
 

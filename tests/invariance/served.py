@@ -108,6 +108,52 @@ def written(trainer: Any) -> dict[str, Any]:
     return report
 
 
+def even_share(prompts: Any, completions: Any, answers: Any) -> list[float]:
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completions]
+
+
+def every_weight(trainer: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.run.engine.stream_weights(every_model=True)}
+
+
+def moved(engine: str, ranks: int) -> dict[str, Any]:
+    """Two rollouts; before the second one the reference moves by a quarter: how, and the steps that were taken."""
+    report: dict[str, Any] = {"steps": []}
+
+    def note(view: Any) -> None:
+        report["steps"].append([view.values[name] for name in ("loss", "grad_norm", "kl")])
+
+    def watch(trainer: Any) -> None:
+        trainer.run._user_hooks.append(Hook("note", note, every_steps=1))
+        follow = trainer.machine.follow
+
+        def noting(*args: Any) -> None:
+            before = every_weight(trainer)
+            follow(*args)
+            after = every_weight(trainer)
+            expected = dict(before)
+            for name, tensor in before.items():
+                if name.startswith("reference.") and tensor.is_floating_point():
+                    expected[name] = torch.lerp(tensor, before[name.replace("reference", "model", 1)], 0.25)
+            report["right"] = all(torch.equal(after[name], expected[name]) for name in after)
+            report["moved"] = sum(not torch.equal(after[name], before[name]) for name in after)
+            report["everywhere"] = dist.gather_objects(digest(after))
+            report["step"] = trainer.machine.step
+
+        trainer.machine.follow = noting
+
+    prompts = torch.randint(3, 512, (8, 4), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"reward_func": even_share, "reward_in_process": True, "stop_token_ids": []}
+    options |= {"num_samples_per_prompt": 2, "gen_max_seq_len": 6, "kl_coef": 0.5}
+    options |= {"ref_model": None, "ref_sync_steps": 1, "mixup_alpha": 0.25}
+    cell, loader = (
+        Cell("grpo", 4 // ranks, 1, ranks, engine=engine),
+        [{"prompts": p} for p in prompts.split(4 // ranks)],
+    )
+    run(cell, model=model_with_everything(), loader=loader, ready=watch, **options)
+    return report
+
+
 def served(engine: str, ranks: int) -> dict[str, Any]:
     """What a run of an engine serves after its first step, and the curve of the run, which goes on."""
     report: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from served import served
+from served import moved, served
 from table import (
     ENGINES,
     ROWS_PER_STEP,
@@ -167,6 +167,18 @@ def test_every_rank_is_served_the_same_completions_token_for_token(
         for found, expected in zip(ours[f"{name} logprobs"], alone[f"{name} logprobs"], strict=True):
             assert found == pytest.approx(expected, abs=TOLERANCE)
     assert alone["greedy"] != alone["drawn"] and len({len(ids) for group in alone["drawn"] for ids in group}) > 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_reference_moves_on_every_engine(engine: str, played: dict[str, Any]) -> None:
+    """Between rollouts, as the formula says, to the same bits on every rank; its forward has the new weights."""
+    report, plain = ended_well(engine, played)["moved"], moved("torch", 1)
+    assert report["right"] and report["step"] == 1
+    assert report["moved"] == plain["moved"] > 20  # not the frozen parameter, and none of the policy's
+    assert len(report["everywhere"]) == 2 and len(set(report["everywhere"])) == 1
+    assert len(report["steps"]) == 2 and report["steps"][1][2] > 0
+    for found, expected in zip(report["steps"], plain["steps"], strict=True):
+        assert found == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_the_table_would_notice_a_mean_of_means(base: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,8 +156,8 @@ def joined_weights(
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(
-            f"'{source}' holds no {', '.join(missing)}, which this run trains too: it is of another algorithm. For the "
-            f"weights of its model alone set init_weights_path"
+            f"'{source}' holds no {', '.join(missing)}, which this run saves too: it is of another algorithm, or of a run "
+            f"whose reference did not move. For the weights of its model alone set init_weights_path"
         )
     return weights_of_group(unwrap(model), {name: found[name] for name in wanted})
 

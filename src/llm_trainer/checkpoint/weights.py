@@ -241,8 +241,8 @@ def _folder_of_member(first: Path, name: str) -> Path:
     folder = first.with_name(name)
     if not folder.is_dir():
         raise CheckpointError(
-            f"'{first.parent}' holds no {name}, which this run trains too: it is of another algorithm. For the weights of its "
-            f"model alone set init_weights_path"
+            f"'{first.parent}' holds no {name}, which this run saves too: it is of another algorithm, or of a run whose "
+            f"reference did not move. For the weights of its model alone set init_weights_path"
         )
     return folder
 
@@ -378,7 +378,13 @@ def check_groups(members: Sequence[Collection[str]], saved: Sequence[Mapping[str
             "unexpected": [name for name in old["params"] if name not in own],
         }
         if any(problems.values()):
-            raise CheckpointError(f"the checkpoint's optimizer differs in group {index}: {first_few(problems)}")
+            said = f"the checkpoint's optimizer differs in group {index}: {first_few(problems)}"
+            in_group = {f"{MODEL}.{name}" for name in problems["missing"]}
+            if in_group == set(problems["unexpected"]):
+                said += (
+                    ". It is of a run of several models, such as a critic or a reference that moves: go on as that run"
+                )
+            raise CheckpointError(said)
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -135,6 +135,15 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     ref_model_checkpoint: Any = Field(
         default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
     )
+    ref_sync_steps: StrictInt | None = Field(
+        default=None,
+        ge=1,
+        description="the reference moves towards the policy before the first rollout that begins so many optimizer steps after "
+        "it last did (TR-DPO); null: it never moves",
+    )
+    mixup_alpha: StrictFloat = Field(
+        default=1.0, gt=0, le=1, description="how far it moves: reference <- alpha * policy + (1 - alpha) * reference"
+    )
     share_prompts: StrictBool = Field(
         default=True, description="run the prompt of a group once per micro-batch, where attention can (CPU)"
     )
@@ -149,6 +158,21 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
             raise ConfigError(
                 f"group_size: got 1, but advantage {kind} compares a completion with the others of its group, so that nothing "
                 "would be learned; expected at least 2, or advantage: reinforce++"
+            )
+        if self.mixup_alpha != 1 and self.ref_sync_steps is None:
+            raise ConfigError(
+                f"mixup_alpha: got {self.mixup_alpha:g}, but the reference never moves; expected ref_sync_steps, the number of "
+                "optimizer steps after which it does, such as 512"
+            )
+        if self.ref_sync_steps is not None and not self.loss_beta:
+            raise ConfigError(
+                f"ref_sync_steps: got {self.ref_sync_steps}, but there is no reference that could move; expected a weight of "
+                "the KL from it above 0 (loss_beta, or kl_coef as a keyword)"
+            )
+        if self.ref_sync_steps is not None and self.rollouts is not None:
+            raise ConfigError(
+                "ref_sync_steps: the rollouts of another run are learned from, which have the log-probs of its reference; "
+                "leave it out, or leave rollouts out and let this run sample"
             )
         if self.gen_repetition_penalty != 1 and self.off_policy_correction == "none":
             raise ConfigError(

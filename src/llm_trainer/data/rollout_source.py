@@ -47,6 +47,8 @@ class RolloutSource:
         rollouts: folder of stored rollouts of another run, which are learned from in place of new ones.
         shares_prompts: says, when a rollout is there, whether the trainer runs the prompt of a group once per micro-batch, so
             that a token budget counts it once; None: it does not.
+        before: called by all processes before a rollout of the training is looked for and made, and weights are asked for;
+            by the same step and weights it does the same, or nothing the second time. None: nothing is to be done.
     """
 
     source: StepSource
@@ -63,6 +65,7 @@ class RolloutSource:
     keep_rollouts: bool = False
     rollouts: str | None = None
     shares_prompts: Callable[[], bool] | None = None
+    before: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.micro_batch_tokens: int | Literal["auto"] | None = self.source.micro_batch_tokens
@@ -222,6 +225,8 @@ class RolloutSource:
         taken = self._prompts.take(epoch, place.position, as_stored)
         if taken is None:
             return None
+        if self.training and self.before is not None:
+            self.before()
         made_of = self._made_of(epoch, place, taken.prompts)
         if stored is not None and stored.made_of != made_of:
             differ = [name for name in made_of if stored.made_of.get(name) != made_of[name]]

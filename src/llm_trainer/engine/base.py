@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.engine import dist
+from llm_trainer.engine.follow import follow, mix
 from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.model_group import MODEL, members_of
 
@@ -99,11 +100,16 @@ class Engine(ABC):
         """Place a frozen `module` (a reference, a teacher) where it can be called, sharded where the trained one is."""
         module.to(self.device)
 
+    def follow(self, module: nn.Module, weight: float) -> None:
+        """w <- weight * w of the run's model + (1 - weight) * w, for all weights of a placed `module`; all ranks call it."""
+        local = self.local_shard
+        follow(module, members_of(self._base)[MODEL], lambda here, there: mix(local(here), local(there), weight))
+
     def shard_fractions(self) -> tuple[float, float, float]:
         """The fraction of the weights, the gradients and the optimizer state that one process holds between steps."""
         return 1.0, 1.0, 1.0
 
-    def local_shard(self, parameter: nn.Parameter) -> Tensor:
+    def local_shard(self, parameter: Tensor) -> Tensor:
         """What this process holds of a parameter."""
         return parameter.detach()
 

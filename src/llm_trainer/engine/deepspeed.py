@@ -25,10 +25,12 @@ from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import DTYPES
+from llm_trainer.engine.follow import follow, mix
 from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.engine.torch import clip
 from llm_trainer.engine.unused import Unused, reached_by, used_differently
 from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
+from llm_trainer.model_group import MODEL, members_of
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
 MASTER = "master"  # an optimizer's fp32 copy of a 16-bit parameter, in its saved state
@@ -278,7 +280,24 @@ class DeepSpeedEngine(Engine):
         optimizer = share if self.stage >= 1 else 1.0
         return weights, gradients, optimizer
 
-    def local_shard(self, parameter: nn.Parameter) -> Tensor:
+    def follow(self, module: nn.Module, weight: float) -> None:
+        if self.stage < 3:
+            super().follow(module, weight)
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        def move(target: Tensor, source: Tensor) -> None:
+            if not hasattr(target, "ds_tensor"):  # a buffer
+                mix(target, source, weight)
+                return
+            # Whole: DeepSpeed keeps small parameters gathered, and would not see that their shards have changed.
+            with GatheredParameters([target], modifier_rank=0), GatheredParameters([source]):
+                if dist.is_main():
+                    mix(target.data, source.data, weight)
+
+        follow(module, members_of(self._base)[MODEL], move)
+
+    def local_shard(self, parameter: Tensor) -> Tensor:
         return parameter.ds_tensor.detach() if self.stage == 3 else parameter.detach()  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:

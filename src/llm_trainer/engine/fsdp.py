@@ -50,6 +50,7 @@ class FsdpEngine(TorchEngine):
         super().__init__(device, precision, ddp=True)
         self.options = options
         self._root: FSDPModule
+        self._placed: list[FSDPModule] = []  # the frozen ones; one that moves is saved too
         self._lockstep: Lockstep = Lockstep(device)
         self._parameters: list[Any]  # what torch keeps of each
         self._exchanges_zeros: bool  # for parameters that only some ranks have used; else these would be mixed up
@@ -84,13 +85,17 @@ class FsdpEngine(TorchEngine):
         return module
 
     def place(self, module: nn.Module) -> None:
-        self._shard(module)
+        self._placed.append(self._shard(module))
 
     def shard_fractions(self) -> tuple[float, float, float]:
         share = 1 / ((self.options.shard_size or dist.world_size()) * self.options.tensor_parallel_size)
         return share, share, share
 
-    def local_shard(self, parameter: nn.Parameter) -> Tensor:
+    def follow(self, module: nn.Module, weight: float) -> None:
+        self._reshard()
+        super().follow(module, weight)
+
+    def local_shard(self, parameter: Tensor) -> Tensor:
         here = parameter.detach()
         return here.to_local() if isinstance(here, DTensor) else here
 
@@ -185,9 +190,10 @@ class FsdpEngine(TorchEngine):
 
     def _reshard(self) -> None:
         """Free the full weights that a forward without a backward has left."""
-        for module in cast(nn.Module, self._root).modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for root in (self._root, *self._placed):
+            for module in cast(nn.Module, root).modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def optimizer_state(self) -> dict[str, Any]:
         self._reshard()

@@ -117,6 +117,9 @@ class RunMachine:
         with dist.on_duty(str):  # it is sharded, for which all ranks are needed
             self._engine.place(frozen)
 
+    def follow(self, frozen: nn.Module, weight: float) -> None:
+        self._engine.follow(frozen, weight)
+
     @contextmanager
     def generating(self) -> Iterator[GenerationService]:
         engine, model = self._engine, self.trainer.base_model

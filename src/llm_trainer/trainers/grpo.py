@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import GRPOConfig
-from llm_trainer.data.rollout_source import num_updates
+from llm_trainer.data.rollout_source import RolloutSource, num_updates
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout
 from llm_trainer.losses.advantages import Advantages, group_statistics, weighted_rewards
 from llm_trainer.losses.chunked import Objective
@@ -21,6 +21,7 @@ from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts, to_device
 from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id_of, without_missing
 from llm_trainer.trainers.learned import of_learning, with_cuts
+from llm_trainer.trainers.moving import MovingReference
 from llm_trainer.trainers.on_policy import OnPolicyTrainer
 from llm_trainer.trainers.references import default_reference, reference_of
 
@@ -35,6 +36,8 @@ KEYWORDS = {
     "kl_coef": "loss_beta",
     "temperature": "gen_temperature",
 }
+REFERENCE = "reference"  # the name in checkpoints of one that moves
+MOVED_AT = "reference_moved_at"  # and of the step at which it last did
 # What a section says about other objects than the loss.
 _OBJECTS = ("ref_model_checkpoint", "reward_model_checkpoint", "gradient_accumulation_steps")
 
@@ -56,7 +59,8 @@ class GRPOTrainer(OnPolicyTrainer):
         clip_eps: how far a ratio may be from 1; None: what belongs to `loss_type`, 0.2 for GRPO.
         kl_coef: weight of the KL from the reference; 0: there is none.
         temperature: of sampling; the policy that learns is this distribution.
-        ref_model: what the policy is held to; None: a frozen copy of it as it is now, or with its adapters off.
+        ref_model: what the policy is held to; None: a frozen copy of it as it is now, or with its adapters off. With
+            `ref_sync_steps` it moves between rollouts: reference <- mixup_alpha * policy + (1 - mixup_alpha) * reference.
         reward_weights: of each reward function; None: 1.
         **options: the other fields of `GRPOConfig`, by their names; the rest are those of `BaseTrainer`.
 
@@ -93,6 +97,9 @@ class GRPOTrainer(OnPolicyTrainer):
         reference = None
         if how.loss_beta:
             reference = default_reference(model) if ref_model is None else ref_model
+        self._moving: MovingReference | None = None
+        if reference is not None and how.ref_sync_steps is not None:
+            self._moving = MovingReference(reference, model, how.ref_sync_steps, how.mixup_alpha)
         self._of_correction: dict[str, tuple[Tensor, Tensor]] = {}  # what to watch of a micro-batch
         self._given: list[tuple[Batch, Batch]] = []  # batches of this step that carry completions, and their rows
         super().__init__(
@@ -140,8 +147,35 @@ class GRPOTrainer(OnPolicyTrainer):
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         held_to = "none" if self.reference is None else "a frozen model"
+        if self._moving is not None:
+            held_to = f"moves by {self._moving.alpha:g} every {self._moving.every} steps"
         prompts = "shared" if self.shares_prompts else "repeated"
         return {"loss": self.loss, "advantages": self.advantages.kind, "reference": held_to, "prompts": prompts}
+
+    # A reference that moves.
+
+    def _other_models(self) -> dict[str, nn.Module]:
+        return {} if self._moving is None else {REFERENCE: self._moving.model}
+
+    def _build_source(self, source: Any, training: bool) -> Any:
+        built = super()._build_source(source, training)
+        if self._moving is not None and not isinstance(built, RolloutSource):
+            raise ValueError(
+                "ref_sync_steps: the reference moves between rollouts, and nothing makes any, since nothing judges "
+                "completions; expected a reward_func (or reward_model), or leave ref_sync_steps out"
+            )
+        return built
+
+    def _before_rollout(self) -> None:
+        if self._moving is not None:
+            self._moving.move(self.machine)
+
+    def _get_extra_checkpoint_state(self) -> dict[str, Any]:
+        return {} if self._moving is None else {MOVED_AT: self._moving.moved_at}
+
+    def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
+        if self._moving is not None:
+            self._moving.moved_at = state[MOVED_AT]
 
     # Batches.
 

@@ -167,7 +167,11 @@ class OnPolicyTrainer(BaseTrainer):
             keep_rollouts=self.how.keep_rollouts,
             rollouts=self.how.rollouts,
             shares_prompts=lambda: self.shares_prompts,  # known when the model is where it will train
+            before=self._before_rollout,
         )
+
+    def _before_rollout(self) -> None:
+        """Change, on all ranks together, what a rollout of the training is to be scored with: it stays until the next one."""
 
     def _rollout_maker(self) -> RolloutMaker:
         if self._maker is None:

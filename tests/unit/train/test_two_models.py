@@ -89,5 +89,5 @@ def test_the_policy_alone_is_taken_from_them(tmp_path: Path) -> None:
     assert not (tmp_path / "alone" / "checkpoint-00000002" / "critic").exists()
     file = alone.save_checkpoint(path=str(tmp_path / "alone.pt"))
     for path in (str(tmp_path / "alone" / "checkpoint-00000002"), file):
-        with pytest.raises(CheckpointError, match="holds no critic, which this run trains too.*init_weights_path"):
+        with pytest.raises(CheckpointError, match="holds no critic, which this run saves too.*init_weights_path"):
             make(tmp_path / "other", 2).load_checkpoint(path)
