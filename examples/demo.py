@@ -1,8 +1,8 @@
 """`make demo`: from Python's own documentation to a small model that answers, in a few minutes on two cores.
 
 Reads `pydoc_data.topics` and the docstrings of the standard library, trains a tokenizer, pretrains a model, fine-tunes it
-on question-answer pairs made from the docstrings, teaches it to prefer the right answer, rewards its own answers for the
-words they share with the right one, and shows what each stage changed. Nothing is downloaded.
+on question-answer pairs made from the docstrings, teaches it to prefer the right answer, and shows what each stage
+changed. Nothing is downloaded.
 """
 
 import ast
@@ -10,11 +10,9 @@ import json
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 from llm_trainer.cli.executable import typed
 from llm_trainer.cli.plots import plot_run
@@ -22,7 +20,6 @@ from llm_trainer.data.encode.tokenizer import train_tokenizer
 from llm_trainer.train_configs import (
     DPOConfig,
     EvalConfig,
-    GRPOConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
@@ -34,7 +31,6 @@ from llm_trainer.trainers import get_trainer_class
 
 CONTEXT = 256
 QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?", "What does random.shuffle do?")
-SHOWN = {"dpo": ("eval_loss", "eval_rewards/accuracies"), "grpo": ("eval_reward",)}  # metrics in the closing table
 FORMS = ("What does {} do?", "Explain {}.", "What is {} for?")
 
 
@@ -79,9 +75,7 @@ def write_data(folder: Path) -> tuple[int, int]:
         {"chosen": [question, answer], "rejected": [question, other]}
         for (question, answer), other in zip(asked, others, strict=True)
     ]
-    prompts = [{"prompt": [question], "answer": answer["content"]} for question, answer in asked[:1000]]
-    files = {"corpus": texts, "answers": asked, "preferences": preferred[:1000], "prompts": prompts}
-    for name, rows in files.items():
+    for name, rows in (("corpus", texts), ("answers", asked), ("preferences", preferred[:1000])):
         held_out = len(rows) // 20
         for part, selected in ((name, rows[held_out:]), (f"{name}_held_out", rows[:held_out])):
             lines = "".join(json.dumps(row) + "\n" for row in selected)
@@ -150,34 +144,9 @@ def dpo_config(folder: Path) -> TrainConfig:
     )
 
 
-def grpo_config(folder: Path) -> TrainConfig:
-    """Answers of its own that share more words with the right ones, starting from the model that prefers those."""
-    return TrainConfig(
-        model_config=str(folder / "dpo" / "model"),
-        file_dataset=str(folder / "data" / "prompts.jsonl"),
-        eval_dataset=str(folder / "data" / "prompts_held_out.jsonl"),
-        batch_size=16,
-        eval_prompts=list(QUESTIONS),
-        optim_config=OptimConfig(initial_lr=1e-4, warmup_iters=5, enable_lr_scheduler=True),
-        eval_config=EvalConfig(eval_batch_interval=100, max_seq_len=48, temperature=0.0),
-        run_config=RunConfig(save_dir=str(folder / "grpo"), log_dir=None, log_interval=5, max_steps=40),
-        grpo_config=GRPOConfig(group_size=8, gen_max_seq_len=48, loss_beta=0.02),
-    )
-
-
-def overlap(prompts: list[str], completions: list[str], answers: list[str]) -> list[float]:
-    """How much the words of a completion are those of the right answer: F1 of the two bags of words, from 0 to 1."""
-    rewards = []
-    for completion, answer in zip(completions, answers, strict=True):
-        ours, theirs = Counter(completion.lower().split()), Counter(answer.lower().split())
-        common = (ours & theirs).total()
-        rewards.append(2 * common / max(1, ours.total() + theirs.total()))
-    return rewards
-
-
-def train(name: str, config: TrainConfig, **more: Any) -> dict[str, float]:
+def train(name: str, config: TrainConfig) -> dict[str, float]:
     """One stage, with sample answers before and after; its last metrics, and those it started from as `before_...`."""
-    trainer = get_trainer_class(name)(train_config=config, **more)
+    trainer = get_trainer_class(name)(train_config=config)
     trainer.run.sample()
     before = {f"before_{metric}": value for metric, value in trainer.evaluate().items()}
     return before | trainer.train()
@@ -194,15 +163,14 @@ def main(folder: Path = Path("runs/demo")) -> None:
     results = {"pretrain": train("pretrain", pretrain_config(folder, folder / "tokenizer"))}
     results["sft"] = train("sft", sft_config(folder))
     results["dpo"] = train("dpo", dpo_config(folder))
-    results["grpo"] = train("grpo", grpo_config(folder), reward_func=overlap)
     print(f"\n{'stage':<12}{'held out':<18}{'before':>10}{'after':>10}")
     for stage, values in results.items():
-        for metric in SHOWN.get(stage, ("eval_loss", "eval_mean_token_accuracy")):
+        for metric in ("eval_loss", "eval_rewards/accuracies" if stage == "dpo" else "eval_mean_token_accuracy"):
             label = metric.removeprefix("eval_").removeprefix("mean_").removeprefix("rewards/")
             print(f"{stage:<12}{label:<18}{values[f'before_{metric}']:>10.3f}{values[metric]:>10.3f}")
         print(f"{'':<12}curves: {plot_run(folder / stage / 'log', folder / stage / 'curves.png')}")
-    print(f"\nmodel: {folder / 'grpo' / 'model'}    ({time.monotonic() - started:.0f} s in all)")
-    print(f"talk to it: {typed()} chat {folder / 'grpo'}")
+    print(f"\nmodel: {folder / 'dpo' / 'model'}    ({time.monotonic() - started:.0f} s in all)")
+    print(f"talk to it: {typed()} chat {folder / 'dpo'}")
 
 
 if __name__ == "__main__":
