@@ -46,11 +46,11 @@ def test_eighty_kills_of_which_some_change_the_number_of_ranks(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
-def test_twenty_kills_of_a_real_policy(name: str, tmp_path: Path) -> None:
+def test_thirty_five_kills_of_a_real_policy(name: str, tmp_path: Path) -> None:
     """Sampler, reward processes, scoring, critic, reference and statistics: all go on bit for bit."""
-    command = [sys.executable, str(LIVES.with_name("policy_lives.py")), str(tmp_path), "3", name]
+    command = [sys.executable, str(LIVES.with_name("policy_lives.py")), str(tmp_path), "5", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
-    assert report["kills"] == dict.fromkeys(AIMS, 3) and report["different"] == [] and report["steps"] >= 12
+    assert report["kills"] == dict.fromkeys(AIMS, 5) and report["different"] == [] and report["steps"] >= 12
