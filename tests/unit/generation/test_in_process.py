@@ -305,4 +305,6 @@ def test_every_architecture_that_is_read_from_slots_is_read_right(architecture: 
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
             exact = logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(completion.logprobs), exact, rtol=0, atol=2e-5)
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs), exact, rtol=0, atol=1e-4
+            )  # of about -6; a wrong read shows in the first digits
