@@ -22,6 +22,7 @@ class Machine(Protocol):
     Attributes:
         device: where this process computes.
         precision_name: 'fp32', 'bf16' or 'fp16'.
+        dtype: of products in this precision; a copy of the weights that only decodes has it.
         seed: of the run; all noise follows from it.
         step: optimizer steps done.
         is_distributed: whether several processes train together.
@@ -40,6 +41,9 @@ class Machine(Protocol):
 
     @property
     def precision_name(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def seed(self) -> int: ...

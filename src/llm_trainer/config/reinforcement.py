@@ -182,11 +182,9 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
 
 
 @config_section
-class RLOOConfig(GRPOConfig):
-    """Reinforcement learning with the mean of a group's other completions as baseline: RLOO."""
+class _BaselineConfig(GRPOConfig):
+    """What estimators with a plain baseline have in common: the KL is a part of the reward."""
 
-    group_size: StrictInt = Field(default=4, ge=1, description="completions of each prompt")
-    loss_type: LossType = Field(default="dr_grpo", description="the loss, and what it is a mean of")
     advantage: Advantage = Field(  # type: ignore[assignment]  # None is its default, and not the choice of loss_type
         default="rloo", description="what a completion is compared with"
     )
@@ -195,13 +193,17 @@ class RLOOConfig(GRPOConfig):
 
 
 @config_section
-class ReinforceConfig(GRPOConfig):
+class RLOOConfig(_BaselineConfig):
+    """Reinforcement learning with the mean of a group's other completions as baseline: RLOO."""
+
+    group_size: StrictInt = Field(default=4, ge=1, description="completions of each prompt")
+    loss_type: LossType = Field(default="dr_grpo", description="the loss, and what it is a mean of")
+
+
+@config_section
+class ReinforceConfig(_BaselineConfig):
     """Reinforcement learning with the mean of all completions as baseline: REINFORCE++."""
 
     group_size: StrictInt = Field(default=1, ge=1, description="completions of each prompt")
     loss_type: LossType = Field(default="bnpo", description="the loss, and what it is a mean of")
-    advantage: Advantage = Field(  # type: ignore[assignment]  # None is its default, and not the choice of loss_type
-        default="reinforce++", description="what a completion is compared with"
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="how the KL is estimated (Schulman 2020)")
-    kl_in: Literal["loss", "reward"] = Field(default="reward", description="where it is: in the loss, or in the reward")
+    advantage: Advantage = Field(default="reinforce++", description="what a completion is compared with")

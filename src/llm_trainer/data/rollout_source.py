@@ -284,7 +284,8 @@ class RolloutSource:
             Stopped: a process was asked to stop; on all of them.
         """
         machine, parts = self.machine, facts["parts"]
-        stop, sign = AnyAsked(machine, self._folder.stop_sign(number)), self._folder.stop_sign(number)
+        sign = self._folder.stop_sign(number)
+        stop = AnyAsked(machine, sign)
         purpose = () if self.training else (EVALUATION,)
         plan = Plan(number, mix_seeds(machine.seed, number, *purpose), machine.step, self.training, stop)
 

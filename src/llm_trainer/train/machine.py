@@ -67,6 +67,10 @@ class RunMachine:
         return self._engine.precision_name
 
     @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self._engine.precision_name]
+
+    @property
     def seed(self) -> int:
         return self._settings.seed
 
@@ -133,7 +137,7 @@ class RunMachine:
                 f"engine: {engine.name} shards the weights, and completions are drawn with a copy of them, which is made by "
                 f"the configuration of a transformers model; got {type(model).__name__}. Use engine: torch"
             )
-        service = Verified(InProcess(model, DTYPES[self.precision_name]))
+        service = Verified(InProcess(model, self.dtype))
         service.load(self.stream_weights(service.dtype), self.step)
         yield service
 

@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from llm_trainer.config.errors import ConfigError
@@ -18,7 +17,7 @@ from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollo
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
-from llm_trainer.losses.policy import Correction
+from llm_trainer.losses.correction import Correction
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.frozen import freeze
@@ -47,7 +46,6 @@ NO_END = (
     "no completion ended before gen_max_seq_len: look at the completions (llm-trainer rollouts), at the stop tokens of the "
     "tokenizer's chat template, and at gen_max_seq_len"
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the sampler's copy of the weights
 
 
 class OnPolicyTrainer(BaseTrainer):
@@ -181,7 +179,7 @@ class OnPolicyTrainer(BaseTrainer):
                 self._service_of_run,
                 self._finish,
                 samples=self.samples,
-                dtype=self._decoding_dtype,
+                dtype=self.machine.dtype,
                 rewards=self.rewards,
                 tokenizer=self.tokenizer,
                 stop_token_ids=self._stops(),
@@ -196,21 +194,17 @@ class OnPolicyTrainer(BaseTrainer):
         """How often a group whose rewards are all equal is drawn again."""
         return 0
 
-    @property
-    def _decoding_dtype(self) -> torch.dtype:
-        return DTYPES[self.machine.precision_name]
-
     def _service_of_run(self) -> GenerationService:
         """Who draws; asked when the model is where it will train. Its weights are verified: by a probe too, but for modules
         whose vocabulary has no known size.
         """
         if self._verified is None:
-            service = self._service or InProcess(self.base_model, self._decoding_dtype)
-            self._verified = Verified(service)
-            vocab_size = vocab_size_of(self.base_model)
-            if vocab_size is not None:
-                limit = LIMITS[self._decoding_dtype]
-                self._verified = Verified(service, self._probe_logprobs, probe_ids(vocab_size), limit)
+            dtype, vocab_size = self.machine.dtype, vocab_size_of(self.base_model)
+            service = self._service or InProcess(self.base_model, dtype)
+            if vocab_size is None:
+                self._verified = Verified(service)
+            else:
+                self._verified = Verified(service, self._probe_logprobs, probe_ids(vocab_size), LIMITS[dtype])
         return self._verified
 
     def _probe_logprobs(self, probe: list[list[int]]) -> list[list[float]]:

@@ -204,17 +204,13 @@ class RolloutMaker:
                 self.machine.record(f"rewards/failed/{cause}", count, found.values.size)
             for number, said in zip(asked, found.errors, strict=True):
                 errors[number] = said
+        keeps_cuts = self._decoding(0, training=True).is_cut  # rows then have the ids that each token was drawn from
         rows = []
         for number, one in enumerate(written):
             if one.reward is not None:
                 values[number, 0] = one.reward / self.weights[0]
-            rows.append(row_of(one, values[number], errors[number], self._keeps_cuts))
+            rows.append(row_of(one, values[number], errors[number], keeps_cuts))
         return rows
-
-    @property
-    def _keeps_cuts(self) -> bool:
-        """Whether the distribution that tokens are drawn from is cut, and to what is kept."""
-        return self._decoding(0, training=True).is_cut
 
     def _judged(self, written: Sequence[Written], plan: Plan) -> Rewards:
         assert self.rewards is not None

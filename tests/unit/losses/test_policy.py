@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_trainer.losses.policy import POLICY_LOSSES, Correction, PolicyLoss, PolicyTokens
+from llm_trainer.losses.correction import Correction
+from llm_trainer.losses.policy import POLICY_LOSSES, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 
 KINDS = pytest.mark.parametrize("kind", POLICY_LOSSES)
