@@ -10,8 +10,8 @@ import random
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from aimed import Killer
-from rollout_lives import FILES, codes_of, rollouts_of
+from rollout_lives import FILES, kill_in_turns, rollouts_of
 from victim import flat, fork_life
 
 from llm_trainer import GRPOTrainer, configure_optimizer
@@ -32,7 +32,6 @@ from llm_trainer.trainers.ppo import PPOTrainer
 from llm_trainer.trainers.rollouts import RolloutMaker
 
 PHASES = {"generating": 40, "rewarding": 4, "scoring": 4, "updating": 12, "syncing": 4}
-AIMS = (*PHASES, *FILES)
 LEARNED = ("step", "loss", "grad_norm", "reward", "learning_rate", "num_tokens", "epoch")  # no times
 
 
@@ -149,26 +148,8 @@ def main(folder: Path, kills: int, name: str) -> None:
     importlib.import_module("torch.distributed.checkpoint")
     make(name, folder / "unused", max_steps=1, save_interval_steps=None).train()  # imports the rest
     began, chance = time.monotonic(), random.Random(5)
-    assert codes_of([start(name, folder / "whole", "", 0)]) == [0], (folder / "whole.out").read_text()[-3000:]
-    whole, killed, different, runs = outcome(folder / "whole"), Counter[str](), list[str](), 0
-    aims = AIMS * kills
-    while aims:
-        run, finished = folder / f"run-{runs}", False
-        runs += 1
-        while not finished:
-            aim = aims[0] if aims else ""
-            most = PHASES.get(aim) or FILES.get(aim, ("", 1))[1]
-            (code,) = codes_of([start(name, run, aim, chance.randint(1, most))])
-            assert code in (0, -signal.SIGKILL), (folder / f"{run.name}.out").read_text()[-3000:]
-            finished = code == 0
-            if not finished:
-                killed[aim] += 1
-                aims = aims[1:]
-        result = outcome(run)
-        different += [f"{run.name}: {what}" for what in whole if result[what] != whole[what]]
-    seconds = round(time.monotonic() - began, 1)
-    steps = len(whole["metrics"])
-    print(json.dumps({"kills": killed, "runs": runs, "different": different, "steps": steps, "seconds": seconds}))
+    report = kill_in_turns(folder, kills, chance, partial(start, name), outcome, PHASES)
+    print(json.dumps(report | {"seconds": round(time.monotonic() - began, 1)}))
 
 
 if __name__ == "__main__":

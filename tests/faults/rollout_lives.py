@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +180,32 @@ def learned_twice_or_never(folder: Path) -> list[str]:
     return wrong
 
 
-def kill_one_after_the_other(folder: Path, kills: int, chance: random.Random) -> dict[str, Any]:
-    """Kill `kills` lives at each aim, in turns, and compare every run that has ended with one that was left alone."""
+def kill_in_turns(
+    folder: Path,
+    kills: int,
+    chance: random.Random,
+    start: Callable[[Path, str, int], int],
+    outcome: Callable[[Path], dict[str, Any]],
+    phases: Mapping[str, int],
+    also: Callable[[Path], list[str]] = lambda run: [],
+) -> dict[str, Any]:
+    """Kill `kills` lives at each aim, in turns, and compare every run that has ended with one that was left alone.
+
+    Args:
+        start: forks a life in a folder that is aimed at a moment; '': at none.
+        outcome: what of a finished run must be that of the one that was left alone.
+        phases: how often each may have come before the kill.
+        also: what else is wrong with a run that has ended.
+    """
     assert codes_of([start(folder / "whole", "", 0)]) == [0], (folder / "whole.out").read_text()[-3000:]
     whole, killed, different, runs = outcome(folder / "whole"), Counter[str](), list[str](), 0
-    aims = AIMS * kills
+    aims = (*phases, *FILES) * kills
     while aims:
         run, finished = folder / f"run-{runs}", False
         runs += 1
         while not finished:
             aim = aims[0] if aims else ""
-            most = PHASES.get(aim) or FILES.get(aim, ("", 1))[1]
+            most = phases.get(aim) or FILES.get(aim, ("", 1))[1]
             (code,) = codes_of([start(run, aim, chance.randint(1, most))])
             assert code in (0, -signal.SIGKILL), (folder / f"{run.name}.out").read_text()[-3000:]
             finished = code == 0
@@ -199,10 +214,14 @@ def kill_one_after_the_other(folder: Path, kills: int, chance: random.Random) ->
                 aims = aims[1:]
         result = outcome(run)
         different += [f"{run.name}: {name}" for name in whole if result[name] != whole[name]]
-        left = [path.name for path in (run / "rollouts").iterdir() if not path.name.isdigit()]
-        different += [f"{run.name}: {name} is left" for name in left]
-        different += learned_twice_or_never(run)
-    return {"kills": killed, "runs": runs, "different": different}
+        different += also(run)
+    return {"kills": killed, "runs": runs, "different": different, "steps": len(whole["metrics"])}
+
+
+def left_or_learned_wrong(run: Path) -> list[str]:
+    """What a finished run has left of rollouts under way, and rows that it has not learned from as often as it should."""
+    left = [path.name for path in (run / "rollouts").iterdir() if not path.name.isdigit()]
+    return [f"{run.name}: {name} is left" for name in left] + learned_twice_or_never(run)
 
 
 def kill_with_another_number_of_ranks(folder: Path, kills: int, chance: random.Random) -> dict[str, Any]:
@@ -289,7 +308,7 @@ def main(folder: Path, kills: int, with_ranks: bool) -> None:
 
     trainer(folder / "unused")  # what is imported now is not imported in every life
     began, chance = time.monotonic(), random.Random(11)
-    report: dict[str, Any] = kill_one_after_the_other(folder, kills, chance)
+    report = kill_in_turns(folder, kills, chance, start, outcome, PHASES, left_or_learned_wrong)
     report["two_ranks"] = two_ranks(folder)
     if with_ranks:
         report["ranks"] = kill_with_another_number_of_ranks(folder / "elastic", 3 * kills, chance)

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_rows_without_tests_have_no_reward(tests: CodeTests) -> None:
     assert judge(tests, ["x = 1"], "") == [None]
 
 
-OUTSIDE = "/tmp/written_by_code_of_a_model"
+OUTSIDE = str(Path(tempfile.gettempdir()) / "written_by_code_of_a_model")
 FORBIDDEN = {
     "a socket": "import socket; socket.socket()",
     "a unix socket": "import socket; socket.socket(socket.AF_UNIX)",
