@@ -22,11 +22,10 @@ from aimed import Killer
 from rollout_lives import FILES, kill_in_turns, rollouts_of
 from victim import flat, fork_life
 
-from llm_trainer import GRPOTrainer, configure_optimizer
+import policies
+from llm_trainer import GRPOTrainer
 from llm_trainer.checkpoint import CheckpointManager
-from llm_trainer.config.schema import ModelConfig
 from llm_trainer.generation.in_process import InProcess
-from llm_trainer.models.build import build_model
 from llm_trainer.rewards.functions import RewardFunctions
 from llm_trainer.trainers.ppo import PPOTrainer
 from llm_trainer.trainers.rollouts import RolloutMaker
@@ -47,36 +46,22 @@ class Kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def even_share(prompts: list[list[int]], completions: list[list[int]], answers: list[str]) -> list[float]:
-    """The share of even tokens."""
-    return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completions]
-
-
 def make(name: str, folder: Path, **options: Any) -> Any:
     """A run of 6 rollouts of 4 prompts that saves every third step."""
-    torch.manual_seed(0)
-    shape = ModelConfig(
-        vocab_size=24, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
-    )
-    model, noise = build_model(shape), torch.Generator().manual_seed(1)
-    batches = [{"prompts": torch.randint(3, 24, (4, 4), generator=noise)} for _ in range(3)]
+    noise = torch.Generator().manual_seed(1)
     given: dict[str, Any] = {
-        "train_loader": batches,
-        "reward_func": even_share,
+        "train_loader": [{"prompts": torch.randint(3, 24, (4, 4), generator=noise)} for _ in range(3)],
         "gen_max_seq_len": 6,
-        "stop_token_ids": [2],
         "max_epochs": 2,
-        "keep_rollouts": True,
+        "save_interval": 1,
         "save_interval_steps": 3,
         "resume": "auto",
+        "compile": False,
     }
-    kind: Any = GRPOTrainer
     own: dict[str, Any] = {"num_samples_per_prompt": 2, "kl_coef": 0.05, "grpo_steps": 2}
     if name == "ppo":
-        kind, own = PPOTrainer, {"completions_per_prompt": 2, "ppo_epochs": 2, "normalize_rewards": True}
-    optimizer = configure_optimizer(model=model, lr=3e-3)
-    how = {"device": "cpu", "use_amp": False, "log_interval": 1, "progress": False, "compile": False}
-    return kind(model=model, optimizer=optimizer, save_dir=str(folder), **how, **own, **(given | options))
+        own = {"ppo_batch_size": None, "normalize_rewards": True}
+    return policies.make(name, folder, policies.tiny(hidden_size=16), **(given | own | options))
 
 
 def before(owner: Any, name: str, call: Callable[[], None]) -> None:

@@ -8,73 +8,34 @@ import numpy as np
 import pytest
 import torch
 
-from llm_trainer import configure_optimizer
-from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.rollouts import Rollout
-from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import reward_model
-from llm_trainer.train.hooks import Hook
 from llm_trainer.trainers.ppo import PPOTrainer
-
-STOP = 2
-
-
-def tiny(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    shape = ModelConfig(
-        vocab_size=24, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
-    )
-    return build_model(shape)
+from policies import even_share, prompts, rollouts_of, tiny, train
+from policies import make as run_of
 
 
-def prompts(count: int = 12, size: int = 4) -> list[dict[str, Any]]:
-    """Batches of prompts padded on the left."""
-    noise = torch.Generator().manual_seed(1)
-    batches = []
-    for _ in range(count // size):
-        mask = torch.ones(size, 4, dtype=torch.long)
-        mask[0, 0] = 0
-        batches.append({"prompts": torch.randint(3, 24, (size, 4), generator=noise), "prompt_attention_mask": mask})
-    return batches
-
-
-def even_share(prompts: list[list[int]], completions: list[list[int]], answers: list[str]) -> list[float | None]:
+def even_share_or_none(prompts: Any, completions: Any, answers: Any) -> list[float | None]:
     """The share of even tokens; a prompt that begins with an odd number of the first five has none."""
     shares: list[float | None] = []
-    for prompt, ids in zip(prompts, completions, strict=True):
-        share = sum(token % 2 == 0 for token in ids) / max(1, len(ids))
+    for prompt, share in zip(prompts, even_share(prompts, completions, answers), strict=True):
         shares.append(None if prompt[0] in (3, 5) else share)
     return shares
 
 
+OPTIONS: dict[str, Any] = {
+    "train_loader": prompts(count=12, size=4),
+    "reward_func": even_share_or_none,
+    "normalize_rewards": True,
+    "kl_target": 0.1,
+    "kl_horizon": 100.0,
+    "missing_eos_penalty": 0.5,
+}
+
+
 def make(folder: Path, model: Any = None, **options: Any) -> PPOTrainer:
-    model = tiny() if model is None else model
-    given: dict[str, Any] = {
-        "train_loader": prompts(),
-        "reward_func": even_share,
-        "completions_per_prompt": 2,
-        "ppo_epochs": 2,
-        "ppo_batch_size": 4,
-        "gen_max_seq_len": 8,
-        "stop_token_ids": [STOP],
-        "max_epochs": 1,
-        "keep_rollouts": True,
-        "normalize_rewards": True,
-        "kl_target": 0.1,
-        "kl_horizon": 100.0,
-        "missing_eos_penalty": 0.5,
-        "save_interval": 0,
-    }
-    return PPOTrainer(
-        model=model,
-        optimizer=configure_optimizer(model=model, lr=3e-3),
-        device="cpu",
-        use_amp=False,
-        log_interval=1,
-        save_dir=str(folder),
-        progress=False,
-        **(given | options),
-    )
+    trainer: PPOTrainer = run_of("ppo", folder, model, **(OPTIONS | options))
+    return trainer
 
 
 def state_of(trainer: PPOTrainer) -> dict[str, Any]:
@@ -96,10 +57,8 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 
 def test_it_draws_judges_scores_and_learns(tmp_path: Path) -> None:
-    seen: list[dict[str, float]] = []
-    trainer = make(tmp_path, hooks=[Hook("watch", lambda run: seen.append(dict(run.values)), every_steps=1)])
-    trainer.train()
-    rollouts = [Rollout(path) for path in sorted((tmp_path / "rollouts").glob("[0-9]" * 8))]
+    trainer, seen = train("ppo", tmp_path, **OPTIONS)
+    rollouts = rollouts_of(tmp_path)
     assert len(rollouts) == 3 and all(len(rollout) == 8 for rollout in rollouts)
     updates = sum(2 * -(-len(rollout.used) // 4) for rollout in rollouts)
     assert trainer.run.progress.step == updates == len(seen)

@@ -3,81 +3,19 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from llm_trainer import GRPOTrainer, configure_optimizer, create_trainer
-from llm_trainer.config.schema import ModelConfig
-from llm_trainer.data.rollouts import Rollout
-from llm_trainer.models.build import build_model
 from llm_trainer.rewards.functions import RewardError
-from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted
+from policies import STOP, prompts, rollouts_of
+from policies import train as run
 
-STOP = 2
-
-
-def tiny(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    shape = ModelConfig(
-        vocab_size=24, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
-    )
-    return build_model(shape)
-
-
-def prompts(count: int = 6, size: int = 2) -> list[dict[str, Any]]:
-    """Batches of prompts padded on the left, with an answer each."""
-    noise = torch.Generator().manual_seed(1)
-    batches = []
-    for first in range(0, count, size):
-        ids = torch.randint(3, 24, (size, 4), generator=noise)
-        mask = torch.ones(size, 4, dtype=torch.long)
-        mask[0, 0] = 0
-        answers = [str(first + row) for row in range(size)]
-        batches.append({"prompts": ids, "prompt_attention_mask": mask, "answers": answers})
-    return batches
-
-
-def even_share(prompts: list[list[int]], completions: list[list[int]], answers: list[str]) -> list[float]:
-    """The share of even tokens: ids, since there is no tokenizer."""
-    return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completions]
-
-
-def train(
-    folder: Path, batches: Any = None, model: Any = None, **options: Any
-) -> tuple[GRPOTrainer, list[dict[str, float]]]:
-    seen: list[dict[str, float]] = []
-    model = tiny() if model is None else model
-    given: dict[str, Any] = {
-        "reward_func": even_share,
-        "num_samples_per_prompt": 4,
-        "gen_max_seq_len": 8,
-        "stop_token_ids": [STOP],
-        "max_epochs": 1,
-        "keep_rollouts": True,
-    }
-    trainer = GRPOTrainer(
-        model=model,
-        optimizer=configure_optimizer(model=model, lr=3e-3),
-        train_loader=prompts() if batches is None else batches,
-        device="cpu",
-        use_amp=False,
-        log_interval=1,
-        save_dir=str(folder),
-        save_interval=0,
-        hooks=[Hook("watch", lambda run: seen.append(dict(run.values)), every_steps=1)],
-        **(given | options),
-    )
-    trainer.train()
-    return trainer, seen
-
-
-def rollouts_of(folder: Path) -> list[Rollout]:
-    return [Rollout(path) for path in sorted((folder / "rollouts").glob("[0-9]" * 8))]
+train = partial(run, "grpo")
 
 
 def test_it_draws_judges_and_learns(tmp_path: Path) -> None:
@@ -164,21 +102,7 @@ def test_prompts_once_change_nothing_also_where_the_distribution_was_cut(
 
 @pytest.mark.parametrize(("name", "samples"), [("rloo", 4), ("reinforce", 1)])
 def test_baselines_of_reinforce(name: str, samples: int, tmp_path: Path) -> None:
-    model = tiny()
-    trainer: Any = create_trainer(
-        name,
-        model=model,
-        optimizer=configure_optimizer(model=model, lr=3e-3),
-        train_loader=prompts(size=3),
-        reward_func=even_share,
-        gen_max_seq_len=8,
-        stop_token_ids=[STOP],
-        kl_coef=0.1,
-        max_epochs=1,
-        keep_rollouts=True,
-        save_dir=str(tmp_path),
-    )
-    trainer.train()
+    run(name, tmp_path, train_loader=prompts(size=3), kl_coef=0.1)
     first = rollouts_of(tmp_path)[0]
     rewards, groups = first.column("rewards")[:, 0], first.column("group")  # the KL is 0 in the first rollout
     assert len(first) == 3 * samples
