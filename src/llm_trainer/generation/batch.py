@@ -71,7 +71,8 @@ class Batch:
         self.done: list[dict[int, Completion]] = [{} for _ in requests]
         for place, (request, budget) in enumerate(zip(requests, budgets, strict=True)):
             if request.samples:
-                self.waiting.append(Group(request, place, budget, deque(range(request.samples))))
+                numbers = range(request.sample, request.sample + request.samples)
+                self.waiting.append(Group(request, place, budget, deque(numbers)))
         self.rows: list[Row] = []
         longest = max(budgets, default=0)
         self.noise = torch.zeros(num_rows, longest, device=device)
@@ -195,7 +196,7 @@ class Batch:
             request, budget = row.group.request, row.group.budget
             self.count[number], self.budget[number] = 0, budget
             if self.decoding.temperature > 0:
-                uniform = noise(self.seed, request.number, row.sample, budget)
+                uniform = noise(self.seed, request.number, row.sample, request.first + budget)[request.first :]
                 self.noise[number, :budget] = torch.from_numpy(uniform).float()
         return logits
 

@@ -99,6 +99,9 @@ def make_batch(
     model = unwrapped(model)
     prompts = [request.ids for request in requests]
     budgets = decoding.budgets(prompts, decoding.context_length or context_of(model))
+    for place, request in enumerate(requests):
+        if request.most is not None:
+            budgets[place] = min(budgets[place], request.most)
     longest_prompt, longest_budget = max(map(len, prompts), default=0), max(budgets, default=0)
 
     # 2. how many fit

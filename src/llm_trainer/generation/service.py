@@ -21,11 +21,18 @@ class Request(NamedTuple):
         ids: Of the prompt; at least one.
         number: Names the noise, which is that of (seed, number, sample, token), whatever else is asked for.
         samples: How many completions.
+        sample: Number of the first of them, in the noise.
+        first: Number of their first token, in the noise: what goes on after something was said in between has other noise
+            than what was drawn before it.
+        most: New tokens of each; None: as many as the decoding says.
     """
 
     ids: Sequence[int]
     number: int
     samples: int = 1
+    sample: int = 0
+    first: int = 0
+    most: int | None = None
 
 
 @dataclass(frozen=True)

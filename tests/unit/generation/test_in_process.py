@@ -37,6 +37,17 @@ def test_rows_enter_and_leave_and_nobody_notices(name: str) -> None:
         assert all((one.finish == "stop") == (one.ids[-1] < 8) for one in group)
 
 
+def test_a_completion_that_is_asked_for_in_pieces_is_the_same() -> None:
+    """The noise of a token is that of its number in the completion, whichever request draws it, and beside whatever."""
+    model, decoding = build_qwen3(), Decoding(max_new_tokens=8, seed=3)
+    whole = InProcess(model).generate([Request([1, 2], 7, samples=3)], decoding, never)[0]
+    requests = [Request([1, 2, *one.ids[:2]], 7, sample=number, first=2, most=3) for number, one in enumerate(whole)]
+    pieces = InProcess(model).generate(requests, decoding, never)
+    assert [piece.ids for (piece,) in pieces] == [one.ids[2:5] for one in whole]
+    anew = InProcess(model).generate([request._replace(first=0) for request in requests], decoding, never)
+    assert [piece.ids for (piece,) in anew] != [piece.ids for (piece,) in pieces]
+
+
 def test_a_request_is_interrupted_between_tokens() -> None:
     asked = []
 
