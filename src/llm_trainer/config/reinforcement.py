@@ -12,6 +12,11 @@ from llm_trainer.config.section import config_section
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "luspo", "sapo", "vespo"]
 Advantage = Literal["group", "dr_grpo", "batch", "rloo", "reinforce++", "reinforce++_baseline", "gdpo"]
 
+WITH_JUDGE = (
+    "max_resamplings: got {}, but a reward model judges completions when all of them are there, and then none can be drawn "
+    "again; expected 0, or reward functions alone"
+)
+
 
 @config_section
 class GenerateConfig:
@@ -159,6 +164,13 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
                 f"group_size: got 1, but advantage {kind} compares a completion with the others of its group, so that nothing "
                 "would be learned; expected at least 2, or advantage: reinforce++"
             )
+        if self.max_resamplings and self.group_size == 1:
+            raise ConfigError(
+                f"max_resamplings: got {self.max_resamplings}, but with group_size 1 all rewards of a group are always equal; "
+                f"expected 0, or a group_size of at least 2"
+            )
+        if self.max_resamplings and self.reward_model_checkpoint is not None:
+            raise ConfigError(WITH_JUDGE.format(self.max_resamplings))
         if self.mixup_alpha != 1 and self.ref_sync_steps is None:
             raise ConfigError(
                 f"mixup_alpha: got {self.mixup_alpha:g}, but the reference never moves; expected ref_sync_steps, the number of "

@@ -15,7 +15,7 @@ from llm_trainer.machine import Machine
 
 IDS = ("prompts", "input_ids")  # a batch has one of them
 MASKS = ("prompt_attention_mask", "attention_mask")
-OF_RESPONSES = ("responses", "rewards", "old_logprobs", "response_mask")
+OF_RESPONSES = ("responses", "response_attention_mask", "rewards", "old_logprobs", "sampled_logprobs")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Prompt:
         ids: `[T]` up to where the policy begins to write.
         answer: the reference answer, if there is one.
         columns: every other column of its row.
-        given: completions that came with it and are not to be sampled: for each, its columns of `responses`, `rewards` and
-            `old_logprobs`, whichever there are.
+        given: completions that came with it and are not to be sampled: for each, its columns of `OF_RESPONSES`, whichever
+            there are.
     """
 
     number: int

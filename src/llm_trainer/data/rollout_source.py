@@ -45,6 +45,7 @@ class RolloutSource:
         pad_id: token that pads rows.
         keep_rollouts: all of them; else those that no checkpoint needs are removed.
         rollouts: folder of stored rollouts of another run, which are learned from in place of new ones.
+        fits: raises an error if such a rollout cannot be learned from; None: any can.
         shares_prompts: says, when a rollout is there, whether the trainer runs the prompt of a group once per micro-batch, so
             that a token budget counts it once; None: it does not.
         before: called by all processes before a rollout of the training is looked for and made, and weights are asked for;
@@ -64,6 +65,7 @@ class RolloutSource:
     pad_id: int = 0
     keep_rollouts: bool = False
     rollouts: str | None = None
+    fits: Callable[[Rollout], None] | None = None
     shares_prompts: Callable[[], bool] | None = None
     before: Callable[[], None] | None = None
 
@@ -367,7 +369,10 @@ class RolloutSource:
             self.machine.say(f"rollouts: {folder} has no more than {place.number} rollouts")
             return None
         meta = verified(path)
-        return Rollout(path) if meta["made_of"]["epoch"] == epoch else None
+        rollout = Rollout(path)
+        if self.fits is not None:
+            self.fits(rollout)
+        return rollout if meta["made_of"]["epoch"] == epoch else None
 
 
 def num_updates(source: StepSource, samples: int, rows_per_update: int | None, passes: int) -> int | None:

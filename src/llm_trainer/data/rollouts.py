@@ -30,7 +30,7 @@ COLUMNS: dict[str, type] = {
     "input_ids": np.uint32,  # [T]
     "trained": np.bool_,  # [T] the policy wrote it, and it may be learned from
     "group": np.int64,  # [1] number of the prompt in the rollout
-    "sampled_logprobs": np.float32,  # [T] under the distribution that the token was drawn from
+    "sampled_logprobs": np.float32,  # [T] under the distribution that the token was drawn from; NaN: nobody knows
     "versions": np.int64,  # [2k] spans: first token, version of the weights that wrote from there on
     "finish": np.uint8,  # [1] index into FINISHES
     "rewards": np.float64,  # [F] one per reward function; NaN: it is missing, or does not apply
@@ -38,8 +38,10 @@ COLUMNS: dict[str, type] = {
 }
 LEFT_OUT = "left_out"  # [1] 0: learned from; else why not, as `meta.json` numbers the reasons
 PER_ROW = ("group", "row_index", "finish", "rewards", LEFT_OUT)
-NOT_IN_BATCHES = ("input_ids", "trained", "versions", "facts", LEFT_OUT)
+REDRAWN = "redrawn"  # [1] tokens of completions that were drawn in this one's place before, and are not there any more
 NOTHING_WRITTEN, FAILED = "nothing was written", "the completion failed"  # why rows are dropped
+DRAWN_AGAIN = "its group was drawn again"
+NOT_IN_BATCHES = ("input_ids", "trained", "versions", "facts", LEFT_OUT, REDRAWN)
 
 
 def as_json(facts: Mapping[str, Any]) -> np.ndarray:
@@ -270,6 +272,11 @@ def checked(row: Row) -> Row:
     return {name: np.asarray(values, dtype=COLUMNS.get(name)) for name, values in row.items()}
 
 
+def num_sampled(length: int, versions: np.ndarray) -> int:
+    """Tokens of a row from the first one on that a policy wrote: what an environment said in between is among them."""
+    return int(length - versions[0]) if len(versions) else 0
+
+
 def account(rollout: Rollout, finished: Finished) -> tuple[list[tuple[str, str]], np.ndarray, dict[str, Any]]:
     """Why rows are left out, `[rows]` the number of the reason (from 1; 0: none), and the ledger of all tokens.
 
@@ -285,7 +292,7 @@ def account(rollout: Rollout, finished: Finished) -> tuple[list[tuple[str, str]]
     for row in range(rows):
         trained[row] = rollout.store["trained"][row].sum()
         spans = rollout.store["versions"][row]
-        sampled[row] = rollout.lengths[row] - (spans[0] if len(spans) else rollout.lengths[row])
+        sampled[row] = num_sampled(rollout.lengths[row], spans)
     # 2. the first reason of each row
     finish = rollout.column("finish")
     dropped = {FAILED: finish >= FINISHES.index("aborted"), NOTHING_WRITTEN: trained == 0, **finished.dropped}
@@ -306,6 +313,9 @@ def account(rollout: Rollout, finished: Finished) -> tuple[list[tuple[str, str]]
     for number, (how, why) in enumerate(reasons, start=1):
         if (left_out == number).any():
             ledger[how][why] = int(sampled[left_out == number].sum())
+    if REDRAWN in rollout.store.columns and rollout.column(REDRAWN).any():
+        ledger["dropped"][DRAWN_AGAIN] = int(rollout.column(REDRAWN).sum())
+        ledger["sampled"] += ledger["dropped"][DRAWN_AGAIN]
     everything = (
         ledger["trained"] + ledger["environment"] + sum(ledger["masked"].values()) + sum(ledger["dropped"].values())
     )

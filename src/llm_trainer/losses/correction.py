@@ -46,7 +46,7 @@ class Correction:
 
         Args:
             old_logprobs: `[B, T]` under the policy that learns, when the update began.
-            sampled_logprobs: `[B, T]` under the policy that drew the tokens.
+            sampled_logprobs: `[B, T]` under the policy that drew the tokens; NaN where nobody knows: their weight is 1.
             sequences: which tokens count.
 
         Returns:
@@ -55,7 +55,10 @@ class Correction:
             "sampling/effective_sample_size", the share (sum w)^2 / (n sum w^2) of the micro-batch (Kish 1965), in which
             every one of its n tokens, or sequences, counts.
         """
-        log_weights = sequences.keep(old_logprobs) - sequences.keep(sampled_logprobs)
+        log_weights = sequences.keep(old_logprobs - sampled_logprobs)
+        log_weights = torch.where(
+            sampled_logprobs.isnan(), 0.0, log_weights
+        )  # given, not drawn: nothing to make up for
         counted = sequences.mask
         if self.level == "seq":
             log_weights, counted = sequences.sum(log_weights), sequences.counts > 0

@@ -33,12 +33,13 @@ class Agreement:
     Args:
         precision: 'fp32', 'bf16' or 'fp16'.
         limit: of the mean difference between sampler and trainer; None: what rounding explains.
-        is_sampled_here: whether the completions are the policy's own of this moment; else a difference is no mistake.
+        is_sampled_here: whether the completions are the policy's own of this moment; else a difference is no mistake, unless
+            there is a limit.
     """
 
     def __init__(self, precision: str, limit: float | None, is_sampled_here: bool) -> None:
         is_exact = precision == "fp32"
-        self.precision, self.is_sampled_here = precision, is_sampled_here
+        self.precision, self.is_limited = precision, is_sampled_here or limit is not None
         self.limit = limit if limit is not None else (SAMPLER if is_exact else SAMPLER_HALF)
         self.same_weights = SAME_WEIGHTS if is_exact else SAME_WEIGHTS_HALF
         self._seen: dict[str, Difference] = {}
@@ -78,7 +79,7 @@ class Agreement:
                 found[name] = total / count, largest[number][2]
         for name, (mean, most) in found.items():
             limit = self.limit if name == "sampler" else self.same_weights
-            may_differ = name == "sampler" and not self.is_sampled_here
+            may_differ = name == "sampler" and not self.is_limited
             if mean > limit and not may_differ:
                 raise DisagreementError(
                     f"{CAUSES[name][0]} differ by {mean:.2e} per token on average, at most {most:.2e}; expected at most "

@@ -1,6 +1,7 @@
 """Completions as rows of a rollout, and what one watches of them."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -8,12 +9,15 @@ import numpy as np
 import torch
 
 from llm_trainer.config.reinforcement import GenerateConfig
-from llm_trainer.data.rollouts import FINISHES, Prompt, Rollout, as_json
+from llm_trainer.data.rollouts import FINISHES, REDRAWN, Prompt, Rollout, as_json, num_sampled
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion
 from llm_trainer.losses.advantages import level_share, weighted_rewards
+from llm_trainer.trainers.given import mask_of_responses, per_token
 
 Row = dict[str, np.ndarray]
+GIVEN = -1  # the version of the weights of a completion that was not drawn
+_LOGPROBS = ("old_logprobs", "sampled_logprobs")
 
 
 class Written(NamedTuple):
@@ -22,14 +26,18 @@ class Written(NamedTuple):
     Attributes:
         prompt: what it continues.
         completion: as the service wrote it, or as it was given.
-        reward: that was given with it; None: functions say it.
+        reward: that was given with it, or one for each function; None: functions say it.
         attempt: how often its group had been drawn before.
+        old_logprobs: that were given with it, a number for each token.
+        has_sum: they are one number, the sum, that was spread over the tokens.
     """
 
     prompt: Prompt
     completion: Completion
-    reward: float | None = None
+    reward: float | Sequence[float] | None = None
     attempt: int = 0
+    old_logprobs: Sequence[float] | None = None
+    has_sum: bool = False
 
 
 def decoding_of(how: GenerateConfig, seed: int, stop_token_ids: Sequence[int], tokenizer: Any = None) -> Decoding:
@@ -57,17 +65,70 @@ def decoding_of(how: GenerateConfig, seed: int, stop_token_ids: Sequence[int], t
     )
 
 
-def given_with(prompt: Prompt) -> list[Written]:
-    """The completions that came with a prompt."""
+def given_with(prompt: Prompt, pad_id: int | None, pad_ends: bool) -> list[Written]:
+    """The completions that came with a prompt, without their padding; nobody knows how probable they were when drawn.
+
+    Args:
+        pad_id: of padding, where no mask says what is; None: nothing is.
+        pad_ends: it is also the token that ends a completion.
+    """
     written = []
     for given in prompt.given:
-        ids = list(given["responses"])
-        logprobs = given.get("old_logprobs")
-        if not isinstance(logprobs, list):
-            logprobs = [0.0] * len(ids)
-        completion = Completion(ids, logprobs[: len(ids)], "stop", [(0, -1)])
-        written.append(Written(prompt, completion, given.get("rewards")))
+        one = {name: torch.tensor([values]) for name, values in given.items()}  # a batch of one
+        mask = mask_of_responses(one, one["responses"], pad_id, pad_ends)
+        numbers = {name: per_token(name, one[name], mask)[mask].tolist() for name in _LOGPROBS if name in one}
+        ids = one["responses"][mask].tolist()
+        sampled = numbers.get("sampled_logprobs", [math.nan] * len(ids))
+        completion = Completion(ids, sampled, "stop", [(0, GIVEN)])
+        old = numbers.get("old_logprobs")
+        has_sum = old is not None and one["old_logprobs"].dim() == 1
+        written.append(Written(prompt, completion, given.get("rewards"), old_logprobs=old, has_sum=has_sum))
     return written
+
+
+def given_logprobs(rollout: Rollout, columns: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """`old_logprobs` with those that came with completions, and `has_sums` where these are sums; nothing if none came.
+
+    Args:
+        rollout: whole.
+        columns: `old_logprobs` of all rows, as they were computed; may be absent where `has_given_logprobs` says no.
+    """
+    if not has_given_logprobs(rollout):
+        return {}
+    old, has_sums = list(columns["old_logprobs"]), False
+    for row, facts in _given_facts(rollout):
+        if "old_logprobs" in facts:
+            numbers = np.array(old[row], dtype=np.float32)
+            numbers[len(numbers) - len(facts["old_logprobs"]) :] = facts["old_logprobs"]
+            old[row] = numbers
+            has_sums = has_sums or facts["has_sum"]
+    found = {"old_logprobs": old}
+    if has_sums:
+        found["has_sums"] = [np.ones(1, dtype=np.float32)] * len(old)
+    return found
+
+
+def has_given(rollout: Rollout) -> bool:
+    """Whether completions of a rollout were given, not drawn."""
+    return bool((rollout.store["versions"].values[1::2] == GIVEN).any())
+
+
+def has_given_logprobs(rollout: Rollout) -> bool:
+    """Whether older log-probs came with completions of a rollout."""
+    return any("old_logprobs" in facts for _, facts in _given_facts(rollout))
+
+
+def _given_facts(rollout: Rollout) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not has_given(rollout):
+        return
+    for row in range(len(rollout)):
+        yield row, rollout.facts(row)
+
+
+def count_redrawn(rows: Sequence[Row], earlier: Sequence[Row]) -> None:
+    """Note in rows of a group the tokens of those that were drawn `earlier`, whose place they take."""
+    for row, before in zip(rows, earlier, strict=True):
+        row[REDRAWN] = before[REDRAWN] + num_sampled(len(before["input_ids"]), before["versions"])
 
 
 def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_cuts: bool) -> Row:
@@ -84,6 +145,14 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
     spans = [(start + first, version) for first, version in completion.versions]
     logprobs = np.zeros(len(ids), dtype=np.float32)
     logprobs[start:] = completion.logprobs
+    facts: dict[str, Any] = {
+        "answer": prompt.answer,
+        "columns": prompt.columns,
+        "errors": errors,
+        "attempt": one.attempt,
+    }
+    if one.old_logprobs is not None:
+        facts |= {"old_logprobs": one.old_logprobs, "has_sum": one.has_sum}
     row = {
         "input_ids": ids,
         "trained": np.arange(len(ids)) >= start,
@@ -92,9 +161,7 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
         "versions": np.array(spans).flatten(),
         "finish": np.array([FINISHES.index(completion.finish)]),
         "rewards": rewards,
-        "facts": as_json(
-            {"answer": prompt.answer, "columns": prompt.columns, "errors": errors, "attempt": one.attempt}
-        ),
+        "facts": as_json(facts),
         "failed": np.array([bool(errors)], dtype=np.uint8),
     }
     if keeps_cuts:
@@ -128,7 +195,11 @@ def metrics_of(
         there = column[~np.isnan(column)]
         found[f"rewards/{name}"] = float(there.sum()), float(len(there))
     groups = torch.from_numpy(np.array(rollout.column("group")))
-    found["frac_reward_zero_std"] = level_share(torch.from_numpy(totals), groups)
+    if len(groups.unique()) < rows:  # else there is nothing to compare
+        found["frac_reward_zero_std"] = level_share(torch.from_numpy(totals), groups)
+    if REDRAWN in rollout.store.columns:
+        redrawn = groups[torch.from_numpy(rollout.column(REDRAWN) > 0)].unique()
+        found["frac_groups_resampled"] = float(len(redrawn)), float(len(groups.unique()))
     found["rewards/failed"] = float((rollout.column("failed") != 0).sum()), float(rows)
 
     # 2. completions

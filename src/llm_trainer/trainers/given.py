@@ -40,13 +40,9 @@ def join_responses(batch: Batch, pad_id: int | None, pad_ends: bool = False) -> 
     """
     prompts, responses = _tokens(batch)
     prompt_mask = _mask_of(batch, "prompt_attention_mask", prompts)
-    response_mask = _mask_of(batch, "response_attention_mask", responses)
+    response_mask = mask_of_responses(batch, responses, pad_id, pad_ends)
     if prompt_mask is None:
         prompt_mask = _without_padding(prompts, pad_id) & _without_padding(prompts.flip(1), pad_id).flip(1)
-    if response_mask is None:
-        response_mask = _without_padding(responses, pad_id)
-        if pad_ends:
-            response_mask[:, 1:] |= response_mask[:, :-1].clone()
     _require_prompts(prompt_mask)
     mask = torch.cat([prompt_mask, response_mask], 1)
     columns = {
@@ -55,7 +51,7 @@ def join_responses(batch: Batch, pad_id: int | None, pad_ends: bool = False) -> 
     }
     for name in OF_TOKENS:
         if name in batch:
-            numbers = _per_token(name, batch[name], response_mask)
+            numbers = per_token(name, batch[name], response_mask)
             columns[name] = torch.cat([torch.zeros(prompts.shape, dtype=numbers.dtype), numbers], 1)
     rows = compact(columns, mask)
     if "old_logprobs" in batch and batch["old_logprobs"].dim() == 1:
@@ -86,6 +82,17 @@ def _tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     return prompts.long(), responses.long()
 
 
+def mask_of_responses(batch: Batch, responses: Tensor, pad_id: int | None, pad_ends: bool) -> Tensor:
+    """Bool, as `responses [B, L]`: what is no padding; the batch says it, or `pad_id` and `pad_ends` do (`join_responses`)."""
+    given = _mask_of(batch, "response_attention_mask", responses)
+    if given is not None:
+        return given
+    mask = _without_padding(responses, pad_id)
+    if pad_ends:
+        mask[:, 1:] |= mask[:, :-1].clone()
+    return mask
+
+
 def _mask_of(batch: Batch, name: str, ids: Tensor) -> Tensor | None:
     """Bool, as `ids`: what is no padding, where the batch says so."""
     if name not in batch:
@@ -113,7 +120,7 @@ def _require_prompts(mask: Tensor) -> None:
         )
 
 
-def _per_token(name: str, values: Tensor, mask: Tensor) -> Tensor:
+def per_token(name: str, values: Tensor, mask: Tensor) -> Tensor:
     """Numbers `[B, L]` of completions' tokens. A sum over the completion is spread evenly over its tokens."""
     values = values.detach().cpu().float()
     if values.shape == mask.shape:

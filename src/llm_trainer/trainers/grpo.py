@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.config.errors import fields_of
-from llm_trainer.config.reinforcement import GRPOConfig
+from llm_trainer.config.reinforcement import WITH_JUDGE, GRPOConfig
 from llm_trainer.data.rollout_source import RolloutSource, num_updates
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout
 from llm_trainer.losses.advantages import Advantages, group_statistics, weighted_rewards
@@ -19,6 +19,7 @@ from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts, to_device
+from llm_trainer.trainers.completions import given_logprobs, has_given, has_given_logprobs
 from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id_of, without_missing
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.moving import MovingReference
@@ -111,6 +112,8 @@ class GRPOTrainer(OnPolicyTrainer):
             rows_per_update=how.rows_per_update,
             **options,
         )
+        if how.max_resamplings and self.judge is not None:
+            raise ValueError(WITH_JUDGE.format(how.max_resamplings))
         self.reference = None if reference is None else reference_of(reference, self, self._policy)
         models = [self._policy, *([] if self.reference is None else [self.reference])]
         self.shares_prompts = how.share_prompts and all(model.knows_branches(self.device) for model in models)
@@ -165,6 +168,18 @@ class GRPOTrainer(OnPolicyTrainer):
                 "completions; expected a reward_func (or reward_model), or leave ref_sync_steps out"
             )
         return built
+
+    @property
+    def _max_resamplings(self) -> int:
+        return self.how.max_resamplings
+
+    def _learned_columns(self) -> tuple[str, ...]:
+        return ("advantages", "old_logprobs") if self._takes_several_updates else ("advantages",)
+
+    @property
+    def _takes_several_updates(self) -> bool:
+        """Whether the policy may have moved on when the last update on a rollout begins."""
+        return self.passes > 1 or self.rows_per_update is not None
 
     def _before_rollout(self) -> None:
         if self._moving is not None:
@@ -273,8 +288,10 @@ class GRPOTrainer(OnPolicyTrainer):
     # What is learned of a rollout.
 
     def _finish(self, rollout: Rollout) -> Finished:
-        updates = self.passes if self.rows_per_update is None else 2
-        columns = self._scored(rollout, old=updates > 1, reference=self.reference)
+        has_no_sampler = has_given(rollout) and self.how.kl_in == "reward"  # whose log-probs the KL would be of
+        old = self._takes_several_updates or has_given_logprobs(rollout) or has_no_sampler
+        columns = self._scored(rollout, old=old, reference=self.reference)
+        columns |= given_logprobs(rollout, columns)
         judged = self._judged(rollout)
         values, _, weights = self._rollout_maker().table(rollout, judged)
         if self.how.kl_in == "reward" and self.reference is not None:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,7 @@ from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import RolloutOptions
 from llm_trainer.data.collate import collate_padded, laying
 from llm_trainer.data.rollout_source import RolloutSource
+from llm_trainer.data.rollout_store import RolloutError
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import GenerationService
@@ -28,6 +30,7 @@ from llm_trainer.rewards.named import several
 from llm_trainer.trainers.agreement import Agreement
 from llm_trainer.trainers.answers import Batch, score, to_device
 from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.given import pad_id_of
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.rollouts import JUDGED, RolloutMaker
 from llm_trainer.trainers.said import RowsOfIds, context_of, stop_tokens_of, vocab_size_of
@@ -110,7 +113,7 @@ class OnPolicyTrainer(BaseTrainer):
         self._maker: RolloutMaker | None = None
         self.correction = correction_of(how)
         super().__init__(model, *args, **options)
-        is_own = how.rollouts is None and how.gen_repetition_penalty == 1
+        is_own = how.rollouts is None and how.gen_repetition_penalty == 1  # else only a limit that is set counts
         self._agreement = Agreement(self.machine.precision_name, how.max_logp_difference, is_own)
         if self.judge is not None:
             self.machine.place(self.judge)
@@ -164,9 +167,33 @@ class OnPolicyTrainer(BaseTrainer):
             pad_id=self._pad_id,
             keep_rollouts=self.how.keep_rollouts,
             rollouts=self.how.rollouts,
+            fits=self._check_stored,
             shares_prompts=lambda: self.shares_prompts,  # known when the model is where it will train
             before=self._before_rollout,
         )
+
+    def _check_stored(self, rollout: Rollout) -> None:
+        """
+        Raises:
+            RolloutError: a rollout of another run cannot be learned from as this one is set up.
+        """
+        missing = [name for name in self._learned_columns() if name not in rollout.store.columns]
+        if missing:
+            raise RolloutError(
+                f"rollouts: {rollout.store.folder} has no {' and no '.join(missing)}; expected rollouts of a run with the same "
+                f"algorithm, and with several updates on each if this one takes several (grpo_steps, rows_per_update): let "
+                f"that run make them so, or set these to 1 and null"
+            )
+        largest, vocab_size = int(rollout.store["input_ids"].values.max(initial=0)), vocab_size_of(self.base_model)
+        if vocab_size is not None and largest >= vocab_size:
+            raise RolloutError(
+                f"rollouts: {rollout.store.folder} has the id {largest}, and the model knows {vocab_size} ids; expected "
+                f"rollouts of a policy with the same tokenizer"
+            )
+
+    @abstractmethod
+    def _learned_columns(self) -> tuple[str, ...]:
+        """Of a rollout, what an update cannot do without."""
 
     def _before_rollout(self) -> None:
         """Change, on all ranks together, what a rollout of the training is to be scored with: it stays until the next one."""
@@ -185,6 +212,7 @@ class OnPolicyTrainer(BaseTrainer):
                 stop_token_ids=self._stops(),
                 context=context_of(self.base_model),
                 max_resamplings=self._max_resamplings,
+                padding=pad_id_of(self.tokenizer, self.base_model),
                 evaluation=self._evaluation,
             )
         return self._maker
@@ -311,12 +339,13 @@ class OnPolicyTrainer(BaseTrainer):
         """Compare the policy's `logprobs` of a micro-batch with what they should be."""
         if not self.model.training or "sampled_logprobs" not in batch:
             return
-        old = batch.get("old_logprobs", logprobs)
-        self._agreement.see("sampler", old, batch["sampled_logprobs"], sequences)
-        if self.machine.step == 0:
-            self._agreement.see("ratio", logprobs, old, sequences)
+        old, sampled = batch.get("old_logprobs", logprobs), batch["sampled_logprobs"]
+        drawn = replace(sequences, mask=sequences.mask & ~sampled.isnan())  # the others were given
+        self._agreement.see("sampler", old, sampled, drawn)
+        if self.machine.step == 0 and self.how.rollouts is None:
+            self._agreement.see("ratio", logprobs, old, drawn)
             if self.starts_at_reference and "ref_logprobs" in batch:
-                self._agreement.see("reference", logprobs, batch["ref_logprobs"], sequences)
+                self._agreement.see("reference", logprobs, batch["ref_logprobs"], drawn)
 
     def _end_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """

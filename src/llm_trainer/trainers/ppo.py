@@ -25,6 +25,7 @@ from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.extend import add_groups
 from llm_trainer.trainers.answers import Batch, count_tokens, to_device
+from llm_trainer.trainers.completions import given_logprobs
 from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder, group_options, let_critic_alone
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.on_policy import OnPolicyTrainer
@@ -208,10 +209,19 @@ class PPOTrainer(OnPolicyTrainer):
         built.maker = Followed(built.maker, self.shaping, training, self._totals)
         return built
 
+    def _learned_columns(self) -> tuple[str, ...]:
+        return ("advantages", "returns", "values", "old_logprobs")
+
     def _finish(self, rollout: Rollout) -> Finished:
         judged = self._judged(rollout)
         _, lay = laying(self.machine.layout, self._pad_id)
         columns = self.machine.score(rollout, partial(collate_rollout, lay=lay), self._say_of)
+        columns |= given_logprobs(rollout, columns)
+        if columns.pop("has_sums", None) is not None:
+            raise ValueError(
+                "old_logprobs: found sums over completions, [B]; PPO's ratios are of tokens: expected [B, L], one for each "
+                "token of the responses, or none"
+            )
         rewards = self._totals(rollout, judged)
         shaped = self.shaping(scored_rollout(rollout, rewards, columns), follows=False)
         is_level = len(np.unique(rewards)) == 1  # NaN is one of them

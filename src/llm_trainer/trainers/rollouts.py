@@ -13,7 +13,7 @@ import torch
 
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import GenerateConfig
-from llm_trainer.data.rollouts import Finished, Plan, Prompt, Rollout
+from llm_trainer.data.rollouts import REDRAWN, Finished, Plan, Prompt, Rollout
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import GenerationService, Interrupted, Request
 from llm_trainer.machine import Machine
@@ -22,6 +22,7 @@ from llm_trainer.rewards.workers import Interrupted as RewardsInterrupted
 from llm_trainer.trainers.completions import (
     Row,
     Written,
+    count_redrawn,
     decoding_of,
     given_with,
     metrics_of,
@@ -37,7 +38,8 @@ class RolloutMaker:
     """Makes rollouts of a trainer (`data.rollouts.Maker`).
 
     Beside those of every rollout its rows have the column `failed` (a reward function did), and where the distribution is cut
-    `kept` and `kept_counts [T]`, the ids that each token was drawn from, end to end, and how many are each token's.
+    `kept` and `kept_counts [T]`, the ids that each token was drawn from, end to end, and how many are each token's; and
+    `redrawn` where groups may be drawn again.
 
     Args:
         machine: of the run.
@@ -51,6 +53,7 @@ class RolloutMaker:
         stop_token_ids: that end a completion.
         context: most tokens that the model takes; None: no limit.
         max_resamplings: how often a group whose rewards are all equal is drawn again.
+        padding: of completions that are given without a mask: its id, None if there is none, and whether it ends one too.
         evaluation: how completions are drawn in evaluation; they may be as long as in training.
     """
 
@@ -66,6 +69,7 @@ class RolloutMaker:
     stop_token_ids: Sequence[int] = ()
     context: int | None = None
     max_resamplings: int = 0
+    padding: tuple[int | None, bool] = (None, False)
     evaluation: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -91,9 +95,11 @@ class RolloutMaker:
         try:
             groups = self._groups(plan, prompts, 0)
             for attempt in range(1, self.max_resamplings + 1):
-                level = [prompt for prompt in prompts if self._is_level(prompt, groups)]
-                if level and plan.training:
-                    groups |= self._groups(plan, level, attempt)
+                level = [prompt for prompt in prompts if plan.training and self._is_level(prompt, groups)]
+                again = self._groups(plan, level, attempt)
+                for number, rows in again.items():
+                    count_redrawn(rows, groups[number])
+                groups |= again
         except (Interrupted, RewardsInterrupted):
             return None
         rows = []
@@ -152,7 +158,7 @@ class RolloutMaker:
         """
         written: list[Written] = []
         for prompt in prompts:
-            written += given_with(prompt)
+            written += given_with(prompt, *self.padding)
         written += self._drawn(plan, [prompt for prompt in prompts if not prompt.given], attempt)
         rows = self._rewarded(plan, written)
         groups: dict[int, list[Row]] = {prompt.number: [] for prompt in prompts}
@@ -205,12 +211,33 @@ class RolloutMaker:
             for number, said in zip(asked, found.errors, strict=True):
                 errors[number] = said
         keeps_cuts = self._decoding(0, training=True).is_cut  # rows then have the ids that each token was drawn from
+        counts_redrawn = plan.training and self.max_resamplings > 0
         rows = []
         for number, one in enumerate(written):
             if one.reward is not None:
-                values[number, 0] = one.reward / self.weights[0]
-            rows.append(row_of(one, values[number], errors[number], keeps_cuts))
+                values[number] = self._given_rewards(one.reward)
+            row = row_of(one, values[number], errors[number], keeps_cuts)
+            if counts_redrawn:
+                row[REDRAWN] = np.zeros(1, dtype=np.int64)
+            rows.append(row)
         return rows
+
+    def _given_rewards(self, given: float | Sequence[float]) -> np.ndarray:
+        """`[F]`: those that came for each function, or one for all, which is a function's whatever its weight is.
+
+        Raises:
+            ValueError: there are more or fewer.
+        """
+        if isinstance(given, Sequence):
+            if len(given) != len(self.names):
+                raise ValueError(
+                    f"rewards: found {len(given)} for a response that is given; expected 1, or {len(self.names)}, one for each "
+                    f"of {', '.join(self.names)}"
+                )
+            return np.array(given, dtype=np.float64)
+        values, counted = np.full(len(self.names), np.nan), int(np.argmax(self.weights != 0))
+        values[counted] = given / self.weights[counted]
+        return values
 
     def _judged(self, written: Sequence[Written], plan: Plan) -> Rewards:
         assert self.rewards is not None
