@@ -1,7 +1,7 @@
 """What an algorithm says to the machinery, which `trainers/` implement. What it may ask of it is a `machine.Machine`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,7 +21,34 @@ SumOverRanks = Callable[[Tensor], Tensor]
 Step = tuple[list["MicroBatch"], "Position"]
 
 
-class Algorithm(ABC):
+class StepLoss(ABC):
+    """A loss of an optimizer step: a mean over the terms of all its micro-batches, on all ranks."""
+
+    @abstractmethod
+    def _prepare_batch(self, batch: Any) -> Any:
+        """Everything before autograd: move to the device, join, score with frozen models."""
+
+    @abstractmethod
+    def _forward(self, batch: Any) -> Any:
+        """What autograd sees: the forward of `self.model`."""
+
+    @abstractmethod
+    def _compute_loss(self, outputs: Any, batch: Any) -> Tensor:
+        """The micro-batch's loss, scalar: a MEAN over as many terms as `_loss_weight` counts."""
+
+    def _loss_weight(self, batch: Any) -> float | Tensor:
+        """Number of terms that the loss of `batch` is a mean of, or the sum of their weights, which may be fractions.
+
+        1 gives the textbook loss / accumulation.
+        """
+        return 1.0
+
+    def _count_tokens(self, batch: Any) -> int:
+        """Tokens of a micro-batch, for tokens/s."""
+        return batch["input_ids"].numel()
+
+
+class Algorithm(StepLoss):
     """One algorithm: three methods that it must write, and others that it may.
 
     Attributes:
@@ -54,35 +81,18 @@ class Algorithm(ABC):
     eval_prompts: list[str]
     machine: Machine
 
-    # What an algorithm must say.
-
-    @abstractmethod
-    def _prepare_batch(self, batch: Any) -> Any:
-        """Everything before autograd: move to the device, join, score with frozen models."""
-
-    @abstractmethod
-    def _forward(self, batch: Any) -> Any:
-        """What autograd sees: the forward of `self.model`."""
-
-    @abstractmethod
-    def _compute_loss(self, outputs: Any, batch: Any) -> Tensor:
-        """The micro-batch's loss, scalar: a MEAN over as many terms as `_loss_weight` counts."""
-
     # What an algorithm may say.
 
-    def _loss_weight(self, batch: Any) -> float | Tensor:
-        """Number of terms that the loss of `batch` is a mean of, or the sum of their weights, which may be fractions.
+    def _further_losses(self) -> Mapping[str, StepLoss]:
+        """Losses that are added to its own, by the name of their micro-batches, which `_build_source` puts into steps."""
+        return {}
 
-        1 gives the textbook loss / accumulation.
-        """
-        return 1.0
-
-    def _count_tokens(self, batch: Any) -> int:
-        """Tokens of a micro-batch, for tokens/s."""
-        return batch["input_ids"].numel()
+    def loss_of(self, micro_batch: "MicroBatch") -> StepLoss:
+        """Which loss a micro-batch is for."""
+        return self._further_losses()[micro_batch.loss] if micro_batch.loss else self
 
     def _begin_step(self, batches: list[Any], weights: list[float], sum_over_ranks: SumOverRanks) -> None:
-        """See all micro-batches of an optimizer step before the first of them runs, without gradients.
+        """See all micro-batches of its own of an optimizer step before the first of them runs, without gradients.
 
         For a loss with a second denominator, or with an estimate that is made from the whole step. A step that runs out of
         memory is begun anew, cut smaller: what is added up during a step starts at zero here.

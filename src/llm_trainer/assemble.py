@@ -82,7 +82,7 @@ def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], bui
         "save_dir": run.save_dir,
         "tokenizer": build.tokenizer,
         "eval_prompts": config.eval_prompts,
-        **_settings(config, build.engine, [*train.dataset.ledgers]),
+        **_settings(config, build.engine, [*train.dataset.ledgers, *build.further_ledgers]),
         "choices": _choices(config, given, build, optimizer),
         **own,
     }

@@ -1,6 +1,7 @@
 """The objects of one run, each made when it is first asked for. `trainers.building.Build` is what algorithms see of it."""
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,6 +45,11 @@ from llm_trainer.models.scored import ScoredModel
 from llm_trainer.terminal import waiting
 
 LAYOUT_KEY = "data_loader_config.packing: none"
+# Options of the data that hold for whatever data: the others name files or columns, or say in which order files come.
+OF_ANY_DATA = (
+    *("data_loader_num_workers", "data_loader_pin_memory", "data_loader_shuffle", "micro_batch_tokens", "truncation"),
+    *("bad_rows", "image_columns", "max_left_out", "parse_special_tokens", "cache_dir"),
+)
 
 
 class Builder:
@@ -59,6 +65,7 @@ class Builder:
         self.config, self.trainer_class, self.given = config, trainer_class, given or {}
         self.section = options_of(config, trainer_class)
         # Models that see the rows beside the trained one, as far as they are known here.
+        self.further_ledgers: list[Any] = []  # of data beside the training data
         self._others = [value for name, value in self.given.items() if name != "model" and isinstance(value, nn.Module)]
 
     # Where it computes.
@@ -164,6 +171,22 @@ class Builder:
     def streams(self) -> tuple[Any, ...]:
         train, evaluation = self._streams
         return train, *evaluation.values()
+
+    def further(self, files: Any, wanted: Any, rows_per_step: int, block_size: int) -> SampleStream:
+        config = copy(self.config)
+        loader = config.data_loader_config
+        kept = {name: getattr(loader, name) for name in OF_ANY_DATA}
+        config.file_dataset, config.eval_dataset, config.data_loader_config = files, None, DataLoaderConfig(**kept)
+        config.dataset_block_size = min(block_size, self.policy.config.max_position_embeddings)
+        other = Builder(config, self.trainer_class, self.given)
+        other.tokenizer, other.policy, other._others = self.tokenizer, self.policy, self._others
+        other._wanted = wanted
+        if loader.packing in other.kind.packings:
+            config.data_loader_config.packing = loader.packing
+        stream, _ = other._streams
+        dataset: Any = stream.dataset
+        self.further_ledgers += dataset.ledgers
+        return replace(stream, rows_per_step=rows_per_step)
 
     def score(
         self,

@@ -178,15 +178,17 @@ class MicroBatch:
         counts: False for a filler: a batch that weighs nothing and is recorded nowhere. It only keeps a rank without rows
             in step with the others.
         weight: number of terms that its loss is a mean of; the loop sets it.
+        loss: which one, of several that a step adds up (`Algorithm._further_losses`); empty: the algorithm's own.
     """
 
     batch: Any
     counts: bool = True
     weight: float = 0.0
+    loss: str = ""
 
     def filler(self) -> "MicroBatch":
         """The same batch as one that does not count."""
-        return MicroBatch(self.batch, counts=False)
+        return MicroBatch(self.batch, counts=False, loss=self.loss)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "dpo": {"loss_type": {"sigmoid": 1.0, "sft": 0.5}},  # pairs and tokens: two denominators
     "kto": {},
     "reward": {"center_coef": 0.01},
-    "grpo": {"kl_coef": 0.1, "entropy_coef": 0.01},  # of rollouts that are there
-    "ppo": {"kl_beta": 0.0, "critic_warmup_steps": 1},  # two models; the policy waits for a step
+    # Of rollouts that are there; each step has further rows, whose loss is a mean of its own.
+    "grpo": {"kl_coef": 0.1, "entropy_coef": 0.01, "ptx_coef": 0.5},
+    "ppo": {"kl_beta": 0.0, "critic_warmup_steps": 1, "ptx_coef": 0.5},  # two models; the policy waits for a step
 }
 ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     "torch": {},
@@ -36,6 +37,10 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
 }
 STEPS = 3
 ROWS_PER_STEP = 8
+FURTHER, FURTHER_PER_STEP = (
+    4,
+    3,
+)  # rows, of which the second step has one: the second of two ranks has none; then they repeat
 # What may be left to the machine, as the user says it who leaves nothing to it.
 PLAIN: dict[str, Any] = {"packing": "none", "micro_batch_tokens": None, "compile": False}
 
@@ -124,7 +129,7 @@ def trainer_class_of(cell: Cell) -> Any:
         takes_flat = True
 
         def _build_source(self, source: Any, training: bool) -> Any:
-            return source
+            return self._with_further(source, training)
 
     own = {"weighed": Weighed, "ppo": OfStoredRows}
     return own.get(cell.trainer) or get_trainer_class(cell.trainer)
@@ -138,9 +143,9 @@ class Rows:
     a whole step sum to less than 1.
     """
 
-    def __init__(self, trainer: str, vocab_size: int, seed: int = 0) -> None:
+    def __init__(self, trainer: str, vocab_size: int, seed: int = 0, count: int = STEPS * ROWS_PER_STEP) -> None:
         noise = np.random.default_rng(seed)
-        self.lengths = noise.integers(4, 30, STEPS * ROWS_PER_STEP)
+        self.lengths = noise.integers(4, 30, count)
         self.file_sizes = [len(self.lengths)]
         self._ids = [noise.integers(3, vocab_size, n) for n in self.lengths]
         whole = trainer == "pretrain"
@@ -227,6 +232,24 @@ def tiny_model(attention: str = "sdpa", seed: int = 0) -> Any:
     return build_model(shape, attention=attention)
 
 
+def further_of(cell: Cell) -> Any:
+    """The rows that each step of a cell has beside its own."""
+    from llm_trainer.data.collate import collate_flat, collate_padded
+    from llm_trainer.data.stream import SampleStream
+    from llm_trainer.engine import dist
+
+    return SampleStream(
+        Rows("sft", 512, seed=7, count=FURTHER),
+        collate_flat if cell.flat else collate_padded,
+        rows_per_step=FURTHER_PER_STEP,
+        batch_size=cell.batch_size,
+        rank=dist.rank(),
+        world_size=cell.ranks,
+        micro_batch_tokens="auto" if cell.automatic else cell.micro_batch_tokens,
+        flat=cell.flat,
+    )
+
+
 def loader_of(cell: Cell) -> Any:
     """What the rows of a cell come from."""
     from torch.utils.data import DataLoader
@@ -286,6 +309,8 @@ def run(
         options.setdefault("ref_model", tiny_model(seed=1))
     elif cell.trainer == "reward":
         model = reward_model(model)
+    if cell.trainer in ("grpo", "ppo"):
+        options.setdefault("ptx_loader", further_of(cell))
     curve: Curve = []
     rows: list[int] = []  # of this rank
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from table import STEPS, Cell, Curve, differences, run
 
 TOLERANCE = 1e-6
-TRAINERS = ("sft", "dpo")
+TRAINERS = ("sft", "dpo", "grpo")  # the last with further rows, which have a position of their own
 
 
 def lives_of(trainer: str) -> dict[str, list[Cell]]:

@@ -8,12 +8,12 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.optim import OptimConfig
-from llm_trainer.config.reinforcement import GenerateConfig, RolloutOptions
+from llm_trainer.config.reinforcement import GenerateConfig, PtxOptions, RolloutOptions
 from llm_trainer.config.section import config_section
 
 
 @config_section
-class PPOConfig(GenerateConfig, RolloutOptions):
+class PPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
     """Reinforcement learning with a critic, which says what each token is worth (PPO)."""
 
     ppo_epochs: StrictInt = Field(default=4, ge=1, description="passes over each rollout")
@@ -82,6 +82,7 @@ class PPOConfig(GenerateConfig, RolloutOptions):
     )
 
     def __post_init__(self) -> None:
+        PtxOptions.__post_init__(self)
         if self.value_optim_config is not None:
             _check_group(self.value_optim_config)
         if self.gen_repetition_penalty != 1 and self.off_policy_correction == "none":

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.files import Files
 from llm_trainer.config.section import config_section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "luspo", "sapo", "vespo"]
@@ -92,7 +93,27 @@ class RolloutOptions:
 
 
 @config_section
-class GRPOConfig(GenerateConfig, RolloutOptions):
+class PtxOptions:
+    """Language modelling that is mixed into the updates of a policy."""
+
+    ptx_coef: StrictFloat = Field(
+        default=0.0, ge=0, description="weight of the cross-entropy of further rows in each update; 0: there are none"
+    )
+    ptx_dataset: Files | None = Field(
+        default=None,
+        description="these rows, texts or conversations: a path or a list of paths; they begin anew when they end",
+    )
+    ptx_ratio: StrictFloat = Field(default=1.0, gt=0, description="rows of an update for each of its completions")
+
+    def __post_init__(self) -> None:
+        if self.ptx_dataset is not None and not self.ptx_coef:
+            raise ConfigError(
+                "ptx_dataset: nothing is learned from it, since ptx_coef is 0; set ptx_coef, such as 0.1, or leave it out"
+            )
+
+
+@config_section
+class GRPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
     """Reinforcement learning from groups of completions: GRPO and its family, without a critic."""
 
     group_size: StrictInt = Field(default=12, ge=1, description="completions of each prompt")
@@ -157,6 +178,7 @@ class GRPOConfig(GenerateConfig, RolloutOptions):
     )
 
     def __post_init__(self) -> None:
+        PtxOptions.__post_init__(self)
         compares = ("group", "dr_grpo", "batch", "rloo", "gdpo", "reinforce++_baseline")
         kind = self.advantage or "group"
         if self.group_size == 1 and kind in compares:

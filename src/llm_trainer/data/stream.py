@@ -125,8 +125,7 @@ class Amended:
 
     def __init__(self, source: StepSource, amend: Callable[[list[MicroBatch]], None]) -> None:
         self.source, self._amend = source, amend
-        self.num_steps, self.size, self.rows_of_step = source.num_steps, source.size, source.rows_of_step
-        self.state_dict, self.load_state_dict = source.state_dict, source.load_state_dict
+        self.num_steps, self.size = source.num_steps, source.size
 
     @property
     def micro_batch_tokens(self) -> int | Literal["auto"] | None:
@@ -146,6 +145,18 @@ class Amended:
     def recut(self, micro_batches: list[MicroBatch]) -> list[MicroBatch] | None:
         """The rows of a step as they are cut now; they are amended already."""
         return self.source.recut(micro_batches)
+
+    def rows_of_step(self, epoch: int, position: Any, micro_batches: list[MicroBatch]) -> list[list[RowOfStep]]:
+        """Those of the other source."""
+        return self.source.rows_of_step(epoch, position, micro_batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the other source."""
+        return self.source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the other source go on."""
+        self.source.load_state_dict(state)
 
 
 def innermost(source: StepSource) -> StepSource:

@@ -45,7 +45,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
     sketch = Sketch(options_of(config, trainer_class), model, length, rows, precision)
     costs: dict[str, Any] = {"rows_per_sample": 1, "has_head": True, "row_tokens": length, "rows": rows}
     costs |= trainer_class._plan_costs(config, sketch)
-    critic = costs.pop("critic", None)
+    critic, further_share = costs.pop("critic", None), costs.pop("further_share", 0.0)
     if not costs["has_head"]:
         with torch.device("meta"):
             model = reward_model(model)
@@ -57,6 +57,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
         flops += _flops(critic, costs["row_tokens"], has_head=False)
         state += optimizer_bytes(optim.optimizer, optim.momentum, critic)
         shape = shape.beside(shape_of(critic))
+    flops *= 1 + further_share
     return shape, Job(flops_per_token=flops, state_bytes=state, precision=precision, **costs)
 
 

@@ -12,7 +12,7 @@ from llm_trainer.engine import dist
 from llm_trainer.position import Position
 from llm_trainer.state import MicroBatch, Progress, StepDone
 from llm_trainer.train.retry import Attempt, DoesNotFit, Steps
-from llm_trainer.train.terms import count_terms, fill_up, share_of_step
+from llm_trainer.train.terms import Totals, count_terms, fill_up, share_of_step
 from llm_trainer.train.work import Work
 
 
@@ -50,10 +50,10 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
     # 1. The noise of a step is a function of (seed, step, rank): a resumed run continues bit for bit.
     torch.manual_seed(mix_seeds(work.seed, step, dist.rank()))
 
-    # 2. Count what the step's loss is a mean of, before the first micro-batch runs.
+    # 2. Count what the step's losses are means of, before the first micro-batch runs.
     dist.reached(f"step {step + 1}, beginning")
     batches = fill_up(engine, micro_batches)
-    total, tokens, stop = count_terms(algorithm, engine, batches, work.stop_requested())
+    totals, tokens, stop = count_terms(algorithm, engine, batches, work.stop_requested())
     attempt = Attempt(work, engine.give_up_step)
     attempt.begin(batches)
 
@@ -62,7 +62,7 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
     for number, micro_batch in enumerate(batches, start=1):
         dist.reached(f"step {step + 1}, micro-batch {number}")
         with attempt.part(number):
-            loss_sum += add_gradient(work, micro_batch, total, last=number == len(batches))
+            loss_sum += add_gradient(work, micro_batch, totals, last=number == len(batches))
     attempt.succeed()
     dist.reached(f"step {step + 1}, update")
     algorithm._end_step(dist.all_reduce)
@@ -72,13 +72,14 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
     return StepDone(loss_sum, grad_norm, finite, tokens, time.perf_counter() - started, stop, batches, position)
 
 
-def add_gradient(work: Work, micro_batch: MicroBatch, total: float, last: bool) -> Tensor:
-    """Forward and backward of a micro-batch; `[]` what it contributes to the loss of the step, of `total` terms."""
+def add_gradient(work: Work, micro_batch: MicroBatch, totals: Totals, last: bool) -> Tensor:
+    """Forward and backward of a micro-batch; `[]` what it contributes to the loss of the step, of `totals` terms."""
     algorithm, engine = work.algorithm, work.engine
+    own = algorithm.loss_of(micro_batch)
     with engine.micro_step(last), work.metrics.recording(micro_batch.counts):
-        batch = algorithm._prepare_batch(micro_batch.batch)
-        outputs = algorithm._forward(batch)
-        loss = algorithm._compute_loss(outputs, batch)
-        share = share_of_step(loss, micro_batch, total, outputs, algorithm)
+        batch = own._prepare_batch(micro_batch.batch)
+        outputs = own._forward(batch)
+        loss = own._compute_loss(outputs, batch)
+        share = share_of_step(loss, micro_batch, totals, outputs, algorithm)
         engine.backward(share)
     return share.detach()

@@ -12,7 +12,7 @@ from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.env import environment
 from llm_trainer.data.loader_workers import workers_needed
 from llm_trainer.data.rollout_source import RolloutSource
-from llm_trainer.data.stream import StepSource
+from llm_trainer.data.stream import StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
@@ -255,7 +255,7 @@ class Run:
         progress.learning_rate = float(first_group["lr"])  # the one that the step was taken with
         progress.lines, progress.words = [], ""
         self._clock.add(done.tokens, done.seconds + done.waited)
-        if isinstance(self.source, RolloutSource):
+        if isinstance(innermost(self.source), RolloutSource):
             self._metrics.add("seconds/learn", done.seconds)
         self._last_batch = done.batches[-1].batch
         self.new_best = False

@@ -1,5 +1,7 @@
 """What the loss of a step is a mean of: the terms of all its micro-batches on all ranks, and each one's share of them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,11 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.lockstep import zero_loss
 from llm_trainer.state import MicroBatch
 
+Totals = Mapping[str, float]  # terms of each loss of a step, over all ranks
+
 
 def fill_up(engine: Engine, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-    """The micro-batches of a step, and in lockstep as many fillers as another rank has more of them.
+    """The micro-batches of a step, and in lockstep as many fillers of each loss as another rank has more micro-batches.
 
     Raises:
         ValueError: there is none.
@@ -23,36 +27,47 @@ def fill_up(engine: Engine, micro_batches: list[MicroBatch]) -> list[MicroBatch]
         )
     if not engine.in_lockstep:
         return micro_batches
-    missing = dist.largest(len(micro_batches), engine.device) - len(micro_batches)
-    return micro_batches + [micro_batches[0].filler()] * missing
+    filled = []
+    for loss in dict.fromkeys(batch.loss for batch in micro_batches):  # each has a forward of its own
+        own = [batch for batch in micro_batches if batch.loss == loss]
+        missing = dist.largest(len(own), engine.device) - len(own)
+        filled += own + [own[0].filler()] * missing
+    return filled
 
 
 def count_terms(
     algorithm: Algorithm, engine: Engine, batches: list[MicroBatch], stop_requested: bool
-) -> tuple[float, int, bool]:
+) -> tuple[Totals, int, bool]:
     """Weigh every micro-batch; terms and tokens of the step on all ranks, and whether any of them is to stop."""
     tokens = 0
     for batch in batches:
         if batch.counts:
-            batch.weight = float(algorithm._loss_weight(batch.batch))
-            tokens += algorithm._count_tokens(batch.batch)
-    terms = sum(batch.weight for batch in batches)
-    total, all_tokens, stops = dist.sum_numbers([terms, float(tokens), float(stop_requested)], engine.device)
+            loss = algorithm.loss_of(batch)
+            batch.weight = float(loss._loss_weight(batch.batch))
+            tokens += loss._count_tokens(batch.batch)
+    names, terms = ["", *algorithm._further_losses()], []
+    for name in names:
+        terms.append(float(sum(batch.weight for batch in batches if batch.loss == name)))
+    *totals, all_tokens, stops = dist.sum_numbers([*terms, float(tokens), float(stop_requested)], engine.device)
     stop = stops > 0
     if dist.shares_data():  # a signal may come between the reads of neighbours, who count among different processes
         stop = dist.largest(int(stop), engine.device) > 0
-    return total or 1.0, int(all_tokens), stop  # weights may be fractions: 1 only in place of 0
+    found = {
+        name: total or 1.0 for name, total in zip(names, totals, strict=True)
+    }  # fractions too: 1 only in place of 0
+    return found, int(all_tokens), stop
 
 
 @torch.no_grad()
 def begin_step(algorithm: Algorithm, engine: Engine, batches: list[MicroBatch], sum_over_ranks: SumOverRanks) -> None:
-    """Let the algorithm see all micro-batches of a step before the first of them runs."""
+    """Let the algorithm see all its micro-batches of a step before the first of them runs."""
+    own = [batch for batch in batches if not batch.loss]
     with engine.precision(), engine.together():
-        algorithm._begin_step([b.batch for b in batches], [b.weight for b in batches], sum_over_ranks)
+        algorithm._begin_step([b.batch for b in own], [b.weight for b in own], sum_over_ranks)
 
 
-def share_of_step(loss: Tensor, batch: MicroBatch, total: float, outputs: object, algorithm: Algorithm) -> Tensor:
-    """`[]` what a micro-batch contributes to the loss of its step: its mean, times its share of the step's terms."""
+def share_of_step(loss: Tensor, batch: MicroBatch, totals: Totals, outputs: object, algorithm: Algorithm) -> Tensor:
+    """`[]` what a micro-batch contributes to the loss of its step: its mean, times its share of the terms of its loss."""
     if not batch.weight:
         return zero_loss(outputs, algorithm.model)
-    return loss * (batch.weight / total)
+    return loss * (batch.weight / totals[batch.loss])

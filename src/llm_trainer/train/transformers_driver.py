@@ -31,7 +31,7 @@ from llm_trainer.engine.unused import Unused
 from llm_trainer.position import Position
 from llm_trainer.state import MicroBatch, Progress, StepDone
 from llm_trainer.train.retry import Attempt, DoesNotFit, Steps
-from llm_trainer.train.terms import count_terms, fill_up, share_of_step
+from llm_trainer.train.terms import Totals, count_terms, fill_up, share_of_step
 from llm_trainer.train.work import Work
 
 # What the run says already -> the fields of TrainingArguments that would say something else.
@@ -159,7 +159,7 @@ class Driver(transformers.Trainer):
     """Sees a whole optimizer step of the run as one batch, because the number of micro-batches may differ from step to step."""
 
     micro_batches: list[MicroBatch]  # of the step under way
-    total: float  # terms of that step, over all ranks
+    totals: Totals  # terms of that step's losses, over all ranks
     started: float  # when that step began, as `time.perf_counter` says it
     _exchanges: bool  # whether the backward in which DDP exchanges gradients has begun
     done: StepDone  # that step, but for its seconds
@@ -214,7 +214,7 @@ class Driver(transformers.Trainer):
         dist.reached(f"step {self.progress.step + 1}, beginning")
         torch.manual_seed(mix_seeds(self.work.seed, self.progress.step, dist.rank()))
         self.micro_batches = fill_up(engine, micro_batches)
-        self.total, tokens, stop = count_terms(algorithm, engine, self.micro_batches, self.work.stop_requested())
+        self.totals, tokens, stop = count_terms(algorithm, engine, self.micro_batches, self.work.stop_requested())
         self._unused.in_step()  # forget what an attempt before has used
         attempt = Attempt(self.work, partial(self._give_up, model))
         attempt.begin(self.micro_batches)
@@ -257,11 +257,12 @@ class Driver(transformers.Trainer):
         """`[]` the share of one micro-batch, to be backpropagated by transformers."""
         work, algorithm = self.work, self.work.algorithm
         micro_batch = self.micro_batches[inputs["number"]]
+        own = algorithm.loss_of(micro_batch)
         with work.engine.precision(), work.metrics.recording(micro_batch.counts):
-            batch = algorithm._prepare_batch(micro_batch.batch)
-            outputs = algorithm._forward(batch)
-            loss = algorithm._compute_loss(outputs, batch)
-            share = share_of_step(loss, micro_batch, self.total, outputs, algorithm)
+            batch = own._prepare_batch(micro_batch.batch)
+            outputs = own._forward(batch)
+            loss = own._compute_loss(outputs, batch)
+            share = share_of_step(loss, micro_batch, self.totals, outputs, algorithm)
         self.loss_sum += share.detach()
         # The backward is next. DDP around a single process exchanges in every one: accelerate does not hold it back there.
         self._exchanges = not self.ddp or inputs["number"] == len(self.micro_batches) - 1

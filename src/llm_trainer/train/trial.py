@@ -68,7 +68,7 @@ def _run(work: Work, micro_batch: MicroBatch) -> None:
     with work.metrics.recording(micro_batch.counts):
         begin_step(algorithm, engine, [micro_batch], lambda numbers: numbers)
     # Sharded gradients are added up where only the last backward of a step comes past.
-    add_gradient(work, micro_batch, micro_batch.weight, last=engine.in_lockstep)
+    add_gradient(work, micro_batch, {"": micro_batch.weight}, last=engine.in_lockstep)
 
 
 @contextmanager

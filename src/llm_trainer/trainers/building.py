@@ -62,6 +62,18 @@ class Build(Protocol):
             source: a Hugging Face folder; or the path of a checkpoint or a state dict, put into a copy of the policy.
         """
 
+    def further(self, files: Any, wanted: "DataRequest", rows_per_step: int, block_size: int) -> Any:
+        """A stream of rows beside those of `streams` (`data.stream.SampleStream`).
+
+        Of the options of the data it has those that are not about the columns, the order or the shares of certain files.
+
+        Args:
+            files: like `file_dataset`.
+            wanted: what rows.
+            rows_per_step: over all ranks.
+            block_size: most tokens of a row, as far as the model reads them.
+        """
+
     def score(
         self,
         model: "nn.Module",

@@ -24,6 +24,7 @@ from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.moving import MovingReference
 from llm_trainer.trainers.on_policy import OnPolicyTrainer
+from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import default_reference, reference_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ KEYWORDS = {
 REFERENCE = "reference"  # the name in checkpoints of one that moves
 MOVED_AT = "reference_moved_at"  # and of the step at which it last did
 # What a section says about other objects than the loss.
-_OBJECTS = ("ref_model_checkpoint", "reward_model_checkpoint", "gradient_accumulation_steps")
+_OBJECTS = ("ref_model_checkpoint", "reward_model_checkpoint", "gradient_accumulation_steps", *PTX_OBJECTS)
 
 
 class GRPOTrainer(OnPolicyTrainer):
@@ -125,10 +126,8 @@ class GRPOTrainer(OnPolicyTrainer):
         for ours, theirs in KEYWORDS.items():
             options[ours] = options.pop(theirs)
         options |= cls._rewards_from_config(config, build)
-        source = section.ref_model_checkpoint
-        if section.loss_beta and source is not None and "ref_model" not in build.given:
-            options["ref_model"] = build.frozen(source)
-        return options
+        options |= ptx_from_config(config, build, section.group_size, section.rows_per_update)
+        return options | cls._reference_from_config(section.loss_beta, build)
 
     @classmethod
     def _steps_per_epoch(cls, stream: Any, section: GRPOConfig) -> int:
@@ -142,7 +141,7 @@ class GRPOTrainer(OnPolicyTrainer):
         reference = sketch.frozen() if section.loss_beta else {}
         columns = 1 + bool(section.loss_beta)  # advantages, and the reference's log-probabilities
         sampled = sketch.sampled(section.group_size, section.gen_max_seq_len, columns)
-        return {**reference, **sampled}
+        return {**reference, **sampled, "further_share": further_share(section)}
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)
@@ -153,7 +152,8 @@ class GRPOTrainer(OnPolicyTrainer):
         if self._moving is not None:
             held_to = f"moves by {self._moving.alpha:g} every {self._moving.every} steps"
         prompts = "shared" if self.shares_prompts else "repeated"
-        return {"loss": self.loss, "advantages": self.advantages.kind, "reference": held_to, "prompts": prompts}
+        own = {"loss": self.loss, "advantages": self.advantages.kind, "reference": held_to, "prompts": prompts}
+        return own | super()._get_extra_config_info()
 
     # A reference that moves.
 
@@ -167,7 +167,7 @@ class GRPOTrainer(OnPolicyTrainer):
                 "ref_sync_steps: the reference moves between rollouts, and nothing makes any, since nothing judges "
                 "completions; expected a reward_func (or reward_model), or leave ref_sync_steps out"
             )
-        return built
+        return self._with_further(built, training)
 
     @property
     def _max_resamplings(self) -> int:

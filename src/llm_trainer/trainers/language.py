@@ -41,6 +41,32 @@ def language_loss(options: "LossConfig") -> LanguageLoss:
     return LanguageLoss(**values | {"critical_tokens": tuple(options.critical_tokens)})
 
 
+def labels_of(batch: Any, name: str) -> torch.Tensor:
+    """`[B, T]` the labels of a batch; all of its tokens where it has none.
+
+    Args:
+        batch: as `Trainer` takes it.
+        name: of who takes it, for the message.
+
+    Raises:
+        ValueError: this is no batch of tokens.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"{name}: got {found} as a batch; expected a dict with input_ids [B, T], labels [B, T] and, "
+            "where rows are padded, attention_mask [B, T]: let the loader's collate_fn return one"
+        )
+    if "labels" in batch:
+        return batch["labels"]
+    labels = batch["input_ids"]
+    if "attention_mask" in batch:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE)
+    if "position_ids" in batch:  # of rows laid flat: nothing comes before the first token of a document
+        labels = labels.masked_fill(batch["position_ids"] == 0, IGNORE)
+    return labels
+
+
 def _kd_of(section: Any) -> KDConfig | None:
     """The distillation of a section; one from outside the package need not have any."""
     return section.kd_config if isinstance(section, PretrainConfig | SFTConfig) else None
@@ -115,25 +141,8 @@ class Trainer(BaseTrainer):
         return float(weight_sum(self._labels(batch), batch.get("loss_weights")))
 
     def _labels(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`[B, T]` the labels of a batch; all of its tokens where it has none.
-
-        Raises:
-            ValueError: this is no batch of tokens.
-        """
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"{type(self).__name__}: got {found} as a batch; expected a dict with input_ids [B, T], labels [B, T] and, "
-                "where rows are padded, attention_mask [B, T]: let the loader's collate_fn return one"
-            )
-        if "labels" in batch:
-            return batch["labels"]
-        labels = batch["input_ids"]
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE)
-        if "position_ids" in batch:  # of rows laid flat: nothing comes before the first token of a document
-            labels = labels.masked_fill(batch["position_ids"] == 0, IGNORE)
-        return labels
+        """`[B, T]` the labels of a batch; all of its tokens where it has none."""
+        return labels_of(batch, type(self).__name__)
 
     def _count_tokens(self, batch: dict[str, torch.Tensor]) -> int:
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()

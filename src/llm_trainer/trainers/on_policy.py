@@ -1,7 +1,7 @@
 """What trainers that learn from the policy's own completions have in common: who draws them, and who judges them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from llm_trainer.algorithm import StepLoss
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import RolloutOptions
@@ -32,6 +33,7 @@ from llm_trainer.trainers.answers import Batch, score, to_device
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.given import pad_id_of
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
+from llm_trainer.trainers.ptx import PTX, ptx_of
 from llm_trainer.trainers.rollouts import JUDGED, RolloutMaker
 from llm_trainer.trainers.said import RowsOfIds, context_of, stop_tokens_of, vocab_size_of
 
@@ -65,6 +67,8 @@ class OnPolicyTrainer(BaseTrainer):
             number for each row of ids `[B, T]` under a mask `[B, T]`. It has the policy's tokenizer.
         generation_service: draws completions; None: this process does, with a copy of the weights.
         stop_token_ids: that end a completion; None: what tokenizer and model say.
+        ptx_loader: batches of language modelling (`trainers.language.Trainer`), whose loss every update has too, times
+            `ptx_coef`; it is read again when it ends. None: there is none.
     """
 
     rows = ("prompts",)
@@ -87,9 +91,11 @@ class OnPolicyTrainer(BaseTrainer):
         reward_model: nn.Module | None = None,
         generation_service: GenerationService | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        ptx_loader: Any = None,
         **options: Any,
     ) -> None:
         self.how = how
+        self._ptx = ptx_of(self, how.ptx_coef, ptx_loader, lambda: self._policy_waits)
         self.samples, self.passes, self.rows_per_update = samples, passes, rows_per_update
         self.rewards: RewardFunctions | None = None
         if reward_func is None and how.rewards:
@@ -148,6 +154,31 @@ class OnPolicyTrainer(BaseTrainer):
                 f"f(prompts, completions, answers) -> list of numbers"
             )
         return options
+
+    @classmethod
+    def _reference_from_config(cls, weight: float, build: "Build") -> dict[str, Any]:
+        """What the policy is held to, as a keyword; none: there is none, or the constructor copies the policy."""
+        source = build.section.ref_model_checkpoint
+        if not weight or source is None or "ref_model" in build.given:
+            return {}
+        return {"ref_model": build.frozen(source)}
+
+    # Further rows.
+
+    @property
+    def _policy_waits(self) -> bool:
+        """Whether something else learns alone still."""
+        return False
+
+    def _further_losses(self) -> Mapping[str, StepLoss]:
+        return {} if self._ptx is None else {PTX: self._ptx}
+
+    def _get_extra_config_info(self) -> dict[str, Any]:
+        return {} if self._ptx is None else {"further rows": self._ptx}
+
+    def _with_further(self, source: Any, training: bool) -> Any:
+        """The steps of a source, with further rows where there are any."""
+        return self._ptx.source(source) if training and self._ptx is not None else source
 
     # Making rollouts.
 

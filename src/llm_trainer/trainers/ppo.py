@@ -29,6 +29,7 @@ from llm_trainer.trainers.completions import given_logprobs
 from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder, group_options, let_critic_alone
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.on_policy import OnPolicyTrainer
+from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import default_reference, reference_of
 from llm_trainer.trainers.shaping import Followed, Shaping
 from llm_trainer.trainers.shaping import scored as scored_rollout
@@ -43,6 +44,7 @@ _OBJECTS = (
     "value_model_checkpoint",
     "reward_model_checkpoint",
     "gradient_accumulation_steps",
+    *PTX_OBJECTS,
 )
 
 
@@ -113,8 +115,8 @@ class PPOTrainer(OnPolicyTrainer):
         section: PPOConfig = build.section
         own = {name: getattr(section, name) for name in fields_of(PPOConfig) if name not in _OBJECTS}
         own |= cls._rewards_from_config(config, build)
-        if section.kl_beta and section.ref_model_checkpoint is not None and "ref_model" not in build.given:
-            own["ref_model"] = build.frozen(section.ref_model_checkpoint)
+        own |= ptx_from_config(config, build, section.completions_per_prompt, section.ppo_batch_size)
+        own |= cls._reference_from_config(section.kl_beta, build)
         if "value_model" not in build.given:
             found = critic_of_folder(section.value_model_checkpoint, config, build)
             own["value_model"] = critic_of(build.policy, found, section.critic_on_policy)
@@ -143,7 +145,9 @@ class PPOTrainer(OnPolicyTrainer):
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         section: PPOConfig = sketch.section
-        costs = sketch.frozen() if section.kl_beta else {}
+        costs = {"further_share": further_share(section)}
+        if section.kl_beta:
+            costs |= sketch.frozen()
         if not section.critic_on_policy:
             costs |= sketch.critic(section.value_model_checkpoint)
         columns = len(("old_logprobs", "values", "advantages", "returns")) + bool(section.kl_beta)
@@ -190,7 +194,8 @@ class PPOTrainer(OnPolicyTrainer):
         if self._acting.shares_body:
             where = "a head on the policy's body"
         held_to = "none" if self.reference is None else "a frozen model"
-        return {"loss": self.loss, "critic": where, "reference": held_to}
+        own = {"loss": self.loss, "critic": where, "reference": held_to}
+        return own | super()._get_extra_config_info()
 
     def _get_extra_checkpoint_state(self) -> dict[str, Any]:
         return self.shaping.state_dict()
@@ -207,7 +212,7 @@ class PPOTrainer(OnPolicyTrainer):
                 "nothing judges completions: expected a reward_func (or reward_model), or rollouts, the folder of another run's"
             )
         built.maker = Followed(built.maker, self.shaping, training, self._totals)
-        return built
+        return self._with_further(built, training)
 
     def _learned_columns(self) -> tuple[str, ...]:
         return ("advantages", "returns", "values", "old_logprobs")
