@@ -25,9 +25,8 @@ class Added(Amended):
     def __init__(self, source: StepSource, added: StepSource, loss: str, machine: Machine) -> None:
         super().__init__(source, self._add)
         self.added, self._loss, self._machine = added, loss, machine
-        self._places: dict[
-            int, tuple[int, int]
-        ] = {}  # optimizer steps done: epoch and position of the rows that come next
+        # Optimizer steps done: epoch and position of the rows that come next.
+        self._places: dict[int, tuple[int, Any]] = {}
         self._steps: Iterator[tuple[list[MicroBatch], Any]] = iter(())
         self._stands: tuple[int, Any] | None = None  # where `_steps` goes on
 
