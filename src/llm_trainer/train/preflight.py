@@ -28,6 +28,8 @@ from llm_trainer.state import Choice
 from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from llm_trainer.config.options import Settings
 
 
@@ -80,14 +82,6 @@ class Size:
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, row_length: int | None) -> Self:
         """The size of a model or group of models; FLOPs with rows of `row_length` tokens, where that is known."""
-        from transformers import PreTrainedModel
-
-        from llm_trainer.models.build import ARCHITECTURES
-        from llm_trainer.plan.shapes import shape_of
-
-        shape = None
-        if isinstance(model, PreTrainedModel) and model.config.model_type in ARCHITECTURES:
-            shape = shape_of(model)
         every = list(model.parameters())
         trained = [parameter for parameter in every if parameter.requires_grad]
         return cls(
@@ -97,25 +91,47 @@ class Size:
             trained_bytes=sum(p.numel() * p.element_size() for p in trained),
             optimizer_bytes=state_bytes(optimizer),
             flops_per_token=_flops_per_token(model, row_length or 1),
-            shape=shape,
+            shape=_shape_of(model),
         )
 
 
-def _flops_per_token(model: nn.Module, row_length: int) -> float | None:
-    """Of training a model, or all that learn of a group; a body that several share runs once. None: it is not known."""
+def _learning(model: nn.Module) -> "list[PreTrainedModel] | None":
+    """A model, or all that learn of a group; a body that several share counts once. None: one is none of transformers'."""
     from transformers import PreTrainedModel
 
-    from llm_trainer.models.build import flops_per_token
-
-    total, counted_before = 0.0, set[nn.Parameter]()
+    learning, counted_before = [], set[nn.Parameter]()
     for member in members_of(model).values():
         parameters = set(member.parameters())
         if not isinstance(member, PreTrainedModel):
             return None
         if parameters.isdisjoint(counted_before) and any(parameter.requires_grad for parameter in parameters):
-            total += flops_per_token(member, row_length)
+            learning.append(member)
         counted_before |= parameters
-    return total
+    return learning
+
+
+def _shape_of(model: nn.Module) -> Shape | None:
+    """Of all that learn, as one; None: their memory is not known."""
+    from llm_trainer.models.build import ARCHITECTURES
+    from llm_trainer.plan.shapes import shape_of
+
+    shape = None
+    for member in _learning(model) or []:
+        if member.config.model_type not in ARCHITECTURES:
+            return None
+        own = shape_of(member)
+        shape = own if shape is None else shape.beside(own)
+    return shape
+
+
+def _flops_per_token(model: nn.Module, row_length: int) -> float | None:
+    """Of training all that learn; None: it is not known."""
+    from llm_trainer.models.build import flops_per_token
+
+    learning = _learning(model)
+    if learning is None:
+        return None
+    return sum((flops_per_token(member, row_length) for member in learning), 0.0)
 
 
 def check_numbers(max_grad_norm: float | None, **counts: Any) -> None:

@@ -16,10 +16,15 @@ from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.room import Room
+from llm_trainer.model_group import ModelGroup
 from llm_trainer.models.build import build_model
+from llm_trainer.models.critic import critic_of
+from llm_trainer.models.frozen import freeze
+from llm_trainer.models.rewarding import reward_model
 from llm_trainer.state import Progress
 from llm_trainer.train import sizing
 from llm_trainer.train.budget import Budget
+from llm_trainer.train.preflight import Size
 from llm_trainer.train.retry import Steps
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
@@ -56,6 +61,21 @@ def trained(folder: Path, model: nn.Module | None = None, kind: type = SFTTraine
 def losses(folder: Path) -> list[tuple[float, float]]:
     lines = map(json.loads, (folder / "log" / "metrics.jsonl").read_text().splitlines())
     return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def test_memory_of_several_models_is_that_of_all_that_learn() -> None:
+    """So PPO's micro-batches are sized as others are; a body that two share, and a frozen model, do not count again."""
+
+    def layers(model: nn.Module, other: nn.Module) -> int | None:
+        group = ModelGroup(model, {"other": other})
+        shape = Size.of(group, configure_optimizer(model, lr=0.1), None).shape
+        return None if shape is None else shape.num_layers
+
+    model = tiny()
+    assert layers(model, reward_model(tiny(), pad_token_id=0)) == 2
+    assert layers(model, critic_of(model, None, on_policy=True)) == 1
+    assert layers(model, freeze(tiny())) == 1
+    assert layers(model, nn.Linear(2, 2)) is None
 
 
 @pytest.mark.parametrize("flat", [False, True])
