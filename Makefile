@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: install demo test lint test-poor-cpu test-slow mutate golden gpu clean
+.PHONY: install demo test lint test-poor-cpu test-slow learning mutate golden gpu clean
 
 install: $(READY)
 
@@ -34,6 +34,10 @@ test-poor-cpu: install ## All tests but the slow ones as on a CPU with neither A
 
 test-slow: install ## Hundreds of kills and long learning runs; results belong in docs/results.md.
 	$(BIN)/python -m pytest -m slow --timeout=3600
+
+learning: install ## Each algorithm learns what it should: rewrites the tables of docs/results.md, in an hour on one core.
+	$(BIN)/python tests/learning/learning_table.py
+	$(BIN)/python tests/learning/reinforcement_table.py
 
 mutate: install ## Mistakes made on purpose, one at a time: the fast suite must notice each.
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py

@@ -1,0 +1,77 @@
+"""Reinforcement on sums that carry by chance at first: a completion is rewarded with 1 if it is the right sum."""
+
+from typing import Any
+
+import learning_table
+import sums
+import torch
+from reinforcement import Experiment, Ids, dealt_out, greedy_accuracy, turned
+
+from llm_trainer import GRPOTrainer, PPOTrainer
+from llm_trainer.trainers.reinforce import ReinforceTrainer, RLOOTrainer
+
+PROMPTS, GROUP = 128, 4  # of a rollout, and completions per prompt
+UPDATES = 4  # of each rollout, so that ratios are not 1 and clipping is at work
+
+
+class Sums:
+    """The task: the carry."""
+
+    TOKENS = 2
+    base = staticmethod(learning_table.base)
+
+    @staticmethod
+    def prompts_of_rollout(seed: int, count: int) -> torch.Tensor:
+        """Ids `[count, 5]`."""
+        train, _ = sums.prompts(seed)
+        numbers = train[torch.randperm(len(train))[:count]]
+        return sums.rows(numbers, torch.ones(count, dtype=torch.bool))[:, : sums.PROMPT]
+
+    @staticmethod
+    def accuracy(model: Any, seed: int) -> float:
+        """Of the 180 held-out prompts."""
+        _, held_out = sums.prompts(seed)
+        right = sums.rows(held_out, torch.ones(len(held_out), dtype=torch.bool))
+        return greedy_accuracy(model, right[:, : sums.PROMPT], right[:, sums.PROMPT :])
+
+    @staticmethod
+    def is_right(prompts: Ids, completions: Ids, **_: Any) -> list[float]:
+        """1 for a right sum, else 0."""
+        rewards = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            rewards.append(float(list(completion) == sums.answer(prompt)))
+        return rewards
+
+
+def of_groups(trainer: Any = GRPOTrainer, **how: Any) -> Experiment:
+    """A trainer that compares completions of one prompt."""
+    own = {name: how.pop(name) for name in ("reward", "accuracy", "lr", "rollouts") if name in how}
+    options = {"num_samples_per_prompt": GROUP, "rows_per_update": PROMPTS * GROUP // UPDATES, **how}
+    return Experiment(Sums, trainer, options, prompts=PROMPTS, **own)
+
+
+def with_critic(**how: Any) -> Experiment:
+    """PPO, one pass over each rollout."""
+    options = {
+        "completions_per_prompt": GROUP,
+        "ppo_batch_size": PROMPTS * GROUP // UPDATES,
+        "ppo_epochs": 1,
+        "clip_eps": 0.2,
+        "kl_beta": 0.0,  # what the base does is not to be kept
+    }
+    return Experiment(Sums, PPOTrainer, options | how, prompts=PROMPTS)
+
+
+EXPERIMENTS = {
+    "GRPO": of_groups(),
+    "Dr. GRPO": of_groups(loss_type="dr_grpo"),
+    "DAPO": of_groups(loss_type="dapo"),
+    "CISPO": of_groups(loss_type="cispo"),
+    "GSPO": of_groups(loss_type="gspo"),
+    "RLOO": of_groups(RLOOTrainer),
+    "REINFORCE++": of_groups(ReinforceTrainer),
+    "PPO, critic of its own": with_critic(),
+    "PPO, critic on the policy's body": with_critic(critic_on_policy=True),
+    "GRPO, reward's sign turned (control)": of_groups(reward=turned, accuracy=(0.0, 0.05)),
+    "GRPO, rewards shuffled (control)": of_groups(reward=dealt_out, accuracy=(0.2, 0.8)),
+}
