@@ -84,6 +84,12 @@ def arguments(name: str, function: Callable[..., Any], judged: Judged) -> tuple[
     return first, {key: value for key, value in columns.items() if key in wanted}
 
 
+def answer_call(name: str, function: Callable[..., Any], judged: Judged) -> dict[str, Any]:
+    """`call_function` as a process answers it (`keeper.Kept`): what holds the memory that has run out ends with it."""
+    returned = call_function(name, function, judged)
+    return {**returned._asdict(), "ends": any(cause == "memory" for cause, _ in returned.errors.values())}
+
+
 def call_function(name: str, function: Callable[..., Any], judged: Judged) -> Returned:
     """Call it; whatever it does, short of ending its process, becomes values that are missing."""
     count, began = len(judged.completions), time.monotonic()

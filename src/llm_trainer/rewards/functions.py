@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.rewards.calling import Judged, arguments, call_function
+from llm_trainer.rewards.calling import Judged, answer_call, arguments, call_function
 from llm_trainer.rewards.identity import code_hash
-from llm_trainer.rewards.returned import Returned
+from llm_trainer.rewards.returned import Returned, returned_of
 from llm_trainer.rewards.workers import Worker, answers, held_memory, in_memory, what_runs, why_no_workers
 
 RECENT = 100  # completions, at least, that the share of failures is taken of
@@ -141,7 +141,9 @@ class RewardFunctions:
             self._note_no_limits(names, reason)
             return {}
         running = what_runs()
-        workers = {name: Worker(name, self._functions[name], self._memory) for name in names}
+        workers = {}
+        for name in names:
+            workers[name] = Worker(name, partial(answer_call, name, self._functions[name]), self._memory)
         for name in names:
             if not workers[name].is_ready():
                 workers.pop(name).close()
@@ -210,13 +212,13 @@ class RewardFunctions:
         with ExitStack() as stack:
             request = stack.enter_context(in_memory(data)) if self._workers else -1
             for name, worker in self._workers.items():
-                worker.begin(request, len(data), self._seconds(name, count), count)
+                worker.begin(request, len(data), self._seconds(name, count))
             for name, function in self._functions.items():
                 if name not in self._workers:
                     found[name] = call_function(name, function, judged)
             by_worker = answers(list(self._workers.values()), stop)
-        for worker, said in by_worker.items():
-            found[worker.name] = said
+        for worker, answer in by_worker.items():
+            found[worker.name] = returned_of(worker.name, answer, count)
         return {name: found[name] for name in self.names}
 
     def _seconds(self, name: str, count: int) -> float:

@@ -1,4 +1,4 @@
-"""The processes behind a reward function: a keeper, which holds its limits, and the worker that calls it.
+"""The processes behind a user's function: a keeper, which holds its limits, and the worker that calls it.
 
 The trainer forks the keeper as early as it can, and the keeper forks the worker, again whenever one had to be killed: so
 functions need not be pickled, closures and lambdas work. The keeper never runs the function and has one thread, so it is
@@ -19,13 +19,12 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 from llm_trainer.config import env
-from llm_trainer.rewards.calling import Judged, call_function
-from llm_trainer.rewards.returned import Returned, nothing
+from llm_trainer.rewards.returned import Answer
 
 CALL = struct.Struct(">Qd")  # bytes of the request, seconds that it may take
 FRAME = struct.Struct(">Q")  # bytes of an answer
@@ -46,13 +45,16 @@ class Kept(NamedTuple):
 
     Attributes:
         name: In messages.
-        function: Called in the worker.
+        serve: Called in the worker, with each request; its answer is in JSON types. A worker whose answer has a true `ends`
+            ends with it.
         memory: Bytes that it may take beyond what its process begins with, its own processes included; None: no limit.
+        processes: That it may have at a time.
     """
 
     name: str
-    function: Callable[..., Any]
+    serve: Callable[[Any], Mapping[str, Any]]
     memory: int | None
+    processes: int = MOST_PROCESSES
 
 
 # --- the keeper
@@ -70,7 +72,7 @@ def keep(kept: Kept, channel: socket.socket, trainer: int) -> NoReturn:
     except (BrokenPipeError, ConnectionResetError):
         status = 0  # the trainer is gone
     except BaseException as error:
-        print(f"the keeper of reward function {kept.name!r} failed: {error!r}", file=sys.stderr, flush=True)
+        print(f"the keeper of {kept.name!r} failed: {error!r}", file=sys.stderr, flush=True)
     finally:
         with suppress(BaseException):
             _end_processes()
@@ -251,8 +253,8 @@ class Keeper:
         """Cause and words, if the function's processes are too many or take too much memory together."""
         processes = _processes()
         family = _descendants(os.getpid(), processes)
-        if len(family) > MOST_PROCESSES:
-            return "processes", f"started {len(family)} processes, more than {MOST_PROCESSES}, and was ended"
+        if len(family) > self.kept.processes:
+            return "processes", f"started {len(family)} processes, more than {self.kept.processes}, and was ended"
         taken = sum(max(0, processes[pid].rss - self.first_rss) for pid in family)
         if self.kept.memory is not None and taken > self.kept.memory:
             limit = self.kept.memory / 1e9
@@ -362,12 +364,11 @@ def _answer(kept: Kept, request: int, size: int) -> tuple[bytes, bool]:
     try:
         try:
             with mmap.mmap(request, size, access=mmap.ACCESS_READ) as data:
-                judged: Judged = pickle.loads(data)
+                asked = pickle.loads(data)
         finally:
             os.close(request)
-        returned = call_function(kept.name, kept.function, judged)
-        is_full = any(cause == "memory" for cause, _ in returned.errors.values())
-        return json.dumps(returned._asdict()).encode(), not is_full
+        answer = kept.serve(asked)
+        return json.dumps(answer).encode(), not answer.get("ends")
     except MemoryError:
         return b'{"failed": ["memory", "ran out of memory"]}', False
     except BaseException as error:  # what is no Exception: the function may raise KeyboardInterrupt itself
@@ -375,15 +376,13 @@ def _answer(kept: Kept, request: int, size: int) -> tuple[bytes, bool]:
         return json.dumps({"failed": ["raised", what]}).encode(), True
 
 
-def answer_of(name: str, answer: bytes, output: bytes, count: int) -> Returned:
-    """What `Keeper.run` sent for a call with `count` completions."""
+def answer_of(answer: bytes, output: bytes) -> Answer:
+    """What `Keeper.run` sent for a call."""
     text, fields = output.decode(errors="replace"), json.loads(answer)
     if "failed" in fields:
         cause, what = fields["failed"]
-        return nothing(name, count, cause, what)._replace(output=text)
-    tokens = {int(row): numbers for row, numbers in fields["tokens"].items()}
-    errors = {int(row): (cause, message) for row, (cause, message) in fields["errors"].items()}
-    return Returned(fields["values"], tokens, errors, text, fields["seconds"])
+        return Answer({}, cause, what, text)
+    return Answer(fields, output=text)
 
 
 def _write(end: int, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
 # Why a value is missing: the name under which it is counted, and what it means.
@@ -51,6 +51,32 @@ class Returned(NamedTuple):
     errors: dict[int, tuple[str, str]]
     output: str = ""
     seconds: float = 0.0
+
+
+class Answer(NamedTuple):
+    """What the process of a function answered to a call.
+
+    Attributes:
+        fields: Of its answer; empty where there is none.
+        cause: One of `CAUSES`, why there is none; else "".
+        what: The same in words, to follow a name.
+        output: The beginning of what was printed.
+    """
+
+    fields: Mapping[str, Any]
+    cause: str = ""
+    what: str = ""
+    output: str = ""
+
+
+def returned_of(name: str, answer: Answer, count: int) -> Returned:
+    """What a reward function returned for `count` completions, from what its process answered."""
+    if answer.cause:
+        return nothing(name, count, answer.cause, answer.what)._replace(output=answer.output)
+    fields = answer.fields
+    tokens = {int(row): numbers for row, numbers in fields["tokens"].items()}
+    errors = {int(row): (cause, message) for row, (cause, message) in fields["errors"].items()}
+    return Returned(fields["values"], tokens, errors, answer.output, fields["seconds"])
 
 
 def nothing(name: str, count: int, cause: str, what: str) -> Returned:

@@ -1,4 +1,4 @@
-"""The trainer's side of the processes that call reward functions."""
+"""The trainer's side of the processes that call functions of the user."""
 
 import os
 import select
@@ -9,10 +9,11 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
-from llm_trainer.rewards.returned import Returned, nothing
+from llm_trainer.rewards.returned import Answer
 
 START_S = 30.0  # for a worker to come to life
 GRACE_S = 5.0  # beyond the limit of a call, until a keeper that does not answer is given up
@@ -54,15 +55,17 @@ class Worker:
 
     Args:
         name: of the function, for messages.
-        function: any callable; it is not pickled.
+        serve: any callable, from a request to an answer in JSON types; it is not pickled.
         memory: bytes that it may take; None: no limit.
+        processes: that it may have at a time; None: as many as `keeper.MOST_PROCESSES`.
     """
 
-    def __init__(self, name: str, function: Callable[..., object], memory: int | None) -> None:
-        self.name, self.function, self.memory = name, function, memory
+    def __init__(
+        self, name: str, serve: Callable[[Any], Mapping[str, Any]], memory: int | None, processes: int | None = None
+    ) -> None:
+        self.name, self.serve, self.memory, self.processes = name, serve, memory, processes
         self._received = bytearray()
         self._deadline = 0.0
-        self._count = 0
         self._fork()
 
     def _fork(self) -> None:
@@ -78,7 +81,8 @@ class Worker:
             pid = os.fork()
         if pid == 0:
             mine.close()
-            keeper.keep(keeper.Kept(self.name, self.function, self.memory), theirs, trainer)
+            most = self.processes or keeper.MOST_PROCESSES
+            keeper.keep(keeper.Kept(self.name, self.serve, self.memory, most), theirs, trainer)
         theirs.close()
         self._channel, self._pid = mine, pid
         self._end = weakref.finalize(self, _end, trainer, pid, mine)
@@ -98,18 +102,17 @@ class Worker:
 
     # A call.
 
-    def begin(self, request: int, size: int, seconds: float, count: int) -> None:
+    def begin(self, request: int, size: int, seconds: float) -> None:
         """Send a call.
 
         Args:
-            request: a file with the pickled `Judged`.
+            request: a file with the pickled request.
             size: its bytes.
             seconds: that it may take.
-            count: completions in it.
         """
         from llm_trainer.rewards.keeper import CALL
 
-        self._deadline, self._count = time.monotonic() + seconds + GRACE_S, count
+        self._deadline = time.monotonic() + seconds + GRACE_S
         self._received.clear()
         try:
             socket.send_fds(self._channel, [CALL.pack(size, seconds)], [request])
@@ -122,7 +125,7 @@ class Worker:
         self._fork()
         self.is_ready()
 
-    def look(self, is_readable: bool) -> Returned | None:
+    def look(self, is_readable: bool) -> Answer | None:
         """The answer, if it is there; None: not yet."""
         if not is_readable:
             if time.monotonic() < self._deadline:
@@ -140,11 +143,11 @@ class Worker:
             return None
         from llm_trainer.rewards.keeper import answer_of
 
-        return answer_of(self.name, parts[0], parts[1], self._count)
+        return answer_of(parts[0], parts[1])
 
-    def _lost(self, cause: str, what: str) -> Returned:
+    def _lost(self, cause: str, what: str) -> Answer:
         self._restart()
-        return nothing(self.name, self._count, cause, what)
+        return Answer({}, cause, what)
 
     def fileno(self) -> int:
         """For `select`."""
@@ -170,13 +173,13 @@ def _readable(ends: Sequence["Worker | socket.socket"], seconds: float) -> set[i
     return {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
 
 
-def answers(workers: Sequence[Worker], stop: Callable[[], bool]) -> dict[Worker, Returned]:
+def answers(workers: Sequence[Worker], stop: Callable[[], bool]) -> dict[Worker, Answer]:
     """What the functions say to the calls that were begun.
 
     Raises:
         Interrupted: `stop` said so; the functions are ended.
     """
-    found: dict[Worker, Returned] = {}
+    found: dict[Worker, Answer] = {}
     waiting = list(workers)
     try:
         while waiting:
@@ -184,9 +187,9 @@ def answers(workers: Sequence[Worker], stop: Callable[[], bool]) -> dict[Worker,
                 raise Interrupted
             readable = _readable(waiting, 0.1)
             for worker in list(waiting):
-                returned = worker.look(worker.fileno() in readable)
-                if returned is not None:
-                    found[worker] = returned
+                answer = worker.look(worker.fileno() in readable)
+                if answer is not None:
+                    found[worker] = answer
                     waiting.remove(worker)
     except BaseException:
         for worker in waiting:
