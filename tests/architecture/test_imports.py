@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "generation": set(),
     "optim": set(),
     "rewards": {"config"},
+    "episodes": {"config", "generation", "rewards"},
     "train_configs": {"config"},
     "optimizer": {"optim"},
     # data, models and engines
@@ -63,6 +64,7 @@ MAY_IMPORT = {
         "models",
         "generation",
         "rewards",
+        "episodes",
         "config",
         "optim",
     },
@@ -99,6 +101,7 @@ LICENSED = {
     ("plan/describe.py", "data"): "the size of a vocabulary is the tokenizer's",
     ("plan/describe.py", "models"): "counts the parameters of a model without weights",
     ("trainers/rollouts.py", "data"): "implements what makes a rollout",
+    ("trainers/played.py", "data"): "episodes become rows of a rollout, and messages ids",
     ("trainers/completions.py", "data"): "completions become rows of a rollout",
     ("trainers/on_policy.py", "data"): "puts the source of rollouts around that of prompts",
     ("trainers/grpo.py", "data"): "adds columns to a rollout",

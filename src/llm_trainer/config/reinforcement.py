@@ -65,6 +65,25 @@ class RolloutOptions:
     max_failed_rewards: StrictFloat = Field(
         default=0.5, ge=0, le=1, description="share of rewards that may be missing because a function failed"
     )
+    environment: Any = Field(
+        default=None,
+        description="what the policy talks to in several turns: a class with reset and step, as module:Class or file.py:Class; "
+        "or {name: ..., option: ...} with its keywords",
+    )
+    tools: list[Any] = Field(
+        default_factory=list,
+        description="functions that the policy may call, as module:function or file.py:function",
+    )
+    max_turns: StrictInt = Field(
+        default=16, ge=1, description="turns of the policy in an episode; gen_max_seq_len is of all of them together"
+    )
+    environment_seconds: StrictFloat = Field(default=60.0, gt=0, description="that a step of an environment may take")
+    environment_memory_gb: StrictFloat | None = Field(
+        default=4.0, gt=0, description="memory that an environment may take; null: no limit"
+    )
+    environment_in_process: StrictBool = Field(
+        default=False, description="run environments in the process that trains, without limits"
+    )
     overlong: Literal["train", "mask"] = Field(
         default="train", description="completions without an end: mask leaves them out of the loss (DAPO)"
     )

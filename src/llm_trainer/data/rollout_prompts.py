@@ -29,6 +29,7 @@ class Prompt:
         columns: every other column of its row.
         given: completions that came with it and are not to be sampled: for each, its columns of `OF_RESPONSES`, whichever
             there are.
+        messages: the prompt before it became ids, for environments; None: not known.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Prompt:
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     given: Sequence[Mapping[str, Any]] = ()
+    messages: Sequence[Mapping[str, Any]] | None = None
 
     def fingerprint(self, before: int) -> int:
         """A number that tells it from others, and what came `before` it."""
@@ -60,9 +62,11 @@ class PromptSource:
 
     Args:
         source: a `SampleStream` over prompts (`data.kinds.prompts.PromptRows`), or steps over a loader of the user.
+        needs_ids: False: environments begin the conversations, and batches need not have prompts.
     """
 
-    def __init__(self, source: StepSource, machine: Machine) -> None:
+    def __init__(self, source: StepSource, machine: Machine, needs_ids: bool = True) -> None:
+        self._needs_ids = needs_ids
         if isinstance(source, LoaderSteps):
             source = replace(source, deals=False, micro_batch_tokens=None)
         self.source, self._machine = source, machine
@@ -92,7 +96,8 @@ class PromptSource:
             columns = sample.get("row")
             if not isinstance(columns, Mapping):
                 columns = {}
-            prompts.append(Prompt(len(prompts), sample["input_ids"], sample.get("answer"), columns))
+            own = Prompt(len(prompts), sample["input_ids"], sample.get("answer"), columns)
+            prompts.append(replace(own, messages=sample.get("messages")))
         return Taken(prompts, stop)
 
     def _from_batches(self, epoch: int, position: int) -> Taken | None:
@@ -106,25 +111,29 @@ class PromptSource:
         rows = []
         for micro_batch in micro_batches:
             if micro_batch.counts:
-                rows += rows_of(micro_batch.batch)
+                rows += rows_of(micro_batch.batch, self._needs_ids)
         if isinstance(self.source, LoaderSteps) and self.source.deals_itself:
             of_ranks = dict(self._machine.gather((self._machine.rank, rows)))
             rows = list(chain.from_iterable(of_ranks[rank] for rank in sorted(of_ranks)))
         self._stands = (epoch, after)
-        return Taken(in_groups(rows), after)
+        return Taken(in_groups(rows, self._needs_ids), after)
 
 
-def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_of(batch: Mapping[str, Any], needs_ids: bool = True) -> list[dict[str, Any]]:
     """The rows of a batch of prompts, each with its `ids [T]`, and its element of every other column.
 
     Args:
         batch: `prompts [B, L]` or `input_ids [B, L]`, padded on either side as `prompt_attention_mask [B, L]` says (without
             it every token counts); and other columns of B elements, such as `answers`.
+        needs_ids: False: it may have other columns alone.
 
     Raises:
         ValueError: it has none of them.
     """
     name = next((name for name in IDS if isinstance(batch, Mapping) and name in batch), None)
+    if name is None and isinstance(batch, Mapping) and batch and not needs_ids:
+        count = min(len(value) for value in batch.values())
+        return rows_of({"prompts": torch.zeros(count, 0, dtype=torch.long), **batch})
     if name is None:
         found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
@@ -155,7 +164,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
 
 
-def in_groups(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
+def in_groups(rows: Sequence[dict[str, Any]], needs_ids: bool = True) -> list[Prompt]:
     """Prompts, of rows of all ranks in their order; where completions are given, rows with equal prompts are one.
 
     Raises:
@@ -171,7 +180,7 @@ def in_groups(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
             earlier = prompts[numbers[key]]
             prompts[earlier.number] = replace(earlier, given=[*earlier.given, given])
             continue
-        if not len(ids):
+        if not len(ids) and needs_ids:
             raise ValueError(
                 f"prompt {len(prompts)} of a rollout has no token; expected at least one: leave such rows out, or look at "
                 "prompt_attention_mask, which is 1 on tokens"

@@ -50,6 +50,7 @@ class RolloutSource:
             that a token budget counts it once; None: it does not.
         before: called by all processes before a rollout of the training is looked for and made, and weights are asked for;
             by the same step and weights it does the same, or nothing the second time. None: nothing is to be done.
+        needs_ids: False: environments begin the conversations, and the batches of a loader need not have prompts.
     """
 
     source: StepSource
@@ -68,10 +69,11 @@ class RolloutSource:
     fits: Callable[[Rollout], None] | None = None
     shares_prompts: Callable[[], bool] | None = None
     before: Callable[[], None] | None = None
+    needs_ids: bool = True
 
     def __post_init__(self) -> None:
         self.micro_batch_tokens: int | Literal["auto"] | None = self.source.micro_batch_tokens
-        self._prompts = PromptSource(self.source, self.machine)
+        self._prompts = PromptSource(self.source, self.machine, self.needs_ids)
         self.source = self._prompts.source
         folder = self.machine.save_dir / "rollouts"
         if not self.training:

@@ -37,7 +37,8 @@ COLUMNS: dict[str, type] = {
     "facts": np.uint8,  # the bytes of a JSON text: answer, the prompt's other columns, errors by reward function
 }
 LEFT_OUT = "left_out"  # [1] 0: learned from; else why not, as `meta.json` numbers the reasons
-PER_ROW = ("group", "row_index", "finish", "rewards", LEFT_OUT)
+EPISODE = "episode"  # [1] where conversations have several turns: its number in the group, the same for all of its rows
+PER_ROW = ("group", "row_index", "finish", "rewards", LEFT_OUT, EPISODE)
 REDRAWN = "redrawn"  # [1] tokens of completions that were drawn in this one's place before, and are not there any more
 NOTHING_WRITTEN, FAILED = "nothing was written", "the completion failed"  # why rows are dropped
 DRAWN_AGAIN = "its group was drawn again"
@@ -109,6 +110,17 @@ class Rollout:
             return ragged
         values = np.asarray(ragged.values).reshape(len(self), -1)
         return values[:, 0] if name != "rewards" else values
+
+    def episodes(self) -> tuple[np.ndarray, np.ndarray]:
+        """`[E]` the last row of each episode, and `[rows]` whose row each is; where there are none, every row is one."""
+        if EPISODE not in self.store.columns:
+            return np.arange(len(self)), np.arange(len(self))
+        own = self.column(EPISODE)
+        keys = self.column("group") * (own.max(initial=0) + 1) + own
+        _, behind, of_row = np.unique(keys[::-1], return_index=True, return_inverse=True)
+        last = len(keys) - 1 - behind
+        order = last.argsort()  # in that of the rows
+        return last[order], order.argsort()[of_row[::-1]]
 
     def facts(self, index: int) -> dict[str, Any]:
         """What else is known of a row: `answer`, the prompt's other columns, errors by reward function."""

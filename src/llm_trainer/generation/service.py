@@ -48,6 +48,7 @@ class Completion:
             `"aborted"` and `"error"`: it was not finished.
         versions: Spans (first token, version of the weights), the first at 0.
         kept: For each token the ids that the distribution was cut to; None where it was not cut.
+        trained: For each token whether the policy wrote it, where others have spoken in between; None: all of them.
     """
 
     ids: list[int]
@@ -55,6 +56,7 @@ class Completion:
     finish: str
     versions: list[tuple[int, int]]
     kept: list[list[int]] | None = None
+    trained: list[bool] | None = None
 
 
 class Interrupted(Exception):

@@ -95,23 +95,26 @@ def call_function(name: str, function: Callable[..., Any], judged: Judged) -> Re
     count, began = len(judged.completions), time.monotonic()
     try:
         by_position, by_name = arguments(name, function, judged)
-        result = function(*by_position, **by_name)
-        if inspect.isawaitable(result):
-            result = _awaited(result)
+        result = awaited(function(*by_position, **by_name))
         found = read_returned(name, result, count, judged.lengths)
     except Missing as missing:  # of all completions
         found = nothing(name, count, missing.cause, str(missing))
     except MemoryError as error:
-        found = nothing(name, count, "memory", f"ran out of memory{_place(error)}")
+        found = nothing(name, count, "memory", f"ran out of memory{place_of(error)}")
     except SystemExit as error:
-        found = nothing(name, count, "exited", f"called exit ({error.code}){_place(error)}")
+        found = nothing(name, count, "exited", f"called exit ({error.code}){place_of(error)}")
     except Exception as error:
-        found = nothing(name, count, "raised", f"raised {_in_words(error)}{_place(error)}")
+        found = nothing(name, count, "raised", f"raised {in_words(error)}{place_of(error)}")
     return found._replace(seconds=time.monotonic() - began)
 
 
-def _awaited(result: Any) -> Any:
-    """The result of an async function; a thread of its own, where a loop runs in this one (a notebook)."""
+def awaited(result: Any) -> Any:
+    """What a function returned, or what becomes of it where the function is async.
+
+    In a thread of its own, where a loop runs in this one (a notebook).
+    """
+    if not inspect.isawaitable(result):
+        return result
 
     async def wait() -> Any:
         return await result
@@ -141,7 +144,8 @@ def _in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return outcome[0]
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """`KeyError: 'level'`."""
     try:
         text = str(error)
     except Exception:  # of the exception's own making
@@ -149,7 +153,7 @@ def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """` (rewards.py, line 12)`: where in the user's code it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or frames[-1].filename == __file__:

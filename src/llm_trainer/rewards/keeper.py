@@ -288,7 +288,7 @@ def work(kept: Kept, requests: socket.socket, results: int, output: int, keeper:
     """The life of a worker, in a process that was forked for it: calls the function until the keeper hangs up."""
     status = 1
     try:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
         os.setsid()  # a group of its own, which is killed at once
         _prepare(kept, output, keeper)
         _write(results, FRAME.pack(0))
@@ -326,22 +326,12 @@ def _prepare(kept: Kept, output: int, keeper: int) -> None:
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="replace", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)
 
-    # 2. signals that whole jobs are sent are the trainer's; children of the function get them as ever
-    pid = os.getpid()
-
-    def pass_over(number: int, frame: Any) -> None:
-        if os.getpid() != pid:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    for number in _QUIET:
-        signal.signal(number, pass_over)
+    # 2. signals
+    pass_over_signals()
 
     # 3. the memory; where the machine runs out of it, this process goes before the trainer
     if kept.memory is not None:
-        # What can be written to. Address space would count libraries too, and what is reserved and never used.
-        limit = _writable() + kept.memory
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        limit_memory(kept.memory)
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
 
@@ -353,6 +343,28 @@ def _prepare(kept: Kept, output: int, keeper: int) -> None:
     gc.enable()
     if os.getppid() != keeper:
         os._exit(1)  # it died before the signal for that was asked for
+
+
+def pass_over_signals() -> None:
+    """Signals that whole jobs are sent are the trainer's; what this process starts gets them as ever."""
+    pid = os.getpid()
+
+    def pass_over(number: int, frame: Any) -> None:
+        if os.getpid() != pid:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in _QUIET:
+        signal.signal(number, pass_over)
+
+
+def limit_memory(more: int) -> None:
+    """Let this process take so many bytes more: of what can be written to.
+
+    Address space would count libraries too, and what is reserved and never used.
+    """
+    limit = _writable() + more
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _answer(kept: Kept, request: int, size: int) -> tuple[bytes, bool]:
@@ -463,6 +475,11 @@ def _become_quiet() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     gc.disable()
     gc.freeze()
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one ends that forked it."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -95,11 +95,7 @@ def _made(name: str, make: Callable[..., Callable[..., Any]], options: Mapping[s
 
 def _imported(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     """A function of the user; options are keywords of a function, or of the class that makes one."""
-    place, _, attribute = name.rpartition(":")
-    module = _file(Path(place)) if place.endswith(".py") else _module(place)
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise ConfigError(f"rewards: {name}: {place} has no function {attribute}")
+    found = imported("rewards", name)
     if isinstance(found, type):
         return found(**options)
     if options:
@@ -109,10 +105,26 @@ def _imported(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     return found
 
 
-def _file(path: Path) -> Any:
+def imported(key: str, name: str) -> Any:
+    """What the user calls `file.py:function` or `module:function`, in the configuration's `key`.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place:
+        raise ConfigError(f"{key}: got {name!r}, expected file.py:{name} or module:{name}")
+    module = _file(key, Path(place)) if place.endswith(".py") else _module(key, place)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise ConfigError(f"{key}: {name}: {place} has no function {attribute}")
+    return found
+
+
+def _file(key: str, path: Path) -> Any:
     if not path.is_file():
-        raise ConfigError(f"rewards: there is no file {path} ({path.absolute()})")
-    spec = importlib.util.spec_from_file_location(f"_rewards_{path.stem}", path)
+        raise ConfigError(f"{key}: there is no file {path} ({path.absolute()})")
+    spec = importlib.util.spec_from_file_location(f"_{key}_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -120,8 +132,8 @@ def _file(path: Path) -> Any:
     return module
 
 
-def _module(name: str) -> Any:
+def _module(key: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"rewards: there is no module {name} ({error})") from None
+        raise ConfigError(f"{key}: there is no module {name} ({error})") from None

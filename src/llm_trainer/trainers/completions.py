@@ -1,6 +1,7 @@
 """Completions as rows of a rollout, and what one watches of them."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from llm_trainer.config.reinforcement import GenerateConfig
-from llm_trainer.data.rollouts import FINISHES, REDRAWN, Prompt, Rollout, as_json, num_sampled
+from llm_trainer.data.rollouts import EPISODE, FINISHES, REDRAWN, Prompt, Rollout, as_json, num_sampled
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion
 from llm_trainer.losses.advantages import level_share, weighted_rewards
@@ -18,6 +19,26 @@ from llm_trainer.trainers.given import mask_of_responses, per_token
 Row = dict[str, np.ndarray]
 GIVEN = -1  # the version of the weights of a completion that was not drawn
 _LOGPROBS = ("old_logprobs", "sampled_logprobs")
+
+
+class Played(NamedTuple):
+    """What is known of an episode, beside its rows.
+
+    Attributes:
+        number: its own, in its group.
+        is_first: the row is its first one; what judges it is asked once.
+        text: of all of it, for reward functions.
+        reward: of its environment; None: that gives none.
+        error: if it has failed, cause and message.
+        facts: `turns` of the policy, `cause` of its failure, and what the environment said at the end, `last`.
+    """
+
+    number: int
+    is_first: bool
+    text: str
+    reward: float | None
+    error: tuple[str, str] | None
+    facts: Mapping[str, Any]
 
 
 class Written(NamedTuple):
@@ -30,6 +51,7 @@ class Written(NamedTuple):
         attempt: how often its group had been drawn before.
         old_logprobs: that were given with it, a number for each token.
         has_sum: they are one number, the sum, that was spread over the tokens.
+        played: the episode that it is a row of.
     """
 
     prompt: Prompt
@@ -38,6 +60,7 @@ class Written(NamedTuple):
     attempt: int = 0
     old_logprobs: Sequence[float] | None = None
     has_sum: bool = False
+    played: Played | None = None
 
 
 def decoding_of(how: GenerateConfig, seed: int, stop_token_ids: Sequence[int], tokenizer: Any = None) -> Decoding:
@@ -127,8 +150,11 @@ def _given_facts(rollout: Rollout) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def count_redrawn(rows: Sequence[Row], earlier: Sequence[Row]) -> None:
     """Note in rows of a group the tokens of those that were drawn `earlier`, whose place they take."""
-    for row, before in zip(rows, earlier, strict=True):
-        row[REDRAWN] = before[REDRAWN] + num_sampled(len(before["input_ids"]), before["versions"])
+    counts = [before[REDRAWN] + num_sampled(len(before["input_ids"]), before["versions"]) for before in earlier]
+    if len(rows) != len(counts):  # episodes, which may have several rows each
+        counts = [np.sum(counts, axis=0), *(np.zeros_like(counts[0]) for _ in rows[1:])]
+    for row, count in zip(rows, counts, strict=True):
+        row[REDRAWN] = count
 
 
 def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_cuts: bool) -> Row:
@@ -145,6 +171,9 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
     spans = [(start + first, version) for first, version in completion.versions]
     logprobs = np.zeros(len(ids), dtype=np.float32)
     logprobs[start:] = completion.logprobs
+    trained = np.arange(len(ids)) >= start
+    if completion.trained is not None:
+        trained[start:] = completion.trained
     facts: dict[str, Any] = {
         "answer": prompt.answer,
         "columns": prompt.columns,
@@ -153,9 +182,11 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
     }
     if one.old_logprobs is not None:
         facts |= {"old_logprobs": one.old_logprobs, "has_sum": one.has_sum}
+    if one.played is not None:
+        facts["episode"] = one.played.facts
     row = {
         "input_ids": ids,
-        "trained": np.arange(len(ids)) >= start,
+        "trained": trained,
         "group": np.array([prompt.number]),
         "sampled_logprobs": logprobs,
         "versions": np.array(spans).flatten(),
@@ -164,6 +195,8 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
         "facts": as_json(facts),
         "failed": np.array([bool(errors)], dtype=np.uint8),
     }
+    if one.played is not None:
+        row[EPISODE] = np.array([one.played.number])
     if keeps_cuts:
         cuts = completion.kept or [[]] * len(completion.ids)
         counts = np.zeros(len(ids), dtype=np.int64)
@@ -184,8 +217,9 @@ def metrics_of(
         rewards: `[rows, F]`, NaN where missing.
         weights: `[F]`.
     """
-    # 1. rewards, and their parts
-    rows = len(rollout)
+    # 1. rewards, and their parts: an episode of several rows counts once
+    last, of_row = rollout.episodes()
+    rows, rewards = len(last), rewards[last]
     totals = weighted_rewards(torch.from_numpy(rewards), torch.from_numpy(weights)).numpy()
     present = totals[~np.isnan(totals)]
     found = {"reward": (float(present.sum()), float(len(present)))}
@@ -194,20 +228,32 @@ def metrics_of(
     for name, column in zip(names, rewards.T, strict=True):
         there = column[~np.isnan(column)]
         found[f"rewards/{name}"] = float(there.sum()), float(len(there))
-    groups = torch.from_numpy(np.array(rollout.column("group")))
+    groups = torch.from_numpy(np.array(rollout.column("group")))[last]
     if len(groups.unique()) < rows:  # else there is nothing to compare
         found["frac_reward_zero_std"] = level_share(torch.from_numpy(totals), groups)
     if REDRAWN in rollout.store.columns:
-        redrawn = groups[torch.from_numpy(rollout.column(REDRAWN) > 0)].unique()
+        redrawn = np.unique(rollout.column("group")[rollout.column(REDRAWN) > 0])
         found["frac_groups_resampled"] = float(len(redrawn)), float(len(groups.unique()))
-    found["rewards/failed"] = float((rollout.column("failed") != 0).sum()), float(rows)
+    found["rewards/failed"] = float((rollout.column("failed")[last] != 0).sum()), float(rows)
 
     # 2. completions
-    lengths = np.array([trained.sum() for trained in rollout.column("trained")])
-    finish = rollout.column("finish")
+    lengths = np.bincount(of_row, [trained.sum() for trained in rollout.column("trained")], minlength=rows)
+    finish = np.zeros(rows, dtype=np.uint8)
+    np.maximum.at(finish, of_row, rollout.column("finish"))
     found["completions/mean_length"] = float(lengths.sum()), float(rows)
     found["completions/min_length"] = float(lengths.min(initial=10**9)), 1.0
     found["completions/max_length"] = float(lengths.max(initial=0)), 1.0
     found["completions/clipped_ratio"] = float((finish == FINISHES.index("length")).sum()), float(rows)
     found["completions/failed"] = float((finish >= FINISHES.index("aborted")).sum()), float(rows)
+    if EPISODE in rollout.store.columns:
+        found |= _metrics_of_episodes([rollout.facts(row)["episode"] for row in last.tolist()])
+    return found
+
+
+def _metrics_of_episodes(episodes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Turns of the policy, and failures by cause."""
+    count = float(len(episodes))
+    found = {"episodes/turns": (float(sum(one["turns"] for one in episodes)), count)}
+    for cause, failures in Counter(one["cause"] for one in episodes if "cause" in one).items():
+        found[f"episodes/failed/{cause}"] = float(failures), count
     return found

@@ -294,15 +294,19 @@ class GRPOTrainer(OnPolicyTrainer):
         columns |= given_logprobs(rollout, columns)
         judged = self._judged(rollout)
         values, _, weights = self._rollout_maker().table(rollout, judged)
+        last, of_row = rollout.episodes()
         if self.how.kl_in == "reward" and self.reference is not None:
             costs = -self.how.loss_beta * kl_of_rows(rollout, columns, self.how.kl_estimator)
+            costs = np.bincount(of_row, costs)[of_row]  # of the episode
             values, weights = np.column_stack([values, costs]), np.append(weights, 1.0)
             values[np.isnan(values[:, :-1]).all(1)] = np.nan
-        groups = torch.from_numpy(np.array(rollout.column("group")))
+        values = values[last]  # an episode of several rows is compared once
+        groups = torch.from_numpy(np.array(rollout.column("group")))[last]
         how = replace(self.advantages, weights=torch.from_numpy(weights))
         advantages, is_missing = how(torch.from_numpy(values), groups)
         is_level = level_groups(values, weights, groups)
         self._note(rollout, is_missing.numpy(), bool(is_level.all()) and len(groups.unique()) < len(groups))
+        advantages, is_missing, is_level = advantages[of_row], is_missing[of_row], is_level[of_row]
         learned = []
         for row, advantage in enumerate(advantages.tolist()):
             learned.append(np.float32(advantage) * rollout.store["trained"][row].astype(np.float32))

@@ -14,6 +14,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import RolloutOptions
 from llm_trainer.data.collate import collate_padded, laying
+from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollout_store import RolloutError
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
@@ -33,6 +34,7 @@ from llm_trainer.trainers.answers import Batch, score, to_device
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.given import pad_id_of
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
+from llm_trainer.trainers.played import Partners
 from llm_trainer.trainers.ptx import PTX, ptx_of
 from llm_trainer.trainers.rollouts import JUDGED, RolloutMaker
 from llm_trainer.trainers.said import RowsOfIds, context_of, stop_tokens_of, vocab_size_of
@@ -111,6 +113,7 @@ class OnPolicyTrainer(BaseTrainer):
                 in_process=how.reward_in_process,
                 max_failed=how.max_failed_rewards,
             )
+        self.partners = Partners(how) if how.environment is not None or how.tools else None  # forks too
         self.judge = None if reward_model is None else Judge(freeze(reward_model))
         self._service, self._stop_token_ids = generation_service, stop_token_ids
         self._verified: GenerationService | None = None
@@ -127,6 +130,7 @@ class OnPolicyTrainer(BaseTrainer):
             self.rewards.say = self.machine.say
             for note in self.rewards.notes:
                 self.machine.say(note)
+        self._try_episodes()
 
     @classmethod
     def _rewards_from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
@@ -146,7 +150,7 @@ class OnPolicyTrainer(BaseTrainer):
                 )
             attention = resolve_attention(config.run_config.attention, build.device)
             options["reward_model"] = load_reward_model(source, attention)
-        judges = (section.rewards, source, section.rollouts)
+        judges = (section.rewards, source, section.rollouts, section.environment is not None)
         if not any(judges) and not {"reward_func", "reward_model"} & set(build.given):
             raise ConfigError(
                 f"{cls.section}: nothing judges completions: expected rewards (such as [exact_match]), a "
@@ -180,11 +184,33 @@ class OnPolicyTrainer(BaseTrainer):
         """The steps of a source, with further rows where there are any."""
         return self._ptx.source(source) if training and self._ptx is not None else source
 
+    def _try_episodes(self) -> None:
+        """Say how conversations of several turns become rows.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        if self.partners is None:
+            return
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{type(self).__name__}: environments and tools speak in messages, which a chat template makes ids of; "
+                f"expected tokenizer=..., the policy's"
+            )
+        if not self.partners.gives_rewards and self.rewards is None and self.judge is None:
+            raise ConfigError(
+                "tools: nothing judges the episodes; expected a reward_func (rewards in a configuration) or a reward model, "
+                "which get the whole text"
+            )
+        self.partners.players.say = self.machine.say
+        for note in (*self.partners.players.notes, self.partners.try_out(ChatFormat(self.tokenizer))):
+            self.machine.say(note)
+
     # Making rollouts.
 
     def _build_source(self, source: Any, training: bool) -> Any:
         """Rollouts around a source of prompts; batches that carry completions and rewards are steps as they are."""
-        if self.rewards is None and self.judge is None and self.how.rollouts is None:
+        if self.rewards is None and self.judge is None and self.how.rollouts is None and self.partners is None:
             return source
         maker = self._rollout_maker()
         return RolloutSource(
@@ -201,6 +227,7 @@ class OnPolicyTrainer(BaseTrainer):
             fits=self._check_stored,
             shares_prompts=lambda: self.shares_prompts,  # known when the model is where it will train
             before=self._before_rollout,
+            needs_ids=self.partners is None,
         )
 
     def _check_stored(self, rollout: Rollout) -> None:
@@ -245,6 +272,7 @@ class OnPolicyTrainer(BaseTrainer):
                 max_resamplings=self._max_resamplings,
                 padding=pad_id_of(self.tokenizer, self.base_model),
                 evaluation=self._evaluation,
+                partners=self.partners,
             )
         return self._maker
 
@@ -284,6 +312,8 @@ class OnPolicyTrainer(BaseTrainer):
         if self._stop_token_ids is not None:
             return tuple(self._stop_token_ids)
         found = stop_tokens_of(self.tokenizer, self.base_model)
+        if self.partners is not None:
+            found = tuple(dict.fromkeys((*ChatFormat(self.tokenizer).stop_token_ids(), *found)))
         if not found and not self.how.gen_stop_strings:
             self.machine.say(
                 f"WARNING: no token is known that ends a completion, neither of the tokenizer nor of the model's "

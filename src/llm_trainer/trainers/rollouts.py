@@ -13,9 +13,10 @@ import torch
 
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import GenerateConfig
+from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.rollouts import REDRAWN, Finished, Plan, Prompt, Rollout
 from llm_trainer.generation.decoding import Decoding
-from llm_trainer.generation.service import GenerationService, Interrupted, Request
+from llm_trainer.generation.service import Completion, GenerationService, Interrupted, Request
 from llm_trainer.machine import Machine
 from llm_trainer.rewards.functions import RewardFunctions, Rewards, weighted_sum
 from llm_trainer.rewards.workers import Interrupted as RewardsInterrupted
@@ -28,6 +29,7 @@ from llm_trainer.trainers.completions import (
     metrics_of,
     row_of,
 )
+from llm_trainer.trainers.played import ENVIRONMENT, Partners, played
 
 JUDGED = "model_reward"  # the column of a reward model, [1] per row
 ATTEMPT = 1 << 32  # what a prompt's number is raised by when its group is drawn again: other noise
@@ -55,6 +57,7 @@ class RolloutMaker:
         max_resamplings: how often a group whose rewards are all equal is drawn again.
         padding: of completions that are given without a mask: its id, None if there is none, and whether it ends one too.
         evaluation: how completions are drawn in evaluation; they may be as long as in training.
+        partners: who answers the policy, where it has several turns; None: nobody.
     """
 
     machine: Machine
@@ -71,12 +74,21 @@ class RolloutMaker:
     max_resamplings: int = 0
     padding: tuple[int | None, bool] = (None, False)
     evaluation: Sampling = field(default_factory=Sampling)
+    partners: Partners | None = None
 
     def __post_init__(self) -> None:
         self.names: tuple[str, ...] = ("given",)  # of the columns of `rewards`
         self.weights: np.ndarray = np.ones(1)  # of each
         if self.rewards is not None:
             self.names, self.weights = self.rewards.names, self.rewards.weights
+        if self.partners is None:
+            return
+        chat = ChatFormat(self.tokenizer)
+        tokens = self.how.gen_max_seq_len
+        self._episodes = self.partners.episodes(chat, self.stop_token_ids, tokens, self.context)
+        if self.partners.gives_rewards:
+            own = () if self.rewards is None else self.names
+            self.names, self.weights = (ENVIRONMENT, *own), np.append(1.0, self.weights[: len(own)])
 
     def settings(self, training: bool) -> Mapping[str, Any]:
         facts = asdict(self._decoding(0, training))
@@ -85,6 +97,8 @@ class RolloutMaker:
         own: dict[str, Any] = {"max_resamplings": self.max_resamplings}
         if self.rewards is not None:
             own["code"] = self.rewards.codes
+        if self.partners is not None:
+            own["episodes"] = self.partners.facts
         rewards = dict(zip(self.names, self.weights.tolist(), strict=True))
         return facts | own | {"samples": self.num_samples(training), "rewards": rewards}
 
@@ -126,7 +140,7 @@ class RolloutMaker:
             judged: the column of a reward model, if there is one.
         """
         values, names, weights = rollout.column("rewards").copy(), self.names, self.weights
-        if self.rewards is None and judged:
+        if self.names == ("given",) and judged:
             values, names, weights = values[:, 1:], names[1:], weights[1:]
         for name, column in judged.items():
             values = np.column_stack([values, np.concatenate([np.atleast_1d(value) for value in column])])
@@ -170,14 +184,25 @@ class RolloutMaker:
         """The policy's completions of prompts."""
         if not prompts:
             return []
+        decoding = self._decoding(plan.seed, plan.training)
+        numbers = [prompt.number + attempt * ATTEMPT for prompt in prompts]
+        samples = self.num_samples(plan.training)
+
+        def generate(requests: Sequence[Request]) -> list[list[Completion]]:
+            with plan.timed("generate"):
+                return self.service().generate(requests, decoding, plan.stop)
+
+        written: list[Written] = []
+        if self.partners is not None:
+            gives_rewards = self.partners.gives_rewards
+            for rows in played(self._episodes, plan, prompts, numbers, samples, generate, gives_rewards):
+                written += [row._replace(attempt=attempt) for row in rows]
+            return written
         requests = []
-        for prompt in prompts:
+        for prompt, number in zip(prompts, numbers, strict=True):
             self._check_room(prompt)
-            number = prompt.number + attempt * ATTEMPT
-            requests.append(Request(prompt.ids.tolist(), number, self.num_samples(plan.training)))
-        with plan.timed("generate"):
-            drawn = self.service().generate(requests, self._decoding(plan.seed, plan.training), plan.stop)
-        written = []
+            requests.append(Request(prompt.ids.tolist(), number, samples))
+        drawn = generate(requests)
         for prompt, completions in zip(prompts, drawn, strict=True):
             written += [Written(prompt, completion, attempt=attempt) for completion in completions]
         return written
@@ -201,11 +226,11 @@ class RolloutMaker:
         """
         values = np.full((len(written), len(self.names)), np.nan)
         errors: list[Mapping[str, str]] = [{}] * len(written)
-        asked = [number for number, one in enumerate(written) if one.reward is None]
+        asked = [number for number, one in enumerate(written) if _is_judged(one)]
         if self.rewards is not None and asked:
             with plan.timed("reward"):
                 found = self._judged([written[number] for number in asked], plan)
-            values[asked, : found.values.shape[1]] = found.values
+            values[asked, values.shape[1] - found.values.shape[1] :] = found.values
             for cause, count in found.causes.items():
                 self.machine.record(f"rewards/failed/{cause}", count, found.values.size)
             for number, said in zip(asked, found.errors, strict=True):
@@ -216,6 +241,12 @@ class RolloutMaker:
         for number, one in enumerate(written):
             if one.reward is not None:
                 values[number] = self._given_rewards(one.reward)
+            if one.played is not None and not one.played.is_first:
+                values[number], errors[number] = values[number - 1], errors[number - 1]
+            elif one.played is not None and one.played.error is not None:
+                errors[number] = {ENVIRONMENT: one.played.error[1]}
+            elif one.played is not None and one.played.reward is not None:
+                values[number, 0] = one.played.reward
             row = row_of(one, values[number], errors[number], keeps_cuts)
             if counts_redrawn:
                 row[REDRAWN] = np.zeros(1, dtype=np.int64)
@@ -249,7 +280,7 @@ class RolloutMaker:
             columns[name] = [one.prompt.columns.get(name) for one in written]
         return self.rewards(
             [self._text(one.prompt.ids.tolist()) for one in written],
-            [self._text(one.completion.ids) for one in written],
+            [self._text(one.completion.ids) if one.played is None else one.played.text for one in written],
             [one.prompt.answer for one in written],
             columns,
             lengths=[len(one.completion.ids) for one in written],
@@ -272,3 +303,10 @@ class RolloutMaker:
         totals = weighted_sum(values, self.weights, failed)
         known = totals[~np.isnan(totals)]
         return len(known) == 0 or known.max() == known.min()
+
+
+def _is_judged(one: Written) -> bool:
+    """Whether reward functions are asked about a row: none has its reward already, and an episode is judged once."""
+    if one.played is None:
+        return one.reward is None
+    return one.played.is_first and one.played.error is None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from llm_trainer.data.encode.continuing import rest_behind, rest_of
 from llm_trainer.data.encode.printed import Field, count_left_out, fields_of, is_assistant, shape_of, with_marks
 from llm_trainer.data.encode.spans import Span
 from llm_trainer.data.encode.templates import (
@@ -181,10 +182,62 @@ class ChatFormat:
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         rendered = []
         for messages, functions in zip(conversations, tools or [None] * len(conversations), strict=True):
-            messages, functions = self._prepare(messages, functions)
-            marked = self._render(messages, functions, add_generation_prompt=True, **options)
-            rendered.append(strip_marks(marked))
+            rendered.append(self._rendered(messages, functions, **options))
         return self._encoder.encode_ids(rendered)
+
+    def encode_continuation(
+        self,
+        said: Sequence[Message],
+        reply: Message,
+        further: Sequence[Message],
+        tools: Tools | None = None,
+        has_end: bool = True,
+    ) -> list[int] | None:
+        """Ids that follow those of an answer which the model has written itself, up to where it begins to write again.
+
+        Args:
+            said: the conversation before the answer.
+            reply: it, `content` being its text as it was written, without the token that ended it; `tool_calls` are looked at
+                where the template does not take the calls as text.
+            further: what is said then.
+            tools: that the template shows.
+            has_end: the model has written a token that ends its turn.
+
+        Returns:
+            None: the template prints what was before otherwise than it was written (without its thinking, say), so that the
+            conversation cannot be appended to.
+
+        Raises:
+            ChatTemplateError: the template refuses this conversation.
+        """
+        prompt = self._rendered(said, tools).text
+        as_text = {name: value for name, value in reply.items() if name != "tool_calls"}
+        stop = self._turns.stop
+        try:
+            whole = self._rendered([*said, as_text, *further], tools)
+            rest = rest_of(prompt, whole, reply["content"], has_end, stop)
+        except ChatTemplateError:
+            if not reply.get("tool_calls"):
+                raise
+            conversation, functions = self._prepare([*said, reply, *further], tools)
+            whole = self._rendered([*said, reply, *further], tools)
+            turn = self._turns.locate(conversation, len(said), whole.text, functions)
+            if not has_end:
+                turn = turn[0], turn[1] - len("".join(self._turns.end).lstrip())
+            rest = rest_behind(prompt, whole, turn, reply["content"], has_end, stop)
+        return None if rest is None else self._encode_behind(rest, self._turns.last_token)
+
+    def _rendered(self, messages: Sequence[Message], tools: Tools | None, **options: Any) -> Rendered:
+        """A prompt, without marks."""
+        messages, tools = self._prepare(messages, tools)
+        return strip_marks(self._render(messages, tools, add_generation_prompt=True, **options))
+
+    def _encode_behind(self, rest: Rendered, token: str) -> list[int]:
+        """Ids of text that stands behind a token: some tokenizers write the beginning of a text otherwise."""
+        moved = frozenset(place + len(token) for place in rest.literals)
+        [ids] = self._encoder.encode_ids([Rendered(token + rest.text, [], moved)])
+        before = [self.tokenizer.convert_tokens_to_ids(token)] if token else []
+        return ids[len(before) :] if ids[: len(before)] == before else self._encoder.encode_ids([rest])[0]
 
     def left_out(self, messages: Sequence[Message], tools: Tools | None = None) -> Counter[str]:
         """What the template does not print of a conversation, and how many characters that is, for `Location.note`.

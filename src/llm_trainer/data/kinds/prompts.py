@@ -18,11 +18,12 @@ class PromptSample(TypedDict):
     input_ids: np.ndarray  # [T], up to where the assistant begins to write
     answer: str | None  # the reference answer, if the row has one
     row: Any  # every column of the row in the file, for rewards that read them
+    messages: list[Any] | None  # the prompt as it was before it became ids, for environments; None: it was ids
 
 
-def _as_json(answer: str | None, row: Any) -> np.ndarray:
+def _as_json(answer: str | None, row: Any, messages: Any = None) -> np.ndarray:
     """The facts of a prompt as the bytes of a JSON text; what JSON has no form for (dates in tables) becomes text."""
-    facts = json.dumps({"answer": answer, "row": row}, ensure_ascii=False, default=str)
+    facts = json.dumps({"answer": answer, "row": row, "messages": messages}, ensure_ascii=False, default=str)
     return np.frombuffer(facts.encode(), dtype=np.uint8)
 
 
@@ -31,7 +32,8 @@ def encode_prompts(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enco
     prompts = chat.encode_prompts([s.values["prompt"] for s in samples], [s.values.get("tools") for s in samples])
     for sample, ids in zip(samples, prompts, strict=True):
         sample.location.note_all(chat.left_out(sample.values["prompt"], sample.values.get("tools")))
-        yield {"input_ids": compact_ids(ids, chat.vocab_size), "facts": _as_json(sample.values["answer"], sample.row)}
+        facts = _as_json(sample.values["answer"], sample.row, sample.values["prompt"])
+        yield {"input_ids": compact_ids(ids, chat.vocab_size), "facts": facts}
 
 
 def encode_prompt_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
@@ -54,7 +56,7 @@ class PromptRows(Rows):
     def __getitem__(self, index: int) -> PromptSample:
         facts = json.loads(self.facts[self.stored[index]].tobytes())
         ids, _ = self.prompts.tokens(index)
-        return PromptSample(input_ids=ids, answer=facts["answer"], row=facts["row"])
+        return PromptSample(input_ids=ids, answer=facts["answer"], row=facts["row"], messages=facts.get("messages"))
 
 
 def collate_prompts(samples: Sequence[PromptSample], lay: Lay) -> Batch:
