@@ -5,65 +5,23 @@ the rounding of bf16. A probe, scored by the trainer and by the sampler, finds w
 that was packed before.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion, GenerationService, Request
+from llm_trainer.generation.worker.llm_trainer_wire import Hashes
 
 # Mean difference of log-probabilities, per token of the probe, from which on sampler and trainer do not agree. Measured: 5e-6
 # in fp32, 0.004 where one of them keeps weights in bf16; a head that was left old is off by nats.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 PROBE_ROWS, PROBE_TOKENS = 2, 32
 
-_WORD = 8  # bytes that are mixed at once
-_AT_ONCE = {"cpu": 1 << 14}  # words; few enough for a core's cache
-_AT_ONCE_ON_OTHERS = 1 << 24
-
-
-def _signed(number: int) -> int:
-    """A number of 64 bits as torch has it."""
-    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-# Of SplitMix64 (Steele et al. 2014).
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-
 
 class WrongWeights(RuntimeError):
     """A sampler does not decode with the weights that it was sent."""
-
-
-class Hashes:
-    """64-bit hashes of tensors by name: of every bit at its place, and of shape and type. Made where the tensors lie."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[Tensor, str]] = {}
-
-    @torch.no_grad()
-    def note(self, name: str, tensor: Tensor) -> None:
-        """Hash a tensor; what is done to it afterwards does not matter."""
-        self._found[name] = (_mixed_sum(tensor), f"{tuple(tensor.shape)} {tensor.dtype}")
-
-    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same tensors, each noted as it goes by."""
-        for name, tensor in weights:
-            self.note(name, tensor)
-            yield name, tensor
-
-    def read(self) -> dict[str, int]:
-        """The hashes; the host waits for the device once."""
-        sums = [found.cpu() for found, _ in self._found.values()]
-        hashes = {}
-        for (name, (_, facts)), number in zip(self._found.items(), sums, strict=True):
-            digest = hashlib.blake2b(f"{int(number)} {facts}".encode(), digest_size=8).digest()
-            hashes[name] = int.from_bytes(digest, "big")
-        return hashes
 
 
 def hashes_of(module: nn.Module) -> dict[str, int]:
@@ -77,28 +35,6 @@ def hashes_of(module: nn.Module) -> dict[str, int]:
             hashes.note(name, tensor)
     found = hashes.read()
     return {name: found[first] for name, first in names.items()}
-
-
-def _mixed_sum(tensor: Tensor) -> Tensor:
-    """`[]` int64, a sum over words of 8 bytes, each mixed with its place: it does not depend on the order of addition."""
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if len(data) % _WORD or data.storage_offset() % _WORD:
-        data = F.pad(data, (0, -len(data) % _WORD))
-        data = data.clone() if data.storage_offset() % _WORD else data
-    words = data.view(torch.int64)
-    at_once = _AT_ONCE.get(words.device.type, _AT_ONCE_ON_OTHERS)
-    places = torch.arange(1, 1 + min(at_once, len(words)), device=words.device) * _GOLDEN
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for first in range(0, len(words), at_once):
-        mixed = words[first : first + at_once] + places[: len(words) - first]
-        mixed += _signed(first * _GOLDEN)
-        mixed ^= mixed >> 32
-        mixed *= _FIRST
-        mixed ^= mixed >> 29
-        mixed *= _SECOND
-        mixed ^= mixed >> 32
-        total += mixed.sum()
-    return total
 
 
 def check_hashes(sent: Mapping[str, int], held: Mapping[str, int], version: int, where: str) -> None:
