@@ -19,9 +19,10 @@ SCRIPT = FOLDER / "train.slurm"
 
 # Runs its command once per machine, passes SIGTERM on, and ends with the highest code, as srun does.
 SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
+nodes=$SLURM_NNODES
+while [[ $1 == --* ]]; do [[ $1 == --nodes=* ]] && nodes=${1#--nodes=}; shift; done
 pids=()
-for ((i = 0; i < SLURM_NNODES; i++)); do SLURM_NODEID=$i SLURM_GPUS_ON_NODE=1 "$@" & pids+=($!); done
+for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i SLURM_GPUS_ON_NODE=1 "$@" & pids+=($!); done
 trap 'kill -TERM "${pids[@]}"' TERM
 highest=0
 for pid in "${pids[@]}"; do
@@ -33,7 +34,7 @@ exit $highest
 """
 SCONTROL = """#!/bin/bash
 echo "$@" >> $HERE/scontrol.log
-[ "$1" = show ] && echo localhost
+[ "$1" = show ] && printf '%s\\n' ${HOSTS:-localhost}
 exit 0
 """
 # Ends with the code that its last argument says; `wait` ends with 75 when SIGTERM comes.
@@ -115,6 +116,32 @@ def test_two_machines_meet_through_torchrun(cluster, tmp_path):
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
     assert process.returncode == EXIT_INTERRUPTED
     assert log(cluster, "scontrol")[-1].startswith("requeue")
+
+
+SERVER = """#!/bin/bash
+echo "$@" >> $HERE/servers.log
+trap 'echo ended >> $HERE/ended.log; exit 0' TERM
+while true; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("code", [0, EXIT_INTERRUPTED])
+def test_the_last_machines_draw_and_the_others_train(cluster, tmp_path, code):
+    for name, text in {"llm-trainer": SERVER, "curl": "#!/bin/bash\n[ -s $HERE/servers.log ]\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = cluster | {"HOSTS": "a b c", "SLURM_NNODES": "3", "SLURM_SUBMIT_DIR": str(FOLDER), "MODEL": "m"}
+    given = job | {"VLLM_PYTHON": "python", "WEIGHTS": str(tmp_path / "weights")}
+    command = ["bash", str(FOLDER / "train_with_servers.slurm"), "run.yaml", str(code)]
+    assert subprocess.run(command, env=given, timeout=30).returncode == code
+    asked = "rollout-server m --python python --host 0.0.0.0 --port 8000 -- --tensor-parallel-size 1"
+    assert log(cluster, "servers") == [asked]
+    for rank, line in enumerate(sorted(log(cluster, "started"))):
+        assert f"--nnodes 2 --node-rank {rank} --master-addr a run.yaml" in line
+        assert "grpo_config.rollout_servers=[http://c:8000]" in line and f"weight_folder={tmp_path}/weights" in line
+    assert len(log(cluster, "started")) == 2 and log(cluster, "ended") == ["ended"]
+    again = [line for line in log(cluster, "scontrol") if line.startswith("requeue")]
+    assert len(again) == (code == EXIT_INTERRUPTED)
 
 
 def manifests() -> dict[str, dict]:

@@ -29,6 +29,9 @@ COMMANDS = {
     "plan": Entry("llm_trainer.cli.plan:plan", "Plan a run on GPUs that are not here."),
     "score": Entry("llm_trainer.cli.score:score", "Score answers or their steps with a reward model."),
     "rollouts": Entry("llm_trainer.cli.rollouts:rollouts", "Show what a policy has written, and what it was worth."),
+    "rollout-server": Entry(
+        "llm_trainer.cli.rollout_server:rollout_server", "Start a vLLM server that draws completions for a trainer."
+    ),
     "compare": Entry("llm_trainer.cli.compare:compare", "Train one YAML file with several engines and compare."),
     "data": Entry("llm_trainer.cli.data:app", "Look at training data, and turn it into tokens."),
     "tokenizer": Entry("llm_trainer.cli.tokenizer:app", "Train tokenizers."),

@@ -161,3 +161,8 @@ def secret(name: str) -> str:
 def override(name: str, value: str) -> None:
     """Sets a variable for this process and its children, whatever the user set."""
     os.environ[name] = value
+
+
+def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is started with further variables."""
+    return {**os.environ, **variables}

@@ -103,6 +103,19 @@ class RolloutOptions:
         description="mean difference of log-probs between sampler and trainer from which on the run stops; null: 0.01 in "
         "fp32, 0.1 otherwise",
     )
+    rollout_servers: list[str] = Field(
+        default_factory=list,
+        description="addresses of servers that draw completions (llm-trainer rollout-server); empty: the training process does",
+    )
+    weight_transport: Literal["files", "nccl"] = Field(
+        default="files",
+        description="how weights come to them: as files, or over a group of GPUs",
+    )
+    weight_folder: str | None = Field(
+        default=None,
+        description="folder of these files, on a file system that trainer and servers share; null: shared memory, for servers "
+        "on this machine",
+    )
     keep_rollouts: StrictBool = Field(
         default=False, description="keep rollouts that no checkpoint needs any more, in <save_dir>/rollouts"
     )

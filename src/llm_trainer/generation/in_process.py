@@ -30,7 +30,10 @@ class InProcess:
     Attributes:
         version: See `GenerationService`.
         model: What decodes: the copy, or the model itself.
+        updates_in_flight: See `GenerationService`.
     """
+
+    updates_in_flight = False
 
     def __init__(
         self,

@@ -139,16 +139,22 @@ class Servers:
         Raises:
             WrongWeights: They have not.
         """
-        found: dict[str, int] = {}
-        for server in self.fleet.up():
-            found = self._arrived(server, found)
-        return found
+        found: dict[str, list[dict[str, int]]] = {}
+
+        def look(server: Server) -> None:
+            found[server.url] = [_numbers(worker["hashes"]) for worker in server.ask.arrived()]
+
+        self.fleet.to_all(look)
+        first = next(iter(found.values()))[0]
+        for url, workers in found.items():
+            for number, hashes in enumerate(workers):
+                check_hashes(first, hashes, self.version, f"worker {number} of rollout server {url}")
+        return first
 
     def _bring(self, weights: Iterator[tuple[str, Tensor]], label: str) -> None:
         """Bring weights to all servers, and make sure that they use them."""
         # 1. who is there, and fits; a server that was lost may be there again
         self.fleet.leave_out({})
-        self._facts = {}
         self.fleet.to_all(self._check)
 
         # 2. all that was sent, and nothing in between
@@ -168,7 +174,14 @@ class Servers:
         self.fleet.to_all(lambda server: self._check_arrived(server, sent, label))
         self.fleet.to_all(lambda server: server.ask.accept(label))
         self.fleet.to_all(lambda server: server.ask.resume())
-        self.fleet.to_all(lambda server: self._check_cache(server, label))
+
+        # 4. what decodes is what arrived, on every server alike; the trainer compares it with its own
+        scores: dict[str, list[float]] = {}
+        self.fleet.to_all(lambda server: scores.update({server.url: self._check_cache(server, label)}))
+        first = next(iter(scores.values()))
+        for url, others in scores.items():
+            where = f"rollout server {url}, compared with the first one"
+            check_probe([first], [others], self._version_of(label), where, LIMITS[self.dtype])
 
     def _check(self, server: Server) -> None:
         """
@@ -212,17 +225,11 @@ class Servers:
                 )
             check_hashes(sent, _numbers(worker["hashes"]), self._version_of(label), where)
 
-    def _arrived(self, server: Server, before: dict[str, int]) -> dict[str, int]:
-        """What all workers of a server have; `before` is what another server has."""
-        for number, worker in enumerate(server.ask.arrived()):
-            hashes = _numbers(worker["hashes"])
-            if before:
-                check_hashes(before, hashes, self.version, f"worker {number} of rollout server {server.url}")
-            before = before or hashes
-        return before
-
-    def _check_cache(self, server: Server, label: str) -> None:
+    def _check_cache(self, server: Server, label: str) -> list[float]:
         """Draw after a prompt that fills blocks of the prefix cache, the same one at every load.
+
+        Returns:
+            The log-probabilities of the prompt.
 
         Raises:
             WrongWeights: Keys and values of older weights are used.
@@ -231,15 +238,17 @@ class Servers:
         length = min(2 * facts.block_size + 1, facts.context - DRAWN_TOKENS - 1)
         prompt = [row % facts.config["vocab_size"] for row in range(17, 17 + 7919 * length, 7919)]
         decoding = Decoding(max_new_tokens=DRAWN_TOKENS)
-        (drawn,) = server.ask.draw(prompt, decoding, DRAWN_TOKENS, seed_of(0, 0), 1, label)
+        (drawn,) = server.ask.draw(prompt, decoding, DRAWN_TOKENS, seed_of(0, 0, 0), 1, label)
         if drawn.num_cached:
             raise WrongWeights(
                 f"rollout server {server.url} has used keys and values of {drawn.num_cached} tokens that were computed before "
                 f"weights '{label}' arrived: its prefix cache is old. None of its tokens were used; start it anew"
             )
-        scored = server.ask.score(prompt + drawn.ids)[-len(drawn.ids) :]
-        limit = LIMITS[_dtype(facts)]
-        check_probe([scored], [drawn.logprobs], self._version_of(label), f"rollout server {server.url}", limit)
+        scored = server.ask.score(prompt + drawn.ids)
+        of_prompt, of_drawn = scored[: length - 1], scored[length - 1 :]
+        where = f"rollout server {server.url}"
+        check_probe([of_drawn], [drawn.logprobs], self._version_of(label), where, LIMITS[_dtype(facts)])
+        return of_prompt
 
     # Completions.
 
@@ -255,6 +264,8 @@ class Servers:
         facts = self._known()
         self._check_decoding(decoding, facts)
         budgets = decoding.budgets([request.ids for request in requests], facts.context)
+        for number, request in enumerate(requests):
+            budgets[number] = min(budgets[number], request.most or budgets[number])
         base = decoding.base_seed()
         pieces = []
         for number, request in enumerate(requests):
@@ -263,7 +274,7 @@ class Servers:
 
         def answer(piece: Piece) -> list[Completion]:
             request = requests[piece.request]
-            seed = seed_of(base, request.number) + piece.first
+            seed = seed_of(base, request.number, request.first) + request.sample + piece.first
             drawn = self.fleet.ask_one(
                 piece.num_samples,
                 lambda ask: ask.draw(

@@ -94,7 +94,7 @@ class Broadcast:
 
     def __init__(self, backend: str = "nccl", device: torch.device | None = None, host: str | None = None) -> None:
         self.backend, self.host = backend, host
-        self.device = device or torch.device("cuda" if backend == "nccl" else "cpu")
+        self.device = device or torch.device({"nccl": "cuda"}.get(backend, "cpu"))
         self._group: Any = None
         self._members: list[str] = []
 

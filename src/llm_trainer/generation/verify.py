@@ -5,6 +5,7 @@ the rounding of bf16. A probe, scored by the trainer and by the sampler, finds w
 that was packed before.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -133,6 +134,8 @@ class Verified:
         where: str = "the sampler of this process",
     ) -> None:
         self.service, self.version, self.difference = service, -1, 0.0
+        self.updates_in_flight = service.updates_in_flight
+        self._loading = threading.Lock()  # what is drawn during a load is judged when it is over
         self._score, self._probe, self._limit, self._where = score, list(probe), limit, where
         self._verified: set[int] = set()
 
@@ -142,6 +145,10 @@ class Verified:
         Raises:
             WrongWeights: they are not what was sent, or not what it decodes with.
         """
+        with self._loading:
+            self._load(weights, version)
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = -1
         hashes = Hashes()
         on_the_way = hashes.passing(self._cast(weights))
@@ -169,11 +176,13 @@ class Verified:
         Raises:
             WrongWeights: none are verified, or a token was drawn with others.
         """
-        self._check_loaded()
+        with self._loading:
+            self._check_loaded()
         found = self.service.generate(requests, decoding, stop)
-        for completions in found:
-            for completion in completions:
-                self._check_versions(completion)
+        with self._loading:
+            for completions in found:
+                for completion in completions:
+                    self._check_versions(completion)
         return found
 
     def logprobs(self, ids: Sequence[Sequence[int]], decoding: Decoding) -> list[list[float]]:

@@ -206,9 +206,12 @@ class Vllm:
         return found
 
 
-def seed_of(seed: int, number: int) -> int:
-    """The seed of a request's first sample: of (seed of the rollout, number of the request)."""
-    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+def seed_of(seed: int, number: int, first: int) -> int:
+    """The seed of a request's sample 0: of (seed of the rollout, number of the request, number of its first token).
+
+    A server's noise is one stream for each request, so that what goes on in the middle of a completion has noise of its own.
+    """
+    digest = hashlib.blake2b(f"{seed} {number} {first}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2  # vLLM adds the number of the sample, in 64 bits with a sign
 
 

@@ -18,7 +18,6 @@ from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollout_store import RolloutError
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
-from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
 from llm_trainer.losses.correction import Correction
@@ -32,6 +31,7 @@ from llm_trainer.rewards.named import several
 from llm_trainer.trainers.agreement import Agreement
 from llm_trainer.trainers.answers import Batch, score, to_device
 from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.drawing import drawing, service_of
 from llm_trainer.trainers.given import pad_id_of
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
@@ -115,7 +115,8 @@ class OnPolicyTrainer(BaseTrainer):
             )
         self.partners = Partners(how) if how.environment is not None or how.tools else None  # forks too
         self.judge = None if reward_model is None else Judge(freeze(reward_model))
-        self._service, self._stop_token_ids = generation_service, stop_token_ids
+        self._service = service_of(how, generation_service)
+        self._stop_token_ids = stop_token_ids
         self._verified: GenerationService | None = None
         self._in_a_row: dict[str, int] = {}  # rollouts without anything to learn from, by what is said of them
         self._evaluation = options.get("sampling") or Sampling()
@@ -286,12 +287,13 @@ class OnPolicyTrainer(BaseTrainer):
         whose vocabulary has no known size.
         """
         if self._verified is None:
-            dtype, vocab_size = self.machine.dtype, vocab_size_of(self.base_model)
-            service = self._service or InProcess(self.base_model, dtype)
+            service, where = drawing(self._service, self.base_model, self.machine)
+            vocab_size = vocab_size_of(self.base_model)
             if vocab_size is None:
-                self._verified = Verified(service)
+                self._verified = Verified(service, where=where)
             else:
-                self._verified = Verified(service, self._probe_logprobs, probe_ids(vocab_size), LIMITS[dtype])
+                limit = max(LIMITS[self.machine.dtype], LIMITS[service.dtype or self.machine.dtype])
+                self._verified = Verified(service, self._probe_logprobs, probe_ids(vocab_size), limit, where)
         return self._verified
 
     def _probe_logprobs(self, probe: list[list[int]]) -> list[list[float]]:

@@ -36,6 +36,16 @@ def context_of(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The configuration of a model that reads text; nothing where it does not say."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    found: dict[str, Any] = model.config.get_text_config().to_dict()
+    return found
+
+
 def stop_tokens_of(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
     """The tokens that end a completion, as model and tokenizer say."""
     from transformers import PreTrainedModel

@@ -106,14 +106,7 @@ class Receiver:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        # A layer that keeps its weight beside the packed one, such as a head that is the embedding, is not packed again by
-        # that: it would go on with the old one.
-        for module in self.model.modules():
-            weight = getattr(module, "weight", None)
-            if hasattr(module, "cpu_linear") and isinstance(weight, Tensor) and weight.numel():
-                from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+        pack_again(self.model)
 
     def _apply(self, tensors: list[tuple[str, Tensor]]) -> None:
         """Hash tensors, and hand them to the model, which may keep them in another form."""
@@ -121,6 +114,20 @@ class Receiver:
             self._hashes.note(name, tensor)
         load: Any = self.model.load_weights
         load(tensors)
+
+
+def pack_again(model: nn.Module) -> None:
+    """Have layers that multiply with a packed copy of their weight use the one that they have now.
+
+    On CPUs a layer that keeps its weight beside the packed one, such as a head that is the embedding, would go on with the
+    old copy: loading packs only what gave its weight away.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "cpu_linear") and isinstance(weight, Tensor) and weight.numel():
+            from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
 def _engine_class() -> Any:

@@ -1,0 +1,51 @@
+"""Who draws completions: the process that trains, rollout servers, or a service of the user."""
+
+from torch import nn
+
+from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.reinforcement import RolloutOptions
+from llm_trainer.generation.in_process import InProcess
+from llm_trainer.generation.servers import Servers
+from llm_trainer.generation.service import GenerationService
+from llm_trainer.generation.transports import Broadcast, Files, Transport
+from llm_trainer.machine import Machine
+from llm_trainer.trainers.said import config_of
+
+
+def service_of(how: RolloutOptions, given: GenerationService | None) -> GenerationService | None:
+    """The service that is given, or the rollout servers of a section; None: the process that trains draws.
+
+    Raises:
+        ConfigError: there are both, or it is said how weights come to servers where there are none.
+        ValueError: something is no address.
+    """
+    if given is not None and how.rollout_servers:
+        raise ConfigError(
+            f"rollout_servers: got {how.rollout_servers}, and a generation_service too, so two would draw completions; "
+            f"expected one of them"
+        )
+    if not how.rollout_servers:
+        for name, unset in (("weight_transport", "files"), ("weight_folder", None)):
+            value = getattr(how, name)
+            if value != unset:
+                raise ConfigError(
+                    f"{name}: got {value!r}, but there are no servers that weights could come to; expected rollout_servers: "
+                    f"[http://host:port, ...], or neither"
+                )
+        return given
+    if how.weight_transport == "nccl" and how.weight_folder is not None:
+        raise ConfigError(
+            f"weight_folder: got {how.weight_folder!r}, but weight_transport nccl writes no files; leave one of them out"
+        )
+    transport: Transport = Broadcast() if how.weight_transport == "nccl" else Files(how.weight_folder)
+    return Servers(how.rollout_servers, transport)
+
+
+def drawing(service: GenerationService | None, model: nn.Module, machine: Machine) -> tuple[GenerationService, str]:
+    """The service of a run, which knows the processes of the run, and its name in messages."""
+    if service is None:
+        return InProcess(model, machine.dtype), "the sampler of this process"
+    if isinstance(service, Servers):
+        service.join(machine.process_number, machine.gather, config_of(model), machine.say)
+        return service, "the rollout servers"
+    return service, f"the given {type(service).__name__}"

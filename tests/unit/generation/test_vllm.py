@@ -1,0 +1,285 @@
+"""The same as `test_servers.py` with servers of vLLM: in LLM_TRAINER_VLLM_PYTHON, made by examples/cluster/make_vllm_env.sh."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from decoding_models import build_qwen3
+from llm_trainer.generation.decoding import Decoding
+from llm_trainer.generation.in_process import InProcess
+from llm_trainer.generation.link import Link, ServerError
+from llm_trainer.generation.servers import Servers
+from llm_trainer.generation.service import Interrupted, Request
+from llm_trainer.generation.transports import Broadcast, Files
+from llm_trainer.generation.verify import WrongWeights
+from llm_trainer.generation.vllm_server import Vllm
+from policies import rollouts_of
+from rollout_server import Drops, Skips, Swaps, Truncates, Unannounced, moved, never, streamed, verified
+
+PYTHON = os.environ.get("LLM_TRAINER_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        PYTHON is None,
+        reason="needs vLLM: examples/cluster/make_vllm_env.sh makes its environment, LLM_TRAINER_VLLM_PYTHON is its python",
+    ),
+]
+TESTS = Path(__file__).resolve().parents[2]
+# vLLM's attention on CPUs has heads of 32 at least.
+SHAPE = {"head_dim": 32, "vocab_size": 64, "max_position_embeddings": 512, "tie_word_embeddings": True}
+PLAIN = Decoding(max_new_tokens=12, seed=3, stop_token_ids=(5,))
+REQUESTS = [Request([1, 2, 3 + row], row, 3) for row in range(6)]
+
+
+@contextmanager
+def started(folder: Path, log: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A server on this machine, started by the command."""
+    command = [sys.executable, "-m", "llm_trainer.cli.main", "rollout-server", str(folder), "--port", str(port)]
+    command += ["--python", str(PYTHON), "--wait", "200", "--", "--dtype", "float32", "--enforce-eager"]
+    command += ["--worker-extension-cls", "vllm_faults.FaultyWorker"]
+    variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=variables, cwd=TESTS, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while b"ready: http" not in log.read_bytes():
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def first() -> nn.Module:
+    """The model whose folder the server was started with."""
+    return build_qwen3(**SHAPE)
+
+
+@pytest.fixture
+def model(first: nn.Module) -> nn.Module:
+    return deepcopy(first)
+
+
+@pytest.fixture(scope="module")
+def place(first: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The folder of the model, and a port."""
+    folder = tmp_path_factory.mktemp("policy")
+    first.save_pretrained(folder)  # type: ignore[operator]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return folder, probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(place: tuple[Path, int]) -> Iterator[str]:
+    with started(place[0], place[0] / "log", place[1]):
+        yield f"http://127.0.0.1:{place[1]}"
+
+
+def far(model: nn.Module, decoding: Decoding, prompt: Any, completion: Any, part: slice = slice(None)) -> float:
+    """How far the log-probs of a completion, or of a part of it, are from a teacher-forced forward."""
+    scores = InProcess(model).logprobs([[*prompt, *completion.ids]], decoding)[0][len(prompt) - 1 :]
+    pairs = list(zip(scores, completion.logprobs, strict=True))[part]
+    return max(abs(ours - theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("transport", [Files, lambda: Broadcast("gloo")], ids=["files", "group"])
+def test_tokens_have_the_logprobs_of_a_teacher_forced_forward(
+    model: nn.Module, server: str, transport: Callable[[], Any], record_property: Callable[[str, object], None]
+) -> None:
+    service = verified(model, server, transport=transport())
+    seconds = []
+    for version in range(20):
+        moved(model)
+        began = time.monotonic()
+        service.load(streamed(model), version)
+        seconds.append(time.monotonic() - began)
+    record_property("seconds_per_sync", sorted(seconds)[10])
+    print(f"seconds per sync: {sorted(seconds)[10]:.3f}")
+    for change in (
+        {},
+        {"temperature": 0.7, "suppress_tokens": (7, 9)},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.0},
+    ):
+        decoding = Decoding(**{**vars(PLAIN), **change})
+        drawn = service.generate(REQUESTS, decoding, never)
+        again = service.generate(REQUESTS, decoding, never)
+        assert [[one.ids for one in group] for group in drawn] == [[one.ids for one in group] for group in again]
+        for request, group in zip(REQUESTS, drawn, strict=True):
+            for completion in group:
+                assert completion.versions == [(0, 19)]
+                assert far(model, decoding, request.ids, completion) < 1e-5
+
+
+class KeepsCache(Vllm):
+    """Keys and values of all versions are shared, and never forgotten."""
+
+    def draw(self, *asked: Any) -> Any:
+        return super().draw(*asked[:-1], "always")
+
+    def accept(self, label: str) -> None:
+        self.link.ask("POST", "/update_weight_version", {"new_version": label})
+
+
+class LeavesHead(Vllm):
+    """The head stays as it was packed."""
+
+    def finish_update(self) -> None:
+        self._rpc("llm_trainer_leave_head_old")
+        super().finish_update()
+        self._rpc("llm_trainer_pack_again")
+
+
+FAULTS: dict[str, tuple[Any, Any, str]] = {
+    "update skipped": (Skips, None, "says that it has weights '.*-1', expected"),
+    "tensor dropped": (Vllm, Drops, "'model.norm.weight' was sent as .* and is not there"),
+    "file truncated": (Vllm, Truncates, "cannot be read here"),
+    "head left old": (LeavesHead, None, "not what .* decodes with"),
+    "tensors swapped": (Vllm, Swaps, "up_proj.weight' was sent as .* and is there as"),
+    "version moved": (Unannounced, None, "says that it has weights '', expected"),
+    "old prefix cache": (KeepsCache, None, "its prefix cache is old"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_wrong_weights_are_found_before_a_token_is_used(model: nn.Module, server: str, name: str) -> None:
+    dialect, transport, message = FAULTS[name]
+    service = verified(model, server, transport=Files())
+    servers = service.service
+    assert isinstance(servers, Servers)
+    link = Link(server, 60)
+    if name == "old prefix cache":  # what is kept from the first version on
+        servers.fleet.servers[0].ask = dialect(link)
+        with pytest.raises(WrongWeights, match=message):  # also that of the tests before
+            for version in (1, 2):
+                service.load(streamed(moved(model)), version)
+        return
+    service.load(streamed(moved(model)), 1)
+    before = link.ask("GET", "/weight_info")
+    servers.fleet.servers[0].ask = dialect(link)
+    servers.transport = (transport or Files)()
+    moved(model, 1e-4 if name in ("update skipped", "version moved") else 0.2)
+    with pytest.raises((WrongWeights, ServerError), match=message):
+        service.load(streamed(model), 2)
+    if name != "head left old":
+        assert link.ask("GET", "/weight_info") == before  # no version has moved
+    with pytest.raises(WrongWeights, match="no weights that were verified"):
+        service.generate(REQUESTS, PLAIN, never)
+
+
+def test_weights_may_move_while_tokens_are_drawn(model: nn.Module, server: str) -> None:
+    service = verified(model, server)
+    service.load(streamed(model), 1)
+    older = deepcopy(model)
+    found: list[Any] = []
+    decoding = Decoding(max_new_tokens=400, seed=3)
+
+    def draw() -> None:
+        found.extend(service.generate(REQUESTS, decoding, never))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    time.sleep(1.0)
+    service.load(streamed(moved(model)), 2)
+    thread.join(120)
+    changed = [(request, one) for request, group in zip(REQUESTS, found, strict=True) for one in group]
+    changed = [(request, one) for request, one in changed if len(one.versions) == 2]
+    assert changed, "no completion was under way when the weights moved"
+    for request, one in changed:
+        (_, first), (start, second) = one.versions
+        assert (first, second) == (1, 2)
+        assert far(older, decoding, request.ids, one, slice(0, start)) < 1e-4
+        assert far(model, decoding, request.ids, one, slice(start, None)) < 1e-4
+
+
+def test_a_stop_ends_what_is_under_way(model: nn.Module, server: str) -> None:
+    service = verified(model, server)
+    service.load(streamed(model), 1)
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        service.generate(REQUESTS, Decoding(max_new_tokens=500), lambda: time.monotonic() - began > 0.3)
+    assert time.monotonic() - began < 5
+    assert len(service.generate(REQUESTS, PLAIN, never)) == 6
+
+
+LIFE = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch
+from decoding_models import build_qwen3
+from policies import make
+from llm_trainer.train.hooks import Hook
+torch.set_num_threads(1)
+folder, url, dies, given = sys.argv[1:]
+hook = Hook("die", lambda run: dies and run.progress.step == 2 and os.kill(os.getpid(), signal.SIGKILL), every_steps=1)
+more = {{"rollouts": given}} if given else {{}}
+trainer = make("grpo", folder, build_qwen3(**{shape!r}), rollout_servers=[url], save_interval=1, hooks=[hook], **more)
+trainer.train()
+torch.save(trainer.base_model.state_dict(), folder + "/end.pt")
+"""
+
+
+def test_a_killed_run_is_learned_again_from_its_rollouts(server: str, tmp_path: Path) -> None:
+    script = tmp_path / "life.py"
+    script.write_text(LIFE.format(tests=str(TESTS), shape=SHAPE))
+
+    def live(folder: str, url: str, dies: str = "", given: str = "") -> int:
+        command = [sys.executable, str(script), str(tmp_path / folder), url, dies, given]
+        return subprocess.run(command, check=False, timeout=120, stdout=subprocess.DEVNULL).returncode
+
+    assert live("run", server, dies="yes") == -signal.SIGKILL
+    assert live("run", server) == 0  # goes on
+    assert len(rollouts_of(tmp_path / "run")) == 3
+    nowhere = "http://127.0.0.1:9"  # nothing is sampled, so nobody is asked
+    assert live("again", nowhere, given=str(tmp_path / "run/rollouts")) == 0
+    ends = [torch.load(tmp_path / folder / "end.pt") for folder in ("run", "again")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_server_that_was_started_anew_is_found(model: nn.Module, server: str, place: tuple[Path, int]) -> None:
+    """Last, for it ends the server of the others."""
+    service = verified(model, server)
+    service.load(streamed(moved(model)), 1)
+    (line,) = [row for row in _processes() if f"--port\0{place[1]}\0" in row[1] and "api_server" in row[1]]
+    os.kill(int(line[0]), signal.SIGTERM)
+    while _answers(server):
+        time.sleep(0.2)
+    with started(place[0], place[0] / "log-of-the-second", place[1]):
+        with pytest.raises(WrongWeights, match="version -2; expected version 1"):
+            service.generate(REQUESTS, PLAIN, never)
+        service.load(streamed(model), 2)
+        assert service.generate(REQUESTS, PLAIN, never)[0][0].versions == [(0, 2)]
+
+
+def _processes() -> list[tuple[str, str]]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit():
+                found.append((folder.name, (folder / "cmdline").read_text()))
+        except OSError:
+            continue
+    return found
+
+
+def _answers(url: str) -> bool:
+    try:
+        Link(url, 2).ask("GET", "/health")
+    except (ServerError, ValueError):
+        return False
+    return True
