@@ -1,5 +1,6 @@
 """`llm-trainer rollout-server`: start vLLM as a server that draws completions for a trainer, and end it with this command."""
 
+import http.client
 import os
 import shlex
 import signal
@@ -15,10 +16,8 @@ import typer
 
 from llm_trainer.cli.errors import RunFailed
 from llm_trainer.config.env import environment_with
-from llm_trainer.generation import link
-from llm_trainer.generation.link import Link, ServerError
 
-WORKER = Path(link.__file__).parent / "worker"
+WORKER = Path(__file__).parents[1] / "generation" / "worker"
 LOOK_SECONDS = 1.0
 END_SECONDS = 30.0  # from SIGTERM to SIGKILL
 # What a trainer needs; what is given behind -- comes later, and may say otherwise.
@@ -65,13 +64,13 @@ def rollout_server(
     if host == "0.0.0.0":
         here = "127.0.0.1"
     url = f"http://{here}:{port}"
-    if _is_ready(url):
+    if _is_ready(here, port):
         raise ValueError(f"{url}: a server answers there already; expected a free --port, or the other server ended")
     print(f"starting: {shlex.join(command)}", flush=True)
     process = subprocess.Popen(command, env=environment_with(own), start_new_session=True)
     _end_with_us(process)
     try:
-        _wait_until_ready(process, url, wait)
+        _wait_until_ready(process, here, port, wait)
         print(f"ready: {url} (rollout_servers: [http://HOST:{port}], as the trainer reaches this machine)", flush=True)
         code = process.wait()
     finally:
@@ -112,21 +111,24 @@ def _check_vllm(python: str) -> None:
         )
 
 
-def _is_ready(url: str) -> bool:
+def _is_ready(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
-        Link(url, seconds=5.0).ask("GET", "/health")
-    except (ServerError, ValueError):
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
         return False
-    return True
+    finally:
+        connection.close()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, seconds: float) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], host: str, port: int, seconds: float) -> None:
     """
     Raises:
         RunFailed: it has ended, or is not ready in time.
     """
     until = time.monotonic() + seconds
-    while not _is_ready(url):
+    while not _is_ready(host, port):
         if process.poll() is not None:
             raise RunFailed(f"vLLM ended with code {process.returncode} before it was ready; what it said stands above")
         if time.monotonic() > until:

@@ -96,12 +96,16 @@ class Sketch:
         row_tokens = min(self.length + new_tokens, self.model.config.max_position_embeddings)
         rows = self.rows * completions
         per_token = 2 * each * shape.num_layers * shape.num_kv_heads * shape.head_dim
+        copy_bytes = float(each * shape.num_parameters)
+        cache_bytes = float(min(MAX_CACHE_BYTES, min(rows, MAX_ROWS) * row_tokens * per_token))
+        if self.section.rollout_servers:  # they have the weights, and the cache
+            copy_bytes = cache_bytes = 0.0
         return {
             "row_tokens": row_tokens,
             "rows": rows,
             "completions": completions,
-            "copy_bytes": float(each * shape.num_parameters),
-            "cache_bytes": float(min(MAX_CACHE_BYTES, min(rows, MAX_ROWS) * row_tokens * per_token)),
+            "copy_bytes": copy_bytes,
+            "cache_bytes": cache_bytes,
             "disk_bytes": float(rows * row_tokens * (ON_DISK + 4 * columns)),
         }
 

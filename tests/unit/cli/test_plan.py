@@ -98,6 +98,8 @@ def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, caps
     held = job_of(run("grpo_config", options + ", loss_beta: 0.1"), "grpo")
     assert held.frozen_bytes == 4 * parameters and held.disk_bytes == 48 * 96 * (9 + 8)
     assert job_of(run("grpo_config", "group_size: 1000"), "grpo").cache_bytes == 64 * (64 + 256) * 256
+    elsewhere = job_of(run("grpo_config", "rollout_servers: ['http://a:1']"), "grpo")
+    assert elsewhere.copy_bytes == elsewhere.cache_bytes == 0  # servers have both
     lines = said(capsys, run("grpo_config", options), "--gpus", "4", "--gpu", "a100-40")
     assert "sampler" in lines.splitlines()[5] and "disk  0.00024 GB for each rollout" in lines
     assert "batch_size=4 grpo_config.gradient_accumulation_steps=2" in lines.splitlines()[-1]
