@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llm_trainer.trainers.ppo import PPOTrainer as PPOTrainer
     from llm_trainer.trainers.preference import DPOTrainer as DPOTrainer
     from llm_trainer.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
+    from llm_trainer.trainers.reinforce import ReMaxTrainer as ReMaxTrainer
     from llm_trainer.trainers.reinforce import RLOOTrainer as RLOOTrainer
     from llm_trainer.trainers.reward import RewardTrainer as RewardTrainer
     from llm_trainer.trainers.unpaired import KTOTrainer as KTOTrainer
@@ -40,6 +41,7 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "FileDataset": "llm_trainer.config.files",
     "Hook": "llm_trainer.train.hooks",
     "KTOTrainer": "llm_trainer.trainers.unpaired",
+    "ReMaxTrainer": "llm_trainer.trainers.reinforce",
     "RLOOTrainer": "llm_trainer.trainers.reinforce",
     "ReinforceTrainer": "llm_trainer.trainers.reinforce",
     "RewardTrainer": "llm_trainer.trainers.reward",

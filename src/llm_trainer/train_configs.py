@@ -23,7 +23,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
 from llm_trainer.config.options import FsdpConfig, KDConfig
 from llm_trainer.config.ppo import PPOConfig
-from llm_trainer.config.reinforcement import GenerateConfig, GRPOConfig, ReinforceConfig, RLOOConfig
+from llm_trainer.config.reinforcement import GenerateConfig, GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig
 from llm_trainer.config.schema import (
     DataLoaderConfig,
     EvalConfig,
@@ -63,6 +63,7 @@ __all__ = [
     "PPOConfig",
     "PretrainConfig",
     "RLOOConfig",
+    "ReMaxConfig",
     "ReinforceConfig",
     "RewardConfig",
     "RunConfig",

@@ -91,6 +91,7 @@ def trainers(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         "grpo": ("grpo", data("prompts") | {"grpo_config": groups | {"grpo_steps": 2, "loss_beta": 0.05}}),
         "rloo": ("rloo", data("prompts") | {"rloo_config": groups}),
         "reinforce": ("reinforce", data("prompts") | {"reinforce_config": groups}),
+        "remax": ("remax", data("prompts") | {"remax_config": groups}),
         "ppo": ("ppo", data("prompts") | {"ppo_config": drawn | {"ppo_epochs": 2}}),
     }
 

@@ -11,7 +11,7 @@ from llm_trainer.config.files import Files
 from llm_trainer.config.section import config_section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "luspo", "sapo", "vespo"]
-Advantage = Literal["group", "dr_grpo", "batch", "rloo", "reinforce++", "reinforce++_baseline", "gdpo"]
+Advantage = Literal["group", "dr_grpo", "batch", "rloo", "reinforce++", "reinforce++_baseline", "remax", "gdpo"]
 
 WITH_JUDGE = (
     "max_resamplings: got {}, but a reward model judges completions when all of them are there, and then none can be drawn "
@@ -225,6 +225,16 @@ class GRPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
             )
         if self.max_resamplings and self.reward_model_checkpoint is not None:
             raise ConfigError(WITH_JUDGE.format(self.max_resamplings))
+        if self.advantage == "remax" and (self.environment is not None or self.tools):
+            raise ConfigError(
+                "advantage: remax compares with the greedy completion of a prompt, and an environment (or tools) answers it in "
+                "several turns; expected another advantage, such as rloo"
+            )
+        if self.advantage == "remax" and self.rollouts is not None:
+            raise ConfigError(
+                "rollouts: another run's are learned from, and advantage remax compares with the greedy completion of each "
+                "prompt, which that run need not have; leave rollouts out, or take another advantage"
+            )
         if self.mixup_alpha != 1 and self.ref_sync_steps is None:
             raise ConfigError(
                 f"mixup_alpha: got {self.mixup_alpha:g}, but the reference never moves; expected ref_sync_steps, the number of "
@@ -273,3 +283,12 @@ class ReinforceConfig(_BaselineConfig):
     group_size: StrictInt = Field(default=1, ge=1, description="completions of each prompt")
     loss_type: LossType = Field(default="bnpo", description="the loss, and what it is a mean of")
     advantage: Advantage = Field(default="reinforce++", description="what a completion is compared with")
+
+
+@config_section
+class ReMaxConfig(_BaselineConfig):
+    """Reinforcement learning with the reward of the prompt's greedy completion as baseline: ReMax."""
+
+    group_size: StrictInt = Field(default=1, ge=1, description="completions of each prompt, beside the greedy one")
+    loss_type: LossType = Field(default="dr_grpo", description="the loss, and what it is a mean of")
+    advantage: Advantage = Field(default="remax", description="what a completion is compared with")

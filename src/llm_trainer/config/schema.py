@@ -19,7 +19,7 @@ from llm_trainer.config.files import Files
 from llm_trainer.config.optim import OptimConfig
 from llm_trainer.config.options import EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
 from llm_trainer.config.ppo import PPOConfig
-from llm_trainer.config.reinforcement import GRPOConfig, ReinforceConfig, RLOOConfig
+from llm_trainer.config.reinforcement import GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig
 from llm_trainer.config.section import config_section
 
 
@@ -248,6 +248,9 @@ class TrainConfig:
     )
     rloo_config: RLOOConfig | None = Field(default=None, description="the same, with the others of a group as baseline")
     reinforce_config: ReinforceConfig | None = Field(default=None, description="the same, with all others as baseline")
+    remax_config: ReMaxConfig | None = Field(
+        default=None, description="the same, with the reward of the greedy completion as baseline"
+    )
     ppo_config: PPOConfig | None = Field(default=None, description="reinforcement learning with a critic")
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
 from llm_trainer.config.ppo import PPOConfig
-from llm_trainer.config.reinforcement import GRPOConfig, ReinforceConfig, RLOOConfig
+from llm_trainer.config.reinforcement import GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig
 
 _MODEL_OF_A_FOLDER = {"model_config": "path/to/model", "tokenizer": "path/to/model"}
 _NEW_MODEL = {
@@ -57,6 +57,7 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
     "grpo": AlgorithmEntry("llm_trainer.trainers.grpo:GRPOTrainer", GRPOConfig),
     "rloo": AlgorithmEntry("llm_trainer.trainers.reinforce:RLOOTrainer", RLOOConfig),
     "reinforce": AlgorithmEntry("llm_trainer.trainers.reinforce:ReinforceTrainer", ReinforceConfig),
+    "remax": AlgorithmEntry("llm_trainer.trainers.reinforce:ReMaxTrainer", ReMaxConfig),
     "ppo": AlgorithmEntry("llm_trainer.trainers.ppo:PPOTrainer", PPOConfig),
 }
 

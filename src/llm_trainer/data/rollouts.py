@@ -36,13 +36,14 @@ COLUMNS: dict[str, type] = {
     "rewards": np.float64,  # [F] one per reward function; NaN: it is missing, or does not apply
     "facts": np.uint8,  # the bytes of a JSON text: answer, the prompt's other columns, errors by reward function
 }
+GREEDY = "greedy"  # [1] 1: the likeliest completion of the prompt, to compare the others with; where a run draws such
 LEFT_OUT = "left_out"  # [1] 0: learned from; else why not, as `meta.json` numbers the reasons
 EPISODE = "episode"  # [1] where conversations have several turns: its number in the group, the same for all of its rows
-PER_ROW = ("group", "row_index", "finish", "rewards", LEFT_OUT, EPISODE)
+PER_ROW = ("group", "row_index", "finish", "rewards", GREEDY, LEFT_OUT, EPISODE)
 REDRAWN = "redrawn"  # [1] tokens of completions that were drawn in this one's place before, and are not there any more
 NOTHING_WRITTEN, FAILED = "nothing was written", "the completion failed"  # why rows are dropped
 DRAWN_AGAIN = "its group was drawn again"
-NOT_IN_BATCHES = ("input_ids", "trained", "versions", "facts", LEFT_OUT, REDRAWN)
+NOT_IN_BATCHES = ("input_ids", "trained", "versions", "facts", GREEDY, LEFT_OUT, REDRAWN)
 
 
 def as_json(facts: Mapping[str, Any]) -> np.ndarray:
@@ -121,6 +122,11 @@ class Rollout:
         last = len(keys) - 1 - behind
         order = last.argsort()  # in that of the rows
         return last[order], order.argsort()[of_row[::-1]]
+
+    @property
+    def is_greedy(self) -> np.ndarray:
+        """`[rows]` bool: completions that are there to compare others with, and are not learned from."""
+        return self.column(GREEDY) != 0 if GREEDY in self.store.columns else np.zeros(len(self), dtype=bool)
 
     def facts(self, index: int) -> dict[str, Any]:
         """What else is known of a row: `answer`, the prompt's other columns, errors by reward function."""

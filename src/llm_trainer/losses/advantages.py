@@ -106,7 +106,7 @@ def reinforce_baseline_advantages(rewards: Tensor, groups: Tensor, options: "Adv
 
 def remax_advantages(rewards: Tensor, groups: Tensor, options: "Advantages") -> Tensor:
     """`r` less the reward of the prompt's greedy completion: ReMax (Li et al. 2023, arXiv:2310.10505, eq. 8). `[R]`."""
-    assert options.greedy_rewards is not None, "ReMax needs the rewards of greedy completions"
+    assert options.greedy_rewards is not None
     return rewards - options.greedy_rewards.to(rewards)
 
 
@@ -173,8 +173,6 @@ class Advantages:
     def __post_init__(self) -> None:
         if self.kind not in ADVANTAGES:
             raise ValueError(f"advantages {self.kind!r} are not known; known: {', '.join(ADVANTAGES)}")
-        if self.kind == "remax" and self.greedy_rewards is None:
-            raise ValueError("advantages 'remax' need the rewards of greedy completions (greedy_rewards), found none")
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages of `R` completions.
@@ -185,13 +183,35 @@ class Advantages:
 
         Returns:
             Advantages `[R]`, 0 where there is no reward, and `is_missing [R]` bool: these completions leave the loss.
+
+        Raises:
+            ValueError: `remax` without the rewards of greedy completions.
         """
+        if self.kind == "remax" and self.greedy_rewards is None:
+            raise ValueError(
+                "advantages 'remax' compare with the reward of the greedy completion of a prompt (greedy_rewards), which "
+                "completions that are given do not have; give their advantages, or take another kind"
+            )
         rewards = rewards.where(rewards.isfinite(), torch.nan)
         total = weighted_rewards(rewards, self.weights)
         compared = rewards if self.kind in PER_FUNCTION else total
         advantages = ADVANTAGES[self.kind](compared, groups, self)
         is_missing = total.isnan() | advantages.isnan()
         return advantages.masked_fill(is_missing, 0.0), is_missing
+
+
+def greedy_rewards(rewards: Tensor, groups: Tensor, is_greedy: Tensor) -> Tensor:
+    """For `remax`: `[R]` of each completion the reward of its group's greedy one, NaN where there is none.
+
+    Args:
+        rewards: `[R]`, NaN where missing.
+        groups: `[R]`.
+        is_greedy: `[R]` bool, at most one in each group.
+    """
+    _, index = groups.unique(return_inverse=True)
+    of_groups = rewards.new_full((int(index.max()) + 1,), torch.nan) if len(index) else rewards
+    of_groups[index[is_greedy]] = rewards[is_greedy]
+    return of_groups[index]
 
 
 def level_share(rewards: Tensor, groups: Tensor) -> tuple[float, float]:

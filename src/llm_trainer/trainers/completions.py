@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llm_trainer.config.reinforcement import GenerateConfig
-from llm_trainer.data.rollouts import EPISODE, FINISHES, REDRAWN, Prompt, Rollout, as_json, num_sampled
+from llm_trainer.data.rollouts import EPISODE, FINISHES, GREEDY, REDRAWN, Prompt, Rollout, as_json, num_sampled
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion
 from llm_trainer.losses.advantages import level_share, weighted_rewards
@@ -52,6 +52,7 @@ class Written(NamedTuple):
         old_logprobs: that were given with it, a number for each token.
         has_sum: they are one number, the sum, that was spread over the tokens.
         played: the episode that it is a row of.
+        is_greedy: it is the likeliest one, to compare others with; None: there are no such ones in this rollout.
     """
 
     prompt: Prompt
@@ -61,6 +62,7 @@ class Written(NamedTuple):
     old_logprobs: Sequence[float] | None = None
     has_sum: bool = False
     played: Played | None = None
+    is_greedy: bool | None = None
 
 
 def decoding_of(how: GenerateConfig, seed: int, stop_token_ids: Sequence[int], tokenizer: Any = None) -> Decoding:
@@ -197,6 +199,8 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
     }
     if one.played is not None:
         row[EPISODE] = np.array([one.played.number])
+    if one.is_greedy is not None:
+        row[GREEDY] = np.array([one.is_greedy], dtype=np.uint8)
     if keeps_cuts:
         cuts = completion.kept or [[]] * len(completion.ids)
         counts = np.zeros(len(ids), dtype=np.int64)
@@ -219,27 +223,32 @@ def metrics_of(
     """
     # 1. rewards, and their parts: an episode of several rows counts once
     last, of_row = rollout.episodes()
-    rows, rewards = len(last), rewards[last]
+    rewards, drawn = rewards[last], ~rollout.is_greedy[last]
+    rows = int(drawn.sum())
     totals = weighted_rewards(torch.from_numpy(rewards), torch.from_numpy(weights)).numpy()
-    present = totals[~np.isnan(totals)]
+    present = totals[drawn & ~np.isnan(totals)]
     found = {"reward": (float(present.sum()), float(len(present)))}
     if len(present) > 1:
         found["reward_std"] = float(present.std(ddof=1)), 1.0
     for name, column in zip(names, rewards.T, strict=True):
-        there = column[~np.isnan(column)]
+        there = column[drawn & ~np.isnan(column)]
         found[f"rewards/{name}"] = float(there.sum()), float(len(there))
+    greedy = totals[~drawn & ~np.isnan(totals)]
+    if len(greedy):
+        found["reward_greedy"] = float(greedy.sum()), float(len(greedy))
     groups = torch.from_numpy(np.array(rollout.column("group")))[last]
-    if len(groups.unique()) < rows:  # else there is nothing to compare
+    if len(groups.unique()) < len(last):  # else there is nothing to compare
         found["frac_reward_zero_std"] = level_share(torch.from_numpy(totals), groups)
     if REDRAWN in rollout.store.columns:
         redrawn = np.unique(rollout.column("group")[rollout.column(REDRAWN) > 0])
         found["frac_groups_resampled"] = float(len(redrawn)), float(len(groups.unique()))
-    found["rewards/failed"] = float((rollout.column("failed")[last] != 0).sum()), float(rows)
+    found["rewards/failed"] = float((rollout.column("failed")[last][drawn] != 0).sum()), float(rows)
 
     # 2. completions
-    lengths = np.bincount(of_row, [trained.sum() for trained in rollout.column("trained")], minlength=rows)
-    finish = np.zeros(rows, dtype=np.uint8)
+    lengths = np.bincount(of_row, [trained.sum() for trained in rollout.column("trained")], minlength=len(last))[drawn]
+    finish = np.zeros(len(last), dtype=np.uint8)
     np.maximum.at(finish, of_row, rollout.column("finish"))
+    finish = finish[drawn]
     found["completions/mean_length"] = float(lengths.sum()), float(rows)
     found["completions/min_length"] = float(lengths.min(initial=10**9)), 1.0
     found["completions/max_length"] = float(lengths.max(initial=0)), 1.0

@@ -12,7 +12,7 @@ from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import WITH_JUDGE, GRPOConfig
 from llm_trainer.data.rollout_source import RolloutSource, num_updates
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout
-from llm_trainer.losses.advantages import Advantages, group_statistics, weighted_rewards
+from llm_trainer.losses.advantages import Advantages, greedy_rewards, group_statistics, weighted_rewards
 from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
@@ -38,6 +38,7 @@ KEYWORDS = {
     "kl_coef": "loss_beta",
     "temperature": "gen_temperature",
 }
+BASELINE = "it is the greedy one, which others are compared with"  # why a completion is not learned from
 REFERENCE = "reference"  # the name in checkpoints of one that moves
 MOVED_AT = "reference_moved_at"  # and of the step at which it last did
 # What a section says about other objects than the loss.
@@ -170,6 +171,10 @@ class GRPOTrainer(OnPolicyTrainer):
         return self._with_further(built, training)
 
     @property
+    def _draws_greedy(self) -> bool:
+        return self.advantages.kind == "remax"
+
+    @property
     def _max_resamplings(self) -> int:
         return self.how.max_resamplings
 
@@ -295,6 +300,7 @@ class GRPOTrainer(OnPolicyTrainer):
         judged = self._judged(rollout)
         values, _, weights = self._rollout_maker().table(rollout, judged)
         last, of_row = rollout.episodes()
+        baseline = self._baseline(rollout, values, weights)  # less no KL: that is of what is compared with it
         if self.how.kl_in == "reward" and self.reference is not None:
             costs = -self.how.loss_beta * kl_of_rows(rollout, columns, self.how.kl_estimator)
             costs = np.bincount(of_row, costs)[of_row]  # of the episode
@@ -302,7 +308,7 @@ class GRPOTrainer(OnPolicyTrainer):
             values[np.isnan(values[:, :-1]).all(1)] = np.nan
         values = values[last]  # an episode of several rows is compared once
         groups = torch.from_numpy(np.array(rollout.column("group")))[last]
-        how = replace(self.advantages, weights=torch.from_numpy(weights))
+        how = replace(self.advantages, weights=torch.from_numpy(weights), greedy_rewards=baseline)
         advantages, is_missing = how(torch.from_numpy(values), groups)
         is_level = level_groups(values, weights, groups)
         self._note(rollout, is_missing.numpy(), bool(is_level.all()) and len(groups.unique()) < len(groups))
@@ -313,10 +319,21 @@ class GRPOTrainer(OnPolicyTrainer):
         masked = {}
         if self.how.overlong == "mask":
             masked["it has no end"] = rollout.column("finish") == FINISHES.index("length")
-        dropped = {"no reward": is_missing.numpy()}
+        dropped = {BASELINE: rollout.is_greedy} if self._draws_greedy else {}
+        dropped["no reward"] = is_missing.numpy()
         if self.how.max_resamplings:
             dropped["all rewards of its group are equal"] = is_level
         return Finished(columns | judged | {"advantages": learned}, masked, dropped)
+
+    def _baseline(self, rollout: Rollout, values: np.ndarray, weights: np.ndarray) -> Tensor | None:
+        """`[rows]` the reward of the greedy completion of each row's prompt; 0 in evaluation, which draws none."""
+        if not self._draws_greedy:
+            return None
+        totals = weighted_rewards(torch.from_numpy(values), torch.from_numpy(weights))
+        if not rollout.is_greedy.any():
+            return torch.zeros_like(totals)
+        groups = torch.from_numpy(np.array(rollout.column("group")))
+        return greedy_rewards(totals, groups, torch.from_numpy(rollout.is_greedy))
 
 
 def _section(trainer: type[GRPOTrainer], said: dict[str, Any], options: dict[str, Any]) -> GRPOConfig:

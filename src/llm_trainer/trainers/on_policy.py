@@ -271,11 +271,17 @@ class OnPolicyTrainer(BaseTrainer):
                 stop_token_ids=self._stops(),
                 context=context_of(self.base_model),
                 max_resamplings=self._max_resamplings,
+                draws_greedy=self._draws_greedy,
                 padding=pad_id_of(self.tokenizer, self.base_model),
                 evaluation=self._evaluation,
                 partners=self.partners,
             )
         return self._maker
+
+    @property
+    def _draws_greedy(self) -> bool:
+        """Whether a rollout has the likeliest completion of each prompt too."""
+        return False
 
     @property
     def _max_resamplings(self) -> int:

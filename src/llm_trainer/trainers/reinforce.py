@@ -1,6 +1,6 @@
-"""REINFORCE with two baselines: GRPO's trainer with other defaults."""
+"""REINFORCE with three baselines: GRPO's trainer with other defaults."""
 
-from llm_trainer.config.reinforcement import ReinforceConfig, RLOOConfig
+from llm_trainer.config.reinforcement import ReinforceConfig, ReMaxConfig, RLOOConfig
 from llm_trainer.trainers.grpo import GRPOTrainer
 
 
@@ -16,4 +16,12 @@ class ReinforceTrainer(GRPOTrainer):
 
     section = "reinforce_config"
     options = ReinforceConfig
+    default_samples = 1
+
+
+class ReMaxTrainer(GRPOTrainer):
+    """A completion is compared with the greedy one of its prompt, which is drawn as well (Li et al. 2023, arXiv:2310.10505)."""
+
+    section = "remax_config"
+    options = ReMaxConfig
     default_samples = 1

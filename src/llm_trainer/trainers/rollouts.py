@@ -56,6 +56,7 @@ class RolloutMaker:
         context: most tokens that the model takes; None: no limit.
         max_resamplings: how often a group whose rewards are all equal is drawn again.
         padding: of completions that are given without a mask: its id, None if there is none, and whether it ends one too.
+        draws_greedy: in training, also the likeliest completion of each prompt, in the column `greedy`.
         evaluation: how completions are drawn in evaluation; they may be as long as in training.
         partners: who answers the policy, where it has several turns; None: nobody.
     """
@@ -73,6 +74,7 @@ class RolloutMaker:
     context: int | None = None
     max_resamplings: int = 0
     padding: tuple[int | None, bool] = (None, False)
+    draws_greedy: bool = False
     evaluation: Sampling = field(default_factory=Sampling)
     partners: Partners | None = None
 
@@ -95,6 +97,8 @@ class RolloutMaker:
         for name in ("decode", "seed", "row_numbers"):
             del facts[name]
         own: dict[str, Any] = {"max_resamplings": self.max_resamplings}
+        if self.draws_greedy:
+            own["greedy"] = True
         if self.rewards is not None:
             own["code"] = self.rewards.codes
         if self.partners is not None:
@@ -174,19 +178,24 @@ class RolloutMaker:
         for prompt in prompts:
             written += given_with(prompt, *self.padding)
         written += self._drawn(plan, [prompt for prompt in prompts if not prompt.given], attempt)
+        if self.draws_greedy and plan.training:
+            written = [one._replace(is_greedy=False) for one in written]
+            for one in self._drawn(plan, prompts, attempt, greedy=True):
+                written.append(one._replace(is_greedy=True))
         rows = self._rewarded(plan, written)
         groups: dict[int, list[Row]] = {prompt.number: [] for prompt in prompts}
         for row in rows:
             groups[int(row["group"][0])].append(row)
         return groups
 
-    def _drawn(self, plan: Plan, prompts: Sequence[Prompt], attempt: int) -> list[Written]:
-        """The policy's completions of prompts."""
+    def _drawn(self, plan: Plan, prompts: Sequence[Prompt], attempt: int, greedy: bool = False) -> list[Written]:
+        """The policy's completions of prompts; of each the likeliest alone, if `greedy`."""
         if not prompts:
             return []
-        decoding = self._decoding(plan.seed, plan.training)
+        decoding, samples = self._decoding(plan.seed, plan.training), self.num_samples(plan.training)
+        if greedy:
+            decoding, samples = replace(decoding, temperature=0.0), 1
         numbers = [prompt.number + attempt * ATTEMPT for prompt in prompts]
-        samples = self.num_samples(plan.training)
 
         def generate(requests: Sequence[Request]) -> list[list[Completion]]:
             with plan.timed("generate"):

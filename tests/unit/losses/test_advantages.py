@@ -71,7 +71,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="known: group, dr_grpo"):
         Advantages("mean")
     with pytest.raises(ValueError, match="greedy"):
-        Advantages("remax")
+        Advantages("remax")(torch.ones(2, 1), torch.zeros(2))
     with pytest.raises(ValueError, match="2 weights for 1 reward functions"):
         Advantages(weights=torch.ones(2))(torch.zeros(3, 1), torch.zeros(3).long())
 
