@@ -307,10 +307,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a completion that one function could not judge is worth what the others say",
-        "rewards/functions.py",
-        "totals[failed | ~applies.any(1)] = math.nan",
-        "totals[~applies.any(1)] = math.nan",
-        ("tests/unit/rewards/test_functions.py::test_weighted_sum",),
+        "trainers/rollouts.py",
+        '        values[rollout.column("failed") != 0] = np.nan\n',
+        "",
+        (
+            "tests/unit/trainers/test_token_rewards.py::test_a_completion_that_a_function_could_not_judge_teaches_nothing",
+        ),
     ),
     Mutation(
         "code of a model may open sockets",

@@ -37,13 +37,17 @@ COLUMNS: dict[str, type] = {
     "facts": np.uint8,  # the bytes of a JSON text: answer, the prompt's other columns, errors by reward function
 }
 GREEDY = "greedy"  # [1] 1: the likeliest completion of the prompt, to compare the others with; where a run draws such
+TOKEN_REWARDS = (
+    "token_rewards"  # [T], or empty: what tokens have earned themselves, NaN where nothing; functions weighted
+)
+BY_TOKEN = "by_token"  # [F] 1: that reward is the sum of what tokens have earned
 LEFT_OUT = "left_out"  # [1] 0: learned from; else why not, as `meta.json` numbers the reasons
 EPISODE = "episode"  # [1] where conversations have several turns: its number in the group, the same for all of its rows
 PER_ROW = ("group", "row_index", "finish", "rewards", GREEDY, LEFT_OUT, EPISODE)
 REDRAWN = "redrawn"  # [1] tokens of completions that were drawn in this one's place before, and are not there any more
 NOTHING_WRITTEN, FAILED = "nothing was written", "the completion failed"  # why rows are dropped
 DRAWN_AGAIN = "its group was drawn again"
-NOT_IN_BATCHES = ("input_ids", "trained", "versions", "facts", GREEDY, LEFT_OUT, REDRAWN)
+NOT_IN_BATCHES = ("input_ids", "trained", "versions", "facts", GREEDY, LEFT_OUT, REDRAWN, TOKEN_REWARDS, BY_TOKEN)
 
 
 def as_json(facts: Mapping[str, Any]) -> np.ndarray:
@@ -127,6 +131,20 @@ class Rollout:
     def is_greedy(self) -> np.ndarray:
         """`[rows]` bool: completions that are there to compare others with, and are not learned from."""
         return self.column(GREEDY) != 0 if GREEDY in self.store.columns else np.zeros(len(self), dtype=bool)
+
+    def token_rewards(self) -> tuple[list[np.ndarray], np.ndarray] | None:
+        """What tokens have earned themselves, `[T]` of each row, NaN where nothing; and `[rows, F]` bool, of which rewards
+        that is a part. None: nobody has judged tokens.
+        """
+        if TOKEN_REWARDS not in self.store.columns or not len(self.store[TOKEN_REWARDS].values):
+            return None
+        found = []
+        for row, length in enumerate(self.lengths.tolist()):
+            values = np.asarray(self.store[TOKEN_REWARDS][row])
+            if not len(values):
+                values = np.full(length, np.nan)
+            found.append(values)
+        return found, np.asarray(self.store[BY_TOKEN].values).reshape(len(self), -1) != 0
 
     def facts(self, index: int) -> dict[str, Any]:
         """What else is known of a row: `answer`, the prompt's other columns, errors by reward function."""

@@ -132,6 +132,8 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor, "Advantages"], Tensor]] = {
     "gdpo": gdpo_advantages,
 }
 PER_FUNCTION = ("gdpo",)
+# Those that also say what a reward of a token is among the rewards of other tokens: see `token_advantages`.
+OF_TOKENS = ("group", "dr_grpo", "batch", "reinforce++", "reinforce++_baseline")
 
 
 def weighted_rewards(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -212,6 +214,34 @@ def greedy_rewards(rewards: Tensor, groups: Tensor, is_greedy: Tensor) -> Tensor
     of_groups = rewards.new_full((int(index.max()) + 1,), torch.nan) if len(index) else rewards
     of_groups[index[is_greedy]] = rewards[is_greedy]
     return of_groups[index]
+
+
+def token_advantages(rewards: list[Tensor], groups: Tensor, options: Advantages) -> list[Tensor]:
+    """What tokens earn themselves, as advantages of tokens: process supervision of DeepSeekMath.
+
+    Each reward is compared with those of all tokens of the group, and a token has the sum of what comes from it on:
+    `r~ = (r - mean) / (std + eps)`, `A_t = sum of r~ at t and behind` (Shao et al. 2024, arXiv:2402.03300, section 4.1.3).
+    Kinds other than `group` centre and scale them as they do rewards of completions.
+
+    Args:
+        rewards: of each of R completions `[T]`, NaN at tokens without a reward of their own.
+        groups: `[R]`.
+        options: their `kind` is one of `OF_TOKENS`.
+
+    Returns:
+        Of each completion `[T]`; 0 behind the last reward.
+    """
+    # 1. the rewards that there are, laid end to end
+    lengths = torch.tensor([len(row) for row in rewards])
+    flat = torch.cat(rewards)
+    is_judged = ~flat.isnan()
+    of_groups = groups.repeat_interleave(lengths)
+    # 2. compared
+    compared = torch.zeros_like(flat)
+    if is_judged.any():
+        compared[is_judged] = ADVANTAGES[options.kind](flat[is_judged], of_groups[is_judged], options)
+    # 3. to go
+    return [row.flip(0).cumsum(0).flip(0) for row in compared.split(lengths.tolist())]
 
 
 def level_share(rewards: Tensor, groups: Tensor) -> tuple[float, float]:

@@ -36,7 +36,8 @@ class Rewards:
         values: `[n, F]`; NaN where a value is missing, or a function does not apply.
         errors: Of each completion: what went wrong, by function. Empty where all values are there or do not apply.
         causes: How many values are missing, by cause (`returned.CAUSES`).
-        tokens: By function that judges every token: the numbers of each completion, None where it does not apply.
+        tokens: By function that judges tokens: the numbers of each completion, NaN at tokens that it does not judge; None
+            where it does not apply, or gave one number.
         seconds: That each function took.
     """
 
@@ -48,33 +49,13 @@ class Rewards:
     seconds: dict[str, float]
 
 
-def weighted_sum(values: np.ndarray, weights: np.ndarray, failed: np.ndarray) -> np.ndarray:
-    """What a completion is worth altogether.
-
-    A function that does not apply adds nothing. A completion for which a function failed has no worth at all, not even that of
-    the others: it would be compared with completions that were judged by all.
-
-    Args:
-        values: `[n, F]`, NaN where missing or not applying.
-        weights: `[F]`.
-        failed: `[n]`, whether any function failed.
-
-    Returns:
-        `[n]`; NaN where a function failed or none applies.
-    """
-    applies = np.isfinite(values)
-    totals = np.where(applies, values * weights, 0.0).sum(1)
-    totals[failed | ~applies.any(1)] = math.nan
-    return totals
-
-
 class RewardFunctions:
     """Reward functions, called together.
 
     A function is `f(prompts, completions, answers, **columns) -> list of n numbers`; it may be async, return None for a
-    completion that it does not apply to, and a list of numbers, one per token, in place of a number. It gets those columns
-    of the data that its signature takes. It runs in a process of its own, which was forked when this object was made: make
-    it before models, threads and devices where you can (`notes` says what ran already). What fails is missing, never 0.
+    completion that it does not apply to, and a list of numbers, one (or None) per token, in place of a number. It gets those
+    columns of the data that its signature takes. It runs in a process of its own, which was forked when this object was
+    made: make it before models, threads and devices where you can (`notes` says what ran already). What fails is missing, never 0.
 
     Args:
         functions: one, several, or several by name. Names must differ; those of the functions are made to.

@@ -40,7 +40,8 @@ class Returned(NamedTuple):
 
     Attributes:
         values: A number per completion; NaN where it is missing or does not apply.
-        tokens: Numbers per token, by completion, of a function that judges every token; its value is their sum.
+        tokens: Numbers per token, by completion, of a function that judges tokens, NaN at those that it does not judge; its
+            value is their sum.
         errors: By completion: the cause and a message, where the value is missing.
         output: The beginning of what the function printed.
         seconds: That the call took.
@@ -88,7 +89,7 @@ def nothing(name: str, count: int, cause: str, what: str) -> Returned:
 def read_returned(name: str, returned: Any, count: int, lengths: Sequence[int] | None = None) -> Returned:
     """The numbers in what a function returned for `count` completions.
 
-    None means that the function does not apply; a list, in the place of a number, has one number per token.
+    None means that the function does not apply; a list, in the place of a number, has one number per token, or None.
 
     Args:
         name: of the function, for messages.
@@ -108,7 +109,9 @@ def read_returned(name: str, returned: Any, count: int, lengths: Sequence[int] |
             per_token = _as_list(value)
             if per_token is not None:
                 tokens[row] = _numbers(per_token, lengths, row)
-                values[row] = math.fsum(tokens[row])
+                judged = [number for number in tokens[row] if not math.isnan(number)]
+                if judged:
+                    values[row] = math.fsum(judged)
             elif value is not None:
                 values[row] = _number(value)
         except Missing as missing:
@@ -147,8 +150,12 @@ def _number(value: Any) -> float:
 
 def _numbers(values: list[Any], lengths: Sequence[int] | None, row: int) -> list[float]:
     if lengths is not None and len(values) != lengths[row]:
-        raise Missing(f"returned {len(values)} numbers for a completion of {lengths[row]} tokens", "count")
-    return [_number(value) for value in values]
+        raise Missing(
+            f"returned {len(values)} numbers for a completion of {lengths[row]} tokens, expected one for each (a parameter "
+            "`lengths` gets how many they are), or one number for all",
+            "count",
+        )
+    return [NAN if value is None else _number(value) for value in values]
 
 
 def _show(value: Any) -> str:

@@ -10,7 +10,18 @@ import numpy as np
 import torch
 
 from llm_trainer.config.reinforcement import GenerateConfig
-from llm_trainer.data.rollouts import EPISODE, FINISHES, GREEDY, REDRAWN, Prompt, Rollout, as_json, num_sampled
+from llm_trainer.data.rollouts import (
+    BY_TOKEN,
+    EPISODE,
+    FINISHES,
+    GREEDY,
+    REDRAWN,
+    TOKEN_REWARDS,
+    Prompt,
+    Rollout,
+    as_json,
+    num_sampled,
+)
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion
 from llm_trainer.losses.advantages import level_share, weighted_rewards
@@ -208,6 +219,28 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
         row["kept_counts"] = counts
         row["kept"] = np.array(list(chain.from_iterable(cuts)), dtype=np.uint32)
     return row
+
+
+def earned(
+    one: Written, of_tokens: Mapping[str, np.ndarray], names: Sequence[str], weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What the tokens of a completion have earned themselves, as columns of its row.
+
+    Args:
+        of_tokens: by function that has judged them: a number for each of its tokens, NaN where it has not.
+        names: of all functions.
+        weights: `[F]`.
+    """
+    by_token = np.array([name in of_tokens for name in names], dtype=np.uint8)
+    if not of_tokens:
+        return {TOKEN_REWARDS: np.empty(0), BY_TOKEN: by_token}
+    start, length = len(one.prompt.ids), len(one.completion.ids)
+    found: np.ndarray = np.full(start + length, np.nan)
+    for name, numbers in of_tokens.items():
+        weighted = weights[names.index(name)] * numbers
+        known = np.isnan(found[start:])
+        found[start:] = np.where(known, weighted, found[start:] + np.nan_to_num(weighted))
+    return {TOKEN_REWARDS: found, BY_TOKEN: by_token}
 
 
 def metrics_of(

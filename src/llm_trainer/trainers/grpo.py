@@ -12,7 +12,14 @@ from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import WITH_JUDGE, GRPOConfig
 from llm_trainer.data.rollout_source import RolloutSource, num_updates
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout
-from llm_trainer.losses.advantages import Advantages, greedy_rewards, group_statistics, weighted_rewards
+from llm_trainer.losses.advantages import (
+    OF_TOKENS,
+    Advantages,
+    greedy_rewards,
+    group_statistics,
+    token_advantages,
+    weighted_rewards,
+)
 from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
@@ -306,6 +313,10 @@ class GRPOTrainer(OnPolicyTrainer):
             costs = np.bincount(of_row, costs)[of_row]  # of the episode
             values, weights = np.column_stack([values, costs]), np.append(weights, 1.0)
             values[np.isnan(values[:, :-1]).all(1)] = np.nan
+        of_tokens = None if self.advantages.kind not in OF_TOKENS else rollout.token_rewards()
+        if of_tokens is not None:  # compared by themselves; the others are of whole completions
+            by_token = of_tokens[1]
+            values[:, : by_token.shape[1]][by_token & ~np.isnan(values[:, : by_token.shape[1]])] = 0.0
         values = values[last]  # an episode of several rows is compared once
         groups = torch.from_numpy(np.array(rollout.column("group")))[last]
         how = replace(self.advantages, weights=torch.from_numpy(weights), greedy_rewards=baseline)
@@ -316,6 +327,8 @@ class GRPOTrainer(OnPolicyTrainer):
         learned = []
         for row, advantage in enumerate(advantages.tolist()):
             learned.append(np.float32(advantage) * rollout.store["trained"][row].astype(np.float32))
+        if of_tokens is not None:
+            is_level &= add_token_advantages(learned, of_tokens[0], rollout, is_missing, groups, how)
         masked = {}
         if self.how.overlong == "mask":
             masked["it has no end"] = rollout.column("finish") == FINISHES.index("length")
@@ -384,6 +397,32 @@ def kl_of_rows(rollout: Rollout, columns: Mapping[str, Sequence[np.ndarray]], es
         trained = torch.from_numpy(np.array(rollout.store["trained"][row], dtype=bool))
         totals[row] = float(KL_ESTIMATORS[estimator](differences)[trained].sum())
     return totals
+
+
+def add_token_advantages(
+    learned: list[np.ndarray],
+    rewards: Sequence[np.ndarray],
+    rollout: Rollout,
+    is_missing: Tensor,
+    groups: Tensor,
+    how: Advantages,
+) -> np.ndarray:
+    """Add what tokens earn themselves to the advantages `learned`; `[rows]` bool: that is nothing in the row's group.
+
+    Args:
+        learned: `[T]` of each row.
+        rewards: `[T]` of each row, NaN where there is none.
+        is_missing: `[rows]` which rows have no reward at all.
+    """
+    known = []
+    for has_none, numbers in zip(is_missing.tolist(), rewards, strict=True):
+        known.append(torch.from_numpy(np.where(has_none, np.nan, numbers)))
+    found = token_advantages(known, groups, how)
+    earns = torch.zeros(len(learned))
+    for row, advantages in enumerate(found):
+        learned[row] += advantages.numpy().astype(np.float32) * rollout.store["trained"][row].astype(np.float32)
+        earns[row] = float(advantages.abs().max())
+    return group_statistics(earns, groups).is_level.numpy() & (group_statistics(earns, groups).mean == 0).numpy()
 
 
 def level_groups(rewards: np.ndarray, weights: np.ndarray, groups: Tensor) -> np.ndarray:

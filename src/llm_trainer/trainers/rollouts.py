@@ -14,17 +14,19 @@ import torch
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import GenerateConfig
 from llm_trainer.data.encode.chat import ChatFormat
-from llm_trainer.data.rollouts import REDRAWN, Finished, Plan, Prompt, Rollout
+from llm_trainer.data.rollouts import REDRAWN, TOKEN_REWARDS, Finished, Plan, Prompt, Rollout
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion, GenerationService, Interrupted, Request
+from llm_trainer.losses.advantages import weighted_rewards
 from llm_trainer.machine import Machine
-from llm_trainer.rewards.functions import RewardFunctions, Rewards, weighted_sum
+from llm_trainer.rewards.functions import RewardFunctions, Rewards
 from llm_trainer.rewards.workers import Interrupted as RewardsInterrupted
 from llm_trainer.trainers.completions import (
     Row,
     Written,
     count_redrawn,
     decoding_of,
+    earned,
     given_with,
     metrics_of,
     row_of,
@@ -235,6 +237,7 @@ class RolloutMaker:
         """
         values = np.full((len(written), len(self.names)), np.nan)
         errors: list[Mapping[str, str]] = [{}] * len(written)
+        of_tokens: dict[int, dict[str, np.ndarray]] = {}  # by completion and function
         asked = [number for number, one in enumerate(written) if _is_judged(one)]
         if self.rewards is not None and asked:
             with plan.timed("reward"):
@@ -244,6 +247,10 @@ class RolloutMaker:
                 self.machine.record(f"rewards/failed/{cause}", count, found.values.size)
             for number, said in zip(asked, found.errors, strict=True):
                 errors[number] = said
+            for name, numbers in found.tokens.items():
+                for number, earned_here in zip(asked, numbers, strict=True):
+                    if earned_here is not None:
+                        of_tokens.setdefault(number, {})[name] = earned_here
         keeps_cuts = self._decoding(0, training=True).is_cut  # rows then have the ids that each token was drawn from
         counts_redrawn = plan.training and self.max_resamplings > 0
         rows = []
@@ -257,6 +264,8 @@ class RolloutMaker:
             elif one.played is not None and one.played.reward is not None:
                 values[number, 0] = one.played.reward
             row = row_of(one, values[number], errors[number], keeps_cuts)
+            if self.rewards is not None and self.partners is None:  # of an episode the sum alone counts
+                row |= earned(one, of_tokens.get(number, {}), self.names, self.weights)
             if counts_redrawn:
                 row[REDRAWN] = np.zeros(1, dtype=np.int64)
             rows.append(row)
@@ -303,15 +312,17 @@ class RolloutMaker:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _is_level(self, prompt: Prompt, groups: Mapping[int, Sequence[Row]]) -> bool:
-        """Whether a group was drawn here, and its rewards, as far as there are any, are all equal."""
+        """Whether a group was drawn here, and its rewards, as far as there are any, are all equal, and none is of a token."""
         if prompt.given:
             return False
         rows = groups[prompt.number]
+        if any(len(row.get(TOKEN_REWARDS, ())) for row in rows):
+            return False
         values = np.stack([row["rewards"] for row in rows])
-        failed = np.concatenate([row["failed"] for row in rows]) != 0
-        totals = weighted_sum(values, self.weights, failed)
-        known = totals[~np.isnan(totals)]
-        return len(known) == 0 or known.max() == known.min()
+        values[np.concatenate([row["failed"] for row in rows]) != 0] = np.nan
+        totals = weighted_rewards(torch.from_numpy(values), torch.from_numpy(self.weights))
+        known = totals[~totals.isnan()]
+        return len(known) == 0 or bool(known.max() == known.min())
 
 
 def _is_judged(one: Written) -> bool:

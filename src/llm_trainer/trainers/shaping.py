@@ -55,6 +55,8 @@ class Scored(NamedTuple):
         values: `[1, N]` of the critic, before each token was written.
         old_logprobs: `[1, N]` under the policy that wrote them.
         ref_logprobs: `[1, N]` under the reference; None: there is none.
+        of_tokens: `[1, N]` what tokens have earned themselves, which `rewards` are in part, 0 elsewhere; None: nobody has
+            judged tokens.
     """
 
     sequences: Sequences
@@ -63,6 +65,7 @@ class Scored(NamedTuple):
     values: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor | None
+    of_tokens: Tensor | None = None
 
 
 def scored(rollout: Rollout, rewards: np.ndarray, columns: Mapping[str, Sequence[np.ndarray]]) -> Scored:
@@ -83,6 +86,9 @@ def scored(rollout: Rollout, rewards: np.ndarray, columns: Mapping[str, Sequence
         return torch.from_numpy(np.concatenate(list(columns[name]))).double()[None]
 
     reference = flat("ref_logprobs") if "ref_logprobs" in columns else None
+    earned, of_tokens = rollout.token_rewards(), None
+    if earned is not None:
+        of_tokens = torch.from_numpy(np.nan_to_num(np.concatenate(earned[0])))[None]
     return Scored(
         sequences=Sequences(torch.from_numpy(trained)[None], lengths),
         rewards=torch.from_numpy(rewards),
@@ -90,6 +96,7 @@ def scored(rollout: Rollout, rewards: np.ndarray, columns: Mapping[str, Sequence
         values=flat("values"),
         old_logprobs=flat("old_logprobs"),
         ref_logprobs=reference,
+        of_tokens=of_tokens,
     )
 
 
@@ -142,12 +149,19 @@ class Shaping:
         counted = everything.mask & ~everything.spread(is_missing)
         sequences = Sequences(counted, everything.lengths, everything.order)
 
-        # 2. Rewards of tokens.
+        # 2. Rewards of tokens. What they have earned themselves is no part of what the last one gets.
+        earned = None
+        if rollout.of_tokens is not None:
+            _refuse_norm(norm)
+            earned = sequences.keep(rollout.of_tokens)
+            rewards = rewards - sequences.sum(earned)
         kl = None
         if rollout.ref_logprobs is not None:
             kl = kl_estimates(rollout.old_logprobs, rollout.ref_logprobs, sequences, how.kl_estimator)
         coef = self.kl.coef
         of_tokens = token_rewards(rewards, sequences, kl, coef, rollout.ended, how.missing_eos_penalty)
+        if earned is not None:
+            of_tokens = of_tokens + earned
         if how.whiten_rewards:
             of_tokens = whiten(of_tokens, counted, shift_mean=False)
 
@@ -195,6 +209,19 @@ class Shaping:
             self.kl.load_state_dict(state["kl"])
         if self.norm is not None and state["rewards"]:
             self.norm.load_state_dict(state["rewards"])
+
+
+def _refuse_norm(norm: RewardNorm | None) -> None:
+    """
+    Raises:
+        ValueError: rewards of completions are normalised, and tokens have some of their own.
+    """
+    if norm is not None:
+        raise ValueError(
+            "normalize_rewards: it brings the rewards of whole completions to one scale, and a reward function gives tokens "
+            "rewards of their own (a list); expected one number for each completion, or whiten_rewards, which scales the "
+            "rewards of tokens"
+        )
 
 
 @dataclass(eq=False)

@@ -104,4 +104,4 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
     ids = torch.full((2, 3), 5)
     given = {"prompts": ids, "responses": ids, "rewards": torch.tensor([0.0, 1.0])}
     with pytest.raises(ValueError, match="'remax' compare with the reward of the greedy completion"):
-        train("remax", tmp_path, [given], reward_func=None)
+        train("remax", tmp_path, train_loader=[given], reward_func=None)
