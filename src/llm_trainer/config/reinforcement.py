@@ -116,6 +116,12 @@ class RolloutOptions:
         description="folder of these files, on a file system that trainer and servers share; null: shared memory, for servers "
         "on this machine",
     )
+    prompts_per_part: StrictInt | None = Field(
+        default=None,
+        ge=1,
+        description="prompts that are written at once while a rollout is made, which a kill can lose of it per process; null: "
+        "few, and a part for every process",
+    )
     keep_rollouts: StrictBool = Field(
         default=False, description="keep rollouts that no checkpoint needs any more, in <save_dir>/rollouts"
     )

@@ -55,7 +55,8 @@ class RewardFunctions:
     A function is `f(prompts, completions, answers, **columns) -> list of n numbers`; it may be async, return None for a
     completion that it does not apply to, and a list of numbers, one (or None) per token, in place of a number. It gets those
     columns of the data that its signature takes. It runs in a process of its own, which was forked when this object was
-    made: make it before models, threads and devices where you can (`notes` says what ran already). What fails is missing, never 0.
+    made: make it before models, threads and devices where you can (`notes` says what ran already). What fails is missing,
+    never 0.
 
     Args:
         functions: one, several, or several by name. Names must differ; those of the functions are made to.

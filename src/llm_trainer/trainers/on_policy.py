@@ -222,6 +222,7 @@ class OnPolicyTrainer(BaseTrainer):
             samples=maker.num_samples(training),
             passes=self.passes,
             rows_per_update=self.rows_per_update,
+            prompts_per_part=self.how.prompts_per_part,
             pad_id=self._pad_id,
             keep_rollouts=self.how.keep_rollouts,
             rollouts=self.how.rollouts,

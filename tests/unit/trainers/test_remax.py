@@ -101,6 +101,8 @@ def test_a_rollout_with_it_is_found_again(tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rollouts: another run's are learned from, and advantage remax"):
         ReMaxConfig(rollouts="runs/rl/rollouts")
+    with pytest.raises(ConfigError, match="remax compares with the greedy completion of a prompt, and an environment"):
+        ReMaxConfig(tools=["mine.py:search"])
     ids = torch.full((2, 3), 5)
     given = {"prompts": ids, "responses": ids, "rewards": torch.tensor([0.0, 1.0])}
     with pytest.raises(ValueError, match="'remax' compare with the reward of the greedy completion"):

@@ -112,3 +112,8 @@ def test_baselines_of_reinforce(name: str, samples: int, tmp_path: Path) -> None
         if name == "reinforce":
             expected = (rewards[row] - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
         assert first.store["advantages"][row][-1] == pytest.approx(expected, abs=1e-3)
+
+
+def test_parts_are_as_large_as_was_said(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, prompts_per_part=3, max_steps=1)
+    assert trainer.run.source._parts(7) == [(0, 3), (3, 6), (6, 7)]
