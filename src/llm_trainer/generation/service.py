@@ -70,7 +70,7 @@ class GenerationService(Protocol):
         version: That of the weights that are loaded whole; -1: none are.
         dtype: That floating-point weights are kept in; None: as they come.
         updates_in_flight: Whether `load` may be called while another thread is in `generate`: what is under way goes on with
-            the new weights, and `Completion.versions` says from which token on.
+            the new weights, and `Completion.versions` says from which token on. Missing: it may not.
     """
 
     version: int

@@ -123,6 +123,7 @@ class Verified:
     Attributes:
         version: of the weights that are verified; -1: none are.
         difference: of the probe, when they were.
+        updates_in_flight: as `GenerationService` says; what is drawn during a load is judged when it is over.
     """
 
     def __init__(
@@ -134,8 +135,9 @@ class Verified:
         where: str = "the sampler of this process",
     ) -> None:
         self.service, self.version, self.difference = service, -1, 0.0
-        self.updates_in_flight = service.updates_in_flight
-        self._loading = threading.Lock()  # what is drawn during a load is judged when it is over
+        # a service of the user's that does not say it is waited for
+        self.updates_in_flight = getattr(service, "updates_in_flight", False)
+        self._loading = threading.Lock()
         self._score, self._probe, self._limit, self._where = score, list(probe), limit, where
         self._verified: set[int] = set()
 
