@@ -3,6 +3,7 @@
 Fakes for what is about rollouts and not about sampling: a completion is a function of (weights, seed, prompt, sample).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.data.rollout_ahead import Ahead
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollouts import Finished, Plan, Prompt, Rollout, as_json
 from llm_trainer.trainers.base import BaseTrainer
@@ -40,6 +42,7 @@ class FakeMaker:
     """
 
     samples = 2
+    updates_in_flight = False
 
     def __init__(self, trainer: "BigramTrainer") -> None:
         self.trainer = trainer
@@ -118,10 +121,12 @@ class BigramTrainer(BaseTrainer):
     best_metric: ClassVar[str] = "eval_reward"
     best_is_highest: ClassVar[bool] = True
     temperature, noisy_reward, masks_cut = 1.0, False, False
+    max_staleness = 0  # above 0: each rollout is made while the one before is learned from
 
     def __init__(self, *args: Any, source_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.source_options = source_options or {}
         self.maker = FakeMaker(self)
+        self.ahead = Ahead(self.max_staleness) if self.max_staleness else None
         super().__init__(*args, **kwargs)
 
     def passes(self, phase: str) -> None:
@@ -132,7 +137,8 @@ class BigramTrainer(BaseTrainer):
 
     def _build_source(self, source: Any, training: bool) -> RolloutSource:
         options = self.source_options if training else {}
-        return RolloutSource(source, self.maker, self.machine, training=training, samples=self.maker.samples, **options)
+        given: dict[str, Any] = {"training": training, "samples": self.maker.samples, "ahead": self.ahead}
+        return RolloutSource(source, self.maker, self.machine, **given, **options)
 
     def _prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
@@ -184,3 +190,18 @@ def make_trainer(folder: Path, batches: Any = None, **options: Any) -> BigramTra
     }
     kind = options.pop("kind", BigramTrainer)
     return kind(model, optimizer, prompts(12) if batches is None else batches, **(given | options))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl of a run holds but times."""
+    found = []
+    for line in (folder / "log" / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        if "choices" not in values:  # every life says them
+            found.append({name: value for name, value in values.items() if "second" not in name and name != "time"})
+    return found
+
+
+def weights(trainer: BigramTrainer) -> torch.Tensor:
+    """A copy of them."""
+    return trainer.base_model.table.weight.detach().clone()  # type: ignore[union-attr, operator]

@@ -25,6 +25,7 @@ class Machine(Protocol):
         dtype: of products in this precision; a copy of the weights that only decodes has it.
         seed: of the run; all noise follows from it.
         step: optimizer steps done.
+        max_steps: after which the run ends; None: after its epochs.
         is_distributed: whether several processes train together.
         rank: which part of the data this process sees, from 0.
         world_size: number of these parts.
@@ -50,6 +51,9 @@ class Machine(Protocol):
 
     @property
     def step(self) -> int: ...
+
+    @property
+    def max_steps(self) -> int | None: ...
 
     @property
     def is_distributed(self) -> bool: ...

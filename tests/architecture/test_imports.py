@@ -103,6 +103,7 @@ LICENSED = {
     ("trainers/rollouts.py", "data"): "implements what makes a rollout",
     ("trainers/played.py", "data"): "episodes become rows of a rollout, and messages ids",
     ("trainers/completions.py", "data"): "completions become rows of a rollout",
+    ("trainers/ahead.py", "data"): "says whether rollouts can be made ahead",
     ("trainers/on_policy.py", "data"): "puts the source of rollouts around that of prompts",
     ("trainers/grpo.py", "data"): "adds columns to a rollout",
     ("trainers/ppo.py", "data"): "adds columns to a rollout",

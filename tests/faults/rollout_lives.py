@@ -188,6 +188,7 @@ def kill_in_turns(
     outcome: Callable[[Path], dict[str, Any]],
     phases: Mapping[str, int],
     also: Callable[[Path], list[str]] = lambda run: [],
+    is_exact: Callable[[Path], bool] = lambda run: True,
 ) -> dict[str, Any]:
     """Kill `kills` lives at each aim, in turns, and compare every run that has ended with one that was left alone.
 
@@ -196,9 +197,10 @@ def kill_in_turns(
         outcome: what of a finished run must be that of the one that was left alone.
         phases: how often each may have come before the kill.
         also: what else is wrong with a run that has ended.
+        is_exact: whether a run has to end as the one that was left alone did.
     """
     assert codes_of([start(folder / "whole", "", 0)]) == [0], (folder / "whole.out").read_text()[-3000:]
-    whole, killed, different, runs = outcome(folder / "whole"), Counter[str](), list[str](), 0
+    whole, killed, different, runs, exact = outcome(folder / "whole"), Counter[str](), list[str](), 0, 0
     aims = (*phases, *FILES) * kills
     while aims:
         run, finished = folder / f"run-{runs}", False
@@ -212,10 +214,11 @@ def kill_in_turns(
             if not finished:
                 killed[aim] += 1
                 aims = aims[1:]
-        result = outcome(run)
-        different += [f"{run.name}: {name}" for name in whole if result[name] != whole[name]]
+        if is_exact(run):
+            result, exact = outcome(run), exact + 1
+            different += [f"{run.name}: {name}" for name in whole if result[name] != whole[name]]
         different += also(run)
-    return {"kills": killed, "runs": runs, "different": different, "steps": len(whole["metrics"])}
+    return {"kills": killed, "runs": runs, "exact": exact, "different": different, "steps": len(whole["metrics"])}
 
 
 def left_or_learned_wrong(run: Path) -> list[str]:
@@ -224,7 +227,9 @@ def left_or_learned_wrong(run: Path) -> list[str]:
     return [f"{run.name}: {name} is left" for name in left] + learned_twice_or_never(run)
 
 
-def kill_with_another_number_of_ranks(folder: Path, kills: int, chance: random.Random) -> dict[str, Any]:
+def kill_with_another_number_of_ranks(
+    folder: Path, kills: int, chance: random.Random, kind: type[Aimed] = Aimed
+) -> dict[str, Any]:
     """Kill a rank of 2 -> 1 -> 2 -> ...: every row is learned from as often as was said."""
     killed, lives, wrong = 0, 0, list[str]()
     while killed < kills:
@@ -237,7 +242,7 @@ def kill_with_another_number_of_ranks(folder: Path, kills: int, chance: random.R
             count = chance.randint(1, PHASES.get(aim, 1))
 
             def live(rank: int, run: Path = run, victim: int = victim, aim: str = aim, count: int = count) -> None:
-                made = trainer(run)
+                made = trainer(run, kind)
                 if rank == victim % dist.world_size():
                     made.phase, made.left = aim, count
                 made.train()

@@ -12,9 +12,9 @@ LIVES = Path(__file__).parent / "rollout_lives.py"
 AIMS = ("generating", "rewarding", "scoring", "updating", "syncing", "rollouts", "saving")
 
 
-def lives(folder: Path, *options: str) -> dict[str, Any]:
-    """The report of rollout_lives.py."""
-    command = [sys.executable, str(LIVES), str(folder), *options]
+def lives(folder: Path, *options: str, script: str = "rollout_lives.py") -> dict[str, Any]:
+    """The report of rollout_lives.py, or of another one."""
+    command = [sys.executable, str(LIVES.with_name(script)), str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
@@ -54,3 +54,23 @@ def test_thirty_five_kills_of_a_real_policy(name: str, tmp_path: Path) -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
     assert report["kills"] == dict.fromkeys(AIMS, 5) and report["different"] == [] and report["steps"] >= 12
+
+
+def check_two_ranks_ahead(report: dict[str, Any]) -> None:
+    """Rollouts token for token; a signal to one rank while its thread samples stops both; an error is named by both."""
+    assert report["codes"] == [0, 0] and report["same"]
+    assert report["stopped"] == [75, 75] and report["seconds"] < 5
+    assert report["failed"] == [1, 1] and report["named"] == [True, True]
+
+
+def test_two_ranks_make_rollouts_ahead(tmp_path: Path) -> None:
+    check_two_ranks_ahead(lives(tmp_path, "0", script="ahead_lives.py")["two_ranks"])
+
+
+@pytest.mark.slow
+def test_fifty_kills_of_a_run_whose_rollouts_are_made_ahead(tmp_path: Path) -> None:
+    """Of which some change the number of ranks. Runs that have not said otherwise end in the same bits."""
+    report = lives(tmp_path, "5", script="ahead_lives.py")
+    check_two_ranks_ahead(report["two_ranks"])
+    assert report["kills"] == dict.fromkeys(AIMS, 5) and report["different"] == [] and report["exact"] >= 1
+    assert report["ranks"]["kills"] == 15 and report["ranks"]["wrong"] == []

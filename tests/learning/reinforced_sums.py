@@ -68,6 +68,7 @@ EXPERIMENTS = {
     "DAPO": of_groups(loss_type="dapo"),
     "CISPO": of_groups(loss_type="cispo"),
     "GSPO": of_groups(loss_type="gspo"),
+    "GRPO, asynchronous": of_groups(max_staleness=UPDATES),
     "RLOO": of_groups(RLOOTrainer),
     "REINFORCE++": of_groups(ReinforceTrainer),
     "PPO, critic of its own": with_critic(),

@@ -85,7 +85,7 @@ class PPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
         PtxOptions.__post_init__(self)
         if self.value_optim_config is not None:
             _check_group(self.value_optim_config)
-        if self.gen_repetition_penalty != 1 and self.off_policy_correction == "none":
+        if self.gen_repetition_penalty != 1 and (self.off_policy_correction or self.default_correction) == "none":
             raise ConfigError(
                 f"gen_repetition_penalty: got {self.gen_repetition_penalty:g}: tokens are then drawn from another distribution "
                 "than the policy's own, which learns; set off_policy_correction to truncate or mask, or leave it at 1"

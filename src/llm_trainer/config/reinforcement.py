@@ -87,10 +87,17 @@ class RolloutOptions:
     overlong: Literal["train", "mask"] = Field(
         default="train", description="completions without an end: mask leaves them out of the loss (DAPO)"
     )
-    off_policy_correction: Literal["none", "truncate", "mask"] = Field(
-        default="none",
+    max_staleness: StrictInt = Field(
+        default=0,
+        ge=0,
+        description="above 0 the next rollout is made while one is learned from (asynchronous mode), by weights that are at "
+        "most so many optimizer steps old when learning from it begins; 0: they take turns",
+    )
+    off_policy_correction: Literal["none", "truncate", "mask"] | None = Field(
+        default=None,
         description="of what the sampler draws otherwise than the trainer scores it, w times as probable: its loss is "
-        "multiplied by w, truncated at the cap; or masked outside of floor and cap",
+        "multiplied by w, truncated at the cap; or masked outside of floor and cap; null: truncate in asynchronous mode, "
+        "else none",
     )
     off_policy_level: Literal["token", "seq"] = Field(
         default="token", description="whether w is of a token, or of its sequence (the product)"
@@ -128,6 +135,11 @@ class RolloutOptions:
     rollouts: str | None = Field(
         default=None, description="folder of another run's rollouts: they are learned from, and nothing is sampled"
     )
+
+    @property
+    def default_correction(self) -> Literal["none", "truncate"]:
+        """The `off_policy_correction` that belongs to the mode."""
+        return "truncate" if self.max_staleness else "none"
 
 
 @config_section
@@ -256,7 +268,7 @@ class GRPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
                 "ref_sync_steps: the rollouts of another run are learned from, which have the log-probs of its reference; "
                 "leave it out, or leave rollouts out and let this run sample"
             )
-        if self.gen_repetition_penalty != 1 and self.off_policy_correction == "none":
+        if self.gen_repetition_penalty != 1 and (self.off_policy_correction or self.default_correction) == "none":
             raise ConfigError(
                 f"gen_repetition_penalty: got {self.gen_repetition_penalty:g}: tokens are then drawn from another distribution "
                 "than the policy's own, which learns; set off_policy_correction to truncate or mask, or leave it at 1"

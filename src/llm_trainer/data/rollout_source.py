@@ -7,22 +7,55 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from llm_trainer.data.collate import laying
 from llm_trainer.data.loaders import LoaderSteps
-from llm_trainer.data.rollout_prompts import Prompt, PromptSource
-from llm_trainer.data.rollout_store import AnyAsked, RolloutError, RolloutFolder, Stored, verified
-from llm_trainer.data.rollouts import LEFT_OUT, Maker, Plan, Rollout, Used, account, checked, collate_rollout
+from llm_trainer.data.rollout_ahead import ALSO, SCORED, Ahead, origin
+from llm_trainer.data.rollout_making import Making, staleness
+from llm_trainer.data.rollout_prompts import Prompt, PromptSource, Taken
+from llm_trainer.data.rollout_store import RolloutError, RolloutFolder, Stored, verified
+from llm_trainer.data.rollouts import Maker, Rollout, Used, collate_rollout
 from llm_trainer.data.stream import RowOfStep, SampleStream, StepSource, mix_seeds
 from llm_trainer.layout import Layout
 from llm_trainer.machine import Machine
 from llm_trainer.position import InRollout, Position
-from llm_trainer.state import MicroBatch
+from llm_trainer.state import MicroBatch, Stopped
 
 ROWS_PER_PART = 64  # of a default part, at most: what a kill loses of a rollout
 ROWS_PER_MICRO_BATCH = 8  # where neither a token budget nor anybody says it
-EVALUATION = 0xE7A1  # what tells the seeds of evaluations from those of training
+
+
+class _Wanted(NamedTuple):
+    """A rollout that is to be learned from, and what there is of it.
+
+    Attributes:
+        epoch: of its prompts.
+        place: where it begins.
+        taken: its prompts; None: the epoch has no more.
+        made_of: what it is made of.
+        stored: what is on the disk of it; None: nothing.
+    """
+
+    epoch: int
+    place: InRollout
+    taken: Taken | None
+    made_of: dict[str, Any]
+    stored: Stored | None
+
+
+class _Following(NamedTuple):
+    """The rollout after the one that is learned from.
+
+    Attributes:
+        wanted: which it is.
+        making: makes it; None: it is on the disk, or there is none.
+        of_prompts: the state of the source of prompts before its prompts were taken.
+    """
+
+    wanted: _Wanted
+    making: Making | None
+    of_prompts: dict[str, Any]
 
 
 @dataclass(eq=False, repr=False)
@@ -51,6 +84,7 @@ class RolloutSource:
         before: called by all processes before a rollout of the training is looked for and made, and weights are asked for;
             by the same step and weights it does the same, or nothing the second time. None: nothing is to be done.
         needs_ids: False: environments begin the conversations, and the batches of a loader need not have prompts.
+        ahead: makes each rollout while the one before is learned from; None: they take turns.
     """
 
     source: StepSource
@@ -70,6 +104,7 @@ class RolloutSource:
     shares_prompts: Callable[[], bool] | None = None
     before: Callable[[], None] | None = None
     needs_ids: bool = True
+    ahead: Ahead | None = None
 
     def __post_init__(self) -> None:
         self.micro_batch_tokens: int | Literal["auto"] | None = self.source.micro_batch_tokens
@@ -83,6 +118,8 @@ class RolloutSource:
         self._opened: tuple[int, int, Rollout] | None = None  # epoch and number of it
         self._logged: tuple[int, int] | None = None  # number and step of the rollout whose metrics were recorded last
         self._cut_before: tuple[int, int | None] | None = None  # passes and rows per update of a checkpoint
+        self._following: _Following | None = None
+        self._begun: dict[str, Any] | None = None  # `number` and `made_of` of the rollout that was begun ahead last
 
     # What a source says.
 
@@ -98,7 +135,10 @@ class RolloutSource:
             prompts = f"{self.source.rows_per_step} prompts"
         update = "all rows" if self.rows_per_update is None else f"{self.rows_per_update} rows"
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
-        return f"{prompts} x {self.samples} completions per rollout; {passes}, {update} per step"
+        turns = ""
+        if self.ahead is not None:
+            turns = f"; the next is made meanwhile, by weights at most {self.ahead.max_staleness} steps old"
+        return f"{prompts} x {self.samples} completions per rollout; {passes}, {update} per step{turns}"
 
     def size(self) -> int | None:
         return self.source.size()
@@ -109,11 +149,15 @@ class RolloutSource:
     def state_dict(self) -> dict[str, Any]:
         """What the source of prompts must remember, and how rollouts are cut into updates."""
         passes, rows_per_update = self._cut_before or (self.passes, self.rows_per_update)
-        return {**self.source.state_dict(), "passes": passes, "rows_per_update": rows_per_update}
+        of_prompts = self.source.state_dict() if self._following is None else self._following.of_prompts
+        state = {**of_prompts, "passes": passes, "rows_per_update": rows_per_update}
+        return state if self._begun is None else {**state, "begun": self._begun}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the source that gave `state`; a rollout under way is learned to its end as it was begun."""
+        self.stop()
         self.source.load_state_dict(state)
+        self._begun = None if self.ahead is None else state.get("begun")
         self._cut_before = state["passes"], state["rows_per_update"]
         self._opened = self._logged = None
 
@@ -126,6 +170,12 @@ class RolloutSource:
         stream = self._stream(place.number, self._opened[2], self._cut(place)[1])
         turn, before = divmod(place.updates, stream.num_steps())
         return stream.rows_of_step(turn, before * stream.rows_per_step, micro_batches)
+
+    def stop(self) -> None:
+        """End what is done meanwhile: a rollout that is made ahead stays on the disk as far as it is made."""
+        if self.ahead is not None and self.training:
+            self.ahead.stop()
+        self._following = None
 
     # Steps.
 
@@ -142,10 +192,10 @@ class RolloutSource:
             rollout = self._rollout(epoch, place)
             if rollout is None:
                 return
-            yield from self._updates(rollout, place)
+            yield from self._updates(rollout, epoch, place)
             place = InRollout(rollout.after, place.number + 1)
 
-    def _updates(self, rollout: Rollout, place: InRollout) -> Iterator[tuple[list[MicroBatch], InRollout]]:
+    def _updates(self, rollout: Rollout, epoch: int, place: InRollout) -> Iterator[tuple[list[MicroBatch], InRollout]]:
         """The updates of a rollout that are left."""
         passes, rows_per_update = self._cut(place)
         stream = self._stream(place.number, rollout, rows_per_update)
@@ -156,6 +206,7 @@ class RolloutSource:
         first, before = divmod(done, per_pass)
         for turn in range(first, passes):
             for micro_batches, _ in stream.steps(turn, before * stream.rows_per_step):
+                self._look_ahead(epoch, InRollout(rollout.after, place.number + 1), left=passes * per_pass - done)
                 done += 1
                 after = InRollout(place.position, place.number, done)
                 if done == passes * per_pass:
@@ -216,9 +267,26 @@ class RolloutSource:
         self._logged = now
         for name, (total, count) in self.maker.metrics(rollout).items():
             self.machine.record(name, total, count)
+        if self.ahead is not None and self.training:
+            ages = staleness(rollout, self.machine.step)
+            self.machine.record("staleness/mean", float(ages.sum()), len(ages))
+            self.machine.record("staleness/max", float(ages.max(initial=0)), 1)
 
     def _found_or_made(self, epoch: int, place: InRollout) -> Rollout | None:
         """The rollout that the weights, the seed and the prompts of this moment make, from the disk if it is there."""
+        if self._following is not None:
+            return self._collected(self._following)
+        wanted = self._look_up(epoch, place, self.machine.step)
+        if wanted.taken is None:
+            return None
+        making = self._begin(wanted)
+        if making is None:
+            return Rollout(self._folder.path(place.number))
+        making.make_parts()
+        return self._finished(making, wanted.made_of["weights"])
+
+    def _look_up(self, epoch: int, place: InRollout, step: int) -> _Wanted:
+        """What the rollout is made of that will be learned from at `step`, and what of it is on the disk."""
         number = place.number
         if self.training and number == 0 and self.machine.begins_anew:
             self._folder.set_all_aside()
@@ -228,23 +296,145 @@ class RolloutSource:
         as_stored = None if stored is None else stored.after
         taken = self._prompts.take(epoch, place.position, as_stored)
         if taken is None:
-            return None
-        if self.training and self.before is not None:
+            return _Wanted(epoch, place, None, {}, None)
+        if self.training and self.before is not None and step == self.machine.step:
             self.before()
-        made_of = self._made_of(epoch, place, taken.prompts)
-        if stored is not None and stored.made_of != made_of:
+        made_of = self._made_of(epoch, place, taken.prompts, step)
+        if stored is not None and not self._is_same(number, stored, made_of):
             differ = [name for name in made_of if stored.made_of.get(name) != made_of[name]]
             stored = None
             self._set_aside(number, f"was made with other {' and '.join(differ)}")
             if isinstance(self.source, SampleStream):  # as many as a step has now
                 taken = self._prompts.take(epoch, place.position) or taken
-            made_of = self._made_of(epoch, place, taken.prompts)
+            made_of = self._made_of(epoch, place, taken.prompts, step)
+        return _Wanted(epoch, place, taken, made_of, stored)
+
+    def _begin(self, wanted: _Wanted) -> Making | None:
+        """Begin to make what is not on the disk of a rollout; None: all of it is."""
+        assert wanted.taken is not None
+        number, stored, made_of = wanted.place.number, wanted.stored, wanted.made_of
         if stored is not None and stored.is_finished:
-            return Rollout(self._folder.path(number))
+            return None
         if self.training and not self.keep_rollouts:
             self._folder.prune()
-        parts = self._parts(len(taken.prompts)) if stored is None else stored.parts
-        return self._made(number, taken.prompts, {"made_of": made_of, "after": taken.after, "parts": parts})
+        if self.ahead is not None and not self.training:
+            self.ahead.wait()  # what draws is to get other weights; all ranks meet before it does
+        if stored is None:
+            parts = self._parts(len(wanted.taken.prompts))
+        else:
+            parts = stored.parts
+        if self._begun is not None and self._begun["number"] == number and self._begun["made_of"] != made_of:
+            made_of = self._mixed(wanted)
+        facts = {"made_of": made_of, "after": wanted.taken.after, "parts": parts}
+        making = Making(self._folder, self.maker, self.machine, number, wanted.taken.prompts, facts, self.training)
+        making.begin()
+        return making
+
+    def _finished(self, making: Making, weights: str) -> Rollout:
+        """A rollout of which this process has made its parts; `weights`: the hash of those that score it.
+
+        Raises:
+            Stopped: a process was asked to stop; on all of them.
+        """
+        if self.ahead is None or not self.training:
+            return making.finish()
+        scored = {SCORED: weights} if "version" in making.facts["made_of"] else {}
+        return making.finish(scored, self.ahead.max_staleness)
+
+    # Rollouts that are made ahead.
+
+    def _look_ahead(self, epoch: int, place: InRollout, left: int) -> None:
+        """Begin the rollout at `place` as soon as its weights will not be too old; asked before every update of the one before.
+
+        Args:
+            left: updates until it is learned from, the coming one included.
+
+        Raises:
+            Stopped: a process was asked to stop, when it would begin; on all of them.
+        """
+        ahead, machine = self.ahead, self.machine
+        if ahead is None or not self.training or self.rollouts is not None:
+            return
+        if self._following is not None:
+            return self._bring_weights(self._following.making)
+        is_last = machine.max_steps is not None and machine.step + left >= machine.max_steps
+        if left > ahead.max_staleness or is_last:
+            return
+        if any(machine.gather(machine.stop_requested())):
+            raise Stopped  # a step later these weights would be gone, and nothing made by them
+        of_prompts = self.source.state_dict()
+        wanted = self._look_up(epoch, place, machine.step + left)
+        making = None if wanted.taken is None else self._begin(wanted)
+        self._following = _Following(wanted, making, of_prompts)
+        if making is not None:
+            self._begun = {"number": place.number, "made_of": origin(making.facts["made_of"])}
+            ahead.start(making)
+        elif wanted.stored is not None:
+            self._begun = {"number": place.number, "made_of": origin(wanted.stored.made_of)}
+
+    def _bring_weights(self, making: Making | None) -> None:
+        """Let what makes the rollout go on with the weights of now, if it can take them meanwhile and is not done."""
+        if making is None or not self.maker.updates_in_flight or self.ahead is None:
+            return
+        if any(self.machine.gather(self.ahead.is_busy)):
+            making.bring_weights()
+
+    def _collected(self, following: _Following) -> Rollout | None:
+        """The rollout that was made ahead, when it is to be learned from; None: the epoch has no more prompts.
+
+        Raises:
+            Stopped: a process was asked to stop; on all of them.
+        """
+        assert self.ahead is not None
+        wanted, making = following.wanted, following.making
+        rollout = None
+        if making is not None:
+            self.ahead.collect(self.machine)
+            if self.before is not None:
+                self.before()
+            rollout = self._finished(making, self.machine.weights_hash())
+        self._following = None  # not before: a checkpoint that is saved because all were asked to stop knows of it
+        if (
+            making is None and wanted.taken is not None
+        ):  # it was on the disk; were its scores those of the weights of now?
+            return self._found_or_made(wanted.epoch, wanted.place)
+        return rollout
+
+    def _is_same(self, number: int, stored: Stored, made_of: Mapping[str, Any]) -> bool:
+        """Whether what is on the disk is the rollout that is wanted, or a part of it."""
+        if stored.made_of == made_of:
+            return True
+        if self.ahead is None or "version" not in stored.made_of:
+            return False
+        # 1. it was begun by the same weights, and no others have made a part of it
+        begun = origin(stored.made_of)
+        if begun == made_of:
+            return ALSO not in stored.made_of
+        # 2. the checkpoint says that it was begun so, by weights that are gone; those that score it are there
+        is_now = "version" not in made_of
+        if is_now and stored.is_finished and stored.made_of[SCORED] != made_of["weights"]:
+            return False
+        others = [name for name in made_of if name not in ("weights", "version")]
+        has_same = all(stored.made_of[name] == made_of[name] for name in others)
+        return has_same and self._begun == {"number": number, "made_of": begun}
+
+    def _mixed(self, wanted: _Wanted) -> dict[str, Any]:
+        """What a rollout is made of that was begun by weights which are gone; says so if some of it is made by those of now."""
+        assert self._begun is not None
+        stored, step = wanted.stored, self.machine.step
+        if stored is not None and not stored.missing:
+            return stored.made_of
+        missing, version = "all of it is", self._begun["made_of"]["version"]
+        made_of = wanted.made_of
+        if stored is not None:
+            missing = f"{stored.missing} of its {len(stored.parts)} parts are"
+            made_of = stored.made_of | {ALSO: sorted({*stored.made_of.get(ALSO, []), step})}
+        self.machine.say(
+            f"WARNING: rollout {wanted.place.number} was being made with the weights of step {version} when the run was "
+            f"stopped; {missing} made with those of step {step}. From here on the run is not bit-identical to one that was "
+            f"never stopped; its rows say which weights wrote them"
+        )
+        return made_of
 
     def _find(self, number: int) -> Stored | None:
         try:
@@ -260,14 +450,14 @@ class RolloutSource:
         if target is not None:
             self.machine.say(f"WARNING: {path} {why}; it was moved to {target} and is made anew")
 
-    def _made_of(self, epoch: int, place: InRollout, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def _made_of(self, epoch: int, place: InRollout, prompts: Sequence[Prompt], step: int) -> dict[str, Any]:
         printed = 0
         for prompt in prompts:
             printed = prompt.fingerprint(printed)
-        return self._place_of(epoch, place, self.machine.step) | {
-            "prompts": printed,
-            "weights": self.machine.weights_hash(),
-        }
+        facts = {"prompts": printed, "weights": self.machine.weights_hash()}
+        if step != self.machine.step:
+            facts["version"] = self.machine.step
+        return self._place_of(epoch, place, step) | facts
 
     def _place_of(self, epoch: int, place: InRollout, step: int) -> dict[str, Any]:
         """What a rollout is made of, as far as it can be said when the weights have gone on."""
@@ -281,56 +471,6 @@ class RolloutSource:
         if size is None:
             size = min(math.ceil(prompts / self.machine.num_processes), max(1, ROWS_PER_PART // self.samples))
         return list(pairwise([*range(0, prompts, size), prompts]))
-
-    def _made(self, number: int, prompts: Sequence[Prompt], facts: dict[str, Any]) -> Rollout:
-        """
-        Raises:
-            Stopped: a process was asked to stop; on all of them.
-        """
-        machine, parts = self.machine, facts["parts"]
-        sign = self._folder.stop_sign(number)
-        stop = AnyAsked(machine, sign)
-        purpose = () if self.training else (EVALUATION,)
-        plan = Plan(number, mix_seeds(machine.seed, number, *purpose), machine.step, self.training, stop)
-
-        # 1. the parts that are missing, each in one process
-        missing = self._folder.begin(number, facts)
-        with plan.timed("sync"):
-            self.maker.begin(plan)
-        is_stopped = False
-        try:
-            for part in missing[machine.process_number :: machine.num_processes]:
-                first, last = parts[part]
-                rows = None if stop() else self.maker.make(plan, prompts[first:last])
-                if rows is None:
-                    is_stopped = True
-                    sign.touch()
-                    break
-                self._folder.write_part(number, part, [checked(row) for row in rows])
-        except BaseException:
-            sign.touch()  # the others do not wait for it
-            raise
-        with plan.timed("wait"):
-            self._folder.wait_for_parts(number, len(parts), lambda: is_stopped or stop())
-
-        # 2. joined, and what is known of all of them only
-        folder, joined = self._folder.join(number, len(parts))
-        with plan.timed("score"):
-            rollout = Rollout(folder, joined)
-            finished = self.maker.finish(rollout)
-        reasons, left_out, ledger = account(rollout, finished)
-        columns = dict(finished.columns) | {LEFT_OUT: list(left_out[:, None])}
-        own = {name: facts[name] for name in ("made_of", "after")}
-        path = self._folder.finish(number, columns, joined, own | {"reasons": reasons, "ledger": ledger})
-        self._record_times(plan, ledger["sampled"])
-        return Rollout(path)
-
-    def _record_times(self, plan: Plan, sampled: int) -> None:
-        """How long the phases have taken this process, and how many tokens all have sampled meanwhile."""
-        for phase, seconds in plan.seconds.items():
-            self.machine.record(f"seconds/{phase}", seconds)
-        if plan.seconds.get("generate"):
-            self.machine.record("tokens_per_second/generate", sampled, plan.seconds["generate"])
 
     def _under_way(self, epoch: int, place: InRollout) -> Rollout:
         """The rollout in whose middle a checkpoint was saved.

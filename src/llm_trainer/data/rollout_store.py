@@ -48,12 +48,14 @@ class Stored(NamedTuple):
         made_of: what it was made of, by name.
         after: position of the prompts behind it.
         parts: of an unfinished one, the prompts `[first, last)` of each part.
+        missing: how many of them are not there.
     """
 
     is_finished: bool
     made_of: dict[str, Any]
     after: int
     parts: list[tuple[int, int]]
+    missing: int = 0
 
 
 class RolloutFolder:
@@ -155,7 +157,9 @@ class RolloutFolder:
         if not plan.exists():
             return None
         facts = json.loads(plan.read_text(encoding="utf-8"))
-        return Stored(False, facts["made_of"], facts["after"], [tuple(part) for part in facts["parts"]])
+        parts = [tuple(part) for part in facts["parts"]]
+        missing = sum(not part_path(building, part).exists() for part in range(len(parts)))
+        return Stored(False, facts["made_of"], facts["after"], parts, missing)
 
     def set_aside(self, number: int, keep: bool) -> Path | None:
         """Take a rollout out of the way: into a folder of its own if it is finished and to be kept; that folder."""
@@ -289,8 +293,15 @@ class AnyAsked:
     def __init__(self, machine: Machine, sign: Path) -> None:
         self._machine, self._sign = machine, sign
         self._looked, self._seen, self._told = 0.0, False, False
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """From now on this process is asked to stop, whatever the others are."""
+        self._given_up = True
 
     def __call__(self) -> bool:
+        if self._given_up:
+            return True
         if self._machine.stop_requested():
             if not self._told and self._machine.num_processes > 1:
                 self._sign.touch()

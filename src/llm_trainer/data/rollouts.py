@@ -250,6 +250,7 @@ class Plan:
         training: False: for an evaluation.
         stop: whether any process has been asked to stop; to be asked at every token.
         seconds: by phase, see `timed`.
+        metrics: name -> (sum, number of terms), see `record`.
     """
 
     number: int
@@ -258,6 +259,12 @@ class Plan:
     training: bool
     stop: Callable[[], bool]
     seconds: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def record(self, name: str, total: float, count: float) -> None:
+        """Add to a metric that is logged when the rollout is finished: it may be made while steps record theirs."""
+        before, terms = self.metrics.get(name, (0.0, 0.0))
+        self.metrics[name] = before + total, terms + count
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -270,7 +277,18 @@ class Plan:
 
 
 class Maker(Protocol):
-    """What makes rollouts: `trainers/rollouts.py`."""
+    """What makes rollouts: `trainers/rollouts.py`.
+
+    `make` may be called in a thread, while the main one learns from the rollout before: it draws from no generator of random
+    numbers but its own, records into the plan, and waits for no other process.
+
+    Attributes:
+        updates_in_flight: whether `begin` may be called meanwhile: what is being sampled goes on with the weights of then, and
+            says so in `versions`.
+    """
+
+    @property
+    def updates_in_flight(self) -> bool: ...
 
     def settings(self, training: bool) -> Mapping[str, Any]:
         """What a rollout depends on beside weights, seed and prompts, in JSON types: how completions are drawn, rewards."""

@@ -103,6 +103,11 @@ class RewardFunctions:
         here = self._run_here(in_process)
         self._workers = self._start([name for name in self.names if name not in here])
 
+    @property
+    def called_here(self) -> tuple[str, ...]:
+        """Names of the functions that are called in this process, not in one of their own."""
+        return tuple(name for name in self.names if name not in self._workers)
+
     def _run_here(self, in_process: bool | Collection[str]) -> set[str]:
         """Names of the functions that are called in this process."""
         if isinstance(in_process, bool):

@@ -83,6 +83,10 @@ class RunMachine:
         return self._progress.step
 
     @property
+    def max_steps(self) -> int | None:
+        return self._settings.max_steps
+
+    @property
     def is_distributed(self) -> bool:
         return dist.num_processes() > 1
 

@@ -208,6 +208,9 @@ class Run:
                 self.checkpoints.publish()
                 return dict(self.values)
             finally:
+                rollouts = innermost(self.source)
+                if isinstance(rollouts, RolloutSource):
+                    rollouts.stop()
                 self._reporter.close()
 
     def _drive(self) -> None:

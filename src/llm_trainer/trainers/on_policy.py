@@ -29,6 +29,7 @@ from llm_trainer.models.scored import TokenScores
 from llm_trainer.rewards.functions import RewardFunctions
 from llm_trainer.rewards.named import several
 from llm_trainer.trainers.agreement import Agreement
+from llm_trainer.trainers.ahead import ahead_of
 from llm_trainer.trainers.answers import Batch, score, to_device
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.drawing import drawing, service_of
@@ -122,8 +123,11 @@ class OnPolicyTrainer(BaseTrainer):
         self._evaluation = options.get("sampling") or Sampling()
         self._maker: RolloutMaker | None = None
         self.correction = correction_of(how)
+        is_judged = any(one is not None for one in (self.rewards, self.judge, self.partners))
+        self._ahead = ahead_of(how, self.rewards, is_judged, generation_service)
         super().__init__(model, *args, **options)
-        is_own = how.rollouts is None and how.gen_repetition_penalty == 1  # else only a limit that is set counts
+        # Where others draw, or older weights do, only a limit that is set counts.
+        is_own = how.rollouts is None and how.gen_repetition_penalty == 1 and not how.max_staleness
         self._agreement = Agreement(self.machine.precision_name, how.max_logp_difference, is_own)
         if self.judge is not None:
             self.machine.place(self.judge)
@@ -230,6 +234,7 @@ class OnPolicyTrainer(BaseTrainer):
             shares_prompts=lambda: self.shares_prompts,  # known when the model is where it will train
             before=self._before_rollout,
             needs_ids=self.partners is None,
+            ahead=self._ahead,
         )
 
     def _check_stored(self, rollout: Rollout) -> None:
@@ -433,7 +438,7 @@ class OnPolicyTrainer(BaseTrainer):
 
 def correction_of(how: RolloutOptions) -> Correction | None:
     """How a section corrects what was drawn otherwise than it is scored."""
-    mode = how.off_policy_correction
+    mode = how.off_policy_correction or how.default_correction
     if mode == "none":
         return None
     return Correction(mode, how.off_policy_level, how.off_policy_cap, how.off_policy_floor)

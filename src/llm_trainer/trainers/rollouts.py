@@ -108,6 +108,10 @@ class RolloutMaker:
         rewards = dict(zip(self.names, self.weights.tolist(), strict=True))
         return facts | own | {"samples": self.num_samples(training), "rewards": rewards}
 
+    @property
+    def updates_in_flight(self) -> bool:
+        return self.service().updates_in_flight
+
     def begin(self, plan: Plan) -> None:
         self.service().load(self.machine.stream_weights(self.dtype), plan.version)
 
@@ -244,7 +248,7 @@ class RolloutMaker:
                 found = self._judged([written[number] for number in asked], plan)
             values[asked, values.shape[1] - found.values.shape[1] :] = found.values
             for cause, count in found.causes.items():
-                self.machine.record(f"rewards/failed/{cause}", count, found.values.size)
+                plan.record(f"rewards/failed/{cause}", count, found.values.size)
             for number, said in zip(asked, found.errors, strict=True):
                 errors[number] = said
             for name, numbers in found.tokens.items():

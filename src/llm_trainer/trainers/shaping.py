@@ -247,6 +247,10 @@ class Followed:
         of_tokens = {name: getattr(self.shaping.how, name) for name in OF_SHAPING}
         return {**self.maker.settings(training), "shaping": of_tokens}
 
+    @property
+    def updates_in_flight(self) -> bool:
+        return self.maker.updates_in_flight
+
     def begin(self, plan: Plan) -> None:
         self.maker.begin(plan)
 

@@ -1,7 +1,6 @@
 """Rollouts as steps of a run: positions, updates, resume, evaluation, signals."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -19,21 +18,7 @@ from llm_trainer.data.rollouts import FAILED, FINISHES, NOTHING_WRITTEN, Rollout
 from llm_trainer.disk import DiskError
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted
-from writers import BigramTrainer, make_trainer, prompts
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds but times."""
-    found = []
-    for line in (folder / "log" / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        if "choices" not in values:  # every life says them
-            found.append({name: value for name, value in values.items() if "second" not in name and name != "time"})
-    return found
-
-
-def weights(trainer: BigramTrainer) -> torch.Tensor:
-    return trainer.base_model.table.weight.detach().clone()  # type: ignore[union-attr, operator]
+from writers import BigramTrainer, lines, make_trainer, prompts, weights
 
 
 def test_every_rollout_is_updated_on_as_often_as_was_said(tmp_path: Path) -> None:
