@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperGroup
 
+from llm_trainer.cli.collector import collector_waits
 from llm_trainer.cli.errors import RunFailed
 from llm_trainer.terminal import printable
 
@@ -51,7 +52,8 @@ class LazyCommands(TyperGroup):
         if entry is None:
             return None
         module, _, attribute = entry.target.partition(":")
-        found = getattr(import_module(module), attribute)
+        with collector_waits():
+            found = getattr(import_module(module), attribute)
         if isinstance(found, typer.Typer):
             return typer.main.get_group(found)
         # rich alone takes longer to import than everything else that --help needs

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from llm_trainer.cli.collector import collector_waits
 from llm_trainer.config.env import environment
 from llm_trainer.config.load import load_config
 from llm_trainer.config.registry import algorithm
@@ -24,7 +25,7 @@ def train(
 
     # A mistake in the file has been said by now: the libraries that train take seconds to import.
     _start_once_per_gpu(config, context.obj)
-    with waiting("importing torch and transformers", speaks=environment().rank == 0):
+    with waiting("importing torch and transformers", speaks=environment().rank == 0), collector_waits():
         from llm_trainer.cli.training import run_training
 
     run_training(config, name)

@@ -20,13 +20,15 @@ class NonFiniteError(ArithmeticError):
 def broken_tensor(engine: Engine, model: nn.Module) -> str | None:
     """The first parameter that holds a NaN or an infinity, and how many of them; all ranks look at their shards together."""
     shards = [(name, engine.local_shard(parameter)) for name, parameter in model.named_parameters()]
-    finite = torch.stack([shard.isfinite().all() for _, shard in shards])  # the host waits for the device once
-    broken = (~finite).nonzero().flatten().tolist()
+    # A sum is NaN or infinite if one of its terms is. It needs one pass; looking at each number makes copies of all.
+    sums = torch.stack([shard.sum(dtype=torch.float32) for _, shard in shards])  # the host waits for the device once
     found = None
-    if broken:
-        name, shard = shards[broken[0]]
+    for index in (~sums.isfinite()).nonzero().flatten().tolist():
+        name, shard = shards[index]
         count = int((~shard.isfinite()).sum())
-        found = f"{name.removeprefix('module.')} ({count} of {shard.numel():,} values are not finite)"
+        if count:  # not only a sum that is too large
+            found = f"{name.removeprefix('module.')} ({count} of {shard.numel():,} values are not finite)"
+            break
     return next(filter(None, dist.gather_objects(found)), None)
 
 

@@ -1,6 +1,7 @@
 """The loop: what is trained on, what is refused, and what a signal does."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm_trainer.train.guards import NonFiniteError
+from llm_trainer.engine.torch import TorchEngine
+from llm_trainer.train.guards import NonFiniteError, broken_tensor
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted
 from regression import Regression
@@ -308,6 +310,17 @@ def test_weights_that_are_broken_before_the_first_step_are_named(tmp_path: Path)
     with pytest.raises(NonFiniteError, match=r"the weights are broken before the first step: weight \(1 of 1 values"):
         trainer.train()
     assert trainer.run.progress.step == 0
+
+
+def test_finite_weights_whose_sum_is_not_are_not_broken(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 1)
+    torch.nn.init.constant_(model.weight, 3e38)
+    engine = TorchEngine(torch.device("cpu"))
+    assert broken_tensor(engine, model) is None
+    model.weight.data[0, 1] = -math.inf
+    assert broken_tensor(engine, model) == "weight (1 of 3 values are not finite)"
+    model.weight.data[0, 0] = math.inf
+    assert broken_tensor(engine, model) == "weight (2 of 3 values are not finite)"
 
 
 def test_a_step_without_a_micro_batch_is_refused(tmp_path: Path) -> None:
