@@ -225,6 +225,19 @@ def runs_out(folder: Path, engine: str) -> Any:
     return train(folder, engine, [(ROWS, 0)] * 6, kind=ShortOfMemory)
 
 
+class ShortInUpdate(Chosen):
+    """The memory of the second rank does not suffice for the second update."""
+
+    def _end_step(self, sum_over_ranks: Any) -> None:
+        super()._end_step(sum_over_ranks)
+        if dist.rank() == 1 and self.machine.step == 1:
+            self.optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(OF_HOST))
+
+
+def runs_out_updating(folder: Path, engine: str) -> Any:
+    return train(folder, engine, [(ROWS, 0)] * 6, kind=ShortInUpdate)
+
+
 def times_out(folder: Path, engine: str) -> Any:
     """The second rank does something else for longer than the time-out."""
     return on_second_rank(folder, engine, partial(time.sleep, 100))
@@ -242,6 +255,7 @@ CASES: dict[str, Any] = {
         raises,
         raises_early,
         runs_out,
+        runs_out_updating,
         times_out,
     )
 }

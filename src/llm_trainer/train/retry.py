@@ -31,7 +31,11 @@ HELP = (
     "engine: fsdp, which divides weights and optimizer among processes"
 )
 
-
+# Where smaller micro-batches do not help.
+HELP_BETWEEN = (
+    "an optim_type with less state, such as lion or adafactor; engine: fsdp, which divides weights and optimizer among "
+    "processes; save_in_background: false, if it was a save, which copies both"
+)
 MOST_STATISTICS = 1 << 20  # numbers in a buffer that is put back after a failure; larger ones are tables
 REMEMBERED = "smaller_micro_batches.json"  # beside the checkpoints: what a run that had to stop goes on with
 
@@ -198,6 +202,32 @@ class Steps:
         rows = work.source.rows_of_step(self._progress.epoch, self._progress.place, micro_batches)
         shrink(work, rows, failure, f"step {self._progress.step + 1}")
         self._cut_anew()
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """The context of all steps. Where memory runs out and no smaller cut mends it, as in an update, they end in one message.
+
+    An update is not taken again: some weights may have changed by then. Nothing of it is in any checkpoint.
+
+    Raises:
+        OutOfMemoryError: memory ran out.
+    """
+    said = ""
+    try:
+        yield
+    except Exception as error:
+        explains_itself = type(error).__module__.startswith(
+            "llm_trainer."
+        )  # such as one of a reward that ran out of it
+        if explains_itself or not is_out_of_memory(error):
+            raise
+        said = let_go(error)
+    if said:
+        raise OutOfMemoryError(
+            f"{dist.place()}: out of memory ({said}). Smaller micro-batches would not help here. What helps: {HELP_BETWEEN}. "
+            "Started again, the run goes on from its newest checkpoint"
+        )
 
 
 # How to cut smaller.

@@ -33,7 +33,7 @@ from llm_trainer.train.hooks import Hook, with_names_of_their_own
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
 from llm_trainer.train.reporter import Reporter
-from llm_trainer.train.retry import recall
+from llm_trainer.train.retry import one_message, recall
 from llm_trainer.train.rows import LaidOut
 from llm_trainer.train.saving import Wanted
 from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
@@ -216,7 +216,8 @@ class Run:
     def _drive(self) -> None:
         """Let the driver take steps until the run is over, or a source of steps has stopped for a signal."""
         try:
-            self.driver(self.work, self.progress, self.after)
+            with one_message():
+                self.driver(self.work, self.progress, self.after)
         except Stopped:  # between two steps: no step and no epoch is to be counted
             self.stop_requested = True
             self._call_hooks()

@@ -209,6 +209,37 @@ def test_an_evaluation_is_cut_smaller_too(tmp_path: Path, capsys: pytest.Capture
     assert seen["cut"]["eval_loss"] == pytest.approx(seen["whole"]["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("engine", ["torch", "hf"])
+def test_an_update_that_does_not_fit_ends_the_run_in_one_message_and_nothing_is_lost(
+    engine: str, tmp_path: Path
+) -> None:
+    plain = make_trainer(tmp_path / "plain", max_epochs=1, engine=engine)
+    plain.train()
+    trainer = make_trainer(tmp_path / "cut", max_epochs=1, engine=engine)
+    update, updates = trainer.optimizer.step, []
+
+    def short(*args: Any, **options: Any) -> Any:
+        """The fourth time some weights are updated, then memory runs out."""
+        updates.append(1)
+        if len(updates) == 4:
+            next(trainer.base_model.parameters()).data.add_(1.0)
+            raise OF_DEVICE
+        return update(*args, **options)
+
+    trainer.optimizer.step = short
+    expected = (
+        r"^step 4, update: out of memory \(CUDA out of memory.*\)\. Smaller micro-batches would not help here\. What helps: "
+        r".*lion.*engine: fsdp.*newest checkpoint$"
+    )
+    with pytest.raises(OutOfMemoryError, match=expected):
+        trainer.train()
+    goes_on = make_trainer(tmp_path / "cut", max_epochs=1, engine=engine)
+    goes_on.train()
+    assert metric_lines(tmp_path / "cut") == metric_lines(tmp_path / "plain")
+    for one, other in zip(goes_on.base_model.parameters(), plain.base_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_another_error_is_none_of_this(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_epochs=1)
     FailingMemory(trainer, trainer.base_model.mix, lambda batch: "backward", RuntimeError("no such layer"))
