@@ -54,6 +54,8 @@ class RunView(Protocol):
 class Hook:
     """A function that a run calls, at most once per step count unless `when` asks for more.
 
+    It is called before the checkpoint of that step is written; one that needs the checkpoint asks for it, `run.save()`.
+
     Attributes:
         name: under which the run remembers when it was called last.
         call: what is called, on every rank.

@@ -190,7 +190,9 @@ class Run:
             self.values = {}
             for values in self.progress.lines:
                 self.values.update(values)
-            self._hooks = [*self._built_in_hooks(), *self._user_hooks]
+            # A checkpoint of a step holds what all hooks did there: a run that goes on from it calls none of them again.
+            *own, save = self._built_in_hooks()
+            self._hooks = [*own, *self._user_hooks, save]
             if self.finished() and not any(hook.is_due(self, finished=True) for hook in self._hooks):
                 return self._nothing_to_do()
             sizing.settle(self.work, self.size, self.settings)
@@ -366,7 +368,7 @@ class Run:
     # The hooks of every run.
 
     def _built_in_hooks(self) -> list[Hook]:
-        """In the order in which they are called."""
+        """In the order in which they are called; saving is the last one."""
         eval_steps, save_steps = self.settings.eval_interval, self.settings.save_interval_steps
         eval_epochs = 1 if eval_steps is None else None
         save_epochs = self.save_interval if save_steps is None else None

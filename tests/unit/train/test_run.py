@@ -61,6 +61,15 @@ def test_stopping_again_and_again_changes_nothing(tmp_path: Path) -> None:
     assert [line.split()[0] for line in rates.splitlines()] == [f"step={step}" for step in range(1, last + 1)]
 
 
+def test_a_hook_is_called_once_for_each_step_however_often_the_run_goes_on(tmp_path: Path) -> None:
+    """Also for a step after which a checkpoint was written, and for the last one of a run that is lengthened."""
+    seen: list[int] = []
+    note = Hook("note", lambda run: seen.append(run.progress.step), every_steps=1, at_end=True)
+    for last in (3, 5, 6):
+        make_trainer(tmp_path, max_steps=last, save_interval_steps=1, hooks=[note]).train()
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = make_trainer(tmp_path, max_epochs=1).train()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if not path.is_symlink()}
