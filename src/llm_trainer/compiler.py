@@ -18,9 +18,9 @@ def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Calla
 
 
 def compile_module(module: nn.Module) -> None:
-    """Compile a module in place: its parameters keep their names."""
+    """Compile a module in place, once for rows of all lengths: its parameters keep their names."""
     with _ready_compiler():
-        module.compile()
+        module.compile(dynamic=True)
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

@@ -201,6 +201,7 @@ class StepDone:
         finite: whether it is finite; otherwise nothing was updated.
         tokens: of all ranks.
         seconds: that the step took.
+        cpu_seconds: of the processor that this process took for it; 0 where nobody has looked.
         waited: seconds before it, in which its data were awaited; of a rollout's first update, until it was made.
         stop: whether any rank has been asked to stop.
         batches: this rank's micro-batches.
@@ -215,4 +216,5 @@ class StepDone:
     stop: bool
     batches: Sequence[MicroBatch]
     position: Position
+    cpu_seconds: float = 0.0
     waited: float = 0.0

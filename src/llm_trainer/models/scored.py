@@ -98,7 +98,7 @@ class ScoredModel(nn.Module):
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile everything but the head, whose kernels compile themselves. `base` itself stays as it is."""
-        self._run = compiled(self._call)
+        self._run = compiled(self._call, **options)
 
     def forward(
         self,

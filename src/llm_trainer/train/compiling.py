@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ WATCHED = 8  # steps whose median says how long one takes, before the decision, 
 SHORTEST_S = 600.0  # a run that has less left is never compiled
 WORTH_KEEPING = 1.0  # what it has to gain, as measured, to stay on
 MARGIN = 2.0  # it has to gain so many times what it costs: both are estimates
+KEPT_S = 30 * 86400.0  # what was measured is then measured again: drivers, libraries and neighbours change
 
 
 class Estimate(NamedTuple):
@@ -51,6 +53,28 @@ class Estimate(NamedTuple):
         """Whether it is worth while for a run that would still take so long."""
         return seconds_left >= SHORTEST_S and self.saved(seconds_left) >= (MARGIN - 1) * self.seconds
 
+    def choice(self, seconds_left: float, pays: bool) -> Choice | None:
+        """What is then said; None of a short run."""
+        if pays:
+            saved = f"{_time(self.saved(seconds_left))} of {_time(seconds_left)} are saved"
+            return Choice("compile", "on", f"one step takes about {self.seconds:.0f} s longer, and {saved}", KEY)
+        if seconds_left < SHORTEST_S:
+            return None
+        why = f"{self.gain:.2f} times as fast steps do not earn back the {self.seconds:.0f} s it takes"
+        return Choice("compile", "off", why, KEY)
+
+
+class Pace(NamedTuple):
+    """What a token of a step took.
+
+    Attributes:
+        seconds: by the clock of the wall.
+        work: in which the device computed: on CPUs seconds of the processor, which other programs change little.
+    """
+
+    seconds: float
+    work: float
+
 
 # What is expected of a model that has never been compiled on this machine: docs/results.md, for two cores. GPUs were not
 # measured: of them little is expected.
@@ -59,6 +83,27 @@ EXPECTED = {
     ("cpu", "bf16"): Estimate(40.0, 1.25),
 }
 ELSEWHERE = Estimate(90.0, 1.1)
+UNDECIDED = Choice("compile", f"decided after {WATCHED} steps", "it takes a long run to earn it back", KEY)
+
+
+def expected(device: str, precision: str) -> Estimate:
+    """What is expected on a kind of device where nothing has been measured."""
+    return EXPECTED.get((device, precision), ELSEWHERE)
+
+
+def foreseen(device: str, precision: str, step_s: float, steps: float | None) -> Choice | None:
+    """What a run that leaves it open will choose on a machine that is not here, as far as it can be known.
+
+    Args:
+        device: its kind, such as 'cuda'.
+        precision: 'fp32', 'bf16' or 'fp16'.
+        step_s: seconds of a step, at a guess.
+        steps: of the run; None: nobody knows.
+    """
+    if steps is None:
+        return UNDECIDED
+    estimate, seconds_left = expected(device, precision), step_s * max(steps - WATCHED, 0)
+    return estimate.choice(seconds_left, estimate.pays(seconds_left))
 
 
 class Compiling:
@@ -79,9 +124,9 @@ class Compiling:
         self._layers = CompiledLayers()
         self._begin([])
 
-    def _begin(self, pace: list[float]) -> None:
-        self._pace = pace  # seconds per token of the steps that were watched
-        self._before: float | None = None  # its median while the layers ran plain; None: not known
+    def _begin(self, pace: list[Pace]) -> None:
+        self._pace = pace  # of the steps that were watched
+        self._plain: list[Pace] = []  # of those in which the layers ran plain; empty: not known
         self._seconds = 0.0  # that compiling took
         self._has_begun = False  # whether the step in which layers are compiled is over
         self._is_settled = not self._is_automatic
@@ -106,7 +151,7 @@ class Compiling:
             return Choice("compile", "on", "the run was compiled when it was saved", KEY)
         if steps_left is None or steps_left <= WATCHED:
             return None
-        return Choice("compile", f"decided after {WATCHED} steps", "it takes a long run to earn it back", KEY)
+        return UNDECIDED
 
     def after(self, done: StepDone, steps_left: int | None) -> Choice | None:
         """Note a step.
@@ -120,7 +165,10 @@ class Compiling:
         """
         if self._is_settled or not self._layers.layers:
             return None
-        pace = done.seconds / max(done.tokens, 1)
+        work = done.seconds
+        if self._engine.device.type == "cpu":
+            work = done.cpu_seconds
+        pace = Pace(done.seconds / max(done.tokens, 1), work / max(done.tokens, 1))
         if self._layers.is_on or self._layers.failure:
             if not self._has_begun:
                 return self._begun(done)
@@ -132,25 +180,15 @@ class Compiling:
 
     def _decide(self, done: StepDone, steps_left: int | None) -> Choice | None:
         """Switch on where it pays, as the main process sees it."""
-        self._before = median(self._pace)
-        seconds_left = 0.0 if steps_left is None else self._before * max(done.tokens, 1) * steps_left
-        estimate = self._known(done) or EXPECTED.get((self._engine.device.type, self._engine.precision_name), ELSEWHERE)
+        seconds_left = 0.0 if steps_left is None else _seconds(self._pace, done) * steps_left
+        estimate = self._known(done) or expected(self._engine.device.type, self._engine.precision_name)
         pays = dist.is_main() and estimate.pays(seconds_left)
         if not dist.largest(int(pays), self._engine.device):
             self._is_settled = True
-            if seconds_left < SHORTEST_S:
-                return None
-            why = f"{estimate.gain:.2f} times as fast steps do not earn back the {estimate.seconds:.0f} s it takes"
-            return Choice("compile", "off", why, KEY)
+            return estimate.choice(seconds_left, pays=False)
         self._layers.switch(True)
-        self._pace = []
-        saved = estimate.saved(seconds_left)
-        return Choice(
-            "compile",
-            "on",
-            f"the next step takes about {estimate.seconds:.0f} s longer, and {_time(saved)} of {_time(seconds_left)} are saved",
-            KEY,
-        )
+        self._plain, self._pace = self._pace, []
+        return estimate.choice(seconds_left, pays=True)
 
     def _begun(self, done: StepDone) -> Choice | None:
         """After the step in which layers were compiled: they are on all ranks, or on none."""
@@ -160,24 +198,26 @@ class Compiling:
             self._layers.switch(False)
             self._is_settled = True
             return Choice("compile", "off", f"it failed, and training goes on without ({failures[0]})", KEY)
-        if self._before is None:  # since the first step of a run that was resumed
+        if not self._plain:  # since the first step of a run that was resumed
             self._is_settled = True
             return None
-        self._seconds = max(done.seconds - self._before * max(done.tokens, 1), 0.0)
+        self._seconds = max(done.seconds - _seconds(self._plain, done), 0.0)
         return None
 
-    def _watch(self, pace: float, done: StepDone) -> Choice | None:
-        """See what it has gained, and remember it; where that is nothing, switch off again."""
-        assert self._before is not None
+    def _watch(self, pace: Pace, done: StepDone) -> Choice | None:
+        """See what it has gained, and remember it; where that is nothing, switch off again. Only where it is clear."""
         self._pace.append(pace)
         if len(self._pace) < WATCHED:
             return None
         self._is_settled = True
-        gain = self._before / median(self._pace)
+        plain, compiled = ([pace.work for pace in paces] for paces in (self._plain, self._pace))
+        gain, is_clear = median(plain) / median(compiled), _lie_apart(plain, compiled)
         facts = f"it took {self._seconds:.0f} s, and steps are {gain:.2f} times as fast"
-        if dist.is_main():
+        if not is_clear:
+            facts += ", which is not clear, as steps differ that much among each other"
+        if is_clear and dist.is_main():
             self._remember(Estimate(round(self._seconds, 1), round(gain, 3)), done)
-        slower = dist.is_main() and gain < WORTH_KEEPING
+        slower = is_clear and dist.is_main() and gain < WORTH_KEEPING
         if not dist.largest(int(slower), self._engine.device):
             return Choice("compile", "on", facts, KEY)
         self._layers.switch(False)
@@ -202,9 +242,12 @@ class Compiling:
         return Path(environment().cache_dir).expanduser() / "compiling" / f"{key}.json"
 
     def _known(self, done: StepDone) -> Estimate | None:
-        """What earlier runs have measured; None where there is nothing, or nothing that can be read."""
+        """What earlier runs have measured; None where there is nothing, or nothing that can be read or is not too old."""
         try:
-            found = json.loads(self._file(done).read_text(encoding="utf-8"))
+            path = self._file(done)
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                return None
+            found = json.loads(path.read_text(encoding="utf-8"))
             estimate = Estimate(float(found["seconds"]), float(found["gain"]))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: the user has no home folder
             return None
@@ -235,7 +278,11 @@ class Compiling:
         if not self._is_automatic:
             return
         state = state or {"is_on": False, "pace": []}
-        self._begin(list(state["pace"]))
+        pace = []
+        for step in state["pace"]:
+            is_earlier = isinstance(step, float)  # a version that had the clock of the wall alone
+            pace.append(Pace(step, step) if is_earlier else Pace(*step))
+        self._begin(pace)
         self._layers.switch(state["is_on"])
 
 
@@ -243,6 +290,17 @@ def steps_left(horizon: Horizon, progress: Progress) -> int | None:
     """Optimizer steps that are still to come; None where nobody knows."""
     total = horizon.total()
     return None if total is None else max(total - progress.step, 0)
+
+
+def _seconds(paces: Sequence[Pace], done: StepDone) -> float:
+    """What a step as long as that one takes at the median pace, by the clock of the wall."""
+    return median(pace.seconds for pace in paces) * max(done.tokens, 1)
+
+
+def _lie_apart(ones: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether the middle halves of both are disjoint. Else it may have been chance, or another program, that differed."""
+    (low, _, high), (other_low, _, other_high) = quantiles(ones), quantiles(others)
+    return high < other_low or other_high < low
 
 
 def _outermost(layers: list[nn.Module]) -> list[nn.Module]:

@@ -45,7 +45,7 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
         DoesNotFit: a rank has run out of memory; nothing of the step is left on any.
     """
     algorithm, engine = work.algorithm, work.engine
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
 
     # 1. The noise of a step is a function of (seed, step, rank): a resumed run continues bit for bit.
     torch.manual_seed(mix_seeds(work.seed, step, dist.rank()))
@@ -69,7 +69,8 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
 
     # 4. Update the weights, unless the gradient is not finite. The host waits for the device here, and nowhere else.
     grad_norm, finite = engine.step(work.max_grad_norm)
-    return StepDone(loss_sum, grad_norm, finite, tokens, time.perf_counter() - started, stop, batches, position)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return StepDone(loss_sum, grad_norm, finite, tokens, seconds, stop, batches, position, cpu_seconds)
 
 
 def add_gradient(work: Work, micro_batch: MicroBatch, totals: Totals, last: bool) -> Tensor:

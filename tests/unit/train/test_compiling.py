@@ -1,8 +1,11 @@
 """`compile: auto`: when it is worth while, that it compiles once and changes no curve, that nothing is lost where it fails."""
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.torch import TorchEngine
+from llm_trainer.models import scored
 from llm_trainer.models.build import build_model
 from llm_trainer.state import MicroBatch, StepDone
 from llm_trainer.train import compiling
@@ -48,12 +52,15 @@ class Clocked:
         self.compiling = Compiling(configured, TorchEngine(torch.device("cpu")), engine)
         self.compiling.add(self.model)
 
-    def step(self, seconds: float, left: int | None = 10_000, times: int = 1) -> Any:
-        """Take steps; what was chosen after the last of them."""
+    def step(self, seconds: float, left: int | None = 10_000, times: int = 1, busy: float | None = None) -> Any:
+        """Take steps, the processor being busy for `busy` seconds; what was chosen after the last of them."""
         said = None
         for _ in range(times):
             batches = [MicroBatch({"input_ids": None})]
-            said = self.compiling.after(StepDone(torch.zeros(()), 1.0, True, 100, seconds, False, batches, 0), left)
+            done = StepDone(
+                torch.zeros(()), 1.0, True, 100, seconds, False, batches, 0, seconds if busy is None else busy
+            )
+            said = self.compiling.after(done, left)
         return said
 
     @property
@@ -106,6 +113,38 @@ def test_what_makes_steps_slower_is_switched_off(monkeypatch: pytest.MonkeyPatch
     assert Clocked(monkeypatch).step(1.0, times=8).value == "off"  # and not tried again
 
 
+def test_other_programs_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They make compiled steps longer by the clock, not by processor time."""
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path))
+    run = Clocked(monkeypatch)
+    run.step(1.0, busy=0.9, times=8), run.step(21.0)
+    assert "1.50 times as fast" in run.step(1.1, busy=0.6, times=8).why
+    (file,) = (tmp_path / "compiling").iterdir()
+    assert json.loads(file.read_text())["gain"] == 1.5
+
+
+def test_only_what_is_clear_is_remembered_or_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path))
+    run = Clocked(monkeypatch)
+    run.step(1.0, times=8), run.step(21.0)
+    for seconds in (0.8, 1.2, 0.9, 1.1, 1.2, 1.3, 0.7):
+        run.step(seconds)
+    said = run.step(1.2)
+    assert said.value == "on" and "not clear" in said.why and "0.87" in said.why
+    assert not (tmp_path / "compiling").exists()
+
+
+def test_what_is_old_is_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path))
+    run = Clocked(monkeypatch)
+    run.step(1.0, times=8), run.step(21.0), run.step(1.1, times=8)
+    assert Clocked(monkeypatch).step(1.0, times=8).value == "off"
+    (file,) = (tmp_path / "compiling").iterdir()
+    month_ago = time.time() - 31 * 86400
+    os.utime(file, (month_ago, month_ago))
+    assert Clocked(monkeypatch).step(1.0, times=8).value == "on"
+
+
 @pytest.mark.parametrize(
     ("configured", "engine", "left"),
     [("auto", "torch", None), ("auto", "torch", 50), ("auto", "fsdp", 10**6), (False, "torch", 10**6)],
@@ -133,6 +172,8 @@ def test_a_checkpoint_holds_what_was_decided(monkeypatch: pytest.MonkeyPatch) ->
     assert third.step(1.0, times=30) is None and third.is_on  # nothing is known to compare it with
     third.compiling.load_state_dict(None)
     assert not third.is_on
+    third.compiling.load_state_dict({"is_on": False, "pace": [0.01] * 7})  # of an earlier version
+    assert third.step(1.0).value == "on"
 
 
 class Losses:
@@ -196,6 +237,17 @@ def test_layers_compile_once_for_rows_of_all_lengths(flat: bool, losses: Losses)
     np.testing.assert_array_equal(losses(flat=flat), plain)
     assert losses.choices["compile"].value == "on"
     assert num_graphs() == 2 and not torch._dynamo.utils.counters["graph_break"]
+
+
+@TRACERS_WARN
+def test_a_whole_model_compiles_once_too(losses: Losses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled in the first step serves all lengths of rows."""
+    compiled = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(scored, "compiled", lambda function, **options: compiled(function, **options))
+    graphs: list[int] = []
+    found = losses(compile=True, hooks=[Hook("count", lambda run: graphs.append(num_graphs()), every_steps=1)])
+    assert len(graphs) > 10 and graphs[0] > 0 and graphs[6] == graphs[0], graphs
+    np.testing.assert_allclose(found, losses(compile=False), rtol=1e-5)
 
 
 @TRACERS_WARN
