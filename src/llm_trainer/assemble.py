@@ -18,7 +18,7 @@ from llm_trainer.engine.choose import check_precision, join_processes
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.lock import lock_of_run
 from llm_trainer.models.attention import describe_attention
-from llm_trainer.optim.optimizers import configure_optimizer, describe_kernel
+from llm_trainer.optim.optimizers import configure_optimizer, describe_kernel, kernel_on
 from llm_trainer.optim.schedules import create_scheduler
 from llm_trainer.state import Choice
 
@@ -99,9 +99,18 @@ def _choices(
     if config.optim_config.fused == "auto" and "optimizer" not in given and build.engine != "deepspeed":
         kernel = describe_kernel(optimizer)
         if kernel is not None:
-            value, why = kernel
-            choices.append(Choice("optimizer", value, why, "optim_config.fused: false"))
+            choices.append(_kernel_choice(*kernel))
     return choices
+
+
+def foreseen_kernel(name: str, device: str) -> Choice | None:
+    """What `optim_config.fused: auto` will come to with the optimizer called `name` on a kind of device such as 'cuda'."""
+    kernel = kernel_on(name, device)
+    return None if kernel is None else _kernel_choice(*kernel)
+
+
+def _kernel_choice(value: str, why: str) -> Choice:
+    return Choice("optimizer", value, why, "optim_config.fused: false")
 
 
 def attention_choice(value: str, why: str) -> Choice:

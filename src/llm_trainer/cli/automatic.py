@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from llm_trainer.assemble import attention_choice
+from llm_trainer.assemble import attention_choice, foreseen_kernel
 from llm_trainer.builder import LAYOUT_KEY
 from llm_trainer.config.registry import options_of
 from llm_trainer.config.schema import TrainConfig
@@ -16,9 +16,11 @@ from llm_trainer.models.packing import packing_of
 from llm_trainer.plan.choices import Choice as Way
 from llm_trainer.plan.choices import Finding
 from llm_trainer.plan.describe import without_weights
+from llm_trainer.plan.memory import DDP, ONE
 from llm_trainer.plan.shapes import Job
 from llm_trainer.state import Choice
 from llm_trainer.train.budget import choice_of, class_may_cut
+from llm_trainer.train.compiling import foreseen
 from llm_trainer.train.sizing import ON_GPUS, largest_that_fits
 
 DEVICE = "cuda"
@@ -55,12 +57,22 @@ class Automatic:
         tried = [packing_of(self.model, self.trainer_class.reader, torch.device("cpu"))] if takes else []
         return choose_layout(tried, takes, self.trainer_class.__name__, LAYOUT_KEY).choice
 
-    def choices(self, way: Way) -> list[Choice]:
-        """What the run will choose when it is trained in this way."""
+    def choices(self, way: Way, precision: str, steps: float | None) -> list[Choice]:
+        """What the run will choose when it is trained in this way, so many steps. Threads depend on that machine's cores."""
         layout = self.layout()
         found = [] if layout is None else [layout]
         if way.why_tokens:
             found.append(choice_of(way.micro_tokens, way.why_tokens))
         if self.config.run_config.attention == "auto":
             found.append(attention_choice(*best_attention(DEVICE)))
+        optimizer = self.config.optim_config
+        if optimizer.fused == "auto" and not way.strategy.is_zero:  # DeepSpeed may put one of its own in its place
+            kernel = foreseen_kernel(optimizer.optimizer, DEVICE)
+            if kernel is not None:
+                found.append(kernel)
+        is_compiled = self.config.run_config.compile == "auto" and way.strategy in (ONE, DDP)
+        if is_compiled and way.speed is not None:
+            compiled = foreseen(DEVICE, precision, way.speed.step_s, steps)
+            if compiled is not None:
+                found.append(compiled)
         return found

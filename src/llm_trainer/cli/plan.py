@@ -62,7 +62,8 @@ def plan(
     # 3. as a table or as JSON
     host, left_open = 0, []
     if chosen is not None:
-        left_open = automatic.choices(chosen)
+        steps = budget / (job.rows * job.sample_tokens * gpus) if budget else None
+        left_open = automatic.choices(chosen, job.precision, steps)
         if config.run_config.save_in_background:
             host = _host_copy(shape, job, cluster, chosen)
     if as_json:

@@ -247,11 +247,20 @@ def describe_kernel(optimizer: torch.optim.Optimizer) -> tuple[str, str] | None:
     recipe = recipe_of(optimizer)
     if recipe is None or "fused" not in recipe.uses:
         return None
-    name = type(optimizer).__name__
     device = optimizer.param_groups[0]["params"][0].device.type
-    if any(group.get("fused") for group in optimizer.param_groups):
-        return f"{name}, fused", f"one kernel for the whole update on {device}"
-    return name, f"no fused kernel on {device}"
+    return _kernel(type(optimizer), device, any(group.get("fused") for group in optimizer.param_groups))
+
+
+def kernel_on(name: str, device: str) -> tuple[str, str] | None:
+    """The same of an optimizer that is not there yet: the one called `name`, on a kind of device such as 'cuda'."""
+    recipe = _recipe_called(name)
+    return _kernel(recipe.build, device, device in _FUSED_DEVICES) if "fused" in recipe.uses else None
+
+
+def _kernel(kind: type[torch.optim.Optimizer], device: str, is_fused: bool) -> tuple[str, str]:
+    if is_fused:
+        return f"{kind.__name__}, fused", f"one kernel for the whole update on {device}"
+    return kind.__name__, f"no fused kernel on {device}"
 
 
 def slow_kernel(optimizer: torch.optim.Optimizer) -> str:

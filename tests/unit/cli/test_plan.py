@@ -18,6 +18,7 @@ from llm_trainer.models.rewarding import reward_model
 from llm_trainer.plan.describe import Sketch, describe, without_weights
 from llm_trainer.plan.shapes import shape_of
 from llm_trainer.train.budget import KEY
+from llm_trainer.train.compiling import UNDECIDED
 from llm_trainer.train.sizing import MOST
 from llm_trainer.trainers.distill import CHUNK_ELEMENTS
 
@@ -199,7 +200,8 @@ def test_what_is_left_open_is_what_the_run_would_find(run, capsys):
     assert told["automatic"]["layout"]["value"] == "flat"
     shown = said(capsys, run(), *cluster)
     assert (
-        "auto  micro-batches  65,536 tokens  more gains nothing [data_loader_config.micro_batch_tokens=null]" in shown
+        "auto  micro-batches  65,536 tokens          more gains nothing [data_loader_config.micro_batch_tokens=null]"
+        in shown
     )
     assert "batch_size=4096 sft_config.gradient_accumulation_steps=1" in shown.splitlines()[-1]  # the user's own
 
@@ -213,13 +215,32 @@ def test_what_is_left_open_is_what_the_run_would_find(run, capsys):
     given = planned(
         capsys,
         run(),
-        *(told["automatic"][name]["key"].replace(": ", "=") for name in ("layout", "attention")),
+        *(
+            told["automatic"][name]["key"].replace(": ", "=")
+            for name in ("layout", "attention", "optimizer", "compile")
+        ),
         *cluster,
     )
     assert list(given["automatic"]) == ["micro-batches"]
     given = planned(capsys, run("pretrain_config"), "data_loader_config.micro_batch_tokens=2048", *cluster)
-    assert list(given["automatic"]) == ["attention"]  # documents of a text are packed in any case
+    assert list(given["automatic"]) == [
+        "attention",
+        "optimizer",
+        "compile",
+    ]  # documents of a text are packed in any case
     assert given["recommendation"]["choice"]["micro_tokens"] == 2048
+
+
+def test_kernels_and_compiling_are_what_the_run_would_choose(run, capsys):
+    def automatic(*arguments: str) -> dict:
+        return planned(capsys, run(), *arguments)["automatic"]
+
+    found = automatic("--gpus", "1", "optim_config.optim_type=muon")
+    assert found["optimizer"]["value"] == "Muon, fused" and found["compile"] == UNDECIDED.facts
+    assert "optimizer" not in automatic("optim_config.optim_type=lion")
+    assert "compile" not in automatic("--gpus", "1", "--tokens", "1e6")  # seconds
+    long = automatic("--gpus", "1", "--tokens", "1e12")
+    assert long["compile"]["value"] == "on" and "90 s longer" in long["compile"]["why"]
 
 
 def test_json_adds_up(run, capsys):
