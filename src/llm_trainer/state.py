@@ -200,8 +200,7 @@ class StepDone:
         grad_norm: of the whole gradient, before clipping.
         finite: whether it is finite; otherwise nothing was updated.
         tokens: of all ranks.
-        seconds: that the step took.
-        cpu_seconds: of the processor that this process took for it; 0 where nobody has looked.
+        seconds, cpu_seconds: that the step took by the clock, and of the processor for this process (0: nobody has looked).
         waited: seconds before it, in which its data were awaited; of a rollout's first update, until it was made.
         stop: whether any rank has been asked to stop.
         batches: this rank's micro-batches.

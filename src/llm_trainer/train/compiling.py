@@ -210,7 +210,7 @@ class Compiling:
         if len(self._pace) < WATCHED:
             return None
         self._is_settled = True
-        plain, compiled = ([pace.work for pace in paces] for paces in (self._plain, self._pace))
+        plain, compiled = [pace.work for pace in self._plain], [pace.work for pace in self._pace]
         gain, is_clear = median(plain) / median(compiled), _lie_apart(plain, compiled)
         facts = f"it took {self._seconds:.0f} s, and steps are {gain:.2f} times as fast"
         if not is_clear:
@@ -280,8 +280,8 @@ class Compiling:
         state = state or {"is_on": False, "pace": []}
         pace = []
         for step in state["pace"]:
-            is_earlier = isinstance(step, float)  # a version that had the clock of the wall alone
-            pace.append(Pace(step, step) if is_earlier else Pace(*step))
+            both = [step, step] if isinstance(step, float) else step  # of an earlier version: by the wall's clock alone
+            pace.append(Pace(*both))
         self._begin(pace)
         self._layers.switch(state["is_on"])
 

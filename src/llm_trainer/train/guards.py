@@ -20,15 +20,13 @@ class NonFiniteError(ArithmeticError):
 def broken_tensor(engine: Engine, model: nn.Module) -> str | None:
     """The first parameter that holds a NaN or an infinity, and how many of them; all ranks look at their shards together."""
     shards = [(name, engine.local_shard(parameter)) for name, parameter in model.named_parameters()]
-    # A sum is NaN or infinite if one of its terms is. It needs one pass; looking at each number makes copies of all.
-    sums = torch.stack([shard.sum(dtype=torch.float32) for _, shard in shards])  # the host waits for the device once
-    found = None
-    for index in (~sums.isfinite()).nonzero().flatten().tolist():
+    # A sum is not finite if a term is not. It needs one pass, and `isfinite` copies; the host waits for the device once.
+    sums, found = torch.stack([shard.sum(dtype=torch.float32) for _, shard in shards]), None
+    for index in (~sums.isfinite()).nonzero().flatten().flip(0).tolist():
         name, shard = shards[index]
         count = int((~shard.isfinite()).sum())
         if count:  # not only a sum that is too large
             found = f"{name.removeprefix('module.')} ({count} of {shard.numel():,} values are not finite)"
-            break
     return next(filter(None, dist.gather_objects(found)), None)
 
 
