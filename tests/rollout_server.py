@@ -172,7 +172,7 @@ class FakeServer:
         assert self.updating is not None and not self.running.is_set()
         if bucket.path:
             check_file(bucket)
-            tensors = tensors_of(bucket)
+            tensors = tensors_of(bucket, torch.device("cpu"))
         else:
             tensors = receive(self.group, bucket, torch.device("cpu"))
         self.updating.append(bucket)

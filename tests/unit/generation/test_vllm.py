@@ -39,7 +39,13 @@ pytestmark = [
 ]
 TESTS = Path(__file__).resolve().parents[2]
 # vLLM's attention on CPUs has heads of 32 at least.
-SHAPE = {"head_dim": 32, "vocab_size": 64, "max_position_embeddings": 512, "tie_word_embeddings": True}
+SHAPE = {
+    "head_dim": 32,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
 PLAIN = Decoding(max_new_tokens=12, seed=3, stop_token_ids=(5,))
 REQUESTS = [Request([1, 2, 3 + row], row, 3) for row in range(6)]
 
@@ -104,18 +110,14 @@ def test_tokens_have_the_logprobs_of_a_teacher_forced_forward(
     service = verified(model, server, transport=transport())
     seconds = []
     for version in range(20):
-        moved(model)
+        moved(model, 0.02)
         began = time.monotonic()
         service.load(streamed(model), version)
         seconds.append(time.monotonic() - began)
     record_property("seconds_per_sync", sorted(seconds)[10])
     print(f"seconds per sync: {sorted(seconds)[10]:.3f}")
-    for change in (
-        {},
-        {"temperature": 0.7, "suppress_tokens": (7, 9)},
-        {"repetition_penalty": 1.3},
-        {"temperature": 0.0},
-    ):
+    changes: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"repetition_penalty": 1.3}]
+    for change in [*changes, {"temperature": 0.7, "suppress_tokens": (7, 9)}]:
         decoding = Decoding(**{**vars(PLAIN), **change})
         drawn = service.generate(REQUESTS, decoding, never)
         again = service.generate(REQUESTS, decoding, never)
@@ -123,11 +125,15 @@ def test_tokens_have_the_logprobs_of_a_teacher_forced_forward(
         for request, group in zip(REQUESTS, drawn, strict=True):
             for completion in group:
                 assert completion.versions == [(0, 19)]
-                assert far(model, decoding, request.ids, completion) < 1e-5
+                assert far(model, decoding, request.ids, completion) < 5e-6 / min(1.0, decoding.temperature or 1.0)
 
 
 class KeepsCache(Vllm):
-    """Keys and values of all versions are shared, and never forgotten."""
+    """Keys and values of all versions are shared, and never forgotten: a pause would forget them too."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
 
     def draw(self, *asked: Any) -> Any:
         return super().draw(*asked[:-1], "always")
@@ -187,14 +193,15 @@ def test_weights_may_move_while_tokens_are_drawn(model: nn.Module, server: str) 
     service.load(streamed(model), 1)
     older = deepcopy(model)
     found: list[Any] = []
-    decoding = Decoding(max_new_tokens=400, seed=3)
+    decoding = Decoding(max_new_tokens=500, seed=3)
+    many = [request._replace(samples=16) for request in REQUESTS]
 
     def draw() -> None:
-        found.extend(service.generate(REQUESTS, decoding, never))
+        found.extend(service.generate(many, decoding, never))
 
     thread = threading.Thread(target=draw)
     thread.start()
-    time.sleep(1.0)
+    time.sleep(0.3)
     service.load(streamed(moved(model)), 2)
     thread.join(120)
     changed = [(request, one) for request, group in zip(REQUESTS, found, strict=True) for one in group]

@@ -83,7 +83,7 @@ class Receiver:
         if not self._is_applying:
             self._start_applying()
         for bucket in self._files:
-            self._apply(tensors_of(bucket))
+            self._apply(tensors_of(bucket, self.device))
         self._finish_applying()
         hashes = {name: f"{number:016x}" for name, number in self._hashes.read().items()}
         self.arrived = {"version": self._version, "hashes": hashes}
