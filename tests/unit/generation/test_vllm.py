@@ -56,6 +56,8 @@ def started(folder: Path, log: Path, port: int) -> Iterator[subprocess.Popen[byt
     command = [sys.executable, "-m", "llm_trainer.cli.main", "rollout-server", str(folder), "--port", str(port)]
     command += ["--python", str(PYTHON), "--wait", "200", "--", "--dtype", "float32", "--enforce-eager"]
     command += ["--worker-extension-cls", "vllm_faults.FaultyWorker"]
+    # On CPUs vLLM 0.32 dies where a request with a seed is computed in parts: its generator there has no offset to go back by.
+    command += ["--max-num-batched-tokens", "16384"]
     variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=variables, cwd=TESTS, stdout=out, stderr=subprocess.STDOUT)
@@ -133,8 +135,6 @@ class KeepsCache(Vllm):
 
     def pause(self) -> None: ...
 
-    def resume(self) -> None: ...
-
     def draw(self, *asked: Any) -> Any:
         return super().draw(*asked[:-1], "always")
 
@@ -194,10 +194,9 @@ def test_weights_may_move_while_tokens_are_drawn(model: nn.Module, server: str) 
     older = deepcopy(model)
     found: list[Any] = []
     decoding = Decoding(max_new_tokens=500, seed=3)
-    many = [request._replace(samples=16) for request in REQUESTS]
 
     def draw() -> None:
-        found.extend(service.generate(many, decoding, never))
+        found.extend(service.generate(REQUESTS, decoding, never))
 
     thread = threading.Thread(target=draw)
     thread.start()
