@@ -81,6 +81,7 @@ class Batch:
         self.count = torch.zeros(num_rows, dtype=torch.long, device=device)  # new tokens so far
         self.budget = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.seen: Tensor | None = None  # [num_rows, V], for the repetition penalty
+        self.scores: Tensor | None = None  # [num_rows, V], the logits of a token
         self.new = self.count[:0]
 
     @property
@@ -97,7 +98,7 @@ class Batch:
             logits.append(self.reader.read(self.new))
         if self._may_enter():
             logits.extend(self._enter())
-        scores = torch.cat(logits)
+        scores = self._together(logits)
 
         # 2. one token each
         num = len(self.rows)
@@ -199,6 +200,16 @@ class Batch:
                 uniform = noise(self.seed, request.number, row.sample, request.first + budget)[request.first :]
                 self.noise[number, :budget] = torch.from_numpy(uniform).float()
         return logits
+
+    def _together(self, logits: list[Tensor]) -> Tensor:
+        """Logits of all rows, `[B, V]` in float32, in memory that is used for every token."""
+        if self.scores is None:
+            self.scores = logits[0].new_zeros(self.num_rows, logits[0].shape[1], dtype=torch.float32)
+        first = 0
+        for part in logits:
+            self.scores[first : first + len(part)] = part
+            first += len(part)
+        return self.scores[:first]
 
     def _after_prompt(self, group: Group) -> Tensor:
         assert group.logits is not None

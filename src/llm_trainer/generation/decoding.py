@@ -122,14 +122,14 @@ class Decoding:
         target = noise.float().clamp(max=BELOW_ONE)[:, None]
         if self.is_cut:
             cut = self._cut(logits)
-            place = _invert(cut.logprobs.exp(), target)
+            place = _invert(cut.logprobs.exp().cumsum(-1), target)
             return Draw(cut.ids.gather(1, place)[:, 0], cut.logprobs.gather(1, place)[:, 0], cut)
-        total = logits.logsumexp(-1, keepdim=True)
-        if self.temperature == 0:
-            chosen = logits.argmax(-1, keepdim=True)
-        else:
-            chosen = _invert((logits - total).exp_(), target)
-        logprobs = logits.gather(1, chosen) - total
+        # In place from here on: over a whole vocabulary new memory takes longer than the arithmetic.
+        highest, likeliest = logits.max(-1, keepdim=True)
+        cumulative = (logits - highest).exp_().cumsum_(-1)
+        total = cumulative[:, -1:]
+        chosen = likeliest if self.temperature == 0 else _invert(cumulative, target)
+        logprobs = logits.gather(1, chosen) - highest - total.log()
         return Draw(chosen[:, 0], logprobs[:, 0])
 
     def logprobs(self, logits: Tensor, ids: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -224,8 +224,7 @@ def id_tensor(ids: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(ids, device=device)
 
 
-def _invert(probabilities: Tensor, target: Tensor) -> Tensor:
-    """The place `[B, 1]` where the cumulative sum of `probabilities [B, K]` passes the share `target [B, 1]` of all."""
-    cumulative = probabilities.cumsum(-1)
+def _invert(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The place `[B, 1]` where a cumulative sum of probabilities, `[B, K]`, passes the share `target [B, 1]` of all."""
     chosen = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)
     return chosen.clamp_(max=cumulative.shape[1] - 1)
