@@ -9,6 +9,8 @@ in one run; every other round runs in reverse order and ratios are taken within 
 
 `generate` gets 32 rows at a time, which is what it can do. Clocks: seconds, and processor time, which is the steadier one
 on a machine that others use too. `--agreement` decodes rows alone and in a batch instead, and prints how many are equal.
+`--cuts` scores completions as the trainer does, by themselves and in micro-batches, and prints for how many tokens that
+alone moves the ratio out of [0.9, 1.1].
 """
 
 import argparse
@@ -21,6 +23,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
@@ -30,6 +33,9 @@ STOPS = range(100, 200)  # of 6,400 tokens that are about equally likely
 ROWS = 32
 CASES = {"fixed": (8, 4, 64, 128, False), "long": (4, 8, 512, 64, False), "varying": (24, 4, 64, 256, True)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+IGNORE = -100
+SHARPER = 8  # the factor of logits in `--cuts`: with it a token has 2 nats, as with a trained model
+MICRO_BATCHES = (2, 8, 32)  # rows of one, in `--cuts`; each is compared with rows by themselves
 
 
 def build_model() -> Any:
@@ -147,6 +153,67 @@ def agreement(precision: str, num_rows: int) -> dict[str, Any]:
     }
 
 
+def cuts(precision: str, num_rows: int) -> dict[str, Any]:
+    """Of tokens of completions: the share whose ratio leaves [0.9, 1.1] by how they are scored, nothing having been learned.
+
+    They are scored by the trained weights in the precision of training, rows padded and laid flat: in micro-batches against
+    by themselves; and by themselves against what the sampler said when it drew them.
+    """
+    from llm_trainer.data.collate import collate_flat, collate_padded
+    from llm_trainer.generation.decoding import Decoding
+    from llm_trainer.generation.in_process import InProcess
+    from llm_trainer.generation.service import Request
+    from llm_trainer.models.attention import resolve_attention
+    from llm_trainer.models.scored import scored
+
+    # 1. completions, of lengths that vary
+    model = build_model()
+    with torch.no_grad():
+        model.model.norm.weight *= SHARPER
+    service = InProcess(model, DTYPES[precision], max_rows=64)
+    service.load(model.state_dict().items(), 0)
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(16, 128, (num_rows,), generator=generator).tolist()
+    prompts = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    requests = [Request(prompt, number) for number, prompt in enumerate(prompts)]
+    drawn = service.generate(requests, Decoding(max_new_tokens=128, seed=0, stop_token_ids=tuple(STOPS)), lambda: False)
+    rows: list[Any] = []
+    sampled = []
+    for prompt, (completion,) in zip(prompts, drawn, strict=True):
+        ids = np.array(prompt + completion.ids)
+        trained = np.arange(len(ids)) >= len(prompt)
+        rows.append({"input_ids": ids, "trained": trained, "document_lengths": [len(ids)]})
+        sampled.append(torch.tensor(completion.logprobs))
+
+    # 2. their log-probabilities, by how they are cut
+    model.set_attn_implementation(resolve_attention("auto", "cpu"))
+    reader = scored(model)
+
+    @torch.no_grad()
+    def logprobs(lay: Callable[[Any], Any], size: int) -> torch.Tensor:
+        found = []
+        for first in range(0, num_rows, size):
+            batch = lay(rows[first : first + size])
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                values = reader(**batch).logprobs
+            found.append(values[batch["labels"] != IGNORE])
+        return torch.cat(found)
+
+    def share_outside(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        ratio = (ours - theirs).exp()
+        return float(((ratio < 0.9) | (ratio > 1.1)).double().mean())
+
+    alone = logprobs(collate_padded, 1)
+    report: dict[str, Any] = {"precision": precision, "tokens": len(alone), "nats": -float(alone.mean())}
+    report["outside, sampler against trainer"] = share_outside(alone, torch.cat(sampled))
+    for name, lay in (("padded", collate_padded), ("flat", collate_flat)):
+        for size in MICRO_BATCHES:
+            together = logprobs(lay, size)
+            report[f"outside, {size} rows {name}"] = share_outside(together, alone)
+            report[f"largest difference, {size} rows {name}"] = float((together - alone).abs().max())
+    return report
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -155,11 +222,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--agreement", type=int, default=0, metavar="ROWS")
+    parser.add_argument("--cuts", type=int, default=0, metavar="ROWS")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for precision in options.precisions:
         if options.agreement:
             print(json.dumps(agreement(precision, options.agreement)), flush=True)
+        if options.cuts:
+            print(json.dumps(cuts(precision, options.cuts)), flush=True)
+        if options.agreement or options.cuts:
             continue
         for case in options.cases:
             print(json.dumps(compare(case, precision, options.rounds)), flush=True)

@@ -21,7 +21,7 @@ NEVER = VOCABULARY  # an id that ends a completion and that the model does not h
 LEARNING_RATE = 1e-5
 MAX_GRAD_NORM = 1.0
 CLIP = 0.2
-PARTS = ("generate", "reward", "score", "learn", "sync", "store", "rest")
+PARTS = ("generate", "reward", "score", "learn", "sync", "checks", "rest")  # checks: stores, ledger and hashes too
 
 
 class Case(NamedTuple):

@@ -14,6 +14,8 @@ from llm_trainer import GRPOTrainer, create_optimizer
 from llm_trainer.data import rollout_source
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollout_store import RolloutFolder
+from llm_trainer.generation.in_process import InProcess
+from llm_trainer.generation.verify import Hashes
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.train import loop
 from llm_trainer.train.hooks import Hook, RunView
@@ -57,11 +59,15 @@ def watch(clock: Clock) -> None:
     clock.watch(RolloutMaker, "_judged", "reward")
     clock.watch(RolloutMaker, "begin", "sync")
     clock.watch(RolloutMaker, "finish", "score")
-    clock.watch(RolloutSource, "_made_of", "store")
+    clock.watch(RolloutSource, "_made_of", "checks")
+    clock.watch(Hashes, "note", "checks")
+    clock.watch(InProcess, "held", "checks")
+    clock.watch(InProcess, "logprobs", "checks")  # of the probe, by both
+    clock.watch(GRPOTrainer, "_probe_logprobs", "checks")
     for method in ("find", "set_aside", "prune", "begin", "write_part", "join", "finish"):
-        clock.watch(RolloutFolder, method, "store")
+        clock.watch(RolloutFolder, method, "checks")
     for function in ("checked", "account"):
-        clock.watch(rollout_source, function, "store")
+        clock.watch(rollout_source, function, "checks")
     clock.watch(loop, "train_step", "learn")
 
 
