@@ -8,10 +8,11 @@ import torch
 from reinforcement import Experiment, Ids, dealt_out, greedy_accuracy, turned
 
 from llm_trainer import GRPOTrainer, PPOTrainer
-from llm_trainer.trainers.reinforce import ReinforceTrainer, RLOOTrainer
+from llm_trainer.trainers.reinforce import ReinforceTrainer, ReMaxTrainer, RLOOTrainer
 
 PROMPTS, GROUP = 128, 4  # of a rollout, and completions per prompt
 UPDATES = 4  # of each rollout, so that ratios are not 1 and clipping is at work
+PADDED = {"packing": "none"}  # rows of equal length: in fp32 attention over flat ones goes document by document
 
 
 class Sums:
@@ -46,31 +47,32 @@ class Sums:
 def of_groups(trainer: Any = GRPOTrainer, **how: Any) -> Experiment:
     """A trainer that compares completions of one prompt."""
     own = {name: how.pop(name) for name in ("reward", "accuracy", "lr", "rollouts") if name in how}
-    options = {"num_samples_per_prompt": GROUP, "rows_per_update": PROMPTS * GROUP // UPDATES, **how}
-    return Experiment(Sums, trainer, options, prompts=PROMPTS, **own)
+    options = {"num_samples_per_prompt": GROUP, "rows_per_update": PROMPTS * GROUP // UPDATES, "share_prompts": False}
+    return Experiment(Sums, trainer, options | PADDED | how, prompts=PROMPTS, **own)
 
 
 def with_critic(**how: Any) -> Experiment:
-    """PPO, one pass over each rollout."""
+    """PPO, two passes over each rollout."""
     options = {
         "completions_per_prompt": GROUP,
         "ppo_batch_size": PROMPTS * GROUP // UPDATES,
-        "ppo_epochs": 1,
+        "ppo_epochs": 2,
         "clip_eps": 0.2,
         "kl_beta": 0.0,  # what the base does is not to be kept
     }
-    return Experiment(Sums, PPOTrainer, options | how, prompts=PROMPTS)
+    return Experiment(Sums, PPOTrainer, options | PADDED | how, prompts=PROMPTS, rollouts=80, lr=7e-4)
 
 
 EXPERIMENTS = {
     "GRPO": of_groups(),
     "Dr. GRPO": of_groups(loss_type="dr_grpo"),
     "DAPO": of_groups(loss_type="dapo"),
-    "CISPO": of_groups(loss_type="cispo"),
-    "GSPO": of_groups(loss_type="gspo"),
+    "CISPO": of_groups(loss_type="cispo", rollouts=80, lr=7e-4),
+    "GSPO": of_groups(loss_type="gspo", rollouts=80),
     "GRPO, asynchronous": of_groups(max_staleness=UPDATES),
     "RLOO": of_groups(RLOOTrainer),
-    "REINFORCE++": of_groups(ReinforceTrainer),
+    "ReMax": of_groups(ReMaxTrainer),
+    "REINFORCE++": of_groups(ReinforceTrainer, rollouts=80, lr=7e-4),
     "PPO, critic of its own": with_critic(),
     "PPO, critic on the policy's body": with_critic(critic_on_policy=True),
     "GRPO, reward's sign turned (control)": of_groups(reward=turned, accuracy=(0.0, 0.05)),

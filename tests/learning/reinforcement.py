@@ -77,6 +77,7 @@ class Experiment:
         reward: makes the reward of the task's.
         rollouts, prompts: how many, and of how many prompts each.
         lr: learning rate.
+        seeds: of the runs.
         accuracy: held-out accuracies that are expected, (lowest, highest).
     """
 
@@ -87,6 +88,7 @@ class Experiment:
     rollouts: int = 60
     prompts: int = 128
     lr: float = 1e-3
+    seeds: tuple[int, ...] = (0, 1, 2)
     accuracy: tuple[float, float] = (0.95, 1.0)
 
 

@@ -12,13 +12,14 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent))
+import additions
 import learning_table
 import reinforced_sums
 from reinforcement import Experiment, run
 
-SEEDS = learning_table.SEEDS
 TABLES = {  # by their markers in docs/results.md
     "reinforcement": reinforced_sums.EXPERIMENTS,
+    "reinforcement of additions": additions.EXPERIMENTS,
 }
 EXPERIMENTS: dict[str, Experiment] = {}
 for experiments in TABLES.values():
@@ -29,7 +30,7 @@ HEAD = ["algorithm", "accuracy before", "accuracy", "expected", "reached", "proc
 def line(name: str) -> str:
     """The table's line of one experiment: medians over the seeds, with lowest and highest where training ended."""
     low, high = EXPERIMENTS[name].accuracy
-    outcomes = [run(EXPERIMENTS[name], seed) for seed in SEEDS]
+    outcomes = [run(EXPERIMENTS[name], seed) for seed in EXPERIMENTS[name].seeds]
     before = statistics.median(outcome.accuracy[0] for outcome in outcomes)
     after = [outcome.accuracy[1] for outcome in outcomes]
     processor = statistics.median(outcome.processor for outcome in outcomes)

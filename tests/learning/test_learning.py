@@ -20,9 +20,11 @@ def test_held_out_accuracy(name: str, seed: int) -> None:
     assert outcome.seconds < 60
 
 
+RUNS = [(name, seed) for name, experiment in reinforcement.EXPERIMENTS.items() for seed in experiment.seeds]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", reinforcement.SEEDS)
-@pytest.mark.parametrize("name", reinforcement.EXPERIMENTS)
+@pytest.mark.parametrize(("name", "seed"), RUNS)
 def test_held_out_accuracy_after_reinforcement(name: str, seed: int) -> None:
     experiment = reinforcement.EXPERIMENTS[name]
     outcome = reinforcement.run(experiment, seed)

@@ -1,4 +1,4 @@
-"""GRPO on the sums of `reinforcement_table.py`, with completions drawn by a server of vLLM; prints its line.
+"""GRPO on the sums of `reinforced_sums.py`, with completions drawn by a server of vLLM; prints its line.
 
 LLM_TRAINER_VLLM_PYTHON is the interpreter of vLLM's environment (examples/cluster/make_vllm_env.sh).
 """
@@ -12,14 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import reinforcement_table as table
 import sums
+from reinforced_sums import Sums, of_groups
+from reinforcement import run
 
 SEED = 0
 
@@ -44,11 +44,9 @@ def main() -> None:
         while b"ready: http" not in (folder / "log").read_bytes():
             assert server.poll() is None, (folder / "log").read_text()[-2000:]
             time.sleep(0.5)
-        table.learning_table.base = lambda seed: deepcopy(base)
-        options = table.of_groups(rollout_servers=[f"http://127.0.0.1:{port}"])
-        table.EXPERIMENTS["GRPO, drawn by vLLM"] = table.Experiment(options=options)
+        Sums.base = staticmethod(lambda seed: base)
         started = time.perf_counter()
-        found = table.run("GRPO, drawn by vLLM", SEED)
+        found = run(of_groups(rollout_servers=[f"http://127.0.0.1:{port}"]), SEED)
         before, after = found.accuracy
         print(f"GRPO, drawn by vLLM: {before:.1%} -> {after:.1%}, {time.perf_counter() - started:.0f} s")
 
