@@ -68,7 +68,7 @@ def test_at_the_first_save_and_not_any_more_later(
     def wait_for_the_save(run: Any) -> None:
         run.checkpoints.saving._pending and run.checkpoints.saving._pending.exception()
 
-    hooks = [Hook("wait", wait_for_the_save, every_steps=3), press(disk, 1, 3)]
+    hooks = [Hook("wait", wait_for_the_save, every_steps=4), press(disk, 1, 4)]  # the save is that of step 3
     options: dict[str, Any] = {"log_dir": str(tmp_path / "log"), "max_epochs": 1, "save_in_background": background}
     make_trainer(disk / "run", hooks=hooks, **options).train()
     said = capsys.readouterr().out
