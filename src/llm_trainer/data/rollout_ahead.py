@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llm_trainer.data.rollout_making import Making
-from llm_trainer.data.rollout_store import LOOKS_EVERY_S, RolloutError
+from llm_trainer.data.rollout_store import LOOKS_EVERY_S, RolloutError, Stored
 from llm_trainer.machine import Machine
 
 # Of what a rollout was made ahead of, what is not known when its making begins: the hash of the weights that have scored it,
@@ -18,6 +18,43 @@ SCORED, ALSO = "scored", "also"
 def origin(made_of: Mapping[str, Any]) -> dict[str, Any]:
     """What a rollout that was made ahead was begun with."""
     return {name: value for name, value in made_of.items() if name not in (SCORED, ALSO)}
+
+
+def is_same_ahead(stored: Stored, made_of: Mapping[str, Any], begun: Mapping[str, Any] | None) -> bool:
+    """Whether what is on the disk of a rollout that was begun ahead is the one that is wanted, as far as it goes.
+
+    Args:
+        made_of: what is wanted; with a `version` if it is to be made ahead, else to be learned from now.
+        begun: what a checkpoint says that the rollout was begun with; None: nothing.
+    """
+    if "version" not in stored.made_of:
+        return False
+    # 1. it was begun by the same weights, and no others have made a part of it
+    same = origin(stored.made_of)
+    if same == made_of:
+        return ALSO not in stored.made_of
+    # 2. the checkpoint says that it was begun so, by weights that are gone; those that score it are there
+    is_now = "version" not in made_of
+    if is_now and stored.is_finished and stored.made_of[SCORED] != made_of["weights"]:
+        return False
+    others = [name for name in made_of if name not in ("weights", "version")]
+    return same == begun and all(same.get(name) == made_of[name] for name in others)
+
+
+def mixed(stored: Stored | None, made_of: Mapping[str, Any], step: int) -> tuple[dict[str, Any], str]:
+    """What a rollout is made of that was begun by weights which are gone, and how much of it others make, in words.
+
+    Args:
+        stored: what is there of it; None: nothing.
+        made_of: that is wanted now.
+        step: of the weights of now.
+    """
+    if stored is None:
+        return dict(made_of), "all of it is"
+    if not stored.missing:
+        return stored.made_of, ""
+    also = sorted({*stored.made_of.get(ALSO, []), step})
+    return stored.made_of | {ALSO: also}, f"{stored.missing} of its {len(stored.parts)} parts are"
 
 
 class Ahead:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from llm_trainer.data.collate import laying
 from llm_trainer.data.loaders import LoaderSteps
-from llm_trainer.data.rollout_ahead import ALSO, SCORED, Ahead, origin
+from llm_trainer.data.rollout_ahead import SCORED, Ahead, is_same_ahead, mixed, origin
 from llm_trainer.data.rollout_making import Making, staleness
 from llm_trainer.data.rollout_prompts import Prompt, PromptSource, Taken
 from llm_trainer.data.rollout_store import RolloutError, RolloutFolder, Stored, verified
@@ -188,6 +188,8 @@ class RolloutSource:
         place = InRollout.at(position)
         if not self.training:
             self._opened = None  # of an evaluation before, with other weights
+            if self.ahead is not None:
+                self.ahead.wait()  # what draws is to get other weights; all ranks meet before it does
         while True:
             rollout = self._rollout(epoch, place)
             if rollout is None:
@@ -317,14 +319,19 @@ class RolloutSource:
             return None
         if self.training and not self.keep_rollouts:
             self._folder.prune()
-        if self.ahead is not None and not self.training:
-            self.ahead.wait()  # what draws is to get other weights; all ranks meet before it does
         if stored is None:
             parts = self._parts(len(wanted.taken.prompts))
         else:
             parts = stored.parts
-        if self._begun is not None and self._begun["number"] == number and self._begun["made_of"] != made_of:
-            made_of = self._mixed(wanted)
+        begun = self._begun_as(number)
+        if begun is not None and begun != made_of:  # by weights that are gone
+            made_of, missing = mixed(stored, made_of, self.machine.step)
+            if missing:
+                self.machine.say(
+                    f"WARNING: rollout {number} was being made with the weights of step {begun['version']} when the run was "
+                    f"stopped; {missing} made with those of step {self.machine.step}. From here on the run is not "
+                    f"bit-identical to one that was never stopped; its rows say which weights wrote them"
+                )
         facts = {"made_of": made_of, "after": wanted.taken.after, "parts": parts}
         making = Making(self._folder, self.maker, self.machine, number, wanted.taken.prompts, facts, self.training)
         making.begin()
@@ -389,52 +396,27 @@ class RolloutSource:
         wanted, making = following.wanted, following.making
         rollout = None
         if making is not None:
-            self.ahead.collect(self.machine)
+            with making.plan.timed("wait"):
+                self.ahead.collect(self.machine)
             if self.before is not None:
                 self.before()
             rollout = self._finished(making, self.machine.weights_hash())
         self._following = None  # not before: a checkpoint that is saved because all were asked to stop knows of it
-        if (
-            making is None and wanted.taken is not None
-        ):  # it was on the disk; were its scores those of the weights of now?
-            return self._found_or_made(wanted.epoch, wanted.place)
+        if making is None and wanted.taken is not None:
+            return self._found_or_made(wanted.epoch, wanted.place)  # on the disk, if the weights of now have scored it
         return rollout
+
+    def _begun_as(self, number: int) -> dict[str, Any] | None:
+        """What a rollout was begun ahead with; None: it was not, as far as this run knows."""
+        if self._begun is None or self._begun["number"] != number:
+            return None
+        return self._begun["made_of"]
 
     def _is_same(self, number: int, stored: Stored, made_of: Mapping[str, Any]) -> bool:
         """Whether what is on the disk is the rollout that is wanted, or a part of it."""
         if stored.made_of == made_of:
             return True
-        if self.ahead is None or "version" not in stored.made_of:
-            return False
-        # 1. it was begun by the same weights, and no others have made a part of it
-        begun = origin(stored.made_of)
-        if begun == made_of:
-            return ALSO not in stored.made_of
-        # 2. the checkpoint says that it was begun so, by weights that are gone; those that score it are there
-        is_now = "version" not in made_of
-        if is_now and stored.is_finished and stored.made_of[SCORED] != made_of["weights"]:
-            return False
-        others = [name for name in made_of if name not in ("weights", "version")]
-        has_same = all(stored.made_of[name] == made_of[name] for name in others)
-        return has_same and self._begun == {"number": number, "made_of": begun}
-
-    def _mixed(self, wanted: _Wanted) -> dict[str, Any]:
-        """What a rollout is made of that was begun by weights which are gone; says so if some of it is made by those of now."""
-        assert self._begun is not None
-        stored, step = wanted.stored, self.machine.step
-        if stored is not None and not stored.missing:
-            return stored.made_of
-        missing, version = "all of it is", self._begun["made_of"]["version"]
-        made_of = wanted.made_of
-        if stored is not None:
-            missing = f"{stored.missing} of its {len(stored.parts)} parts are"
-            made_of = stored.made_of | {ALSO: sorted({*stored.made_of.get(ALSO, []), step})}
-        self.machine.say(
-            f"WARNING: rollout {wanted.place.number} was being made with the weights of step {version} when the run was "
-            f"stopped; {missing} made with those of step {step}. From here on the run is not bit-identical to one that was "
-            f"never stopped; its rows say which weights wrote them"
-        )
-        return made_of
+        return self.ahead is not None and is_same_ahead(stored, made_of, self._begun_as(number))
 
     def _find(self, number: int) -> Stored | None:
         try:
