@@ -59,6 +59,7 @@ RESUMED = f"{LOOP}::test_a_signal_saves_and_a_second_start_goes_on"
 RETRY = "tests/unit/train/test_retry.py"
 STREAM = "tests/unit/data/test_stream.py"
 ROLLOUTS = "tests/unit/train/test_rollouts.py"
+AHEAD = "tests/unit/train/test_rollouts_ahead.py"
 MUTATIONS = (
     # Losses.
     Mutation(
@@ -252,9 +253,23 @@ MUTATIONS = (
     Mutation(
         "a rollout of other weights or settings is learned from",
         "data/rollout_source.py",
-        "if stored is not None and stored.made_of != made_of:",
-        "if stored is not None and len(stored.made_of) != len(made_of):",
+        "if stored.made_of == made_of:",
+        "if len(stored.made_of) == len(made_of):",
         (f"{ROLLOUTS}::test_a_rollout_of_other_settings_is_set_aside_and_made_anew",),
+    ),
+    Mutation(
+        "a rollout is made ahead by weights that will be too old",
+        "data/rollout_source.py",
+        "if left > ahead.max_staleness or is_last:",
+        "if is_last:",
+        (f"{AHEAD}::test_the_weights_are_as_old_as_they_may_be",),
+    ),
+    Mutation(
+        "an evaluation brings its weights while a rollout is made",
+        "data/rollout_source.py",
+        "self.ahead.wait()  # what draws is to get other weights",
+        "pass  # what draws is to get other weights",
+        (f"{AHEAD}::test_an_evaluation_waits_for_what_is_made",),
     ),
     Mutation(
         "the rows of a rollout that no update is to see are learned from",
