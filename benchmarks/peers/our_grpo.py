@@ -11,7 +11,7 @@ import torch
 from grpo_work import LEARNING_RATE, MAX_GRAD_NORM, Clock, Job, share_even
 
 from llm_trainer import GRPOTrainer, create_optimizer
-from llm_trainer.data import rollout_source
+from llm_trainer.data import rollout_making
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollout_store import RolloutFolder
 from llm_trainer.generation.in_process import InProcess
@@ -67,7 +67,7 @@ def watch(clock: Clock) -> None:
     for method in ("find", "set_aside", "prune", "begin", "write_part", "join", "finish"):
         clock.watch(RolloutFolder, method, "checks")
     for function in ("checked", "account"):
-        clock.watch(rollout_source, function, "checks")
+        clock.watch(rollout_making, function, "checks")
     clock.watch(loop, "train_step", "learn")
 
 
