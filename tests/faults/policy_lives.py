@@ -27,6 +27,7 @@ from llm_trainer import GRPOTrainer
 from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.rewards.functions import RewardFunctions
+from llm_trainer.train import saving
 from llm_trainer.trainers.ppo import PPOTrainer
 from llm_trainer.trainers.rollouts import RolloutMaker
 
@@ -35,15 +36,15 @@ LEARNED = ("step", "loss", "grad_norm", "reward", "learning_rate", "num_tokens",
 
 
 class Kill:
-    """Kills this process when it was called `count` times."""
+    """Sends this process a signal when it was called `count` times."""
 
-    def __init__(self, count: int) -> None:
-        self.left = count
+    def __init__(self, count: int, what: signal.Signals = signal.SIGKILL) -> None:
+        self.left, self.what = count, what
 
     def __call__(self) -> None:
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.what)
 
 
 def make(name: str, folder: Path, **options: Any) -> Any:
@@ -64,19 +65,19 @@ def make(name: str, folder: Path, **options: Any) -> Any:
     return policies.make(name, folder, policies.tiny(hidden_size=16), **(given | own | options))
 
 
-def before(owner: Any, name: str, call: Callable[[], None]) -> None:
-    """Let `call` be called before a method."""
+def before(owner: Any, name: str, call: Callable[[], None], patch: Callable[[Any, str, Any], object]) -> None:
+    """Let `call` be called before a function of a class or a module."""
     method = getattr(owner, name)
 
     def called(*args: Any, **kwargs: Any) -> Any:
         call()
         return method(*args, **kwargs)
 
-    setattr(owner, name, called)
+    patch(owner, name, called)
 
 
-def aim_at(phase: str, kill: Kill, kind: Any) -> None:
-    """Let a life end at a moment of a phase."""
+def aim_at(phase: str, kill: Kill, kind: Any, patch: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Let a life end at a moment of a phase; `patch` sets attributes of classes and modules."""
     if phase == "generating":
         generate = InProcess.generate
 
@@ -87,13 +88,16 @@ def aim_at(phase: str, kill: Kill, kind: Any) -> None:
 
             return generate(self, requests, decoding, stop_or_end)
 
-        InProcess.generate = counted  # type: ignore[method-assign]
-    elif phase == "rewarding":
-        before(RewardFunctions, "__call__", kill)
-    elif phase == "syncing":
-        before(RolloutMaker, "begin", kill)
+        patch(InProcess, "generate", counted)
     else:
-        before(kind, {"scoring": "_finish", "updating": "_forward"}[phase], kill)
+        owner, method = {
+            "rewarding": (RewardFunctions, "__call__"),
+            "syncing": (RolloutMaker, "begin"),
+            "scoring": (kind, "_finish"),
+            "updating": (kind, "_forward"),
+            "saving": (saving, "write_files"),
+        }[phase]
+        before(owner, method, kill, patch)
 
 
 def start(name: str, folder: Path, aim: str, count: int) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from table import Cell, Curve, Rows, run, tiny_model
 from torch import Tensor
 
+from llm_trainer.data.rollouts import Rollout
 from llm_trainer.engine import dist
 from llm_trainer.train.hooks import Hook
 
@@ -116,12 +118,25 @@ def every_weight(trainer: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.run.engine.stream_weights(every_model=True)}
 
 
+def stored(folder: Path) -> dict[str, Any]:
+    """All columns of a rollout, and what it was made of but the hash of its weights."""
+    rollout = Rollout(folder)
+    meta = rollout.store.meta
+    facts = {name: meta[name] for name in ("ledger", "reasons", "after")}
+    facts["made_of"] = {name: value for name, value in meta["made_of"].items() if name != "weights"}
+    columns = {}
+    for name, column in rollout.store.columns.items():
+        columns[name] = [np.asarray(column[row]).tolist() for row in range(len(rollout))]
+    return {"facts": facts, "columns": columns}
+
+
 def moved(engine: str, ranks: int) -> dict[str, Any]:
-    """Two rollouts; before the second one the reference moves by a quarter: how, and the steps that were taken."""
-    report: dict[str, Any] = {"steps": []}
+    """Two rollouts; before the second one the reference moves by a quarter: how, the steps that were taken, the rollouts."""
+    report: dict[str, Any] = {"steps": [], "rollouts": []}
 
     def note(view: Any) -> None:
         report["steps"].append([view.values[name] for name in ("loss", "grad_norm", "kl")])
+        report["rollouts"].append(stored(view.save_dir / "rollouts" / f"{view.progress.step - 1:08d}"))
 
     def watch(trainer: Any) -> None:
         trainer.run._user_hooks.append(Hook("note", note, every_steps=1))
@@ -143,7 +158,11 @@ def moved(engine: str, ranks: int) -> dict[str, Any]:
         trainer.machine.follow = noting
 
     prompts = torch.randint(3, 512, (8, 4), generator=torch.Generator().manual_seed(1))
-    options: dict[str, Any] = {"reward_func": even_share, "reward_in_process": True, "stop_token_ids": []}
+    options: dict[str, Any] = {
+        "reward_func": even_share,
+        "reward_in_process": True,
+        "stop_token_ids": [*range(0, 512, 20)],
+    }
     options |= {"num_samples_per_prompt": 2, "gen_max_seq_len": 6, "kl_coef": 0.5}
     options |= {"ref_model": None, "ref_sync_steps": 1, "mixup_alpha": 0.25}
     cell, loader = (

@@ -30,6 +30,7 @@ TOLERANCE = 1e-5
 AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the last digit of fp32 is 5e-7
 # A new critic's gradients are small at first, and Adam divides them by themselves: their rounding is amplified.
 AUTOMATIC_OF = {"ppo": TOLERANCE}
+ROUNDED = ("sampled_logprobs", "ref_logprobs", "advantages")  # columns of a rollout that a forward made
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
 
@@ -179,6 +180,22 @@ def test_a_reference_moves_on_every_engine(engine: str, played: dict[str, Any]) 
     assert len(report["steps"]) == 2 and report["steps"][1][2] > 0
     for found, expected in zip(report["steps"], plain["steps"], strict=True):
         assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rollouts_are_the_same_on_every_engine(engine: str, played: dict[str, Any]) -> None:
+    """In fp32, token for token, one process or two: ids, groups, order, rewards, versions; log-probs to rounding."""
+    ours, alone = ended_well(engine, played)["moved"]["rollouts"], moved("torch", 1)["rollouts"]
+    assert len(ours) == len(alone) == 2
+    for found, expected in zip(ours, alone, strict=True):
+        assert found["facts"] == expected["facts"]
+        assert found["columns"].keys() == expected["columns"].keys()
+        for name, rows in expected["columns"].items():
+            for a, b in zip(found["columns"][name], rows, strict=True):
+                assert a == (pytest.approx(b, abs=TOLERANCE) if name in ROUNDED else b), name
+    finishes = {row[0] for rollout in alone for row in rollout["columns"]["finish"]}
+    lengths = {len(row) for row in alone[0]["columns"]["input_ids"]}
+    assert finishes == {0, 1} and len(lengths) > 2
 
 
 def test_the_table_would_notice_a_mean_of_means(base: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:
