@@ -484,11 +484,14 @@ class RolloutSource:
         Raises:
             RolloutError: there is none at all, or this one is damaged.
         """
+        if (folder / "rollouts").is_dir():  # a run's
+            folder = folder / "rollouts"
         path = folder / f"{place.number:08d}"
         if not path.is_dir():
             if place.number == 0:
                 raise RolloutError(
-                    f"rollouts: found no {path}; expected the folder save_dir/rollouts of a run that kept them"
+                    f"rollouts: found no {path}; expected the folder save_dir/rollouts of a run, which had kept all of them "
+                    f"(keep_rollouts: true)"
                 )
             self.machine.say(f"rollouts: {folder} has no more than {place.number} rollouts")
             return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import WITH_JUDGE, GRPOConfig
-from llm_trainer.data.rollout_source import RolloutSource, num_updates
+from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout
 from llm_trainer.losses.advantages import (
     OF_TOKENS,
@@ -24,13 +24,14 @@ from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
+from llm_trainer.models.frozen import same_weights
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts, to_device
 from llm_trainer.trainers.completions import given_logprobs, has_given, has_given_logprobs
 from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id_of, without_missing
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.moving import MovingReference
-from llm_trainer.trainers.on_policy import OnPolicyTrainer
+from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import default_reference, reference_of
 
@@ -107,6 +108,7 @@ class GRPOTrainer(OnPolicyTrainer):
         reference = None
         if how.loss_beta:
             reference = default_reference(model) if ref_model is None else ref_model
+            self.starts_at_reference = reference is not model and (ref_model is None or same_weights(model, reference))
         self._moving: MovingReference | None = None
         if reference is not None and how.ref_sync_steps is not None:
             self._moving = MovingReference(reference, model, how.ref_sync_steps, how.mixup_alpha)
@@ -139,9 +141,7 @@ class GRPOTrainer(OnPolicyTrainer):
 
     @classmethod
     def _steps_per_epoch(cls, stream: Any, section: GRPOConfig) -> int:
-        return (
-            num_updates(stream, section.group_size, section.rows_per_update, section.grpo_steps) or stream.num_steps()
-        )
+        return updates_per_epoch(stream, section, samples="group_size", update="rows_per_update", passes="grpo_steps")
 
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:

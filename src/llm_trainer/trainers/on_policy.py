@@ -15,7 +15,7 @@ from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import RolloutOptions
 from llm_trainer.data.collate import collate_padded, laying
 from llm_trainer.data.encode.chat import ChatFormat
-from llm_trainer.data.rollout_source import RolloutSource
+from llm_trainer.data.rollout_source import RolloutSource, num_updates
 from llm_trainer.data.rollout_store import RolloutError
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
 from llm_trainer.generation.service import GenerationService
@@ -38,7 +38,7 @@ from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
 from llm_trainer.trainers.ptx import PTX, ptx_of
 from llm_trainer.trainers.rollouts import JUDGED, RolloutMaker
-from llm_trainer.trainers.said import RowsOfIds, context_of, stop_tokens_of, vocab_size_of
+from llm_trainer.trainers.said import RowsOfIds, check_ids, check_vocabulary, context_of, stop_tokens_of, vocab_size_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -46,10 +46,6 @@ if TYPE_CHECKING:
 
 # What is said when nothing else happens in many rollouts.
 PATIENCE = 10
-NO_VARIANCE = (
-    "the rewards of every group were equal, so that nothing was learned: look at the completions (llm-trainer rollouts), take "
-    "easier or harder prompts, a larger group_size or a higher gen_temperature, or a reward with more steps"
-)
 NO_END = (
     "no completion ended before gen_max_seq_len: look at the completions (llm-trainer rollouts), at the stop tokens of the "
     "tokenizer's chat template, and at gen_max_seq_len"
@@ -79,6 +75,11 @@ class OnPolicyTrainer(BaseTrainer):
     best_is_highest: ClassVar[bool] = True
     shares_prompts = False  # whether the prompt of a group is run once
     how: Any  # its section, of `GenerateConfig` and `RolloutOptions`
+    # What is said where all rewards are equal again and again.
+    no_variance: ClassVar[str] = (
+        "the rewards of every group were equal, so that nothing was learned: look at the completions (llm-trainer rollouts), "
+        "take easier or harder prompts, a larger group_size or a higher gen_temperature, or a reward with more steps"
+    )
     starts_at_reference = False  # whether the policy and what it is held to are the same model at the start
 
     def __init__(
@@ -123,6 +124,8 @@ class OnPolicyTrainer(BaseTrainer):
         self._evaluation = options.get("sampling") or Sampling()
         self._maker: RolloutMaker | None = None
         self.correction = correction_of(how)
+        check_vocabulary(model, reward_model=reward_model)
+        check_ids(model, gen_suppress_tokens=how.gen_suppress_tokens, stop_token_ids=stop_token_ids or ())
         is_judged = any(one is not None for one in (self.rewards, self.judge, self.partners))
         self._ahead = ahead_of(how, self.rewards, is_judged, generation_service)
         super().__init__(model, *args, **options)
@@ -276,6 +279,7 @@ class OnPolicyTrainer(BaseTrainer):
                 tokenizer=self.tokenizer,
                 stop_token_ids=self._stops(),
                 context=context_of(self.base_model),
+                vocab_size=vocab_size_of(self.base_model),
                 max_resamplings=self._max_resamplings,
                 draws_greedy=self._draws_greedy,
                 padding=pad_id_of(self.tokenizer, self.base_model),
@@ -323,12 +327,17 @@ class OnPolicyTrainer(BaseTrainer):
 
     def _stops(self) -> tuple[int, ...]:
         """What ends a completion; where nothing is known, each is as long as it may be, which is said."""
-        if self._stop_token_ids is not None:
-            return tuple(self._stop_token_ids)
         found = stop_tokens_of(self.tokenizer, self.base_model)
         if self.partners is not None:
             found = tuple(dict.fromkeys((*ChatFormat(self.tokenizer).stop_token_ids(), *found)))
-        if not found and not self.how.gen_stop_strings:
+        if self._stop_token_ids is not None:
+            found = tuple(self._stop_token_ids)
+        if found and set(found) <= set(self.how.gen_suppress_tokens):
+            self.machine.say(
+                f"WARNING: gen_suppress_tokens has all tokens that end a completion ({', '.join(map(str, found))}): each will "
+                f"have {self.how.gen_max_seq_len} tokens (gen_max_seq_len)"
+            )
+        if self._stop_token_ids is None and not found and not self.how.gen_stop_strings:
             self.machine.say(
                 f"WARNING: no token is known that ends a completion, neither of the tokenizer nor of the model's "
                 f"generation_config: each will have {self.how.gen_max_seq_len} tokens (gen_max_seq_len). Pass stop_token_ids, "
@@ -370,17 +379,20 @@ class OnPolicyTrainer(BaseTrainer):
         if is_missing.all() and not rollout.column("failed").any():
             name = rollout.store.folder.name.partition(".")[0]
             unanswered = sum(rollout.facts(row)["answer"] is None for row in range(len(rollout)))
-            raise ValueError(
-                f"no completion of rollout {name} has a reward: no reward function applies to any. {unanswered} of "
-                f"{len(rollout)} have no reference answer in the data; expected an answer where a reward function compares "
-                f"with one: look at the rows' columns (data_loader_config.columns: {{answer: ...}}), or take rewards that need "
-                f"none"
-            )
+            fix = "expected functions that give numbers: None, and NaN, mean that one does not apply"
+            if unanswered:
+                fix = (
+                    f"{unanswered} of {len(rollout)} have no reference answer in the data; expected an answer where a reward "
+                    f"function compares with one: look at the rows' columns (data_loader_config.columns: {{answer: ...}}), or "
+                    f"take rewards that need none"
+                )
+            raise ValueError(f"no completion of rollout {name} has a reward: no reward function applies to any; {fix}")
         has_no_end = (rollout.column("finish") == FINISHES.index("length")).all()
-        for what, is_so in ((NO_VARIANCE, is_level), (NO_END, has_no_end)):
-            self._in_a_row[what] = (self._in_a_row.get(what, 0) + 1) * bool(is_so)
-            if self._in_a_row[what] % PATIENCE == PATIENCE - 1:
-                self.machine.say(f"WARNING: in {self._in_a_row[what]} rollouts in a row {what}")
+        for what, is_so in ((self.no_variance, is_level), (NO_END, has_no_end)):
+            count = (self._in_a_row.get(what, 0) + 1) * bool(is_so)
+            self._in_a_row[what] = count
+            if count and count % PATIENCE == 0:
+                self.machine.say(f"WARNING: in {count} rollouts in a row {what}")
 
     def _scored(self, rollout: Rollout, old: bool, reference: Any) -> dict[str, list[np.ndarray]]:
         """Log-probs of all tokens: under the policy as it is now, if `old`, and under the `reference`, if there is one."""
@@ -442,3 +454,27 @@ def correction_of(how: RolloutOptions) -> Correction | None:
     if mode == "none":
         return None
     return Correction(mode, how.off_policy_level, how.off_policy_cap, how.off_policy_floor)
+
+
+def updates_per_epoch(stream: Any, section: Any, samples: str, update: str, passes: str) -> int:
+    """Optimizer steps of an epoch.
+
+    Args:
+        stream: of prompts.
+        section: of the algorithm.
+        samples, update, passes: its fields: completions of a prompt, of an update, and passes over a rollout.
+
+    Raises:
+        ConfigError: updates do not divide a rollout.
+    """
+    per_prompt, per_update = getattr(section, samples), getattr(section, update)
+    rows = stream.rows_per_step * per_prompt
+    if per_update is not None and rows % per_update:
+        raise ConfigError(
+            f"{update}: got {per_update}, which does not divide the {rows} completions of a rollout: the last update of each "
+            f"pass would be smaller than the others. Expected a divisor, or null for one update per pass; a rollout has "
+            f"batch_size x gradient_accumulation_steps x devices x {samples}"
+        )
+    steps = num_updates(stream, per_prompt, per_update, getattr(section, passes))
+    assert steps is not None, "a stream of rows says how many it has"
+    return steps

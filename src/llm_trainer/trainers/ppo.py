@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.errors import ConfigError, fields_of
+from llm_trainer.config.errors import fields_of
 from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.data.collate import laying
-from llm_trainer.data.rollout_source import RolloutSource, num_updates
+from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
 from llm_trainer.losses.advantages import weighted_rewards
 from llm_trainer.losses.chunked import Objective
@@ -28,7 +28,7 @@ from llm_trainer.trainers.answers import Batch, count_tokens, to_device
 from llm_trainer.trainers.completions import given_logprobs
 from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder, group_options, let_critic_alone
 from llm_trainer.trainers.learned import of_learning, with_cuts
-from llm_trainer.trainers.on_policy import OnPolicyTrainer
+from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import default_reference, reference_of
 from llm_trainer.trainers.shaping import Followed, Shaping
@@ -70,6 +70,10 @@ class PPOTrainer(OnPolicyTrainer):
 
     section = "ppo_config"
     takes_flat = True
+    no_variance = (
+        "the rewards of all completions were equal, so that nothing was learned but the KL: look at the completions "
+        "(llm-trainer rollouts), take easier or harder prompts, a higher gen_temperature, or a reward with more steps"
+    )
 
     def __init__(
         self,
@@ -131,16 +135,9 @@ class PPOTrainer(OnPolicyTrainer):
 
     @classmethod
     def _steps_per_epoch(cls, stream: Any, section: PPOConfig) -> int:
-        rows, update = stream.rows_per_step * section.completions_per_prompt, section.ppo_batch_size
-        if update is not None and rows % update:
-            raise ConfigError(
-                f"ppo_batch_size: got {update}, which does not divide the {rows} completions of a rollout: the last update of "
-                f"each pass would be smaller than the others. Expected a divisor, or null for one update per pass; a rollout "
-                f"has batch_size x gradient_accumulation_steps x devices x completions_per_prompt"
-            )
-        steps = num_updates(stream, section.completions_per_prompt, update, section.ppo_epochs)
-        assert steps is not None, "a stream of rows says how many it has"
-        return steps
+        return updates_per_epoch(
+            stream, section, samples="completions_per_prompt", update="ppo_batch_size", passes="ppo_epochs"
+        )
 
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:

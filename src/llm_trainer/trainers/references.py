@@ -11,6 +11,7 @@ from llm_trainer.models.frozen import AdaptersOff, fingerprint, freeze, frozen_c
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
 from llm_trainer.trainers.answers import Batch, as_rows, score, share_prompts, to_device
+from llm_trainer.trainers.said import check_vocabulary
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.building import Build
@@ -28,6 +29,7 @@ def reference_of(model: nn.Module, trainer: Algorithm, policy: ScoredModel) -> S
     """
     if model is trainer.base_model:
         return AdaptersOff(model, trainer.model, policy.knows_branches)
+    check_vocabulary(trainer.base_model, ref_model=model)
     reference = scored(model)
     freeze(reference)
     trainer.machine.reads_rows(partial(packing_of, model, scored, trainer.machine.device))

@@ -56,6 +56,7 @@ class RolloutMaker:
         tokenizer: for the texts that functions get; None: they get ids.
         stop_token_ids: that end a completion.
         context: most tokens that the model takes; None: no limit.
+        vocab_size: how many ids it knows; None: it does not say.
         max_resamplings: how often a group whose rewards are all equal is drawn again.
         padding: of completions that are given without a mask: its id, None if there is none, and whether it ends one too.
         draws_greedy: in training, also the likeliest completion of each prompt, in the column `greedy`.
@@ -74,6 +75,7 @@ class RolloutMaker:
     tokenizer: Any = None
     stop_token_ids: Sequence[int] = ()
     context: int | None = None
+    vocab_size: int | None = None
     max_resamplings: int = 0
     padding: tuple[int | None, bool] = (None, False)
     draws_greedy: bool = False
@@ -83,6 +85,7 @@ class RolloutMaker:
     def __post_init__(self) -> None:
         self.names: tuple[str, ...] = ("given",)  # of the columns of `rewards`
         self.weights: np.ndarray = np.ones(1)  # of each
+        self._said_short = False  # that a prompt leaves less room than a completion may take
         if self.rewards is not None:
             self.names, self.weights = self.rewards.names, self.rewards.weights
         if self.partners is None:
@@ -215,20 +218,39 @@ class RolloutMaker:
             return written
         requests = []
         for prompt, number in zip(prompts, numbers, strict=True):
-            self._check_room(prompt)
+            self._check_prompt(prompt)
             requests.append(Request(prompt.ids.tolist(), number, samples))
         drawn = generate(requests)
         for prompt, completions in zip(prompts, drawn, strict=True):
             written += [Written(prompt, completion, attempt=attempt) for completion in completions]
         return written
 
-    def _check_room(self, prompt: Prompt) -> None:
-        length = len(prompt.ids)
-        if self.context is not None and length >= self.context:
+    def _check_prompt(self, prompt: Prompt) -> None:
+        """
+        Raises:
+            ValueError: the model does not know its ids, or it leaves no room for a completion.
+        """
+        length, longest, largest = len(prompt.ids), self.how.gen_max_seq_len, int(prompt.ids.max())
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise ValueError(
+                f"prompt {prompt.number} of a rollout has the id {largest}, and the model knows {self.vocab_size} ids; "
+                f"expected prompts that its own tokenizer has made"
+            )
+        if self.context is None or length + longest <= self.context:
+            return
+        fix = f"leave such rows out, set dataset_block_size to {self.context - longest}, or take a model with a longer context"
+        if longest >= self.context:
+            fix = "set gen_max_seq_len to less than the context, less the longest prompt"
+        if length >= self.context:
             raise ValueError(
                 f"prompt {prompt.number} of a rollout has {length} tokens, and the model's context is {self.context}: no room "
-                f"for a completion. Expected at most {self.context - self.how.gen_max_seq_len}, the context less "
-                f"gen_max_seq_len: leave such rows out, set dataset_block_size to that, or take a model with a longer context"
+                f"for a completion of up to {longest} (gen_max_seq_len); {fix}"
+            )
+        if not self._said_short:
+            self._said_short = True
+            self.machine.say(
+                f"WARNING: a prompt of {length} tokens leaves {self.context - length} of the model's context of {self.context} "
+                f"for its completions, which are cut there, before gen_max_seq_len ({longest}); {fix}"
             )
 
     # Rewarding.

@@ -27,6 +27,39 @@ def vocab_size_of(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
+def check_ids(policy: nn.Module, **ids: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: an option names ids that the policy does not have, or all that it has.
+    """
+    vocab_size = vocab_size_of(policy)
+    if vocab_size is None:
+        return
+    for name, numbers in ids.items():
+        wrong = [number for number in numbers if not 0 <= number < vocab_size]
+        if wrong or len(set(numbers)) == vocab_size:
+            found = f"the id {wrong[0]}" if wrong else f"all {vocab_size} ids"
+            raise ValueError(
+                f"{name}: found {found}, and the model knows the ids 0 to {vocab_size - 1}; expected some of these: look them "
+                f"up in the tokenizer of this model"
+            )
+
+
+def check_vocabulary(policy: nn.Module, **others: nn.Module | None) -> None:
+    """
+    Raises:
+        ValueError: a model that reads the policy's tokens knows fewer than it, by the name of its argument.
+    """
+    ours = vocab_size_of(policy)
+    for name, model in others.items():
+        theirs = None if model is None else vocab_size_of(model)
+        if ours is not None and theirs is not None and theirs < ours:
+            raise ValueError(
+                f"{name} knows {theirs} tokens, the policy {ours}; expected a model with the policy's tokenizer: one of the "
+                f"same family"
+            )
+
+
 def context_of(model: nn.Module) -> int | None:
     """The most tokens that a model takes; None: it does not say."""
     from transformers import PreTrainedModel

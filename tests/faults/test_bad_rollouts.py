@@ -1,0 +1,324 @@
+"""Mistakes in reinforcement learning: each is answered with what was found, where, what was expected and the fix."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from llm_trainer.disk import DiskError
+from llm_trainer.models.rewarding import reward_model
+from llm_trainer.trainers.on_policy import OnPolicyTrainer
+from policies import even_share, make, prompts, rollouts_of, tiny, train
+from small_disk import SmallDisk, fill
+
+Options = dict[str, Any]
+GIVEN = {"prompts": torch.full((2, 4), 5), "responses": torch.full((2, 3), 7)}
+
+
+def ids(length: int, largest: int = 23) -> list[dict[str, torch.Tensor]]:
+    """Two prompts."""
+    return [{"prompts": torch.randint(3, largest + 1, (2, length), generator=torch.Generator().manual_seed(0))}]
+
+
+def equal(prompts: Any, completions: Any, answers: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def nothing(prompts: Any, completions: Any, answers: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+class Mistake(NamedTuple):
+    """A mistake, and what the message says, in this order."""
+
+    name: str
+    says: tuple[str, ...]
+    options: Callable[[], Options]
+    trainers: tuple[str, ...] = ("grpo", "ppo")
+
+
+STOPS = [
+    Mistake(
+        "prompt longer than the context",
+        ("prompt 0 of a rollout has 40 tokens", "context is 32", "leave such rows out, set dataset_block_size to 24"),
+        lambda: {"train_loader": ids(40)},
+    ),
+    Mistake(
+        "limit longer than the context",
+        (
+            "has 40 tokens",
+            "context is 32",
+            "up to 64 (gen_max_seq_len)",
+            "set gen_max_seq_len to less than the context",
+        ),
+        lambda: {"train_loader": ids(40), "gen_max_seq_len": 64},
+    ),
+    Mistake(
+        "empty prompt",
+        ("prompt 0 of a rollout has no token", "expected at least one", "leave such rows out", "prompt_attention_mask"),
+        lambda: {"train_loader": [{"prompts": torch.ones(2, 4).long(), "prompt_attention_mask": torch.zeros(2, 4)}]},
+    ),
+    Mistake(
+        "ids that the model does not know",
+        ("prompt 0 of a rollout has the id", "the model knows 24 ids", "its own tokenizer"),
+        lambda: {"train_loader": ids(4, largest=90)},
+    ),
+    Mistake(
+        "suppressed ids that the model does not know",
+        ("gen_suppress_tokens: found the id 99", "0 to 23", "tokenizer"),
+        lambda: {"gen_suppress_tokens": [3, 99]},
+    ),
+    Mistake(
+        "everything is suppressed",
+        ("gen_suppress_tokens: found all 24 ids", "expected some"),
+        lambda: {"gen_suppress_tokens": [*range(24)]},
+    ),
+    Mistake(
+        "an end that the model does not know",
+        ("stop_token_ids: found the id 99", "0 to 23"),
+        lambda: {"stop_token_ids": [99]},
+    ),
+    Mistake(
+        "a judge of another tokenizer",
+        ("reward_model knows 20 tokens, the policy 24", "expected a model with the policy's tokenizer"),
+        lambda: {"reward_model": reward_model(tiny(vocab_size=20))},
+    ),
+    Mistake(
+        "a critic of another tokenizer",
+        ("value_model knows 20 tokens, the policy 24", "expected a critic with the policy's tokenizer"),
+        lambda: {"value_model": reward_model(tiny(vocab_size=20))},
+        ("ppo",),
+    ),
+    Mistake(
+        "a reference of another tokenizer",
+        ("ref_model knows 20 tokens, the policy 24", "expected a model with the policy's tokenizer"),
+        lambda: {"kl_coef": 0.1, "ref_model": tiny(vocab_size=20)},
+        ("grpo",),
+    ),
+    Mistake(
+        "a group of one",
+        (
+            "group_size: got 1",
+            "compares a completion with the others",
+            "expected at least 2, or advantage: reinforce++",
+        ),
+        lambda: {"num_samples_per_prompt": 1},
+        ("grpo", "rloo"),
+    ),
+    Mistake(
+        "groups of one that are drawn again",
+        ("max_resamplings: got 1", "group_size 1", "expected 0, or a group_size of at least 2"),
+        lambda: {"max_resamplings": 1},
+        ("reinforce",),
+    ),
+    Mistake(
+        "an unknown loss",
+        ("loss_type: got 'grop', expected one of grpo, bnpo, dr_grpo",),
+        lambda: {"loss_type": "grop"},
+        ("grpo",),
+    ),
+    Mistake(
+        "no reward applies",
+        ("no completion of rollout 00000000 has a reward", "expected functions that give numbers"),
+        lambda: {"reward_func": nothing},
+    ),
+    Mistake(
+        "no answers in the data",
+        ("no completion of rollout 00000000 has a reward", "have no reference answer", "data_loader_config.columns"),
+        lambda: {"reward_func": nothing, "train_loader": ids(4)},
+    ),
+    Mistake(
+        "log-probs of another length",
+        ("old_logprobs: found the shape (1, 2)", "(1, 3)", "Cut and pad both alike"),
+        lambda: {"train_loader": [GIVEN | {"old_logprobs": torch.zeros(2, 2)}]},
+    ),
+    Mistake(
+        "rewards for other functions",
+        ("rewards: found 2 for a response that is given", "expected 1"),
+        lambda: {"train_loader": [GIVEN | {"rewards": torch.zeros(2, 2)}]},
+    ),
+    Mistake(
+        "sums of log-probs",
+        ("old_logprobs: found sums over completions", "expected [B, L]"),
+        lambda: {"train_loader": [GIVEN | {"old_logprobs": torch.zeros(2), "rewards": torch.rand(2)}]},
+        ("ppo",),
+    ),
+    Mistake(
+        "drawn from what does not learn",
+        ("gen_repetition_penalty: got 1.2", "set off_policy_correction to truncate or mask, or leave it at 1"),
+        lambda: {"gen_repetition_penalty": 1.2},
+    ),
+    Mistake(
+        "a correction of a sequence without its floor",
+        ("off_policy_floor: got 2", "below 1"),
+        lambda: {"off_policy_correction": "mask", "off_policy_floor": 2.0},
+    ),
+]
+CASES = [pytest.param(case, name, id=f"{name}: {case.name}") for case in STOPS for name in case.trainers]
+
+
+@pytest.mark.parametrize(("case", "name"), CASES)
+def test_the_message_says_what_where_and_how_to_mend_it(case: Mistake, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as stop:
+        make(name, tmp_path, **case.options()).train()
+    message, position = str(stop.value), 0
+    for part in case.says:
+        assert part in message[position:], message
+        position = message.index(part, position)
+    assert not rollouts_of(tmp_path)
+
+
+SAYS = [  # the run goes on
+    Mistake(
+        "rewards that are equal for ever",
+        ("in 3 rollouts in a row the rewards of", "were equal", "easier or harder prompts"),
+        lambda: {"reward_func": equal},
+    ),
+    Mistake(
+        "a model that never stops",
+        ("in 3 rollouts in a row no completion ended before gen_max_seq_len", "stop tokens"),
+        lambda: {"stop_token_ids": []},
+    ),
+    Mistake(
+        "no stop token",
+        ("no token is known that ends a completion", "8 tokens (gen_max_seq_len)", "Pass stop_token_ids"),
+        lambda: {"stop_token_ids": None},
+    ),
+    Mistake(
+        "no stop token is ever drawn",
+        ("gen_suppress_tokens has all tokens that end a completion (2)", "8 tokens (gen_max_seq_len)"),
+        lambda: {"gen_suppress_tokens": [2, 5]},
+    ),
+    Mistake(
+        "prompts that leave little room",
+        ("a prompt of 30 tokens leaves 2 of the model's context of 32", "cut there", "set dataset_block_size to 24"),
+        lambda: {"train_loader": ids(30)},
+    ),
+]
+CASES = [pytest.param(case, name, id=f"{name}: {case.name}") for case in SAYS for name in case.trainers]
+
+
+@pytest.mark.parametrize(("case", "name"), CASES)
+def test_what_teaches_nothing_is_said_once(
+    case: Mistake, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llm_trainer.trainers.on_policy.PATIENCE", 3)
+    make(name, tmp_path, **case.options()).train()
+    said = [line for line in capsys.readouterr().out.splitlines() if "WARNING: " in line]
+    about = [line for line in said if case.says[0] in line]
+    assert len(about) == 1, said
+    assert re.search(".*".join(map(re.escape, case.says)), about[0]), about
+
+
+# Stored rollouts.
+
+
+def test_rollouts_that_cannot_be_given(tmp_path: Path) -> None:
+    """The folder of a run is as good as its folder rollouts; what is missing or damaged in it is named."""
+    train("grpo", tmp_path / "run")
+    options: Options = {"reward_func": None, "rollouts": str(tmp_path / "run")}
+    _, seen = train("grpo", tmp_path / "again", **options)
+    assert len(seen) == 3
+    shutil.rmtree(tmp_path / "run" / "rollouts" / "00000000")
+    with pytest.raises(ValueError, match=r"found no .*00000000; expected .* kept all of them \(keep_rollouts: true\)"):
+        train("grpo", tmp_path / "a", **options)
+    (tmp_path / "run" / "rollouts" / "00000001").rename(tmp_path / "run" / "rollouts" / "00000000")
+    column = tmp_path / "run" / "rollouts" / "00000000" / "advantages.values.npy"
+    column.write_bytes(column.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"00000000: damaged, advantages.values.npy has .* expected it as it was writ"):
+        train("grpo", tmp_path / "b", **options)
+
+
+@pytest.mark.parametrize("phase", ["make", "finish"])
+def test_a_disk_that_fills_up_while_a_rollout_is_written(
+    phase: str, small_disk: SmallDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message that says where and what to do; with space again the run goes on, and is the same."""
+    disk = small_disk(8 << 20)
+    whole, _ = train("grpo", tmp_path / "whole")
+    calls: list[int] = []
+    judge = OnPolicyTrainer._judged
+
+    def fill_at_the_second(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            fill(disk)
+        return judge(*arguments)
+
+    def filling(prompts: Any, completions: Any, answers: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2:
+            fill(disk)
+        return even_share(prompts, completions, answers)
+
+    options: Options = {"resume": "auto", "log_dir": str(tmp_path / "log")}
+    if phase == "finish":
+        monkeypatch.setattr(OnPolicyTrainer, "_judged", fill_at_the_second)
+    else:
+        options |= {"reward_func": filling, "reward_in_process": True}
+    with pytest.raises((DiskError, OSError), match=r"rollouts/00000001[^']*' could not be saved: No space left"):
+        train("grpo", disk / "run", **options)
+    os.remove(disk / "filler")
+    again, seen = train("grpo", disk / "run", **(options | {"reward_func": even_share}))
+    assert seen and again.run.progress.step == 3
+    for name, value in whole.base_model.state_dict().items():
+        assert torch.equal(value, again.base_model.state_dict()[name])
+
+
+# What must hold before the first update.
+
+
+def noisy(model: Any) -> Any:
+    """With what differs at each forward of training, as dropout does."""
+    model.model.register_forward_hook(_shaken)
+    return model
+
+
+def _shaken(module: Any, inputs: Any, outputs: Any) -> None:
+    if module.training:
+        outputs.last_hidden_state.data += torch.randn_like(outputs.last_hidden_state) / 2
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_ratio_that_is_not_one_before_the_first_update(name: str, tmp_path: Path) -> None:
+    several = {"grpo_steps": 2} if name == "grpo" else {}
+    model = noisy(tiny())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"before the first update of a rollout and in it differ .* causes: dropout"):
+        train(name, tmp_path, model, **several)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_reference_that_is_not_the_policy_before_the_first_update(name: str, tmp_path: Path) -> None:
+    held = {"kl_coef": 0.1} if name == "grpo" else {"kl_beta": 0.1}
+    model = tiny()
+    trainer = make(name, tmp_path, model, **held)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter *= 3
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"policy and reference, .* differ by .* if they are meant to differ, pass ref_m"
+    ):
+        trainer.train()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    other = tiny(seed=4)  # it is another model, and may be
+    train(name, tmp_path / "other", ref_model=other, max_steps=1, **held)
+
+
+def test_nothing_is_lost_by_a_mistake_in_the_middle(tmp_path: Path) -> None:
+    """A prompt of the third rollout that is too long: what was made and learned before is there when it is mended."""
+    wrong = [*prompts(count=4), *ids(40)]
+    with pytest.raises(ValueError, match="prompt 0 of a rollout has 40 tokens"):
+        train("grpo", tmp_path, train_loader=wrong, save_interval_steps=1, resume="auto")
+    before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "rollouts").glob("0000000[01]/meta.json"))]
+    trainer, _ = train("grpo", tmp_path, train_loader=[*prompts(count=4), *ids(8)], resume="auto")
+    assert trainer.run.progress.step == 3 and trainer.run.progress.rollout == 3
+    after = [path.stat().st_mtime_ns for path in sorted((tmp_path / "rollouts").glob("0000000[01]/meta.json"))]
+    assert before == after and len(before) == 2
