@@ -9,8 +9,11 @@ import torch
 
 from llm_trainer import GRPOTrainer, configure_optimizer
 from llm_trainer.builder import make_model
+from llm_trainer.checkpoint import write_model
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.models.build import build_model
+from llm_trainer.models.rewarding import reward_model
 from llm_trainer.train_configs import (
     ConfigError,
     DataLoaderConfig,
@@ -131,6 +134,14 @@ def test_evaluation_is_by_reward(prompts: Path, reference_dir: Path, tmp_path: P
         ({"rewards": ["exact"]}, "got 'exact', expected one of exact_match"),
         ({"rewards": ["exact_match"], "loss_type": "dap"}, "loss_type: got 'dap', expected one of grpo"),
         ({"rewards": ["exact_match"], "group_size": 1}, "group_size"),
+        (
+            {"rewards": ["exact_match"], "group_size": 3, "rows_per_update": 4},
+            "got 4, which does not divide the 6 completions",
+        ),
+        (
+            {"reward_model_checkpoint": "judge", "max_resamplings": 1},
+            "max_resamplings: got 1, but a reward model judges",
+        ),
         ({"rewards": ["exact_match"], "gen_repetition_penalty": 1.2}, "off_policy_correction"),
     ],
 )
@@ -154,8 +165,20 @@ def test_rewards_that_apply_to_nothing_stop_the_run(reference_dir: Path, tmp_pat
 def test_prompts_that_leave_no_room(reference_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"question": "word " * 200, "answer": "1"}) + "\n")
-    with pytest.raises(ValueError, match="no room for a completion. Expected at most 60.*dataset_block_size"):
+    with pytest.raises(ValueError, match="no room for a completion of up to 4 .*dataset_block_size to 60"):
         GRPOTrainer(
             train_config=config(path, reference_dir, tmp_path, grpo_config=GRPOConfig(gen_max_seq_len=4)),
             reward_func=shorter,
         ).train()
+
+
+def test_a_reward_model_of_another_tokenizer(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(reference_dir / "tokenizer")
+    write_model(reward_model(build_model(SHAPE)), tmp_path / "judge", tokenizer)
+    section = GRPOConfig(reward_model_checkpoint=str(tmp_path / "judge"), gen_max_seq_len=4, group_size=2)
+    values = GRPOTrainer(train_config=config(prompts, reference_dir, tmp_path / "run", grpo_config=section)).train()
+    assert "rewards/model_reward" in values
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(tmp_path / "judge")
+    with pytest.raises(ConfigError, match="judge has another tokenizer than the policy, so its ids mean other tokens"):
+        GRPOTrainer(train_config=config(prompts, reference_dir, tmp_path / "run", grpo_config=section))

@@ -162,12 +162,9 @@ def _given_facts(rollout: Rollout) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def count_redrawn(rows: Sequence[Row], earlier: Sequence[Row]) -> None:
-    """Note in rows of a group the tokens of those that were drawn `earlier`, whose place they take."""
-    counts = [before[REDRAWN] + num_sampled(len(before["input_ids"]), before["versions"]) for before in earlier]
-    if len(rows) != len(counts):  # episodes, which may have several rows each
-        counts = [np.sum(counts, axis=0), *(np.zeros_like(counts[0]) for _ in rows[1:])]
-    for row, count in zip(rows, counts, strict=True):
-        row[REDRAWN] = count
+    """Note in the first row of a group the tokens of those that were drawn `earlier`, whose place the `rows` take."""
+    for before in earlier:
+        rows[0][REDRAWN] += before[REDRAWN] + num_sampled(len(before["input_ids"]), before["versions"])
 
 
 def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_cuts: bool) -> Row:
