@@ -119,11 +119,11 @@ def every_weight(trainer: Any) -> dict[str, Tensor]:
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """All columns of a rollout, and what it was made of but the hash of its weights."""
+    """All columns of a rollout, and what it was made of but the hash of its weights and the place in a rank's loader."""
     rollout = Rollout(folder)
     meta = rollout.store.meta
-    facts = {name: meta[name] for name in ("ledger", "reasons", "after")}
-    facts["made_of"] = {name: value for name, value in meta["made_of"].items() if name != "weights"}
+    facts = {name: meta[name] for name in ("ledger", "reasons")}
+    facts["made_of"] = {name: value for name, value in meta["made_of"].items() if name not in ("weights", "position")}
     columns = {}
     for name, column in rollout.store.columns.items():
         columns[name] = [np.asarray(column[row]).tolist() for row in range(len(rollout))]
