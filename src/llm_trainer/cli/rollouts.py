@@ -13,6 +13,7 @@ from llm_trainer.data.rollout_store import step_of, verified
 from llm_trainer.data.rollouts import FINISHES, LEFT_OUT, Rollout
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.terminal import printable
+from llm_trainer.trainers.rollouts import JUDGED
 
 Sort = Literal["order", "reward", "advantage", "length"]
 
@@ -98,16 +99,25 @@ def _names(rollout: Rollout) -> list[str]:
     settings = rollout.store.meta["made_of"].get("settings", {})
     width = rollout.column("rewards").shape[1]
     names = list(settings.get("rewards", ()))
-    return names[:width] + [f"reward {number}" for number in range(len(names), width)]
+    names = names[:width] + [f"reward {number}" for number in range(len(names), width)]
+    return [*names, JUDGED] if JUDGED in rollout.store.columns else names
+
+
+def _values(rollout: Rollout) -> np.ndarray:
+    """`[rows, F]`: what each function and a reward model gave; NaN where it is missing."""
+    values = rollout.column("rewards")
+    if JUDGED not in rollout.store.columns:
+        return values
+    return np.column_stack([values, rollout.column(JUDGED)])
 
 
 def _totals(rollout: Rollout) -> np.ndarray:
     """`[rows]` weighted sums of rewards; NaN where there are none, or a function failed."""
-    values = rollout.column("rewards")
+    values = _values(rollout)
     weights = rollout.store.meta["made_of"].get("settings", {}).get("rewards", {})
-    of_columns = np.ones(values.shape[1])
-    if len(weights) == values.shape[1]:
-        of_columns = np.array(list(weights.values()), dtype=np.float64)
+    of_columns = np.ones(values.shape[1])  # a reward model's is 1
+    if len(weights) == rollout.column("rewards").shape[1]:
+        of_columns[: len(weights)] = list(weights.values())
     totals = np.where(np.isnan(values), 0.0, values * of_columns).sum(1)
     totals[np.isnan(values).all(1)] = np.nan
     for index in range(len(rollout)):
@@ -168,7 +178,8 @@ def _facts(rollout: Rollout, index: int, worth: str, advantages: np.ndarray | No
     written = int(np.count_nonzero(rollout.store["trained"][index]))
     finish = FINISHES[int(row["finish"][0])]
     lines = [f"--- completion {index} of prompt {int(row['group'][0])}: {written} tokens, ended by {finish}"]
-    values = [f"{name} {value:.4g}" for name, value in zip(_names(rollout), row["rewards"].tolist(), strict=True)]
+    of_row = zip(_names(rollout), _values(rollout)[index].tolist(), strict=True)
+    values = [f"{name} {value:.4g}" for name, value in of_row]
     line = f"reward {worth} ({', '.join(values)})"
     if advantages is not None:
         line += f", advantage {advantages[index]:.4g}"

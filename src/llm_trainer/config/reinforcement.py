@@ -129,6 +129,13 @@ class RolloutOptions:
         description="prompts that are written at once while a rollout is made, which a kill can lose of it per process; null: "
         "few, and a part for every process",
     )
+    eval_samples: StrictInt = Field(
+        default=1, ge=1, description="completions of each held-out prompt; with several, eval_pass@k is logged"
+    )
+    pass_reward: StrictFloat = Field(default=1.0, description="reward from which on a completion passes (eval_pass@k)")
+    shown_completions: StrictInt = Field(
+        default=0, ge=0, description="completions of each rollout that are printed, from the best to the worst"
+    )
     keep_rollouts: StrictBool = Field(
         default=False, description="keep rollouts that no checkpoint needs any more, in <save_dir>/rollouts"
     )

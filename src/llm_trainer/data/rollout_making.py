@@ -13,6 +13,7 @@ from llm_trainer.machine import Machine
 
 EVALUATION = 0xE7A1  # what tells the seeds of evaluations from those of training
 TOO_OLD = "the weights that wrote it are too old"  # why rows are dropped
+OF_TOKENS = ("generate", "reward", "score")  # phases whose work grows with the tokens
 
 
 @dataclass(eq=False)
@@ -91,15 +92,15 @@ class Making:
         with plan.timed("wait"):
             self.folder.wait_for_parts(self.number, len(parts), lambda: self._is_stopped or self._stop())
         folder, joined = self.folder.join(self.number, len(parts))
+        own = {"made_of": {**self.facts["made_of"], **(made_of or {})}, "after": self.facts["after"]}
         with plan.timed("score"):
-            rollout = Rollout(folder, joined)
+            rollout = Rollout(folder, joined | own)
             finished = self.maker.finish(rollout)
         if max_staleness is not None:
             too_old = staleness(rollout, self.machine.step) > max_staleness
             finished = Finished(finished.columns, finished.masked, {**finished.dropped, TOO_OLD: too_old})
         reasons, left_out, ledger = account(rollout, finished)
         columns = dict(finished.columns) | {LEFT_OUT: list(left_out[:, None])}
-        own = {"made_of": {**self.facts["made_of"], **(made_of or {})}, "after": self.facts["after"]}
         path = self.folder.finish(self.number, columns, joined, own | {"reasons": reasons, "ledger": ledger})
         self._record(ledger["sampled"])
         return Rollout(path)
@@ -108,8 +109,8 @@ class Making:
         """How long the phases have taken this process, how many tokens all have sampled meanwhile, what else was noted."""
         for phase, seconds in self.plan.seconds.items():
             self.machine.record(f"seconds/{phase}", seconds)
-        if self.plan.seconds.get("generate"):
-            self.machine.record("tokens_per_second/generate", sampled, self.plan.seconds["generate"])
+            if seconds and phase in OF_TOKENS:
+                self.machine.record(f"tokens_per_second/{phase}", sampled, seconds)
         for name, (total, count) in self.plan.metrics.items():
             self.machine.record(name, total, count)
 

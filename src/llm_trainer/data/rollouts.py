@@ -146,6 +146,11 @@ class Rollout:
             found.append(values)
         return found, np.asarray(self.store[BY_TOKEN].values).reshape(len(self), -1) != 0
 
+    @property
+    def is_of_training(self) -> bool:
+        """Whether it is learned from; else it is an evaluation's."""
+        return bool(self.store.meta.get("made_of", {}).get("training", True))
+
     def facts(self, index: int) -> dict[str, Any]:
         """What else is known of a row: `answer`, the prompt's other columns, errors by reward function."""
         return json.loads(self.store["facts"][index].tobytes())

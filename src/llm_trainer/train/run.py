@@ -263,6 +263,7 @@ class Run:
         self._clock.add(done.tokens, done.seconds + done.waited)
         if isinstance(innermost(self.source), RolloutSource):
             self._metrics.add("seconds/learn", done.seconds)
+            self._metrics.add("tokens_per_second/learn", done.tokens, done.seconds)
         self._last_batch = done.batches[-1].batch
         self.new_best = False
         self.stop_requested = self.stop_requested or done.stop

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from llm_trainer.trainers.given import mask_of_responses, per_token
 
 Row = dict[str, np.ndarray]
 GIVEN = -1  # the version of the weights of a completion that was not drawn
+LONGEST_SHOWN = 300  # characters of a prompt, its last ones, and of a completion, its first ones
 _LOGPROBS = ("old_logprobs", "sampled_logprobs")
 
 
@@ -296,3 +297,60 @@ def _metrics_of_episodes(episodes: Sequence[Mapping[str, Any]]) -> dict[str, tup
     for cause, failures in Counter(one["cause"] for one in episodes if "cause" in one).items():
         found[f"episodes/failed/{cause}"] = float(failures), count
     return found
+
+
+def passes_of(
+    rollout: Rollout, rewards: np.ndarray, weights: np.ndarray, pass_reward: float, samples: int
+) -> dict[str, tuple[float, float]]:
+    """`pass@k` for the powers of two up to `samples`, and for these: a prompt counts where k of its completions have a reward.
+
+    Args:
+        rewards: `[rows, F]`, NaN where missing.
+        weights: `[F]`.
+        pass_reward: from which on a completion passes.
+        samples: completions of each prompt.
+    """
+    last, _ = rollout.episodes()
+    totals = weighted_rewards(torch.from_numpy(rewards[last]), torch.from_numpy(weights)).numpy()
+    _, groups = np.unique(rollout.column("group")[last], return_inverse=True)
+    drawn = np.bincount(groups, ~np.isnan(totals)).astype(int)
+    passed = np.bincount(groups, totals >= pass_reward).astype(int)
+    found, sizes = {}, {samples}
+    sizes.update(2**power for power in range(samples.bit_length()))
+    for k in sorted(sizes):
+        chances = [pass_at_k(n, c, k) for n, c in zip(drawn.tolist(), passed.tolist(), strict=True) if n >= k]
+        found[f"pass@{k}"] = math.fsum(chances), float(len(chances))
+    return found
+
+
+def pass_at_k(drawn: int, passed: int, k: int) -> float:
+    """The chance that at least one of k completions passes, unbiased, of a prompt of which `passed` of `drawn` have.
+
+    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+    """
+    return 1 - math.comb(drawn - passed, k) / math.comb(drawn, k)
+
+
+def shown_of(
+    rollout: Rollout, rewards: np.ndarray, weights: np.ndarray, count: int, text: Callable[[list[int]], Any]
+) -> list[str]:
+    """Lines with some completions, from the one with the highest reward to the lowest; those without one come last.
+
+    Args:
+        rewards: `[rows, F]`, NaN where missing.
+        weights: `[F]`.
+        count: how many.
+        text: of ids.
+    """
+    totals = weighted_rewards(torch.from_numpy(rewards), torch.from_numpy(weights)).numpy()
+    order = np.argsort(-totals, kind="stable")
+    places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+    lines = [
+        f"rollout {rollout.store.folder.name}: {len(places)} of {len(rollout)} completions, from the best to the worst"
+    ]
+    for row in order[places].tolist():
+        ids, trained = rollout.store["input_ids"][row], rollout.store["trained"][row]
+        start = int(trained.argmax()) if trained.any() else len(ids)
+        before, after = str(text(ids[:start].tolist())), str(text(ids[start:].tolist()))
+        lines.append(f"  reward {totals[row]:.4g}: {before[-LONGEST_SHOWN:]!r} -> {after[:LONGEST_SHOWN]!r}")
+    return lines

@@ -124,6 +124,11 @@ class OnPolicyTrainer(BaseTrainer):
         self._evaluation = options.get("sampling") or Sampling()
         self._maker: RolloutMaker | None = None
         self.correction = correction_of(how)
+        if how.eval_samples > 1 and self._evaluation.temperature == 0:
+            raise ConfigError(
+                f"eval_samples: got {how.eval_samples}, but with temperature 0 in evaluation all completions of a prompt are "
+                f"the same; expected 1, or a temperature above 0 (eval_config.temperature)"
+            )
         check_vocabulary(model, reward_model=reward_model)
         check_ids(model, gen_suppress_tokens=how.gen_suppress_tokens, stop_token_ids=stop_token_ids or ())
         is_judged = any(one is not None for one in (self.rewards, self.judge, self.partners))
@@ -282,6 +287,9 @@ class OnPolicyTrainer(BaseTrainer):
                 vocab_size=vocab_size_of(self.base_model),
                 max_resamplings=self._max_resamplings,
                 draws_greedy=self._draws_greedy,
+                eval_samples=self.how.eval_samples,
+                pass_reward=self.how.pass_reward,
+                shown=self.how.shown_completions,
                 padding=pad_id_of(self.tokenizer, self.base_model),
                 evaluation=self._evaluation,
                 partners=self.partners,
@@ -387,6 +395,8 @@ class OnPolicyTrainer(BaseTrainer):
                     f"take rewards that need none"
                 )
             raise ValueError(f"no completion of rollout {name} has a reward: no reward function applies to any; {fix}")
+        if not rollout.is_of_training:
+            return
         has_no_end = (rollout.column("finish") == FINISHES.index("length")).all()
         for what, is_so in ((self.no_variance, is_level), (NO_END, has_no_end)):
             count = (self._in_a_row.get(what, 0) + 1) * bool(is_so)

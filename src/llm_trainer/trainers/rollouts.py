@@ -29,7 +29,9 @@ from llm_trainer.trainers.completions import (
     earned,
     given_with,
     metrics_of,
+    passes_of,
     row_of,
+    shown_of,
 )
 from llm_trainer.trainers.played import ENVIRONMENT, Partners, played
 
@@ -60,6 +62,9 @@ class RolloutMaker:
         max_resamplings: how often a group whose rewards are all equal is drawn again.
         padding: of completions that are given without a mask: its id, None if there is none, and whether it ends one too.
         draws_greedy: in training, also the likeliest completion of each prompt, in the column `greedy`.
+        eval_samples: completions of each held-out prompt.
+        pass_reward: from which on a completion passes.
+        shown: completions of each rollout that are printed.
         evaluation: how completions are drawn in evaluation; they may be as long as in training.
         partners: who answers the policy, where it has several turns; None: nobody.
     """
@@ -79,6 +84,9 @@ class RolloutMaker:
     max_resamplings: int = 0
     padding: tuple[int | None, bool] = (None, False)
     draws_greedy: bool = False
+    eval_samples: int = 1
+    pass_reward: float = 1.0
+    shown: int = 0
     evaluation: Sampling = field(default_factory=Sampling)
     partners: Partners | None = None
 
@@ -142,7 +150,13 @@ class RolloutMaker:
         if JUDGED in rollout.store.columns:
             columns = {JUDGED: rollout.column(JUDGED)}
         values, names, weights = self.table(rollout, columns)
-        return metrics_of(rollout, names, values, weights)
+        found = metrics_of(rollout, names, values, weights)
+        if not rollout.is_of_training and self.eval_samples > 1:
+            found |= passes_of(rollout, values, weights, self.pass_reward, self.eval_samples)
+        if rollout.is_of_training and self.shown:
+            for line in shown_of(rollout, values, weights, self.shown, self._text):
+                self.machine.say(line)
+        return found
 
     def table(self, rollout: Rollout, judged: Mapping[str, Any]) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
         """What completions are worth: `[rows, F]`, NaN where a reward is missing; the names and weights of the columns.
@@ -165,7 +179,7 @@ class RolloutMaker:
 
     def num_samples(self, training: bool) -> int:
         """Completions of each prompt."""
-        return self.samples if training else 1
+        return self.samples if training else self.eval_samples
 
     def _decoding(self, seed: int, training: bool) -> Decoding:
         decoding = decoding_of(self.how, seed, self.stop_token_ids, self.tokenizer)

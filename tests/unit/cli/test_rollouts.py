@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from llm_trainer.models.rewarding import reward_model
+from policies import tiny, train
 from writers import make_trainer
 
 
@@ -57,3 +59,14 @@ def test_what_is_not_there_is_said(folder: Path, tmp_path: Path, run: Any, capsy
     assert run("rollouts", folder, "--step", 0) == 2
     assert "damaged" in capsys.readouterr().err
     file.write_bytes(content)
+
+
+def test_what_a_reward_model_gave_is_a_part_of_the_reward(tmp_path: Path, run: Any, capsys: Any) -> None:
+    train("grpo", tmp_path, reward_model=reward_model(tiny(seed=1)), reward_weights=[0.5], max_steps=1)
+    text = shown(capsys, run, tmp_path, "--sort", "reward")
+    found = re.findall(r"^reward (\S+) \(even_share (\S+), model_reward (\S+)\)", text, re.MULTILINE)
+    assert len(found) == 8 and "have no reward" not in text
+    for total, by_function, by_model in found:
+        assert float(total) == pytest.approx(0.5 * float(by_function) + float(by_model), abs=1e-3)
+    totals = [float(total) for total, _, _ in found]
+    assert totals == sorted(totals, reverse=True)

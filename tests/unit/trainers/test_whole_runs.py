@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_trainer import configure_optimizer
+from llm_trainer.config.options import Sampling
 from llm_trainer.data.rollouts import Rollout
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import Completion, Request
 from llm_trainer.models.rewarding import Rewarding, reward_model
+from llm_trainer.train.hooks import Hook
 from policies import even_share, prompts, rollouts_of, tiny, train
 
 BOTH = pytest.mark.parametrize("name", ["grpo", "ppo"])
@@ -306,3 +309,126 @@ def test_another_policy_learns_from_stored_rollouts(tmp_path: Path) -> None:
     assert seen[0]["sampling/sampling_logp_difference/mean"] > 0.1
     with pytest.raises(ValueError, match="as they were drawn .* expected at most 0.05"):
         train("grpo", tmp_path / "e", tiny(seed=3), max_logp_difference=0.05, **once)
+
+
+# What one sees.
+
+
+def test_metrics_are_what_their_names_say(tmp_path: Path) -> None:
+    """Of the second of two passes, by hand: the policy has moved, what is compared with has not."""
+    weights: list[dict[str, Tensor]] = []
+
+    def keep(run: Any) -> None:
+        weights.append({name: value.clone() for name, value in run.trainer.base_model.state_dict().items()})
+
+    options: dict[str, Any] = {"grpo_steps": 2, "kl_coef": 0.1, "clip_eps": 0.02, "max_steps": 2}
+    options |= {"hooks": [Hook("keep", keep, every_steps=1)]}
+    model = tiny()
+    options["optimizer"] = configure_optimizer(model=model, lr=2e-2)
+    _, (first, second) = train("grpo", tmp_path, model, **options)
+    (rollout,) = rollouts_of(tmp_path)
+    rewards, groups = rollout.column("rewards")[:, 0], rollout.column("group")
+    lengths = np.array([len(written_of(rollout, row)) for row in range(8)])
+    level = [len(set(rewards[groups == group])) == 1 for group in (0, 1)]
+    expected = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(ddof=1),
+        "frac_reward_zero_std": np.mean(level),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": (rollout.column("finish") == 1).mean(),
+        "rewards/failed": 0,
+        "ratio": 1,
+        "kl": 0,
+        "clip_ratio/region_mean": 0,
+    }
+    for name, value in expected.items():
+        assert first[name] == pytest.approx(value, abs=1e-6), name
+
+    moved = tiny()
+    moved.load_state_dict(weights[0])
+    now, before, entropies, advantages = [], [], [], []
+    for row in range(8):
+        ids = torch.from_numpy(rollout.store["input_ids"][row].astype(np.int64))[None]
+        wrote = torch.from_numpy(np.array(rollout.store["trained"][row]))[1:]
+        with torch.no_grad():
+            at_all = [policy(ids).logits[0, :-1].log_softmax(-1) for policy in (moved, tiny())]
+        of_ids = [scores.gather(1, ids[0, 1:, None])[:, 0][wrote] for scores in at_all]
+        now.append(of_ids[0])
+        before.append(of_ids[1])
+        entropies.append(-(at_all[0].exp() * at_all[0]).sum(-1)[wrote])
+        group = rewards[groups == groups[row]]
+        advantage = (rewards[row] - group.mean()) / (group.std(ddof=1) + 1e-4)
+        advantages.append(torch.full((int(wrote.sum()),), advantage))
+    difference = torch.cat(now) - torch.cat(before)
+    ratio, advantage = difference.exp(), torch.cat(advantages)
+    low, high = (ratio < 0.98) & (advantage < 0), (ratio > 1.02) & (advantage > 0)
+    moved_by = (
+        (-difference).exp() + difference - 1
+    ).mean()  # k3 of who wrote the tokens from another; both began equal
+    assert low.any() and high.any()
+    expected = {
+        "ratio": ratio.mean(),
+        "clip_ratio/low_mean": low.float().mean(),
+        "clip_ratio/high_mean": high.float().mean(),
+        "clip_ratio/region_mean": (low | high).float().mean(),
+        "kl": moved_by,
+        "entropy": torch.cat(entropies).mean(),
+    }
+    for name, value in expected.items():
+        assert second[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    for phase in ("sync", "generate", "reward", "score", "learn"):
+        assert first[f"seconds/{phase}"] > 0, phase
+        if phase != "sync":
+            rate = lengths.sum() / first[f"seconds/{phase}"]
+            counted = first[f"tokens_per_second/{phase}"]
+            assert counted == pytest.approx(rate, rel=1e-3) if phase != "learn" else counted > 0, phase
+
+
+def test_held_out_prompts_are_evaluated_by_pass_at_k(tmp_path: Path) -> None:
+    """And the evaluation counts neither for nor against what is said of the training's rollouts."""
+    counted: list[tuple[int, int]] = []
+
+    def ends_in_even(prompts: Any, completions: Any, answers: Any) -> list[float]:
+        passed = [float(ids[-1] % 2 == 0) for ids in completions]
+        if len(completions) == 10:
+            counted.append((int(sum(passed[:5])), int(sum(passed[5:]))))
+        return passed
+
+    _, seen = train(
+        "grpo",
+        tmp_path,
+        reward_func=ends_in_even,
+        reward_in_process=True,
+        val_loader=prompts(count=2),
+        eval_interval=1,
+        max_steps=1,
+        eval_samples=5,
+    )
+    values = seen[-1]
+    ((first, second),) = counted
+    for k in (1, 2, 4, 5):
+        by_hand = 0.0
+        for passed in (first, second):
+            all_fail = 1.0
+            for draw in range(k):
+                all_fail *= max(0, 5 - passed - draw) / (5 - draw)
+            by_hand += (1 - all_fail) / 2
+        assert values[f"eval_pass@{k}"] == pytest.approx(by_hand), k
+    assert values["eval_reward"] == pytest.approx(values["eval_pass@1"]) and "pass@1" not in values
+    with pytest.raises(ValueError, match="eval_samples: got 5, but with temperature 0 .* expected 1, or a temperature"):
+        train("grpo", tmp_path, eval_samples=5, sampling=Sampling(temperature=0.0))
+
+
+def test_some_completions_are_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train("grpo", tmp_path, shown_completions=3, max_steps=2)
+    said = capsys.readouterr().out.splitlines()
+    first = said.index("rollout 00000000: 3 of 8 completions, from the best to the worst")
+    (rollout, _) = rollouts_of(tmp_path)
+    rewards = rollout.column("rewards")[:, 0]
+    best, worst = f"{rewards.max():.4g}", f"{rewards.min():.4g}"
+    assert said[first + 1].startswith(f"  reward {best}: '[") and said[first + 3].startswith(f"  reward {worst}: '[")
+    row = int(np.argmax(rewards))
+    assert said[first + 1].endswith(f"-> '{written_of(rollout, row).tolist()}'")
+    assert "rollout 00000001: 3 of 8" in "\n".join(said)
