@@ -36,7 +36,9 @@ def line(name: str) -> str:
     processor = statistics.median(outcome.processor for outcome in outcomes)
     clock = statistics.median(outcome.clock for outcome in outcomes)
     reached = "yes" if all(low <= value <= high for value in after) else "NO"
-    found = f"{statistics.median(after):.1%} ({min(after):.1%} to {max(after):.1%})"
+    found = f"{statistics.median(after):.1%}"
+    if len(after) > 1:
+        found += f" ({min(after):.1%} to {max(after):.1%})"
     expected = f"{low:.0%} to {high:.0%}"
     cells = [name, f"{before:.1%}", found, expected, reached, f"{processor:.0f} s", f"{clock:.0f} s"]
     return "| " + " | ".join(cells) + " |"
