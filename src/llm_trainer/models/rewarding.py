@@ -141,11 +141,21 @@ def load_reward_model(
 class Judge(nn.Module):
     """A reward model, called alike whatever it is: a `transformers` classifier with one label, or any module that gives one
     number for each row of ids `[B, T]` under a mask `[B, T]`.
+
+    Raises:
+        ValueError: it judges steps, and not whole completions.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         from transformers import PreTrainedModel
+
+        if isinstance(model, PreTrainedModel) and type(model).__name__.endswith("ForTokenClassification"):
+            raise ValueError(
+                f"reward_model (reward_model_checkpoint): a {type(model).__name__} judges the steps of an answer, at the last "
+                f"token of each, and here whole completions are judged; expected a model for sequence classification with one "
+                f"label (reward_config on pairs). A reward function that calls it may return a number for each token"
+            )
 
         self.model = Rewarding(model) if isinstance(model, PreTrainedModel) else model
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_trainer.models.rewarding import process_reward_model
 from llm_trainer.rewards.functions import RewardError
 from llm_trainer.train.signals import TrainingInterrupted
-from policies import STOP, prompts, rollouts_of
+from policies import STOP, prompts, rollouts_of, tiny
 from policies import train as run
 
 train = partial(run, "grpo")
@@ -117,3 +118,11 @@ def test_baselines_of_reinforce(name: str, samples: int, tmp_path: Path) -> None
 def test_parts_are_as_large_as_was_said(tmp_path: Path) -> None:
     trainer, _ = train(tmp_path, prompts_per_part=3, max_steps=1)
     assert trainer.run.source._parts(7) == [(0, 3), (3, 6), (6, 7)]
+
+
+def test_a_model_that_judges_steps_is_no_judge_of_completions(tmp_path: Path) -> None:
+    judge = process_reward_model(tiny(), 0)
+    with pytest.raises(
+        ValueError, match=r"ForTokenClassification judges the steps of an answer.* sequence classification"
+    ):
+        train(tmp_path, reward_func=None, reward_model=judge)
