@@ -85,6 +85,7 @@ ELSEWHERE = {
     **dict.fromkeys(("ref_model_checkpoint", "reward_model_checkpoint", "value_model_checkpoint"), "of folders"),
     **dict.fromkeys(("rollout_servers", "weight_transport", "weight_folder"), "of servers"),
     "gen_stop_strings": "test_rollouts.py",
+    "max_staleness": "of rollouts made ahead",
     "max_logp_difference": "test_rollouts.py",
     "max_resamplings": "test_rollouts.py",
     "share_prompts": "test_grpo.py: it changes no number",
