@@ -84,6 +84,7 @@ ELSEWHERE = {
     **dict.fromkeys(("ptx_coef", "ptx_dataset", "ptx_ratio"), "test_ptx.py"),
     **dict.fromkeys(("ref_model_checkpoint", "reward_model_checkpoint", "value_model_checkpoint"), "of folders"),
     **dict.fromkeys(("rollout_servers", "weight_transport", "weight_folder"), "of servers"),
+    **dict.fromkeys(("eval_samples", "pass_reward", "shown_completions"), "test_whole_runs.py"),
     "gen_stop_strings": "test_rollouts.py",
     "max_staleness": "of rollouts made ahead",
     "max_logp_difference": "test_rollouts.py",
