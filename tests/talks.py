@@ -1,6 +1,7 @@
 """What episodes are tried out with: a tokenizer whose text does not lead back to its ids, and environments."""
 
 import os
+import string
 import time
 from typing import Any
 
@@ -8,15 +9,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHARACTERS = 'abehilmnoqrstuwyxk0123456789<>/_ \n:{}",.=?!'
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 MERGED = ("hi", "as")  # one token each, which the policy may also write as two
 STOP = 2
-VOCABULARY = 64  # of the policy: there are ids without a token
+VOCABULARY = 128  # of the policy: there are ids without a token
 WORDS = ("h", "i", "4", "7")  # what the policy of most tests draws, beside the end of its turn
 
 
 def tokenizer(template: str | None = None) -> Any:
-    """A tokenizer of some fifty ids."""
+    """A tokenizer of a hundred ids: a character each."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *CHARACTERS, *MERGED])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(pair[0], pair[1]) for pair in MERGED]))
     backend.decoder = decoders.Fuse()
@@ -26,11 +27,11 @@ def tokenizer(template: str | None = None) -> Any:
     return made
 
 
-def suppressed(made: Any, *words: str) -> list[int]:
-    """All ids but those of `words` and the end of a turn."""
-    vocabulary = made.get_vocab()
-    kept = {vocabulary[word] for word in words or WORDS} | {STOP}
-    return [number for number in range(VOCABULARY) if number not in kept]
+def suppressed(made: Any, *words: str, vocabulary: int = VOCABULARY) -> list[int]:
+    """All ids below `vocabulary` but those of `words` and the end of a turn."""
+    known = made.get_vocab()
+    kept = {known[word] for word in words or WORDS} | {STOP}
+    return [number for number in range(vocabulary) if number not in kept]
 
 
 class Counts:

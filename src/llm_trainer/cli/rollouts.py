@@ -186,6 +186,8 @@ def _facts(rollout: Rollout, index: int, worth: str, advantages: np.ndarray | No
     lines.append(line)
     if facts.get("answer") is not None:
         lines.append(f"reference answer: {facts['answer']}")
+    if "episode" in facts:
+        lines.append(_of_episode(facts["episode"]))
     for name, error in facts.get("errors", {}).items():
         lines.append(f"no reward of {name}: {error}")
     reason = int(row[LEFT_OUT][0]) if LEFT_OUT in row else 0
@@ -195,15 +197,28 @@ def _facts(rollout: Rollout, index: int, worth: str, advantages: np.ndarray | No
     return lines
 
 
+def _of_episode(facts: dict[str, Any]) -> str:
+    """Its turns, and the end of them."""
+    said = " ".join(str(message.get("content")) for message in facts.get("last", ()))
+    line = f"an episode of {facts['turns']} turns"
+    if said:
+        line += f", at whose end was said: {printable(said)}"
+    return line
+
+
 def _pieces(rollout: Rollout, index: int, decoder: Any) -> list[Piece]:
     """Text of the tokens in runs that are learned from, or not."""
     row = rollout[index]
     ids, trained = row["input_ids"], row["trained"]
     ends = [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-    pieces, start = [], 0
+    pieces: list[Piece] = []
+    start = 0
     for end in ends:
         run = ids[start:end].tolist()
         text = " ".join(map(str, run)) + " " if decoder is None else str(decoder.decode(run))
-        pieces.append((printable(text), bool(trained[start])))
+        is_learned: bool | None = bool(trained[start])
+        if start and not is_learned and any(learned for _, learned in pieces):
+            is_learned = None  # an environment said it
+        pieces.append((printable(text), is_learned))
         start = end
     return pieces

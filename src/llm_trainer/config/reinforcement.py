@@ -74,6 +74,14 @@ class RolloutOptions:
         default_factory=list,
         description="functions that the policy may call, as module:function or file.py:function",
     )
+    agent: Any = Field(
+        default=None,
+        description="a function of base_url and row that talks to the policy by the OpenAI chat protocol and returns a reward "
+        "or None, as module:function or file.py:function",
+    )
+    agent_seconds: StrictFloat = Field(
+        default=600.0, gt=0, description="that an agent may take for an episode, the policy's turns included"
+    )
     max_turns: StrictInt = Field(
         default=16, ge=1, description="turns of the policy in an episode; gen_max_seq_len is of all of them together"
     )
@@ -250,10 +258,11 @@ class GRPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
             )
         if self.max_resamplings and self.reward_model_checkpoint is not None:
             raise ConfigError(WITH_JUDGE.format(self.max_resamplings))
-        if self.advantage == "remax" and (self.environment is not None or self.tools):
+        has_turns = self.environment is not None or self.agent is not None or self.tools
+        if self.advantage == "remax" and has_turns:
             raise ConfigError(
-                "advantage: remax compares with the greedy completion of a prompt, and an environment (or tools) answers it in "
-                "several turns; expected another advantage, such as rloo"
+                "advantage: remax compares with the greedy completion of a prompt, and an environment (tools, or an agent) "
+                "answers it in several turns; expected another advantage, such as rloo"
             )
         if self.advantage == "remax" and self.rollouts is not None:
             raise ConfigError(

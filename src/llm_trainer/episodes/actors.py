@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from llm_trainer.episodes.player import Call, Player, failed
+from llm_trainer.episodes.player import Call, failed
 from llm_trainer.rewards.keeper import end_with_parent, limit_memory, pass_over_signals
 
 SIZE = struct.Struct(">Q")  # before every message
@@ -32,7 +32,7 @@ class Stage:
         memory: bytes that each may take beyond what its process begins with; None: no limit.
     """
 
-    def __init__(self, player: Callable[[], Player], memory: int | None) -> None:
+    def __init__(self, player: Callable[[], Any], memory: int | None) -> None:
         self._player, self._memory = player, memory
         self._actors: dict[int, Actor] = {}
 
@@ -72,7 +72,7 @@ class Actor:
         is_lost: it has ended.
     """
 
-    def __init__(self, player: Player, memory: int | None) -> None:
+    def __init__(self, player: Any, memory: int | None) -> None:
         self.end, theirs = socket.socketpair()
         self.is_lost = False
         self._received = bytearray()
@@ -126,7 +126,7 @@ class Actor:
             os.waitpid(self._pid, 0)
 
 
-def _act(player: Player, channel: socket.socket, memory: int | None) -> NoReturn:
+def _act(player: Any, channel: socket.socket, memory: int | None) -> NoReturn:
     """The life of an actor, in a process that was forked for it: until the stage closes its end."""
     status = 1
     try:

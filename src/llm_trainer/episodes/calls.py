@@ -26,7 +26,10 @@ def parse_calls(
         `function` with the name "" and the text under `error`.
     """
     if getattr(tokenizer, "response_template", None) is not None:
-        found = tokenizer.parse_response(text, prefix=list(context), tools=tools)
+        try:
+            found = tokenizer.parse_response(text, prefix=list(context), tools=tools)
+        except (ValueError, KeyError, TypeError) as error:  # of what a policy writes, anything may be wrong
+            return {"tool_calls": [_unread(f"the call cannot be read ({error})")]}
         calls = found.get("tool_calls") or []
         parsed = {"content": found.get("content") or ""}
         thought = found.get("reasoning_content") or found.get("thinking")

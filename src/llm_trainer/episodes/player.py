@@ -45,26 +45,13 @@ class Player:
 
     def answer(self, call: Call) -> dict[str, Any]:
         """In JSON types: `messages`, and to a message also `reward` and `done`; or `cause` and `what`."""
-        try:
-            found = self._begin(call) if call.message is None else self._step(call.message)
-            json.dumps(found)
-            return found
-        except Missing as missing:
-            return failed(missing.cause, str(missing))
-        except MemoryError as error:
-            self._environment = None
-            return failed("memory", f"ran out of memory{place_of(error)}")
-        except SystemExit as error:
-            return failed("exited", f"called exit ({error.code}){place_of(error)}")
-        except Exception as error:
-            return failed("raised", f"raised {in_words(error)}{place_of(error)}")
+        message = call.message
+        if message is None:
+            return guarded(lambda: self._begin(call), call.seed)
+        return guarded(lambda: self._step(message))
 
     def _begin(self, call: Call) -> dict[str, Any]:
         self._environment = None  # what it holds goes before the next one comes
-        random.seed(call.seed)
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            numpy.random.seed(call.seed % 2**32)
         environment = self._make()
         messages = checked_messages("reset", awaited(environment.reset(call.row)))
         if not messages:
@@ -77,3 +64,29 @@ class Player:
             raise Missing("its process was lost in an earlier turn", "exited")
         messages, reward, done = checked_step(awaited(self._environment.step(message)))
         return {"messages": messages, "reward": reward, "done": done}
+
+
+def guarded(ask: Callable[[], dict[str, Any]], seed: int | None = None) -> dict[str, Any]:
+    """What a function of the user gives, in JSON types, or `cause` and `what`, whatever it raises.
+
+    Args:
+        ask: calls it.
+        seed: of `random` and `numpy`, for what begins; None: it goes on.
+    """
+    if seed is not None:
+        random.seed(seed)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed(seed % 2**32)
+    try:
+        found = ask()
+        json.dumps(found)
+        return found
+    except Missing as missing:
+        return failed(missing.cause, str(missing))
+    except MemoryError as error:
+        return failed("memory", f"ran out of memory{place_of(error)}")
+    except SystemExit as error:
+        return failed("exited", f"called exit ({error.code}){place_of(error)}")
+    except Exception as error:
+        return failed("raised", f"raised {in_words(error)}{place_of(error)}")

@@ -55,8 +55,8 @@ class Episode:
 
     Attributes:
         start: what it began with.
-        conversation: what was said and written.
-        reward: the sum of those of its steps.
+        conversation: what was said and written: a `Conversation`, or what has its rows, turns and text.
+        reward: the sum of those of its steps; None: nothing but reward functions judges it.
         finish: how it ended, as a completion does; "": it goes on.
         error: if it has failed, the cause and a message.
         reply: what the environment is to answer; None: it begins.
@@ -64,8 +64,8 @@ class Episode:
     """
 
     start: Start
-    conversation: Conversation
-    reward: float = 0.0
+    conversation: Any
+    reward: float | None = 0.0
     finish: str = ""
     error: tuple[str, str] | None = None
     reply: Message | None = None
@@ -98,8 +98,8 @@ class Episodes:
         max_failed: float,
     ) -> None:
         self.chat, self.players, self.tools, self.stops = chat, players, tools, stops
-        self.limits, self.max_failed = limits, max_failed
-        self._recent: deque[Episode] = deque(maxlen=RECENT)
+        self.limits = limits
+        self._failures = Failures(max_failed)
 
     def play(self, starts: Sequence[Start], generate: Generate, stop: Callable[[], bool]) -> list[Episode]:
         """Episodes from beginning to end, in the order of `starts`.
@@ -129,7 +129,7 @@ class Episodes:
                 if completion.finish != "stop":
                     episode.finish = completion.finish
             playing = {slot: episode for slot, episode in playing.items() if not episode.finish}
-        self._watch(episodes)
+        self._failures.watch(episodes)
         return episodes
 
     def _take(self, episode: Episode, answer: Mapping[str, Any]) -> None:
@@ -139,7 +139,7 @@ class Episodes:
             episode.fail(answer["cause"], f"environment {self.players.name} {answer['what']}")
             return
         if episode.reply is not None:
-            episode.reward += answer["reward"]
+            episode.reward = (episode.reward or 0.0) + answer["reward"]
             if answer["done"]:
                 episode.finish, episode.last = "stop", answer["messages"]
                 return
@@ -185,21 +185,33 @@ class Episodes:
             found += completions
         return found
 
-    def _watch(self, episodes: Sequence[Episode]) -> None:
+
+class Failures:
+    """Stops a run of which too many episodes fail.
+
+    Args:
+        most: share of failed episodes, over the latest ones, above which it does.
+    """
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+        self._recent: deque[Episode] = deque(maxlen=RECENT)
+
+    def watch(self, episodes: Sequence[Episode]) -> None:
         """
         Raises:
-            RewardError: too large a share of the latest episodes has failed.
+            RewardError: too large a share has failed.
         """
         self._recent.extend(episodes)
         failures = [episode.error for episode in self._recent if episode.error is not None]
-        if len(failures) <= max(FEW - 1, self.max_failed * len(self._recent)):
+        if len(failures) <= max(FEW - 1, self.most * len(self._recent)):
             return
         counts = Counter(cause for cause, _ in failures)
         examples = dict(reversed(failures))
         causes = "; ".join(f"{count} x {cause}: {examples[cause]}" for cause, count in counts.most_common())
         raise RewardError(
-            f"{len(failures)} of the last {len(self._recent)} episodes have failed, more than the share of {self.max_failed:g} "
-            f"that max_failed_rewards allows. {causes}. Mend the environment, or what it asks, or raise the share"
+            f"{len(failures)} of the last {len(self._recent)} episodes have failed, more than the share of {self.most:g} that "
+            f"max_failed_rewards allows. {causes}. Mend the environment, or what it asks, or raise the share"
         )
 
 

@@ -92,7 +92,7 @@ class Worker:
         """Wait until a worker has come to life; False: none does, since a lock that a thread held stayed locked."""
         self._deadline = time.monotonic() + START_S
         while time.monotonic() < self._deadline:
-            if _readable([self._channel], 0.2):
+            if readable([self._channel], 0.2):
                 return self._channel.recv(8) == bytes(8)
         return False
 
@@ -165,7 +165,7 @@ def _frames(data: bytearray) -> Iterator[bytes]:
         place += 8 + size
 
 
-def _readable(ends: Sequence["Worker | socket.socket"], seconds: float) -> set[int]:
+def readable(ends: Sequence["Worker | socket.socket"], seconds: float) -> set[int]:
     """Which of `ends`, by descriptor, can be read or are closed; waits for at most `seconds`."""
     poll = select.poll()
     for end in ends:
@@ -185,9 +185,9 @@ def answers(workers: Sequence[Worker], stop: Callable[[], bool]) -> dict[Worker,
         while waiting:
             if stop():
                 raise Interrupted
-            readable = _readable(waiting, 0.1)
+            ready = readable(waiting, 0.1)
             for worker in list(waiting):
-                answer = worker.look(worker.fileno() in readable)
+                answer = worker.look(worker.fileno() in ready)
                 if answer is not None:
                     found[worker] = answer
                     waiting.remove(worker)

@@ -115,7 +115,7 @@ def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int
     from llm_trainer.data.encode.chat import ChatFormat
     from llm_trainer.generation.decoding import Decoding
     from llm_trainer.generation.in_process import InProcess
-    from llm_trainer.generation.service import Request
+    from llm_trainer.generation.service import Completion, Request
 
     tokenizer = algorithm.tokenizer
     chat = ChatFormat(tokenizer)
@@ -134,7 +134,16 @@ def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int
         pad_token_id=tokenizer.pad_token_id,
         seed=seed,
     )
-    requests = [Request(prompt, number) for number, prompt in enumerate(ids)]
-    with torch.no_grad(), engine.inference():
-        written = InProcess(algorithm.base_model).generate(requests, decoding, stop=lambda: False)
+
+    def generate(requests: list[Request]) -> list[list[Completion]]:
+        with torch.no_grad(), engine.inference():
+            return InProcess(algorithm.base_model).generate(requests, decoding, stop=lambda: False)
+
+    # In lockstep all ranks would have to ask equally often, whatever an environment answers to each.
+    played = None
+    if algorithm._play is not None and not engine.in_lockstep:
+        played = algorithm._play(algorithm.eval_prompts, generate)
+    if played is not None:
+        return list(played)
+    written = generate([Request(prompt, number) for number, prompt in enumerate(ids)])
     return [tokenizer.decode(completion.ids, skip_special_tokens=True) for (completion,) in written]

@@ -115,7 +115,7 @@ class OnPolicyTrainer(BaseTrainer):
                 in_process=how.reward_in_process,
                 max_failed=how.max_failed_rewards,
             )
-        self.partners = Partners(how) if how.environment is not None or how.tools else None  # forks too
+        self.partners = Partners(how) if Partners.are_in(how) else None  # forks too
         self.judge = None if reward_model is None else Judge(freeze(reward_model))
         self._service = service_of(how, generation_service)
         self._stop_token_ids = stop_token_ids
@@ -143,7 +143,6 @@ class OnPolicyTrainer(BaseTrainer):
             self.rewards.say = self.machine.say
             for note in self.rewards.notes:
                 self.machine.say(note)
-        self._try_episodes()
 
     @classmethod
     def _rewards_from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
@@ -163,7 +162,7 @@ class OnPolicyTrainer(BaseTrainer):
                 )
             attention = resolve_attention(config.run_config.attention, build.device)
             options["reward_model"] = load_reward_model(source, attention)
-        judges = (section.rewards, source, section.rollouts, section.environment is not None)
+        judges = (section.rewards, source, section.rollouts, Partners.are_in(section))
         if not any(judges) and not {"reward_func", "reward_model"} & set(build.given):
             raise ConfigError(
                 f"{cls.section}: nothing judges completions: expected rewards (such as [exact_match]), a "
@@ -207,7 +206,7 @@ class OnPolicyTrainer(BaseTrainer):
             return
         if self.tokenizer is None:
             raise ConfigError(
-                f"{type(self).__name__}: environments and tools speak in messages, which a chat template makes ids of; "
+                f"{type(self).__name__}: environments, tools and agents speak in messages, which a chat template makes ids of; "
                 f"expected tokenizer=..., the policy's"
             )
         if not self.partners.gives_rewards and self.rewards is None and self.judge is None:
@@ -218,6 +217,12 @@ class OnPolicyTrainer(BaseTrainer):
         self.partners.players.say = self.machine.say
         for note in (*self.partners.players.notes, self.partners.try_out(ChatFormat(self.tokenizer))):
             self.machine.say(note)
+
+    def _play(self, prompts: Sequence[str], generate: Callable[[Any], Any]) -> list[str] | None:
+        if self.partners is None:
+            return None
+        tokens, context = self._evaluation.max_seq_len, context_of(self.base_model)
+        return self.partners.play(ChatFormat(self.tokenizer), self._stops(), tokens, context, prompts, generate)
 
     # Making rollouts.
 
@@ -273,6 +278,7 @@ class OnPolicyTrainer(BaseTrainer):
 
     def _rollout_maker(self) -> RolloutMaker:
         if self._maker is None:
+            self._try_episodes()
             self._maker = RolloutMaker(
                 self.machine,
                 self.how,

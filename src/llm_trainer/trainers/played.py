@@ -1,7 +1,9 @@
 """Episodes of a trainer: who answers the policy, and what becomes of an episode in a rollout."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,18 +14,19 @@ from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.rollouts import Plan, Prompt
 from llm_trainer.data.stream import mix_seeds
+from llm_trainer.episodes.agents import AgentEpisodes, AgentPlayer
 from llm_trainer.episodes.environments import Tools, descriptions_of, environment_of, functions_of
+from llm_trainer.episodes.player import Player
 from llm_trainer.episodes.players import Players
 from llm_trainer.episodes.playing import Episode, Episodes, Generate, Limits, Start
 from llm_trainer.generation.service import Completion
 from llm_trainer.rewards.identity import code_hash
+from llm_trainer.rewards.named import imported
 from llm_trainer.trainers.completions import Played, Written
-
-ENVIRONMENT = "environment"  # the name of its column of rewards
 
 
 class Partners:
-    """Who answers the policy in the episodes of a run: an environment, or tools.
+    """Who talks to the policy in the episodes of a run: an environment, tools or an agent.
 
     Its processes are forked when it is made, before there are threads and devices.
 
@@ -31,38 +34,65 @@ class Partners:
         how: the section.
 
     Attributes:
-        gives_rewards: an environment does; tools are judged by reward functions.
+        label: of what it is, and of its column of rewards.
+        gives_rewards: tools give none: reward functions judge them.
         players: its processes.
+        tools: descriptions of functions that the policy may call.
         facts: what rollouts depend on, in JSON types.
 
     Raises:
-        ConfigError: there is no such environment or function, or both are given.
+        ConfigError: there is no such class or function, or several are given.
     """
 
     def __init__(self, how: RolloutOptions) -> None:
-        if how.environment is not None and how.tools:
+        given = [name for name, value in _given(how).items() if value]
+        if len(given) > 1:
             raise ConfigError(
-                "got environment and tools; expected one of them: an environment finds the calls of its own tools in "
-                "message['tool_calls'] and answers them"
+                f"got {' and '.join(given)}; expected one of them: environments and agents find what the policy calls in "
+                f"message['tool_calls'], and answer it themselves"
             )
-        self.gives_rewards = how.environment is not None
+        [self.label] = given
+        self.gives_rewards = self.label != "tools"
         functions = functions_of(how.tools)
         self.tools = descriptions_of(functions)
-        make: Any = environment_of(how.environment) if self.gives_rewards else lambda: Tools(functions)
-        name = getattr(getattr(make, "func", make), "__name__", ENVIRONMENT) if self.gives_rewards else "tools"
+        seconds, made = how.environment_seconds, list(functions.values())
+        play: Callable[[], Any]
+        if self.label == "environment":
+            make = environment_of(how.environment)
+            play, made = partial(Player, make), [make]
+        elif self.label == "agent":
+            agent = imported("agent", how.agent) if isinstance(how.agent, str) else how.agent
+            if not callable(agent):
+                raise ConfigError(f"agent: got {agent!r}, expected a function of base_url and row, or its name")
+            play, made, seconds = partial(AgentPlayer, agent), [agent], how.agent_seconds
+        else:
+            play = partial(Player, partial(Tools, functions))
+        name = "tools" if len(made) != 1 or self.label == "tools" else name_of(made[0])
         self.players = Players(
             name,
-            make,
-            seconds=how.environment_seconds,
+            play,
+            seconds=seconds,
             memory_gb=how.environment_memory_gb,
             in_process=how.environment_in_process,
         )
-        codes = [code_of(make)] if self.gives_rewards else [code_of(function) for function in functions.values()]
+        codes = [code_of(one) for one in made]
         self.facts = {"name": name, "code": codes, "max_turns": how.max_turns, "tools": self.tools}
-        self._limits = Limits(how.max_turns, 0, None, self.gives_rewards)
+        self._limits = Limits(how.max_turns, 0, None, self.label == "environment")
         self._max_failed = how.max_failed_rewards
 
-    def episodes(self, chat: ChatFormat, stops: Sequence[int], tokens: int, context: int | None) -> Episodes:
+    @staticmethod
+    def are_in(how: RolloutOptions) -> bool:
+        """Whether a section names any."""
+        return any(_given(how).values())
+
+    def episodes(
+        self,
+        chat: ChatFormat,
+        stops: Sequence[int],
+        tokens: int,
+        context: int | None,
+        max_failed: float | None = None,
+    ) -> Episodes | AgentEpisodes:
         """What plays them.
 
         Args:
@@ -70,9 +100,37 @@ class Partners:
             stops: tokens that end a turn.
             tokens: of the policy in an episode, at most.
             context: of the model.
+            max_failed: share of failures above which the run stops; None: the section's.
         """
+        if max_failed is None:
+            max_failed = self._max_failed
         limits = self._limits._replace(tokens=tokens, context=context)
-        return Episodes(chat, self.players, self.tools, stops, limits, self._max_failed)
+        if self.label == "agent":
+            return AgentEpisodes(chat, self.players, stops, limits, max_failed)
+        return Episodes(chat, self.players, self.tools, stops, limits, max_failed)
+
+    def play(
+        self,
+        chat: ChatFormat,
+        stops: Sequence[int],
+        tokens: int,
+        context: int | None,
+        prompts: Sequence[str],
+        generate: Generate,
+    ) -> list[str]:
+        """An episode for each of `prompts`, as text; where one fails, what happened. Other arguments: see `episodes`."""
+        starts = []
+        for number, prompt in enumerate(prompts):
+            row = {"prompt": prompt, "answer": None, "messages": [{"role": "user", "content": prompt}]}
+            starts.append(Start(row, number, 0, number))
+        shown = self.episodes(chat, stops, tokens, context, max_failed=1.0).play(starts, generate, lambda: False)
+        texts = []
+        for episode in shown:
+            text = episode.conversation.text()
+            if episode.error is not None:
+                text = episode.error[1]
+            texts.append(text)
+        return texts
 
     def try_out(self, chat: ChatFormat) -> str:
         """Whether what is said to the policy can be appended to what it has written, for people.
@@ -102,6 +160,16 @@ class Partners:
         return "episodes: the chat template keeps earlier turns, so all turns of an episode are one row"
 
 
+def _given(how: RolloutOptions) -> dict[str, bool]:
+    return {"environment": how.environment is not None, "tools": bool(how.tools), "agent": how.agent is not None}
+
+
+def name_of(made: Any) -> str:
+    """What an environment or an agent is called."""
+    made = getattr(made, "func", made)
+    return str(getattr(made, "__name__", type(made).__name__))
+
+
 def code_of(made: Any) -> str:
     """Hash of what a function does, or the methods of a class."""
     made = getattr(made, "func", made)
@@ -116,7 +184,7 @@ def code_of(made: Any) -> str:
 
 
 def played(
-    episodes: Episodes,
+    episodes: Episodes | AgentEpisodes,
     plan: Plan,
     prompts: Sequence[Prompt],
     numbers: Sequence[int],
@@ -140,7 +208,11 @@ def played(
             row["messages"] = prompt.messages
         seed = mix_seeds(plan.seed, number)
         starts += [Start(row, number, sample, seed) for sample in range(samples)]
+    began, drawing = time.perf_counter(), plan.seconds.get("generate", 0.0)
     found = episodes.play(starts, generate, plan.stop)
+    drawing = plan.seconds.get("generate", 0.0) - drawing
+    answering = time.perf_counter() - began - drawing
+    plan.seconds["environment"] = plan.seconds.get("environment", 0.0) + answering
     groups = []
     for place, prompt in enumerate(prompts):
         rows: list[Written] = []
@@ -166,11 +238,9 @@ def _rows(prompt: Prompt, episode: Episode, gives_rewards: bool) -> list[Written
         return [Written(_with_ids(prompt, ids), Completion([], [], episode.finish, []), played=of_all)]
     rows = []
     for number, segment in enumerate(written):
-        finish = episode.finish
-        if segment is not written[-1] and finish == "length":
-            finish = "stop"
         one = of_all._replace(is_first=number == 0)
-        rows.append(Written(_with_ids(prompt, segment.prompt), segment.completion(finish), played=one))
+        completion = segment.completion(episode.finish)  # that of all: an episode has an end or none
+        rows.append(Written(_with_ids(prompt, segment.prompt), completion, played=one))
     return rows
 
 

@@ -33,7 +33,7 @@ from llm_trainer.trainers.completions import (
     row_of,
     shown_of,
 )
-from llm_trainer.trainers.played import ENVIRONMENT, Partners, played
+from llm_trainer.trainers.played import Partners, played
 
 JUDGED = "model_reward"  # the column of a reward model, [1] per row
 ATTEMPT = 1 << 32  # what a prompt's number is raised by when its group is drawn again: other noise
@@ -103,7 +103,7 @@ class RolloutMaker:
         self._episodes = self.partners.episodes(chat, self.stop_token_ids, tokens, self.context)
         if self.partners.gives_rewards:
             own = () if self.rewards is None else self.names
-            self.names, self.weights = (ENVIRONMENT, *own), np.append(1.0, self.weights[: len(own)])
+            self.names, self.weights = (self.partners.label, *own), np.append(1.0, self.weights[: len(own)])
 
     def settings(self, training: bool) -> Mapping[str, Any]:
         facts = asdict(self._decoding(0, training))
@@ -300,7 +300,8 @@ class RolloutMaker:
             if one.played is not None and not one.played.is_first:
                 values[number], errors[number] = values[number - 1], errors[number - 1]
             elif one.played is not None and one.played.error is not None:
-                errors[number] = {ENVIRONMENT: one.played.error[1]}
+                assert self.partners is not None
+                errors[number] = {self.partners.label: one.played.error[1]}
             elif one.played is not None and one.played.reward is not None:
                 values[number, 0] = one.played.reward
             row = row_of(one, values[number], errors[number], keeps_cuts)

@@ -212,19 +212,14 @@ class ChatFormat:
         """
         prompt = self._rendered(said, tools).text
         as_text = {name: value for name, value in reply.items() if name != "tool_calls"}
-        stop = self._turns.stop
         try:
             whole = self._rendered([*said, as_text, *further], tools)
-            rest = rest_of(prompt, whole, reply["content"], has_end, stop)
+            rest = rest_of(prompt, whole, reply["content"], has_end, self._turns.stop)
         except ChatTemplateError:
             if not reply.get("tool_calls"):
                 raise
-            conversation, functions = self._prepare([*said, reply, *further], tools)
             whole = self._rendered([*said, reply, *further], tools)
-            turn = self._turns.locate(conversation, len(said), whole.text, functions)
-            if not has_end:
-                turn = turn[0], turn[1] - len("".join(self._turns.end).lstrip())
-            rest = rest_behind(prompt, whole, turn, reply["content"], has_end, stop)
+            rest = rest_behind(prompt, whole, reply["content"], has_end, "".join(self._turns.end).lstrip())
         return None if rest is None else self._encode_behind(rest, self._turns.last_token)
 
     def _rendered(self, messages: Sequence[Message], tools: Tools | None, **options: Any) -> Rendered:

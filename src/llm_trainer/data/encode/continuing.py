@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from llm_trainer.data.encode.spans import Span
 from llm_trainer.data.encode.templates import Rendered
 
 THOUGHT = "</think>"  # ends what templates drop from earlier turns
@@ -30,22 +29,30 @@ def rest_of(
     start = _behind_space(text, len(prompt)) if wrote else len(prompt)
     if not text.startswith(wrote, start):
         return None
-    return _behind(whole, start + len(wrote), has_end, stop)
-
-
-def rest_behind(
-    prompt: str, whole: Rendered, turn: Span, reply: str, has_end: bool, stop: Callable[[str, int], int]
-) -> Rendered | None:
-    """As `rest_of`, where the template writes the calls of an answer in its own way: `turn` says where the answer stands."""
-    said = whole.text[slice(*turn)]
-    if not whole.text.startswith(prompt) or (THOUGHT in reply and THOUGHT not in said):
-        return None
-    return _behind(whole, turn[1], has_end, stop)
-
-
-def _behind(whole: Rendered, place: int, has_end: bool, stop: Callable[[str, int], int]) -> Rendered:
+    place = start + len(wrote)
     if has_end:
-        place = stop(whole.text, place)
+        place = stop(text, place)
+    return _behind(whole, place)
+
+
+def rest_behind(prompt: str, whole: Rendered, reply: str, has_end: bool, end: str) -> Rendered | None:
+    """As `rest_of`, where the template writes the calls of an answer in its own way.
+
+    Args:
+        end: what ends a turn; no call holds it.
+    """
+    text = whole.text
+    place = text.find(end, len(prompt)) if end else -1
+    if not text.startswith(prompt) or place < 0:
+        return None
+    if THOUGHT in reply and THOUGHT not in text[len(prompt) : place]:
+        return None
+    if has_end:
+        place += len(end)
+    return _behind(whole, place)
+
+
+def _behind(whole: Rendered, place: int) -> Rendered:
     literals = frozenset(literal - place for literal in whole.literals if literal >= place)
     return Rendered(whole.text[place:], [], literals)
 
