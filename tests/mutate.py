@@ -252,14 +252,14 @@ MUTATIONS = (
     # Rollouts.
     Mutation(
         "a rollout of other weights or settings is learned from",
-        "data/rollout_source.py",
+        "data/rollout_supply.py",
         "if stored.made_of == made_of:",
         "if len(stored.made_of) == len(made_of):",
         (f"{ROLLOUTS}::test_a_rollout_of_other_settings_is_set_aside_and_made_anew",),
     ),
     Mutation(
         "a rollout is made ahead by weights that will be too old",
-        "data/rollout_source.py",
+        "data/rollout_supply.py",
         "if left > ahead.max_staleness or is_last:",
         "if is_last:",
         (f"{AHEAD}::test_the_weights_are_as_old_as_they_may_be",),

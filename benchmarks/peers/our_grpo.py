@@ -12,8 +12,8 @@ from grpo_work import LEARNING_RATE, MAX_GRAD_NORM, Clock, Job, share_even
 
 from llm_trainer import GRPOTrainer, create_optimizer
 from llm_trainer.data import rollout_making
-from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollout_store import RolloutFolder
+from llm_trainer.data.rollout_supply import RolloutSupply
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.verify import Hashes
 from llm_trainer.models.attention import resolve_attention
@@ -59,7 +59,7 @@ def watch(clock: Clock) -> None:
     clock.watch(RolloutMaker, "_judged", "reward")
     clock.watch(RolloutMaker, "begin", "sync")
     clock.watch(RolloutMaker, "finish", "score")
-    clock.watch(RolloutSource, "_made_of", "checks")
+    clock.watch(RolloutSupply, "_made_of", "checks")
     clock.watch(Hashes, "note", "checks")
     clock.watch(InProcess, "held", "checks")
     clock.watch(InProcess, "logprobs", "checks")  # of the probe, by both

@@ -17,7 +17,7 @@ from llm_trainer.data.collate import collate_padded, laying
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.rollout_source import RolloutSource, num_updates
 from llm_trainer.data.rollout_store import RolloutError
-from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
+from llm_trainer.data.rollouts import FINISHES, Finished, Maker, Rollout, collate_rollout
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
 from llm_trainer.losses.correction import Correction
@@ -230,13 +230,12 @@ class OnPolicyTrainer(BaseTrainer):
         """Rollouts around a source of prompts; batches that carry completions and rewards are steps as they are."""
         if self.rewards is None and self.judge is None and self.how.rollouts is None and self.partners is None:
             return source
-        maker = self._rollout_maker()
         return RolloutSource(
             source,
-            maker,
+            self._maker_of(training),
             self.machine,
             training=training,
-            samples=maker.num_samples(training),
+            samples=self._rollout_maker().num_samples(training),
             passes=self.passes,
             rows_per_update=self.rows_per_update,
             prompts_per_part=self.how.prompts_per_part,
@@ -275,6 +274,10 @@ class OnPolicyTrainer(BaseTrainer):
 
     def _before_rollout(self) -> None:
         """Change, on all ranks together, what a rollout of the training is to be scored with: it stays until the next one."""
+
+    def _maker_of(self, training: bool) -> Maker:
+        """What makes the rollouts of a source."""
+        return self._rollout_maker()
 
     def _rollout_maker(self) -> RolloutMaker:
         if self._maker is None:

@@ -12,7 +12,7 @@ from llm_trainer.config.errors import fields_of
 from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.data.collate import laying
 from llm_trainer.data.rollout_source import RolloutSource
-from llm_trainer.data.rollouts import FINISHES, Finished, Rollout, collate_rollout
+from llm_trainer.data.rollouts import FINISHES, Finished, Maker, Rollout, collate_rollout
 from llm_trainer.losses.advantages import weighted_rewards
 from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
@@ -202,13 +202,15 @@ class PPOTrainer(OnPolicyTrainer):
 
     # A rollout, from its completions to what they teach.
 
+    def _maker_of(self, training: bool) -> Maker:
+        return Followed(self._rollout_maker(), self.shaping, training, self._totals)
+
     def _build_source(self, source: Any, training: bool) -> Any:
         built = super()._build_source(source, training)
         if not isinstance(built, RolloutSource):
             raise ValueError(
                 "nothing judges completions: expected a reward_func (or reward_model), or rollouts, the folder of another run's"
             )
-        built.maker = Followed(built.maker, self.shaping, training, self._totals)
         return self._with_further(built, training)
 
     def _learned_columns(self) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ def test_baselines_of_reinforce(name: str, samples: int, tmp_path: Path) -> None
 
 def test_parts_are_as_large_as_was_said(tmp_path: Path) -> None:
     trainer, _ = train(tmp_path, prompts_per_part=3, max_steps=1)
-    assert trainer.run.source._parts(7) == [(0, 3), (3, 6), (6, 7)]
+    assert trainer.run.source._supply._parts(7) == [(0, 3), (3, 6), (6, 7)]
 
 
 def test_a_model_that_judges_steps_is_no_judge_of_completions(tmp_path: Path) -> None:
