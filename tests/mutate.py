@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "a total of fractions is 1",
         "train/terms.py",
-        "return total or 1.0,",
-        "return max(total, 1.0),",
+        "name: total or 1.0 for",
+        "name: max(total, 1.0) for",
         (f"{LOOP}::test_fractions_as_loss_weights_change_nothing",),
     ),
     Mutation(
@@ -108,8 +108,8 @@ MUTATIONS = (
     Mutation(
         "micro-batches weigh alike",
         "train/terms.py",
-        "batch.weight = float(algorithm._loss_weight(batch.batch))",
-        "batch.weight = float(algorithm._loss_weight(batch.batch) > 0)",
+        "batch.weight = float(loss._loss_weight(batch.batch))",
+        "batch.weight = float(loss._loss_weight(batch.batch) > 0)",
         (CUT,),
     ),
     Mutation(

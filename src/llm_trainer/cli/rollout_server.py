@@ -67,8 +67,8 @@ def rollout_server(
     if _is_ready(here, port):
         raise ValueError(f"{url}: a server answers there already; expected a free --port, or the other server ended")
     print(f"starting: {shlex.join(command)}", flush=True)
+    _let_signals_end_us()
     process = subprocess.Popen(command, env=environment_with(own), start_new_session=True)
-    _end_with_us(process)
     try:
         _wait_until_ready(process, here, port, wait)
         print(f"ready: {url} (rollout_servers: [http://HOST:{port}], as the trainer reaches this machine)", flush=True)
@@ -136,14 +136,17 @@ def _wait_until_ready(process: subprocess.Popen[bytes], host: str, port: int, se
         time.sleep(LOOK_SECONDS)
 
 
-def _end_with_us(process: subprocess.Popen[bytes]) -> None:
-    """Let a signal that ends this command end the server, and its workers, first."""
+def _let_signals_end_us() -> None:
+    """Let a signal end this command as an exception would, so that it ends the server on its way out."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _end(process)
+        for further in numbers:  # the end is under way
+            signal.signal(further, signal.SIG_IGN)
+        # NOTE: the server is not ended here: the wait for it that was interrupted holds the lock of its `Popen`.
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in numbers:
         signal.signal(number, stop)
 
 

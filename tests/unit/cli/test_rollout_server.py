@@ -66,9 +66,14 @@ def test_the_server_ends_with_the_command(folder: Path) -> None:
     process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = [process.stdout.readline(), process.stdout.readline()]
-    assert lines[1].startswith(f"ready: http://127.0.0.1:{port}"), lines
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM
+    try:
+        assert lines[1].startswith(f"ready: http://127.0.0.1:{port}"), lines
+        time.sleep(0.5)  # until the command waits for its server
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(8) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
     process.stdout.close()
     worker, until = Path("/proc", log.read_text()), time.monotonic() + 5
     while worker.exists() and "Z" not in (worker / "stat").read_text().split()[2] and time.monotonic() < until:

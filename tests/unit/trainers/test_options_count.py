@@ -93,7 +93,7 @@ ELSEWHERE = {
     "value_optim_config": "test_ppo.py",
     "gradient_accumulation_steps": "of configurations",
 }
-OF_EPISODES = ("environment", "tools", "max_turns")  # beginnings of names: tests of episodes
+OF_EPISODES = ("environment", "tools", "agent", "max_turns")  # beginnings of names: tests of episodes
 
 
 @pytest.fixture(scope="module")
