@@ -62,10 +62,10 @@ def base(seed: int) -> Any:
     return model
 
 
-def prompts_of_rollout(seed: int, count: int) -> torch.Tensor:
-    """Ids `[count, 6]`."""
+def batch(seed: int, count: int) -> dict[str, Any]:
+    """Ids of prompts `[count, 6]`."""
     train, _ = split(seed)
-    return rows(train[torch.randperm(len(train))[:count]])[:, :PROMPT]
+    return {"prompts": rows(train[torch.randperm(len(train))[:count]])[:, :PROMPT]}
 
 
 def accuracy(model: Any, seed: int) -> float:
@@ -96,11 +96,13 @@ def _experiment(trainer: Any, **options: Any) -> Experiment:
 
 OF_GROUPS = {"num_samples_per_prompt": GROUP, "rows_per_update": UPDATE}
 WITH_CRITIC = {
+    "critic_on_policy": True,
     "completions_per_prompt": GROUP,
     "ppo_batch_size": UPDATE,
-    "ppo_epochs": 1,
+    "ppo_epochs": 2,
     "clip_eps": 0.2,
     "kl_beta": 0.0,
+    "packing": "none",  # which takes less time where all rows are equally long and short
 }
 EXPERIMENTS = {
     "GRPO, additions": _experiment(GRPOTrainer, **OF_GROUPS),

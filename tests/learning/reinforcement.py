@@ -48,7 +48,7 @@ class Task(Protocol):
     """What is to be learned: a module, or an object.
 
     Attributes:
-        TOKENS: of a completion.
+        TOKENS: of a completion, at most.
     """
 
     TOKENS: int
@@ -56,14 +56,14 @@ class Task(Protocol):
     def base(self, seed: int) -> Any:
         """The model that reinforcement begins with, made once per seed."""
 
-    def prompts_of_rollout(self, seed: int, count: int) -> torch.Tensor:
-        """Ids `[count, P]` of prompts to train on, other ones in every call."""
+    def batch(self, seed: int, count: int) -> dict[str, Any]:
+        """What is trained on in a rollout of `count` prompts, such as their ids `[count, P]`; others in every call."""
 
     def accuracy(self, model: Any, seed: int) -> float:
         """Share of held-out prompts that are answered rightly, greedily."""
 
     def is_right(self, prompts: Ids, completions: Ids, **_: Any) -> list[float]:
-        """The reward: 1 for a right answer, else 0."""
+        """The reward: 1 for a right answer, else 0. None instead of a method: an environment gives the rewards."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ def run(experiment: Experiment, seed: int) -> Outcome:
     torch.manual_seed(seed)
     batches = []
     for _ in range(experiment.rollouts):
-        batches.append({"prompts": task.prompts_of_rollout(seed, experiment.prompts)})
-    options = experiment.options | {"reward_func": experiment.reward(task.is_right), "gen_max_seq_len": task.TOKENS}
+        batches.append(task.batch(seed, experiment.prompts))
+    options = {"reward_func": experiment.reward(task.is_right), "gen_max_seq_len": task.TOKENS, "stop_token_ids": ()}
     started = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        options |= {"seed": seed, "save_dir": folder, "save_interval": 0, "stop_token_ids": ()}
+        options |= experiment.options | {"seed": seed, "save_dir": folder, "save_interval": 0}
         sums.one_pass(experiment.trainer, model, batches, experiment.lr, **options).train()
     processor, clock = time.process_time() - started[0], time.perf_counter() - started[1]
     return Outcome((before, task.accuracy(model, seed)), processor, clock)

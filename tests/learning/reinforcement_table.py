@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import additions
 import learning_table
 import reinforced_sums
-from reinforcement import Experiment, run
+from reinforcement import Experiment, Outcome, run
 
 TABLES = {  # by their markers in docs/results.md
     "reinforcement": reinforced_sums.EXPERIMENTS,
@@ -24,13 +24,12 @@ TABLES = {  # by their markers in docs/results.md
 EXPERIMENTS: dict[str, Experiment] = {}
 for experiments in TABLES.values():
     EXPERIMENTS |= experiments
-HEAD = ["algorithm", "accuracy before", "accuracy", "expected", "reached", "processor time", "on the clock"]
+HEAD = ["algorithm", "seeds", "accuracy before", "accuracy", "expected", "reached", "processor time", "on the clock"]
 
 
-def line(name: str) -> str:
+def line(name: str, outcomes: list[Outcome]) -> str:
     """The table's line of one experiment: medians over the seeds, with lowest and highest where training ended."""
     low, high = EXPERIMENTS[name].accuracy
-    outcomes = [run(EXPERIMENTS[name], seed) for seed in EXPERIMENTS[name].seeds]
     before = statistics.median(outcome.accuracy[0] for outcome in outcomes)
     after = [outcome.accuracy[1] for outcome in outcomes]
     processor = statistics.median(outcome.processor for outcome in outcomes)
@@ -40,14 +39,15 @@ def line(name: str) -> str:
     if len(after) > 1:
         found += f" ({min(after):.1%} to {max(after):.1%})"
     expected = f"{low:.0%} to {high:.0%}"
-    cells = [name, f"{before:.1%}", found, expected, reached, f"{processor:.0f} s", f"{clock:.0f} s"]
+    times = f"{processor:.0f} s", f"{clock:.0f} s"
+    cells = [name, str(len(outcomes)), f"{before:.1%}", found, expected, reached, *times]
     return "| " + " | ".join(cells) + " |"
 
 
-def rewrite(table: str, name: str) -> None:
-    """Measure one experiment of a table, and write its line."""
+def rewrite(table: str, name: str, outcomes: list[Outcome]) -> None:
+    """Write the line of one experiment of a table."""
     markers = f"<!-- {table}: begin -->", f"<!-- {table}: end -->"
-    new = line(name)
+    new = line(name, outcomes)
     print(new, flush=True)
     known = {row.split(" | ")[0].strip("| "): row for row in learning_table.table_of(markers)}
     known[name] = new
@@ -64,7 +64,8 @@ def main() -> None:
     for table, experiments in TABLES.items():
         for name in experiments:
             if name in wanted:
-                rewrite(table, name)
+                outcomes = [run(experiments[name], seed) for seed in experiments[name].seeds]
+                rewrite(table, name, outcomes)
 
 
 if __name__ == "__main__":
