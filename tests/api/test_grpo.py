@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,9 @@ from llm_trainer.builder import make_model
 from llm_trainer.checkpoint import write_model
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
-from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.rewarding import load_judge, process_reward_model, reward_model
 from llm_trainer.train_configs import (
     ConfigError,
     DataLoaderConfig,
@@ -24,6 +26,7 @@ from llm_trainer.train_configs import (
     RunConfig,
     TrainConfig,
 )
+from llm_trainer.trainers.judging import StepEnds
 
 SHAPE = ModelConfig(
     vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
@@ -170,6 +173,44 @@ def test_prompts_that_leave_no_room(reference_dir: Path, tmp_path: Path) -> None
             train_config=config(path, reference_dir, tmp_path, grpo_config=GRPOConfig(gen_max_seq_len=4)),
             reward_func=shorter,
         ).train()
+
+
+def test_a_model_that_judges_steps(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(reference_dir / "tokenizer")
+    write_model(process_reward_model(build_model(SHAPE)), tmp_path / "judge", tokenizer)
+    values = {}
+    for style, steps in (("folder", {"reward_model_checkpoint": str(tmp_path / "judge")}), ("object", {})):
+        section = GRPOConfig(reward_model_steps="e", gen_max_seq_len=12, group_size=2, keep_rollouts=True, **steps)
+        described = config(prompts, reference_dir, tmp_path / style, grpo_config=section)
+        given = {}
+        if style == "object":
+            given["reward_model"] = load_judge(tmp_path / "judge", judges_steps=True)
+        values[style] = GRPOTrainer(train_config=described, **given).train()
+    assert 0 < values["folder"]["rewards/model_reward"] < 1  # probabilities
+    assert values["folder"]["loss"] == values["object"]["loss"]
+    rollout = Rollout(next((tmp_path / "folder" / "rollouts").glob("[0-9]" * 8)))
+    ends = StepEnds("e", tokenizer)
+    for row in range(len(rollout)):
+        begin, ids = int(rollout.store["versions"][row][0]), rollout.store["input_ids"][row]
+        known = np.flatnonzero(~np.isnan(rollout.store["step_rewards"][row]))
+        assert (known - begin).tolist() == ends(ids[begin:].tolist())
+    for changes, said in (
+        ({"reward_model_steps": None}, "judges the steps of an answer.* expected reward_model_steps"),
+        (
+            {"reward_model_checkpoint": None, "rewards": ["exact_match"]},
+            "reward_model_steps: got 'e', but there is no model",
+        ),
+    ):
+        own = {
+            "reward_model_checkpoint": str(tmp_path / "judge"),
+            "reward_model_steps": "e",
+            "group_size": 2,
+            **changes,
+        }
+        with pytest.raises(ValueError, match=said):
+            GRPOTrainer(train_config=config(prompts, reference_dir, tmp_path / "run", grpo_config=GRPOConfig(**own)))
+    with pytest.raises(ConfigError, match="reward_model_steps"):
+        GRPOConfig(reward_model_steps="")
 
 
 def test_a_reward_model_of_another_tokenizer(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ LICENSED = {
     ("trainers/on_policy.py", "data"): "puts the source of rollouts around that of prompts",
     ("trainers/grpo.py", "data"): "adds columns to a rollout",
     ("trainers/ppo.py", "data"): "adds columns to a rollout",
+    ("trainers/judging.py", "data"): "adds columns to a rollout",
     ("trainers/ptx.py", "data"): "adds rows to the steps of a source",
     ("trainers/shaping.py", "data"): "reads the columns of a rollout",
     ("trainers/language.py", "data"): "amends the steps of a source with answers of the model's own",

@@ -10,7 +10,7 @@ from rich.console import Console
 from llm_trainer.cli.marked import Piece, marked
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.rollout_store import step_of, verified
-from llm_trainer.data.rollouts import FINISHES, LEFT_OUT, Rollout
+from llm_trainer.data.rollouts import FINISHES, LEFT_OUT, STEP_REWARDS, Rollout
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.terminal import printable
 from llm_trainer.trainers.rollouts import JUDGED
@@ -184,6 +184,9 @@ def _facts(rollout: Rollout, index: int, worth: str, advantages: np.ndarray | No
     if advantages is not None:
         line += f", advantage {advantages[index]:.4g}"
     lines.append(line)
+    if STEP_REWARDS in row:
+        of_steps = row[STEP_REWARDS][~np.isnan(row[STEP_REWARDS])]
+        lines.append(f"steps by the reward model: {', '.join(f'{value:.4g}' for value in of_steps.tolist())}")
     if facts.get("answer") is not None:
         lines.append(f"reference answer: {facts['answer']}")
     if "episode" in facts:

@@ -55,6 +55,12 @@ class RolloutOptions:
     reward_model_checkpoint: str | None = Field(
         default=None, description="folder of a reward model, which judges completions too"
     )
+    reward_model_steps: str | None = Field(
+        default=None,
+        min_length=1,
+        description="text that ends a step of a completion, such as a blank line, where the reward model judges steps (token "
+        "classification): its score of a step is a reward of the step's last token; null: it judges whole completions",
+    )
     reward_seconds: StrictFloat = Field(default=60.0, gt=0, description="that a call of a reward function may take")
     reward_memory_gb: StrictFloat | None = Field(
         default=4.0, gt=0, description="memory that a reward function may take; null: no limit"

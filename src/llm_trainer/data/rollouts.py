@@ -41,19 +41,38 @@ TOKEN_REWARDS = (
     "token_rewards"  # [T], or empty: what tokens have earned themselves, NaN where nothing; functions weighted
 )
 BY_TOKEN = "by_token"  # [F] 1: that reward is the sum of what tokens have earned
+STEP_REWARDS = (
+    "step_rewards"  # [T] what a reward model gave at the last tokens of steps, NaN elsewhere; where it judges steps
+)
 LEFT_OUT = "left_out"  # [1] 0: learned from; else why not, as `meta.json` numbers the reasons
 EPISODE = "episode"  # [1] where conversations have several turns: its number in the group, the same for all of its rows
 PER_ROW = ("group", "row_index", "finish", "rewards", GREEDY, LEFT_OUT, EPISODE)
 REDRAWN = "redrawn"  # [1] tokens of completions that were drawn in this one's place before, and are not there any more
 NOTHING_WRITTEN, FAILED = "nothing was written", "the completion failed"  # why rows are dropped
 DRAWN_AGAIN = "its group was drawn again"
-NOT_IN_BATCHES = ("input_ids", "trained", "versions", "facts", GREEDY, LEFT_OUT, REDRAWN, TOKEN_REWARDS, BY_TOKEN)
+NOT_IN_BATCHES = (
+    "input_ids",
+    "trained",
+    "versions",
+    "facts",
+    GREEDY,
+    LEFT_OUT,
+    REDRAWN,
+    TOKEN_REWARDS,
+    BY_TOKEN,
+    STEP_REWARDS,
+)
 
 
 def as_json(facts: Mapping[str, Any]) -> np.ndarray:
     """What the column `facts` holds; what JSON has no form for becomes text."""
     text = json.dumps(facts, ensure_ascii=False, default=str)
     return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def sum_of_known(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The sum of two arrays; where one of them is NaN, the other."""
+    return np.where(np.isnan(one), other, one + np.nan_to_num(other))
 
 
 class RolloutRow(dict[str, np.ndarray]):
@@ -132,19 +151,42 @@ class Rollout:
         """`[rows]` bool: completions that are there to compare others with, and are not learned from."""
         return self.column(GREEDY) != 0 if GREEDY in self.store.columns else np.zeros(len(self), dtype=bool)
 
-    def token_rewards(self) -> tuple[list[np.ndarray], np.ndarray] | None:
-        """What tokens have earned themselves, `[T]` of each row, NaN where nothing; and `[rows, F]` bool, of which rewards
-        that is a part. None: nobody has judged tokens.
+    def step_rewards(self, judged: Mapping[str, Any] | None = None) -> Sequence[np.ndarray] | None:
+        """What a reward model gave for steps, `[T]` of each row, NaN where none ends; None: there is no such model.
+
+        Args:
+            judged: further columns of a rollout that is not finished.
         """
-        if TOKEN_REWARDS not in self.store.columns or not len(self.store[TOKEN_REWARDS].values):
+        if judged is not None and STEP_REWARDS in judged:
+            of_steps: Sequence[np.ndarray] = judged[STEP_REWARDS]
+            return of_steps
+        if STEP_REWARDS not in self.store.columns:
+            return None
+        return [np.asarray(self.store[STEP_REWARDS][row]) for row in range(len(self))]
+
+    def token_rewards(self, judged: Mapping[str, Any] | None = None) -> tuple[list[np.ndarray], np.ndarray] | None:
+        """What tokens have earned themselves, `[T]` of each row, NaN where nothing; and `[rows, F]` bool, of which functions'
+        rewards that is a part. None: nobody has judged tokens.
+
+        Args:
+            judged: as in `step_rewards`, which are among them.
+        """
+        of_steps = self.step_rewards(judged)
+        of_functions = TOKEN_REWARDS in self.store.columns and len(self.store[TOKEN_REWARDS].values) > 0
+        if of_steps is None and not of_functions:
             return None
         found = []
+        by_token: np.ndarray = np.zeros((len(self), 0), dtype=bool)
+        if of_functions:
+            by_token = np.asarray(self.store[BY_TOKEN].values).reshape(len(self), -1) != 0
         for row, length in enumerate(self.lengths.tolist()):
-            values = np.asarray(self.store[TOKEN_REWARDS][row])
-            if not len(values):
-                values = np.full(length, np.nan)
+            values: np.ndarray = np.full(length, np.nan)
+            if of_functions and len(self.store[TOKEN_REWARDS][row]):
+                values = np.asarray(self.store[TOKEN_REWARDS][row])
+            if of_steps is not None:
+                values = sum_of_known(values, of_steps[row])
             found.append(values)
-        return found, np.asarray(self.store[BY_TOKEN].values).reshape(len(self), -1) != 0
+        return found, by_token
 
     @property
     def is_of_training(self) -> bool:

@@ -1,5 +1,6 @@
 """Reward models: a language model's body with a head that gives one number, for an answer or for each of its steps."""
 
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,10 +11,15 @@ from torch import Tensor, nn
 from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import knows_branches
 from llm_trainer.models.build import supported_attention
-from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
+from llm_trainer.models.pretrained import ENDINGS, REWARD_MODELS, Kind, Pretrained, find_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Names of the two labels of a model that judges steps, in lower case.
+RIGHT = ("right", "correct", "positive", "good", "true", "yes", "+", "1")
+WRONG = ("wrong", "incorrect", "negative", "bad", "false", "no", "-", "0")
+OF_STEPS = next(ending for ending, kind in ENDINGS.items() if kind is Kind.STEP_REWARD_MODEL)
 
 
 class Rewarding(nn.Module):
@@ -124,18 +130,89 @@ def load_reward_model(
     Raises:
         ValueError: there is another model: transformers would give any language model a head of random numbers.
     """
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
     found = find_pretrained(source, REWARD_MODELS)
-    num_labels = len(found.config.get("id2label", range(2)))  # transformers does not write its default, 2
+    num_labels = len(_labels_of(found.config))
     if num_labels != 1:
         raise ValueError(f"{source}: found a classifier with {num_labels} labels, expected one, the reward")
+    return _loaded(found, attention, dtype)
+
+
+def load_judge(source: str | Path, judges_steps: bool, attention: str = "sdpa") -> "PreTrainedModel":
+    """The model of `source` that judges what a policy writes: its steps, with one label or two, or whole completions.
+
+    Args:
+        source: as `find_pretrained` takes it.
+        judges_steps: whether somebody says where steps end.
+        attention: as `resolve_attention` gives it.
+
+    Raises:
+        ValueError: there is another model.
+    """
+    found = find_pretrained(source, REWARD_MODELS, key="reward_model_checkpoint")
+    _check_judge(str(found), found.kind is Kind.STEP_REWARD_MODEL, judges_steps)
+    if not judges_steps:
+        return load_reward_model(source, attention)
+    label_of_right(_labels_of(found.config))
+    return _loaded(found, attention, torch.float32)
+
+
+def _loaded(found: Pretrained, attention: str, dtype: torch.dtype | str) -> "PreTrainedModel":
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
     model_class: Any = AutoModelForSequenceClassification
     if found.kind is Kind.STEP_REWARD_MODEL:
         model_class = AutoModelForTokenClassification
     attention = supported_attention(attention, found.config)
     with without_progress_bars():
         return model_class.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
+
+
+def _labels_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of a classifier's labels, by number; transformers does not write its default, two without names."""
+    names = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+    return [names[number] for number in sorted(names, key=int)]
+
+
+def label_of_right(labels: Sequence[str]) -> int | None:
+    """Which label says that a step is right; None: there is one label alone.
+
+    Of two without names of their own it is the second, as where TRL and others train on `labels: [false, true]`.
+
+    Raises:
+        ValueError: there are more, or their names do not say which it is.
+    """
+    names = [name.strip().lower() for name in labels]
+    if len(names) == 1:
+        return None
+    if names == ["label_0", "label_1"]:
+        return 1
+    is_right = [name in RIGHT for name in names]
+    is_wrong = [name in WRONG for name in names]
+    if len(names) == 2 and sorted(is_right) == [False, True] and is_wrong == [not right for right in is_right]:
+        return is_right.index(True)
+    raise ValueError(
+        f"reward_model (reward_model_checkpoint): a model that judges steps has {len(labels)} labels ({', '.join(labels)}); "
+        f"expected one, how right a step is, or two, wrong and right: the default names LABEL_0 and LABEL_1, or in id2label "
+        f"one of {', '.join(WRONG)} and one of {', '.join(RIGHT)}"
+    )
+
+
+def _check_judge(name: str, is_of_steps: bool, judges_steps: bool) -> None:
+    """
+    Raises:
+        ValueError: steps are to be judged by a model of whole completions, or the other way round.
+    """
+    if is_of_steps and not judges_steps:
+        raise ValueError(
+            f"reward_model (reward_model_checkpoint): a {name} judges the steps of an answer, at the last token of each, and "
+            f'nothing says where they end; expected reward_model_steps, the text that ends a step (such as "\\n\\n"), or, to '
+            f"judge whole completions, a model for sequence classification with one label (reward_config on pairs)"
+        )
+    if judges_steps and not is_of_steps:
+        raise ValueError(
+            f"reward_model_steps: a {name} judges whole completions, and no steps; expected a model for token classification "
+            f"(reward_config on judged steps), or leave reward_model_steps out"
+        )
 
 
 class Judge(nn.Module):
@@ -150,13 +227,8 @@ class Judge(nn.Module):
         super().__init__()
         from transformers import PreTrainedModel
 
-        if isinstance(model, PreTrainedModel) and type(model).__name__.endswith("ForTokenClassification"):
-            raise ValueError(
-                f"reward_model (reward_model_checkpoint): a {type(model).__name__} judges the steps of an answer, at the last "
-                f"token of each, and here whole completions are judged; expected a model for sequence classification with one "
-                f"label (reward_config on pairs). A reward function that calls it may return a number for each token"
-            )
-
+        if isinstance(model, PreTrainedModel):
+            _check_judge(type(model).__name__, type(model).__name__.endswith(OF_STEPS), judges_steps=False)
         self.model = Rewarding(model) if isinstance(model, PreTrainedModel) else model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -173,3 +245,47 @@ class Judge(nn.Module):
                 f"classification model with one label, or a module that gives [{len(input_ids)}]"
             )
         return rewards.reshape(-1).float()
+
+
+class StepJudge(nn.Module):
+    """A process reward model, called alike whatever it is: a `transformers` token classifier, or any module that gives one
+    number for each token of ids `[B, T]` under a mask `[B, T]`. Whoever calls it reads the numbers at the steps' last tokens.
+
+    Two labels are the logits of wrong and right, and the number is the probability of right (`label_of_right`). One label is
+    the logit of right, as `process_reward_model` has it, and the number its probability; where the configuration says
+    `problem_type: regression`, the label is the number.
+
+    Raises:
+        ValueError: it judges whole completions, or its labels do not say what is right.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        from transformers import PreTrainedModel
+
+        self.model = model
+        self._is_classifier = isinstance(model, PreTrainedModel)
+        if isinstance(model, PreTrainedModel):
+            _check_judge(type(model).__name__, type(model).__name__.endswith(OF_STEPS), judges_steps=True)
+            self._right = label_of_right(_labels_of(model.config.to_dict()))
+            self._is_probability = getattr(model.config, "problem_type", None) != "regression"
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores `[B, T]` of the tokens of rows padded on the right.
+
+        Raises:
+            ValueError: the module gives something else.
+        """
+        found = self.model(input_ids, attention_mask=attention_mask)
+        if self._is_classifier:
+            logits = found.logits.float()  # (B, T, labels)
+            if self._right is not None:
+                return logits.softmax(-1)[..., self._right]
+            return logits[..., 0].sigmoid() if self._is_probability else logits[..., 0]
+        if not isinstance(found, Tensor) or found.shape != input_ids.shape:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"reward_model with reward_model_steps: got {shape} for ids {list(input_ids.shape)}, expected one number for "
+                f"each token: a transformers model for token classification, or a module that gives {list(input_ids.shape)}"
+            )
+        return found.float()

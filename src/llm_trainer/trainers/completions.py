@@ -21,6 +21,7 @@ from llm_trainer.data.rollouts import (
     Rollout,
     as_json,
     num_sampled,
+    sum_of_known,
 )
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion
@@ -236,8 +237,7 @@ def earned(
     found: np.ndarray = np.full(start + length, np.nan)
     for name, numbers in of_tokens.items():
         weighted = weights[names.index(name)] * numbers
-        known = np.isnan(found[start:])
-        found[start:] = np.where(known, weighted, found[start:] + np.nan_to_num(weighted))
+        found[start:] = sum_of_known(found[start:], weighted)
     return {TOKEN_REWARDS: found, BY_TOKEN: by_token}
 
 

@@ -34,6 +34,7 @@ from llm_trainer.trainers.moving import MovingReference
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import default_reference, reference_of
+from llm_trainer.trainers.rollouts import JUDGED
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -305,7 +306,7 @@ class GRPOTrainer(OnPolicyTrainer):
         columns = self._scored(rollout, old=old, reference=self.reference)
         columns |= given_logprobs(rollout, columns)
         judged = self._judged(rollout)
-        values, _, weights = self._rollout_maker().table(rollout, judged)
+        values, names, weights = self._rollout_maker().table(rollout, judged)
         last, of_row = rollout.episodes()
         baseline = self._baseline(rollout, values, weights)  # less no KL: that is of what is compared with it
         if self.how.kl_in == "reward" and self.reference is not None:
@@ -313,10 +314,13 @@ class GRPOTrainer(OnPolicyTrainer):
             costs = np.bincount(of_row, costs)[of_row]  # of the episode
             values, weights = np.column_stack([values, costs]), np.append(weights, 1.0)
             values[np.isnan(values[:, :-1]).all(1)] = np.nan
-        of_tokens = None if self.advantages.kind not in OF_TOKENS else rollout.token_rewards()
+        of_tokens = None if self.advantages.kind not in OF_TOKENS else rollout.token_rewards(judged)
         if of_tokens is not None:  # compared by themselves; the others are of whole completions
-            by_token = of_tokens[1]
-            values[:, : by_token.shape[1]][by_token & ~np.isnan(values[:, : by_token.shape[1]])] = 0.0
+            is_whole = np.ones(values.shape, dtype=bool)
+            is_whole[:, : of_tokens[1].shape[1]] = ~of_tokens[1]
+            if rollout.step_rewards(judged) is not None:
+                is_whole[:, names.index(JUDGED)] = False
+            values[~is_whole & ~np.isnan(values)] = 0.0
         values = values[last]  # an episode of several rows is compared once
         groups = torch.from_numpy(np.array(rollout.column("group")))[last]
         how = replace(self.advantages, weights=torch.from_numpy(weights), greedy_rewards=baseline)

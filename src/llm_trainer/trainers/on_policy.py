@@ -23,8 +23,7 @@ from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
 from llm_trainer.losses.correction import Correction
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.attention import resolve_attention
-from llm_trainer.models.frozen import freeze
-from llm_trainer.models.rewarding import Judge, load_reward_model
+from llm_trainer.models.rewarding import load_judge
 from llm_trainer.models.scored import TokenScores
 from llm_trainer.rewards.functions import RewardFunctions
 from llm_trainer.rewards.named import several
@@ -34,10 +33,11 @@ from llm_trainer.trainers.answers import Batch, score, to_device
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.drawing import drawing, service_of
 from llm_trainer.trainers.given import pad_id_of
+from llm_trainer.trainers.judging import StepEnds, check_steps, judge_of, judged_columns
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
 from llm_trainer.trainers.ptx import PTX, ptx_of
-from llm_trainer.trainers.rollouts import JUDGED, RolloutMaker
+from llm_trainer.trainers.rollouts import RolloutMaker
 from llm_trainer.trainers.said import RowsOfIds, check_ids, check_vocabulary, context_of, stop_tokens_of, vocab_size_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class OnPolicyTrainer(BaseTrainer):
         reward_func: judges completions: a function, several, several by name, or `RewardFunctions`.
         reward_weights: of each function, in their order or by name; None: 1.
         reward_model: judges them too: a `transformers` classification model with one label, or any module that gives one
-            number for each row of ids `[B, T]` under a mask `[B, T]`. It has the policy's tokenizer.
+            number for each row of ids `[B, T]` under a mask `[B, T]`. With `reward_model_steps` it judges steps: a token
+            classifier with one label or two, or a module that gives `[B, T]`. It has the policy's tokenizer.
         generation_service: draws completions; None: this process does, with a copy of the weights.
         stop_token_ids: that end a completion; None: what tokenizer and model say.
         ptx_loader: batches of language modelling (`trainers.language.Trainer`), whose loss every update has too, times
@@ -116,7 +117,7 @@ class OnPolicyTrainer(BaseTrainer):
                 max_failed=how.max_failed_rewards,
             )
         self.partners = Partners(how) if Partners.are_in(how) else None  # forks too
-        self.judge = None if reward_model is None else Judge(freeze(reward_model))
+        self.judge = judge_of(reward_model, how.reward_model_steps, self.partners is not None)
         self._service = service_of(how, generation_service)
         self._stop_token_ids = stop_token_ids
         self._verified: GenerationService | None = None
@@ -134,6 +135,7 @@ class OnPolicyTrainer(BaseTrainer):
         is_judged = any(one is not None for one in (self.rewards, self.judge, self.partners))
         self._ahead = ahead_of(how, self.rewards, is_judged, generation_service)
         super().__init__(model, *args, **options)
+        check_steps(how.reward_model_steps, self.tokenizer)
         # Where others draw, or older weights do, only a limit that is set counts.
         is_own = how.rollouts is None and how.gen_repetition_penalty == 1 and not how.max_staleness
         self._agreement = Agreement(self.machine.precision_name, how.max_logp_difference, is_own)
@@ -161,7 +163,7 @@ class OnPolicyTrainer(BaseTrainer):
                     f"expected a reward model made of the policy's family"
                 )
             attention = resolve_attention(config.run_config.attention, build.device)
-            options["reward_model"] = load_reward_model(source, attention)
+            options["reward_model"] = load_judge(source, section.reward_model_steps is not None, attention)
         judges = (section.rewards, source, section.rollouts, Partners.are_in(section))
         if not any(judges) and not {"reward_func", "reward_model"} & set(build.given):
             raise ConfigError(
@@ -369,19 +371,13 @@ class OnPolicyTrainer(BaseTrainer):
         """What is learned of a rollout, as further columns; called by all processes when all rows are there."""
 
     def _judged(self, rollout: Rollout) -> dict[str, list[np.ndarray]]:
-        """The column of the reward model, if there is one."""
-        judge = self.judge
-        if judge is None:
+        """The columns of the reward model, if there is one."""
+        if self.judge is None:
             return {}
-
-        def rewards(batch: Batch) -> dict[str, Tensor]:
-            inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
-            return {JUDGED: judge(**inputs)}
-
-        found = self.machine.score(
-            rollout, partial(collate_rollout, lay=partial(collate_padded, pad_id=self._pad_id)), rewards
-        )
-        return {JUDGED: [np.atleast_1d(value).astype(np.float64) for value in found[JUDGED]]}
+        steps, ends = self.how.reward_model_steps, None
+        if steps is not None:
+            ends = StepEnds(steps, self.tokenizer)
+        return judged_columns(rollout, self.judge, self.machine, self._pad_id, ends)
 
     def _note(self, rollout: Rollout, is_missing: np.ndarray, is_level: bool) -> None:
         """Say what will teach nothing, however long it goes on.

@@ -31,7 +31,7 @@ from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import default_reference, reference_of
-from llm_trainer.trainers.shaping import Followed, Shaping
+from llm_trainer.trainers.shaping import Followed, Shaping, refuse_norm
 from llm_trainer.trainers.shaping import scored as scored_rollout
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class PPOTrainer(OnPolicyTrainer):
         self.critic = critic_of(model, value_model, how.critic_on_policy)
         self.loss = PolicyLoss("bnpo", clip_eps=how.clip_eps, entropy_coef=how.entropy_coef)
         self.shaping = Shaping(how)
+        if how.reward_model_steps is not None:
+            refuse_norm(self.shaping.norm)
         self.base_model = model
         optimizer = args[0] if args else options.get("optimizer")
         if isinstance(optimizer, torch.optim.Optimizer):  # else it is refused below
@@ -227,7 +229,7 @@ class PPOTrainer(OnPolicyTrainer):
                 "token of the responses, or none"
             )
         rewards = self._totals(rollout, judged)
-        shaped = self.shaping(scored_rollout(rollout, rewards, columns), follows=False)
+        shaped = self.shaping(scored_rollout(rollout, rewards, columns | judged), follows=False)
         is_level = len(np.unique(rewards)) == 1  # NaN is one of them
         self._note(rollout, shaped.is_missing.numpy(), is_level and len(rewards) > 1)
         bounds = np.cumsum(rollout.lengths)[:-1]
@@ -253,8 +255,12 @@ class PPOTrainer(OnPolicyTrainer):
         return acted
 
     def _totals(self, rollout: Rollout, judged: Mapping[str, Any]) -> np.ndarray:
-        """`[rows]` the reward of each completion; NaN where it is missing."""
+        """`[rows]` the reward of each completion, of steps their sum, as GAE adds them up; NaN where it is missing."""
         values, _, weights = self._rollout_maker().table(rollout, judged)
+        of_steps = rollout.step_rewards(judged)
+        if of_steps is not None:
+            sums = np.array([np.nansum(numbers) for numbers in of_steps])
+            values[:, -1] = np.where(np.isnan(values[:, -1]), np.nan, sums)
         return weighted_rewards(torch.from_numpy(values), torch.from_numpy(weights)).numpy()
 
     # Learning from a rollout.

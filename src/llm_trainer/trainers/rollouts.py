@@ -35,7 +35,7 @@ from llm_trainer.trainers.completions import (
 )
 from llm_trainer.trainers.played import Partners, played
 
-JUDGED = "model_reward"  # the column of a reward model, [1] per row
+JUDGED = "model_reward"  # the column of a reward model, [1] per row; of steps their mean
 ATTEMPT = 1 << 32  # what a prompt's number is raised by when its group is drawn again: other noise
 
 
@@ -146,10 +146,7 @@ class RolloutMaker:
         return self.finished(rollout)
 
     def metrics(self, rollout: Rollout) -> Mapping[str, tuple[float, float]]:
-        columns = {}
-        if JUDGED in rollout.store.columns:
-            columns = {JUDGED: rollout.column(JUDGED)}
-        values, names, weights = self.table(rollout, columns)
+        values, names, weights = self.table(rollout, judged_of(rollout))
         found = metrics_of(rollout, names, values, weights)
         if not rollout.is_of_training and self.eval_samples > 1:
             found |= passes_of(rollout, values, weights, self.pass_reward, self.eval_samples)
@@ -164,14 +161,14 @@ class RolloutMaker:
         A row for which a function has failed has no reward at all: it would be compared with rows that all have judged.
 
         Args:
-            judged: the column of a reward model, if there is one.
+            judged: the columns of a reward model, if there is one.
         """
         values, names, weights = rollout.column("rewards").copy(), self.names, self.weights
         if self.names == ("given",) and judged:
             values, names, weights = values[:, 1:], names[1:], weights[1:]
-        for name, column in judged.items():
-            values = np.column_stack([values, np.concatenate([np.atleast_1d(value) for value in column])])
-            names, weights = (*names, name), np.append(weights, 1.0)
+        if judged:
+            values = np.column_stack([values, np.concatenate([np.atleast_1d(value) for value in judged[JUDGED]])])
+            names, weights = (*names, JUDGED), np.append(weights, 1.0)
         values[rollout.column("failed") != 0] = np.nan
         return values, names, weights
 
@@ -364,6 +361,11 @@ class RolloutMaker:
         totals = weighted_rewards(torch.from_numpy(values), torch.from_numpy(self.weights))
         known = totals[~totals.isnan()]
         return len(known) == 0 or bool(known.max() == known.min())
+
+
+def judged_of(rollout: Rollout) -> dict[str, Any]:
+    """What a reward model has given for the completions of a finished rollout; nothing: there was none."""
+    return {JUDGED: rollout.column(JUDGED)} if JUDGED in rollout.store.columns else {}
 
 
 def _is_judged(one: Written) -> bool:

@@ -24,7 +24,7 @@ from llm_trainer.losses.value import (
     token_rewards,
     whiten,
 )
-from llm_trainer.trainers.rollouts import JUDGED
+from llm_trainer.trainers.rollouts import judged_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.ppo import PPOConfig
@@ -74,7 +74,8 @@ def scored(rollout: Rollout, rewards: np.ndarray, columns: Mapping[str, Sequence
     Args:
         rollout: on disk.
         rewards: `[rows]`, NaN where missing.
-        columns: `values`, `old_logprobs` and, where there is a reference, `ref_logprobs`: an array `[T]` per row.
+        columns: `values`, `old_logprobs` and, where there is a reference, `ref_logprobs`: an array `[T]` per row; of a rollout
+            that is not finished what a reward model gave, too.
     """
     lengths = torch.from_numpy(np.asarray(rollout.lengths, dtype=np.int64))
     finish = rollout.column("finish")
@@ -86,7 +87,7 @@ def scored(rollout: Rollout, rewards: np.ndarray, columns: Mapping[str, Sequence
         return torch.from_numpy(np.concatenate(list(columns[name]))).double()[None]
 
     reference = flat("ref_logprobs") if "ref_logprobs" in columns else None
-    earned, of_tokens = rollout.token_rewards(), None
+    earned, of_tokens = rollout.token_rewards(columns), None
     if earned is not None:
         of_tokens = torch.from_numpy(np.nan_to_num(np.concatenate(earned[0])))[None]
     return Scored(
@@ -152,7 +153,7 @@ class Shaping:
         # 2. Rewards of tokens. What they have earned themselves is no part of what the last one gets.
         earned = None
         if rollout.of_tokens is not None:
-            _refuse_norm(norm)
+            refuse_norm(norm)
             earned = sequences.keep(rollout.of_tokens)
             rewards = rewards - sequences.sum(earned)
         kl = None
@@ -211,16 +212,16 @@ class Shaping:
             self.norm.load_state_dict(state["rewards"])
 
 
-def _refuse_norm(norm: RewardNorm | None) -> None:
+def refuse_norm(norm: RewardNorm | None) -> None:
     """
     Raises:
         ValueError: rewards of completions are normalised, and tokens have some of their own.
     """
     if norm is not None:
         raise ValueError(
-            "normalize_rewards: it brings the rewards of whole completions to one scale, and a reward function gives tokens "
-            "rewards of their own (a list); expected one number for each completion, or whiten_rewards, which scales the "
-            "rewards of tokens"
+            "normalize_rewards: it brings the rewards of whole completions to one scale, and a reward function (a list), or a "
+            "reward model by reward_model_steps, gives tokens rewards of their own; expected one number for each completion, "
+            "or whiten_rewards, which scales the rewards of tokens"
         )
 
 
@@ -265,6 +266,6 @@ class Followed:
         for name in ("values", "old_logprobs", "ref_logprobs"):
             if name in rollout.store.columns:
                 columns[name] = [rollout.store[name].values]
-        judged = {JUDGED: rollout.column(JUDGED)} if JUDGED in rollout.store.columns else {}
-        shaped = self.shaping(scored(rollout, self.totals(rollout, judged), columns), follows=self.training)
+        totals = self.totals(rollout, judged_of(rollout))
+        shaped = self.shaping(scored(rollout, totals, columns), follows=self.training)
         return {**self.maker.metrics(rollout), **shaped.metrics}

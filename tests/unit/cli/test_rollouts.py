@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.rewarding import reward_model
-from policies import tiny, train
+from policies import STOP, rollouts_of, tiny, train
 from writers import make_trainer
 
 
@@ -59,6 +61,31 @@ def test_what_is_not_there_is_said(folder: Path, tmp_path: Path, run: Any, capsy
     assert run("rollouts", folder, "--step", 0) == 2
     assert "damaged" in capsys.readouterr().err
     file.write_bytes(content)
+
+
+class OfTokens(torch.nn.Module):
+    """A tenth of its id for each token."""
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return ids / 10
+
+
+def test_what_a_reward_model_gave_for_steps(
+    tmp_path: Path, reference_dir: Path, run: Any, capsys: Any, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = load_tokenizer(reference_dir / "tokenizer")
+    steps = {"reward_model": OfTokens(), "reward_model_steps": "!", "tokenizer": tokenizer}
+    train("grpo", tmp_path, reward_func=None, **steps, max_steps=1)
+    text = shown(capsys, run, tmp_path)
+    last = [float(ids[-1]) / 10 for ids in rollouts_of(tmp_path)[0].store["input_ids"]]
+    found = re.findall(
+        r"^reward (\S+) \(.*model_reward (\S+)\).*\nsteps by the reward model: (.*)$", text, re.MULTILINE
+    )
+    assert len(found) == 8
+    for end, (total, mean, values) in zip(last, found, strict=True):
+        scores = [float(value) for value in values.split(", ")]
+        assert float(total) == float(mean) == pytest.approx(sum(scores) / len(scores), abs=1e-3)
+        assert scores[-1] == pytest.approx(end, abs=1e-3) or end * 10 == STOP
 
 
 def test_what_a_reward_model_gave_is_a_part_of_the_reward(tmp_path: Path, run: Any, capsys: Any) -> None:

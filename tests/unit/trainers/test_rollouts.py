@@ -123,6 +123,7 @@ def test_parts_are_as_large_as_was_said(tmp_path: Path) -> None:
 def test_a_model_that_judges_steps_is_no_judge_of_completions(tmp_path: Path) -> None:
     judge = process_reward_model(tiny(), 0)
     with pytest.raises(
-        ValueError, match=r"ForTokenClassification judges the steps of an answer.* sequence classification"
+        ValueError,
+        match=r"ForTokenClassification judges the steps of an answer.* reward_model_steps.* sequence classification",
     ):
         train(tmp_path, reward_func=None, reward_model=judge)
