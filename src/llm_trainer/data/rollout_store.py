@@ -265,6 +265,7 @@ class RolloutFolder:
             facts: what `join` gave.
             meta: more facts, `made_of` and `after` among them.
         """
+        self._machine.gather(None)  # all have opened the folder that is about to get another name
         path = self._on_main(lambda: self._finish(number, columns, {**facts, **meta}))
         self._wait_for(path / "meta.json")
         return path

@@ -32,6 +32,22 @@ def test_every_rollout_is_updated_on_as_often_as_was_said(tmp_path: Path) -> Non
     assert len(rewards) == 6  # a rollout's metrics are those of the line of its first update
 
 
+def test_a_rollout_gets_its_name_when_all_have_opened_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process would else rename the folder under the hands of one that is slower."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    machine, building, seen = type(trainer.machine), tmp_path / "rollouts" / "00000000.building", list[bool]()
+    gather = machine.gather
+
+    def noted(self: Any, value: Any) -> list[Any]:
+        seen.append(building.exists())
+        return gather(self, value)
+
+    monkeypatch.setattr(machine, "gather", noted)
+    monkeypatch.setattr(trainer, "passes", lambda phase: seen.clear() if phase == "scoring" else None)
+    trainer.train()
+    assert seen[:2] == [True, False]  # all meet once more before it, and once behind it
+
+
 def test_an_epoch_ends_once_and_not_in_its_first_rollout(tmp_path: Path) -> None:
     steps: list[int] = []
     hook = Hook("note", lambda run: steps.append(run.progress.step), every_epochs=1)
