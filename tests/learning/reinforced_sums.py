@@ -74,7 +74,7 @@ EXPERIMENTS = {
     "ReMax": of_groups(ReMaxTrainer, rollouts=80, lr=7e-4),
     "REINFORCE++": of_groups(ReinforceTrainer, rollouts=80, lr=7e-4),
     "PPO, critic of its own": with_critic(),
-    "PPO, critic on the policy's body": with_critic(rollouts=100, critic_on_policy=True),
+    "PPO, critic on the policy's body": with_critic(rollouts=100, critic_on_policy=True, vf_coef=0.1),
     "GRPO, reward's sign turned (control)": of_groups(reward=turned, accuracy=(0.0, 0.05)),
     "GRPO, rewards shuffled (control)": of_groups(reward=dealt_out, accuracy=(0.0, 0.4)),
 }

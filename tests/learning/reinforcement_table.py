@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent))
 import additions
+import guessing
 import learning_table
 import reinforced_sums
 from reinforcement import Experiment, Outcome, run
@@ -20,6 +21,7 @@ from reinforcement import Experiment, Outcome, run
 TABLES = {  # by their markers in docs/results.md
     "reinforcement": reinforced_sums.EXPERIMENTS,
     "reinforcement of additions": additions.EXPERIMENTS,
+    "reinforcement by an environment": guessing.EXPERIMENTS,
 }
 EXPERIMENTS: dict[str, Experiment] = {}
 for experiments in TABLES.values():
