@@ -104,8 +104,11 @@ class Fleet:
             with self._lock:
                 server.rows -= rows
 
-    def to_all(self, action: Callable[[Server], Any]) -> None:
+    def to_all(self, action: Callable[[Server], Any]) -> dict[str, Any]:
         """Do something with every server that is left, at once; those that do not answer are left out.
+
+        Returns:
+            What it gave, by the address of the server, in the order of the servers and not in that of their answers.
 
         Raises:
             ServerError: One answers that it has failed, or none is left.
@@ -113,14 +116,16 @@ class Fleet:
         up = self.up()
         with ThreadPoolExecutor(len(up)) as pool:
             waiting = [pool.submit(action, server) for server in up]
+        found = {}
         for server, one in zip(up, waiting, strict=True):
             try:
-                one.result()
+                found[server.url] = one.result()
             except ServerError as error:
                 if not error.is_gone:
                     raise
                 self._lose(server, error)
         self.up()
+        return found
 
     def _lose(self, server: Server, error: ServerError) -> None:
         with self._lock:

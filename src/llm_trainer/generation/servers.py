@@ -139,13 +139,8 @@ class Servers:
         Raises:
             WrongWeights: They have not.
         """
-        found: dict[str, list[dict[str, int]]] = {}
-
-        def look(server: Server) -> None:
-            found[server.url] = [_numbers(worker["hashes"]) for worker in server.ask.arrived()]
-
-        self.fleet.to_all(look)
-        first = next(iter(found.values()))[0]
+        found = self.fleet.to_all(lambda server: [_numbers(worker["hashes"]) for worker in server.ask.arrived()])
+        first: dict[str, int] = next(iter(found.values()))[0]
         for url, workers in found.items():
             for number, hashes in enumerate(workers):
                 check_hashes(first, hashes, self.version, f"worker {number} of rollout server {url}")
@@ -176,12 +171,11 @@ class Servers:
         self.fleet.to_all(lambda server: server.ask.resume())
 
         # 4. what decodes is what arrived, on every server alike; the trainer compares it with its own
-        scores: dict[str, list[float]] = {}
-        self.fleet.to_all(lambda server: scores.update({server.url: self._check_cache(server, label)}))
-        first = next(iter(scores.values()))
+        scores = self.fleet.to_all(lambda server: self._check_cache(server, label))
+        first_url, first = next(iter(scores.items()))
         for url, others in scores.items():
-            where = f"rollout server {url}, compared with the first one"
-            check_probe([first], [others], self._version_of(label), where, LIMITS[self.dtype])
+            where, reference = f"rollout server {url}", f"rollout server {first_url}"
+            check_probe([first], [others], self._version_of(label), where, LIMITS[self.dtype], reference)
 
     def _check(self, server: Server) -> None:
         """
@@ -343,7 +337,7 @@ class Servers:
             ServerError: One does not.
         """
         if not self._facts:
-            self.fleet.to_all(self._look)
+            facts = self.fleet.to_all(lambda server: server.ask.facts())
             lost = [server for server in self.fleet.servers if server.lost]
             if lost:
                 raise ServerError(
@@ -351,10 +345,8 @@ class Servers:
                     f"`llm-trainer rollout-server`, wait until each says that it is ready, and look at their addresses",
                     is_gone=True,
                 )
+            self._facts = facts
         return next(iter(self._facts.values()))
-
-    def _look(self, server: Server) -> None:
-        self._facts[server.url] = server.ask.facts()
 
     def _version_of(self, label: str) -> int:
         """The version that this run means by a label of weights."""

@@ -27,7 +27,7 @@ class Transport(Protocol):
     def open(self, servers: Sequence[tuple[Dialect, Facts]]) -> None:
         """Be ready for an update of these servers, which have begun it."""
 
-    def send(self, version: str, tensors: Tensors, to_all: Callable[[Callable[[Dialect], None]], None]) -> None:
+    def send(self, version: str, tensors: Tensors, to_all: Callable[[Callable[[Dialect], None]], Any]) -> None:
         """Bring some tensors to the servers.
 
         Args:
@@ -65,7 +65,7 @@ class Files:
         self._update, self._number = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_here()}-", dir=self.folder)), 0
         self._update.chmod(0o755)  # servers may be another user's
 
-    def send(self, version: str, tensors: Tensors, to_all: Callable[[Callable[[Dialect], None]], None]) -> None:
+    def send(self, version: str, tensors: Tensors, to_all: Callable[[Callable[[Dialect], None]], Any]) -> None:
         """As `Transport.send` says."""
         from safetensors.torch import save_file
 
@@ -117,7 +117,7 @@ class Broadcast:
                 one.result()
         self._members = members
 
-    def send(self, version: str, tensors: Tensors, to_all: Callable[[Callable[[Dialect], None]], None]) -> None:
+    def send(self, version: str, tensors: Tensors, to_all: Callable[[Callable[[Dialect], None]], Any]) -> None:
         """As `Transport.send` says."""
         bucket = announced(version, tensors, "")
         # Servers answer when they have everything, so they are told in a thread, while this one broadcasts.

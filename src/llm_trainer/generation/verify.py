@@ -87,8 +87,11 @@ def check_probe(
     version: int,
     where: str,
     limit: float,
+    reference: str = "the trained weights",
 ) -> float:
     """Compare log-probabilities of the probe by the trained weights with those by the sampler; their mean difference.
+
+    `reference` says whose log-probabilities the first ones are, where they are those of another sampler.
 
     Raises:
         WrongWeights: it is not below `limit`.
@@ -103,7 +106,7 @@ def check_probe(
     by_trainer, by_sampler = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
     raise WrongWeights(
         f"weights of version {version} are not what {where} decodes with: log-probabilities of the probe differ by {mean:.3g} "
-        f"on average, at most {by_trainer:.4f} by the trained weights and {by_sampler:.4f} by the sampler; expected less than "
+        f"on average, at most {by_trainer:.4f} by {reference} and {by_sampler:.4f} by the sampler; expected less than "
         f"{limit:g}. None of its tokens were used: look for weights that the sampler keeps in another form, such as a packed "
         f"head"
     )
