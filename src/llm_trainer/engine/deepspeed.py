@@ -134,7 +134,7 @@ class DeepSpeedEngine(Engine):
         if self.stage and recipe is not None and not recipe.takes_pieces:
             others = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_pieces)
             raise DeepSpeedError(
-                f"deepspeed: {type(optimizer).__name__} looks at whole matrices, and ZeRO {self.stage} gives it flat pieces "
+                f"deepspeed: {type(optimizer).__name__} needs whole parameters, and ZeRO {self.stage} gives it flat pieces "
                 f"of them; use one of {others}, or stage 0, or another engine"
             )
 

@@ -6,6 +6,7 @@ engines' checks ask the line.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, TypeAlias
 
 import torch
@@ -161,12 +162,69 @@ def _adafactor_state(parameter: Tensor, group: Group) -> int:
     return sum(parameter.shape[-2:]) * parameter.shape[:-2].numel()
 
 
+# bitsandbytes keeps a moment of a small parameter in 32 bits; of others it keeps a byte per value and a scale per block.
+_SMALL, _BLOCK, _SCALE_BYTES = 4096, 256, 4
+
+
+def _in_eight_bits(moments: int) -> Callable[[Tensor, Group], float]:
+    """What so many moments in 8 bits are, in values of the parameter (Dettmers et al. 2021, arXiv 2110.02861)."""
+
+    def state(parameter: Tensor, group: Group) -> float:
+        count = parameter.numel()
+        num_bytes = 4 * count
+        if count >= _SMALL:
+            num_bytes = count + _SCALE_BYTES * -(-count // _BLOCK)
+        return moments * num_bytes / parameter.element_size()
+
+    return state
+
+
+@dataclass(frozen=True)
+class InPackage:
+    """A class of a package that need not be installed.
+
+    Attributes:
+        module: where it stands.
+        name: of the class.
+    """
+
+    module: str
+    name: str
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+    def load(self, optimizer_type: str) -> type[torch.optim.Optimizer]:
+        """The class.
+
+        Raises:
+            ValueError: the package is not installed.
+        """
+        try:
+            module = import_module(self.module)
+        except ImportError as error:
+            without = ", ".join(name for name, recipe in OPTIMIZERS.items() if isinstance(recipe.build, type))
+            raise ValueError(
+                f"the optimizer {optimizer_type!r} needs the package {self.package}, which cannot be imported ({error}): pip "
+                f"install {self.package}, or take one of {without}"
+            ) from None
+        found: type[torch.optim.Optimizer] = getattr(module, self.name)
+        return found
+
+    def is_class_of(self, optimizer: torch.optim.Optimizer) -> bool:
+        return any(
+            kind.__name__ == self.name and kind.__module__.partition(".")[0] == self.package
+            for kind in type(optimizer).__mro__
+        )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that is known about one optimizer.
 
     Attributes:
-        build: its class.
+        build: its class, or where it is to be had.
         uses: arguments that `create_optimizer` names and it takes, besides `lr` and `weight_decay`.
         options: arguments that only this optimizer understands.
         weight_decay, betas, momentum: vetted defaults.
@@ -176,16 +234,23 @@ class Recipe:
         also: further classes that are known by this line.
     """
 
-    build: type[torch.optim.Optimizer]
+    build: type[torch.optim.Optimizer] | InPackage
     uses: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.0
-    state: Callable[[Tensor, Group], int] = _adam_state
+    state: Callable[[Tensor, Group], float] = _adam_state
     takes_pieces: bool = True
     takes_shards: bool = True
     also: tuple[type[torch.optim.Optimizer], ...] = ()
+
+    def is_of(self, optimizer: torch.optim.Optimizer, derived: bool) -> bool:
+        """Whether it is of one of these classes, or, if `derived`, of one made of them."""
+        if isinstance(self.build, InPackage):
+            return self.build.is_class_of(optimizer)
+        kinds = (self.build, *self.also)
+        return isinstance(optimizer, kinds) if derived else type(optimizer) in kinds
 
 
 _ADAM = ("betas", "eps", "fused")
@@ -212,13 +277,30 @@ OPTIMIZERS: dict[str, Recipe] = {
         takes_pieces=False,
         takes_shards=False,  # torch does not offer its sums over rows and columns for DTensors
     ),
+    # Their scales are of blocks of a whole parameter: a piece of one has others.
+    "adamw8bit": Recipe(
+        InPackage("bitsandbytes.optim", "AdamW8bit"),
+        ("betas", "eps"),
+        state=_in_eight_bits(2),
+        takes_pieces=False,
+        takes_shards=False,
+    ),
+    "lion8bit": Recipe(
+        InPackage("bitsandbytes.optim", "Lion8bit"),
+        ("betas",),
+        weight_decay=0.1,
+        betas=(0.9, 0.99),
+        state=_in_eight_bits(1),
+        takes_pieces=False,
+        takes_shards=False,
+    ),
 }
 
 
 def recipe_of(optimizer: torch.optim.Optimizer) -> Recipe | None:
     """The line of `OPTIMIZERS` that `optimizer` belongs to; None: it is none of them."""
-    exact = [recipe for recipe in OPTIMIZERS.values() if type(optimizer) in (recipe.build, *recipe.also)]
-    derived = [recipe for recipe in OPTIMIZERS.values() if isinstance(optimizer, (recipe.build, *recipe.also))]
+    exact = [recipe for recipe in OPTIMIZERS.values() if recipe.is_of(optimizer, derived=False)]
+    derived = [recipe for recipe in OPTIMIZERS.values() if recipe.is_of(optimizer, derived=True)]
     return next(iter(exact + derived), None)
 
 
@@ -232,11 +314,11 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         state = recipe.state
     else:
         state = _adam_state if "betas" in optimizer.defaults else _one_moment
-    num_bytes = 0
+    num_bytes = 0.0
     for group in optimizer.param_groups:
         trained = [parameter for parameter in group["params"] if parameter.requires_grad]
         num_bytes += sum(state(parameter, group) * parameter.element_size() for parameter in trained)
-    return num_bytes
+    return int(num_bytes)
 
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
@@ -254,7 +336,9 @@ def describe_kernel(optimizer: torch.optim.Optimizer) -> tuple[str, str] | None:
 def kernel_on(name: str, device: str) -> tuple[str, str] | None:
     """The same of an optimizer that is not there yet: the one called `name`, on a kind of device such as 'cuda'."""
     recipe = _recipe_called(name)
-    return _kernel(recipe.build, device, device in _FUSED_DEVICES) if "fused" in recipe.uses else None
+    if "fused" not in recipe.uses or isinstance(recipe.build, InPackage):
+        return None
+    return _kernel(recipe.build, device, device in _FUSED_DEVICES)
 
 
 def _kernel(kind: type[torch.optim.Optimizer], device: str, is_fused: bool) -> tuple[str, str]:
@@ -296,6 +380,7 @@ def create_optimizer(
         params: parameters, or parameter groups such as `get_parameter_groups` returns.
         optimizer_type: `adamw`, `adam` (the decay is added to the gradient), `sgd`, `lion`, `muon`, or `adafactor` (row
             and column statistics in place of the second moment: least memory; Shazeer & Stern, arXiv 1804.04235).
+            `adamw8bit` and `lion8bit` keep their moments in 8 bits (bitsandbytes).
         lr: learning rate.
         betas: decay rates of the moments; `None`: (0.9, 0.999), and (0.9, 0.99) for lion.
         eps: added to the denominator of Adam's update; `None`: 1e-8.
@@ -330,7 +415,8 @@ def create_optimizer(
         "fused": fused,
     }
     _check(hyper)
-    return recipe.build(groups, **{name: hyper[name] for name in ("lr", "weight_decay", *recipe.uses)}, **options)
+    build = recipe.build.load(optimizer_type) if isinstance(recipe.build, InPackage) else recipe.build
+    return build(groups, **{name: hyper[name] for name in ("lr", "weight_decay", *recipe.uses)}, **options)
 
 
 def _recipe_called(name: str) -> Recipe:

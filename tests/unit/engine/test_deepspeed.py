@@ -83,7 +83,7 @@ def test_what_it_cannot_do_is_refused(config: dict[str, Any], precision: str, me
 def test_optimizers_of_whole_matrices_are_refused_where_matrices_are_cut(name: str) -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3))
     optimizer = configure_optimizer(model=model, optimizer_type=name)
-    with pytest.raises(DeepSpeedError, match=r"looks at whole matrices, and ZeRO 2 gives it flat pieces"):
+    with pytest.raises(DeepSpeedError, match=r"needs whole parameters, and ZeRO 2 gives it flat pieces"):
         DeepSpeedEngine(CPU, config=STAGE_2).prepare(model, model, optimizer)
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from llm_trainer.optim.extend import add_groups
-from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer
+from llm_trainer.optim.optimizers import configure_optimizer
 from llm_trainer.optim.schedules import create_scheduler
+from optimizers_here import HERE
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -22,7 +23,7 @@ def step(optimizer: torch.optim.Optimizer, *models: nn.Module) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", HERE)
 def test_both_take_the_steps_that_each_would_take_alone(name: str) -> None:
     first, second = model(), model(1)
     optimizer = configure_optimizer(model=first, optimizer_type=name, lr=0.1, weight_decay=0.1)
