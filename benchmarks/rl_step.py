@@ -15,11 +15,11 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from peers.grpo_work import CASES, PARTS
 from train_throughput import (
     BENCH,
     RUNNERS,
@@ -31,6 +31,9 @@ from train_throughput import (
     python_of,
     spread,
 )
+
+sys.path.insert(0, str(RUNNERS))
+from grpo_work import CASES, PARTS
 
 PEERS = {"ours": ("our_grpo.py", ""), "trl": ("trl_grpo.py", "trl"), "trl-bf16": ("trl_grpo.py", "trl")}
 GOALS = {"fixed": 2.0, "varying": 3.0, "long": 4.0}  # of a whole step against trl

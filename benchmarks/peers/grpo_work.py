@@ -5,15 +5,14 @@ It imports no llm_trainer: it runs inside the peers' environments too.
 
 import json
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timed import Timed
 
 VOCABULARY = 6400
 PAD = 0
@@ -50,31 +49,14 @@ CASES = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """One timed run of one peer.
+class Job(Timed):
+    """A run that samples; its case is one of `CASES`.
 
     Attributes:
-        peer: its name in the table.
-        case: one of `CASES`.
-        precision: `fp32` or `bf16`.
-        warmup: steps that are not timed.
-        steps: that are.
-        folder: where weights are.
         given: completions are not sampled but random ones, the same in all peers.
     """
 
-    peer: str
-    case: str
-    precision: str
-    warmup: int
-    steps: int
-    folder: str
     given: bool = False
-
-    @classmethod
-    def from_argv(cls) -> "Job":
-        """The job that the driver passed as JSON."""
-        return cls(**json.loads(sys.argv[1]))
 
     @property
     def shape(self) -> Case:
@@ -93,13 +75,6 @@ class Job:
     def completions(self) -> list[list[int]]:
         """What is given in place of sampling in every step."""
         return _random_ids(2, self.rows, self.shape.new)
-
-    def model(self) -> Any:
-        """The transformers model with the initial weights, fp32, `scaled_dot_product_attention`."""
-        from transformers import AutoModelForCausalLM
-
-        path = Path(self.folder) / f"model-{VOCABULARY}"
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
 
     def tokenizer(self) -> Any:
         """One word for every id, so that texts and ids say the same."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timed import Timed
 
 IGNORE = -100
 LEARNING_RATE = 3e-4
@@ -39,29 +40,8 @@ SPECIAL = ["<pad>", "<unk>", "</s>", "<user>", "<assistant>", "<system>", "<imag
 
 
 @dataclass(frozen=True)
-class Job:
-    """One timed run of one peer.
-
-    Attributes:
-        peer: name in the table; a runner with several variants looks at it.
-        case: `dense6400`, `dense32000`, `sft` (log-normal lengths) or `alpaca`.
-        precision: `fp32` or `bf16`.
-        warmup: optimizer steps that are not timed.
-        steps: optimizer steps that are timed.
-        folder: where `prepare` wrote weights and rows.
-    """
-
-    peer: str
-    case: str
-    precision: str
-    warmup: int
-    steps: int
-    folder: str
-
-    @classmethod
-    def from_argv(cls) -> "Job":
-        """The job that the driver passed as JSON."""
-        return cls(**json.loads(sys.argv[1]))
+class Job(Timed):
+    """A run that trains on rows; its case is `dense6400`, `dense32000`, `sft` (log-normal lengths) or `alpaca`."""
 
     @property
     def total_steps(self) -> int:
@@ -88,11 +68,6 @@ class Job:
         return 32000 if self.case == "dense32000" else 6400
 
     @property
-    def weights(self) -> Path:
-        """Hugging Face folder of the initial weights."""
-        return Path(self.folder) / f"model-{self.vocabulary}"
-
-    @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step."""
         return self.rows_per_micro_batch * self.accumulation
@@ -111,12 +86,6 @@ class Job:
             row = slice(end - length, end)
             rows.append({"input_ids": ids[row], "labels": np.where(trained[row], ids[row], IGNORE)})
         return rows
-
-    def model(self) -> Any:
-        """The transformers model with the initial weights, fp32, `scaled_dot_product_attention`."""
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(self.weights, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
