@@ -1,6 +1,5 @@
 """Plays episodes with an agent that was written elsewhere: it is given a base_url, and a reward when it is done."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from llm_trainer.episodes.endpoint import ChatEndpoint, Session
 from llm_trainer.episodes.player import Call, guarded
 from llm_trainer.episodes.players import AT_ONCE, Players
 from llm_trainer.episodes.playing import Episode, Failures, Generate, Limits, Start
-from llm_trainer.rewards.returned import Missing
+from llm_trainer.rewards.returned import finite
 from llm_trainer.rewards.workers import Interrupted
 
 Agent = Callable[[str, Mapping[str, Any]], Any]
@@ -34,11 +33,7 @@ class AgentPlayer:
         reward = self._agent(call.row["base_url"], call.row["row"])
         if reward is None:
             return None
-        if isinstance(reward, str) or not hasattr(reward, "__float__"):
-            raise Missing(f"returned {reward!r:.200}, expected a number or None", "type")
-        if not math.isfinite(float(reward)):
-            raise Missing(f"returned {reward!r}, expected a finite number", "not_finite")
-        return float(reward)
+        return finite(reward)
 
 
 class AgentEpisodes:

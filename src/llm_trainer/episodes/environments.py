@@ -1,14 +1,13 @@
 """What a policy talks to: an environment of the user, or his functions as tools."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.rewards.named import imported
-from llm_trainer.rewards.returned import Missing
+from llm_trainer.rewards.returned import Missing, finite
 
 Message = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -163,14 +162,11 @@ def checked_step(found: Any) -> tuple[list[dict[str, Any]], float, bool]:
     if not isinstance(found, tuple | list) or len(found) != 3:
         raise Missing(f"step returned {found!r:.200}, expected (messages, reward, done)", "type")
     messages, reward, done = found
-    if isinstance(reward, str) or not hasattr(reward, "__float__"):
-        raise Missing(f"step returned the reward {reward!r:.200}, expected a number", "type")
-    if not math.isfinite(float(reward)):
-        raise Missing(f"step returned the reward {reward!r}, expected a finite number", "not_finite")
+    number = finite(reward, "step returned", " as the reward", "number")
     said = checked_messages("step", messages)
     if not said and not done:
         raise Missing("step returned no message, and is not done; expected something to answer to", "type")
-    return said, float(reward), bool(done)
+    return said, number, bool(done)
 
 
 def checked_messages(method: str, messages: Any) -> list[dict[str, Any]]:

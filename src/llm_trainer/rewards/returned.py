@@ -19,6 +19,7 @@ CAUSES = {
 }
 MOST_CHARACTERS = 600  # of a message
 NAN = float("nan")
+OF_COMPLETION, NUMBER = " for a completion", "number, or None: it does not apply"  # in messages
 
 
 class Missing(Exception):
@@ -113,7 +114,7 @@ def read_returned(name: str, returned: Any, count: int, lengths: Sequence[int] |
                 if judged:
                     values[row] = math.fsum(judged)
             elif value is not None:
-                values[row] = _number(value)
+                values[row] = finite(value, after=OF_COMPLETION)
         except Missing as missing:
             errors[row] = missing.cause, _shorten(f"reward function {name!r} {missing}")
     return Returned(values, tokens, errors)
@@ -131,20 +132,26 @@ def _as_list(value: Any) -> list[Any] | None:
     return None
 
 
-def _number(value: Any) -> float:
+def finite(value: Any, said: str = "returned", after: str = "", expected: str = NUMBER) -> float:
+    """A reward that somebody has given, as a number.
+
+    Args:
+        said, after, expected: what messages say, around the value.
+
+    Raises:
+        Missing: it is none, or not finite.
+    """
     if isinstance(value, Missing):
         raise value
     is_plain = type(value) is float or type(value) is int
     if not is_plain and not isinstance(value, SupportsFloat):
-        raise Missing(f"returned {_show(value)} for a completion, expected a number", "type")
+        raise Missing(f"{said} {_show(value)}{after}, expected a {expected}", "type")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise Missing(f"returned {_show(value)} for a completion, expected a number", "type") from None
+        raise Missing(f"{said} {_show(value)}{after}, expected a {expected}", "type") from None
     if not math.isfinite(number):
-        raise Missing(
-            f"returned {number} for a completion, expected a finite number, or None: it does not apply", "not_finite"
-        )
+        raise Missing(f"{said} {number}{after}, expected a finite {expected}", "not_finite")
     return number
 
 
@@ -155,7 +162,7 @@ def _numbers(values: list[Any], lengths: Sequence[int] | None, row: int) -> list
             "`lengths` gets how many they are), or one number for all",
             "count",
         )
-    return [NAN if value is None else _number(value) for value in values]
+    return [NAN if value is None else finite(value, after=OF_COMPLETION) for value in values]
 
 
 def _show(value: Any) -> str:
