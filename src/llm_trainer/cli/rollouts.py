@@ -10,10 +10,9 @@ from rich.console import Console
 from llm_trainer.cli.marked import Piece, marked
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.rollout_store import step_of, verified
-from llm_trainer.data.rollouts import FINISHES, LEFT_OUT, STEP_REWARDS, Rollout
+from llm_trainer.data.rollouts import FINISHES, JUDGED, LEFT_OUT, STEP_REWARDS, Rollout
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.terminal import printable
-from llm_trainer.trainers.rollouts import JUDGED
 
 Sort = Literal["order", "reward", "advantage", "length"]
 

@@ -44,6 +44,7 @@ BY_TOKEN = "by_token"  # [F] 1: that reward is the sum of what tokens have earne
 STEP_REWARDS = (
     "step_rewards"  # [T] what a reward model gave at the last tokens of steps, NaN elsewhere; where it judges steps
 )
+JUDGED = "model_reward"  # [1] what a reward model gave; of steps their mean
 LEFT_OUT = "left_out"  # [1] 0: learned from; else why not, as `meta.json` numbers the reasons
 EPISODE = "episode"  # [1] where conversations have several turns: its number in the group, the same for all of its rows
 PER_ROW = ("group", "row_index", "finish", "rewards", GREEDY, LEFT_OUT, EPISODE)

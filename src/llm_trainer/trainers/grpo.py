@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import WITH_JUDGE, GRPOConfig
 from llm_trainer.data.rollout_source import RolloutSource
-from llm_trainer.data.rollouts import FINISHES, Finished, Rollout
+from llm_trainer.data.rollouts import FINISHES, JUDGED, Finished, Rollout
 from llm_trainer.losses.advantages import (
     OF_TOKENS,
     Advantages,
@@ -34,7 +34,6 @@ from llm_trainer.trainers.moving import MovingReference
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import default_reference, reference_of
-from llm_trainer.trainers.rollouts import JUDGED
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -301,38 +300,34 @@ class GRPOTrainer(OnPolicyTrainer):
     # What is learned of a rollout.
 
     def _finish(self, rollout: Rollout) -> Finished:
-        has_no_sampler = has_given(rollout) and self.how.kl_in == "reward"  # whose log-probs the KL would be of
-        old = self._takes_several_updates or has_given_logprobs(rollout) or has_no_sampler
-        columns = self._scored(rollout, old=old, reference=self.reference)
-        columns |= given_logprobs(rollout, columns)
+        # 1. what completions are worth, and what of it their tokens earn themselves
+        columns = self._logprobs(rollout)
         judged = self._judged(rollout)
         values, names, weights = self._rollout_maker().table(rollout, judged)
-        last, of_row = rollout.episodes()
         baseline = self._baseline(rollout, values, weights)  # less no KL: that is of what is compared with it
-        if self.how.kl_in == "reward" and self.reference is not None:
-            costs = -self.how.loss_beta * kl_of_rows(rollout, columns, self.how.kl_estimator)
-            costs = np.bincount(of_row, costs)[of_row]  # of the episode
-            values, weights = np.column_stack([values, costs]), np.append(weights, 1.0)
-            values[np.isnan(values[:, :-1]).all(1)] = np.nan
-        of_tokens = None if self.advantages.kind not in OF_TOKENS else rollout.token_rewards(judged)
-        if of_tokens is not None:  # compared by themselves; the others are of whole completions
-            is_whole = np.ones(values.shape, dtype=bool)
-            is_whole[:, : of_tokens[1].shape[1]] = ~of_tokens[1]
-            if rollout.step_rewards(judged) is not None:
-                is_whole[:, names.index(JUDGED)] = False
-            values[~is_whole & ~np.isnan(values)] = 0.0
-        values = values[last]  # an episode of several rows is compared once
-        groups = torch.from_numpy(np.array(rollout.column("group")))[last]
+        values, weights = self._with_kl(rollout, columns, values, weights)
+        of_tokens = rollout.token_rewards(judged) if self.advantages.kind in OF_TOKENS else None
+        if of_tokens is not None:  # compared by themselves
+            judges_steps = rollout.step_rewards(judged) is not None
+            take_out_of_tokens(values, of_tokens[1], names.index(JUDGED) if judges_steps else None)
+
+        # 2. compared with the others of its group; an episode of several rows once
+        last, of_row = rollout.episodes()
+        values, groups = values[last], torch.from_numpy(np.array(rollout.column("group")))[last]
         how = replace(self.advantages, weights=torch.from_numpy(weights), greedy_rewards=baseline)
         advantages, is_missing = how(torch.from_numpy(values), groups)
         is_level = level_groups(values, weights, groups)
         self._note(rollout, is_missing.numpy(), bool(is_level.all()) and len(groups.unique()) < len(groups))
+
+        # 3. of every token
         advantages, is_missing, is_level = advantages[of_row], is_missing[of_row], is_level[of_row]
         learned = []
         for row, advantage in enumerate(advantages.tolist()):
             learned.append(np.float32(advantage) * rollout.store["trained"][row].astype(np.float32))
         if of_tokens is not None:
             is_level &= add_token_advantages(learned, of_tokens[0], rollout, is_missing, groups, how)
+
+        # 4. what is not learned from
         masked = {}
         if self.how.overlong == "mask":
             masked["it has no end"] = rollout.column("finish") == FINISHES.index("length")
@@ -341,6 +336,26 @@ class GRPOTrainer(OnPolicyTrainer):
         if self.how.max_resamplings:
             dropped["all rewards of its group are equal"] = is_level
         return Finished(columns | judged | {"advantages": learned}, masked, dropped)
+
+    def _logprobs(self, rollout: Rollout) -> dict[str, list[np.ndarray]]:
+        """The log-probs that an update needs and that the sampler has not left, as columns."""
+        has_no_sampler = has_given(rollout) and self.how.kl_in == "reward"  # whose log-probs the KL would be of
+        old = self._takes_several_updates or has_given_logprobs(rollout) or has_no_sampler
+        columns = self._scored(rollout, old=old, reference=self.reference)
+        return columns | given_logprobs(rollout, columns)
+
+    def _with_kl(
+        self, rollout: Rollout, columns: Mapping[str, Sequence[np.ndarray]], values: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards `[rows, F]` and their weights, with the cost of leaving the reference as one more, where it is one."""
+        if self.how.kl_in != "reward" or self.reference is None:
+            return values, weights
+        costs = -self.how.loss_beta * kl_of_rows(rollout, columns, self.how.kl_estimator)
+        _, of_row = rollout.episodes()
+        costs = np.bincount(of_row, costs)[of_row]  # of the episode
+        found = np.column_stack([values, costs])
+        found[np.isnan(values).all(1)] = np.nan  # what has no reward has none by its KL alone
+        return found, np.append(weights, 1.0)
 
     def _baseline(self, rollout: Rollout, values: np.ndarray, weights: np.ndarray) -> Tensor | None:
         """`[rows]` the reward of the greedy completion of each row's prompt; 0 in evaluation, which draws none."""
@@ -403,6 +418,20 @@ def kl_of_rows(rollout: Rollout, columns: Mapping[str, Sequence[np.ndarray]], es
     return totals
 
 
+def take_out_of_tokens(values: np.ndarray, by_token: np.ndarray, judged: int | None) -> None:
+    """Make those of the rewards `values [rows, F]` 0 that are a sum of what tokens earn; NaN stays where one is missing.
+
+    Args:
+        by_token: `[rows, functions]` bool, the first columns of `values`: which of them are such a sum.
+        judged: the column of a reward model that judges steps, if there is one: all of its are.
+    """
+    is_sum = np.zeros(values.shape, dtype=bool)
+    is_sum[:, : by_token.shape[1]] = by_token
+    if judged is not None:
+        is_sum[:, judged] = True
+    values[is_sum & ~np.isnan(values)] = 0.0
+
+
 def add_token_advantages(
     learned: list[np.ndarray],
     rewards: Sequence[np.ndarray],
@@ -426,7 +455,8 @@ def add_token_advantages(
     for row, advantages in enumerate(found):
         learned[row] += advantages.numpy().astype(np.float32) * rollout.store["trained"][row].astype(np.float32)
         earns[row] = float(advantages.abs().max())
-    return group_statistics(earns, groups).is_level.numpy() & (group_statistics(earns, groups).mean == 0).numpy()
+    of_group = group_statistics(earns, groups)
+    return (of_group.is_level & (of_group.mean == 0)).numpy()
 
 
 def level_groups(rewards: np.ndarray, weights: np.ndarray, groups: Tensor) -> np.ndarray:

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.data.collate import collate_padded
-from llm_trainer.data.rollouts import STEP_REWARDS, Rollout, collate_rollout
+from llm_trainer.data.rollouts import JUDGED, STEP_REWARDS, Rollout, collate_rollout
 from llm_trainer.machine import Machine
 from llm_trainer.models.frozen import freeze
 from llm_trainer.models.rewarding import Judge, StepJudge
-from llm_trainer.trainers.rollouts import JUDGED
 
 PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what a token is decoded to that holds a part of a character
 

@@ -132,8 +132,7 @@ class OnPolicyTrainer(BaseTrainer):
             )
         check_vocabulary(model, reward_model=reward_model)
         check_ids(model, gen_suppress_tokens=how.gen_suppress_tokens, stop_token_ids=stop_token_ids or ())
-        is_judged = any(one is not None for one in (self.rewards, self.judge, self.partners))
-        self._ahead = ahead_of(how, self.rewards, is_judged, generation_service)
+        self._ahead = ahead_of(how, self.rewards, self._judges, generation_service)
         super().__init__(model, *args, **options)
         check_steps(how.reward_model_steps, self.tokenizer)
         # Where others draw, or older weights do, only a limit that is set counts.
@@ -211,7 +210,7 @@ class OnPolicyTrainer(BaseTrainer):
                 f"{type(self).__name__}: environments, tools and agents speak in messages, which a chat template makes ids of; "
                 f"expected tokenizer=..., the policy's"
             )
-        if not self.partners.gives_rewards and self.rewards is None and self.judge is None:
+        if not self.partners.gives_rewards and not self._judges_texts:
             raise ConfigError(
                 "tools: nothing judges the episodes; expected a reward_func (rewards in a configuration) or a reward model, "
                 "which get the whole text"
@@ -228,9 +227,19 @@ class OnPolicyTrainer(BaseTrainer):
 
     # Making rollouts.
 
+    @property
+    def _judges_texts(self) -> bool:
+        """Whether completions get rewards for what they say."""
+        return self.rewards is not None or self.judge is not None
+
+    @property
+    def _judges(self) -> bool:
+        """Whether completions are made here: something judges them, or speaks with the policy."""
+        return self._judges_texts or self.partners is not None
+
     def _build_source(self, source: Any, training: bool) -> Any:
         """Rollouts around a source of prompts; batches that carry completions and rewards are steps as they are."""
-        if self.rewards is None and self.judge is None and self.how.rollouts is None and self.partners is None:
+        if not self._judges and self.how.rollouts is None:
             return source
         return RolloutSource(
             source,

@@ -14,7 +14,7 @@ import torch
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import GenerateConfig
 from llm_trainer.data.encode.chat import ChatFormat
-from llm_trainer.data.rollouts import REDRAWN, TOKEN_REWARDS, Finished, Plan, Prompt, Rollout
+from llm_trainer.data.rollouts import JUDGED, REDRAWN, TOKEN_REWARDS, Finished, Plan, Prompt, Rollout
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion, GenerationService, Interrupted, Request
 from llm_trainer.losses.advantages import weighted_rewards
@@ -35,7 +35,6 @@ from llm_trainer.trainers.completions import (
 )
 from llm_trainer.trainers.played import Partners, played
 
-JUDGED = "model_reward"  # the column of a reward model, [1] per row; of steps their mean
 ATTEMPT = 1 << 32  # what a prompt's number is raised by when its group is drawn again: other noise
 
 
