@@ -13,8 +13,8 @@ from typing import Any
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
 from ranks import fork_ranks, import_once
-from served import moved, served
-from table import ENGINES, STEPS, TRAINERS, Cell, automatic_cells, cells, engine_cells, run, weighed_cell
+from served import made_ahead, moved, served
+from table import ENGINES, GATHER, STEPS, TRAINERS, Cell, automatic_cells, cells, engine_cells, run, weighed_cell
 
 RANKS = 2
 
@@ -27,7 +27,10 @@ def curves(folder: Path, engine: str, ended_early: Path) -> dict[str, Any]:
     chosen = Cell("sft", 2, 2, RANKS, flat=True, engine=engine, automatic=True)
     run(chosen, into=str(ended_early), last_step=STEPS - 1)
     found: dict[str, Any] = {str(cell): run(cell) for cell in [*wanted, weighed_cell(engine, RANKS)]}
-    return found | {"served": served(engine, RANKS), "moved": moved(engine, RANKS)}
+    found |= {"served": served(engine, RANKS), "moved": moved(engine, RANKS)}
+    if engine in GATHER:
+        found["made ahead"] = made_ahead(engine, RANKS)
+    return found
 
 
 def main(out: Path) -> None:

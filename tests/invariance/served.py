@@ -118,12 +118,19 @@ def every_weight(trainer: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.run.engine.stream_weights(every_model=True)}
 
 
+OF_A_LAYOUT = (
+    "weights",
+    "scored",
+    "position",
+)  # hashes of weights, which differ in the last bits, and a place in a loader
+
+
 def stored(folder: Path) -> dict[str, Any]:
-    """All columns of a rollout, and what it was made of but the hash of its weights and the place in a rank's loader."""
+    """All columns of a rollout, and what it was made of but what belongs to one layout."""
     rollout = Rollout(folder)
     meta = rollout.store.meta
     facts = {name: meta[name] for name in ("ledger", "reasons")}
-    facts["made_of"] = {name: value for name, value in meta["made_of"].items() if name not in ("weights", "position")}
+    facts["made_of"] = {name: value for name, value in meta["made_of"].items() if name not in OF_A_LAYOUT}
     columns = {}
     for name, column in rollout.store.columns.items():
         columns[name] = [np.asarray(column[row]).tolist() for row in range(len(rollout))]
@@ -170,6 +177,32 @@ def moved(engine: str, ranks: int) -> dict[str, Any]:
         [{"prompts": p} for p in prompts.split(4 // ranks)],
     )
     run(cell, model=model_with_everything(), loader=loader, ready=watch, **options)
+    return report
+
+
+class Judge(torch.nn.Module):
+    """The share of even tokens, by a module: functions would be asked in processes of their own."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return ((input_ids % 2 == 0) * attention_mask).sum(1) / attention_mask.sum(1)
+
+
+def made_ahead(engine: str, ranks: int) -> dict[str, Any]:
+    """Three rollouts, of which the last two are made while the one before is learned from: steps, and what was made."""
+    report: dict[str, Any] = {"steps": [], "rollouts": []}
+
+    def note(view: Any) -> None:
+        report["steps"].append([view.values[name] for name in ("loss", "grad_norm", "staleness/max")])
+        report["rollouts"].append(stored(view.save_dir / "rollouts" / f"{view.progress.step - 1:08d}"))
+
+    def watch(trainer: Any) -> None:
+        trainer.run._user_hooks.append(Hook("note", note, every_steps=1))
+
+    prompts = torch.randint(3, 512, (12, 4), generator=torch.Generator().manual_seed(2))
+    loader = [{"prompts": some} for some in prompts.split(4 // ranks)]
+    options: dict[str, Any] = {"reward_model": Judge(), "stop_token_ids": [*range(0, 512, 20)], "max_staleness": 1}
+    options |= {"num_samples_per_prompt": 2, "gen_max_seq_len": 6}
+    run(Cell("grpo", 4 // ranks, 1, ranks, engine=engine), loader=loader, ready=watch, **options)
     return report
 
 

@@ -35,6 +35,7 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
         for stage in range(4)
     },
 }
+GATHER = ("torch", "fsdp", "zero2", "zero3")  # engines whose steps have other collectives each
 STEPS = 3
 ROWS_PER_STEP = 8
 FURTHER, FURTHER_PER_STEP = (

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from served import moved, served
+from served import made_ahead, moved, served
 from table import (
     ENGINES,
+    GATHER,
     ROWS_PER_STEP,
     STEPS,
     TRAINERS,
@@ -30,7 +31,7 @@ TOLERANCE = 1e-5
 AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the last digit of fp32 is 5e-7
 # A new critic's gradients are small at first, and Adam divides them by themselves: their rounding is amplified.
 AUTOMATIC_OF = {"ppo": TOLERANCE}
-ROUNDED = ("sampled_logprobs", "ref_logprobs", "advantages")  # columns of a rollout that a forward made
+ROUNDED = ("sampled_logprobs", "old_logprobs", "ref_logprobs", "advantages")  # columns of a rollout that a forward made
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
 
@@ -129,6 +130,18 @@ def served_alone() -> dict[str, Any]:
     return served("torch", 1)
 
 
+@pytest.fixture(scope="module")
+def moved_alone() -> dict[str, Any]:
+    """By one process."""
+    return moved("torch", 1)
+
+
+@pytest.fixture(scope="module")
+def made_alone() -> dict[str, Any]:
+    """By one process."""
+    return made_ahead("torch", 1)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_rank_is_served_the_weights_that_are_saved(
     engine: str, served_alone: dict[str, Any], played: dict[str, Any]
@@ -171,9 +184,9 @@ def test_every_rank_is_served_the_same_completions_token_for_token(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_reference_moves_on_every_engine(engine: str, played: dict[str, Any]) -> None:
+def test_a_reference_moves_on_every_engine(engine: str, moved_alone: dict[str, Any], played: dict[str, Any]) -> None:
     """Between rollouts, as the formula says, to the same bits on every rank; its forward has the new weights."""
-    report, plain = ended_well(engine, played)["moved"], moved("torch", 1)
+    report, plain = ended_well(engine, played)["moved"], moved_alone
     assert report["right"] and report["step"] == 1
     assert report["moved"] == plain["moved"] > 20  # not the frozen parameter, and none of the policy's
     assert len(report["everywhere"]) == 2 and len(set(report["everywhere"])) == 1
@@ -182,17 +195,36 @@ def test_a_reference_moves_on_every_engine(engine: str, played: dict[str, Any]) 
         assert found == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_rollouts_are_the_same_on_every_engine(engine: str, played: dict[str, Any]) -> None:
-    """In fp32, token for token, one process or two: ids, groups, order, rewards, versions; log-probs to rounding."""
-    ours, alone = ended_well(engine, played)["moved"]["rollouts"], moved("torch", 1)["rollouts"]
-    assert len(ours) == len(alone) == 2
+def check_rollouts(ours: list[dict[str, Any]], alone: list[dict[str, Any]]) -> None:
+    """They are the same, token for token; what a forward made to rounding."""
     for found, expected in zip(ours, alone, strict=True):
         assert found["facts"] == expected["facts"]
         assert found["columns"].keys() == expected["columns"].keys()
         for name, rows in expected["columns"].items():
             for a, b in zip(found["columns"][name], rows, strict=True):
                 assert a == (pytest.approx(b, abs=TOLERANCE) if name in ROUNDED else b), name
+
+
+@pytest.mark.parametrize("engine", GATHER)
+def test_rollouts_that_are_made_ahead_are_the_same_on_every_engine(
+    engine: str, made_alone: dict[str, Any], played: dict[str, Any]
+) -> None:
+    """The thread that samples meets no other process, whatever the engine gathers meanwhile for its forwards."""
+    report = ended_well(engine, played)["made ahead"]
+    check_rollouts(report["rollouts"], made_alone["rollouts"])
+    assert [staleness for *_, staleness in made_alone["steps"]] == [0, 1, 1]
+    for found, expected in zip(report["steps"], made_alone["steps"], strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rollouts_are_the_same_on_every_engine(
+    engine: str, moved_alone: dict[str, Any], played: dict[str, Any]
+) -> None:
+    """In fp32, token for token, one process or two: ids, groups, order, rewards, versions; log-probs to rounding."""
+    ours, alone = ended_well(engine, played)["moved"]["rollouts"], moved_alone["rollouts"]
+    check_rollouts(ours, alone)
+    assert len(alone) == 2
     finishes = {row[0] for rollout in alone for row in rollout["columns"]["finish"]}
     lengths = {len(row) for row in alone[0]["columns"]["input_ids"]}
     assert finishes == {0, 1} and len(lengths) > 2

@@ -178,7 +178,10 @@ class DeepSpeedEngine(Engine):
 
     def place(self, module: nn.Module) -> None:
         self._lower(module)  # as the trained model: both must round alike
-        if self.stage < 3:
+        has_parameters = (
+            next(module.parameters(), None) is not None
+        )  # a rule that judges has none, and DeepSpeed wants one
+        if self.stage < 3 or not has_parameters:
             module.to(self.device)
             return
         zero = {key: value for key, value in self.config["zero_optimization"].items() if key != "offload_optimizer"}
