@@ -3,6 +3,8 @@
 import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -154,7 +156,8 @@ class FakeServer:
         self.updating = None
 
     def on_pause(self, body: Any) -> None:
-        self.running.clear()
+        with self.lock:  # what is under way ends before
+            self.running.clear()
 
     def on_resume(self, body: Any) -> None:
         self.running.set()
@@ -204,17 +207,25 @@ class FakeServer:
     def on_inference_v1_generate(self, body: Any) -> Any:
         ids, how = body["token_ids"], body["sampling_params"]
         self.ended.wait(self.seconds)
-        if not self.running.wait(10):
-            raise RuntimeError("paused for ever")
         if self.fault == "dies":
             threading.Thread(target=self.close).start()
             raise RuntimeError("dying")
-        with self.lock:
+        with self._running():
             if how.get("prompt_logprobs") is not None:
                 (scores,) = self.sampler.logprobs([ids], Decoding(max_new_tokens=1))
                 found = [{str(token): {"logprob": score}} for token, score in zip(ids[1:], scores, strict=True)]
                 return {"prompt_logprobs": [None, *found], "choices": []}
             return self._drawn(ids, how, body.get("cache_salt"))
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """One request at a time, and none while it is paused."""
+        while self.running.wait(10):
+            with self.lock:
+                if self.running.is_set():
+                    yield
+                    return
+        raise RuntimeError("paused for ever")
 
     def _drawn(self, ids: list[int], how: dict[str, Any], salt: str) -> Any:
         biased = how.get("logit_bias", {})

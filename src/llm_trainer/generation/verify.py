@@ -70,14 +70,20 @@ def check_hashes(sent: Mapping[str, int], held: Mapping[str, int], version: int,
         )
 
 
-def probe_ids(vocab_size: int) -> list[list[int]]:
-    """Sequences of ids that are the same at every call, with ids of the whole vocabulary."""
+def probe_ids(vocab_size: int, context: int | None = None) -> list[list[int]]:
+    """Sequences of ids that are the same at every call, with ids of the whole vocabulary.
+
+    Args:
+        vocab_size: how many ids there are.
+        context: most tokens that the model takes: servers score a prompt only where it leaves room for a token. None: no limit.
+    """
+    length = PROBE_TOKENS
+    if context is not None:
+        length = max(2, min(PROBE_TOKENS, context - 1))
     rows = []
     for row in range(PROBE_ROWS):
         start = row * PROBE_TOKENS
-        rows.append(
-            [(place * place * 7919 + place * 104729) % vocab_size for place in range(start, start + PROBE_TOKENS)]
-        )
+        rows.append([(place * place * 7919 + place * 104729) % vocab_size for place in range(start, start + length)])
     return rows
 
 

@@ -9,16 +9,23 @@ from llm_trainer.generation.servers import Servers
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.transports import Broadcast, Files, Transport
 from llm_trainer.machine import Machine
+from llm_trainer.models.frozen import has_adapters
 from llm_trainer.trainers.said import config_of
 
 
-def service_of(how: RolloutOptions, given: GenerationService | None) -> GenerationService | None:
+def service_of(how: RolloutOptions, given: GenerationService | None, model: nn.Module) -> GenerationService | None:
     """The service that is given, or the rollout servers of a section; None: the process that trains draws.
 
     Raises:
-        ConfigError: there are both, or it is said how weights come to servers where there are none.
+        ConfigError: there are both, or it is said how weights come to servers where there are none; or they cannot take the
+            weights of `model`.
         ValueError: something is no address.
     """
+    if (how.rollout_servers or isinstance(given, Servers)) and has_adapters(model):
+        raise ConfigError(
+            "rollout_servers: the policy has adapters (peft), and servers take the weights of a plain model, by its names; "
+            "expected a policy without adapters, or no rollout_servers: the process that trains then draws"
+        )
     if given is not None and how.rollout_servers:
         raise ConfigError(
             f"rollout_servers: got {how.rollout_servers}, and a generation_service too, so two would draw completions; "

@@ -118,7 +118,7 @@ class OnPolicyTrainer(BaseTrainer):
             )
         self.partners = Partners(how) if Partners.are_in(how) else None  # forks too
         self.judge = judge_of(reward_model, how.reward_model_steps, self.partners is not None)
-        self._service = service_of(how, generation_service)
+        self._service = service_of(how, generation_service, model)
         self._stop_token_ids = stop_token_ids
         self._verified: GenerationService | None = None
         self._in_a_row: dict[str, int] = {}  # rollouts without anything to learn from, by what is said of them
@@ -337,7 +337,8 @@ class OnPolicyTrainer(BaseTrainer):
                 self._verified = Verified(service, where=where)
             else:
                 limit = max(LIMITS[self.machine.dtype], LIMITS[service.dtype or self.machine.dtype])
-                self._verified = Verified(service, self._probe_logprobs, probe_ids(vocab_size), limit, where)
+                probe = probe_ids(vocab_size, context_of(self.base_model))
+                self._verified = Verified(service, self._probe_logprobs, probe, limit, where)
         return self._verified
 
     def _probe_logprobs(self, probe: list[list[int]]) -> list[list[float]]:

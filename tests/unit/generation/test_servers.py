@@ -2,8 +2,11 @@
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import nn
 
 from decoding_models import build_qwen3
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.data.rollouts import Rollout
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.link import Link, ServerError
@@ -20,7 +24,8 @@ from llm_trainer.generation.servers import Servers
 from llm_trainer.generation.service import Completion, Interrupted, Request
 from llm_trainer.generation.transports import Broadcast, Files
 from llm_trainer.generation.verify import WrongWeights
-from policies import rollouts_of, tiny, train
+from llm_trainer.train.hooks import Hook
+from policies import make, prompts, rollouts_of, tiny, train
 from rollout_server import (
     Drops,
     FakeServer,
@@ -347,6 +352,70 @@ def test_a_run_learns_from_servers_and_again_from_what_they_drew(
     assert len(server.asked) == asked  # nothing is sampled
     for ours, theirs in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_remax_and_pass_at_k_through_servers(
+    start: Callable[..., FakeServer], tmp_path: Path, max_staleness: int
+) -> None:
+    """In turns, and ahead with weights in flight: every row is what the weights that it names draw, or would draw greedily."""
+    policy = tiny()
+    server, of_step = start(policy), {0: deepcopy(policy)}
+
+    def keep(run: Any) -> None:
+        of_step[run.progress.step] = deepcopy(run.trainer.base_model)
+
+    _, seen = train(
+        "remax",
+        tmp_path,
+        policy,
+        rollout_servers=[server.url],
+        num_samples_per_prompt=2,
+        rows_per_update=2,
+        max_staleness=max_staleness,
+        val_loader=prompts(count=2),
+        eval_interval=1,
+        eval_samples=4,
+        pass_reward=0.5,
+        hooks=[Hook("keep", keep, every_steps=1)],
+    )
+
+    # 1. what is learned from
+    assert len(seen) == 6 and len(rollouts_of(tmp_path)) == 3
+    for rollout in rollouts_of(tmp_path):
+        step = rollout.store.meta["made_of"]["step"]
+        assert rollout.is_greedy.tolist() == [False, False, True] * 2
+        for row, is_greedy in enumerate(rollout.is_greedy):
+            ids, first = rollout.store["input_ids"][row].tolist(), int(rollout.store["trained"][row].argmax())
+            start_of, version = rollout.store["versions"][row].tolist()  # a server here ends what it has begun
+            assert start_of == first and step - max_staleness <= version <= step
+            inputs = torch.tensor([ids])
+            with torch.no_grad():
+                scores = of_step[version].eval()(inputs).logits[0, first - 1 : -1].log_softmax(-1)
+            likeliest = scores.argmax(-1).tolist()
+            if is_greedy:
+                assert ids[first:] == likeliest
+            else:
+                drawn = scores.gather(-1, inputs[0, first:, None])[:, 0]
+                assert rollout.store["sampled_logprobs"][row][first:] == pytest.approx(drawn.numpy(), abs=1e-5)
+
+    # 2. what is held out
+    evaluated = Rollout(tmp_path / "rollouts" / "evaluation" / "00000000")
+    passed = (evaluated.column("rewards")[:, 0] >= 0.5).reshape(2, 4).sum(1)
+    for k in (1, 2, 4):
+        chance = 1 - sum(comb(4 - count, k) / comb(4, k) for count in passed.tolist()) / 2
+        assert seen[-1][f"eval_pass@{k}"] == pytest.approx(chance)
+
+
+def test_adapters_are_refused_by_name(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what peft imports
+        policy = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    urls = ["http://127.0.0.1:9"]
+    for service in ({"rollout_servers": urls}, {"generation_service": Servers(urls)}):
+        with pytest.raises(ConfigError, match="the policy has adapters .* the process that trains then draws"):
+            make("grpo", tmp_path, policy, **service)
 
 
 def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:

@@ -269,6 +269,8 @@ def test_probes_are_the_same_at_every_call_and_within_the_vocabulary() -> None:
         rows = probe_ids(size)
         assert rows == probe_ids(size) and all(0 <= token < size for row in rows for token in row)
         assert len({token for row in rows for token in row}) > min(size, 50) - 2
+    assert [len(row) for row in probe_ids(512, 16)] == [15, 15]  # a server's prompt leaves room for a token
+    assert probe_ids(512, 4096) == probe_ids(512)
 
 
 def test_hashes_of_a_model_name_tied_tensors_twice() -> None:
