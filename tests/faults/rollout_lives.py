@@ -1,9 +1,11 @@
-"""Kills a run that learns from its own completions: `python rollout_lives.py FOLDER KILLS [--ranks]` prints what happened.
+"""Kills a run that learns from its own completions: `python rollout_lives.py FOLDER KILLS [--ranks] [--episodes]`.
+
+It prints what happened as JSON.
 
 A life is aimed at a moment of a phase (generating, rewarding, scoring, updating, syncing), or at one of its file operations
 (of rollouts, of checkpoints). Every run that got to its end is compared with one that was left alone, bit for bit: weights,
 optimizer, metrics, and the rollouts. `--ranks` lets each life have another number of processes, and looks at which rows
-every step has learned from.
+every step has learned from. `--episodes` adds one kill of a run with an environment, see policy_lives.py.
 """
 
 import hashlib
@@ -306,7 +308,7 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, kills: int, with_ranks: bool) -> None:
+def main(folder: Path, kills: int, options: list[str]) -> None:
     """Everything, as JSON."""
     torch.set_num_threads(1)
     import torch.distributed.checkpoint as _  # noqa: F401
@@ -315,7 +317,11 @@ def main(folder: Path, kills: int, with_ranks: bool) -> None:
     began, chance = time.monotonic(), random.Random(11)
     report = kill_in_turns(folder, kills, chance, start, outcome, PHASES, left_or_learned_wrong)
     report["two_ranks"] = two_ranks(folder)
-    if with_ranks:
+    if "--episodes" in options:
+        from policy_lives import killed_in_an_episode_and_on_two_ranks  # which imports this file
+
+        report["episodes"] = killed_in_an_episode_and_on_two_ranks(folder / "episodes")
+    if "--ranks" in options:
         report["ranks"] = kill_with_another_number_of_ranks(folder / "elastic", 3 * kills, chance)
         report["noisy"] = noisy_rewards(folder, 2 * kills, chance)
     report["seconds"] = round(time.monotonic() - began, 1)
@@ -323,4 +329,4 @@ def main(folder: Path, kills: int, with_ranks: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), "--ranks" in sys.argv)
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -1,6 +1,7 @@
 """Kills of a run that learns from its own completions, in every phase: it ends as the one that was left alone."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +28,18 @@ def check_two_ranks(report: dict[str, Any]) -> None:
     assert report["stopped"] == [75, 75] and report["seconds"] < 5 and 2 <= report["parts"] < 4
 
 
+def check_episodes(report: dict[str, Any]) -> None:
+    """Killed while it played the episodes of a second prompt, a run goes on bit for bit; two ranks play those of one."""
+    assert report["codes"] == [-signal.SIGKILL, 0, 0, 0]
+    assert report["parts"] == ["part-000000.npz"] and report["turns"] == 3
+    assert report["different"] == [] and report["on_two"] == []
+
+
 def test_a_kill_in_every_phase(tmp_path: Path) -> None:
-    report = lives(tmp_path, "1")
+    report = lives(tmp_path, "1", "--episodes")
     assert report["kills"] == dict.fromkeys(AIMS, 1) and report["different"] == []
     check_two_ranks(report["two_ranks"])
+    check_episodes(report["episodes"])
 
 
 @pytest.mark.slow
@@ -45,9 +54,9 @@ def test_eighty_kills_of_which_some_change_the_number_of_ranks(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", "ppo"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "episodes"])
 def test_thirty_five_kills_of_a_real_policy(name: str, tmp_path: Path) -> None:
-    """Sampler, reward processes, scoring, critic, reference and statistics: all go on bit for bit."""
+    """Sampler, reward processes or environments, scoring, critic, reference and statistics: all go on bit for bit."""
     command = [sys.executable, str(LIVES.with_name("policy_lives.py")), str(tmp_path), "5", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
