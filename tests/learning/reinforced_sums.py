@@ -47,8 +47,9 @@ class Sums:
 def of_groups(trainer: Any = GRPOTrainer, **how: Any) -> Experiment:
     """A trainer that compares completions of one prompt."""
     own = {name: how.pop(name) for name in ("reward", "accuracy", "lr", "rollouts") if name in how}
+    task = how.pop("task", Sums)
     options = {"num_samples_per_prompt": GROUP, "rows_per_update": PROMPTS * GROUP // UPDATES, "share_prompts": False}
-    return Experiment(Sums, trainer, options | PADDED | how, prompts=PROMPTS, **own)
+    return Experiment(task, trainer, options | PADDED | how, prompts=PROMPTS, **own)
 
 
 def with_critic(rollouts: int = 80, **how: Any) -> Experiment:

@@ -70,10 +70,10 @@ def judged(numbers: torch.Tensor) -> Batch:
     return _parts(prompt=both[:, :PROMPT], completion=both[:, PROMPT:]) | {"desirable": desirable}
 
 
-def base_model(seed: int, save_dir: str) -> Any:
-    """A model that has learnt the form of the answers and to carry by chance."""
+def base_model(seed: int, save_dir: str, **shape: Any) -> Any:
+    """A model that has learnt the form of the answers and to carry by chance; `shape`: what differs from `SHAPE`."""
     torch.manual_seed(seed)
-    model = build_model(ModelConfig(**SHAPE, max_position_embeddings=16, initializer_range=0.1))
+    model = build_model(ModelConfig(**SHAPE | shape, max_position_embeddings=16, initializer_range=0.1))
     train, _ = prompts(seed)
     batches = []
     for _ in range(300):
@@ -85,6 +85,7 @@ def base_model(seed: int, save_dir: str) -> Any:
 
 def one_pass(trainer_class: Any, model: Any, batches: list[Batch], lr: float, **options: Any) -> Any:
     """A trainer that goes over `batches` once, silently."""
+    options = {"log_interval": len(batches)} | options
     return trainer_class(
         model=model,
         optimizer=configure_optimizer(model=model, lr=lr, weight_decay=0.0),
@@ -92,7 +93,6 @@ def one_pass(trainer_class: Any, model: Any, batches: list[Batch], lr: float, **
         device="cpu",
         max_epochs=1,
         use_amp=False,
-        log_interval=len(batches),
         progress=False,
         **options,
     )

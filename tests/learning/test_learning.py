@@ -1,13 +1,18 @@
 """Each algorithm learns a known preference, to a level that a wrong loss does not reach; the controls show that."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import learning_table as table
 import reinforcement_table as reinforcement
+import through_vllm
+
+from vllm_process import needs_vllm
 
 
 @pytest.mark.slow
@@ -31,3 +36,22 @@ def test_held_out_accuracy_after_reinforcement(name: str, seed: int) -> None:
     low, high = experiment.accuracy
     assert 0.3 < outcome.accuracy[0] < 0.7
     assert low <= outcome.accuracy[1] <= high, outcome
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Of vLLM."""
+    with through_vllm.server() as url:
+        yield url
+
+
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.parametrize("way", through_vllm.WAYS)
+def test_grpo_learns_from_what_vllm_draws(way: str, server: str) -> None:
+    found = through_vllm.learned(server, way)
+    before, after = found.outcome.accuracy
+    assert 0.3 < before < 0.7 and after >= 0.95, found
+    means, most = found.differences
+    assert median(means) < 5e-6 and most < 1e-4, found
+    assert found.loads >= 80

@@ -1,14 +1,11 @@
-"""The same as `test_servers.py` with servers of vLLM: in LLM_TRAINER_VLLM_PYTHON, made by examples/cluster/make_vllm_env.sh."""
+"""The same as `test_servers.py` with servers of vLLM: in LLM_TRAINER_VLLM_PYTHON, see `vllm_process.py`."""
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,18 +23,15 @@ from llm_trainer.generation.service import Interrupted, Request
 from llm_trainer.generation.transports import Broadcast, Files
 from llm_trainer.generation.verify import WrongWeights
 from llm_trainer.generation.vllm_server import Vllm
-from policies import rollouts_of
-from rollout_server import Drops, Skips, Swaps, Truncates, Unannounced, moved, never, streamed, verified
+from llm_trainer.train.hooks import Hook
+from policies import make, rollouts_of
+from rollout_server import Drops, FakeServer, Skips, Swaps, Truncates, Unannounced, moved, never, streamed, verified
+from vllm_process import needs_vllm, started
 
-PYTHON = os.environ.get("LLM_TRAINER_VLLM_PYTHON")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        PYTHON is None,
-        reason="needs vLLM: examples/cluster/make_vllm_env.sh makes its environment, LLM_TRAINER_VLLM_PYTHON is its python",
-    ),
-]
-TESTS = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "faults"))
+from victim import fork_life
+
+pytestmark = [pytest.mark.slow, needs_vllm]
 # vLLM's attention on CPUs has heads of 32 at least.
 SHAPE = {
     "head_dim": 32,
@@ -48,27 +42,6 @@ SHAPE = {
 }
 PLAIN = Decoding(max_new_tokens=12, seed=3, stop_token_ids=(5,))
 REQUESTS = [Request([1, 2, 3 + row], row, 3) for row in range(6)]
-
-
-@contextmanager
-def started(folder: Path, log: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server on this machine, started by the command."""
-    command = [sys.executable, "-m", "llm_trainer.cli.main", "rollout-server", str(folder), "--port", str(port)]
-    command += ["--python", str(PYTHON), "--wait", "200", "--", "--dtype", "float32", "--enforce-eager"]
-    command += ["--worker-extension-cls", "vllm_faults.FaultyWorker"]
-    # On CPUs vLLM 0.32 dies where a request with a seed is computed in parts: its generator there has no offset to go back by.
-    command += ["--max-num-batched-tokens", "16384"]
-    variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=variables, cwd=TESTS, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        while b"ready: http" not in log.read_bytes():
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.5)
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +56,11 @@ def model(first: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def place(first: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """The folder of the model, and a port."""
+def server(first: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("policy")
     first.save_pretrained(folder)  # type: ignore[operator]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return folder, probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def server(place: tuple[Path, int]) -> Iterator[str]:
-    with started(place[0], place[0] / "log", place[1]):
-        yield f"http://127.0.0.1:{place[1]}"
+    with started(folder, "--worker-extension-cls", "vllm_faults.FaultyWorker") as url:
+        yield url
 
 
 def far(model: nn.Module, decoding: Decoding, prompt: Any, completion: Any, part: slice = slice(None)) -> float:
@@ -103,6 +68,20 @@ def far(model: nn.Module, decoding: Decoding, prompt: Any, completion: Any, part
     scores = InProcess(model).logprobs([[*prompt, *completion.ids]], decoding)[0][len(prompt) - 1 :]
     pairs = list(zip(scores, completion.logprobs, strict=True))[part]
     return max(abs(ours - theirs) for ours, theirs in pairs)
+
+
+def test_a_server_that_was_started_anew_is_found(model: nn.Module, server: str) -> None:
+    """First: nobody has sent it weights, so it is as after a start. The one before it at its address was another one."""
+    with FakeServer(model) as before:
+        service = verified(model, before.url)
+        service.load(streamed(moved(model)), 1)
+    servers = service.service
+    assert isinstance(servers, Servers)
+    servers.fleet.servers[0].ask = Vllm(Link(server, 60))
+    with pytest.raises(WrongWeights, match="version -2; expected version 1"):
+        service.generate(REQUESTS, PLAIN, never)
+    service.load(streamed(model), 2)
+    assert service.generate(REQUESTS, PLAIN, never)[0][0].versions == [(0, 2)]
 
 
 @pytest.mark.parametrize("transport", [Files, lambda: Broadcast("gloo")], ids=["files", "group"])
@@ -223,69 +202,25 @@ def test_a_stop_ends_what_is_under_way(model: nn.Module, server: str) -> None:
     assert len(service.generate(REQUESTS, PLAIN, never)) == 6
 
 
-LIFE = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch
-from decoding_models import build_qwen3
-from policies import make
-from llm_trainer.train.hooks import Hook
-torch.set_num_threads(1)
-folder, url, dies, given = sys.argv[1:]
-hook = Hook("die", lambda run: dies and run.progress.step == 2 and os.kill(os.getpid(), signal.SIGKILL), every_steps=1)
-more = {{"rollouts": given}} if given else {{}}
-trainer = make("grpo", folder, build_qwen3(**{shape!r}), rollout_servers=[url], save_interval=1, hooks=[hook], **more)
-trainer.train()
-torch.save(trainer.base_model.state_dict(), folder + "/end.pt")
-"""
-
-
 def test_a_killed_run_is_learned_again_from_its_rollouts(server: str, tmp_path: Path) -> None:
-    script = tmp_path / "life.py"
-    script.write_text(LIFE.format(tests=str(TESTS), shape=SHAPE))
+    def live(folder: str, url: str, dies: bool = False, **options: Any) -> int:
+        def die(run: Any) -> None:
+            if dies and run.progress.step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def live(folder: str, url: str, dies: str = "", given: str = "") -> int:
-        command = [sys.executable, str(script), str(tmp_path / folder), url, dies, given]
-        return subprocess.run(command, check=False, timeout=120, stdout=subprocess.DEVNULL).returncode
+        def train() -> None:
+            options["hooks"] = [Hook("die", die, every_steps=1)]
+            model = build_qwen3(**SHAPE)
+            make("grpo", tmp_path / folder, model, rollout_servers=[url], save_interval=1, **options).train()
+            torch.save(model.state_dict(), tmp_path / folder / "end.pt")
 
-    assert live("run", server, dies="yes") == -signal.SIGKILL
+        _, status = os.waitpid(fork_life(tmp_path / folder, train), 0)
+        return os.waitstatus_to_exitcode(status)
+
+    assert live("run", server, dies=True) == -signal.SIGKILL
     assert live("run", server) == 0  # goes on
     assert len(rollouts_of(tmp_path / "run")) == 3
     nowhere = "http://127.0.0.1:9"  # nothing is sampled, so nobody is asked
-    assert live("again", nowhere, given=str(tmp_path / "run/rollouts")) == 0
+    assert live("again", nowhere, rollouts=str(tmp_path / "run/rollouts")) == 0
     ends = [torch.load(tmp_path / folder / "end.pt") for folder in ("run", "again")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-
-
-def test_a_server_that_was_started_anew_is_found(model: nn.Module, server: str, place: tuple[Path, int]) -> None:
-    """Last, for it ends the server of the others."""
-    service = verified(model, server)
-    service.load(streamed(moved(model)), 1)
-    (line,) = [row for row in _processes() if f"--port\0{place[1]}\0" in row[1] and "api_server" in row[1]]
-    os.kill(int(line[0]), signal.SIGTERM)
-    while _answers(server):
-        time.sleep(0.2)
-    with started(place[0], place[0] / "log-of-the-second", place[1]):
-        with pytest.raises(WrongWeights, match="version -2; expected version 1"):
-            service.generate(REQUESTS, PLAIN, never)
-        service.load(streamed(model), 2)
-        assert service.generate(REQUESTS, PLAIN, never)[0][0].versions == [(0, 2)]
-
-
-def _processes() -> list[tuple[str, str]]:
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit():
-                found.append((folder.name, (folder / "cmdline").read_text()))
-        except OSError:
-            continue
-    return found
-
-
-def _answers(url: str) -> bool:
-    try:
-        Link(url, 2).ask("GET", "/health")
-    except (ServerError, ValueError):
-        return False
-    return True
