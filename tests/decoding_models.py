@@ -37,9 +37,10 @@ def build_llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**SIZES, eos_token_id=None)).eval()
 
 
-def build_moe() -> nn.Module:
+def build_moe(**more: object) -> nn.Module:
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(**{**sizes, **more})
     return Qwen3MoeForCausalLM(config).eval()
 
 

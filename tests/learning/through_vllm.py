@@ -88,7 +88,7 @@ def server() -> Iterator[str]:
             yield url
 
 
-def learned(url: str, way: str, rollouts: int = 80) -> Learned:
+def learned(url: str, way: str, rollouts: int = 100) -> Learned:
     """Learn with a server's completions."""
     seen: list[dict[str, float]] = []
     watch = Hook("watch", lambda view: seen.append(dict(view.values)), every_steps=1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from decoding_models import build_qwen3
+from decoding_models import build_moe, build_qwen3
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.link import Link, ServerError
@@ -224,3 +224,17 @@ def test_a_killed_run_is_learned_again_from_its_rollouts(server: str, tmp_path: 
     assert live("again", nowhere, rollouts=str(tmp_path / "run/rollouts")) == 0
     ends = [torch.load(tmp_path / folder / "end.pt") for folder in ("run", "again")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_experts_take_new_weights(tmp_path: Path) -> None:
+    """On CPUs vLLM packs those of a mixture of experts at the first load alone; a server of its own."""
+    model = build_moe(**SHAPE, hidden_size=64, moe_intermediate_size=32)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with started(tmp_path) as url:
+        service = verified(model, url)
+        for version in range(3):
+            service.load(streamed(moved(model)), version)
+            assert service.difference < 5e-6
+        for request, group in zip(REQUESTS, service.generate(REQUESTS, PLAIN, never), strict=True):
+            for completion in group:
+                assert completion.versions == [(0, 2)] and far(model, PLAIN, request.ids, completion) < 5e-6

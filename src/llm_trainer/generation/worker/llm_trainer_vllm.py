@@ -120,7 +120,8 @@ def pack_again(model: nn.Module) -> None:
     """Have layers that multiply with a packed copy of their weight use the one that they have now.
 
     On CPUs a layer that keeps its weight beside the packed one, such as a head that is the embedding, would go on with the
-    old copy: loading packs only what gave its weight away.
+    old copy: loading packs only what gave its weight away. Experts have theirs packed in its own place, at the first load
+    alone: later ones leave there what the kernel then reads as if it were packed.
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -128,6 +129,10 @@ def pack_again(model: nn.Module) -> None:
             from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if type(experts).__module__.endswith(".cpu_moe"):
+            experts.process_weights_after_loading(module)
 
 
 def _engine_class() -> Any:
