@@ -130,7 +130,7 @@ def pack_again(model: nn.Module) -> None:
 
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-        experts = getattr(kernel, "fused_experts", None)
+        experts: Any = getattr(kernel, "fused_experts", None)
         if type(experts).__module__.endswith(".cpu_moe"):
             experts.process_weights_after_loading(module)
 
