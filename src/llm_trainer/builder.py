@@ -38,6 +38,7 @@ from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.frozen import freeze, frozen_copy
+from llm_trainer.models.inside import model_context
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
@@ -157,6 +158,19 @@ class Builder:
     def _streams(self) -> tuple[SampleStream, dict[str, SampleStream]]:
         return make_streams(self.config, self)
 
+    @cached_property
+    def block_size(self) -> int:
+        context = model_context(self.policy)
+        block_size: int | None = self.config.dataset_block_size or context
+        if block_size is None:
+            raise ValueError(
+                f"dataset_block_size: none given, and a {type(self.policy).__name__} does not say how long its rows may be; "
+                f"expected a number of tokens"
+            )
+        if context is not None and block_size > context:
+            raise ValueError(f"dataset_block_size: got {block_size}, but the model's longest sequence is {context}")
+        return block_size
+
     @property
     def evaluation(self) -> dict[str, SampleStream]:
         """Validation data by name."""
@@ -177,7 +191,7 @@ class Builder:
         loader = config.data_loader_config
         kept = {name: getattr(loader, name) for name in OF_ANY_DATA}
         config.file_dataset, config.eval_dataset, config.data_loader_config = files, None, DataLoaderConfig(**kept)
-        config.dataset_block_size = min(block_size, self.policy.config.max_position_embeddings)
+        config.dataset_block_size = min(block_size, model_context(self.policy) or block_size)
         other = Builder(config, self.trainer_class, self.given)
         other.tokenizer, other.policy, other._others = self.tokenizer, self.policy, self._others
         other._wanted = wanted
@@ -251,21 +265,17 @@ class Builder:
         Raises:
             ValueError: rows are to be longer than the model can read.
         """
-        loader, config = self.config.data_loader_config, self.policy.config
-        context = config.max_position_embeddings
-        block_size = self.config.dataset_block_size or context
-        if block_size > context:
-            raise ValueError(f"dataset_block_size: got {block_size}, but the model's longest sequence is {context}")
+        loader = self.config.data_loader_config
         wants_sharing = self.kind.may_share and self._wanted.share_prompts
         options = DataOptions(
             **_reading(loader),
-            block_size=block_size,
+            block_size=self.block_size,
             packing=self._packing[0],
             truncation=loader.truncation,
             max_left_out=loader.max_left_out,
             image_columns=loader.image_columns,
             workers=loader.data_loader_num_workers,
-            share_prompts=wants_sharing and knows_branches(config, self.device),
+            share_prompts=wants_sharing and knows_branches(self.policy.config, self.device),
         )
         parse = loader.parse_special_tokens
         return options, ChatFormat(self.tokenizer, parse_special_tokens=parse, **self._wanted.chat)

@@ -134,12 +134,10 @@ def takes_flat(algorithm: type) -> bool:
 def couples_rows(model: "nn.Module") -> bool:
     """Whether what a row contributes depends on the others of its micro-batch, in `model` or in one that it wraps."""
     from torch.nn.modules.batchnorm import _BatchNorm
-    from transformers import PreTrainedModel
 
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            return True
-        # A mixture of experts is balanced over the tokens of a micro-batch.
-        if isinstance(module, PreTrainedModel) and "output_router_logits" in module.config.to_dict():
-            return True
-    return False
+    from llm_trainer.models.inside import transformers_models
+
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return True
+    # A mixture of experts is balanced over the tokens of a micro-batch.
+    return any("output_router_logits" in inner.config.to_dict() for inner in transformers_models(model))

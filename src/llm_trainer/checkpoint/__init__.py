@@ -27,7 +27,6 @@ from llm_trainer.checkpoint.weights import (
     random_state,
     read_model,
     set_random_state,
-    unwrap,
     write_model,
 )
 
@@ -49,7 +48,6 @@ __all__ = [
     "save_checkpoint",
     "set_random_state",
     "set_tensors_aside",
-    "unwrap",
     "valid_checkpoints",
     "verified",
     "write_file",

@@ -27,10 +27,10 @@ from llm_trainer.checkpoint.valid import (
 from llm_trainer.checkpoint.weights import (
     optimizer_state_by_name,
     plain_name,
-    unwrap,
 )
 from llm_trainer.disk import bytes_in, explained, flush, remove
 from llm_trainer.model_group import MODEL, weights_by_member
+from llm_trainer.models.inside import unwrapped
 
 OUR_COPY = ".published"  # marks a published model that is a copy, which the next one may replace
 
@@ -255,7 +255,7 @@ def save_checkpoint(
         state["optimizer"] = optimizer_state_by_name(model, optimizer)
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
-    model = unwrap(model)
+    model = unwrapped(model)
     return write_file(path, weights_by_member(model, model.state_dict()), state)
 
 

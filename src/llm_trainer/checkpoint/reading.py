@@ -22,8 +22,9 @@ from llm_trainer.checkpoint.valid import (
     read_manifest,
     valid_checkpoints,
 )
-from llm_trainer.checkpoint.weights import load_optimizer_state_by_name, load_weights, read_model, unwrap
+from llm_trainer.checkpoint.weights import load_optimizer_state_by_name, load_weights, read_model
 from llm_trainer.model_group import MODEL, members_of, weights_of_group
+from llm_trainer.models.inside import unwrapped
 
 OTHER_MODELS = "other_models"  # in a file of several models: the weights of all but the first
 WEIGHTS_OF = "weights_of"  # in best_model.pt: the checkpoint that has the rest, and hashes by which it is known
@@ -151,7 +152,7 @@ def joined_weights(
     Raises:
         CheckpointError: it lacks one of the group.
     """
-    wanted = members_of(unwrap(model))
+    wanted = members_of(unwrapped(model))
     found = {MODEL: weights, **others}
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -159,7 +160,7 @@ def joined_weights(
             f"'{source}' holds no {', '.join(missing)}, which this run saves too: it is of another algorithm, or of a run "
             f"whose reference did not move. For the weights of its model alone set init_weights_path"
         )
-    return weights_of_group(unwrap(model), {name: found[name] for name in wanted})
+    return weights_of_group(unwrapped(model), {name: found[name] for name in wanted})
 
 
 def _without_wrapper(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,22 +11,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from llm_trainer.checkpoint.tensor_files import Shard, TensorFile, TensorFolder, write_files
 from llm_trainer.checkpoint.valid import CheckpointError
 from llm_trainer.model_group import MODEL, ModelGroup, members_of, weights_by_member, weights_of_group
+from llm_trainer.models.inside import unwrapped
 
 MODEL_FILE_BYTES = 5 * 10**9  # larger models are several files, which several threads write and verify
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}  # of this machine, not of the run
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and `torch.compile`, whose names are those of a single process."""
-    while isinstance(model, DistributedDataParallel) or "_orig_mod" in dict(model.named_children()):
-        model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
-    return model
 
 
 def plain_name(name: str) -> str:
@@ -36,7 +29,7 @@ def plain_name(name: str) -> str:
 
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of `model`: its parameters and persistent buffers themselves; tied ones are one tensor."""
-    return {plain_name(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
+    return {plain_name(name): tensor for name, tensor in unwrapped(model).state_dict(keep_vars=True).items()}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -78,7 +71,7 @@ def write_model(
 
 def model_files(model: nn.Module, tokenizer: Any = None, weights: Mapping[str, Tensor] | None = None) -> ModelFiles:
     """What `write_model` writes; the tensors are those of `weights`, or views of them."""
-    model = unwrap(model)
+    model = unwrapped(model)
     if weights is None:
         weights = model.state_dict()
     large: dict[str, TensorFile] = {}
@@ -106,8 +99,8 @@ def group_files(model: nn.Module, tokenizer: Any, weights: Mapping[str, Tensor])
     """
     small: dict[str, bytes] = {}
     tensors: dict[str, TensorFile] = {}
-    by_member = weights_by_member(unwrap(model), weights)
-    for name, member in members_of(unwrap(model)).items():
+    by_member = weights_by_member(unwrapped(model), weights)
+    for name, member in members_of(unwrapped(model)).items():
         of_member = tokenizer if name == MODEL else None
         files = model_files(member, of_member, by_member[name])
         small.update({f"{name}/{file}": content for file, content in files.small.items()})
@@ -165,7 +158,7 @@ def read_model(model: nn.Module, folder: str | Path) -> None:
     Raises:
         CheckpointError: Names or shapes differ, or the folder of a model is missing.
     """
-    model, folder = unwrap(model), Path(folder)
+    model, folder = unwrapped(model), Path(folder)
     if isinstance(model, ModelGroup):
         for name, member in members_of(model).items():
             read_model(member, _folder_of_member(folder, name))
@@ -204,7 +197,7 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The folder holds another model, or one is missing.
     """
-    folder, model = Path(folder), unwrap(model)
+    folder, model = Path(folder), unwrapped(model)
     if isinstance(model, ModelGroup):
         found = {n: read_weights(member, _folder_of_member(folder, n)) for n, member in members_of(model).items()}
         return weights_of_group(model, found)
@@ -256,7 +249,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     Raises:
         CheckpointError: Names or shapes differ; the model is unchanged.
     """
-    model, weights = unwrap(model), {plain_name(name): tensor for name, tensor in weights.items()}
+    model, weights = unwrapped(model), {plain_name(name): tensor for name, tensor in weights.items()}
     names = {plain_name(name): name for name in model.state_dict()}
     own = dict(zip(names, model.state_dict().values(), strict=True))
     given = {_memory(own[name]) for name in weights if name in own}
@@ -388,7 +381,7 @@ def check_groups(members: Sequence[Collection[str]], saved: Sequence[Mapping[str
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: plain_name(name) for name, parameter in unwrap(model).named_parameters()}
+    return {parameter: plain_name(name) for name, parameter in unwrapped(model).named_parameters()}
 
 
 def _name_of(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]) -> str:

@@ -14,6 +14,7 @@ from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.engine.device import detect_device
 from llm_trainer.generation.sampler import stream
+from llm_trainer.models.inside import model_context
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.terminal import printable
 
@@ -71,11 +72,11 @@ class Speaker:
 
     def _prompt_ids(self, text: str) -> list[int]:
         """The conversation and the new turn; the oldest turns are forgotten when the context is full."""
-        context = self.model.config.get_text_config().max_position_embeddings
+        context = model_context(self.model)
         self.turns.append({"role": "user", "content": text})
         while True:
             ids = self.format.encode_prompt([*self.start, *self.turns])
-            if len(ids) < context or len(self.turns) == 1:
+            if context is None or len(ids) < context or len(self.turns) == 1:
                 return ids
             del self.turns[:2]
 

@@ -26,6 +26,7 @@ from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.read.recognise import schema_of
 from llm_trainer.data.read.schemas import Schema
 from llm_trainer.engine.device import detect_device
+from llm_trainer.models.inside import model_context
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 from llm_trainer.models.rewarding import Rewarding, load_reward_model
 
@@ -56,7 +57,7 @@ class Judge:
         self.steps = ProcessFormat(self.chat)
         check_vocabulary(self.chat.tokenizer, model.get_input_embeddings().num_embeddings)
         self.device = detect_device(None)
-        self.context: int = model.config.get_text_config().max_position_embeddings
+        self.context = model_context(model)
         self.model = Rewarding(model).to(self.device)
 
     def encode(self, kind: str, sample: dict[str, Any], location: Location) -> dict[str, Answer]:
@@ -126,7 +127,7 @@ def score_file(
                 continue
             for sample in samples:
                 answers = _encode(judge, schema.kind, sample, location)
-                if max(len(ids) for ids, _ in answers.values()) > judge.context:
+                if judge.context and max(len(ids) for ids, _ in answers.values()) > judge.context:
                     left_out[TOO_LONG] += 1
                 else:
                     kept.append((location.row, answers, _labels_of(sample)))

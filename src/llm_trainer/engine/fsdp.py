@@ -22,6 +22,7 @@ from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.engine.unused import Unused
 from llm_trainer.model_group import ModelGroup, members_of
+from llm_trainer.models.inside import transformers_models
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
 
@@ -234,9 +235,6 @@ def _parameters_of(module: nn.Module) -> list[Any]:
 
 def _allocate(module: nn.Module) -> None:
     """Give a module on the meta device memory on the host, whose pages the system hands out only when they are written."""
-    from transformers import PreTrainedModel
-
     module.to_empty(device="cpu")
-    for inner in module.modules():
-        if isinstance(inner, PreTrainedModel):
-            inner.tie_weights()
+    for model in transformers_models(module):
+        model.tie_weights()

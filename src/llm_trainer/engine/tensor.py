@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from llm_trainer.models.inside import transformers_model
+
 
 class Replicated(ParallelStyle):
     """A module whose parameters are the same on every process.
@@ -53,9 +55,7 @@ def split_layers(module: nn.Module, mesh: DeviceMesh) -> None:
         ValueError: there is no such model, it has no plan, the plan has a part that is not known here, or its heads
             cannot be divided evenly.
     """
-    from transformers import PreTrainedModel
-
-    model = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), None)
+    model = transformers_model(module)
     plan: dict[str, str] = {} if model is None else model.config.base_model_tp_plan or {}
     if model is None or not plan:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.engine.device import DTYPES
+from llm_trainer.models.inside import transformers_models
 
 # What DeepSpeed wants to know beforehand and the loop decides step by step. More than one micro-batch makes it ready to
 # add up offloaded gradients; neither number scales anything here.
@@ -90,9 +91,7 @@ def recompute_layers(module: nn.Module, recompute: Callable[..., Any]) -> None:
     Raises:
         DeepSpeedError: there is no such model in `module`.
     """
-    from transformers import PreTrainedModel
-
-    models = [m for m in module.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
+    models = [model for model in transformers_models(module) if model.supports_gradient_checkpointing]
     if not models:
         raise DeepSpeedError(
             f"deepspeed: activation_checkpointing needs a transformers model that can recompute its layers, this is "

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.generation.decoding import Decoding
-from llm_trainer.generation.readers import all_logits, device_of, unwrapped
+from llm_trainer.generation.readers import all_logits, device_of
 from llm_trainer.generation.sampler import evaluating, make_batch
 from llm_trainer.generation.service import Completion, Interrupted, Request
 from llm_trainer.generation.verify import Hashes, hashes_of
 from llm_trainer.generation.weights import WeightsCopy
+from llm_trainer.models.inside import adapted_model, unwrapped
 
 NOT_LOADED = -1
 
@@ -29,7 +30,7 @@ class InProcess:
 
     Attributes:
         version: See `GenerationService`.
-        model: What decodes: the copy, or the model itself.
+        model: What decodes: the copy, or the model itself, without what is only around it.
         updates_in_flight: See `GenerationService`.
     """
 
@@ -44,9 +45,9 @@ class InProcess:
     ) -> None:
         if max_rows < 1 or max_cache_bytes < 1:
             raise ValueError(f"max_rows={max_rows}, max_cache_bytes={max_cache_bytes}: expected at least 1 of both")
-        model = unwrapped(model)
-        self.copy = None if dtype is None else WeightsCopy(model, dtype, device_of(model))
-        self.model = model if self.copy is None else self.copy.model
+        self._trained = unwrapped(model)  # by whose names weights arrive
+        self.copy = None if dtype is None else WeightsCopy(self._trained, dtype, device_of(model))
+        self.model = adapted_model(self._trained if self.copy is None else self.copy.model)
         self.max_rows, self.max_cache_bytes = max_rows, max_cache_bytes
         self.version = NOT_LOADED
 
@@ -73,7 +74,7 @@ class InProcess:
     def held(self) -> dict[str, int]:
         """As `GenerationService.held` says."""
         if self.copy is None:
-            return hashes_of(self.model)
+            return hashes_of(self._trained)
         hashes = Hashes()
         for name, tensor in self.copy.held():
             wanted = self.copy.dtype if tensor.is_floating_point() else tensor.dtype

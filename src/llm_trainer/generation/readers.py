@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from llm_trainer.generation.slots import SlotReader, reads_slots
 
@@ -37,13 +36,6 @@ class Reader(Protocol):
         """Drop rows: `order[i]` is the row that is row i from now on."""
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what DDP and the compiler put around it."""
-    while isinstance(model, DistributedDataParallel) or "_orig_mod" in dict(model.named_children()):
-        model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
-    return model
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's tensors are."""
     return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
@@ -52,13 +44,6 @@ def device_of(model: nn.Module) -> torch.device:
 def knows_cache(model: nn.Module) -> bool:
     """Whether a model is one of transformers' that takes a cache."""
     return "past_key_values" in inspect.signature(model.forward).parameters
-
-
-def context_of(model: nn.Module) -> int | None:
-    """The context of a transformers model; some kinds (relative positions, recurrent) have no limit and no such key."""
-    if not knows_cache(model):
-        return None
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
 
 
 def cache_bytes(model: nn.Module) -> int:

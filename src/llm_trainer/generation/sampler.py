@@ -13,8 +13,9 @@ from torch import nn
 
 from llm_trainer.generation.batch import Batch
 from llm_trainer.generation.decoding import Decoding
-from llm_trainer.generation.readers import cache_bytes, context_of, device_of, make_reader, unwrapped
+from llm_trainer.generation.readers import cache_bytes, device_of, make_reader
 from llm_trainer.generation.service import Request
+from llm_trainer.models.inside import adapted_model, model_context
 
 # Samples per prompt from which on attention reads prompts by themselves: that costs a second call for every layer.
 SHARED_FROM = 2
@@ -96,9 +97,9 @@ def make_batch(
         ValueError: A prompt is empty or fills the context.
     """
     # 1. how far each row may go
-    model = unwrapped(model)
+    model = adapted_model(model)
     prompts = [request.ids for request in requests]
-    budgets = decoding.budgets(prompts, decoding.context_length or context_of(model))
+    budgets = decoding.budgets(prompts, decoding.context_length or model_context(model))
     for place, request in enumerate(requests):
         if request.most is not None:
             budgets[place] = min(budgets[place], request.most)

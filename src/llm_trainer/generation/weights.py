@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.generation.readers import knows_cache, reads_slots
+from llm_trainer.models.inside import adapted_model
 
 # Products with so many rows are what weights are laid out for; others run with the same layout.
 USUAL_ROWS = 32
@@ -31,7 +32,8 @@ class WeightsCopy:
         self.model.requires_grad_(False).eval()
         self.packed: dict[str, PackedLinear] = {}  # by the name of the weight
         # Other models may read the weight of a linear layer without calling it.
-        if knows_cache(like) and reads_slots(like) and _can_pack(dtype, device):
+        read = adapted_model(like)
+        if knows_cache(read) and reads_slots(read) and _can_pack(dtype, device):
             self._pack_linear()
         self.targets: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         for name, buffer in self.model.named_buffers(remove_duplicate=False):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
+from llm_trainer.models.inside import language_config
 from llm_trainer.models.pretrained import Kind, find_pretrained
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
     N counts the parameters that take part in matrix products for a token: the input embedding is left out (it is
     counted as the head where the two are tied), and of a mixture of experts only the chosen ones count.
     """
-    c = model.config
+    c = language_config(model.config)
     embedding = cast(Tensor, model.get_input_embeddings().weight).numel()
     # 1. the parameters of matrix products
     count = num_parameters(model)

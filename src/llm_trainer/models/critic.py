@@ -1,19 +1,16 @@
 """A policy and its critic, called as one: the log-probability of a token, and the value of what stood before it."""
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_trainer.losses.language import IGNORE
-from llm_trainer.models.frozen import has_adapters
+from llm_trainer.models.inside import has_adapters, transformers_model, vocab_size_of
 from llm_trainer.models.rewarding import Rewarding, process_reward_model
 from llm_trainer.models.scored import ScoredModel, TokenScores, accepted_inputs, logits_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Acted(NamedTuple):
@@ -153,20 +150,20 @@ def critic_of(policy: nn.Module, value_model: nn.Module | None = None, on_policy
         )
     if on_policy:
         raise ValueError("critic_on_policy: value_model is a critic with a body of its own; give one of them")
-    theirs, ours = _num_tokens(value_model), _num_tokens(policy)
-    if 0 < theirs < ours:
+    theirs, ours = vocab_size_of(value_model), vocab_size_of(policy)
+    if theirs is not None and ours is not None and theirs < ours:
         raise ValueError(
             f"value_model knows {theirs} tokens, the policy {ours}; expected a critic with the policy's tokenizer: one trained "
             f"on this model's family, or none, and one is made of the policy"
         )
-    model = _language_model(value_model)
+    model = transformers_model(value_model)
     if model is not value_model or model.get_output_embeddings() is None:
         return value_model
     return process_reward_model(model, model.config.pad_token_id)
 
 
 def _made_of(policy: nn.Module, shares_body: bool) -> nn.Module:
-    model = _language_model(policy)
+    model = transformers_model(policy)
     if model is None:
         raise ValueError(
             f"value_model: none given, and a {type(policy).__name__} is no transformers model of which a critic could be made; "
@@ -176,17 +173,3 @@ def _made_of(policy: nn.Module, shares_body: bool) -> nn.Module:
     if not shares_body:
         setattr(critic, critic.base_model_prefix, deepcopy(model.base_model))
     return critic
-
-
-def _language_model(model: nn.Module) -> "PreTrainedModel | None":
-    """The transformers model in `model`, which may have adapters around it."""
-    from transformers import PreTrainedModel
-
-    return next((inner for inner in model.modules() if isinstance(inner, PreTrainedModel)), None)
-
-
-def _num_tokens(model: nn.Module) -> int:
-    """Rows of a transformers model's embeddings; 0: not known."""
-    found = _language_model(model)
-    embeddings = None if found is None else found.get_input_embeddings()
-    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else 0

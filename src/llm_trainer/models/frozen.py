@@ -19,12 +19,6 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether `model` is one of the `peft` library, whose base stays as it is while its adapters learn."""
-    # By name, so that `peft` is not imported where nobody uses it.
-    return any(kind.__module__.startswith("peft.") and kind.__name__ == "PeftModel" for kind in type(model).__mro__)
-
-
 class AdaptersOff:
     """The policy as it was before its adapters learned anything, called like a reference model; it takes no memory.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.layout import Packing, couples_rows
+from llm_trainer.models.inside import language_config, transformers_model
 from llm_trainer.models.scored import evaluating, small_sibling
 
 # Two documents of ids that every vocabulary has. The second is compared after its first token, which nothing predicts.
@@ -90,10 +91,9 @@ def _fault(reader: Reader, model: nn.Module) -> str:
 
 def _dense_width(model: nn.Module) -> int:
     """The width of a model whose attention computes all pairs of tokens of a row, 1 where it is not known; 0 for others."""
-    from transformers import PreTrainedModel
-
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            is_dense = module.config._attn_implementation in DENSE
-            return int(getattr(module.config, "hidden_size", 1)) if is_dense else 0
-    return 1
+    found = transformers_model(model)
+    if found is None:
+        return 1
+    config = language_config(found.config)
+    is_dense = config._attn_implementation in DENSE
+    return int(getattr(config, "hidden_size", 1)) if is_dense else 0

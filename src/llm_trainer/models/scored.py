@@ -21,6 +21,7 @@ from llm_trainer.losses.chunked import HeadScores, Objective, chunked_logprobs, 
 from llm_trainer.losses.drawn_from import DrawnFrom, excluding
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses, load_balancing_loss
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
+from llm_trainer.models.inside import language_config, transformers_model, transformers_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -349,12 +350,10 @@ def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
 
 def _experts(model: nn.Module) -> tuple[int, int] | None:
     """(experts, experts per token) of a transformers mixture of experts, else None."""
-    from transformers import PreTrainedModel
-
-    pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    pretrained = transformers_model(model)
     if pretrained is None:
         return None
-    settings = pretrained.config.to_dict()
+    settings = language_config(pretrained.config).to_dict()
     num_experts = settings.get("num_experts") or settings.get("num_local_experts")
     if not num_experts or "output_router_logits" not in settings:
         return None
@@ -376,10 +375,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def small_sibling(model: "PreTrainedModel") -> "PreTrainedModel":
     """A model of the same class with one layer of each type, a few ids and random weights."""
     config = deepcopy(model.config)
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 16, None
-    if getattr(config, "layer_types", None):
-        config.layer_types = list(dict.fromkeys(config.layer_types))
-        config.num_hidden_layers = len(config.layer_types)
+    text = language_config(config)
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 16, None
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(dict.fromkeys(text.layer_types))
+        text.num_hidden_layers = len(text.layer_types)
     return type(model)(config)
 
 
@@ -426,9 +426,7 @@ def _split(model: nn.Module) -> _Split | None:
 
 def _with_linear_head(model: nn.Module) -> "PreTrainedModel | None":
     """The outermost transformers model in `model` whose output embeddings are a plain linear layer."""
-    from transformers import PreTrainedModel
-
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and type(module.get_output_embeddings()) is nn.Linear:
-            return module
+    for inner in transformers_models(model):
+        if type(inner.get_output_embeddings()) is nn.Linear:
+            return inner
     return None

@@ -10,6 +10,7 @@ from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_config, flops_per_token, model_of_config
+from llm_trainer.models.inside import model_context
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.rewarding import REWARD_MODELS, reward_model
 from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
@@ -37,7 +38,12 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
     """
     trainer_class = ALGORITHMS[name].load()
     model = without_weights(config)
-    length = config.dataset_block_size or model.config.max_position_embeddings
+    length = config.dataset_block_size or model_context(model)
+    if length is None:
+        raise ConfigError(
+            f"dataset_block_size: none given, and a {type(model).__name__} does not say how long its rows may be; expected "
+            f"a number of tokens"
+        )
     precision = config.run_config.precision
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp16"
@@ -93,7 +99,8 @@ class Sketch:
 
     def sampled(self, completions: int, new_tokens: int, columns: int) -> dict[str, float]:
         shape, each = shape_of(self.model), _BYTES[self.precision]
-        row_tokens = min(self.length + new_tokens, self.model.config.max_position_embeddings)
+        longest = self.length + new_tokens
+        row_tokens = min(longest, model_context(self.model) or longest)
         rows = self.rows * completions
         per_token = 2 * each * shape.num_layers * shape.num_kv_heads * shape.head_dim
         copy_bytes = float(each * shape.num_parameters)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor, nn
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.models.inside import language_config
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def shape_of(model: "PreTrainedModel") -> Shape:
     """
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = max(stacks, key=_count, default=None)
-    c = model.config.get_text_config()
+    c = language_config(model.config)
     if layers is None or len(layers) != c.num_hidden_layers:
         raise ConfigError(
             f"model_config: {type(model).__name__} has no single stack of layers; plan cannot describe it"

@@ -21,6 +21,7 @@ from llm_trainer.engine.out_of_memory import release
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.kernels import compile_after
 from llm_trainer.model_group import members_of
+from llm_trainer.models.inside import transformers_model
 from llm_trainer.optim import schedules
 from llm_trainer.optim.optimizers import slow_kernel
 from llm_trainer.state import Choice, Horizon, Progress, StepDone, Stopped
@@ -519,12 +520,9 @@ class Run:
 
 def _recompute_activations(model: nn.Module) -> None:
     """Let a transformers model forget what its layers keep for the backward, and compute it again there."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
+    found = transformers_model(model)
+    if found is None:
         raise ValueError(f"gradient_checkpointing needs a transformers model, this is {type(model).__name__}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a new name, which older versions do not have
-        model.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -20,6 +20,7 @@ class Build(Protocol):
         tokenizer: of the run.
         stop_token_ids: that end an answer, by the tokenizer's chat template.
         policy: the model to train, as `_model_from_config` has made it.
+        block_size: most tokens of a row of the data; not more than the policy takes.
         streams: training data and then each set of validation data, as `SampleStream`s; tokenized when first asked for.
     """
 
@@ -40,6 +41,9 @@ class Build(Protocol):
 
     @property
     def policy(self) -> Any: ...
+
+    @property
+    def block_size(self) -> int: ...
 
     @property
     def streams(self) -> "tuple[Any, ...]": ...

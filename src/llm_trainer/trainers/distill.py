@@ -29,6 +29,7 @@ from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import GenerationService, Request
 from llm_trainer.losses.distill import TeacherLogits, chunked_divergence, divergence, teacher_head
 from llm_trainer.models.frozen import freeze
+from llm_trainer.models.inside import vocab_size_of
 from llm_trainer.models.scored import ScoredModel, scored, weight_and_bias
 from llm_trainer.trainers.answers import IGNORE, Batch, as_rows
 from llm_trainer.trainers.references import different_ids
@@ -143,21 +144,13 @@ def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> 
         raise _not_one_teacher("neither")
     if not isinstance(model, nn.Module):
         raise _not_one_teacher(f"{model!r} as teacher_model")
-    theirs, ours = _num_tokens(model), _num_tokens(student)
-    if theirs and theirs < ours:
+    theirs, ours = vocab_size_of(model), vocab_size_of(student)
+    if theirs is not None and ours is not None and theirs < ours:
         raise TeacherError(
             f"teacher_model knows {theirs} tokens, the student {ours}; expected a teacher with the student's tokenizer "
             "and at least as many rows of embeddings; if the student has rows that no token uses, resize its embeddings"
         )
     return partial(_of_model, scored(freeze(model), with_entropy=False).to(device))
-
-
-def _num_tokens(model: nn.Module | None) -> int:
-    """Rows of a transformers model's embeddings; 0: not known."""
-    from transformers import PreTrainedModel
-
-    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else 0
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.losses.advantages import Advantages, level_share, weighted_rewards
+from llm_trainer.models.inside import language_config, transformers_model
 from llm_trainer.trainers.answers import IGNORE, OF_TOKENS, Batch, compact
 
 _PROMPTS, _RESPONSES = ("prompts", "input_ids"), "responses"
@@ -150,10 +151,8 @@ def _rewards(rewards: Tensor, count: int) -> Tensor:
 
 def pad_id_of(tokenizer: Any, model: nn.Module) -> tuple[int | None, bool]:
     """The id of padding, as tokenizer or model say it, and whether it also ends a completion; (None, False): nobody says."""
-    from transformers import PreTrainedModel
-
-    config = model.config if isinstance(model, PreTrainedModel) else None
-    for source in (tokenizer, config):
+    found = transformers_model(model)
+    for source in (tokenizer, None if found is None else language_config(found.config)):
         if source is not None and source.pad_token_id is not None:
             return source.pad_token_id, source.pad_token_id == source.eos_token_id
     return None, False

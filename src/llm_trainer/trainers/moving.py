@@ -3,7 +3,8 @@
 from torch import nn
 
 from llm_trainer.machine import Machine
-from llm_trainer.models.frozen import freeze, has_adapters
+from llm_trainer.models.frozen import freeze
+from llm_trainer.models.inside import has_adapters
 
 
 class MovingReference:

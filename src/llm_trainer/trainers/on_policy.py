@@ -23,6 +23,7 @@ from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
 from llm_trainer.losses.correction import Correction
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.attention import resolve_attention
+from llm_trainer.models.inside import model_context, vocab_size_of
 from llm_trainer.models.rewarding import load_judge
 from llm_trainer.models.scored import TokenScores
 from llm_trainer.rewards.functions import RewardFunctions
@@ -38,7 +39,7 @@ from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
 from llm_trainer.trainers.ptx import PTX, ptx_of
 from llm_trainer.trainers.rollouts import RolloutMaker
-from llm_trainer.trainers.said import RowsOfIds, check_ids, check_vocabulary, context_of, stop_tokens_of, vocab_size_of
+from llm_trainer.trainers.said import RowsOfIds, check_ids, check_vocabulary, stop_tokens_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -222,7 +223,7 @@ class OnPolicyTrainer(BaseTrainer):
     def _play(self, prompts: Sequence[str], generate: Callable[[Any], Any]) -> list[str] | None:
         if self.partners is None:
             return None
-        tokens, context = self._evaluation.max_seq_len, context_of(self.base_model)
+        tokens, context = self._evaluation.max_seq_len, model_context(self.base_model)
         return self.partners.play(ChatFormat(self.tokenizer), self._stops(), tokens, context, prompts, generate)
 
     # Making rollouts.
@@ -303,7 +304,7 @@ class OnPolicyTrainer(BaseTrainer):
                 rewards=self.rewards,
                 tokenizer=self.tokenizer,
                 stop_token_ids=self._stops(),
-                context=context_of(self.base_model),
+                context=model_context(self.base_model),
                 vocab_size=vocab_size_of(self.base_model),
                 max_resamplings=self._max_resamplings,
                 draws_greedy=self._draws_greedy,

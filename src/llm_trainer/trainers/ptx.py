@@ -120,10 +120,7 @@ def ptx_from_config(config: "TrainConfig", build: "Build", samples: int, rows_pe
         )
     completions = rows_per_update or build.streams[0].rows_per_step * samples
     rows = max(1, round(section.ptx_ratio * completions))
-    longest = build.policy.config.max_position_embeddings
-    block_size = (
-        config.dataset_block_size or longest
-    ) + section.gen_max_seq_len  # as long as a prompt and its completion
+    block_size = build.block_size + section.gen_max_seq_len  # as long as a prompt and its completion
     return {"ptx_loader": build.further(section.ptx_dataset, ROWS, rows, block_size)}
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from llm_trainer.algorithm import Algorithm
-from llm_trainer.models.frozen import AdaptersOff, fingerprint, freeze, frozen_copy, has_adapters
+from llm_trainer.models.frozen import AdaptersOff, fingerprint, freeze, frozen_copy
+from llm_trainer.models.inside import has_adapters
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
 from llm_trainer.trainers.answers import Batch, as_rows, score, share_prompts, to_device

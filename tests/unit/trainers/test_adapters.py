@@ -11,7 +11,8 @@ import torch
 from llm_trainer import create_trainer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
-from llm_trainer.models.frozen import AdaptersOff, has_adapters
+from llm_trainer.models.frozen import AdaptersOff
+from llm_trainer.models.inside import has_adapters
 
 peft = pytest.importorskip("peft", reason="needs peft")
 
