@@ -7,6 +7,7 @@ in one run; every other round runs in reverse order and ratios are taken within 
     long      4 prompts x 8 completions, 512 + 64 tokens
     varying   24 prompts x 4 completions, 64 + at most 256 tokens; about one token in 64 ends a completion
 
+`--adapters` decodes with LoRA of rank 8 on every linear layer, against the same merged into the weights.
 `generate` gets 32 rows at a time, which is what it can do. Clocks: seconds, and processor time, which is the steadier one
 on a machine that others use too. `--agreement` decodes rows alone and in a batch instead, and prints how many are equal.
 `--cuts` scores completions as the trainer does, by themselves and in micro-batches, and prints for how many tokens that
@@ -97,10 +98,23 @@ def prompts_of(case: str) -> list[list[int]]:
     return torch.randint(1, VOCABULARY, (num_prompts, length), generator=generator).tolist()
 
 
-def compare(case: str, precision: str, rounds: int) -> dict[str, Any]:
-    """Tokens per second of both, by either clock, and the ratios."""
+def with_adapters(model: Any) -> Any:
+    """LoRA of rank 8 that has learned something, on every linear layer but the head."""
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+
+
+def compare(case: str, precision: str, rounds: int, adapters: bool) -> dict[str, Any]:
+    """Tokens per second of two ways, by either clock, and the ratios of the first to the second."""
     model, dtype = build_model(), DTYPES[precision]
-    runs = {"transformers": their_run(model, dtype, case), "ours": our_run(model, dtype, case)}
+    if adapters:
+        adapted = with_adapters(model)
+        merged = deepcopy(adapted).merge_and_unload()
+        runs = {"merged": our_run(merged, dtype, case), "adapters": our_run(adapted, dtype, case)}
+    else:
+        runs = {"ours": our_run(model, dtype, case), "transformers": their_run(model, dtype, case)}
+    first, second = runs
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(rounds):
         order = list(runs) if number % 2 == 0 else list(reversed(runs))
@@ -111,9 +125,7 @@ def compare(case: str, precision: str, rounds: int) -> dict[str, Any]:
             speeds[name].append((written / wall, written / processor))
     found: dict[str, Any] = {"case": case, "precision": precision}
     for place, clock in enumerate(("seconds", "cpu_seconds")):
-        ratios = [
-            ours[place] / theirs[place] for ours, theirs in zip(speeds["ours"], speeds["transformers"], strict=True)
-        ]
+        ratios = [ours[place] / theirs[place] for ours, theirs in zip(speeds[first], speeds[second], strict=True)]
         found[clock] = {name: round(statistics.median(one[place] for one in speeds[name])) for name in runs}
         found[clock]["ratio"] = round(statistics.median(ratios), 2)
         found[clock]["ratios"] = [round(ratio, 2) for ratio in ratios]
@@ -222,6 +234,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--agreement", type=int, default=0, metavar="ROWS")
+    parser.add_argument("--adapters", action="store_true")
     parser.add_argument("--cuts", type=int, default=0, metavar="ROWS")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -233,7 +246,7 @@ def main() -> None:
         if options.agreement or options.cuts:
             continue
         for case in options.cases:
-            print(json.dumps(compare(case, precision, options.rounds)), flush=True)
+            print(json.dumps(compare(case, precision, options.rounds, options.adapters)), flush=True)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ class InProcess:
             raise ValueError(f"max_rows={max_rows}, max_cache_bytes={max_cache_bytes}: expected at least 1 of both")
         self._trained = unwrapped(model)  # by whose names weights arrive
         self.copy = None if dtype is None else WeightsCopy(self._trained, dtype, device_of(model))
-        self.model = adapted_model(self._trained if self.copy is None else self.copy.model)
+        decoding = self._trained if self.copy is None else self.copy.model
+        self.model = adapted_model(decoding)
         self.max_rows, self.max_cache_bytes = max_rows, max_cache_bytes
         self.version = NOT_LOADED
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from llm_trainer.generation.readers import knows_cache, reads_slots
-from llm_trainer.models.inside import adapted_model
+from llm_trainer.models.inside import adapted_model, is_kind_of
 
 # Products with so many rows are what weights are laid out for; others run with the same layout.
 USUAL_ROWS = 32
@@ -97,13 +97,25 @@ class WeightsCopy:
         owners: dict[int, int] = {}
         for _, parameter in self.model.named_parameters(remove_duplicate=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        called = _called_alone(self.model)
         for name, module in self.model.named_modules():
-            if type(module) is nn.Linear:
+            if type(module) is nn.Linear and module in called:
                 linear = PackedLinear(module)
                 module.forward = linear  # type: ignore[method-assign, assignment]
                 self.packed[f"{name}.weight"] = linear
                 if owners[id(module.weight)] == 1:
                     del module.weight  # its own copy is packed; one that others share stays plain for them
+
+
+def _called_alone(model: nn.Module) -> set[nn.Module]:
+    """The layers whose weights nobody reads: of those with adapters the base of plain LoRA alone."""
+    called = set(model.modules())
+    for module in model.modules():
+        if is_kind_of(module, "peft.", "BaseTunerLayer") or is_kind_of(module, "peft.", "AuxiliaryTrainingWrapper"):
+            called.difference_update(module.modules())
+        if is_kind_of(module, "peft.tuners.lora.layer", "Linear") and not module.lora_variant:
+            called.add(cast(nn.Module, module.base_layer))
+    return called
 
 
 class PackedLinear:
@@ -140,12 +152,25 @@ def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether no process has all of the weights: FSDP2, ZeRO-3."""
+    from torch.distributed.fsdp import FSDPModule
+
+    is_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    return is_fsdp or any("ds_id" in vars(parameter) for parameter in model.parameters())
+
+
 def _empty_like(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model of the same kind whose parameters hold anything."""
     from torch.distributed.fsdp import FSDPModule
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
+        if _is_sharded(model):
+            raise ValueError(
+                f"engine: the weights are sharded, and completions are drawn with a copy of them, which is made by the "
+                f"configuration of a transformers model; got {type(model).__name__}. Use engine: torch"
+            )
         return deepcopy(model).to(device, dtype)
     # What shards a model adds a class of its own in front of it.
     kinds = [kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)]

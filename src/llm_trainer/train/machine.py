@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint.valid import step_folders, step_of
@@ -136,11 +135,6 @@ class RunMachine:
             with engine.precision():
                 yield InProcess(model)
             return
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(
-                f"engine: {engine.name} shards the weights, and completions are drawn with a copy of them, which is made by "
-                f"the configuration of a transformers model; got {type(model).__name__}. Use engine: torch"
-            )
         service = Verified(InProcess(model, self.dtype))
         service.load(self.stream_weights(service.dtype), self.step)
         yield service

@@ -9,7 +9,7 @@ from llm_trainer.generation.servers import Servers
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.transports import Broadcast, Files, Transport
 from llm_trainer.machine import Machine
-from llm_trainer.models.frozen import has_adapters
+from llm_trainer.models.inside import has_adapters
 from llm_trainer.trainers.said import config_of
 
 

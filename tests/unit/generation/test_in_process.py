@@ -1,7 +1,11 @@
 """The service in this process: groups, rows that enter and leave, versions, interruptions."""
 
+import copy
+import warnings
+
 import pytest
 import torch
+from torch import nn
 
 from decoding_models import MODELS, PROMPTS, SIZES, build_qwen3
 from llm_trainer.generation import slots
@@ -81,6 +85,55 @@ def test_a_stop_string_ends_a_row_after_the_token_that_completes_it() -> None:
     assert stopped.finish == "stop" and decode(stopped.ids) == text[: text.index(text[4:7]) + 3]
     with pytest.raises(ValueError, match="decode is None"):
         Decoding(max_new_tokens=1, stop_strings=["x"])
+
+
+def with_adapters(model: nn.Module, **options: object) -> nn.Module:
+    """Adapters that have learned something, on the head too."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what peft imports, and of embeddings that are not tied any more
+        targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
+        config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_dropout=0.2, **options)
+        return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["in place", "a copy"])
+def test_adapters_are_decoded_from_the_cache_as_the_merged_model_is(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same slots, not by reading the whole row again for each token; and what is sent is what is held."""
+    model = with_adapters(build_qwen3()).train()
+    merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    requests = [Request(prompt, number, samples=2) for number, prompt in enumerate(PROMPTS)]
+    decoding = Decoding(max_new_tokens=8, seed=3)
+    expected = InProcess(merged).generate(requests, decoding, never)
+    reads = []
+    plain_read = slots.SlotReader.read
+
+    def read(self: slots.SlotReader, new: torch.Tensor) -> torch.Tensor:
+        reads.append(len(new))
+        return plain_read(self, new)
+
+    monkeypatch.setattr(slots.SlotReader, "read", read)
+    service = InProcess(model, dtype=dtype)
+    service.load(weights_of(model), version=1)
+    found = service.generate(requests, decoding, never)
+    assert len(reads) == 7 and max(reads) == 2 * len(PROMPTS)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [one.ids for one in ours] == [one.ids for one in theirs]
+        torch.testing.assert_close(ours[0].logprobs, theirs[0].logprobs, rtol=0, atol=1e-4)
+    sent = Hashes()
+    for name, tensor in weights_of(model):
+        sent.note(name, tensor)
+    check_hashes(sent.read(), service.held(), 1, "here")
+    assert model.training
+
+
+def test_a_sharded_model_with_adapters_is_refused_by_name() -> None:
+    model = with_adapters(build_qwen3())
+    next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3 marks its parameters
+    with pytest.raises(ValueError, match=r"sharded.*got PeftModel\. Use engine: torch"):
+        InProcess(model, dtype=torch.float32)
 
 
 def weights_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
