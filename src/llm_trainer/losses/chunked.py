@@ -34,6 +34,19 @@ PRODUCT_BYTES = 8 * 2**20
 PRODUCT_BYTES_GPU = 512 * 2**20
 # Matrix units work on tiles of this many rows.
 TILE_ROWS = 32
+NO_ADAPTER = (None, None)
+
+
+class LowRank(NamedTuple):
+    """What an adapter of the head adds to the logits: `narrow @ up.T`, and no more of it ever exists than of the logits.
+
+    Attributes:
+        narrow: `[N, R]`, made of what the head sees.
+        up: `[V, R]`.
+    """
+
+    narrow: Tensor
+    up: Tensor
 
 
 class HeadScores(NamedTuple):
@@ -189,20 +202,22 @@ def _objective_losses(objective: Objective) -> Losses:
     return losses
 
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# hidden [N, D], weight [V, D], bias [V], narrow [N, R] and up [V, R], or what belongs to each, such as its gradient.
+Operands = Sequence[Tensor | None]
+NUM_OPERANDS = 5
 
 
 class _Head:
     """The matrix products of the head, a chunk of rows at a time, in one reused buffer.
 
-    `hidden [N, D]` and `weight [V, D]` are in the dtype of the products; gradients of the weight and the bias add up
-    in float32 (float64 for float64).
+    The operands are in the dtype of the products; gradients of weight, bias and `up` add up in float32 (float64 for
+    float64).
     """
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, drawn_from: DrawnFrom | None = None
-    ) -> None:
-        self.hidden, self.weight, self.bias, self.drawn_from = hidden, weight, bias, drawn_from
+    def __init__(self, operands: Operands, drawn_from: DrawnFrom | None = None) -> None:
+        hidden, weight, self.bias, self.narrow, self.up = operands
+        assert hidden is not None and weight is not None
+        self.hidden, self.weight, self.drawn_from = hidden, weight, drawn_from
         chunk_bytes = CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
         num_rows = max(16, chunk_bytes // (weight.shape[0] * weight.element_size()))
         num_chunks = max(1, -(-len(hidden) // num_rows))
@@ -226,28 +241,31 @@ class _Head:
         """-> `[n, V]`, a view of the buffer: valid until the next call."""
         out = self.buffer[: rows.stop - rows.start]
         torch.mm(self.hidden[rows], self.weight.t(), out=out)
+        if self.narrow is not None and self.up is not None:
+            out.addmm_(self.narrow[rows], self.up.t())
         if self.bias is not None:
             out.add_(self.bias)
         if self.drawn_from is not None:
             out.copy_(excluding(out, self.drawn_from.excluded(rows, len(self.weight))))
         return out
 
-    def gradient_buffers(self, wanted: tuple[bool, ...]) -> Gradients:
-        """Zeros for the gradients of hidden, weight and bias that are `wanted`."""
+    def gradient_buffers(self, wanted: Sequence[bool]) -> Operands:
+        """Zeros for the gradients of the operands that are `wanted`."""
         precise = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        hidden = weight = bias = None
-        if wanted[0]:
-            hidden = torch.zeros_like(self.hidden)
-        if wanted[1]:
-            weight = torch.zeros_like(self.weight, dtype=precise)
-        if wanted[2] and self.bias is not None:
-            bias = torch.zeros_like(self.bias, dtype=precise)
-        return hidden, weight, bias
+        operands = self.hidden, self.weight, self.bias, self.narrow, self.up
+        dtypes = self.hidden.dtype, precise, precise, self.hidden.dtype, precise
+        buffers: list[Tensor | None] = []
+        for operand, dtype, is_wanted in zip(operands, dtypes, wanted, strict=True):
+            buffer = None
+            if is_wanted and operand is not None:
+                buffer = torch.zeros_like(operand, dtype=dtype)
+            buffers.append(buffer)
+        return buffers
 
     def backward(
-        self, rows: slice, logits: Tensor, labels: Tensor, stats: list[Tensor], to: LogitCoefficients, into: Gradients
+        self, rows: slice, logits: Tensor, labels: Tensor, stats: list[Tensor], to: LogitCoefficients, into: Operands
     ) -> None:
-        """Adds what n tokens, `labels [n]` and `stats` of `[n]`, give to the gradients of hidden, weight and bias.
+        """Adds what n tokens, `labels [n]` and `stats` of `[n]`, give to the gradients of the operands.
 
         The `logits` are overwritten with their gradient.
         """
@@ -257,7 +275,7 @@ class _Head:
         # p_y - 1 in one rounding: in bfloat16 a p_y of 0.999 would be 1.
         at_label = logprobs.exp() * (to.on_prob + to.on_surprise * logprobs) + to.everywhere + to.on_label
         gradient[torch.arange(len(labels), device=labels.device), labels] = at_label.to(gradient.dtype)
-        hidden, weight, bias = into
+        hidden, weight, bias, narrow, up = into
         if hidden is not None:
             torch.mm(gradient, self.weight, out=hidden[rows])
         if weight is not None and weight.dtype == gradient.dtype:
@@ -269,13 +287,21 @@ class _Head:
                 add_product(part, torch.mm(columns.t(), self.hidden[rows], out=self.product[: len(part)]))
         if bias is not None:
             bias.add_(gradient.sum(0, dtype=bias.dtype))
+        if narrow is not None and self.up is not None:
+            torch.mm(gradient, self.up, out=narrow[rows])
+        if up is not None and self.narrow is not None:
+            up.add_(torch.mm(gradient.t(), self.narrow[rows]))
 
 
-def _product_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _product_operands(hidden: Tensor, weight: Tensor, *others: Tensor | None) -> Operands:
     """The operands in the dtype in which autocast would multiply them (the weight's, without autocast)."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return hidden.detach().to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+    return _cast((hidden, weight, *others), dtype)
+
+
+def _cast(operands: Operands, dtype: torch.dtype) -> Operands:
+    return [None if operand is None else operand.detach().to(dtype) for operand in operands]
 
 
 class _LossSum(torch.autograd.Function):
@@ -283,12 +309,12 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        hidden, _, _, labels, token_losses, drawn_from, with_entropy, with_gradient = inputs
-        wanted = tuple(with_gradient and needed for needed in ctx.needs_input_grad[:3])
+        labels, token_losses, drawn_from, with_entropy, with_gradient = inputs[NUM_OPERANDS:]
+        wanted = [with_gradient and needed for needed in ctx.needs_input_grad[:NUM_OPERANDS]]
         columns: list[list[Tensor]] = []
-        operands = _product_operands(*inputs[:3])  # asks autocast, so before it is switched off
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(*operands, drawn_from)
+        operands = _product_operands(*inputs[:NUM_OPERANDS])  # asks autocast, so before it is switched off
+        with torch.autocast(labels.device.type, enabled=False):
+            head = _Head(operands, drawn_from)
             buffers = head.gradient_buffers(wanted)
             for rows in head.chunks():
                 logits = head.logits(rows)
@@ -307,7 +333,8 @@ class _LossSum(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("a chunked loss was run backward twice: its gradients are given away by the first time")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(upstream[0]) for g in gradients), None, None, None, None, None
+        scaled = [None if g is None else g.mul_(upstream[0]) for g in gradients]
+        return *scaled, None, None, None, None, None
 
 
 class _Logprobs(torch.autograd.Function):
@@ -315,14 +342,14 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        hidden, weight, bias, labels, with_entropy, drawn_from = inputs
-        operands = _product_operands(hidden, weight, bias)
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(*operands, drawn_from)
+        labels, with_entropy, drawn_from = inputs[NUM_OPERANDS:]
+        operands = _product_operands(*inputs[:NUM_OPERANDS])
+        with torch.autocast(labels.device.type, enabled=False):
+            head = _Head(operands, drawn_from)
             columns = [statistics(head.logits(rows), labels[rows], with_entropy) for rows in head.chunks()]
         logprobs, log_normaliser, _, correct, entropy = _joined(columns, 5, head.buffer)
-        ctx.dtype, ctx.drawn_from = operands[0].dtype, drawn_from
-        ctx.save_for_backward(hidden, weight, bias, labels, logprobs, log_normaliser, entropy)
+        ctx.dtype, ctx.drawn_from = head.hidden.dtype, drawn_from
+        ctx.save_for_backward(*inputs[:NUM_OPERANDS], labels, logprobs, log_normaliser, entropy)
         ctx.mark_non_differentiable(*(correct,) if with_entropy else (correct, entropy))
         return logprobs, correct, entropy
 
@@ -332,9 +359,8 @@ class _Logprobs(torch.autograd.Function):
         on_logprob, _, on_entropy = upstream
         to = _score_coefficients(on_logprob, on_entropy, entropy)
         with torch.autocast(labels.device.type, enabled=False):
-            bias = None if inputs[2] is None else inputs[2].to(ctx.dtype)
-            head = _Head(inputs[0].to(ctx.dtype), inputs[1].to(ctx.dtype), bias, ctx.drawn_from)
-            buffers = head.gradient_buffers(ctx.needs_input_grad)
+            head = _Head(_cast(inputs, ctx.dtype), ctx.drawn_from)
+            buffers = head.gradient_buffers(ctx.needs_input_grad[:NUM_OPERANDS])
             for rows in head.chunks():
                 stats = [logprobs[rows], log_normaliser[rows]]
                 part = LogitCoefficients(*(x[rows] for x in to))
@@ -359,6 +385,7 @@ def chunked_loss(
     loss: LanguageLoss | None = None,
     with_entropy: bool = False,
     weights: Tensor | None = None,
+    low_rank: LowRank | None = None,
 ) -> HeadScores:
     """The sum of token losses of `softmax(hidden @ weight.T + bias)`, one chunk of tokens at a time.
 
@@ -372,9 +399,11 @@ def chunked_loss(
         loss: what a token contributes.
         with_entropy: also return the entropies.
         weights: `[N]` float, what each token's loss is multiplied by; None: 1.
+        low_rank: what an adapter adds to the logits.
     """
     token_losses = _language_losses(loss or LanguageLoss(), labels, weights, len(weight))
-    scores = _loss_sum(hidden, weight, bias, labels, token_losses, None, with_entropy)
+    operands = hidden, weight, bias, *(low_rank or NO_ADAPTER)
+    scores = _loss_sum(*operands, labels, token_losses, None, with_entropy)
     return scores if with_entropy else scores._replace(entropy=None)
 
 
@@ -385,12 +414,14 @@ def chunked_objective(
     labels: Tensor,
     objective: Objective,
     drawn_from: DrawnFrom | None = None,
+    low_rank: LowRank | None = None,
 ) -> HeadScores:
     """The sum of what `objective` makes of each token's log-probability and entropy, one chunk of tokens at a time.
 
     Runs backward once, as `chunked_loss`; its other arguments are the same. `drawn_from`: where not from all ids.
     """
-    return _loss_sum(hidden, weight, bias, labels, _objective_losses(objective), drawn_from, True)
+    operands = hidden, weight, bias, *(low_rank or NO_ADAPTER)
+    return _loss_sum(*operands, labels, _objective_losses(objective), drawn_from, True)
 
 
 def _loss_sum(*inputs: Any) -> HeadScores:
@@ -405,8 +436,10 @@ def chunked_logprobs(
     labels: Tensor,
     with_entropy: bool = False,
     drawn_from: DrawnFrom | None = None,
+    low_rank: LowRank | None = None,
 ) -> HeadScores:
     """Differentiable log-probabilities of `labels`; arguments as in `chunked_objective`; `loss_sum` is their negative sum."""
-    logprobs, correct, entropy = _Logprobs.apply(hidden, weight, bias, labels, with_entropy, drawn_from)
+    operands = hidden, weight, bias, *(low_rank or NO_ADAPTER)
+    logprobs, correct, entropy = _Logprobs.apply(*operands, labels, with_entropy, drawn_from)
     scores = HeadScores(-logprobs.sum(), logprobs, correct, entropy)
     return scores if with_entropy else scores._replace(entropy=None)

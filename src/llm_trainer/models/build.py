@@ -12,6 +12,7 @@ from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
 from llm_trainer.models.inside import language_config
 from llm_trainer.models.pretrained import Kind, find_pretrained
+from llm_trainer.models.quantize import num_values, stored_numbers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -120,7 +121,7 @@ def supported_attention(attention: str, config: dict[str, Any]) -> str:
 
 def check_finite(model: nn.Module, source: str) -> None:
     """Raise ValueError naming the tensors of `model` that hold NaN or infinity."""
-    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(stored_numbers(tensor)).all()]
     if broken:
         names = ", ".join(broken[:3])
         if len(broken) > 3:
@@ -139,7 +140,7 @@ def set_stops(model: "PreTrainedModel", stop_token_ids: Sequence[int], pad_token
 
 def num_parameters(model: nn.Module) -> int:
     """Parameters of `model`, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(num_values(parameter) for parameter in model.parameters())
 
 
 def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
@@ -149,7 +150,7 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
     counted as the head where the two are tied), and of a mixture of experts only the chosen ones count.
     """
     c = language_config(model.config)
-    embedding = cast(Tensor, model.get_input_embeddings().weight).numel()
+    embedding = num_values(cast(Tensor, model.get_input_embeddings().weight))
     # 1. the parameters of matrix products
     count = num_parameters(model)
     if not c.tie_word_embeddings:

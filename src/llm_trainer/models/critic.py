@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_trainer.losses.language import IGNORE
+from llm_trainer.models.heads import logits_of
 from llm_trainer.models.inside import has_adapters, transformers_model, vocab_size_of
 from llm_trainer.models.rewarding import Rewarding, process_reward_model
-from llm_trainer.models.scored import ScoredModel, TokenScores, accepted_inputs, logits_of
+from llm_trainer.models.scored import ScoredModel, TokenScores, accepted_inputs
 
 
 class Acted(NamedTuple):
@@ -64,7 +65,7 @@ class ActorCritic(nn.Module):
         supervised = labels[:, 1:] != IGNORE  # (B, T - 1)
         if self.shares_body:
 
-            def value(states: Tensor, head: nn.Linear | None) -> Tensor:
+            def value(states: Tensor, head: nn.Module | None) -> Tensor:
                 states = states.detach() if detach_body else states
                 return cast(Rewarding, self.critic).head(states).squeeze(-1).float()  # (N,)
 

@@ -6,25 +6,20 @@ logits are scored. Both give the same numbers.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from llm_trainer.compiler import compiled
-from llm_trainer.losses.chunked import HeadScores, Objective, chunked_logprobs, chunked_loss, chunked_objective
+from llm_trainer.losses.chunked import HeadScores, LowRank, Objective, chunked_logprobs, chunked_loss, chunked_objective
 from llm_trainer.losses.drawn_from import DrawnFrom, excluding
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses, load_balancing_loss
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
-from llm_trainer.models.inside import language_config, transformers_model, transformers_models
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from llm_trainer.models.heads import logits_of, read_head, split_of
+from llm_trainer.models.inside import language_config, transformers_model
 
 
 class TokenScores(NamedTuple):
@@ -52,14 +47,7 @@ class TokenScores(NamedTuple):
 
 
 # A scalar, or `[N]`, of the states that predict N tokens and the head that reads them; see `ScoredModel.states`.
-Distance = Callable[[Tensor, nn.Linear | None], Tensor]
-
-
-class _Split(NamedTuple):
-    """A causal language model taken apart: logits are exactly `head(backbone(...).last_hidden_state)`."""
-
-    backbone: "PreTrainedModel"
-    head: nn.Linear
+Distance = Callable[[Tensor, nn.Module | None], Tensor]
 
 
 class _How(NamedTuple):
@@ -84,6 +72,7 @@ class ScoredModel(nn.Module):
         base: the user's module, untouched: its parameter names, its `generate`, its `save_pretrained`.
         loss: what a token contributes to `loss_sum`.
         with_entropy: whether entropies are computed.
+        whole_logits: why the head does not run in chunks; empty where it does.
     """
 
     def __init__(self, model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> None:
@@ -91,7 +80,7 @@ class ScoredModel(nn.Module):
         self.base = model
         self.loss = loss or LanguageLoss()
         self.with_entropy = with_entropy
-        self._split = _split(model)  # a tuple, so that no parameter gets a second name
+        self._split, self.whole_logits = split_of(model)  # a tuple, so that no parameter gets a second name
         self._experts = _experts(model)
         self._causal = self._split is not None and self._split.backbone.config.model_type in BLOCKED_ARCHITECTURES
         self._accepted = accepted_inputs(model)
@@ -186,7 +175,7 @@ class ScoredModel(nn.Module):
         return self._split is not None and knows_branches(self._split.backbone.config, device)
 
     @property
-    def head(self) -> nn.Linear | None:
+    def head(self) -> nn.Module | None:
         """The layer that makes logits of `states`, or None where these are the logits."""
         return None if self._split is None else self._split.head
 
@@ -242,16 +231,18 @@ class ScoredModel(nn.Module):
     def _scores_of_hidden(self, hidden: Tensor, chosen: Tensor, how: _How) -> HeadScores:
         """`hidden [N, D]`, `chosen [N]`."""
         assert self._split is not None
-        weight, bias = weight_and_bias(self._split.head)
+        weight, bias, _, up = head = read_head(self._split.head)
         if how.temperature != 1.0:  # (x / t) W + b / t, without touching the logits
             hidden = hidden / how.temperature
             if bias is not None:
                 bias = bias / how.temperature
+        narrow = head.narrowed(hidden)
+        low_rank = None if narrow is None or up is None else LowRank(narrow, up)
         if how.objective is not None:
-            return chunked_objective(hidden, weight, bias, chosen, how.objective, how.drawn_from)
+            return chunked_objective(hidden, weight, bias, chosen, how.objective, how.drawn_from, low_rank)
         if how.differentiable or how.drawn_from is not None:
-            return chunked_logprobs(hidden, weight, bias, chosen, self.with_entropy, how.drawn_from)
-        return chunked_loss(hidden, weight, bias, chosen, self.loss, self.with_entropy, how.weights)
+            return chunked_logprobs(hidden, weight, bias, chosen, self.with_entropy, how.drawn_from, low_rank)
+        return chunked_loss(hidden, weight, bias, chosen, self.loss, self.with_entropy, how.weights, low_rank)
 
     def _scores_of_logits(self, logits: Tensor, chosen: Tensor, how: _How) -> HeadScores:
         """`logits [N, V]`, `chosen [N]`: the same scores by autograd."""
@@ -294,17 +285,6 @@ def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: boo
     return ScoredModel(model, loss, with_entropy)
 
 
-def weight_and_bias(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """What a head that is read but not called computes with, also where it is replicated (tensor parallelism)."""
-    weight: Tensor = head.weight
-    bias: Tensor | None = head.bias
-    if isinstance(weight, DTensor):
-        weight = weight.to_local()
-    if isinstance(bias, DTensor):
-        bias = bias.to_local()
-    return weight, bias
-
-
 def restarting_positions(document_lengths: Tensor) -> Tensor:
     """`document_lengths [K]` -> `[1, N]`: 0, 1, 2, ... in every document."""
     starts = document_lengths.cumsum(0) - document_lengths
@@ -325,21 +305,6 @@ def _padded_on_the_right(attention_mask: Tensor) -> bool:
     return bool(mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all())
 
 
-def logits_of(output: Any, name: str) -> Tensor:
-    """Logits `[B, T, V]` from what a model returned."""
-    if isinstance(output, Tensor):
-        return output
-    try:
-        if isinstance(output, dict):  # transformers' outputs are dicts too
-            return output["logits"]
-        return output.logits
-    except (KeyError, AttributeError):
-        raise ValueError(
-            f"{name}.forward returned {type(output).__name__}; expected logits [B, T, V] as a tensor, an object with "
-            ".logits, or a dict with 'logits'"
-        ) from None
-
-
 def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     """The names that `model.forward` takes, or None when it takes any."""
     parameters = inspect.signature(model.forward).parameters
@@ -358,75 +323,3 @@ def _experts(model: nn.Module) -> tuple[int, int] | None:
     if not num_experts or "output_router_logits" not in settings:
         return None
     return num_experts, settings["num_experts_per_tok"]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The context in which `model` is in evaluation mode; after it every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def small_sibling(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A model of the same class with one layer of each type, a few ids and random weights."""
-    config = deepcopy(model.config)
-    text = language_config(config)
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 16, None
-    if getattr(text, "layer_types", None):
-        text.layer_types = list(dict.fromkeys(text.layer_types))
-        text.num_hidden_layers = len(text.layer_types)
-    return type(model)(config)
-
-
-def _split(model: nn.Module) -> _Split | None:
-    """Backbone and head, when the logits are exactly the head of the backbone's last hidden state.
-
-    Tried out rather than read from the class: the head's output is replaced by large numbers, so that soft-capping, a
-    scale or a second head would show, on two tokens in evaluation mode.
-    """
-    # 1. the candidates
-    outer = _with_linear_head(model)
-    if outer is None or outer.base_model is outer or outer.config.is_encoder_decoder:
-        return None
-    split = _Split(cast("PreTrainedModel", outer.base_model), cast(nn.Linear, outer.get_output_embeddings()))
-    if any(parameter.is_meta for parameter in model.parameters()):  # its weights will come from another process
-        sibling_splits = model is outer and _split(small_sibling(outer)) is not None
-        return split if sibling_splits else None
-
-    # 2. both ways to the logits
-    seen: dict[str, Tensor] = {}
-
-    def replace_logits(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        large = torch.linspace(-100, 100, output.shape[-1], dtype=output.dtype, device=output.device)
-        seen["hidden"] = args[0]
-        seen["logits"] = output + large
-        return seen["logits"]
-
-    hook = split.head.register_forward_hook(replace_logits)
-    try:
-        with evaluating(model), torch.no_grad():
-            input_ids = torch.tensor([[0, 1]], device=split.head.weight.device)
-            logits = logits_of(model(input_ids), type(model).__name__)
-            hidden = split.backbone(input_ids, use_cache=False).last_hidden_state
-    finally:
-        hook.remove()
-
-    # 3. the same? In float32: many models cast what the head returns, as the scores do with theirs.
-    if "logits" not in seen or logits.shape != seen["logits"].shape or hidden.shape != seen["hidden"].shape:
-        return None
-    same_logits = torch.allclose(logits.float(), seen["logits"].float(), 1e-4)
-    same_hidden = torch.allclose(hidden.float(), seen["hidden"].float(), 1e-3, 1e-4)
-    return split if same_logits and same_hidden else None
-
-
-def _with_linear_head(model: nn.Module) -> "PreTrainedModel | None":
-    """The outermost transformers model in `model` whose output embeddings are a plain linear layer."""
-    for inner in transformers_models(model):
-        if type(inner.get_output_embeddings()) is nn.Linear:
-            return inner
-    return None

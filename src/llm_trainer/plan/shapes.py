@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.models.inside import language_config
+from llm_trainer.models.quantize import num_values
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def shape_of(model: "PreTrainedModel") -> Shape:
     return Shape(
         num_parameters=_count(model),
         layer_parameters=max(map(_count, layers)),
-        product_parameters=sum(p.numel() for p in layers.parameters() if p.ndim > 1),
+        product_parameters=sum(num_values(p) for p in layers.parameters() if p.ndim > 1),
         num_layers=len(layers),
         hidden_size=c.hidden_size,
         num_heads=c.num_attention_heads,
@@ -98,7 +99,7 @@ def shape_of(model: "PreTrainedModel") -> Shape:
 
 
 def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(num_values(parameter) for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 from llm_trainer.disk import whole_file
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
+from llm_trainer.models.quantize import stored_numbers
 from llm_trainer.state import MicroBatch
 
 
@@ -19,7 +20,7 @@ class NonFiniteError(ArithmeticError):
 
 def broken_tensor(engine: Engine, model: nn.Module) -> str | None:
     """The first parameter that holds a NaN or an infinity, and how many of them; all ranks look at their shards together."""
-    shards = [(name, engine.local_shard(parameter)) for name, parameter in model.named_parameters()]
+    shards = [(name, engine.local_shard(stored_numbers(parameter))) for name, parameter in model.named_parameters()]
     # A sum is not finite if a term is not. It needs one pass, and `isfinite` copies; the host waits for the device once.
     sums, found = torch.stack([shard.sum(dtype=torch.float32) for _, shard in shards]), None
     for index in (~sums.isfinite()).nonzero().flatten().flip(0).tolist():
@@ -46,12 +47,11 @@ def check_weights(engine: Engine, model: nn.Module) -> None:
 
 def keep_batches(batches: Sequence[MicroBatch], step: int, save_dir: Path) -> str:
     """Write the micro-batches of a step that was not finite, for inspection; says where they are."""
-    kept = [batch.batch for batch in batches if batch.counts]
     path = save_dir / "bad_steps" / f"step-{step}-rank-{dist.process_number()}.pt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial, partial.open("wb") as file:  # whose errors say why, unlike torch's own
-            torch.save(kept, file)
+            torch.save([batch.batch for batch in batches if batch.counts], file)
     except OSError as error:
         return f"its batch could not be kept ({error})"
     return f"its batch is kept in {path}"

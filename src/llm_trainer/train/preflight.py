@@ -20,6 +20,7 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
 from llm_trainer.model_group import members_of
+from llm_trainer.models.quantize import num_values
 from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
@@ -85,8 +86,8 @@ class Size:
         every = list(model.parameters())
         trained = [parameter for parameter in every if parameter.requires_grad]
         return cls(
-            parameters=sum(p.numel() for p in every),
-            trained=sum(p.numel() for p in trained),
+            parameters=sum(num_values(p) for p in every),
+            trained=sum(num_values(p) for p in trained),
             bytes=sum(p.numel() * p.element_size() for p in every),
             trained_bytes=sum(p.numel() * p.element_size() for p in trained),
             optimizer_bytes=state_bytes(optimizer),
@@ -287,6 +288,8 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),
     }
+    if why := _whole_logits(trainer.model):
+        found["head"] = f"all logits of a micro-batch at once, not in chunks. {why}"
     if trainer.prompt_format == "chat" and trainer.tokenizer is not None and has_default_template(trainer.tokenizer):
         found["chat template"] = describe_default(trainer.tokenizer)
     if not_used := left_out(settings):
@@ -295,6 +298,14 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         copy = engine.bytes_to_copy(size.bytes, size.optimizer_bytes)
         found["saving"] = f"in the background, from a copy of {human(copy, 'B')} in host memory"
     return found
+
+
+def _whole_logits(module: nn.Module) -> str:
+    """Why the head of a model does not run in chunks; empty where it does, or where nothing has a head."""
+    from llm_trainer.models.scored import ScoredModel
+
+    reasons = [inner.whole_logits for inner in module.modules() if isinstance(inner, ScoredModel)]
+    return next(filter(None, reasons), "")
 
 
 def describe_choices(choices: Sequence[Choice]) -> list[str]:

@@ -29,8 +29,9 @@ from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import GenerationService, Request
 from llm_trainer.losses.distill import TeacherLogits, chunked_divergence, divergence, teacher_head
 from llm_trainer.models.frozen import freeze
+from llm_trainer.models.heads import read_head
 from llm_trainer.models.inside import vocab_size_of
-from llm_trainer.models.scored import ScoredModel, scored, weight_and_bias
+from llm_trainer.models.scored import ScoredModel, scored
 from llm_trainer.trainers.answers import IGNORE, Batch, as_rows
 from llm_trainer.trainers.references import different_ids
 
@@ -85,14 +86,14 @@ class TeacherDistance:
         self.beta = BETAS.get(kd.divergence, kd.beta)
         self.factor = kd.temperature**2 if kd.t_squared else 1.0
 
-    def __call__(self, states: Tensor, head: nn.Linear | None) -> Tensor:
+    def __call__(self, states: Tensor, head: nn.Module | None) -> Tensor:
         """Of the student's states `[N, D]` and head, or its logits `[N, V]` -> scalar, differentiable."""
         if head is None:
             values = divergence(states, self.teacher(0, len(states)), self.beta, self.temperature)
             if self.weights is not None:
                 values = values * self.weights
             return self.factor * values.sum()
-        hidden, weight = _without_bias(states, head)
+        hidden, weight = read_head(head).as_one(states)
         size = max(1, CHUNK_ELEMENTS // len(weight))
         total, _ = chunked_divergence(
             hidden,
@@ -104,14 +105,6 @@ class TeacherDistance:
             weights=self.weights,
         )
         return self.factor * total
-
-
-def _without_bias(states: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """States and weight whose product is the head's output: a bias is the weight of one more input, which is 1."""
-    weight, bias = weight_and_bias(head)
-    if bias is None:
-        return states, weight
-    return F.pad(states, (0, 1), value=1.0), torch.cat([weight, bias[:, None]], dim=1)
 
 
 def with_teacher(kd: Distillation | None, teacher_model: nn.Module) -> Distillation:
@@ -160,7 +153,7 @@ def _of_model(model: ScoredModel, batch: Batch) -> TeacherLogits:
     states, _ = model.states(supervised=batch["labels"][:, 1:] != IGNORE, **inputs)  # [N, D], or logits [N, V]
     if model.head is None:
         return lambda start, stop: states[start:stop]
-    return teacher_head(*_without_bias(states, model.head))
+    return teacher_head(*read_head(model.head).as_one(states))
 
 
 @torch.no_grad()

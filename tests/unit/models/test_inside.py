@@ -23,6 +23,8 @@ from llm_trainer.models.inside import (
 )
 from llm_trainer.models.scored import scored
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # what peft asks of transformers
+
 TEXT = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,

@@ -10,7 +10,13 @@ import pytest
 import torch
 from tiny_models import LENGTHS, VOCAB, flat_batch, padded_batch, tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.drawn_from import DrawnFrom
@@ -198,6 +204,26 @@ def test_experts_are_balanced_over_real_tokens() -> None:
     assert scores.aux_loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert scores.aux_loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-5)  # transformers' own
     assert scored(tiny_model())(**batch).aux_loss is None
+
+
+def test_the_experts_of_a_vision_language_model_are_found() -> None:
+    """Their number stands in the configuration of its language model."""
+    text = {
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "pad_token_id": None,
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision)).eval()
+    batch = padded_batch()
+    scores = scored(model)(**batch)
+    output = model(batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True)
+    assert scores.aux_loss is not None
+    assert scores.aux_loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-5)
 
 
 def test_nothing_supervised_is_zero_with_zero_gradients() -> None:

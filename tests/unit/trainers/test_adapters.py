@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,24 @@ import pytest
 import torch
 
 from llm_trainer import create_trainer
+from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.reinforcement import RolloutOptions
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.frozen import AdaptersOff
 from llm_trainer.models.inside import has_adapters
+from llm_trainer.trainers.drawing import drawing, service_of
 
 peft = pytest.importorskip("peft", reason="needs peft")
 
 
-def model_with_adapters() -> torch.nn.Module:
+def model_with_adapters(targets: Sequence[str] = ("q_proj", "v_proj")) -> torch.nn.Module:
     """A two-layer model whose adapters already do something, and have dropout."""
     torch.manual_seed(0)
     shape = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what peft imports
-        options = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.2)
+        options = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, lora_dropout=0.2)
         return peft.get_peft_model(build_model(shape), options)
 
 
@@ -68,3 +72,30 @@ def test_the_reference_is_the_policy_without_adapters(trainer: str, tmp_path: Pa
     assert made.model.training and not any(
         p.requires_grad for n, p in made.base_model.named_parameters() if "lora" not in n
     )
+
+
+def test_activations_are_recomputed_inside_of_adapters(tmp_path: Path) -> None:
+    made, losses = train("dpo", tmp_path / "recomputed", gradient_checkpointing=True)
+    _, expected = train("dpo", tmp_path / "kept")
+    assert losses == expected
+    assert all(layer.gradient_checkpointing for layer in made.base_model.get_base_model().model.layers)
+
+
+def test_a_head_that_does_not_run_in_chunks_is_said_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("dpo", tmp_path / "chunked")
+    assert "not in chunks" not in capsys.readouterr().out
+    model = model_with_adapters(["q_proj", "lm_head"])
+    learned = [p for p in model.parameters() if p.requires_grad]
+    settings = {"max_epochs": 1, "use_amp": False, "device": "cpu", "save_dir": str(tmp_path / "whole")}
+    optimizer = torch.optim.AdamW(learned, lr=1e-2)
+    create_trainer("dpo", model=model, optimizer=optimizer, train_loader=pairs("dpo"), **settings).train()
+    said = capsys.readouterr().out
+    assert "not in chunks" in said and "dropout, 0.2; set lora_dropout to 0" in said
+
+
+def test_rollout_servers_are_refused_for_adapters() -> None:
+    servers = service_of(RolloutOptions(rollout_servers=["http://127.0.0.1:9"]), None)
+    with pytest.raises(ConfigError, match=r"rollout_servers: the policy is a PeftModel, .*leave rollout_servers out"):
+        drawing(servers, model_with_adapters(), None)  # type: ignore[arg-type]
