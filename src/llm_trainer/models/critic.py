@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.heads import logits_of
-from llm_trainer.models.inside import has_adapters, transformers_model, vocab_size_of
+from llm_trainer.models.inside import adapted_model, has_adapters, transformers_model, vocab_size_of
 from llm_trainer.models.rewarding import Rewarding, process_reward_model
 from llm_trainer.models.scored import ScoredModel, TokenScores, accepted_inputs
 
@@ -124,7 +124,7 @@ def reader_of(critic: nn.Module) -> "Rewarding | OwnCritic":
     """What gives a critic's numbers per token."""
     from transformers import PreTrainedModel
 
-    return Rewarding(critic) if isinstance(critic, PreTrainedModel) else OwnCritic(critic)
+    return Rewarding(critic) if isinstance(adapted_model(critic), PreTrainedModel) else OwnCritic(critic)
 
 
 def critic_of(policy: nn.Module, value_model: nn.Module | None = None, on_policy: bool | None = None) -> nn.Module:

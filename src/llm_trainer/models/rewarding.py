@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import knows_branches
 from llm_trainer.models.build import supported_attention
+from llm_trainer.models.inside import adapted_model
 from llm_trainer.models.pretrained import ENDINGS, REWARD_MODELS, Kind, Pretrained, find_pretrained
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ class Rewarding(nn.Module):
         super().__init__()
         from transformers import PreTrainedModel
 
-        head = model.get_submodule("score") if isinstance(model, PreTrainedModel) else None
-        if not isinstance(head, nn.Linear):
+        inner = adapted_model(model)
+        head = dict(inner.named_children()).get("score") if isinstance(inner, PreTrainedModel) else None
+        labels = getattr(head, "out_features", None)  # also of a copy that is trained and saved beside adapters
+        if head is None or labels is None:
             raise ValueError(f"{type(model).__name__} is no reward model; make one with models.rewarding.reward_model")
-        if head.out_features != 1:
-            raise ValueError(f"{type(model).__name__} has {head.out_features} labels, expected 1: num_labels=1")
-        self.body = cast("PreTrainedModel", model.base_model)
+        if labels != 1:
+            raise ValueError(f"{type(model).__name__} has {labels} labels, expected 1: num_labels=1")
+        self.body = cast("PreTrainedModel", inner.base_model)
         self.head = head
 
     def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:

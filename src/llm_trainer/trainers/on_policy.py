@@ -338,7 +338,7 @@ class OnPolicyTrainer(BaseTrainer):
                 self._verified = Verified(service, where=where)
             else:
                 limit = max(LIMITS[self.machine.dtype], LIMITS[service.dtype or self.machine.dtype])
-                probe = probe_ids(vocab_size, context_of(self.base_model))
+                probe = probe_ids(vocab_size, model_context(self.base_model))
                 self._verified = Verified(service, self._probe_logprobs, probe, limit, where)
         return self._verified
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from llm_trainer import create_trainer
-from llm_trainer.config.errors import ConfigError
-from llm_trainer.config.reinforcement import RolloutOptions
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.frozen import AdaptersOff
 from llm_trainer.models.inside import has_adapters
-from llm_trainer.trainers.drawing import drawing, service_of
+from llm_trainer.models.rewarding import reward_model
 
 peft = pytest.importorskip("peft", reason="needs peft")
 
@@ -95,7 +93,17 @@ def test_a_head_that_does_not_run_in_chunks_is_said_before_training(
     assert "not in chunks" in said and "dropout, 0.2; set lora_dropout to 0" in said
 
 
-def test_rollout_servers_are_refused_for_adapters() -> None:
-    servers = service_of(RolloutOptions(rollout_servers=["http://127.0.0.1:9"]), None)
-    with pytest.raises(ConfigError, match=r"rollout_servers: the policy is a PeftModel, .*leave rollout_servers out"):
-        drawing(servers, model_with_adapters(), None)  # type: ignore[arg-type]
+def test_a_reward_model_with_adapters_learns_them_and_its_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    options = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(reward_model(build_model(shape), pad_token_id=0), options)
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in learned.items()}
+    settings = {"max_epochs": 1, "use_amp": False, "device": "cpu", "save_dir": str(tmp_path)}
+    optimizer = torch.optim.AdamW(learned.values(), lr=1e-2)
+    create_trainer("reward", model=model, optimizer=optimizer, train_loader=pairs("dpo"), **settings).train()
+    assert any("score" in name for name in learned) and any("lora_B" in name for name in learned)
+    assert all(not torch.equal(before[name], p) for name, p in learned.items())
