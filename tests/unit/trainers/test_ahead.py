@@ -27,7 +27,7 @@ def versions(folder: Path) -> list[set[int]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "remax"])
 def test_the_same_twice_beside_evaluation_and_noise_of_the_training(name: str, tmp_path: Path) -> None:
     """The forwards of the training draw from torch's generator, which nothing in the other thread may touch."""
     results: list[Any] = []
@@ -36,15 +36,15 @@ def test_the_same_twice_beside_evaluation_and_noise_of_the_training(name: str, t
         model.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output, noise=noise: noise.append(float(torch.rand(()))) if module.training else None
         )
-        options: dict[str, Any] = {"max_staleness": 2, "val_loader": prompts(2), "eval_interval": 1}
+        options: dict[str, Any] = {"max_staleness": 2, "val_loader": prompts(2), "eval_interval": 1, "eval_samples": 2}
         trainer, seen = train(name, tmp_path / run, model, **options)
-        assert all("eval_reward" in line for line in seen)
+        assert all({"eval_reward", "eval_pass@2"} <= line.keys() for line in seen)
         columns = [rollout.store["sampled_logprobs"].values.copy() for rollout in rollouts_of(tmp_path / run)]
         parameters = [parameter.detach().clone() for parameter in trainer.base_model.parameters()]
         results.append((columns, parameters, [np.array(noise)]))
     for ours, theirs in zip(*results, strict=True):
         assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
-    updates = {"grpo": 1, "ppo": 2}[name]
+    updates = {"grpo": 1, "ppo": 2, "remax": 1}[name]
     age = min(2, updates)
     assert versions(tmp_path / "one") == [{0}, {updates - age}, {2 * updates - age}]
 
