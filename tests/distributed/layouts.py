@@ -5,15 +5,17 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "invariance"), str(Path(__file__).parents[1])]
+import torch
 from ranks import fork_ranks, import_once
 from table import Rows, tiny_model
 
-from llm_trainer import SFTTrainer, configure_optimizer
+from llm_trainer import SFTTrainer, checkpoint, configure_optimizer
 from llm_trainer.checkpoint import valid
 from llm_trainer.config.options import Fsdp
 from llm_trainer.data.collate import collate_flat
@@ -21,6 +23,13 @@ from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
 from llm_trainer.train import saving
 from two_models import TwoModels, two_models
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what peft imports
+    try:
+        import peft
+    except ImportError:
+        peft = None
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
     "one": (1, {}),
@@ -32,20 +41,33 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
 }
 PAIRS = [(first, second) for first in list(LAYOUTS)[:4] for second in list(LAYOUTS)[:4]]
 PAIRS += [("tensor-2", "one"), ("fsdp-3", "tensor-2"), ("zero3-2", "fsdp-2"), ("fsdp-3", "zero3-2")]  # slow on CPUs
-RELAY = ["one", "fsdp-2", "zero3-2", "ddp-2"]  # of a run of two models; each takes two steps
+RELAY = ["one", "fsdp-2", "zero3-2", "ddp-2"]  # of a run of two models, or with adapters; each takes two steps
 FIRST, LAST = 3, 5  # steps; an epoch has two
 
 
-def make_trainer(folder: Path, max_steps: int, shares_body: bool | None = None, **options: Any) -> SFTTrainer:
+def with_adapters(base: str) -> Any:
+    """The model with LoRA; `base` is its folder, or empty: it is made in memory, and checkpoints hold it."""
+    model = tiny_model()
+    model.name_or_path = base
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+
+
+def make_trainer(
+    folder: Path, max_steps: int, shares_body: bool | None = None, adapters_on: str | None = None, **options: Any
+) -> SFTTrainer:
     """Two layers on 24 ragged rows, two steps per epoch, a best model in every epoch.
 
-    With `shares_body` (None: the model is alone) a critic learns too, on the model's body or with its own.
+    With `shares_body` (None: the model is alone) a critic learns too, on the model's body or with its own. With
+    `adapters_on` adapters alone learn: see `with_adapters`.
     """
     if "fsdp" in options:
         dist.share_data(
             options["fsdp"].tensor_parallel_size
         )  # before the streams ask which part of the data is this rank's
     model, rows = tiny_model(), Rows("sft", 512)
+    if adapters_on is not None:
+        model = with_adapters(adapters_on)
     how: dict[str, Any] = {"rank": dist.rank(), "world_size": dist.world_size(), "flat": True}
     stream = SampleStream(rows, collate_flat, rows_per_step=12, batch_size=2, **how)
     values: dict[str, Any] = {
@@ -80,7 +102,29 @@ def leg(folder: Path, max_steps: int, **options: Any) -> int:
     trainer.run._resume()
     read = len(hashed)
     trainer.train()
+    check_names(trainer)
     return read
+
+
+def check_names(trainer: Any) -> None:
+    """Of the weights only those that are asked for are gathered, tied ones under any of their names."""
+    engine = trainer.run.engine
+    every, gather, gathered = engine.weights(), engine._full_tensor, []
+
+    def counted(tensor: Any, dtype: Any) -> Any:
+        gathered.append(dtype)
+        return gather(tensor, dtype)
+
+    names = [name for name, _ in trainer.saved_model.named_parameters()]
+    names = [checkpoint.plain_name(name) for name in names[:2]]
+    if "lm_head.weight" in trainer.saved_model.state_dict():
+        names += ["lm_head.weight"]  # it is that of the embeddings
+    engine._full_tensor = counted
+    found = engine.weights(names)
+    del engine._full_tensor
+    assert len(gathered) == 2
+    assert sorted(found) == sorted(names if dist.is_main() else [])
+    assert all(torch.equal(tensor, every[name]) for name, tensor in found.items())
 
 
 def leg_on_a_full_disk(folder: Path) -> list[str]:
@@ -112,10 +156,12 @@ def run(layout: str, folder: Path, max_steps: int, **options: Any) -> dict[str, 
     assert done["codes"] == [0] * processes, "".join(done["texts"])[-3000:]
     lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
     newest = json.loads((sorted(folder.glob("checkpoint-*"))[-1] / "manifest.json").read_text())
+    weights = "model/adapter_model.safetensors" if "adapters_on" in options else "model/model.safetensors"
     return {
         "hashed": done["results"],
         "curve": [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line],
-        "weights": newest["files"]["model/model.safetensors"]["sha256"],
+        "weights": newest["files"][weights]["sha256"],
+        "files": sorted(newest["files"]),
         "models": sorted({name.partition("/")[0] for name in newest["files"] if name.endswith("model.safetensors")}),
         "evaluations": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
     }
@@ -142,6 +188,14 @@ def main(folder: Path) -> None:
         for number, layout in enumerate(RELAY, start=1):
             relay = run(layout, folders[1], 2 * number, shares_body=shares_body, **ONE_SAVE)
         report[name] = [whole, relay]
+    if peft is not None:
+        base, steps = str(folder / "base"), 2 * len(RELAY)
+        checkpoint.write_model(tiny_model(), base)
+        whole = run("one", folder / "adapters whole", steps, adapters_on=base, **ONE_SAVE)
+        for number, layout in enumerate(RELAY, start=1):
+            on = base if number > 2 else ""  # ZeRO-3 reads the base too, and then finds it in its folder
+            relay = run(layout, folder / "adapters relay", 2 * number, adapters_on=on, **ONE_SAVE)
+        report["adapters"] = [whole, relay]
     full = fork_ranks(leg_on_a_full_disk, folder / "full", 2)
     report["full disk"] = [full, [path.name for path in sorted((folder / "full").glob("*"))]]
     report["files"] = {

@@ -71,3 +71,20 @@ def test_two_models_go_from_one_layout_to_the_next(played: dict[str, Any], name:
     assert len(whole["curve"]) == len(relay["curve"]) == 8
     for one, other in zip(relay["curve"], whole["curve"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_adapters_go_from_one_layout_to_the_next(played: dict[str, Any]) -> None:
+    """One process and FSDP2 on a base that was made in memory, then ZeRO-3 and DDP on the same one in a folder."""
+    if "adapters" not in played:
+        pytest.skip("needs peft")
+    whole, relay = played["adapters"]
+    assert len(whole["curve"]) == len(relay["curve"]) == 8
+    for one, other in zip(relay["curve"], whole["curve"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    model = {name for name in relay["files"] if name.startswith("model/")}
+    assert model == {
+        "model/adapter_config.json",
+        "model/adapter_model.safetensors",
+        "model/base.json",
+        "model/generation_config.json",
+    }

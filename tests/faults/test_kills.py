@@ -31,6 +31,14 @@ def test_three_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_thirty_kills_of_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    for options in (["fp32", "behind"], ["bf16"]):
+        report = kill(tmp_path / options[0], 15, "lora", *options)
+        assert report["kills"] == 15 and report["during_save"] >= 3 and report["different"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["plain", "qwen3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ten_kills(model: str, precision: str, tmp_path: Path) -> None:

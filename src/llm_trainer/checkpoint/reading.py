@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llm_trainer.checkpoint.adapters import Base
+from llm_trainer.checkpoint.folders import bases_in, check_bases, left_out, read_model
 from llm_trainer.checkpoint.state import JSON_FILES, read_tensors, restore
 from llm_trainer.checkpoint.valid import (
     CheckpointError,
@@ -22,11 +24,12 @@ from llm_trainer.checkpoint.valid import (
     read_manifest,
     valid_checkpoints,
 )
-from llm_trainer.checkpoint.weights import load_optimizer_state_by_name, load_weights, read_model
+from llm_trainer.checkpoint.weights import load_optimizer_state_by_name, load_weights
 from llm_trainer.model_group import MODEL, members_of, weights_of_group
 from llm_trainer.models.inside import unwrapped
 
 OTHER_MODELS = "other_models"  # in a file of several models: the weights of all but the first
+BASES = "bases"  # in best_model.pt: what the models with adapters stand on, of which it holds what was trained
 WEIGHTS_OF = "weights_of"  # in best_model.pt: the checkpoint that has the rest, and hashes by which it is known
 # Where other frameworks keep weights in a file.
 THEIR_WEIGHTS = ("model_state_dict", "model_state", "state_dict", "module")
@@ -103,10 +106,15 @@ def load_checkpoint(
         if wanted is not None and name not in state:
             raise CheckpointError(f"'{path}' holds no {name} state: pass {name}=None to load the weights alone")
     others = state.pop(OTHER_MODELS, {})
+    bases = {name: Base(**content) for name, content in state.pop(BASES, {}).items()}
+    if isinstance(weights, Path):
+        bases = bases_in(model, weights)
+    if verify == "full":
+        check_bases(model, bases, path)
     if isinstance(weights, Path):
         read_model(model, weights)
     else:
-        load_weights(model, joined_weights(model, weights, others, path), path)
+        load_weights(model, joined_weights(model, weights, others, path), path, left_out(model, bases))
     if optimizer is not None:
         load_optimizer_state_by_name(model, optimizer, state.pop("optimizer"))
     if scheduler is not None:

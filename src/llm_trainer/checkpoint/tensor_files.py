@@ -138,7 +138,7 @@ def _write_file(path: Path, content: TensorFile) -> Written:
     # 2. header and tensors, hashed on their way
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:  # a process that is forked meanwhile has nothing to write a second time
-        for data in (memoryview(len(text).to_bytes(8, "little") + text), *map(_bytes, map(tensors.get, ordered))):
+        for data in (memoryview(len(text).to_bytes(8, "little") + text), *map(bytes_of, map(tensors.get, ordered))):
             for start in range(0, len(data), CHUNK):
                 chunk = data[start : start + CHUNK]
                 digest.update(chunk)
@@ -148,7 +148,8 @@ def _write_file(path: Path, content: TensorFile) -> Written:
         return Written(file.tell(), digest.hexdigest())
 
 
-def _bytes(tensor: Tensor | None) -> memoryview:
+def bytes_of(tensor: Tensor | None) -> memoryview:
+    """The bits of a tensor, one element after the other."""
     assert tensor is not None
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +109,25 @@ def write_manifest(folder: Path, facts: dict[str, Any], written: Mapping[str, Wr
     folders = [path for path in found if path.is_dir()]
     for path in [*files, folder / "manifest.json", *folders, folder]:
         flush(path)
+
+
+def link_files(folder: Path, links: Mapping[str, Path]) -> dict[str, Written]:
+    """Let files of an earlier checkpoint be in this one too; of those that take no space for it, what is known of them.
+
+    Args:
+        links: the files, by what they are called in both.
+    """
+    known = {}
+    for name, path in links.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, folder / name)
+        except OSError:  # a file system without links, or another one
+            shutil.copyfile(path, folder / name)
+            continue
+        earlier = path.parents[len(Path(name).parts) - 1]
+        known[name] = Written(**read_manifest(earlier)["files"][name])
+    return known
 
 
 def _hashes(files: Sequence[Path]) -> list[str]:

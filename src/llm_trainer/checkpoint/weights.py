@@ -1,9 +1,9 @@
 """Model weights, optimizer state by parameter name, and the state of random generators."""
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from llm_trainer.checkpoint.tensor_files import Shard, TensorFile, TensorFolder, write_files
 from llm_trainer.checkpoint.valid import CheckpointError
-from llm_trainer.model_group import MODEL, ModelGroup, members_of, weights_by_member, weights_of_group
+from llm_trainer.model_group import MODEL
 from llm_trainer.models.inside import unwrapped
 
 MODEL_FILE_BYTES = 5 * 10**9  # larger models are several files, which several threads write and verify
@@ -41,10 +41,29 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's folder that is not written yet: its small files (configuration, tokenizer), and its tensors by file."""
+    """A model's folder that is not written yet: its small files (configuration, tokenizer), and its tensors by file.
 
-    small: Mapping[str, bytes]
-    tensors: Mapping[str, TensorFile]
+    Attributes:
+        links: files of an earlier checkpoint, by what they are called in this one too.
+    """
+
+    small: Mapping[str, bytes] = field(default_factory=dict)
+    tensors: Mapping[str, TensorFile] = field(default_factory=dict)
+    links: Mapping[str, Path] = field(default_factory=dict)
+
+    def inside(self, folder: str) -> "ModelFiles":
+        """The same files in a folder."""
+
+        def moved(files: Mapping[str, Any]) -> dict[str, Any]:
+            return {f"{folder}/{name}": content for name, content in files.items()}
+
+        return ModelFiles(moved(self.small), moved(self.tensors), moved(self.links))
+
+    def joined(self, other: "ModelFiles") -> "ModelFiles":
+        """These files and others."""
+        return ModelFiles(
+            {**self.small, **other.small}, {**self.tensors, **other.tensors}, {**self.links, **other.links}
+        )
 
     def write_small(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +96,12 @@ def model_files(model: nn.Module, tokenizer: Any = None, weights: Mapping[str, T
     large: dict[str, TensorFile] = {}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        if _is_pretrained(model):
+        if is_pretrained(model):
             with without_progress_bars(), _weights_left_out(large):
                 model.save_pretrained(folder, state_dict=dict(weights), max_shard_size=MODEL_FILE_BYTES)  # type: ignore[operator]
         else:
             once = {_memory(weights[name]): name for name in reversed(list(weights))}
-            large["model.safetensors"] = _as_they_are({name: weights[name] for name in once.values()})
+            large["model.safetensors"] = tensor_file({name: weights[name] for name in once.values()})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -90,25 +109,8 @@ def model_files(model: nn.Module, tokenizer: Any = None, weights: Mapping[str, T
     return ModelFiles(small, large)
 
 
-def group_files(model: nn.Module, tokenizer: Any, weights: Mapping[str, Tensor]) -> ModelFiles:
-    """The folders of the models that a run saves, each under its name; the tokenizer is in that of the first.
-
-    Args:
-        model: a model, or a group of several.
-        weights: by their names in it; none on other processes than the main one.
-    """
-    small: dict[str, bytes] = {}
-    tensors: dict[str, TensorFile] = {}
-    by_member = weights_by_member(unwrapped(model), weights)
-    for name, member in members_of(unwrapped(model)).items():
-        of_member = tokenizer if name == MODEL else None
-        files = model_files(member, of_member, by_member[name])
-        small.update({f"{name}/{file}": content for file, content in files.small.items()})
-        tensors.update({f"{name}/{file}": content for file, content in files.tensors.items()})
-    return ModelFiles(small, tensors)
-
-
-def _as_they_are(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:
+def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:
+    """A file of whole tensors, as they are."""
     shards = {name: Shard.whole(tensor.detach()) for name, tensor in tensors.items()}
     return TensorFile(shards, metadata or {"format": "pt"})
 
@@ -137,7 +139,7 @@ def _weights_left_out(files: dict[str, TensorFile]) -> Iterator[None]:
     from transformers import modeling_utils
 
     def keep(weights: dict[str, Tensor], path: str, metadata: Any = None) -> None:
-        files[Path(path).name] = _as_they_are(weights, metadata)
+        files[Path(path).name] = tensor_file(weights, metadata)
 
     theirs: Any = modeling_utils
     unwrap_model, save = theirs.unwrap_model, theirs.safe_save_file
@@ -149,20 +151,8 @@ def _weights_left_out(files: dict[str, TensorFile]) -> Iterator[None]:
 
 
 def read_model(model: nn.Module, folder: str | Path) -> None:
-    """Load what `write_model` wrote into `model`, in place, bit for bit; dtypes and devices stay as they are.
-
-    Non-persistent buffers (rotary frequencies) are not in a checkpoint: they keep what the model was built with.
-
-    Of a group of models each is read from its own folder; `folder` is that of the first.
-
-    Raises:
-        CheckpointError: Names or shapes differ, or the folder of a model is missing.
-    """
+    """Load what `write_model` wrote into `model`, in place; see `folders.read_model`."""
     model, folder = unwrapped(model), Path(folder)
-    if isinstance(model, ModelGroup):
-        for name, member in members_of(model).items():
-            read_model(member, _folder_of_member(folder, name))
-        return
     own = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     files = _files_by_name(model, folder)
     if files is None or any(own[name].shape != shape for name, shape in files.shapes.items()):
@@ -175,7 +165,7 @@ def read_model(model: nn.Module, folder: str | Path) -> None:
 
 def _files_by_name(model: nn.Module, folder: Path) -> TensorFolder | None:
     """The files in a folder if they hold the tensors of `model` just by their names; None: something has to be done to them."""
-    if _is_pretrained(model):
+    if is_pretrained(model):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
 
@@ -183,25 +173,20 @@ def _files_by_name(model: nn.Module, folder: Path) -> TensorFolder | None:
         if any(isinstance(conversion, WeightConverter) for conversion in conversions):
             return None
     files = TensorFolder(folder)
-    own = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    own = tensors_by_name(model)
     given = {_memory(own[name]) for name in files.shapes if name in own}
     missing = [name for name in own if name not in files.shapes and _memory(own[name]) not in given]
     return None if missing or not files.shapes or files.shapes.keys() - own.keys() else files
 
 
 def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
-    """The tensors of a model like `model` that `write_model` wrote, on the CPU; mapped where nothing has to be done to them.
+    """The tensors of a model like `model` that `write_model` wrote; see `folders.read_weights`.
 
-    Of a group of models each is read from its own folder; `folder` is that of the first.
-
-    Raises:
-        CheckpointError: The folder holds another model, or one is missing.
+    Args:
+        model: may be on the meta device.
     """
     folder, model = Path(folder), unwrapped(model)
-    if isinstance(model, ModelGroup):
-        found = {n: read_weights(member, _folder_of_member(folder, n)) for n, member in members_of(model).items()}
-        return weights_of_group(model, found)
-    if not _is_pretrained(model):
+    if not is_pretrained(model):
         if not (folder / "model.safetensors").is_file():
             raise CheckpointError(f"'{folder}' has no model.safetensors to load into a {type(model).__name__}")
         return TensorFolder(folder).read_all()
@@ -225,26 +210,17 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     return loaded.state_dict()
 
 
-def _folder_of_member(first: Path, name: str) -> Path:
-    """Where a model of a group lies, beside the first one.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    folder = first.with_name(name)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"'{first.parent}' holds no {name}, which this run saves too: it is of another algorithm, or of a run whose "
-            f"reference did not move. For the weights of its model alone set init_weights_path"
-        )
-    return folder
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+def load_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str | Path,
+    left_out: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Copy named tensors into `model`; of tied parameters one name is enough.
 
     Args:
         source: Where they come from, for the message.
+        left_out: whether a tensor of this name need not be among them, and stays as it is.
 
     Raises:
         CheckpointError: Names or shapes differ; the model is unchanged.
@@ -254,7 +230,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     own = dict(zip(names, model.state_dict().values(), strict=True))
     given = {_memory(own[name]) for name in weights if name in own}
     problems = {
-        "missing": [name for name in own if name not in weights and _memory(own[name]) not in given],
+        "missing": [n for n in own if n not in weights and _memory(own[n]) not in given and not left_out(n)],
         "unexpected": [name for name in weights if name not in own],
         "of another shape": of_another_shape(weights, {name: tensor.shape for name, tensor in own.items()}),
     }
@@ -302,7 +278,7 @@ def first_few(problems: Mapping[str, list[str]]) -> str:
     return "; ".join(listed)
 
 
-def _is_pretrained(model: nn.Module) -> bool:
+def is_pretrained(model: nn.Module) -> bool:
     """Whether this is a transformers model; transformers (seconds to import) is not imported to say no."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
 

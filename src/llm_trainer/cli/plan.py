@@ -15,7 +15,7 @@ from llm_trainer.config.errors import counted
 from llm_trainer.config.load import load_config
 from llm_trainer.config.registry import algorithm
 from llm_trainer.config.table import key_of
-from llm_trainer.engine.base import checkpoint_copy
+from llm_trainer.engine.room import checkpoint_copy
 from llm_trainer.plan.choices import RESERVE, Choice, choices, recommend, usable
 from llm_trainer.plan.describe import describe
 from llm_trainer.plan.gpus import GB, find_gpu

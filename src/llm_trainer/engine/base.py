@@ -1,7 +1,7 @@
 """What every engine can do: five verbs of training, shaped by the hardest implementation, and what saving asks of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.engine import dist
 from llm_trainer.engine.follow import follow, mix
 from llm_trainer.engine.lockstep import Lockstep
+from llm_trainer.engine.room import checkpoint_copy
 from llm_trainer.model_group import MODEL, members_of
 
 if TYPE_CHECKING:
@@ -40,28 +41,6 @@ class EngineOptions:
     several: bool
     fsdp: "Fsdp | None" = None
     deepspeed: Mapping[str, Any] | None = None
-
-
-def checkpoint_copy(
-    weights: float, optimizer: float, *, gathers_weights: bool, gathers_state: bool, share: float, is_main: bool
-) -> int:
-    """Host memory, in bytes, for what one process copies of a checkpoint that is saved in the background.
-
-    What an engine gathers for it is in host memory anyway, whenever it is saved.
-
-    Args:
-        weights: bytes of all.
-        optimizer: bytes of all its state.
-        gathers_weights, gathers_state: see `Engine`.
-        share: of the optimizer's state that one process holds.
-        is_main: whether it is the main process, which alone saves what every process holds.
-    """
-    copied = 0.0
-    if is_main and not gathers_weights:
-        copied += weights
-    if not gathers_state and (is_main or share < 1):
-        copied += optimizer * share
-    return int(copied)
 
 
 class Engine(ABC):
@@ -166,7 +145,7 @@ class Engine(ABC):
     # Saving and loading. All ranks call these together.
 
     def stream_weights(
-        self, dtype: torch.dtype | None = None, every_model: bool = False
+        self, dtype: torch.dtype | None = None, every_model: bool = False, names: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """The weights of the run's model, whole, on every rank: one tensor at a time, with its name in checkpoints.
 
@@ -177,17 +156,26 @@ class Engine(ABC):
         Args:
             dtype: of the tensors of floating-point numbers; None: the one that the model has.
             every_model: all models of a group, by their names in it.
+            names: only these, the same ones on every rank; None: all.
         """
         module = self._base if every_model else members_of(self._base)[MODEL]
-        return self._stream(module, dtype)
+        return self._stream(module, dtype, names)
 
-    def _stream(self, module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    def _stream(
+        self, module: nn.Module, dtype: torch.dtype | None, names: Collection[str] | None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `base` or of a part of it; see `stream_weights`."""
-        seen = set()
-        for name, tensor in tensors_by_name(module).items():
-            if id(tensor) in seen:
+        tensors = tensors_by_name(module)
+        first_names: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            first_names.setdefault(id(tensor), name)
+        wanted_ids = set(first_names)
+        if names is not None:
+            wanted_ids = {id(tensors[name]) for name in names}
+        for key, name in first_names.items():
+            if key not in wanted_ids:
                 continue
-            seen.add(id(tensor))
+            tensor = tensors[name]
             wanted = tensor.dtype
             if dtype is not None and tensor.is_floating_point():
                 wanted = dtype
@@ -197,10 +185,14 @@ class Engine(ABC):
         """All of a tensor of `base`, of which this process may hold a shard, in `dtype` and detached."""
         return tensor.detach().to(dtype)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The full tensors of `base` by name, on the main process; nothing on the others. See `gathers_weights`."""
+    def weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The full tensors of `base` by name, on the main process; nothing on the others. See `gathers_weights`.
+
+        Args:
+            names: only these are gathered, the same ones on every rank; None: all.
+        """
         whole = {}
-        for name, tensor in self.stream_weights(every_model=True):
+        for name, tensor in self.stream_weights(every_model=True, names=names):
             if dist.is_main():
                 whole[name] = tensor.to("cpu", copy=True) if self.gathers_weights else tensor
         if not dist.is_main():
@@ -208,7 +200,9 @@ class Engine(ABC):
         first_names: dict[int, str] = {}
         found = {}
         for name, tensor in tensors_by_name(self._base).items():
-            found[name] = whole[first_names.setdefault(id(tensor), name)]
+            first = first_names.setdefault(id(tensor), name)
+            if names is None or name in names:
+                found[name] = whole[first]
         return found
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from llm_trainer import checkpoint
 from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.checkpoint.folders import bases_in, left_out, read_weights
 from llm_trainer.checkpoint.reading import OTHER_MODELS, joined_weights
 from llm_trainer.checkpoint.weights import (
     check_groups,
     first_few,
     of_another_shape,
     portable_group,
-    read_weights,
 )
 from llm_trainer.config.env import set_default
 from llm_trainer.engine import dist
@@ -356,32 +356,39 @@ class DeepSpeedEngine(Engine):
         if "optimizer" not in state:
             raise CheckpointError(f"'{path}' holds no optimizer state: for its weights alone set init_weights_path")
         others = state.pop(OTHER_MODELS, {})
+        bases: Collection[str] = ()
         if isinstance(weights, Path):
+            bases = bases_in(self._base, weights)
             weights = read_weights(self._base, weights)
         else:
             weights = joined_weights(self._base, weights, others, path)
         saved = state.pop("optimizer")
         check_groups(self._groups, saved["param_groups"])
-        self._load_weights(weights, path)
+        self._load_weights(weights, path, left_out(self._base, bases))
         self._load_optimizer(saved)
         return state
 
-    def _load_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    def _load_weights(
+        self, weights: Mapping[str, Tensor], source: str | Path, is_left_out: Callable[[str], bool]
+    ) -> None:
         """Put full tensors into the model, and into the copies that the optimizer has of it."""
         if self.stage < 3:
-            checkpoint.load_weights(self._base, weights, source)
+            checkpoint.load_weights(self._base, weights, source, is_left_out)
         else:
-            self._load_sharded_weights({checkpoint.plain_name(name): value for name, value in weights.items()}, source)
+            named = {checkpoint.plain_name(name): value for name, value in weights.items()}
+            self._load_sharded_weights(named, source, is_left_out)
         if self._engine.optimizer is not self._optimizer:
             self._engine.optimizer.refresh_fp32_params()
 
-    def _load_sharded_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    def _load_sharded_weights(
+        self, weights: Mapping[str, Tensor], source: str | Path, is_left_out: Callable[[str], bool]
+    ) -> None:
         from deepspeed.runtime.zero import GatheredParameters
 
         own = {checkpoint.plain_name(name): parameter for name, parameter in self._base.named_parameters()}
         shapes = {name: parameter.ds_shape for name, parameter in own.items()}  # type: ignore[attr-defined]
         problems = {
-            "missing": [name for name in own if name not in weights],
+            "missing": [name for name in own if name not in weights and not is_left_out(name)],
             "of another shape": of_another_shape(weights, shapes),
         }
         if any(problems.values()):
@@ -389,6 +396,8 @@ class DeepSpeedEngine(Engine):
             raise CheckpointError(f"the weights in '{source}' do not fit a {kind}: {first_few(problems)}")
         with torch.no_grad():
             for name, parameter in own.items():
+                if name not in weights:
+                    continue
                 with GatheredParameters([parameter], modifier_rank=0):
                     if dist.is_main():
                         parameter.copy_(weights[name])

@@ -1,6 +1,6 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`): every rank holds a shard of each parameter, gradient and optimizer state."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -200,9 +200,11 @@ class FsdpEngine(TorchEngine):
         self._reshard()
         return super().optimizer_state()
 
-    def _stream(self, module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    def _stream(
+        self, module: nn.Module, dtype: torch.dtype | None, names: Collection[str] | None
+    ) -> Iterator[tuple[str, Tensor]]:
         self._reshard()
-        yield from super()._stream(module, dtype)
+        yield from super()._stream(module, dtype, names)
 
     def _full_tensor(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return checkpoint.full_tensor(super()._full_tensor(tensor, dtype))  # fewer bytes travel where it is cast before

@@ -120,3 +120,25 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
+
+
+def checkpoint_copy(
+    weights: float, optimizer: float, *, gathers_weights: bool, gathers_state: bool, share: float, is_main: bool
+) -> int:
+    """Host memory, in bytes, for what one process copies of a checkpoint that is saved in the background.
+
+    What an engine gathers for it is in host memory anyway, whenever it is saved.
+
+    Args:
+        weights: bytes of all.
+        optimizer: bytes of all its state.
+        gathers_weights, gathers_state: see `base.Engine`.
+        share: of the optimizer's state that one process holds.
+        is_main: whether it is the main process, which alone saves what every process holds.
+    """
+    copied = 0.0
+    if is_main and not gathers_weights:
+        copied += weights
+    if not gathers_state and (is_main or share < 1):
+        copied += optimizer * share
+    return int(copied)

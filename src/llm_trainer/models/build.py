@@ -57,7 +57,6 @@ def build_config(model_config: "ModelConfig") -> "PretrainedConfig":
             "moe_intermediate_size": c.moe.moe_intermediate_size,
             "norm_topk_prob": c.moe.norm_topk_prob,
             "decoder_sparse_step": 1,
-            "output_router_logits": True,
         }
     return getattr(transformers, ARCHITECTURES[c.architecture])(**values)
 

@@ -67,6 +67,7 @@ class Size:
         trained: those with gradients.
         bytes: of all.
         trained_bytes: of those with gradients.
+        saved_bytes: of those that a checkpoint writes.
         optimizer_bytes: that the optimizer will keep as its state.
         flops_per_token: of a training step; None for modules that are no transformers language model.
         shape: as `plan` sees it; None for other models than those whose memory it knows.
@@ -76,20 +77,32 @@ class Size:
     trained: int
     bytes: int
     trained_bytes: int
+    saved_bytes: int
     optimizer_bytes: int
     flops_per_token: float | None
     shape: Shape | None
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, row_length: int | None) -> Self:
-        """The size of a model or group of models; FLOPs with rows of `row_length` tokens, where that is known."""
+    def of(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer, row_length: int | None, saved_bytes: int | None = None
+    ) -> Self:
+        """The size of a model or group of models.
+
+        Args:
+            row_length: mean number of tokens, for FLOPs; None: not known.
+            saved_bytes: what a checkpoint writes of the weights; None: all.
+        """
         every = list(model.parameters())
         trained = [parameter for parameter in every if parameter.requires_grad]
+        size = sum(p.numel() * p.element_size() for p in every)
+        if saved_bytes is None:
+            saved_bytes = size
         return cls(
             parameters=sum(num_values(p) for p in every),
             trained=sum(num_values(p) for p in trained),
-            bytes=sum(p.numel() * p.element_size() for p in every),
+            bytes=size,
             trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+            saved_bytes=saved_bytes,
             optimizer_bytes=state_bytes(optimizer),
             flops_per_token=_flops_per_token(model, row_length or 1),
             shape=_shape_of(model),
@@ -295,7 +308,7 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
     if not_used := left_out(settings):
         found["left out"] = not_used
     if settings.save_in_background:
-        copy = engine.bytes_to_copy(size.bytes, size.optimizer_bytes)
+        copy = engine.bytes_to_copy(size.saved_bytes, size.optimizer_bytes)
         found["saving"] = f"in the background, from a copy of {human(copy, 'B')} in host memory"
     return found
 

@@ -148,7 +148,10 @@ class Run:
                 _recompute_activations(member)
         self.compiling.add(module)
         # Now: an engine may leave nothing to count in the parameters themselves.
-        self.size = preflight.Size.of(model, self.trainer.optimizer, preflight.mean_row_length(self.source))
+        with self._on_duty():
+            saved_bytes = self.checkpoints.bases.look_at(model)
+        row_length = preflight.mean_row_length(self.source)
+        self.size = preflight.Size.of(model, self.trainer.optimizer, row_length, saved_bytes)
         with self._on_duty():
             prepared = self.engine.prepare(module, model, self.trainer.optimizer)
         self._configured = ConfiguredOptimizer(self.trainer)
@@ -439,7 +442,7 @@ class Run:
 
     def _may_save_behind(self) -> bool:
         """Whether checkpoints may be written while training goes on; the memory for it is then taken."""
-        needed = self.engine.bytes_to_copy(self.size.bytes, self.size.optimizer_bytes)
+        needed = self.engine.bytes_to_copy(self.size.saved_bytes, self.size.optimizer_bytes)
         return self.settings.save_in_background and self.checkpoints.saving.has_memory(needed)
 
     @property
@@ -515,7 +518,8 @@ class Run:
 
     def load(self, path: str) -> None:
         """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
-        self.checkpoints.load(path, snapshot.parts_of(self.work, self.progress, self._configured))
+        parts = snapshot.parts_of(self.work, self.progress, self._configured)
+        self.checkpoints.load(path, self.trainer.saved_model, parts)
 
 
 def _recompute_activations(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,19 @@ from torch import Tensor
 from llm_trainer import checkpoint
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
+from llm_trainer.checkpoint.adapters import Base
 from llm_trainer.checkpoint.copies import HostMemory, fits
+from llm_trainer.checkpoint.folders import group_files
 from llm_trainer.checkpoint.state import StateFiles
 from llm_trainer.checkpoint.tensor_files import Shard, own_shard, shard_files, write_files
-from llm_trainer.checkpoint.valid import Written
-from llm_trainer.checkpoint.weights import ModelFiles, group_files
+from llm_trainer.checkpoint.valid import Written, link_files
+from llm_trainer.checkpoint.weights import ModelFiles
 from llm_trainer.disk import storage_failure
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.room import free_memory
 from llm_trainer.model_group import weights_by_member
+from llm_trainer.train.bases import Bases
 
 BestWeights = dict[str, dict[str, Tensor]]  # name of a model -> its tensors by name
 
@@ -64,6 +67,7 @@ class Collected:
         shards: what this process holds of the state's tensors.
         model: the folders of the models; None but on the main process.
         best_weights: of best_model.pt, by model; None: it is not written.
+        bases: what the models with adapters stand on, whose base is not in `best_weights`.
         apart: the folder that the other ranks write their shards into; None: they have none.
     """
 
@@ -72,6 +76,7 @@ class Collected:
     shards: dict[str, Shard]
     model: ModelFiles | None
     best_weights: BestWeights | None
+    bases: dict[str, Base]
     apart: Path | None
 
 
@@ -80,15 +85,21 @@ class Saving:
 
     Args:
         engine: collects weights and state.
+        bases: of models with adapters, which checkpoints may leave out.
         save_dir: of the run; best_model.pt lies there, and what other ranks have written of a save in progress.
         manager: of its checkpoints; asked for on the main process only.
         say: called with one line when there is no memory for a save in the background.
     """
 
     def __init__(
-        self, engine: Engine, save_dir: Path, manager: Callable[[], CheckpointManager], say: Callable[[str], None]
+        self,
+        engine: Engine,
+        bases: Bases,
+        save_dir: Path,
+        manager: Callable[[], CheckpointManager],
+        say: Callable[[str], None],
     ) -> None:
-        self.engine, self.save_dir = engine, save_dir
+        self.engine, self.bases, self.save_dir = engine, bases, save_dir
         self._manager, self._say = manager, say
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[str] | None = None
@@ -163,7 +174,8 @@ class Saving:
         if wanted.background:
             copy = self._memory.copy
             self._thread.submit(self._memory.start_over).result()  # after it has been reserved
-        weights = self.engine.weights()
+        names, saved = self.bases.wanted(algorithm.saved_model, state)
+        weights = self.engine.weights(names)
         files = StateFiles.of(state)
         shards = {}
         for name, tensor in files.tensors.items():
@@ -178,15 +190,20 @@ class Saving:
         if dist.is_main():
             try:
                 self._manager()  # a folder that cannot be written shows here
-                model = group_files(algorithm.saved_model, algorithm.tokenizer, weights)
+                model = group_files(algorithm.saved_model, algorithm.tokenizer, weights, saved)
             except (CheckpointError, OSError) as error:
                 failure = str(error)
-        best_weights = weights_by_member(algorithm.saved_model, weights) if wanted.best_file else None
+        best_weights = None
+        if wanted.best_file:
+            best_weights = weights_by_member(algorithm.saved_model, weights)
+            for name, with_adapters in saved.items():
+                best_weights[name] = with_adapters.trained(best_weights[name])
         if copy is not None and model is not None and not self.engine.gathers_weights:
             model, best_weights = _copied(model, best_weights, copy)
         self._memory.finish()
         apart = self._folder_apart(bool(shards), failure)
-        return Collected(wanted, files.texts, shards, model, best_weights, apart)
+        bases = {name: with_adapters.base for name, with_adapters in saved.items()}
+        return Collected(wanted, files.texts, shards, model, best_weights, bases, apart)
 
     def _folder_apart(self, has_shards: bool, failure: str | None) -> Path | None:
         """An empty folder for what other ranks than the main one have to write; None where they have nothing.
@@ -261,7 +278,7 @@ class Saving:
         for file, text in collected.texts.items():
             (folder / file).write_text(text, encoding="utf-8")
         files = {**model.tensors, **shard_files(collected.shards, dist.process_number())}
-        written = write_files(folder, files)
+        written = write_files(folder, files) | link_files(folder, model.links)
         (folder / "tensors").mkdir(exist_ok=True)
         for name in written_apart:
             assert collected.apart is not None
@@ -272,7 +289,9 @@ class Saving:
             hashes = {name: written[name].sha256 for name in written if name.startswith("model/")}
             wanted = collected.wanted
             of = {"checkpoint": f"checkpoint-{wanted.step:08d}", "files": hashes}
-            facts = {"step": wanted.step, "best_loss": wanted.best_loss, checkpoint.WEIGHTS_OF: of}
+            facts: dict[str, Any] = {"step": wanted.step, "best_loss": wanted.best_loss, checkpoint.WEIGHTS_OF: of}
+            if collected.bases:
+                facts[checkpoint.BASES] = {name: asdict(base) for name, base in collected.bases.items()}
             checkpoint.write_file(self.save_dir / "best_model.pt", collected.best_weights, facts)
         return written | written_apart
 

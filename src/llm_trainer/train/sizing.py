@@ -144,5 +144,5 @@ def _still_to_come(work: Work, size: Size, settings: "Settings") -> float:
     if not work.algorithm.optimizer.state:
         to_come += size.optimizer_bytes * states
     if settings.save_in_background and engine.device.type == "cpu":
-        to_come += engine.bytes_to_copy(size.bytes, size.optimizer_bytes)
+        to_come += engine.bytes_to_copy(size.saved_bytes, size.optimizer_bytes)
     return to_come

@@ -24,6 +24,7 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.lock import lock_of_run
 from llm_trainer.model_group import weights_by_member
 from llm_trainer.state import Progress
+from llm_trainer.train.bases import Bases
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.saving import Saving, Wanted
@@ -156,7 +157,8 @@ class Checkpoints:
         self._manager: CheckpointManager | None = None
         self._lock, self._is_alone = lock_of_run(save_dir), False
         self._just_verified: str | None = None
-        self.saving = Saving(engine, save_dir, lambda: self.manager, warn)
+        self.bases = Bases(engine, save_dir, warn)
+        self.saving = Saving(engine, self.bases, save_dir, lambda: self.manager, warn)
 
     @property
     def manager(self) -> CheckpointManager:
@@ -243,14 +245,21 @@ class Checkpoints:
 
     # Loading.
 
-    def load(self, path: str, parts: Mapping[str, Part]) -> None:
+    def load(self, path: str, model: nn.Module, parts: Mapping[str, Part]) -> None:
         """Restore weights, optimizer and all parts from a checkpoint folder or `.pt` file.
+
+        Args:
+            path: of it.
+            model: whose weights the engine has.
+            parts: everything else.
 
         Raises:
             CheckpointError: It is damaged, does not fit this run, or was not made by a trainer.
         """
         path = self._verified(path)
+        self.bases.check(path)
         state = self.engine.load(path)
+        self.bases.loaded(path, model)
         if "progress" not in state:
             raise CheckpointError(
                 f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from llm_trainer import SFTTrainer
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager, load_checkpoint
+from llm_trainer.config.schema import ModelConfig, MoeConfig
+from llm_trainer.models.build import build_model
 from llm_trainer.train import saving
 from llm_trainer.train.hooks import Hook
 
@@ -21,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 from victim import make_trainer
 
 WRITE = saving.write_files
+SHAPE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 OPTIONS: dict[str, Any] = {"val_loader": None, "scheduler": None, "max_epochs": 1, "save_interval_steps": 2}
 
 
@@ -211,3 +215,24 @@ def test_the_best_file_holds_weights_and_leads_to_the_rest(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"elsewhere.pt' holds the weights of checkpoint-.* no longer beside it"):
         other.load_checkpoint(str(tmp_path / "elsewhere.pt"))
     assert load_checkpoint(tmp_path / "elsewhere.pt", model=other.base_model)["step"] == content["step"]
+
+
+@pytest.mark.parametrize("source", ["made", "loaded"])
+@pytest.mark.parametrize("engine", ["torch", "hf"])
+def test_a_published_config_is_the_one_that_the_model_came_with(engine: str, source: str, tmp_path: Path) -> None:
+    """Nothing that training needs stays switched on or off in it: not routers' logits, nor the cache."""
+    moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    model = build_model(ModelConfig(**SHAPE, architecture="qwen3_moe", moe=moe))
+    if source == "loaded":
+        model.config.use_cache, model.config.output_router_logits = False, True
+        model.save_pretrained(tmp_path / "source")
+        model = build_model(tmp_path / "source")
+    before = {name: getattr(model.config, name) for name in ("use_cache", "output_router_logits")}
+    assert before == {"use_cache": source == "made", "output_router_logits": source == "loaded"}
+    ids = torch.arange(8)[None]
+    quiet: dict[str, Any] = {"device": "cpu", "progress": False, "compile": False, "use_amp": False}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = quiet | {"engine": engine, "gradient_checkpointing": True, "save_dir": str(tmp_path / "run")}
+    SFTTrainer(model, optimizer, [{"input_ids": ids, "labels": ids}], max_epochs=1, **options).train()
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert {name: config[name] for name in before} == before

@@ -1,0 +1,449 @@
+"""Models with adapters (`peft`): a checkpoint holds what was trained, as a folder of PEFT's, and says where the base is.
+
+    model/
+      adapter_config.json, adapter_model.safetensors   as PEFT writes them: `PeftModel.from_pretrained(base, "model")`
+      base.json                                        where the base is, and what tells it from others (`Base`)
+      base/                                            the base itself, where it is nowhere else
+
+Nothing of PEFT is imported here. A model with adapters writes its own folder (`save_pretrained`), of numbers in place of its
+tensors: so it says under which key of which file each of them goes, whatever the kind of adapter.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llm_trainer.checkpoint.tensor_files import TensorFolder, bytes_of
+from llm_trainer.checkpoint.valid import THREADS, CheckpointError
+from llm_trainer.checkpoint.weights import (
+    ModelFiles,
+    first_few,
+    is_pretrained,
+    model_files,
+    plain_name,
+    read_weights,
+    tensor_file,
+    tensors_by_name,
+)
+from llm_trainer.models.inside import has_adapters, unwrapped
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+BASE_FILE, BASE_FOLDER = "base.json", "base"
+PREFIX = "base_model.model."  # of the names of the model in which PEFT has put adapters
+INSIDE = ("base_layer", "original_module", "token_adapter")  # what a module of PEFT calls the one that it stands for
+
+
+@dataclass(frozen=True)
+class Base:
+    """What adapters stand on: the content of `base.json`.
+
+    Attributes:
+        source: the folder, or the name on the hub, that it was loaded from; None: it is in the folder `base` beside this.
+        revision: of a name on the hub.
+        fingerprint: see `fingerprint`; None: nobody knows, since it was not us who wrote the adapters.
+        architecture: transformers' class.
+        dtype: of its numbers, such as 'float32'.
+        quantization: how its weights are kept in fewer bits, as its configuration says.
+        kept_because: why it is in the folder `base`; empty where it is not.
+    """
+
+    source: str | None
+    revision: str | None = None
+    fingerprint: str | None = None
+    architecture: str = ""
+    dtype: str = ""
+    quantization: dict[str, Any] | None = None
+    kept_because: str = ""
+
+    def __str__(self) -> str:
+        place = "the folder 'base' beside the adapters"
+        if self.source is not None:
+            place = f"'{self.source}'"
+            if self.revision is not None:
+                place += f" (revision {self.revision})"
+        return f"{place} with the fingerprint {self.fingerprint}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How PEFT writes a model.
+
+    Attributes:
+        configs: the content of each adapter_config.json, by file.
+        names: of the model's tensors, by file and key.
+    """
+
+    configs: Mapping[str, dict[str, Any]]
+    names: Mapping[str, Mapping[str, str]]
+
+    def files(self) -> dict[str, tuple[str, str]]:
+        """File and key by the name of a tensor."""
+        found = {}
+        for file, names in self.names.items():
+            found.update({name: (file, key) for key, name in names.items()})
+        return found
+
+
+def saves_adapters(model: nn.Module) -> bool:
+    """Whether a checkpoint of `model` is a PEFT folder: it has adapters, which are tensors of their own, in a transformers
+    model."""
+    if not has_adapters(model):
+        return False
+    theirs: Any = model
+    return not theirs.active_peft_config.is_prompt_learning and is_pretrained(theirs.get_base_model())
+
+
+# 1. What PEFT calls our tensors.
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """How PEFT writes `model`, which may be sharded; its tensors are not looked at."""
+    theirs: Any = unwrapped(model)
+    names = list(theirs.state_dict(keep_vars=True))
+    numbers = {name: torch.tensor([number]) for number, name in enumerate(names)}
+    configs: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, str]] = {}
+    with TemporaryDirectory() as written, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of embeddings that it would or would not save: the base is not its business
+        theirs.save_pretrained(written, state_dict=numbers, save_embedding_layers=False)
+        root = _root(theirs, Path(written))
+        for path in sorted(root.rglob(WEIGHTS_FILE)):
+            keys: dict[str, str] = {}
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a mapping
+                    (number,) = file.get_tensor(key).tolist()
+                    keys[plain_name(key)] = plain_name(names[number])
+            folder = path.parent.relative_to(root)
+            found[(folder / WEIGHTS_FILE).as_posix()] = keys
+            config = json.loads((path.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+            configs[(folder / CONFIG_FILE).as_posix()] = config
+    return Layout(configs, found)
+
+
+def _root(model: Any, written: Path) -> Path:
+    """Where the first adapter is: PEFT writes each into a folder of its name, unless it is called 'default'."""
+    names = list(model.peft_config)
+    return written / names[0] if len(names) == 1 and names != ["default"] else written
+
+
+def base_names(model: nn.Module, layout: Layout | None = None) -> dict[str, str]:
+    """Names of what PEFT's folder leaves out, by the names that they have in the base without adapters.
+
+    Of tied tensors the first name, as `Engine.stream_weights` has it.
+
+    Args:
+        layout: that of the model, where it is known.
+    """
+    model = unwrapped(model)
+    adapters = (layout or layout_of(model)).files()
+    tensors = model.state_dict(keep_vars=True)
+    # What several layers share is saved under one of its names, as the rows of new tokens of tied embeddings are.
+    seen = {id(tensor) for raw_name, tensor in tensors.items() if plain_name(raw_name) in adapters}
+    found = {}
+    for raw_name, tensor in tensors.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[_name_in_base(model, raw_name)] = plain_name(raw_name)
+    return found
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What PEFT's folder leaves out, by its names in the base."""
+    own = tensors_by_name(model)
+    return {original: own[name] for original, name in base_names(model).items()}
+
+
+def _name_in_base(model: nn.Module, name: str) -> str:
+    kept, module = [], model.get_submodule(PREFIX.rstrip("."))
+    for step in name.removeprefix(PREFIX).split("."):
+        is_theirs = type(module).__module__.startswith("peft.")
+        if not (is_theirs and step in INSIDE):
+            kept.append(step)
+        module = module._modules.get(step) or module
+    return plain_name(".".join(kept))
+
+
+# 2. The base.
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A short hash of names, types, shapes and bits; of tied tensors one is given."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        lines = sorted(pool.map(_line_of, tensors))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """That of the base of a model with adapters, which is not sharded."""
+    return fingerprint(base_tensors(model).items())
+
+
+def _line_of(named: tuple[str, Tensor]) -> str:
+    name, tensor = named
+    return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(bytes_of(tensor)).hexdigest()}"
+
+
+def find_base(model: nn.Module) -> Base | None:
+    """What `model`, which is not sharded yet, stands on: looked for where it was loaded from, and compared bit for bit.
+
+    None: it has no adapters, or a checkpoint cannot hold these alone. Then it holds all of the model.
+    """
+    if not saves_adapters(model):
+        return None
+    theirs: Any = unwrapped(model)
+    inner = theirs.get_base_model()
+    tensors = base_tensors(theirs)
+    quantization = getattr(inner.config, "quantization_config", None)
+    base = Base(
+        source=inner.name_or_path or None,
+        revision=getattr(inner.config, "_commit_hash", None),
+        fingerprint=fingerprint(tensors.items()),
+        architecture=class_of(inner).__name__,
+        dtype=str(inner.dtype).removeprefix("torch."),
+        quantization=_as_dict(quantization),
+    )
+    folder = None if base.source is None else place_of(base.source, base.revision)
+    if base.source is None:
+        because = "it was made in memory, and loaded from nowhere"
+    elif folder is None:
+        because = f"there is no model at '{base.source}', where it says to come from"
+    else:
+        if Path(base.source).is_dir():
+            base = replace(base, source=str(Path(base.source).absolute()))
+        if base.quantization is not None:  # to compare it would be to quantise that model again
+            return base
+        other = _first_difference(inner, tensors, folder)
+        if other is None:
+            return base
+        because = f"it is not the model at '{base.source}' any more: {other} differs"
+    if base.quantization is not None:
+        return None
+    return replace(base, source=None, revision=None, kept_because=because)
+
+
+def _as_dict(config: Any) -> dict[str, Any] | None:
+    return config if config is None or isinstance(config, dict) else config.to_dict()
+
+
+def place_of(source: str, revision: str | None) -> Path | None:
+    """The folder of a model: a path, or what was downloaded of a name on the hub; None: it is not here."""
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source, "config.json", revision=revision)
+    except HFValidationError:  # no name that the hub could have
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def class_of(model: nn.Module) -> Any:
+    """The class of a model, also where sharding has made another one of it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+
+
+def _skeleton(inner: Any) -> nn.Module:
+    """A model like the base, without adapters and without weights."""
+    with torch.device("meta"):
+        skeleton = class_of(inner)(deepcopy(inner.config))
+    skeleton.generation_config = getattr(inner, "generation_config", None)
+    return skeleton
+
+
+def _first_difference(inner: Any, tensors: Mapping[str, Tensor], folder: Path) -> str | None:
+    """The first tensor of a base that is another one in a folder, or is not there."""
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if dtypes != {inner.dtype}:
+        return f"the type of some weights ({', '.join(sorted(map(str, dtypes)))})"
+    try:
+        theirs = read_weights(_skeleton(inner), folder)
+    except (CheckpointError, OSError, SafetensorError) as error:
+        return f"what lies there ({error})"
+    for name, tensor in tensors.items():
+        other = theirs.get(name)
+        if other is None or other.shape != tensor.shape:
+            return name
+        if not torch.equal(other.to(tensor.dtype), tensor.detach().cpu()):
+            return name
+    return None
+
+
+def check_base(own: str | None, whose: str, there: Base, folder: Path) -> None:
+    """Compare the base of a model with the one that adapters were trained on.
+
+    Args:
+        own: fingerprint of the former.
+        whose: it is, for the message.
+        there: the latter.
+        folder: of the adapters.
+
+    Raises:
+        CheckpointError: it is another one, and the right one is not in the folder.
+    """
+    if there.source is None or there.fingerprint is None or there.fingerprint == own:
+        return
+    raise CheckpointError(
+        f"the adapters in '{folder}' were trained on {there}, and {whose} base has the fingerprint {own}: it is another "
+        f"model, or the same one in another dtype. Expected the same weights bit for bit: load the base from "
+        f"'{there.source}' as {there.dtype}"
+    )
+
+
+def read_base(folder: Path) -> Base | None:
+    """What the adapters in a folder stand on; None: there are none.
+
+    Raises:
+        CheckpointError: base.json is none of ours.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    try:
+        if (folder / BASE_FILE).is_file():
+            return Base(**json.loads((folder / BASE_FILE).read_text(encoding="utf-8")))
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"'{folder}': {BASE_FILE} or {CONFIG_FILE} cannot be read ({error})") from None
+    return Base(config.get("base_model_name_or_path"), config.get("revision"))
+
+
+# 3. The folder.
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What of a model with adapters one checkpoint holds.
+
+    Attributes:
+        base: what it stands on.
+        layout: how PEFT writes it.
+        more: names of what is trained and none of PEFT's business, such as a norm that somebody has unfrozen: it lies
+            beside the adapters under its own name, by which PEFT loads it.
+        linked: the folder of an earlier checkpoint that has the base, which is then not written again.
+    """
+
+    base: Base
+    layout: Layout
+    more: tuple[str, ...]
+    linked: Path | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, base: Base, stepped: Collection[str], linked: Path | None) -> "Saved":
+        """
+        Args:
+            model: has adapters.
+            base: of it.
+            stepped: names of parameters that the optimizer has ever updated.
+            linked: see above.
+        """
+        layout = layout_of(model)
+        tensors = tensors_by_name(model)
+        theirs = {id(tensors[name]) for name in layout.files()}
+        more = []
+        for name, tensor in tensors.items():
+            if id(tensor) not in theirs and (tensor.requires_grad or name in stepped):
+                more.append(name)
+        return cls(base, layout, tuple(more), linked)
+
+    def writes_base(self) -> bool:
+        return self.base.source is None and self.linked is None
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Of the tensors that are needed."""
+        wanted = [*self.layout.files(), *self.more]
+        if self.writes_base():
+            wanted += base_names(model, self.layout).values()
+        return list(dict.fromkeys(wanted))
+
+    def trained(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors without the base."""
+        return {name: weights[name] for name in (*self.layout.files(), *self.more)}
+
+    def files(self, model: nn.Module, tokenizer: Any, weights: Mapping[str, Tensor]) -> ModelFiles:
+        """The folder of `model`."""
+        inner = unwrapped(model).get_base_model()  # type: ignore[operator]
+        small: dict[str, bytes] = {}
+        with TemporaryDirectory() as written:
+            if inner.can_generate() and inner.generation_config is not None:
+                inner.generation_config.save_pretrained(written)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(written)
+            for path in sorted(Path(written).rglob("*")):
+                if path.is_file():
+                    small[path.relative_to(written).as_posix()] = path.read_bytes()
+        for file, config in self.layout.configs.items():
+            small[file] = _as_json(self._config(config))
+        small[BASE_FILE] = _as_json(asdict(self.base))
+        tensors = {}
+        for file, names in self.layout.names.items():
+            tensors[file] = {key: weights[name] for key, name in names.items()}
+        tensors[WEIGHTS_FILE].update({name: weights[name] for name in self.more})
+        files = ModelFiles(small, {file: tensor_file(content) for file, content in tensors.items()})
+        if self.linked is not None:
+            links = {path.relative_to(self.linked).as_posix(): path for path in _files_of(self.linked / BASE_FOLDER)}
+            return replace(files, links=links)
+        if not self.writes_base():
+            return files
+        originals = {original: weights[name] for original, name in base_names(model, self.layout).items()}
+        base = model_files(_skeleton(inner), None, originals)
+        return files.joined(base.inside(BASE_FOLDER))
+
+    def _config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """An adapter_config.json as it is to be opened: on the base as it is, and not on one that is changed once more."""
+        config = config | {"base_model_name_or_path": self.base.source, "revision": self.base.revision}
+        if isinstance(config.get("init_lora_weights"), str):
+            config["init_lora_weights"] = True  # PiSSA, OLoRA and their like take out of the base what they begin with
+        return config
+
+
+def _as_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def read_adapters(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """What the folder of adapters has of `model`, by its names; with the base, where that is kept in the folder.
+
+    Raises:
+        CheckpointError: it holds something that `model` does not have.
+    """
+    layout = layout_of(model)
+    found: dict[str, Tensor] = {}
+    if (folder / BASE_FOLDER).is_dir():
+        inner = unwrapped(model).get_base_model()  # type: ignore[operator]
+        base = read_weights(_skeleton(inner), folder / BASE_FOLDER)
+        names = base_names(model, layout)
+        found = {name: base[original] for original, name in names.items() if original in base}
+    own = {plain_name(name) for name in unwrapped(model).state_dict(keep_vars=True)}
+    unexpected = []
+    for file, keys in layout.names.items():
+        tensors = TensorFolder((folder / file).parent)
+        for key in tensors.shapes:
+            name = keys.get(key, key)
+            if name not in own:
+                unexpected.append(key)
+                continue
+            found[name] = tensors.read(key)
+    if unexpected:
+        raise CheckpointError(
+            f"the adapters in '{folder}' do not fit this model: {first_few({'unexpected': unexpected})}. Expected adapters "
+            f"of the same kind, on the same layers: {CONFIG_FILE} says which"
+        )
+    return found
