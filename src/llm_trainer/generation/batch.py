@@ -16,8 +16,6 @@ from llm_trainer.generation.service import Completion, Request
 
 # Rows that enter are a forward of their own, which takes about as long as one token of all rows: some are awaited.
 WAIT_FOR_SHARE = 8  # an eighth of all rows
-# A stop string of so many bytes spans at most so many tokens, but for tokens without text and an unfinished character.
-SPARE_TOKENS = 8
 
 
 @dataclass(eq=False)
@@ -37,6 +35,7 @@ class Row:
 
     group: Group
     sample: int
+    ids: list[int] = field(default_factory=list)  # where texts end it
     kept: list[list[int]] = field(default_factory=list)
 
 
@@ -136,16 +135,11 @@ class Batch:
         if self.decoding.stop_token_ids:
             ended |= torch.isin(draw.ids, id_tensor(tuple(self.decoding.stop_token_ids), self.device))
         if self.decoding.stop_strings:
-            ended |= torch.tensor([self._says_stop(row) for row in range(num)], device=self.device)
+            for row, token in zip(self.rows, draw.ids.tolist(), strict=True):
+                row.ids.append(token)
+            says_stop = [self.decoding.says_stop(row.ids) for row in self.rows]
+            ended |= torch.tensor(says_stop, device=self.device)
         return ended
-
-    def _says_stop(self, row: int) -> bool:
-        """Whether the text of a row's last tokens holds a stop string."""
-        assert self.decoding.decode is not None
-        longest = max(len(string.encode()) for string in self.decoding.stop_strings)
-        count = int(self.count[row])
-        text = self.decoding.decode(self.ids[row, max(0, count - longest - SPARE_TOKENS) : count].tolist())
-        return any(string in text for string in self.decoding.stop_strings)
 
     def _may_enter(self) -> bool:
         if not self.waiting or not self.reader.has_room():
@@ -262,7 +256,7 @@ class Batch:
             raise ValueError(f"the model's logits are not finite at new token {count - 1} of prompt {group.place}")
         is_stop = ids[-1] in self.decoding.stop_token_ids
         if not is_stop and self.decoding.stop_strings:
-            is_stop = self._says_stop(number)
+            is_stop = self.decoding.says_stop(ids)
         finish = "stop" if is_stop else "length"
         kept = row.kept if self.keeps_cuts else None
         self.done[group.place][row.sample] = Completion(ids, logprobs, finish, [(0, self.version)], kept)

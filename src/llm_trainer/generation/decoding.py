@@ -17,6 +17,10 @@ NUM_CANDIDATES = 128  # the first guess of how many tokens a cut by probability 
 # 1 - 2**-24 is the largest float32 below 1: the target stays below the last entry of the cumulative distribution, so a
 # token of probability 0 is never chosen.
 BELOW_ONE = 1 - 2**-24
+# A stop string of so many bytes spans at most so many tokens, but for tokens without text and an unfinished character.
+SPARE_TOKENS = 8
+PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character
+BYTES_OF_CHARACTER = 4  # at most
 
 
 class Draw(NamedTuple):
@@ -109,6 +113,28 @@ class Decoding:
         """Whether fewer tokens than all that are allowed are drawn from."""
         may_cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         return may_cut and self.temperature > 0
+
+    def says_stop(self, ids: Sequence[int]) -> bool:
+        """Whether a row's text holds a stop string, where it held none before the last of its `ids`.
+
+        As few of the last tokens become text as it takes: a text of n tokens would else be made n times.
+        """
+        assert self.decode is not None
+        longest = max(len(string) for string in self.stop_strings)
+        num_tokens = max(len(string.encode()) for string in self.stop_strings) + SPARE_TOKENS
+        while True:
+            first = max(0, len(ids) - num_tokens)
+            # NOTE: the first token may be the rest of a character, which can spoil all that is spelled in bytes behind it.
+            for start in range(first, max(-1, first - BYTES_OF_CHARACTER), -1):
+                text = self.decode(list(ids[start:]))
+                if any(string in text for string in self.stop_strings):
+                    return True
+                if PARTIAL not in text:
+                    break
+            # The string may begin further in front where tokens have no text. What a text begins with may be left out of it.
+            if first == 0 or len(self.decode(list(ids[first:-1]))) > longest:
+                return False
+            num_tokens *= 2
 
     def choose(self, logits: Tensor, noise: Tensor, seen: Tensor | None = None) -> Draw:
         """Choose one token per row by inverting the cumulative distribution (a fifth of the time of `multinomial`).

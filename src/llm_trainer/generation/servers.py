@@ -1,6 +1,6 @@
 """The service that asks rollout servers over HTTP: one or more, each with a copy of the weights that are brought to them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -13,9 +13,8 @@ from llm_trainer.generation.fleet import Fleet, Server, reasons
 from llm_trainer.generation.link import Link, ServerError
 from llm_trainer.generation.service import Completion, Request
 from llm_trainer.generation.transports import Files, Transport, buckets
-from llm_trainer.generation.verify import LIMITS, WrongWeights, check_hashes, check_probe
+from llm_trainer.generation.verify import LIMITS, Hashed, WrongWeights, check_hashes, check_probe, hashed
 from llm_trainer.generation.vllm_server import Dialect, Drawn, Facts, Vllm, seed_of
-from llm_trainer.generation.worker.llm_trainer_wire import Hashes
 
 NOT_LOADED = -1
 UNKNOWN = -2  # the version of weights that nobody here has sent
@@ -113,7 +112,7 @@ class Servers:
         # 1. one process brings them, all take part in what makes them
         self._known()
         failure: Exception | None = None
-        weights = iter(weights)
+        weights = hashed(weights)
         if self._process == 0:
             try:
                 self._bring(weights, f"{self._run}-{version}")
@@ -146,7 +145,7 @@ class Servers:
                 check_hashes(first, hashes, self.version, f"worker {number} of rollout server {url}")
         return first
 
-    def _bring(self, weights: Iterator[tuple[str, Tensor]], label: str) -> None:
+    def _bring(self, weights: Hashed, label: str) -> None:
         """Bring weights to all servers, and make sure that they use them."""
         # 1. who is there, and fits; a server that was lost may be there again
         self.fleet.leave_out({})
@@ -155,17 +154,16 @@ class Servers:
         # 2. all that was sent, and nothing in between
         self.fleet.to_all(lambda server: server.ask.pause())
         self.fleet.to_all(lambda server: server.ask.begin_update())
-        hashes = Hashes()
         try:
             self.transport.open([(server.ask, self._facts[server.url]) for server in self.fleet.up()])
-            for bucket in buckets(hashes.passing(weights)):
+            for bucket in buckets(weights):
                 self.transport.send(label, bucket, lambda update: self.fleet.to_all(lambda server: update(server.ask)))
             self.fleet.to_all(lambda server: server.ask.finish_update())
         finally:
             self.transport.close()
 
         # 3. no version moves before what arrived is what was sent
-        sent = hashes.read()
+        sent = weights.hashes.read()
         self.fleet.to_all(lambda server: self._check_arrived(server, sent, label))
         self.fleet.to_all(lambda server: server.ask.accept(label))
         self.fleet.to_all(lambda server: server.ask.resume())
@@ -377,9 +375,7 @@ def _cut_by_text(drawn: Drawn, decoding: Decoding) -> tuple[int, str]:
 
     Servers stop at tokens alone: what they wrote after the string is dropped, which changes nothing before it.
     """
-    assert decoding.decode is not None
     for count in range(1, len(drawn.ids) + 1):
-        text = decoding.decode(drawn.ids[:count])
-        if any(string in text for string in decoding.stop_strings):
+        if decoding.says_stop(drawn.ids[:count]):
             return count, "stop"
     return len(drawn.ids), drawn.finish

@@ -5,6 +5,7 @@ the rounding of bf16. A probe, scored by the trainer and by the sampler, finds w
 that was packed before.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -25,6 +26,30 @@ class WrongWeights(RuntimeError):
     """A sampler does not decode with the weights that it was sent."""
 
 
+class Hashed:
+    """Tensors by name on their way to a sampler, each hashed once, as it goes by.
+
+    Attributes:
+        hashes: of those that have gone by.
+    """
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.hashes, self._weights = Hashes(), iter(weights)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[str, Tensor]:
+        name, tensor = next(self._weights)
+        self.hashes.note(name, tensor)
+        return name, tensor
+
+
+def hashed(weights: Iterable[tuple[str, Tensor]]) -> Hashed:
+    """The same tensors, hashed as they go by; what does that already as it is."""
+    return weights if isinstance(weights, Hashed) else Hashed(weights)
+
+
 def hashes_of(module: nn.Module) -> dict[str, int]:
     """The hashes of everything that a checkpoint of `module` holds, by all its names: of tied tensors too."""
     hashes = Hashes()
@@ -36,6 +61,11 @@ def hashes_of(module: nn.Module) -> dict[str, int]:
             hashes.note(name, tensor)
     found = hashes.read()
     return {name: found[first] for name, first in names.items()}
+
+
+def joint_hash(hashes: Mapping[str, int]) -> str:
+    """One short hash of those of many tensors, by their names."""
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
 
 
 def check_hashes(sent: Mapping[str, int], held: Mapping[str, int], version: int, where: str) -> None:
@@ -161,8 +191,7 @@ class Verified:
 
     def _load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = -1
-        hashes = Hashes()
-        on_the_way = hashes.passing(self._cast(weights))
+        on_the_way = hashed(self._cast(weights))
         self.service.load(on_the_way, version)
         for _ in on_the_way:  # what the service did not take, the other ranks go through too
             pass
@@ -171,7 +200,7 @@ class Verified:
                 f"weights of version {version} were sent to {self._where}, which says that it has version "
                 f"{self.service.version}; expected {version}. None of its tokens were used"
             )
-        check_hashes(hashes.read(), self.service.held(), version, self._where)
+        check_hashes(on_the_way.hashes.read(), self.service.held(), version, self._where)
         if self._score is not None:
             ours = self._score(self._probe)
             theirs = self.service.logprobs(self._probe, Decoding(max_new_tokens=1))

@@ -1,6 +1,5 @@
 """What an algorithm may ask of the machinery: see `machine.Machine`."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from llm_trainer.engine.device import DTYPES
 from llm_trainer.engine.score import Columns, Scoring
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import GenerationService
-from llm_trainer.generation.verify import Hashes, Verified
+from llm_trainer.generation.verify import Hashes, Verified, joint_hash
 from llm_trainer.layout import Layout, Packing
 from llm_trainer.state import Progress
 from llm_trainer.train.budget import Budget
@@ -154,7 +153,7 @@ class RunMachine:
         hashes = Hashes()
         for name, tensor in self._engine.stream_weights(every_model=True):
             hashes.note(name, tensor)
-        return hashlib.sha256(repr(hashes.read()).encode()).hexdigest()[:16]
+        return joint_hash(hashes.read())
 
     def gather(self, value: object) -> list[Any]:
         return dist.gather_patiently(value)

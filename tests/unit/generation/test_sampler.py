@@ -1,10 +1,16 @@
 """Decoding: against transformers' own `generate`, alone against in a batch, and the sampling distribution."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from decoding_models import MODELS, PROMPTS, Whole, build_gpt2, build_qwen3
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.generation import generate, stream
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
@@ -179,3 +185,93 @@ def test_bad_input_is_named() -> None:
     nn.init.constant_(model.lm_head.weight, torch.nan)
     with pytest.raises(ValueError, match="not finite at new token 0 of prompt 0"):
         generate(model, PROMPTS, max_new_tokens=1, pad_token_id=0)
+
+
+# Texts that end a row.
+
+
+def in_bytes(special: bool) -> Any:
+    """A tokenizer that spells in bytes what it has no token for, as Llama 2's does: a wrong byte spoils its neighbours."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = [
+        "<unk>",
+        "</s>",
+        "a",
+        "b",
+        "ab",
+        "\u2581",
+        "\u2581a",
+        "\u2581ab",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+    ]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    if special:
+        tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def spelled(text: str) -> list[int]:
+    """Ids of `in_bytes`."""
+    ids = []
+    for letter in text:
+        ids += [2 + "ab".index(letter)] if letter in "ab" else [8 + byte for byte in letter.encode()]
+    return ids
+
+
+def naive_end(decode: Callable[[list[int]], str], stops: Sequence[str], ids: list[int]) -> int | None:
+    """After how many tokens the text of all of them first holds a stop string."""
+    for count in range(1, len(ids) + 1):
+        if any(stop in decode(ids[:count]) for stop in stops):
+            return count
+    return None
+
+
+def found_end(decoding: Decoding, ids: list[int]) -> int | None:
+    return next((count for count in range(1, len(ids) + 1) if decoding.says_stop(ids[:count])), None)
+
+
+@pytest.mark.parametrize("kind", ["bytes of characters", "a real tokenizer"])
+def test_stop_strings_are_found_in_the_last_tokens_as_in_the_whole_text(kind: str, reference_dir: Path) -> None:
+    noise = np.random.default_rng(0)
+    letters = ["a", "b", "ab", " ", "\u00e9", "\u4e16\u754c", "\U0001f600", "\n\n", ". ", "</s>"]
+    if kind == "a real tokenizer":
+        tokenizer = load_tokenizer(reference_dir / "tokenizer")
+        decode, encode = tokenizer.decode, lambda text: tokenizer.encode(text, add_special_tokens=False)
+    else:
+        own = in_bytes(special=True)
+        decode = own.decode
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = []
+            for number, part in enumerate(text.split("</s>")):
+                ids += [1] * (number > 0) + spelled(part)
+            return ids
+
+    seen = set()
+    for _ in range(150):
+        stops = ["".join(noise.choice(letters[:-1], noise.integers(1, 5))) for _ in range(noise.integers(1, 3))]
+        stops = [stop for stop in stops if stop.strip()] or ["a\n\n"]
+        text = "".join(noise.choice(letters, noise.integers(20, 90)))
+        ids = encode(text)
+        decoding = Decoding(max_new_tokens=1, stop_strings=stops, decode=decode)
+        expected = naive_end(decode, stops, ids)
+        assert found_end(decoding, ids) == expected, (stops, text)
+        seen.add(expected is not None)
+    assert seen == {True, False}
+
+
+def test_tokens_without_text_hide_no_stop_string_and_few_tokens_become_text() -> None:
+    decoded: list[int] = []
+
+    def decode(ids: list[int]) -> str:
+        decoded.append(len(ids))
+        return "".join("" if token == 0 else chr(96 + token) for token in ids)
+
+    decoding = Decoding(max_new_tokens=1, stop_strings=["xy"], decode=decode)
+    assert found_end(decoding, [1] * 100 + [24] + [0] * 60 + [25, 1]) == 162
+    decoded.clear()
+    assert found_end(decoding, [1] * 500) is None and max(decoded) <= 12

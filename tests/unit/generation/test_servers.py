@@ -17,6 +17,7 @@ from torch import nn
 from decoding_models import build_qwen3
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.data.rollouts import Rollout
+from llm_trainer.generation import verify
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.link import Link, ServerError
@@ -193,6 +194,23 @@ def test_a_server_that_was_started_anew_is_found(model: nn.Module, start: Callab
         service.generate(REQUESTS, PLAIN, never)
     service.load(streamed(model), 2)
     assert service.generate(REQUESTS, PLAIN, never)[0][0].versions == [(0, 2)]
+
+
+def test_what_is_sent_is_hashed_once(
+    model: nn.Module, start: Callable[..., FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever verifies it, for itself and for the servers."""
+    noted: list[str] = []
+
+    class Noting(verify.Hashes):
+        def note(self, name: str, tensor: torch.Tensor) -> None:
+            noted.append(name)
+            super().note(name, tensor)
+
+    monkeypatch.setattr(verify, "Hashes", Noting)
+    service = verified(model, start(model).url)
+    service.load(streamed(model), 0)
+    assert noted == [name for name, _ in streamed(model)]
 
 
 def test_two_runs_on_one_server_find_each_other(model: nn.Module, start: Callable[..., FakeServer]) -> None:

@@ -6,7 +6,7 @@ alone, and safetensors inside of functions.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -40,12 +40,6 @@ class Hashes:
     def note(self, name: str, tensor: Tensor) -> None:
         """Hash a tensor; what is done to it afterwards does not matter."""
         self._found[name] = (_mixed_sum(tensor), f"{tuple(tensor.shape)} {tensor.dtype}")
-
-    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same tensors, each noted as it goes by."""
-        for name, tensor in weights:
-            self.note(name, tensor)
-            yield name, tensor
 
     def read(self) -> dict[str, int]:
         """The hashes; the host waits for the device once."""
