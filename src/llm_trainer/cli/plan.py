@@ -78,6 +78,8 @@ def plan(
     if job.disk_bytes:
         rollouts = f"{job.disk_bytes * gpus / 1e9:.2g} GB for each rollout, kept until the oldest checkpoint is younger"
         advice.append(f"disk  {rollouts}; times leave out what it takes to sample and reward one")
+    if job.moving_bytes:
+        advice.append(f"disk  {job.moving_bytes / 1e9:.2g} GB more in each checkpoint: the reference that moves")
     advice.append(f"take  {why}")
     if chosen is not None:
         advice.append(f"      {' '.join(_changes(key_of(name), job, chosen, config.batch_size))}")
@@ -93,7 +95,7 @@ def _host_copy(shape: Shape, job: Job, cluster: Cluster, chosen: Choice) -> int:
 
     def copied(is_main: bool) -> int:
         return checkpoint_copy(
-            width * shape.num_parameters,
+            width * shape.num_parameters + job.moving_bytes,
             job.state_bytes,
             gathers_weights=strategy.weights,
             gathers_state=strategy.is_zero,

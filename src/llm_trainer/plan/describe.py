@@ -87,10 +87,12 @@ class Sketch:
         self.section, self.model = section, model
         self.length, self.rows, self.precision = length, rows, precision
 
-    def frozen(self, source: str | None = None, forwards: float = 1.0, in_half: bool = False) -> dict[str, float]:
+    def frozen(
+        self, source: str | None = None, forwards: float = 1.0, in_half: bool = False, key: str = "teacher_model"
+    ) -> dict[str, float]:
         model = self.model
         if source is not None:
-            model = model_of_config(_of_folder(source, "teacher_model"), empty=True)
+            model = model_of_config(_of_folder(source, key), empty=True)
         precision = self.precision if in_half else "fp32"
         return {
             "frozen_bytes": float(_BYTES[precision] * shape_of(model).num_parameters),

@@ -114,6 +114,7 @@ class Job:
         flops_per_token: of training, forward and backward of the trained model.
         frozen_flops_per_token: of the forward of reference or teacher.
         frozen_bytes: weights of reference or teacher, which every device holds in full.
+        moving_bytes: those of a reference that moves, which every checkpoint holds too.
         state_bytes: of the optimizer, for all parameters.
         precision: fp32, bf16 or fp16.
         has_head: the vocabulary head runs (not in reward models).
@@ -131,6 +132,7 @@ class Job:
     precision: str = "bf16"
     frozen_flops_per_token: float = 0.0
     frozen_bytes: float = 0.0
+    moving_bytes: float = 0.0
     has_head: bool = True
     teacher_chunk: int = 0
     completions: int = 1

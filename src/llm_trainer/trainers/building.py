@@ -121,13 +121,16 @@ class Sketch(Protocol):
 
     section: Any
 
-    def frozen(self, source: str | None = None, forwards: float = 1.0, in_half: bool = False) -> dict[str, float]:
+    def frozen(
+        self, source: str | None = None, forwards: float = 1.0, in_half: bool = False, key: str = "teacher_model"
+    ) -> dict[str, float]:
         """The costs of a frozen model beside the trained one.
 
         Args:
             source: its Hugging Face folder; None: it has the shape of the trained one.
             forwards: that each token of a batch costs.
             in_half: its weights are kept in the precision of products.
+            key: of the configuration that names the folder, for messages.
         """
 
     def sampled(self, completions: int, new_tokens: int, columns: int) -> dict[str, float]:

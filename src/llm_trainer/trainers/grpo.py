@@ -146,7 +146,7 @@ class GRPOTrainer(OnPolicyTrainer):
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         section: GRPOConfig = sketch.section
-        reference = sketch.frozen() if section.loss_beta else {}
+        reference = cls._reference_costs(section.loss_beta, section.ref_sync_steps is not None, sketch)
         columns = 1 + bool(section.loss_beta)  # advantages, and the reference's log-probabilities
         sampled = sketch.sampled(section.group_size, section.gen_max_seq_len, columns)
         return {**reference, **sampled, "further_share": further_share(section)}

@@ -43,7 +43,7 @@ from llm_trainer.trainers.said import RowsOfIds, check_ids, check_vocabulary, st
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
-    from llm_trainer.trainers.building import Build
+    from llm_trainer.trainers.building import Build, Sketch
 
 # What is said when nothing else happens in many rollouts.
 PATIENCE = 10
@@ -180,6 +180,14 @@ class OnPolicyTrainer(BaseTrainer):
         if not weight or source is None or "ref_model" in build.given:
             return {}
         return {"ref_model": build.frozen(source)}
+
+    @staticmethod
+    def _reference_costs(weight: float, moves: bool, sketch: "Sketch") -> dict[str, float]:
+        """What it costs that the policy is held to something, for `llm-trainer plan`."""
+        if not weight:
+            return {}
+        costs = sketch.frozen(sketch.section.ref_model_checkpoint, key="ref_model_checkpoint")
+        return costs | {"moving_bytes": costs["frozen_bytes"] * moves}
 
     # Further rows.
 

@@ -144,9 +144,8 @@ class PPOTrainer(OnPolicyTrainer):
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         section: PPOConfig = sketch.section
-        costs = {"further_share": further_share(section)}
-        if section.kl_beta:
-            costs |= sketch.frozen()
+        costs: dict[str, Any] = {"further_share": further_share(section)}
+        costs |= cls._reference_costs(section.kl_beta, moves=False, sketch=sketch)
         if not section.critic_on_policy:
             costs |= sketch.critic(section.value_model_checkpoint)
         columns = len(("old_logprobs", "values", "advantages", "returns")) + bool(section.kl_beta)

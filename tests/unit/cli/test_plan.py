@@ -89,7 +89,18 @@ def test_a_reward_model_has_no_vocabulary_head(run):
     assert shape.num_parameters == num_parameters(build_model(ModelConfig(**MODEL))) + 32
 
 
-def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, capsys):
+def test_a_reference_that_moves_is_in_every_checkpoint(run, capsys):
+    parameters = num_parameters(build_model(ModelConfig(**MODEL)))
+    stays, moves = run("grpo_config", "loss_beta: 0.1"), "grpo_config.ref_sync_steps=8"
+    assert planned(capsys, stays, moves)["job"]["moving_bytes"] == 4 * parameters
+    alone = ("--gpus", "1")
+    more = planned(capsys, stays, moves, *alone)["host_copy_bytes"] - planned(capsys, stays, *alone)["host_copy_bytes"]
+    assert more == 4 * parameters
+    in_each = f"disk  {4 * parameters / 1e9:.2g} GB more in each checkpoint: the reference that moves"
+    assert in_each in said(capsys, stays, moves) and "reference that moves" not in said(capsys, stays)
+
+
+def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, capsys, tmp_path):
     options = "group_size: 6, gen_max_seq_len: 32, gradient_accumulation_steps: 2"
     job, parameters = job_of(run("grpo_config", options), "grpo"), num_parameters(build_model(ModelConfig(**MODEL)))
     assert (job.rows, job.completions, job.row_tokens, job.sample_tokens) == (4 * 2 * 6, 6, 64 + 32, 96)
@@ -98,6 +109,11 @@ def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, caps
     assert job.disk_bytes == 48 * 96 * (9 + 4)  # and advantages
     held = job_of(run("grpo_config", options + ", loss_beta: 0.1"), "grpo")
     assert held.frozen_bytes == 4 * parameters and held.disk_bytes == 48 * 96 * (9 + 8)
+    larger = build_model(ModelConfig(**MODEL | {"num_hidden_layers": 3}))
+    larger.config.save_pretrained(tmp_path / "reference")
+    beside = options + f", loss_beta: 0.1, ref_model_checkpoint: {tmp_path}/reference"
+    other = job_of(run("grpo_config", beside), "grpo")
+    assert other.frozen_bytes == 4 * num_parameters(larger) and other.moving_bytes == 0
     assert job_of(run("grpo_config", "group_size: 1000"), "grpo").cache_bytes == 64 * (64 + 256) * 256
     elsewhere = job_of(run("grpo_config", "rollout_servers: ['http://a:1']"), "grpo")
     assert elsewhere.copy_bytes == elsewhere.cache_bytes == 0  # servers have both
