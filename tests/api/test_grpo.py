@@ -8,29 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+from described import SHAPE, curve, describe, logged, prompt_batches, write_rows
 from llm_trainer import GRPOTrainer, configure_optimizer
 from llm_trainer.builder import make_model
 from llm_trainer.checkpoint import write_model
+from llm_trainer.checkpoint.manager import CheckpointManager
+from llm_trainer.checkpoint.valid import read_manifest
+from llm_trainer.config.load import load_config
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import load_judge, process_reward_model, reward_model
-from llm_trainer.train_configs import (
-    ConfigError,
-    DataLoaderConfig,
-    EvalConfig,
-    GRPOConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
+from llm_trainer.train_configs import ConfigError, EvalConfig, GRPOConfig, TrainConfig
 from llm_trainer.trainers.judging import StepEnds
 
-SHAPE = ModelConfig(
-    vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
-)
 ROWS = [{"question": f"count to {n}", "answer": "x" * n, "level": n} for n in range(1, 7)]
 
 
@@ -41,29 +33,12 @@ def shorter(prompts: list[str], completions: list[str], answers: list[str], leve
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_rows(tmp_path / "prompts.jsonl", ROWS)
 
 
 def config(path: Path, reference_dir: Path, save_dir: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "model_config": SHAPE,
-        "tokenizer": str(reference_dir / "tokenizer"),
-        "file_dataset": str(path),
-        "batch_size": 2,
-        "data_loader_config": DataLoaderConfig(data_loader_shuffle=False),
-        "optim_config": OptimConfig(initial_lr=1e-2),
-        "run_config": RunConfig(save_dir=str(save_dir), log_interval=1, save_interval_steps=1000, progress=False),
-        "grpo_config": GRPOConfig(group_size=3, gen_max_seq_len=12, loss_beta=0.05, grpo_steps=2),
-    }
-    return TrainConfig(**(values | changes))
-
-
-def curve(save_dir: Path) -> list[tuple[float, float, float]]:
-    lines = (save_dir / "log" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
-    return [(row["loss"], row["grad_norm"], row.get("reward", 0.0)) for row in rows]
+    section = GRPOConfig(group_size=3, gen_max_seq_len=12, loss_beta=0.05, grpo_steps=2)
+    return describe(path, reference_dir, save_dir, **({"grpo_config": section} | changes))
 
 
 def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
@@ -71,25 +46,11 @@ def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, 
     GRPOTrainer(train_config=described, reward_func=shorter).train()
 
     tokenizer = load_tokenizer(reference_dir / "tokenizer")
-    chat = ChatFormat(tokenizer)
-    ids = [chat.encode_prompt([{"role": "user", "content": row["question"]}]) for row in ROWS]
-    batches = []
-    for first in range(0, len(ids), 2):
-        rows, own = ids[first : first + 2], ROWS[first : first + 2]
-        width = max(map(len, rows))
-        batches.append(
-            {
-                "prompts": torch.tensor([[0] * (width - len(row)) + row for row in rows]),
-                "prompt_attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-                "answers": [row["answer"] for row in own],
-                "level": [row["level"] for row in own],
-            }
-        )
     model = make_model(described, tokenizer, torch.device("cpu"))
     GRPOTrainer(
         model=model,
         optimizer=configure_optimizer(model=model, lr=1e-2),
-        train_loader=batches,
+        train_loader=prompt_batches(tokenizer, ROWS, 2),
         max_epochs=1,
         num_samples_per_prompt=3,
         kl_coef=0.05,
@@ -97,7 +58,7 @@ def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, 
         gen_max_seq_len=12,
         reward_func=shorter,
         tokenizer=tokenizer,
-        stop_token_ids=chat.stop_token_ids(),
+        stop_token_ids=ChatFormat(tokenizer).stop_token_ids(),
         log_interval=1,
         progress=False,
         save_dir=str(tmp_path / "explicit"),
@@ -108,8 +69,7 @@ def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, 
 
 
 def test_evaluation_is_by_reward(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(prompts.read_text())
+    held_out = write_rows(tmp_path / "held_out.jsonl", ROWS)
     overlong = {"name": "overlong", "weight": 0.5, "max_tokens": 12, "buffer": 6}
     described = config(
         prompts,
@@ -126,8 +86,52 @@ def test_evaluation_is_by_reward(prompts: Path, reference_dir: Path, tmp_path: P
     )
     last = GRPOTrainer(train_config=described).train()
     assert {"eval_reward", "eval_completions/mean_length", "rewards/exact_match"} <= set(last)
-    best = sorted((tmp_path / "run").glob("*/best*")) + sorted((tmp_path / "run").glob("best*"))
-    assert last["eval_reward"] <= 1 or best
+
+
+PLANNED = '''
+from pathlib import Path
+
+def planned(prompts, completions, answers, wanted=None):
+    """Of held-out prompts a reward per evaluation, one after another; of the others their lengths."""
+    if wanted is None:
+        return [float(len(one)) for one in completions]
+    count = Path(__file__).with_name("evaluations")
+    count.write_text((count.read_text() if count.exists() else "") + "x")
+    return [wanted[0][len(count.read_text()) - 1]] * len(completions)
+'''
+BY_REWARD = """
+model_config: {vocab_size: 512, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64}
+tokenizer: %(tokenizer)s
+file_dataset: %(folder)s/prompts.jsonl
+eval_dataset: %(folder)s/held_out.jsonl
+n_epochs: 4
+batch_size: 2
+optim_config: {initial_lr: 1.0e-2}
+eval_config: {eval_batch_interval: 1, max_seq_len: 4}
+run_config: {save_dir: %(folder)s/run, progress: false, checkpoints_to_keep: 1, save_interval_steps: 1, resume: auto}
+grpo_config: {group_size: 2, gen_max_seq_len: 4, rewards: ["%(folder)s/own.py:planned"], reward_in_process: true}
+"""
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_reward_over_all_lives_of_a_run(
+    prompts: Path, reference_dir: Path, tmp_path: Path
+) -> None:
+    rewards = [0.2, 0.9, 0.4, 0.5, 0.6, 0.8, 0.95, 0.1, 0.3]
+    write_rows(tmp_path / "held_out.jsonl", [{"question": "count to 3", "answer": "xxx", "wanted": rewards}])
+    (tmp_path / "own.py").write_text(PLANNED)
+    path = tmp_path / "run.yaml"
+    path.write_text(BY_REWARD % {"tokenizer": reference_dir / "tokenizer", "folder": tmp_path})
+    run = tmp_path / "run"
+    for last, best in ((3, 2), (6, 2), (9, 7)):  # the second life is worse than the first one's best, and gets better
+        trainer = GRPOTrainer(train_config=load_config(path, [f"run_config.max_steps={last}"]))
+        trainer.train()
+        assert [row["eval_reward"] for row in logged(run, "eval_reward")] == pytest.approx(rewards[:last])
+        left = [checkpoint.name for checkpoint in sorted(run.glob("checkpoint-*"))]
+        assert left == [f"checkpoint-{step:08d}" for step in (best, last)]
+        found = CheckpointManager(run).best()
+        assert found is not None and found.name == f"checkpoint-{best:08d}"
+        assert read_manifest(found)["metric"] == pytest.approx(max(rewards[:last])) == trainer.run.progress.best_loss
+        assert (run / "model").resolve() == (found / "model").resolve()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """PPO from a configuration: the same curve as with the same objects, a critic of a folder, what is refused at once."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from described import SHAPE, curve, describe, prompt_batches, write_rows
 from llm_trainer import PPOTrainer, configure_optimizer, create_trainer
 from llm_trainer.builder import make_model
 from llm_trainer.checkpoint import write_model
@@ -17,19 +17,8 @@ from llm_trainer.models.build import build_model
 from llm_trainer.models.critic import critic_of
 from llm_trainer.models.rewarding import reward_model
 from llm_trainer.optim.optimizers import get_parameter_groups
-from llm_trainer.train_configs import (
-    ConfigError,
-    DataLoaderConfig,
-    ModelConfig,
-    OptimConfig,
-    PPOConfig,
-    RunConfig,
-    TrainConfig,
-)
+from llm_trainer.train_configs import ConfigError, OptimConfig, PPOConfig, TrainConfig
 
-SHAPE = ModelConfig(
-    vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
-)
 ROWS = [{"question": f"count to {n}", "answer": "x" * n} for n in range(1, 9)]
 
 
@@ -40,29 +29,14 @@ def shorter(prompts: list[str], completions: list[str], answers: list[str]) -> l
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_rows(tmp_path / "prompts.jsonl", ROWS)
 
 
 def config(path: Path, reference_dir: Path, save_dir: Path, **section: Any) -> TrainConfig:
     given: dict[str, Any] = {"gen_max_seq_len": 12, "kl_beta": 0.05, "ppo_epochs": 2, "ppo_batch_size": 2}
-    return TrainConfig(
-        model_config=SHAPE,
-        tokenizer=str(reference_dir / "tokenizer"),
-        file_dataset=str(path),
-        batch_size=4,
-        data_loader_config=DataLoaderConfig(data_loader_shuffle=False),
-        optim_config=OptimConfig(initial_lr=1e-2, enable_lr_scheduler=True),
-        run_config=RunConfig(save_dir=str(save_dir), log_interval=1, save_interval_steps=1000, progress=False),
-        ppo_config=PPOConfig(**(given | section)),
-    )
-
-
-def curve(save_dir: Path) -> list[tuple[float, float, float]]:
-    lines = (save_dir / "log" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
-    return [(row["loss"], row["grad_norm"], row.get("reward", 0.0)) for row in rows]
+    optim = OptimConfig(initial_lr=1e-2, enable_lr_scheduler=True)
+    ppo = PPOConfig(**(given | section))
+    return describe(path, reference_dir, save_dir, batch_size=4, optim_config=optim, ppo_config=ppo)
 
 
 def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
@@ -73,15 +47,6 @@ def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, 
     create_trainer("ppo", train_config=described, reward_func=shorter).train()
 
     tokenizer = load_tokenizer(reference_dir / "tokenizer")
-    chat = ChatFormat(tokenizer)
-    ids = [chat.encode_prompt([{"role": "user", "content": row["question"]}]) for row in ROWS]
-    batches = []
-    for first in range(0, len(ids), 4):
-        rows, answers = ids[first : first + 4], [row["answer"] for row in ROWS[first : first + 4]]
-        width = max(map(len, rows))
-        padded = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        batches.append({"prompts": padded, "prompt_attention_mask": mask, "answers": answers})
     model = make_model(described, tokenizer, torch.device("cpu"))
     critic = critic_of(model)
     optimizer = configure_optimizer(model=model, lr=1e-2)
@@ -92,7 +57,7 @@ def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, 
         value_model=critic,
         optimizer=optimizer,
         scheduler=create_scheduler(optimizer, "cosine", total_steps=8),
-        train_loader=batches,
+        train_loader=prompt_batches(tokenizer, ROWS, 4),
         max_epochs=1,
         kl_beta=0.05,
         ppo_epochs=2,
@@ -100,7 +65,7 @@ def test_the_two_styles_give_the_same_curve(prompts: Path, reference_dir: Path, 
         gen_max_seq_len=12,
         reward_func=shorter,
         tokenizer=tokenizer,
-        stop_token_ids=chat.stop_token_ids(),
+        stop_token_ids=ChatFormat(tokenizer).stop_token_ids(),
         device="cpu",
         log_interval=1,
         progress=False,

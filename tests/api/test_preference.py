@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from described import SHAPE, curve, describe, write_rows
 from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, configure_optimizer, create_trainer, get_trainer_class
 from llm_trainer.builder import Builder
 from llm_trainer.config.load import load_config
@@ -19,20 +20,10 @@ from llm_trainer.train_configs import (
     DataLoaderConfig,
     DPOConfig,
     KTOConfig,
-    ModelConfig,
-    OptimConfig,
     RewardConfig,
-    RunConfig,
     TrainConfig,
 )
 
-SHAPE = ModelConfig(
-    vocab_size=512,
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
 ROWS = [
     {"prompt": f"count to {n}", "chosen": "one two three"[: 3 + n], "rejected": "no " * (1 + n % 3)} for n in range(10)
 ]
@@ -40,28 +31,11 @@ ROWS = [
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_rows(tmp_path / "pairs.jsonl", ROWS)
 
 
 def config(path: Path, reference_dir: Path, save_dir: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "model_config": SHAPE,
-        "tokenizer": str(reference_dir / "tokenizer"),
-        "file_dataset": str(path),
-        "n_epochs": 2,
-        "batch_size": 2,
-        "data_loader_config": DataLoaderConfig(data_loader_shuffle=False),
-        "optim_config": OptimConfig(initial_lr=1e-2),
-        "run_config": RunConfig(save_dir=str(save_dir), log_interval=1, save_interval_steps=1000, progress=False),
-    }
-    return TrainConfig(**(values | changes))
-
-
-def curve(save_dir: Path) -> list[tuple[float, float]]:
-    lines = (save_dir / "log" / "metrics.jsonl").read_text().splitlines()
-    return [(row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if "loss" in row]
+    return describe(path, reference_dir, save_dir, **({"n_epochs": 2} | changes))
 
 
 def explicit_batches(reference_dir: Path) -> list[dict[str, torch.Tensor]]:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import llm_trainer
+from described import curve, describe, write_rows
 from llm_trainer import SFTTrainer, Trainer, configure_optimizer, create_trainer, get_trainer_class
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_model
 from llm_trainer.train_configs import (
-    DataLoaderConfig,
     EvalConfig,
     ModelConfig,
     OptimConfig,
@@ -40,28 +40,17 @@ def conversations(tmp_path: Path) -> Path:
         [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": " ".join(map(str, range(n)))}]
         for n in range(1, 13)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(path, rows)
 
 
 def config(path: Path, reference_dir: Path, save_dir: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "model_config": SHAPE,
-        "tokenizer": str(reference_dir / "tokenizer"),
-        "file_dataset": str(path),
         "n_epochs": 2,
-        "batch_size": 2,
-        "data_loader_config": DataLoaderConfig(data_loader_shuffle=False),
-        "optim_config": OptimConfig(initial_lr=1e-2),
         "run_config": RunConfig(save_dir=str(save_dir), log_interval=1, progress=False),
         "sft_config": SFTConfig(gradient_accumulation_steps=2),
     }
-    return TrainConfig(**(values | changes))
-
-
-def curve(save_dir: Path) -> list[tuple[float, float]]:
-    lines = (save_dir / "log" / "metrics.jsonl").read_text().splitlines()
-    return [(row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if "loss" in row]
+    return describe(path, reference_dir, save_dir, **(values | changes))
 
 
 def test_the_two_styles_are_bit_identical(conversations: Path, reference_dir: Path, tmp_path: Path) -> None:
