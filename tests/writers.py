@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.data.rollout_ahead import Ahead
+from llm_trainer.data.rollout_prompts import PromptSource
 from llm_trainer.data.rollout_source import RolloutSource
+from llm_trainer.data.rollout_supply import RolloutSupply
 from llm_trainer.data.rollouts import Finished, Plan, Prompt, Rollout, as_json
 from llm_trainer.trainers.base import BaseTrainer
 
@@ -136,9 +138,11 @@ class BigramTrainer(BaseTrainer):
         """Called with every completion, for tests that change it."""
 
     def _build_source(self, source: Any, training: bool) -> RolloutSource:
-        options = self.source_options if training else {}
+        options = dict(self.source_options) if training else {}
+        cuts = {name: options.pop(name) for name in ("passes", "rows_per_update", "batch_size") if name in options}
         given: dict[str, Any] = {"training": training, "samples": self.maker.samples, "ahead": self.ahead}
-        return RolloutSource(source, self.maker, self.machine, **given, **options)
+        prompts = PromptSource(source, self.machine)
+        return RolloutSource(RolloutSupply(prompts, self.maker, self.machine, **given, **options), **cuts)
 
     def _prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch

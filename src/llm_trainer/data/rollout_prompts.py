@@ -63,10 +63,14 @@ class PromptSource:
     Args:
         source: a `SampleStream` over prompts (`data.kinds.prompts.PromptRows`), or steps over a loader of the user.
         needs_ids: False: environments begin the conversations, and batches need not have prompts.
+
+    Attributes:
+        source: that prompts are taken from.
+        micro_batch_tokens: what the source it was given says of micro-batches.
     """
 
     def __init__(self, source: StepSource, machine: Machine, needs_ids: bool = True) -> None:
-        self._needs_ids = needs_ids
+        self._needs_ids, self.micro_batch_tokens = needs_ids, source.micro_batch_tokens
         if isinstance(source, LoaderSteps):
             source = replace(source, deals=False, micro_batch_tokens=None)
         self.source, self._machine = source, machine

@@ -8,14 +8,11 @@ from typing import Any, Literal
 
 from llm_trainer.data.collate import laying
 from llm_trainer.data.loaders import LoaderSteps
-from llm_trainer.data.rollout_ahead import Ahead
 from llm_trainer.data.rollout_making import staleness
-from llm_trainer.data.rollout_prompts import PromptSource
 from llm_trainer.data.rollout_supply import RolloutSupply
-from llm_trainer.data.rollouts import Maker, Rollout, Used, collate_rollout
+from llm_trainer.data.rollouts import Rollout, Used, collate_rollout
 from llm_trainer.data.stream import RowOfStep, SampleStream, StepSource, mix_seeds
 from llm_trainer.layout import Layout
-from llm_trainer.machine import Machine
 from llm_trainer.position import InRollout, Position
 from llm_trainer.state import MicroBatch
 
@@ -26,69 +23,34 @@ ROWS_PER_MICRO_BATCH = 8  # where neither a token budget nor anybody says it
 class RolloutSource:
     """Steps on rollouts: it finds or makes rollout n, then yields its updates.
 
-    A rollout has the prompts of one step of `source`. Its rows are gone through `passes` times, each time in another order,
-    `rows_per_update` at a time. A position is an `InRollout`.
+    A rollout has the prompts of one step of a source of prompts. Its rows are gone through `passes` times, each time in
+    another order, `rows_per_update` at a time. A position is an `InRollout`.
 
     Args:
-        source: of prompts: a `SampleStream`, or steps over a loader of the user.
-        maker: makes rollouts.
-        machine: of the run.
-        training: False: evaluation; one pass, in order.
-        samples: completions per prompt, as far as is known before they are there.
+        supply: finds or makes rollouts.
         passes: over each rollout.
         rows_per_update: of an optimizer step, over all ranks; None: all of a rollout.
         batch_size: rows of a micro-batch where there is no token budget.
-        prompts_per_part: of a rollout, which a kill can lose of it per process; None: few, and a part for every process.
         pad_id: token that pads rows.
-        keep_rollouts: all of them; else those that no checkpoint needs are removed.
-        rollouts: folder of stored rollouts of another run, which are learned from in place of new ones.
-        fits: raises an error if such a rollout cannot be learned from; None: any can.
         shares_prompts: says, when a rollout is there, whether the trainer runs the prompt of a group once per micro-batch, so
             that a token budget counts it once; None: it does not.
-        before: called by all processes before a rollout of the training is looked for and made, and weights are asked for;
-            by the same step and weights it does the same, or nothing the second time. None: nothing is to be done.
-        needs_ids: False: environments begin the conversations, and the batches of a loader need not have prompts.
-        ahead: makes each rollout while the one before is learned from; None: they take turns.
     """
 
-    source: StepSource
-    maker: Maker
-    machine: Machine
+    supply: RolloutSupply
     _: KW_ONLY
-    training: bool = True
-    samples: int = 1
     passes: int = 1
     rows_per_update: int | None = None
     batch_size: int | None = None
-    prompts_per_part: int | None = None
     pad_id: int = 0
-    keep_rollouts: bool = False
-    rollouts: str | None = None
-    fits: Callable[[Rollout], None] | None = None
     shares_prompts: Callable[[], bool] | None = None
-    before: Callable[[], None] | None = None
-    needs_ids: bool = True
-    ahead: Ahead | None = None
 
     def __post_init__(self) -> None:
-        self.micro_batch_tokens: int | Literal["auto"] | None = self.source.micro_batch_tokens
-        prompts = PromptSource(self.source, self.machine, self.needs_ids)
-        self.source = prompts.source
-        if not self.training:
+        prompts = self.supply.prompts
+        self.micro_batch_tokens: int | Literal["auto"] | None = prompts.micro_batch_tokens
+        self.source: StepSource = prompts.source
+        self.machine, self.training, self.ahead = self.supply.machine, self.supply.training, self.supply.ahead
+        if not self.training:  # one pass, in order
             self.passes, self.rows_per_update = 1, None
-        self._supply = RolloutSupply(
-            prompts,
-            self.maker,
-            self.machine,
-            training=self.training,
-            samples=self.samples,
-            prompts_per_part=self.prompts_per_part,
-            keep_rollouts=self.keep_rollouts,
-            rollouts=self.rollouts,
-            fits=self.fits,
-            before=self.before,
-            ahead=self.ahead,
-        )
         self._opened: tuple[int, int, Rollout] | None = None  # epoch and number of it
         self._logged: tuple[int, int] | None = None  # number and step of the rollout whose metrics were recorded last
         self._cut_before: tuple[int, int | None] | None = None  # passes and rows per update of a checkpoint
@@ -110,22 +72,22 @@ class RolloutSource:
         turns = ""
         if self.ahead is not None:
             turns = f"; the next is made meanwhile, by weights at most {self.ahead.max_staleness} steps old"
-        return f"{prompts} x {self.samples} completions per rollout; {passes}, {update} per step{turns}"
+        return f"{prompts} x {self.supply.samples} completions per rollout; {passes}, {update} per step{turns}"
 
     def size(self) -> int | None:
         return self.source.size()
 
     def num_steps(self) -> int | None:
-        return num_updates(self.source, self.samples, self.rows_per_update, self.passes)
+        return num_updates(self.source, self.supply.samples, self.rows_per_update, self.passes)
 
     def state_dict(self) -> dict[str, Any]:
         """What the source of prompts must remember, and how rollouts are cut into updates."""
         passes, rows_per_update = self._cut_before or (self.passes, self.rows_per_update)
-        return {**self._supply.state_dict(), "passes": passes, "rows_per_update": rows_per_update}
+        return {**self.supply.state_dict(), "passes": passes, "rows_per_update": rows_per_update}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the source that gave `state`; a rollout under way is learned to its end as it was begun."""
-        self._supply.load_state_dict(state)
+        self.supply.load_state_dict(state)
         self._cut_before = state["passes"], state["rows_per_update"]
         self._opened = self._logged = None
 
@@ -141,7 +103,7 @@ class RolloutSource:
 
     def stop(self) -> None:
         """End what is done meanwhile: a rollout that is made ahead stays on the disk as far as it is made."""
-        self._supply.stop()
+        self.supply.stop()
 
     # Steps.
 
@@ -175,7 +137,7 @@ class RolloutSource:
         first, before = divmod(done, per_pass)
         for turn in range(first, passes):
             for micro_batches, _ in stream.steps(turn, before * stream.rows_per_step):
-                self._supply.look_ahead(epoch, following, left=passes * per_pass - done)
+                self.supply.look_ahead(epoch, following, left=passes * per_pass - done)
                 done += 1
                 after = InRollout(place.position, place.number, done)
                 if done == passes * per_pass:
@@ -216,7 +178,7 @@ class RolloutSource:
         """Rollout `place.number`, found or made; None: the epoch has no more prompts."""
         if self._opened is not None and self._opened[:2] == (epoch, place.number):
             return self._opened[2]
-        rollout = self._supply.get(epoch, place)
+        rollout = self.supply.get(epoch, place)
         if rollout is None:
             return None
         self._opened = epoch, place.number, rollout
@@ -229,7 +191,7 @@ class RolloutSource:
         if place.updates or (self.training and self._logged == now):
             return
         self._logged = now
-        for name, (total, count) in self.maker.metrics(rollout).items():
+        for name, (total, count) in self.supply.maker.metrics(rollout).items():
             self.machine.record(name, total, count)
         if self.ahead is not None and self.training:
             ages = staleness(rollout, self.machine.step)

@@ -57,7 +57,19 @@ class _Following(NamedTuple):
 class RolloutSupply:
     """Says which rollout comes next, and finds or makes it. What it keeps is in every checkpoint.
 
-    Its arguments are those of `RolloutSource`, but for `prompts`, what takes prompts from the source of them.
+    Args:
+        prompts: takes them from their source.
+        maker: makes rollouts.
+        machine: of the run.
+        training: False: evaluation.
+        samples: completions per prompt, as far as is known before they are there.
+        prompts_per_part: of a rollout, which a kill can lose of it per process; None: few, and a part for every process.
+        keep_rollouts: all of them; else those that no checkpoint needs are removed.
+        rollouts: folder of stored rollouts of another run, which are learned from in place of new ones.
+        fits: raises an error if such a rollout cannot be learned from; None: any can.
+        before: called by all processes before a rollout of the training is looked for and made, and weights are asked for;
+            by the same step and weights it does the same, or nothing the second time. None: nothing is to be done.
+        ahead: makes each rollout while the one before is learned from; None: they take turns.
     """
 
     prompts: PromptSource
@@ -122,7 +134,7 @@ class RolloutSupply:
         if making is None:
             return Rollout(self._folder.path(place.number))
         making.make_parts()
-        return self._finished(making, wanted.made_of["weights"])
+        return self._finished(making, wanted.made_of.get("weights"))
 
     def _look_up(self, epoch: int, place: InRollout, step: int) -> _Wanted:
         """What the rollout is made of that will be learned from at `step`, and what of it is on the disk."""
@@ -140,7 +152,7 @@ class RolloutSupply:
             self.before()
         made_of = self._made_of(epoch, place, taken.prompts, step)
         if stored is not None and not self._is_same(number, stored, made_of):
-            differ = [name for name in made_of if stored.made_of.get(name) != made_of[name]]
+            differ = different(stored.made_of, made_of)
             stored = None
             self._set_aside(number, f"was made with other {' and '.join(differ)}")
             if isinstance(self.prompts.source, SampleStream):  # as many as a step has now
@@ -174,8 +186,8 @@ class RolloutSupply:
         making.begin()
         return making
 
-    def _finished(self, making: Making, weights: str) -> Rollout:
-        """A rollout of which this process has made its parts; `weights`: the hash of those that score it.
+    def _finished(self, making: Making, weights: str | None) -> Rollout:
+        """A rollout of which this process has made its parts; `weights`: the hash of those that score it, in training.
 
         Raises:
             Stopped: a process was asked to stop; on all of them.
@@ -270,6 +282,9 @@ class RolloutSupply:
             self.machine.say(f"WARNING: {path} {why}; it was moved to {target} and is made anew")
 
     def _made_of(self, epoch: int, place: InRollout, prompts: Sequence[Prompt], step: int) -> dict[str, Any]:
+        """What tells a rollout from any other one; one of an evaluation is never looked for."""
+        if not self.training:
+            return self._place_of(epoch, place, step)
         printed = 0
         for prompt in prompts:
             printed = prompt.fingerprint(printed)
@@ -337,3 +352,13 @@ class RolloutSupply:
         if self.fits is not None:
             self.fits(rollout)
         return rollout if meta["made_of"]["epoch"] == epoch else None
+
+
+def different(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a rollout was made of otherwise than is wanted, in words."""
+    found = [name for name in wanted if there.get(name) != wanted[name]]
+    if "settings" in found:
+        ours, theirs = wanted["settings"], there.get("settings", {})
+        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        found[found.index("settings")] = f"settings ({', '.join(names)})"
+    return found

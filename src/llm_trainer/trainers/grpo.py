@@ -121,6 +121,7 @@ class GRPOTrainer(OnPolicyTrainer):
             samples=how.group_size,
             passes=how.grpo_steps,
             rows_per_update=how.rows_per_update,
+            ref_model=ref_model,
             **options,
         )
         if how.max_resamplings and self.judge is not None:
@@ -192,6 +193,13 @@ class GRPOTrainer(OnPolicyTrainer):
     def _takes_several_updates(self) -> bool:
         """Whether the policy may have moved on when the last update on a rollout begins."""
         return self.passes > 1 or self.rows_per_update is not None
+
+    def _finish_facts(self) -> dict[str, Any]:
+        how, facts = self.how, super()._finish_facts()
+        facts |= {"advantage": self.advantages.kind, "has_reference": bool(how.loss_beta)}
+        if how.loss_beta and how.kl_in == "reward":
+            facts["kl_in_reward"] = [how.loss_beta, how.kl_estimator]
+        return facts
 
     def _before_rollout(self) -> None:
         if self._moving is not None:

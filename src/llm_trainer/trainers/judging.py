@@ -1,5 +1,7 @@
 """The reward model of a policy's run: what it says of whole completions, or of their steps, becomes columns of a rollout."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.rollouts import JUDGED, STEP_REWARDS, Rollout, collate_rollout
+from llm_trainer.generation.verify import hashes_of, joint_hash
 from llm_trainer.machine import Machine
 from llm_trainer.models.frozen import freeze
 from llm_trainer.models.rewarding import Judge, StepJudge
+from llm_trainer.rewards.identity import code_hash
+from llm_trainer.trainers.said import config_of
 
 PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what a token is decoded to that holds a part of a character
 
@@ -43,16 +48,14 @@ def judge_of(model: nn.Module | None, steps: str | None, has_turns: bool) -> Jud
     return Judge(freeze(model)) if steps is None else StepJudge(freeze(model))
 
 
-def check_steps(steps: str | None, tokenizer: Any) -> None:
-    """
-    Raises:
-        ConfigError: steps are to be judged, and nobody can say where they end.
-    """
-    if steps is not None and tokenizer is None:
-        raise ConfigError(
-            f"reward_model_steps: the text {steps!r} is looked for in what ids are decoded to, and there is no tokenizer; "
-            f"expected tokenizer=..., the policy's"
-        )
+def model_facts(model: nn.Module) -> dict[str, str]:
+    """What tells a model that judges a rollout, or scores it, from any other one. It is not sharded yet."""
+    # Where a configuration came from, and by which version it was written, changes no number.
+    config = {name: value for name, value in config_of(model).items() if not name.startswith(("_", "transformers"))}
+    facts = {"weights": joint_hash(hashes_of(model))}
+    if config:
+        return facts | {"config": hashlib.sha256(json.dumps(config, default=str).encode()).hexdigest()[:16]}
+    return facts | {"code": code_hash(type(model).forward)}  # of the user's
 
 
 class StepEnds:
@@ -114,6 +117,22 @@ class StepEnds:
     def _text(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+
+def step_ends_of(separator: str | None, tokenizer: Any) -> StepEnds | None:
+    """What finds the ends of steps; None: whole completions are judged.
+
+    Raises:
+        ConfigError: nobody can say where steps end.
+    """
+    if separator is None:
+        return None
+    if tokenizer is None:
+        raise ConfigError(
+            f"reward_model_steps: the text {separator!r} is looked for in what ids are decoded to, and there is no tokenizer; "
+            f"expected tokenizer=..., the policy's"
+        )
+    return StepEnds(separator, tokenizer)
 
 
 def judged_columns(

@@ -15,8 +15,10 @@ from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import RolloutOptions
 from llm_trainer.data.collate import collate_padded, laying
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.rollout_prompts import PromptSource
 from llm_trainer.data.rollout_source import RolloutSource, num_updates
 from llm_trainer.data.rollout_store import RolloutError
+from llm_trainer.data.rollout_supply import RolloutSupply
 from llm_trainer.data.rollouts import FINISHES, Finished, Maker, Rollout, collate_rollout
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
@@ -34,7 +36,7 @@ from llm_trainer.trainers.answers import Batch, score, to_device
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.drawing import drawing, service_of
 from llm_trainer.trainers.given import pad_id_of
-from llm_trainer.trainers.judging import StepEnds, check_steps, judge_of, judged_columns
+from llm_trainer.trainers.judging import judge_of, judged_columns, model_facts, step_ends_of
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
 from llm_trainer.trainers.ptx import PTX, ptx_of
@@ -66,6 +68,7 @@ class OnPolicyTrainer(BaseTrainer):
         reward_model: judges them too: a `transformers` classification model with one label, or any module that gives one
             number for each row of ids `[B, T]` under a mask `[B, T]`. With `reward_model_steps` it judges steps: a token
             classifier with one label or two, or a module that gives `[B, T]`. It has the policy's tokenizer.
+        ref_model: what the policy is held to, if it is not a copy of it.
         generation_service: draws completions; None: this process does, with a copy of the weights.
         stop_token_ids: that end a completion; None: what tokenizer and model say.
         ptx_loader: batches of language modelling (`trainers.language.Trainer`), whose loss every update has too, times
@@ -95,6 +98,7 @@ class OnPolicyTrainer(BaseTrainer):
         reward_func: Any = None,
         reward_weights: Any = None,
         reward_model: nn.Module | None = None,
+        ref_model: nn.Module | None = None,
         generation_service: GenerationService | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ptx_loader: Any = None,
@@ -119,6 +123,10 @@ class OnPolicyTrainer(BaseTrainer):
             )
         self.partners = Partners(how) if Partners.are_in(how) else None  # forks too
         self.judge = judge_of(reward_model, how.reward_model_steps, self.partners is not None)
+        self._frozen_facts = {}  # of models that say something about a rollout, before an engine shards them
+        for name, frozen in (("reward_model", reward_model), ("ref_model", ref_model)):
+            if frozen is not None:
+                self._frozen_facts[name] = model_facts(frozen)
         self._service = service_of(how, generation_service, model)
         self._stop_token_ids = stop_token_ids
         self._verified: GenerationService | None = None
@@ -135,7 +143,7 @@ class OnPolicyTrainer(BaseTrainer):
         check_ids(model, gen_suppress_tokens=how.gen_suppress_tokens, stop_token_ids=stop_token_ids or ())
         self._ahead = ahead_of(how, self.rewards, self._judges, generation_service)
         super().__init__(model, *args, **options)
-        check_steps(how.reward_model_steps, self.tokenizer)
+        self._step_ends = step_ends_of(how.reward_model_steps, self.tokenizer)
         # Where others draw, or older weights do, only a limit that is set counts.
         is_own = how.rollouts is None and how.gen_repetition_penalty == 1 and not how.max_staleness
         self._agreement = Agreement(self.machine.precision_name, how.max_logp_difference, is_own)
@@ -250,23 +258,25 @@ class OnPolicyTrainer(BaseTrainer):
         """Rollouts around a source of prompts; batches that carry completions and rewards are steps as they are."""
         if not self._judges and self.how.rollouts is None:
             return source
-        return RolloutSource(
-            source,
+        supply = RolloutSupply(
+            PromptSource(source, self.machine, needs_ids=self.partners is None),
             self._maker_of(training),
             self.machine,
             training=training,
             samples=self._rollout_maker().num_samples(training),
-            passes=self.passes,
-            rows_per_update=self.rows_per_update,
             prompts_per_part=self.how.prompts_per_part,
-            pad_id=self._pad_id,
             keep_rollouts=self.how.keep_rollouts,
             rollouts=self.how.rollouts,
             fits=self._check_stored,
-            shares_prompts=lambda: self.shares_prompts,  # known when the model is where it will train
             before=self._before_rollout,
-            needs_ids=self.partners is None,
             ahead=self._ahead,
+        )
+        return RolloutSource(
+            supply,
+            passes=self.passes,
+            rows_per_update=self.rows_per_update,
+            pad_id=self._pad_id,
+            shares_prompts=lambda: self.shares_prompts,  # known when the model is where it will train
         )
 
     def _check_stored(self, rollout: Rollout) -> None:
@@ -309,6 +319,7 @@ class OnPolicyTrainer(BaseTrainer):
                 self._finish,
                 samples=self.samples,
                 dtype=self.machine.dtype,
+                of_finished=self._finish_facts(),
                 rewards=self.rewards,
                 tokenizer=self.tokenizer,
                 stop_token_ids=self._stops(),
@@ -389,14 +400,16 @@ class OnPolicyTrainer(BaseTrainer):
     def _finish(self, rollout: Rollout) -> Finished:
         """What is learned of a rollout, as further columns; called by all processes when all rows are there."""
 
+    def _finish_facts(self) -> dict[str, Any]:
+        """What `_finish` makes depends on beside weights and rows: a rollout that was made with others is not used."""
+        how = {"reward_model_steps": self.how.reward_model_steps, "overlong": self.how.overlong}
+        return {**self._frozen_facts, **how, "learned": list(self._learned_columns())}
+
     def _judged(self, rollout: Rollout) -> dict[str, list[np.ndarray]]:
         """The columns of the reward model, if there is one."""
         if self.judge is None:
             return {}
-        steps, ends = self.how.reward_model_steps, None
-        if steps is not None:
-            ends = StepEnds(steps, self.tokenizer)
-        return judged_columns(rollout, self.judge, self.machine, self._pad_id, ends)
+        return judged_columns(rollout, self.judge, self.machine, self._pad_id, self._step_ends)
 
     def _note(self, rollout: Rollout, is_missing: np.ndarray, is_level: bool) -> None:
         """Say what will teach nothing, however long it goes on.

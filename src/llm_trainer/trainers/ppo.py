@@ -111,6 +111,7 @@ class PPOTrainer(OnPolicyTrainer):
             samples=how.completions_per_prompt,
             passes=how.ppo_epochs,
             rows_per_update=how.ppo_batch_size,
+            ref_model=ref_model,
             **options,
         )
         let_critic_alone(self.optimizer, lambda: self._policy_waits)

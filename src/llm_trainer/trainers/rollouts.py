@@ -51,6 +51,7 @@ class RolloutMaker:
         how: how completions are drawn.
         service: gives who draws them.
         finished: called by all processes when all rows are there: further columns, such as advantages.
+        of_finished: what these depend on beside what draws and rewards completions, in JSON types.
         samples: completions of each prompt.
         dtype: of the weights that the service gets.
         rewards: functions that judge them; None: they come with their rewards, or a model judges them later.
@@ -75,6 +76,7 @@ class RolloutMaker:
     _: KW_ONLY
     samples: int
     dtype: torch.dtype
+    of_finished: Mapping[str, Any] = field(default_factory=dict)
     rewards: RewardFunctions | None = None
     tokenizer: Any = None
     stop_token_ids: Sequence[int] = ()
@@ -108,7 +110,7 @@ class RolloutMaker:
         facts = asdict(self._decoding(0, training))
         for name in ("decode", "seed", "row_numbers"):
             del facts[name]
-        own: dict[str, Any] = {"max_resamplings": self.max_resamplings}
+        own: dict[str, Any] = {"max_resamplings": self.max_resamplings, **self.of_finished}
         if self.draws_greedy:
             own["greedy"] = True
         if self.rewards is not None:

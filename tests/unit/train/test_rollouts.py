@@ -150,6 +150,25 @@ class Asked(BigramTrainer):
                 self.run.signals.received = signal.SIGTERM
 
 
+def test_weights_are_hashed_for_rollouts_that_may_be_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an evaluation never are."""
+    trainer = make_trainer(tmp_path, max_epochs=1, val_loader=prompts(4), eval_interval=1)
+    machine, hashed = type(trainer.machine), list[int]()
+    plain = machine.weights_hash
+
+    def noted(self: Any) -> str:
+        hashed.append(self.step)
+        return plain(self)
+
+    monkeypatch.setattr(machine, "weights_hash", noted)
+    trainer.train()
+    assert hashed == [0, 4, 8] and "eval_reward" in trainer.run.values
+    evaluated = Rollout(tmp_path / "rollouts" / "evaluation" / "00000000")
+    assert not evaluated.is_of_training and "settings" in evaluated.store.meta["made_of"]
+
+
 def test_a_signal_while_a_rollout_is_made_stops_at_once_and_keeps_what_was_finished(tmp_path: Path) -> None:
     """Neither a step nor an epoch is counted; the next life makes the parts that are missing."""
     parts = {"prompts_per_part": 1}
@@ -195,7 +214,8 @@ def test_a_rollout_of_other_settings_is_set_aside_and_made_anew(
     trainer.train()
     said = capsys.readouterr().out
     aside = tmp_path / "rollouts" / "set-aside-1" / "00000000"
-    assert said.count("was made with other settings; it was moved to") == 1 and Rollout(aside).ledger["sampled"]
+    assert said.count("was made with other settings (temperature); it was moved to") == 1
+    assert Rollout(aside).ledger["sampled"]
     assert trainer.maker.begun == [0]
 
 

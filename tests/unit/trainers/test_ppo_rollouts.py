@@ -112,7 +112,7 @@ def test_a_rollout_made_with_other_options_is_made_anew(tmp_path: Path, capsys: 
     make(tmp_path, max_steps=updates + 1, **saves).train()
     shutil.rmtree(tmp_path / f"checkpoint-{updates + 1:08d}")
     make(tmp_path, max_steps=updates + 1, gamma=0.5, **saves).train()
-    assert "00000001 was made with other settings" in capsys.readouterr().out
+    assert "00000001 was made with other settings (shaping)" in capsys.readouterr().out
 
 
 def test_a_reward_model_judges_and_is_the_critic(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Rollouts of a real policy: drawn by the sampler, judged by functions, learned from; what a rollout depends on."""
 
+import json
 import os
+import shutil
 import signal
 import time
 from functools import partial
@@ -9,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
-from llm_trainer.models.rewarding import process_reward_model
+from llm_trainer.models.rewarding import process_reward_model, reward_model
 from llm_trainer.rewards.functions import RewardError
 from llm_trainer.train.signals import TrainingInterrupted
-from policies import STOP, prompts, rollouts_of, tiny
+from policies import STOP, make, prompts, rollouts_of, tiny
 from policies import train as run
 
 train = partial(run, "grpo")
@@ -117,7 +121,7 @@ def test_baselines_of_reinforce(name: str, samples: int, tmp_path: Path) -> None
 
 def test_parts_are_as_large_as_was_said(tmp_path: Path) -> None:
     trainer, _ = train(tmp_path, prompts_per_part=3, max_steps=1)
-    assert trainer.run.source._supply._parts(7) == [(0, 3), (3, 6), (6, 7)]
+    assert trainer.run.source.supply._parts(7) == [(0, 3), (3, 6), (6, 7)]
 
 
 def test_a_model_that_judges_steps_is_no_judge_of_completions(tmp_path: Path) -> None:
@@ -127,3 +131,67 @@ def test_a_model_that_judges_steps_is_no_judge_of_completions(tmp_path: Path) ->
         match=r"ForTokenClassification judges the steps of an answer.* reward_model_steps.* sequence classification",
     ):
         train(tmp_path, reward_func=None, reward_model=judge)
+
+
+# What tells a rollout from another one.
+
+
+def judge(seed: int) -> Any:
+    torch.manual_seed(7)  # of the head
+    return reward_model(tiny(seed=seed))
+
+
+def test_a_rollout_that_another_reward_model_judged_is_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was made after the last checkpoint, by the same weights and of the same prompts."""
+    options: dict[str, Any] = {"reward_func": None, "save_interval_steps": 1, "resume": "auto", "max_steps": 2}
+    train(tmp_path, reward_model=judge(1), **options)
+    judged = rollouts_of(tmp_path)[1].column("model_reward")
+    shutil.rmtree(tmp_path / "checkpoint-00000002")
+    train(tmp_path, reward_model=judge(1), **options)
+    assert "it was moved to" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoint-00000002")
+    train(tmp_path, reward_model=judge(2), **options)
+    assert "00000001 was made with other settings (reward_model); it was moved to" in capsys.readouterr().out
+    assert np.abs(rollouts_of(tmp_path)[1].column("model_reward") - judged).min() > 1e-4
+
+
+class Twice(nn.Module):
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return ids.float().sum(1) * 2
+
+
+class Thrice(nn.Module):
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return ids.float().sum(1) * 3
+
+
+def test_what_the_columns_of_a_rollout_depend_on_is_in_its_settings(tmp_path: Path) -> None:
+    def settings(name: str, **options: Any) -> Any:
+        return make(name, tmp_path, **options)._rollout_maker().settings(True)
+
+    plain = {"reward_model": judge(1), "kl_coef": 0.1}
+    same = settings("grpo", **plain)
+    assert json.loads(json.dumps(settings("grpo", **plain))) == json.loads(json.dumps(same))
+    others: list[Any] = []
+    regression = judge(1)
+    regression.config.problem_type = "regression"
+    for name, changed in {
+        "another judge": {"reward_model": judge(2)},
+        "no judge": {"reward_model": None},
+        "a judge of another kind": {"reward_model": regression},
+        "a module": {"reward_model": Twice()},
+        "another module": {"reward_model": Thrice()},
+        "what is compared": {"advantage": "rloo"},
+        "what is masked": {"overlong": "mask"},
+        "another reference": {"ref_model": tiny(seed=5)},
+        "no reference": {"kl_coef": 0.0},
+        "the KL in the reward": {"kl_in": "reward"},
+        "more of it": {"kl_in": "reward", "kl_coef": 0.2},
+        "log-probs of before the updates": {"grpo_steps": 2},
+    }.items():
+        found = settings("grpo", **(plain | changed))
+        assert found not in (same, *others), name
+        others.append(found)
+    assert settings("ppo", ref_model=tiny(seed=5)) != settings("ppo") != settings("ppo", overlong="mask")
