@@ -1,7 +1,7 @@
 """What both ends of a transfer of weights know: the hash of a tensor, what is announced, and the group that broadcasts.
 
 Rollout servers import this file in an environment of their own, where nothing of ours is but its neighbours: it needs torch
-alone, and safetensors inside of functions.
+and numpy, and safetensors inside of functions.
 """
 
 import hashlib
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _WORD = 8  # bytes that are mixed at once
-_AT_ONCE = {"cpu": 1 << 14}  # words; few enough for a core's cache
-_AT_ONCE_ON_OTHERS = 1 << 24
+_AT_ONCE_ON_CPU = 1 << 14  # words; few enough for a core's cache
+_AT_ONCE = 1 << 24
 
 
 def _signed(number: int) -> int:
@@ -58,11 +59,17 @@ def _mixed_sum(tensor: Tensor) -> Tensor:
         data = F.pad(data, (0, -len(data) % _WORD))
         data = data.clone() if data.storage_offset() % _WORD else data
     words = data.view(torch.int64)
-    at_once = _AT_ONCE.get(words.device.type, _AT_ONCE_ON_OTHERS)
-    places = torch.arange(1, 1 + min(at_once, len(words)), device=words.device) * _GOLDEN
+    if words.device.type == "cpu":
+        return torch.tensor(_mixed_sum_on_cpu(words.numpy()))
+    return _mixed_sum_of_words(words)
+
+
+def _mixed_sum_of_words(words: Tensor) -> Tensor:
+    """`[]` of `words` int64, by torch."""
+    places = torch.arange(1, 1 + min(_AT_ONCE, len(words)), device=words.device) * _GOLDEN
     total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for first in range(0, len(words), at_once):
-        mixed = words[first : first + at_once] + places[: len(words) - first]
+    for first in range(0, len(words), _AT_ONCE):
+        mixed = words[first : first + _AT_ONCE] + places[: len(words) - first]
         mixed += _signed(first * _GOLDEN)
         mixed ^= mixed >> 32
         mixed *= _FIRST
@@ -71,6 +78,26 @@ def _mixed_sum(tensor: Tensor) -> Tensor:
         mixed ^= mixed >> 32
         total += mixed.sum()
     return total
+
+
+def _mixed_sum_on_cpu(words: np.ndarray) -> int:
+    """The same number, by numpy, which multiplies 64-bit integers two to three times as fast, in memory that stays."""
+    at_once = min(_AT_ONCE_ON_CPU, len(words))
+    places = np.arange(1, 1 + at_once) * _GOLDEN
+    both = np.empty((2, at_once), dtype=np.int64)
+    total = 0
+    for first in range(0, len(words), at_once or 1):
+        block = words[first : first + at_once]
+        mixed, shifted = both[:, : len(block)]
+        np.add(block, places[: len(block)], out=mixed)
+        mixed += _signed(first * _GOLDEN)
+        mixed ^= np.right_shift(mixed, 32, out=shifted)
+        mixed *= _FIRST
+        mixed ^= np.right_shift(mixed, 29, out=shifted)
+        mixed *= _SECOND
+        mixed ^= np.right_shift(mixed, 32, out=shifted)
+        total += int(mixed.sum())
+    return _signed(total)
 
 
 @dataclass
