@@ -20,7 +20,7 @@ from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import load_judge, process_reward_model, reward_model
-from llm_trainer.train_configs import ConfigError, EvalConfig, GRPOConfig, TrainConfig
+from llm_trainer.train_configs import ConfigError, DataLoaderConfig, EvalConfig, GRPOConfig, TrainConfig
 from llm_trainer.trainers.judging import StepEnds
 
 ROWS = [{"question": f"count to {n}", "answer": "x" * n, "level": n} for n in range(1, 7)]
@@ -174,7 +174,13 @@ def test_prompts_that_leave_no_room(reference_dir: Path, tmp_path: Path) -> None
     path.write_text(json.dumps({"question": "word " * 200, "answer": "1"}) + "\n")
     with pytest.raises(ValueError, match="no room for a completion of up to 4 .*dataset_block_size to 60"):
         GRPOTrainer(
-            train_config=config(path, reference_dir, tmp_path, grpo_config=GRPOConfig(gen_max_seq_len=4)),
+            train_config=config(
+                path,
+                reference_dir,
+                tmp_path,
+                grpo_config=GRPOConfig(gen_max_seq_len=4),
+                data_loader_config=DataLoaderConfig(truncation="keep_end"),
+            ),
             reward_func=shorter,
         ).train()
 

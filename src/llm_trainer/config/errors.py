@@ -34,6 +34,25 @@ _BOUNDS: dict[type, tuple[str, str]] = {
 }
 
 
+# What other libraries call an option that has another name here.
+ELSEWHERE = {
+    "num_generations": "group_size",
+    "max_completion_length": "gen_max_seq_len",
+    "max_new_tokens": "gen_max_seq_len",
+    "temperature": "gen_temperature",
+    "top_k": "gen_k",
+    "top_p": "gen_p",
+    "beta": "loss_beta",
+    "epsilon": "loss_clip_eps",
+    "num_iterations": "grpo_steps",
+    "reward_funcs": "rewards",
+    "learning_rate": "initial_lr",
+    "num_train_epochs": "n_epochs",
+    "per_device_train_batch_size": "batch_size",
+    "output_dir": "save_dir",
+}
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message has one line per mistake."""
 
@@ -158,10 +177,15 @@ def _explain_one(section: type, mistake: ErrorDetails) -> str:
         return f"got {found}, expected a mapping of keys to values"
     if kind == "missing" and location[-1] == path[-1]:
         return f"{key} is missing: {field.description}"
-    return f"{key}: got {found}, expected {expectation(field)}"
+    example = ""
+    if kind == "list_type" and isinstance(mistake["input"], str | int | float):
+        example = f": [{mistake['input']}]"
+    return f"{key}: got {found}, expected {expectation(field)}{example}"
 
 
 def _unknown_key(path: str, key: str, known: list[str]) -> str:
+    if ELSEWHERE.get(key) in known:
+        return f"{path} is not a known key; it is {ELSEWHERE[key]} here"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
     return f"{path} is not a known key; {advice}"

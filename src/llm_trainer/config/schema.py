@@ -130,7 +130,8 @@ class DataLoaderConfig(MicroBatches, Reading):
         "as it would padded, tried out on two",
     )
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = Field(
-        default="keep_start", description="what happens to samples that are too long"
+        default="keep_start",
+        description="what happens to samples that are too long; prompts, whose end must stay, are left out by keep_start too",
     )
     image_columns: Literal["error", "ignore"] = Field(
         default="error",

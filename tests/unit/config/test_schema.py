@@ -16,6 +16,7 @@ from llm_trainer.train_configs import (
     ConfigError,
     DataLoaderConfig,
     FileDataset,
+    GRPOConfig,
     ModelConfig,
     MoeConfig,
     OptimConfig,
@@ -112,6 +113,8 @@ def test_file_dataset_takes_paths_lists_and_objects():
     ("make", "message"),
     [
         (lambda: OptimConfig(initail_lr=1), "OptimConfig: initail_lr is not a known key; did you mean initial_lr?"),
+        (lambda: GRPOConfig(num_generations=4), "num_generations is not a known key; it is group_size here"),
+        (lambda: GRPOConfig(rewards="numeric"), "rewards: got 'numeric', expected a list of values: [numeric]"),
         (lambda: SFTConfig(zzz=1), "zzz is not a known key; known here: mask_prompt, train_on, thinking"),
         (
             lambda: TrainConfig(model_config="m", file_dataset="a", batch_size=0),

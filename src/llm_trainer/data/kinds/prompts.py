@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -46,9 +47,15 @@ def encode_prompt_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[E
 
 
 class PromptRows(Rows):
-    """The prompts of a store; nothing of them is trained on."""
+    """The prompts of a store; nothing of them is trained on.
+
+    One that is too long is left out where the start of rows is kept: at its end stand the question and the mark after which
+    the assistant writes, and without them it is no prompt.
+    """
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
+        if how.truncation == "keep_start":
+            how = replace(how, truncation="drop")
         self.prompts = Column(store, "input_ids", None, how)
         super().__init__(store, name, how, [self.prompts], learns=False)
         self.facts = store["facts"]

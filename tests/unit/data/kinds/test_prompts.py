@@ -63,8 +63,11 @@ def test_long_prompts_are_cut_or_dropped_and_counted(chat: ChatFormat, tmp_path:
     short, long = load(path, chat).lengths.tolist()
     cut = load(path, chat, block_size=short, truncation="keep_end")
     assert cut.ledgers[0].truncated == long - short and cut[1]["row"] == ROWS[1]
-    left = load(path, chat, block_size=short, truncation="drop")
-    assert left.ledgers[0].dropped_rows == {TOO_LONG: 1} and left[0]["answer"] == "4"
+    for end in ("drop", "keep_start"):  # without its end a prompt is none
+        left = load(path, chat, block_size=short, truncation=end)
+        assert left.ledgers[0].dropped_rows == {TOO_LONG: 1} and left[0]["answer"] == "4"
+    with pytest.raises(DataError, match="no row to train on .*longer than the context"):
+        load(path, chat, block_size=short - 1)
     with pytest.raises(ValueError, match="expected 'none' for prompts"):
         load(path, chat, packing="flat")
     with pytest.raises(DataError, match="expected rows of kind prompt for prompts"):
