@@ -45,6 +45,9 @@ RENAMED = {  # ours -> theirs, the value as it is
 TRANSLATED = {  # besides: by the functions below, or with the model and the data
     *RENAMED,
     *("model_config", "tokenizer", "init_state_dict", "init_weights_path", "file_dataset", "eval_dataset"),
+    # These stand in the folder that it begins from: the positions in its config.json, tokens in tokenizer and weights.
+    *("model_overrides", "vocabulary_config.add_tokens", "vocabulary_config.add_special_tokens"),
+    *("vocabulary_config.pad_to_multiple_of", "vocabulary_config.chat_template"),
     *("dataset_block_size", "data_loader_config.data_loader_shuffle", "data_loader_config.schema"),
     *("data_loader_config.packing", "data_loader_config.text_unit", "data_loader_config.cache_dir"),
     "data_loader_config.bad_rows",

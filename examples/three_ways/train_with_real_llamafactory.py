@@ -27,12 +27,11 @@ import yaml
 from llamafactory_yaml import Translation, add_data, stage_of, translate
 from transformers.utils.logging import disable_progress_bar
 
-from llm_trainer.builder import Builder, make_model
+from llm_trainer.builder import Builder
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.encode.templates import default_template
-from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.device import choose_precision, detect_device
 from llm_trainer.train.writers import JsonLines
@@ -71,10 +70,9 @@ def is_ready() -> bool:
 def write_run(config: TrainConfig, folder: Path, our_tokens: bool) -> Translation:
     """Everything that LLaMA-Factory reads, into `folder`: model, data, train.yaml."""
     stage, _ = stage_of(config)
-    tokenizer = load_tokenizer(str(config.tokenizer))
-    model = make_model(config, tokenizer, torch.device("cpu"))
-    trainer_class = get_trainer_class({"pt": "pretrain"}.get(stage, stage))
-    stream, *_ = Builder(config, trainer_class, {"model": model}).streams
+    build = Builder(config, get_trainer_class({"pt": "pretrain"}.get(stage, stage)))
+    tokenizer, model = build.tokenizer, build.policy  # with what the run changes in them
+    stream, *_ = build.streams
     tokenizer.chat_template = tokenizer.chat_template or default_template(tokenizer)  # it reads its template from here
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")

@@ -21,7 +21,7 @@ from llm_trainer.data.cache import default_folder
 from llm_trainer.data.duplicates import note_overlap
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import save_array
-from llm_trainer.data.encode.templates import default_template
+from llm_trainer.data.encode.templates import default_template, template_of
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import choose_kind, load, open_stream
@@ -43,6 +43,7 @@ from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.scored import ScoredModel
+from llm_trainer.models.vocabulary import Pieces, check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.terminal import waiting
 
 LAYOUT_KEY = "data_loader_config.packing: none"
@@ -94,16 +95,26 @@ class Builder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        if self.config.tokenizer is None:
-            raise ValueError(
-                "tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR"
-            )
-        with waiting(f"loading the tokenizer of {self.config.tokenizer}", dist.is_main()):
-            tokenizer = load_tokenizer(self.config.tokenizer)
+        tokenizer, _ = self._extended_tokenizer
         if self.trainer_class.prompt_format == "chat" and not tokenizer.chat_template:
             # It is saved with the model: whoever opens the folder then talks to it as it was trained.
             tokenizer.chat_template = default_template(tokenizer)
         return tokenizer
+
+    @cached_property
+    def _extended_tokenizer(self) -> tuple[Any, Pieces]:
+        """The tokenizer with the tokens and the template of the configuration, and what the tokens were before."""
+        if self.config.tokenizer is None:
+            raise ValueError(
+                "tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR"
+            )
+        vocabulary = self.config.vocabulary_config
+        with waiting(f"loading the tokenizer of {self.config.tokenizer}", dist.is_main()):
+            tokenizer = load_tokenizer(self.config.tokenizer)
+        pieces = extend_tokenizer(tokenizer, vocabulary.add_tokens, vocabulary.add_special_tokens)
+        if vocabulary.chat_template is not None:
+            tokenizer.chat_template = template_of(vocabulary.chat_template)
+        return tokenizer, pieces
 
     def tokenizer_of(self, source: str) -> Any:
         return load_tokenizer(source)
@@ -115,6 +126,7 @@ class Builder:
     @cached_property
     def policy(self) -> Any:
         if "model" in self.given:
+            _refuse_changes(self.config)
             return self.given["model"]
         with waiting("building the model", dist.is_main()):
             return self.trainer_class._model_from_config(self.config, self)
@@ -123,7 +135,8 @@ class Builder:
         if source is None:
             sharded = self.engine == "fsdp" and dist.num_processes() > 1
             empty = sharded and self.trainer_class.shards_first_weights and not dist.is_main()
-            return make_model(self.config, self.tokenizer, self.device, empty)
+            _, pieces = self._extended_tokenizer
+            return make_model(self.config, self.tokenizer, self.device, empty, pieces)
         attention = resolve_attention(self.config.run_config.attention, self.device)
         dtype = DTYPES[self._precision if in_half else "fp32"]
         self._others.append(build_model(source, attention=attention, dtype=dtype))
@@ -281,22 +294,62 @@ class Builder:
         return options, ChatFormat(self.tokenizer, parse_special_tokens=parse, **self._wanted.chat)
 
 
-def make_model(config: TrainConfig, tokenizer: Any, device: torch.device, empty: bool = False) -> Any:
-    """Build or load the model with the weights that the run starts from, the same on every rank; or `empty`, without any."""
+def make_model(
+    config: TrainConfig, tokenizer: Any, device: torch.device, empty: bool = False, pieces: Pieces | None = None
+) -> Any:
+    """Build or load the model with the weights that the run starts from, the same on every rank; or `empty`, without any.
+
+    Args:
+        config: the whole run.
+        tokenizer: of the run, with the tokens that were added.
+        device: where it will train.
+        empty: without weights, on the meta device.
+        pieces: the ids of the tokens that were added, and what they were before; None: there are none.
+    """
+    # 1. the model as it was, with its first weights
     torch.manual_seed(config.run_config.seed)
     attention = resolve_attention(config.run_config.attention, device)
-    wanted = config.model_config
+    wanted, pieces = config.model_config, pieces or {}
     if isinstance(wanted, ModelConfig) and wanted.vocab_size is None:
-        wanted = replace(wanted, vocab_size=len(tokenizer))
-    model = build_model(wanted, attention=attention, empty=empty)
-    set_stops(model, ChatFormat(tokenizer).stop_token_ids(), tokenizer.pad_token_id)
-    if empty:
-        return model
-    if config.init_state_dict is not None:
+        wanted = replace(wanted, vocab_size=min(pieces, default=len(tokenizer)))
+    model = build_model(wanted, attention=attention, empty=empty, overrides=config.model_overrides)
+    if config.init_state_dict is not None and not empty:
         load_weights(model, config.init_state_dict, "init_state_dict")
-    if config.init_weights_path is not None:
+    if config.init_weights_path is not None and not empty:
         load_checkpoint(config.init_weights_path, model=model)
+
+    # 2. what the run gives it
+    multiple = config.vocabulary_config.pad_to_multiple_of
+    if pieces or multiple is not None:
+        check_rows(model, tokenizer, pieces)
+        extend_rows(model, pieces, num_ids(tokenizer), multiple)
+    context = model_context(model)
+    if (
+        config.model_overrides and context is not None
+    ):  # whoever opens the folder is else warned of rows that can be read
+        tokenizer.model_max_length = max(tokenizer.model_max_length, context)
+    set_stops(model, ChatFormat(tokenizer).stop_token_ids(), tokenizer.pad_token_id)
     return model
+
+
+def _refuse_changes(config: TrainConfig) -> None:
+    """
+    Raises:
+        ValueError: the configuration changes a model that is not made from it.
+    """
+    vocabulary = config.vocabulary_config
+    for name, instead, is_changed in (
+        ("model_overrides", "build_model(..., overrides=...)", bool(config.model_overrides)),
+        (
+            "vocabulary_config",
+            "models.vocabulary.extend_vocabulary(model, tokenizer, ...)",
+            bool(vocabulary.add_tokens or vocabulary.add_special_tokens or vocabulary.pad_to_multiple_of),
+        ),
+    ):
+        if is_changed:
+            raise ValueError(
+                f"{name}: the model is given as an object, which is taken as it is; expected it from {instead}"
+            )
 
 
 def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dict[str, SampleStream]]:

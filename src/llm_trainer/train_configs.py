@@ -33,6 +33,7 @@ from llm_trainer.config.schema import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+    VocabularyConfig,
 )
 
 __all__ = [
@@ -69,4 +70,5 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "TrainConfig",
+    "VocabularyConfig",
 ]

@@ -80,6 +80,26 @@ CASES = [
         ("ids up to 511, the model's embedding has 100 rows", "expected at least 512", "set model_config.vocab_size"),
         config={"model_config": {"vocab_size": 100}},
     ),
+    Case(
+        "a vocabulary smaller than the tokenizer",
+        ("needs 512 rows before any token is added, and the model has 100", "expected the tokenizer of this model"),
+        config={"model_config": {"vocab_size": 100}, "vocabulary_config": {"add_tokens": ["<|tool|>"]}},
+    ),
+    Case(
+        "a new token that exists",
+        ("add_tokens: '<|im_end|>' exists already, as id", "leave it out"),
+        config={"vocabulary_config": {"add_special_tokens": ["<|im_end|>"]}},
+    ),
+    Case(
+        "no such RoPE",
+        ("rope_scaling.rope_type: got 'ntk'", "transformers knows no such RoPE", "expected one of default, linear"),
+        config={"model_config": {"rope_scaling": {"type": "ntk", "factor": 2.0}}},
+    ),
+    Case(
+        "overrides of a shape",
+        ("model_overrides: got attention_dropout", "model_config is a shape"),
+        config={"model_overrides": {"attention_dropout": 0.1}},
+    ),
     Case("wrong key", ("run.yaml: sft_confg is not a known key; did you mean sft_config?",), config={"sft_confg": {}}),
     Case(
         "wrong override", ("optim_config.initial_lrr is not", "initial_lr?"), overrides=("optim_config.initial_lrr=3",)

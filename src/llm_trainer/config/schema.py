@@ -105,6 +105,25 @@ class ModelConfig:
 
 
 @config_section
+class VocabularyConfig:
+    """Tokens that tokenizer and model get before they train, and how they talk."""
+
+    add_tokens: list[str] = Field(
+        default_factory=list, description="text that becomes one token each; a new row is the mean of its pieces'"
+    )
+    add_special_tokens: list[str] = Field(
+        default_factory=list, description="control tokens, which are hidden in answers; their rows alike"
+    )
+    pad_to_multiple_of: StrictInt | None = Field(
+        default=None, ge=1, description="raise the number of rows to a multiple of this; null: as many as are needed"
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="jinja text, or the path of a file with it, in place of the tokenizer's own; null: its own",
+    )
+
+
+@config_section
 class DataLoaderConfig(MicroBatches, Reading):
     """How files become batches."""
 
@@ -216,8 +235,15 @@ class TrainConfig:
     model_config: ModelConfig | str = Field(
         description="a shape to train from scratch, or the path or name of a Hugging Face model"
     )
+    model_overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="changes of a loaded model's configuration: rope_parameters, max_position_embeddings, its dropout",
+    )
     tokenizer: str | None = Field(
         default_factory=lambda: environment().token_dir, description="tokenizer folder (TOKEN_DIR); null: the model's"
+    )
+    vocabulary_config: VocabularyConfig = Field(
+        default_factory=VocabularyConfig, description="tokens that are added to tokenizer and model"
     )
     file_dataset: Files = Field(description="training data: a path or a list of paths")
     eval_dataset: Files | None = Field(default=None, description="evaluation data, in the same form")

@@ -1,6 +1,6 @@
 """A description or a folder becomes a transformers model; a model becomes a Hugging Face folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
 from llm_trainer.models.inside import language_config
+from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.quantize import num_values, stored_numbers
 
@@ -31,7 +32,8 @@ def build_config(model_config: "ModelConfig") -> "PretrainedConfig":
     import transformers
 
     c = model_config
-    rope = {"rope_type": "default", "rope_theta": c.rope_theta, **(c.rope_scaling or {})}
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta, **with_rope_type(c.rope_scaling or {})}
+    check_rope(rope, "model_config.rope_scaling")
     values: dict[str, Any] = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
@@ -67,6 +69,7 @@ def build_model(
     dtype: torch.dtype | str = torch.float32,
     empty: bool = False,
     key: str = "model_config",
+    overrides: Mapping[str, Any] | None = None,
 ) -> "PreTrainedModel":
     """A model with random weights from a `ModelConfig`, or the language model that `find_pretrained` finds.
 
@@ -76,14 +79,28 @@ def build_model(
         dtype: of the parameters.
         empty: build it on the meta device, without weights: an engine that shards takes them from another process.
         key: what the configuration calls `source`, for messages.
+        overrides: what is changed in the configuration of a model that is loaded (`models.overrides`).
 
     Raises:
-        ValueError: there is no language model at `source`, or its weights are not finite.
+        ValueError: there is no language model at `source`, its weights are not finite, or an override cannot be meant.
     """
     attention = resolve_attention(attention)
     if isinstance(source, str | Path):
-        return _load_model(source, attention, dtype, empty, key)
+        return _load_model(source, attention, dtype, empty, key, overrides or {})
+    refuse_overrides(overrides or {})
     return model_of_config(build_config(source), attention, dtype, empty)
+
+
+def refuse_overrides(overrides: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: there are overrides of a model that is not loaded.
+    """
+    if overrides:
+        raise ValueError(
+            f"model_overrides: got {', '.join(overrides)}, which are for a model that is loaded, and model_config is a shape; "
+            f"expected them there: rope_scaling, max_position_embeddings, attention_dropout"
+        )
 
 
 def model_of_config(
@@ -97,16 +114,21 @@ def model_of_config(
 
 
 def _load_model(
-    source: str | Path, attention: str, dtype: torch.dtype | str, empty: bool, key: str
+    source: str | Path, attention: str, dtype: torch.dtype | str, empty: bool, key: str, overrides: Mapping[str, Any]
 ) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     found = find_pretrained(source, (Kind.LANGUAGE_MODEL,), key)
     attention = supported_attention(attention, found.config)
+    config = AutoConfig.from_pretrained(found.source)
+    if overrides:
+        config = overridden(config, overrides)
     if empty:
-        return model_of_config(AutoConfig.from_pretrained(found.source), attention, dtype, empty)
+        return model_of_config(config, attention, dtype, empty)
     with without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            found.source, config=config, attn_implementation=attention, dtype=dtype
+        )
     check_finite(model, str(source))
     return model
 

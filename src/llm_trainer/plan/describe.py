@@ -9,10 +9,12 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
-from llm_trainer.models.build import build_config, flops_per_token, model_of_config
+from llm_trainer.models.build import build_config, flops_per_token, model_of_config, refuse_overrides
 from llm_trainer.models.inside import model_context
+from llm_trainer.models.overrides import overridden
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.rewarding import REWARD_MODELS, reward_model
+from llm_trainer.models.vocabulary import check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
 
 if TYPE_CHECKING:
@@ -76,8 +78,16 @@ def _flops(model: "PreTrainedModel", length: int, has_head: bool) -> float:
 
 
 def without_weights(config: "TrainConfig") -> "PreTrainedModel":
-    """The model of a run on the meta device."""
-    return model_of_config(_configuration(config), empty=True)
+    """The model of a run on the meta device, with the rows of tokens that are added."""
+    model = model_of_config(_configuration(config), empty=True)
+    vocabulary = config.vocabulary_config
+    added = (vocabulary.add_tokens, vocabulary.add_special_tokens)
+    if any(added) or vocabulary.pad_to_multiple_of:
+        tokenizer = load_tokenizer(_tokenizer_of(config))
+        pieces = extend_tokenizer(tokenizer, *added)
+        check_rows(model, tokenizer, pieces)
+        extend_rows(model, pieces, num_ids(tokenizer), vocabulary.pad_to_multiple_of)
+    return model
 
 
 class Sketch:
@@ -131,12 +141,18 @@ def _configuration(config: "TrainConfig") -> "PretrainedConfig":
     """The shape of the model in transformers' words."""
     wanted = config.model_config
     if isinstance(wanted, str):
-        return _of_folder(wanted)
+        found = _of_folder(wanted)
+        return overridden(found, config.model_overrides) if config.model_overrides else found
+    refuse_overrides(config.model_overrides)
     if wanted.vocab_size is None:
-        if config.tokenizer is None:
-            raise ConfigError("model_config.vocab_size: none given, and no tokenizer that would tell; give one of them")
-        wanted = replace(wanted, vocab_size=len(load_tokenizer(config.tokenizer)))
+        wanted = replace(wanted, vocab_size=len(load_tokenizer(_tokenizer_of(config))))
     return build_config(wanted)
+
+
+def _tokenizer_of(config: "TrainConfig") -> str:
+    if config.tokenizer is None:
+        raise ConfigError("model_config.vocab_size: none given, and no tokenizer that would tell; give one of them")
+    return config.tokenizer
 
 
 def _of_folder(

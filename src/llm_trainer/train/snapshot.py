@@ -27,6 +27,7 @@ from llm_trainer.state import Progress
 from llm_trainer.train.bases import Bases
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.metrics import Metrics
+from llm_trainer.train.model_facts import ModelFacts
 from llm_trainer.train.saving import Saving, Wanted
 from llm_trainer.train.work import Work
 
@@ -116,6 +117,7 @@ def parts_of(work: Work, progress: Progress, configured: ConfiguredOptimizer) ->
     algorithm, source = work.algorithm, work.source
     parts: dict[str, Part] = {
         "data": DataFacts(source, work.seed),  # first: other data is refused
+        "model_facts": ModelFacts(algorithm.base_model, algorithm.tokenizer),  # so is another meaning of the weights
         "progress": progress,
         "engine": work.engine,
         "budget": work.budget,
@@ -265,7 +267,7 @@ class Checkpoints:
                 f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
                 f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
             )
-        for name in ("configured", "budget", "compiling"):
+        for name in ("configured", "budget", "compiling", "model_facts"):
             state.setdefault(name, None)  # checkpoints of earlier versions do not say
         missing = next((name for name in parts if name not in state), None)
         if missing is not None:

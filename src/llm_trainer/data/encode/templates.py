@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
@@ -132,6 +133,23 @@ def _family(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, dict[str, str]]:
             "tokenizer.eos_token or a chat template"
         )
     return f"plain headers (### user:), an answer ends with {tokenizer.eos_token}", _PLAIN
+
+
+def template_of(given: str) -> str:
+    """A chat template that is given as its text, or as the path of a file; text has a brace or a line's end in it.
+
+    Raises:
+        ChatTemplateError: it is a path, and there is no such file.
+    """
+    if "{" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateError(
+            f"chat_template: {given!r} cannot be read ({error}); expected the path of a jinja file, or its text, which has "
+            f"{{{{ }}}} or {{% %}} in it"
+        ) from None
 
 
 def default_template(tokenizer: "PreTrainedTokenizerFast") -> str:
