@@ -39,6 +39,7 @@ from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine.device import choose_precision, detect_device
 from llm_trainer.losses.language import weight_sum
 from llm_trainer.models.scored import TokenScores, scored
+from llm_trainer.optim.multipliers import multiplied, rate_of_run
 from llm_trainer.optim.optimizers import OPTIMIZERS, get_parameter_groups
 from llm_trainer.train.writers import open_writers
 from llm_trainer.trainers.language import SFTTrainer, Trainer, language_loss
@@ -71,7 +72,7 @@ def eight_bit_adamw(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         )
     own = OPTIMIZERS["adamw"]
     decay = own.weight_decay if options.weight_decay is None else options.weight_decay
-    groups = get_parameter_groups(model, decay)
+    groups = multiplied(get_parameter_groups(model, decay), model, options.initial_lr, options.lr_multipliers)
     return AdamW8bit(groups, lr=options.initial_lr, betas=options.betas or own.betas, eps=options.eps)
 
 
@@ -220,7 +221,7 @@ def train(loop: Loop, writers: list[Any]) -> None:
         for batches, position in loop.stream.steps(loop.epoch, loop.position):
             # 1. one step; dropout is the same when it is run again
             torch.manual_seed(mix_seeds(run.seed, loop.step, loop.accelerator.process_index))
-            started, learning_rate = time.perf_counter(), loop.optimizer.param_groups[0]["lr"]
+            started, learning_rate = time.perf_counter(), rate_of_run(loop.optimizer)
             loss, tokens = loop.backward([batch.batch for batch in batches if batch.counts])
             values = {"loss": loss.item(), "grad_norm": loop.update(), "learning_rate": learning_rate}
             values["tokens_per_second"] = tokens / (time.perf_counter() - started)

@@ -4,9 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_trainer.config.adapters import AdapterConfig as AdapterConfig
     from llm_trainer.config.files import FileDataset as FileDataset
     from llm_trainer.config.registry import register_algorithm as register_algorithm
     from llm_trainer.config.section import config_section as config_section
+    from llm_trainer.models.adapters import adapt as adapt
     from llm_trainer.optim.optimizers import configure_optimizer as configure_optimizer
     from llm_trainer.optim.optimizers import create_optimizer as create_optimizer
     from llm_trainer.optim.optimizers import get_parameter_groups as get_parameter_groups
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {  # public name -> its module; imported on first use (PEP 562), so that `import llm_trainer` costs nothing
+    "AdapterConfig": "llm_trainer.config.adapters",
     "BaseTrainer": "llm_trainer.trainers.base",
     "Trainer": "llm_trainer.trainers.language",
     "SFTTrainer": "llm_trainer.trainers.language",
@@ -45,6 +48,7 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "RLOOTrainer": "llm_trainer.trainers.reinforce",
     "ReinforceTrainer": "llm_trainer.trainers.reinforce",
     "RewardTrainer": "llm_trainer.trainers.reward",
+    "adapt": "llm_trainer.models.adapters",
     "configure_optimizer": "llm_trainer.optim.optimizers",
     "create_optimizer": "llm_trainer.optim.optimizers",
     "get_parameter_groups": "llm_trainer.optim.optimizers",

@@ -152,6 +152,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         eps=options.eps,
         momentum=options.momentum,
         fused=fused,
+        lr_multipliers=options.lr_multipliers,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.checkpoint import load_checkpoint, load_weights
+from llm_trainer.config.adapters import LORA
 from llm_trainer.config.env import environment
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.options import Reading
@@ -35,6 +36,7 @@ from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
 from llm_trainer.engine.score import Scoring
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout, is_open, takes_flat
+from llm_trainer.models.adapters import adapt
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.frozen import freeze, frozen_copy
@@ -125,16 +127,24 @@ class Builder:
 
     @cached_property
     def policy(self) -> Any:
+        adapters = self.config.adapter_config
         if "model" in self.given:
             _refuse_changes(self.config)
             return self.given["model"]
         with waiting("building the model", dist.is_main()):
-            return self.trainer_class._model_from_config(self.config, self)
+            model = self.trainer_class._model_from_config(self.config, self)
+            if adapters is None:
+                return model
+            torch.manual_seed(self.config.run_config.seed)  # whether the weights before were drawn or read
+            return adapt(model, adapters)
 
     def model(self, source: str | None = None, in_half: bool = False) -> Any:
         if source is None:
             sharded = self.engine == "fsdp" and dist.num_processes() > 1
-            empty = sharded and self.trainer_class.shards_first_weights and not dist.is_main()
+            adapters = self.config.adapter_config
+            may_be_empty = adapters is None or adapters.kind == LORA  # others are made of the weights
+            shards_first = self.trainer_class.shards_first_weights and may_be_empty
+            empty = sharded and shards_first and not dist.is_main()
             _, pieces = self._extended_tokenizer
             return make_model(self.config, self.tokenizer, self.device, empty, pieces)
         attention = resolve_attention(self.config.run_config.attention, self.device)
@@ -340,6 +350,7 @@ def _refuse_changes(config: TrainConfig) -> None:
     vocabulary = config.vocabulary_config
     for name, instead, is_changed in (
         ("model_overrides", "build_model(..., overrides=...)", bool(config.model_overrides)),
+        ("adapter_config", "llm_trainer.adapt(model, AdapterConfig(...))", config.adapter_config is not None),
         (
             "vocabulary_config",
             "models.vocabulary.extend_vocabulary(model, tokenizer, ...)",

@@ -1,5 +1,6 @@
 """Every configuration class under one import path."""
 
+from llm_trainer.config.adapters import AdapterConfig
 from llm_trainer.config.algorithms import (
     DPOConfig,
     KTOConfig,
@@ -37,6 +38,7 @@ from llm_trainer.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "ConfigError",
     "DPOConfig",
     "DataLoaderConfig",

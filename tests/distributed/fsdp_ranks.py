@@ -18,6 +18,7 @@ from table import tiny_model
 
 from failing_memory import FailingMemory, num_rows
 from llm_trainer import DPOTrainer, SFTTrainer, create_trainer
+from llm_trainer.config.errors import is_installed
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
 from llm_trainer.trainers.base import BaseTrainer
@@ -187,6 +188,14 @@ def alone(folder: Path) -> dict[str, Any]:
     return described(folder, "auto", ds_config={"zero_config": offload, "activation_checkpointing": {}})
 
 
+def adapted(folder: Path, engine: str) -> list[tuple[float, float]]:
+    """Adapters whose B learns faster, in several parameter groups with a schedule."""
+    rates = {"initial_lr": 1e-2, "lr_multipliers": {"lora_B": 4}, "enable_lr_scheduler": True, "warmup_iters": 2}
+    changes = {"optim_config": rates, "adapter_config": {"rank": 4, "dora": True}}
+    found = described(folder, engine, eval_dataset=None, eval_prompts=[], **changes)
+    return found["curve"]
+
+
 def main(folder: Path) -> None:
     import_once()
     make_trainer(folder / "unused", 1)  # imports the rest
@@ -213,6 +222,9 @@ def main(folder: Path) -> None:
         "described alone": (1, alone),
         **{f"described {engine}": (2, partial(described, engine=engine)) for engine in ("torch", "fsdp", "deepspeed")},
     }
+    if is_installed("peft"):
+        for engine in ("torch", "fsdp", "deepspeed"):
+            scenarios[f"adapted {engine}"] = (2, partial(adapted, engine=engine))
     report = {
         name: fork_ranks(scenario, folder / name.replace(" ", "-"), ranks)
         for name, (ranks, scenario) in scenarios.items()

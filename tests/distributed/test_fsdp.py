@@ -77,6 +77,14 @@ def test_a_described_run(played: dict[str, Any], engine: str) -> None:
     assert answers[0] == answers[1] and len(answers[0]) == 3
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_adapters_with_rates_of_their_own(played: dict[str, Any], engine: str) -> None:
+    """The second rank of FSDP builds neither the model nor its adapters with weights."""
+    pytest.importorskip("peft", reason="needs peft")
+    assert_same(played[f"adapted {engine}"][0], played["adapted torch"][0])
+    assert played["adapted torch"][0] != played["described torch"][0]["curve"]
+
+
 def test_a_section_for_deepspeed_is_used_in_one_process(played: dict[str, Any]) -> None:
     """ZeRO-3 with its optimizer on the host and recomputed activations, where smart_train finds one device."""
     (found,) = played["described alone"]

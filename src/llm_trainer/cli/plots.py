@@ -18,7 +18,14 @@ Curves = dict[str, tuple[list[int], list[float]]]
 _COLORS = ("#3b6fb6", "#d9722e", "#3f9b6c", "#b0476b", "#7a62b8", "#8a7a3d", "#2f9aa8", "#6b6f76")
 _INK, _GRID = "#33373d", "#e3e6ea"
 _FIRST = ("loss", "reward", "mean_token_accuracy", "learning_rate", "grad_norm", "aux_loss", "entropy", "kl")
-_NO_CURVES = ("step", "time", "epoch", "num_tokens", "choices")  # they say when and by what means, not how well
+_NO_CURVES = (
+    "step",
+    "time",
+    "epoch",
+    "num_tokens",
+    "choices",
+    "adapters",
+)  # they say when and by what means, not how well
 _PAIR = re.compile(r"(\S+?)=(\S+)")
 
 

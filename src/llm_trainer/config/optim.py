@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
 from pydantic_core import ArgsKwargs
@@ -53,6 +53,11 @@ class OptimConfig:
     )
     plateau_factor: StrictFloat = Field(
         default=0.5, gt=0, lt=1, description="what a cut multiplies by (reduce_on_plateau)"
+    )
+    lr_multipliers: dict[str, Annotated[StrictFloat, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="rates that are multiples of this one, by regular expressions that parameter names hold: {lora_B: 16}; "
+        "the first one counts",
     )
     max_grad_norm: StrictFloat | None = Field(
         default=1.0, ge=0, description="gradients are scaled down to this norm; 0 or null: never"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
+from llm_trainer.config.adapters import AdapterConfig, refuse_tensor_parallelism
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
 from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import environment
@@ -258,6 +259,9 @@ class TrainConfig:
     plugins: list[str] = Field(
         default_factory=list, description="modules or .py files imported first, which register algorithms"
     )
+    adapter_config: AdapterConfig | None = Field(
+        default=None, description="a few new weights are trained in place of all (LoRA and others, by peft)"
+    )
     data_loader_config: DataLoaderConfig = Field(default_factory=DataLoaderConfig, description="files to batches")
     loss_config: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
     optim_config: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and learning rate")
@@ -287,6 +291,8 @@ class TrainConfig:
             raise ConfigError("init_weights_path: init_state_dict already gives initial weights; give one of them")
         if self.ds_config is not None:
             self._one_clipping(self.ds_config)
+        if self.adapter_config is not None and self.fsdp_config is not None:
+            refuse_tensor_parallelism(self.fsdp_config.tensor_parallel_size)
 
     def _one_clipping(self, ds_config: DsConfig) -> None:
         """Two names for one number: the one that was changed counts."""

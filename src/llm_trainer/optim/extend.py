@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.optim.multipliers import MULTIPLIER, factor_of
 from llm_trainer.optim.optimizers import Muon, get_parameter_groups, separate, vocabulary_tables
 from llm_trainer.optim.schedules import Scheduler
 
-_OF_A_GROUP = ("params", "param_names", "initial_lr")
+_OF_A_GROUP = ("params", "param_names", "initial_lr", MULTIPLIER)
 
 
 def add_groups(
@@ -71,9 +72,10 @@ def _add(
             f"optimizer: this {type(optimizer).__name__} has no group that the parameters {names[group['params'][0]]}, ... "
             f"could be like; make it of both models"
         )
+    alike.sort(key=lambda g: MULTIPLIER in g)  # those of the run's own rate first
     model_group = next((g for g in alike if bool(g.get("weight_decay")) == decays), alike[0])
     new = {name: value for name, value in model_group.items() if name not in _OF_A_GROUP}
-    new["lr"] = model_group.get("initial_lr", new["lr"])
+    new["lr"] = model_group.get("initial_lr", new["lr"]) / factor_of(model_group)
     new.update({name: value for name, value in options.items() if value is not None and name in new})
     if not decays and "weight_decay" in new:
         new["weight_decay"] = 0.0

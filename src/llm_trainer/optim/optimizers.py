@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.optim.multipliers import multiplied
+
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 Closure: TypeAlias = Callable[[], float]
 
@@ -465,18 +467,21 @@ def configure_optimizer(
     weight_decay: float | None = 0.01,
     no_decay: Sequence[str] = (),
     use_parameter_groups: bool = True,
+    lr_multipliers: Mapping[str, float] | None = None,
     **options: Any,
 ) -> torch.optim.Optimizer:
     """Build an optimizer for `model` with the groups of `get_parameter_groups`, or without them, so that all decay alike.
 
     `muon` gets the hidden matrices; embeddings and the LM head are tables of vectors, which its post says to leave to
-    AdamW. A `weight_decay` of None is the optimizer's own. `options` are those of `create_optimizer`.
+    AdamW. A `weight_decay` of None is the optimizer's own. `lr_multipliers` are those of `multipliers.multiplied`, and
+    `options` those of `create_optimizer`.
     """
     if weight_decay is None:
         weight_decay = _recipe_called(optimizer_type).weight_decay
     groups = get_parameter_groups(model, weight_decay, no_decay)
     if not use_parameter_groups:
         groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    groups = multiplied(groups, model, lr, lr_multipliers or {})
     if optimizer_type.lower() == "muon":
         tables = vocabulary_tables(model)
         groups = sum((separate(group, tables) for group in groups), [])

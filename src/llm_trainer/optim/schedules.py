@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from llm_trainer.optim.multipliers import top_rate
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -221,15 +223,16 @@ class Plateau:
 class Scheduler(LRScheduler):
     """Applies a `Schedule` to an optimizer; call `step()` once after every update.
 
-    Groups keep the ratio of their own rates to the largest one, which follows the schedule. The state is the step (and
-    what `reduce_on_plateau` has seen), so a state loaded into another schedule goes on from that step of the new one.
+    Groups keep the ratio of their own rates to the largest one that is no multiple (see `multipliers`), which follows the
+    schedule. The state is the step (and what `reduce_on_plateau` has seen), so a state loaded into another schedule goes on
+    from that step of the new one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
         self.schedule = schedule
         self.plateau = Plateau(**schedule.options) if schedule.name == "reduce_on_plateau" else None
         # Before other groups come, see `take_in`: it is what the schedule's top means.
-        self._top = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+        self._top = top_rate(optimizer)
         super().__init__(optimizer)  # ends in step(), which makes last_epoch 0
 
     def get_lr(self) -> list[float | torch.Tensor]:
@@ -312,8 +315,7 @@ def create_schedule(
 
 def create_scheduler(optimizer: torch.optim.Optimizer, name: str = "constant", **hyper: Any) -> Scheduler:
     """Build the schedule called `name` for `optimizer` with its largest rate as the top; see `create_schedule`."""
-    top = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
-    return Scheduler(optimizer, create_schedule(name, top, **hyper))
+    return Scheduler(optimizer, create_schedule(name, top_rate(optimizer), **hyper))
 
 
 # What a run tells any scheduler, ours or another.

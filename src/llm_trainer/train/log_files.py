@@ -185,9 +185,9 @@ class JsonLines:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append(step, finite)
 
-    def note_choices(self, step: int, choices: Mapping[str, Mapping[str, str]]) -> None:
-        """Appends a line: the fields of each choice, by its name."""
-        self._append(step, {"choices": choices})
+    def note_choices(self, step: int, choices: Mapping[str, Mapping[str, str]], **facts: object) -> None:
+        """Appends a line: the fields of each choice, by its name, and other facts beside them."""
+        self._append(step, {"choices": choices, **facts})
 
     def _append(self, step: int, values: Mapping[str, object]) -> None:
         self._file.append(json.dumps({"step": step, "time": round(time.time(), 3), **values}, ensure_ascii=False))

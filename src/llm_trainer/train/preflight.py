@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from llm_trainer.config.adapters import refuse_tensor_parallelism
 from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.templates import describe_default, has_default_template
 from llm_trainer.data.ledger import Ledger
@@ -19,8 +20,11 @@ from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
-from llm_trainer.model_group import members_of
+from llm_trainer.model_group import MODEL, members_of
+from llm_trainer.models.adapter_table import AdaptersTable
+from llm_trainer.models.inside import has_adapters
 from llm_trainer.models.quantize import num_values
+from llm_trainer.optim.multipliers import describe_multiples, rate_of_run
 from llm_trainer.optim.optimizers import state_bytes
 from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
@@ -71,6 +75,7 @@ class Size:
         optimizer_bytes: that the optimizer will keep as its state.
         flops_per_token: of a training step; None for modules that are no transformers language model.
         shape: as `plan` sees it; None for other models than those whose memory it knows.
+        adapters: of a model with adapters, what they train; None: it has none.
     """
 
     parameters: int
@@ -81,6 +86,7 @@ class Size:
     optimizer_bytes: int
     flops_per_token: float | None
     shape: Shape | None
+    adapters: AdaptersTable | None = None
 
     @classmethod
     def of(
@@ -92,6 +98,8 @@ class Size:
             row_length: mean number of tokens, for FLOPs; None: not known.
             saved_bytes: what a checkpoint writes of the weights; None: all.
         """
+        policy = members_of(model)[MODEL]
+        table = AdaptersTable.of(policy) if has_adapters(policy) else None
         every = list(model.parameters())
         trained = [parameter for parameter in every if parameter.requires_grad]
         size = sum(p.numel() * p.element_size() for p in every)
@@ -106,6 +114,7 @@ class Size:
             optimizer_bytes=state_bytes(optimizer),
             flops_per_token=_flops_per_token(model, row_length or 1),
             shape=_shape_of(model),
+            adapters=table,
         )
 
 
@@ -186,6 +195,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, module: 
             f"{', '.join(strangers[:3])}{more}. No checkpoint could hold them. Make the optimizer from the model's parameters, "
             f"after the model has its final form; what a loss learns besides belongs into the model"
         )
+
+
+def check_adapters(model: nn.Module, settings: "Settings") -> None:
+    """Look whether the engine can train a model, or group of models, with adapters.
+
+    Raises:
+        ConfigError: it splits their layers.
+    """
+    if settings.fsdp is not None and any(has_adapters(member) for member in members_of(model).values()):
+        refuse_tensor_parallelism(settings.fsdp.tensor_parallel_size)
 
 
 def mfu_per_rate(size: Size, engine: Engine) -> float | None:
@@ -288,12 +307,16 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
     model, steps = trainer.base_model, work.horizon.total()
     processes = counted(dist.num_processes(), "process")
     memory = expected_memory(size, engine, source, settings)
-    learning_rate = f"{float(trainer.optimizer.param_groups[0]['lr']):g}"
+    learning_rate = f"{rate_of_run(trainer.optimizer):g}"
     if isinstance(trainer.scheduler, Scheduler):
         learning_rate = trainer.scheduler.describe()
+    multiples = describe_multiples(trainer.optimizer)
+    if multiples:
+        learning_rate = f"{learning_rate}; {multiples}"
     found = {
         "trainer": f"{type(trainer).__name__} of {type(model).__name__}",
         "parameters": describe_size(size),
+        **_adapters_of(size),
         "batch": describe_batch(source, accumulation),
         "steps": "unknown" if steps is None else f"{steps:,}, from step {work.run.progress.step:,}",
         "learning rate": learning_rate,
@@ -319,6 +342,13 @@ def _whole_logits(module: nn.Module) -> str:
 
     reasons = [inner.whole_logits for inner in module.modules() if isinstance(inner, ScoredModel)]
     return next(filter(None, reasons), "")
+
+
+def _adapters_of(size: Size) -> dict[str, str]:
+    """The table of a model with adapters, as one fact of several lines."""
+    if size.adapters is None:
+        return {}
+    return {"adapters": f"\n{'':>16}".join(size.adapters.lines())}
 
 
 def describe_choices(choices: Sequence[Choice]) -> list[str]:

@@ -25,6 +25,7 @@ class Reporter:
         """`progress`: where the run stands; what is written of its last step is noted there, to be written again."""
         self.is_main = is_main
         self.choices: dict[str, Choice] = {}  # what was left to the machine, by name
+        self.facts: dict[str, Any] = {}  # what else the first line of metrics.jsonl says
         self._progress = progress
         self._writers: Sequence[Writer] = ()
         self._learning_rates: LearningRates | None = None
@@ -62,8 +63,8 @@ class Reporter:
             self._answers = Answers(folder, last_answered, trouble)
 
         # 2. what was chosen, and the lines of the last step
-        if self.choices:
-            self._write_choices(self.choices.values())
+        if self.choices or self.facts:
+            self._write_choices(self.choices.values(), **self.facts)
         if progress.step:
             self.note_learning_rate(progress.step, progress.learning_rate)
         written, progress.lines = progress.lines, []
@@ -135,11 +136,11 @@ class Reporter:
             self.say(f"step {self._progress.step:,}  {choice}")
             self._write_choices([choice])
 
-    def _write_choices(self, choices: Iterable[Choice]) -> None:
-        facts = {choice.name: choice.facts for choice in choices}
+    def _write_choices(self, choices: Iterable[Choice], **facts: Any) -> None:
+        chosen = {choice.name: choice.facts for choice in choices}
         for writer in self._writers:
             if isinstance(writer, JsonLines):
-                writer.note_choices(self._progress.step, facts)
+                writer.note_choices(self._progress.step, chosen, **facts)
 
     def note_learning_rate(self, step: int, learning_rate: float) -> None:
         """Put the learning rate of a step into lr.txt."""

@@ -23,6 +23,7 @@ from llm_trainer.kernels import compile_after
 from llm_trainer.model_group import members_of
 from llm_trainer.models.inside import transformers_model
 from llm_trainer.optim import schedules
+from llm_trainer.optim.multipliers import rate_of_run
 from llm_trainer.optim.optimizers import slow_kernel
 from llm_trainer.state import Choice, Horizon, Progress, StepDone, Stopped
 from llm_trainer.train import guards, preflight, sizing, snapshot
@@ -143,6 +144,7 @@ class Run:
         """Place and wrap the trained module; switch on what the settings ask of it."""
         model = self.trainer.saved_model
         preflight.check_optimizer(self.trainer.optimizer, model, module)
+        preflight.check_adapters(model, self.settings)
         if self.settings.gradient_checkpointing:
             for member in members_of(model).values():
                 _recompute_activations(member)
@@ -261,8 +263,7 @@ class Run:
         progress = self.progress
         progress.tokens += done.tokens
         progress.train_seconds += done.seconds + done.waited
-        first_group = self.trainer.optimizer.param_groups[0]
-        progress.learning_rate = float(first_group["lr"])  # the one that the step was taken with
+        progress.learning_rate = rate_of_run(self.trainer.optimizer)  # the one that the step was taken with
         progress.lines, progress.words = [], ""
         self._clock.add(done.tokens, done.seconds + done.waited)
         if isinstance(innermost(self.source), RolloutSource):
@@ -368,6 +369,8 @@ class Run:
                 self.chosen(choice)
         own = {name: str(value) for name, value in self.trainer._get_extra_config_info().items()}
         self.say(preflight.screen(facts | folders | own, self.settings.ledgers, [*self.choices.values()]))
+        if self.size.adapters is not None:
+            self._reporter.facts["adapters"] = self.size.adapters.as_dicts()
         self._reporter.open(self.log_dir, self.settings, self.horizon.total())
 
     # The hooks of every run.
