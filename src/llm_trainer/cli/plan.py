@@ -113,11 +113,14 @@ def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float |
     if job.rows_per_sample > 1:
         sequences = f"{job.rows_per_sample} x {sequences}"
     peak = gpu.single_flops if job.precision == "fp32" else gpu.half_flops
+    trained = ""
+    if shape.frozen_parameters:
+        trained = f" ({shape.trained_parameters:,} trained)"
     length = "not known: give --tokens, or run_config.max_steps"
     if budget:
         length = f"{budget:,.0f} tokens"
     return [
-        f"model  {shape.num_parameters:,} parameters, {shape.num_layers} layers of width {shape.hidden_size:,}",
+        f"model  {shape.num_parameters:,} parameters{trained}, {shape.num_layers} layers of width {shape.hidden_size:,}",
         f"step   {counted(job.rows, 'row')} x {counted(cluster.devices, 'GPU')} x {sequences} tokens "
         f"= {rows * job.sample_tokens:,} tokens (padding counts as tokens), in {job.precision}",
         f"GPUs   {cluster.devices:,} x {gpu.chip}: {usable(cluster) / 1e9:.1f} GB each ({RESERVE:.0%} are left free), "

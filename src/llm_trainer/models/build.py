@@ -168,20 +168,29 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
     """Training FLOPs of one token: 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
     N counts the parameters that take part in matrix products for a token: the input embedding is left out (it is
-    counted as the head where the two are tied), and of a mixture of experts only the chosen ones count.
+    counted as the head where the two are tied), and of a mixture of experts only the chosen ones count. Of parameters that
+    are frozen, as beside adapters, 4 N: their gradients, one product of three, are not computed.
     """
     c = language_config(model.config)
-    embedding = num_values(cast(Tensor, model.get_input_embeddings().weight))
     # 1. the parameters of matrix products
-    count = num_parameters(model)
-    if not c.tie_word_embeddings:
-        count -= embedding
-    num_experts = getattr(c, "num_experts", 0)
-    if num_experts:
-        expert_size = 3 * c.hidden_size * c.moe_intermediate_size
-        count -= c.num_hidden_layers * (num_experts - c.num_experts_per_tok) * expert_size
+    count = _in_products(model, num_parameters(model), is_frozen=False)
+    frozen = sum(num_values(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+    if frozen:
+        frozen = _in_products(model, frozen, is_frozen=True)
 
     # 2. attention: every token with every other one, as the paper counts it
     heads = c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-    return 6.0 * count + 12.0 * c.num_hidden_layers * heads * head_dim * seq_len
+    return 6.0 * count - 2.0 * frozen + 12.0 * c.num_hidden_layers * heads * head_dim * seq_len
+
+
+def _in_products(model: "PreTrainedModel", count: int, is_frozen: bool) -> int:
+    """Of `count` parameters, all or the frozen ones, those that a token is multiplied by."""
+    c, table = language_config(model.config), cast(Tensor, model.get_input_embeddings().weight)
+    if not c.tie_word_embeddings and not (is_frozen and table.requires_grad):
+        count -= num_values(table)
+    num_experts = getattr(c, "num_experts", 0)
+    if num_experts:
+        expert_size = 3 * c.hidden_size * c.moe_intermediate_size
+        count -= c.num_hidden_layers * (num_experts - c.num_experts_per_tok) * expert_size
+    return count

@@ -9,6 +9,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.models.adapters import adapt
 from llm_trainer.models.build import build_config, flops_per_token, model_of_config, refuse_overrides
 from llm_trainer.models.inside import model_context
 from llm_trainer.models.overrides import overridden
@@ -50,13 +51,16 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp16"
     rows = config.batch_size * accumulation(config, trainer_class)
-    sketch = Sketch(options_of(config, trainer_class), model, length, rows, precision)
+    adapters = config.adapter_config
+    sketch = Sketch(options_of(config, trainer_class), model, length, rows, precision, adapters is not None)
     costs: dict[str, Any] = {"rows_per_sample": 1, "has_head": True, "row_tokens": length, "rows": rows}
     costs |= trainer_class._plan_costs(config, sketch)
     critic, further_share = costs.pop("critic", None), costs.pop("further_share", 0.0)
     if not costs["has_head"]:
         with torch.device("meta"):
             model = reward_model(model)
+    if adapters is not None:
+        model = adapt(model, adapters).get_base_model()
     shape = shape_of(model)
     flops = _flops(model, costs["row_tokens"], costs["has_head"])
     optim = config.optim_config
@@ -93,8 +97,16 @@ def without_weights(config: "TrainConfig") -> "PreTrainedModel":
 class Sketch:
     """What an algorithm is given when it is asked for its costs (`trainers.building.Sketch`)."""
 
-    def __init__(self, section: Any, model: "PreTrainedModel", length: int, rows: int, precision: str) -> None:
-        self.section, self.model = section, model
+    def __init__(
+        self,
+        section: Any,
+        model: "PreTrainedModel",
+        length: int,
+        rows: int,
+        precision: str,
+        has_adapters: bool = False,
+    ) -> None:
+        self.section, self.model, self.has_adapters = section, model, has_adapters
         self.length, self.rows, self.precision = length, rows, precision
 
     def frozen(
@@ -104,8 +116,11 @@ class Sketch:
         if source is not None:
             model = model_of_config(_of_folder(source, key), empty=True)
         precision = self.precision if in_half else "fp32"
+        held = shape_of(model).num_parameters
+        if source is None and self.has_adapters:
+            held = 0  # the policy is its own reference
         return {
-            "frozen_bytes": float(_BYTES[precision] * shape_of(model).num_parameters),
+            "frozen_bytes": float(_BYTES[precision] * held),
             "frozen_flops_per_token": flops_per_token(model, self.length) / 3 * forwards,  # a step is three forwards
         }
 

@@ -51,7 +51,7 @@ class Memory:
 
     Attributes:
         weights: of the trained model, with fp32 copies of 16-bit ones, and 16-bit copies of fp32 ones.
-        gradients: of all weights.
+        gradients: of all weights that are trained.
         optimizer: state.
         activations: kept for the backward, and what the layer at work needs besides.
         head: logits, which become their gradient, and the gradient of the vocabulary matrix.
@@ -151,30 +151,31 @@ def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     table, e, r = shape.vocabulary_parameters, w.product, w.residual
     if not job.has_head:
         return 0.0, 0.0
-    after = step.tokens * r * shape.hidden_size + (4 if r == 4 else 2) * table
+    learned = 0 if shape.frozen_head else table
+    after = step.tokens * r * shape.hidden_size + (4 if r == 4 else 2) * learned
     if not step.chunked:
         return 12.0 * step.tokens * shape.vocab_size + e * table * w.cast, after
     logits = step.tokens * shape.vocab_size * e
     chunk_bytes, product_bytes = (CHUNK_BYTES_GPU, PRODUCT_BYTES_GPU) if step.on_gpu else (CHUNK_BYTES, PRODUCT_BYTES)
     chunk = logits / max(1, -(-logits // chunk_bytes))  # chunks are of equal size
-    product = min(product_bytes, e * table) if e == 2 else 0  # a slice of the weight's gradient in half precision
+    product = min(product_bytes, e * learned) if e == 2 else 0  # a slice of the weight's gradient in half precision
     per_token = (2 * r + 2 * e if w.cast else r + e) * shape.hidden_size
     casts = e * table * (w.cast or r == 2)  # of the weight before, or of its gradient after
     # After the loss comes a teacher: both models' logits of a chunk in fp32 and what lies between them.
     buffers = max(chunk + product, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
-    gradients = 4 * table * (2 if job.teacher_chunk else 1)
+    gradients = 4 * learned * (2 if job.teacher_chunk else 1)
     fixed = buffers + gradients + casts
     return step.tokens * per_token + fixed, after
 
 
 def _states(shape: Shape, job: Job, strategy: Strategy, devices: int) -> tuple[Memory, float]:
     """Weights, optimizer and frozen models, which are always there, and the gradients of all weights once they are."""
-    n, precise = shape.num_parameters, job.precision == "fp32"
+    n, trained, precise = shape.num_parameters, shape.trained_parameters, job.precision == "fp32"
     share = {True: 1 / devices, False: 1.0}
     each = 2 if strategy.is_zero and not precise else 4
     weights = each * n * share[strategy.weights]
     if strategy.is_zero and not precise:
-        weights += 4 * n / devices  # the fp32 copies
+        weights += 4 * trained / devices  # the fp32 copies
     elif not strategy.weights and not precise:
         weights += 2 * shape.product_parameters  # what autocast copies stays until the end of the backward
     states = Memory(
@@ -182,7 +183,7 @@ def _states(shape: Shape, job: Job, strategy: Strategy, devices: int) -> tuple[M
         optimizer=job.state_bytes * share[strategy.optimizer],
         frozen=job.frozen_bytes * share[strategy is FSDP2],
     )
-    return states, each * n * share[strategy.gradients]
+    return states, each * trained * share[strategy.gradients]
 
 
 def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulates: bool) -> tuple[float, float, float]:
@@ -198,12 +199,15 @@ def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulat
         return 0.0, 0.0, 0.0
     n, e = shape.num_parameters, 4 if job.precision == "fp32" else 2
     if strategy.is_zero:
-        buckets = 2 * e * min(n, ZERO_BUCKET) + (e * min(n, ZERO3_LIVE) if strategy.weights else 0.0)
+        buckets = 2 * e * min(shape.trained_parameters, ZERO_BUCKET) + (
+            e * min(n, ZERO3_LIVE) if strategy.weights else 0.0
+        )
         return buckets, buckets, buckets
     layer, outside = shape.layer_parameters, n - shape.num_layers * shape.layer_parameters
-    stays, share = 4 * outside * accumulates, 4 * outside / devices * accumulates
-    in_layers = e * (outside + 2 * layer) + (e + 4) * layer
-    return e * outside + stays, in_layers + stays, (2 * e + 4) * outside + stays + share
+    learned = 0 if shape.frozen_head else outside  # of embedding and head
+    stays, share = 4 * learned * accumulates, 4 * learned / devices * accumulates
+    in_layers = e * (outside + 2 * layer) + (e + 4) * layer * shape.trained_share
+    return e * outside + stays, in_layers + stays, e * outside + (e + 4) * learned + stays + share
 
 
 def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step) -> Iterator[Memory]:
@@ -213,7 +217,8 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
     w = Widths.of(strategy, job.precision)
     states, gradients = _states(shape, job, strategy, devices)
     in_head, in_layers, in_embedding = _buffers(shape, job, strategy, devices, step.accumulates)
-    r, d, table = w.residual, shape.hidden_size, shape.vocabulary_parameters
+    r, d = w.residual, shape.hidden_size
+    table = 0 if shape.frozen_head else shape.vocabulary_parameters  # that has a gradient
     layer = layer_activations(shape, w) * step.tokens
     kept = (r * d * step.tokens if step.checkpointing else layer) * shape.num_layers
     outer = (4 + 2 * r) * d * step.tokens + 24.0 * step.tokens  # around the last norm; token ids, labels, mask
@@ -237,7 +242,7 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
         twice = held if shared else 0.0
     yield at(first, held, there or gradients * (1 - missing), in_layers)
     yield at(r * d * step.tokens, twice, gradients, in_embedding)
-    update = 4 * shape.num_parameters / devices if strategy.is_zero and job.precision != "fp32" else 0.0
+    update = 4 * shape.trained_parameters / devices if strategy.is_zero and job.precision != "fp32" else 0.0
     yield at(0.0, 0.0, gradients + update, 0.0)
     if job.cache_bytes:
         between = gradients if strategy.is_zero or strategy is DDP else 0.0  # what keeps its buckets between steps

@@ -27,6 +27,8 @@ class Shape:
         experts_per_token: 0 without experts.
         normed_heads: queries and keys are normalised (Qwen3).
         tied: the head is the embedding matrix.
+        frozen_parameters: of all, those that are not trained.
+        frozen_head: the head is among them.
     """
 
     num_parameters: int
@@ -42,6 +44,8 @@ class Shape:
     experts_per_token: int
     normed_heads: bool
     tied: bool
+    frozen_parameters: int = 0
+    frozen_head: bool = False
 
     def beside(self, other: "Shape") -> "Shape":
         """This model and another one that is trained in the same steps, as one.
@@ -55,7 +59,18 @@ class Shape:
             product_parameters=self.product_parameters + other.product_parameters,
             layer_parameters=max(self.layer_parameters, other.layer_parameters),
             num_layers=self.num_layers + layers,
+            frozen_parameters=self.frozen_parameters + other.frozen_parameters,
         )
+
+    @property
+    def trained_parameters(self) -> int:
+        """Those that have gradients."""
+        return self.num_parameters - self.frozen_parameters
+
+    @property
+    def trained_share(self) -> float:
+        """Of all parameters."""
+        return self.trained_parameters / self.num_parameters
 
     @property
     def vocabulary_parameters(self) -> int:
@@ -95,7 +110,13 @@ def shape_of(model: "PreTrainedModel") -> Shape:
         experts_per_token=num_chosen,
         normed_heads=any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters()),
         tied=bool(values.get("tie_word_embeddings")),
+        frozen_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        frozen_head=_is_frozen(model.get_output_embeddings()),
     )
+
+
+def _is_frozen(head: nn.Module | None) -> bool:
+    return head is not None and not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _count(module: nn.Module) -> int:

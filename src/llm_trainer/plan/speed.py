@@ -67,12 +67,12 @@ def _sent(shape: Shape, job: Job, strategy: Strategy) -> tuple[float, float, flo
     micro-batch, and both gather new weights after the update. ZeRO-3 and FSDP2 gather weights for every forward and
     backward; FSDP2 sums gradients in fp32.
     """
-    n, e = shape.num_parameters, 4 if job.precision == "fp32" else 2
+    n, learned, e = shape.num_parameters, shape.trained_parameters, 4 if job.precision == "fp32" else 2
     if strategy.weights:
-        return (2 * e + (e if strategy.is_zero else 4)) * n, 0.0, 0.0
+        return 2 * e * n + (e if strategy.is_zero else 4) * learned, 0.0, 0.0
     if strategy.gradients:
-        return e * n, 0.0, e * n
-    return (0.0, e * n, e * n) if strategy.is_zero else (0.0, 8.0 * n, 0.0)
+        return e * learned, 0.0, e * learned
+    return (0.0, e * learned, e * learned) if strategy.is_zero else (0.0, 8.0 * learned, 0.0)
 
 
 def estimate(
@@ -92,18 +92,19 @@ def estimate(
     gpu, devices, e = cluster.gpu, cluster.devices, 4 if job.precision == "fp32" else 2
     tokens, micros = job.rows * job.sample_tokens, -(-job.rows // micro_rows)
     peak_flops = gpu.half_flops if e == 2 else gpu.single_flops
-    forward = job.flops_per_token / 3
-    work = forward * (4 if checkpointing else 3) + job.frozen_flops_per_token
+    # A step is three products for each weight that is trained, and two for one that is frozen.
+    forward = (job.flops_per_token + 2 * shape.frozen_parameters) / 3
+    work = job.flops_per_token + forward * checkpointing + job.frozen_flops_per_token
     compute = tokens * work / (peak_flops * share)
     per_micro, with_last, after = (
         sent * (devices - 1) / devices / cluster.bandwidth for sent in _sent(shape, job, strategy)
     )
-    backward = compute / micros * forward * (3 if checkpointing else 2) / work
+    backward = compute / micros * (work - forward - job.frozen_flops_per_token) / work
     # A layer's transfer hides behind its neighbours' computing; the first or the last one has none.
     exposed = micros * max(per_micro - compute / micros, per_micro / shape.num_layers)
     exposed += max(with_last - backward, with_last / shape.num_layers) + after
     # Norm and clipping read gradients twice and write them once; the update reads them, and reads and writes the rest.
-    update = (24.0 * shape.num_parameters + 2 * job.state_bytes) / gpu.memory_bandwidth
+    update = (24.0 * shape.trained_parameters + 2 * job.state_bytes) / gpu.memory_bandwidth
     update *= 1 / devices if strategy.optimizer else 1.0
     seconds = compute + exposed + update
     return Speed(

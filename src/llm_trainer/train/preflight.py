@@ -22,7 +22,7 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
 from llm_trainer.model_group import MODEL, members_of
 from llm_trainer.models.adapter_table import AdaptersTable
-from llm_trainer.models.inside import has_adapters
+from llm_trainer.models.inside import adapted_model, has_adapters
 from llm_trainer.models.quantize import num_values
 from llm_trainer.optim.multipliers import describe_multiples, rate_of_run
 from llm_trainer.optim.optimizers import state_bytes
@@ -125,10 +125,11 @@ def _learning(model: nn.Module) -> "list[PreTrainedModel] | None":
     learning, counted_before = [], set[nn.Parameter]()
     for member in members_of(model).values():
         parameters = set(member.parameters())
-        if not isinstance(member, PreTrainedModel):
+        model = adapted_model(member)
+        if not isinstance(model, PreTrainedModel):
             return None
         if parameters.isdisjoint(counted_before) and any(parameter.requires_grad for parameter in parameters):
-            learning.append(member)
+            learning.append(model)
         counted_before |= parameters
     return learning
 

@@ -147,7 +147,10 @@ class PPOTrainer(OnPolicyTrainer):
         section: PPOConfig = sketch.section
         costs: dict[str, Any] = {"further_share": further_share(section)}
         costs |= cls._reference_costs(section.kl_beta, moves=False, sketch=sketch)
-        if not section.critic_on_policy:
+        shares_body = section.critic_on_policy
+        if shares_body is None:  # as `critic_of` decides
+            shares_body = config.adapter_config is not None and section.value_model_checkpoint is None
+        if not shares_body:
             costs |= sketch.critic(section.value_model_checkpoint)
         columns = len(("old_logprobs", "values", "advantages", "returns")) + bool(section.kl_beta)
         return {**costs, **sketch.sampled(section.completions_per_prompt, section.gen_max_seq_len, columns)}

@@ -137,6 +137,23 @@ def test_ppo_trains_a_critic_beside_the_policy(run, tmp_path):
     assert shape.num_parameters == parameters
 
 
+@pytest.mark.parametrize("section", ["sft_config", "dpo_config", "ppo_config"])
+def test_adapters_have_the_gradients_and_the_optimizer(run, section, capsys):
+    pytest.importorskip("peft", reason="needs peft")
+    name = section.removesuffix("_config")
+    path, adapters = run(section), "adapter_config.rank=2"
+    shape, job = describe(load_config(path, [adapters]), name)
+    model = build_model(ModelConfig(**MODEL))
+    new = sum(2 * sum(m.weight.shape) for n, m in model.named_modules() if n.endswith("_proj"))
+    assert (shape.num_parameters, shape.trained_parameters) == (num_parameters(model) + new, new)
+    assert job.state_bytes == 8 * new and job.frozen_bytes == 0  # its reference is itself, and its critic too
+    products = 4 * num_parameters(model) + 6 * new  # a frozen weight has two, a trained one three, of two operations
+    assert job.flops_per_token == products + 12 * 2 * 32 * job.row_tokens
+    whole, few = (planned(capsys, path, "--gpus", "1", *more)["choices"][0]["memory"] for more in ([], [adapters]))
+    assert few["optimizer"] == 8 * new < whole["optimizer"] / 4 and few["gradients"] < whole["gradients"] / 4
+    assert f"({new:,} trained)" in said(capsys, path, adapters, "--gpus", "1")
+
+
 def test_a_critic_is_trained_beside_the_policy(run, tmp_path):
     config = load_config(run())
     model = without_weights(config)
