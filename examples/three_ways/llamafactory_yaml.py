@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_trainer.config.adapters import ALL_LINEAR, LORA, RANK, AdapterConfig
 from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, SFTConfig
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.options import Reading
@@ -78,6 +79,7 @@ TRANSLATED = {  # besides: by the functions below, or with the model and the dat
         "dpo_config.nll_loss_coef",
     ),
     *("dpo_config.ref_model_checkpoint", "dpo_config.precompute_ref_log_probs", "dpo_config.share_prompts"),
+    *("adapter_config", "optim_config.lr_multipliers"),
 }
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
 PREFERENCE_LOSSES = {"dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -194,6 +196,7 @@ def translate(
         result.untold.append(f"run_config.attention: {run.attention}; it chooses")
     _optimizer(config, total_steps, result)
     _packing(config, stage, result)
+    _adapters(config, result)
     if isinstance(section, SFTConfig):
         result.arguments |= {"mask_history": section.train_on == "last", "train_on_prompt": section.train_on == "all"}
     if isinstance(section, DPOConfig):
@@ -253,6 +256,52 @@ def _packing(config: TrainConfig, stage: str, result: Translation) -> None:
         result.untold.append(f"data_loader_config.packing: {packing}; rows are padded instead")
     elif packing == "flat":
         result.untold.append("data_loader_config.packing: flat; rows are padded instead, which is the same gradient")
+
+
+def _adapters(config: TrainConfig, result: Translation) -> None:
+    """LoRA (`llamafactory/hparams/finetuning_args.py`), and of the learning rates what LoRA+ is.
+
+    Raises:
+        ConfigError: it has no such adapters.
+    """
+    adapters, multiples = config.adapter_config, config.optim_config.lr_multipliers
+    if adapters is None:
+        if multiples:
+            result.untold.append(f"optim_config.lr_multipliers: {multiples}")
+        return
+    if adapters.kind != LORA:
+        raise ConfigError(f"adapter_config.kind: got {adapters.kind}, and LLaMA-Factory has {LORA}")
+    rank = adapters.rank or RANK
+    result.arguments |= {
+        "finetuning_type": "lora",
+        "lora_rank": rank,
+        "lora_alpha": adapters.alpha or 2 * rank,
+        "lora_dropout": adapters.dropout,
+        "lora_target": "all",
+        "additional_target": ",".join(adapters.modules_to_save) or None,
+        "use_rslora": adapters.rslora,
+        "use_dora": adapters.dora,
+        "pissa_init": adapters.init.startswith("pissa"),
+        "adapter_name_or_path": adapters.path,
+    }
+    if adapters.init.startswith("pissa_niter_"):
+        result.arguments["pissa_iter"] = int(adapters.init.removeprefix("pissa_niter_"))
+    if list(multiples) == ["lora_B"]:
+        result.arguments["loraplus_lr_ratio"] = multiples["lora_B"]
+    elif multiples:
+        result.untold.append(f"optim_config.lr_multipliers: {multiples}; it has one for lora_B alone")
+    if adapters.path is None:
+        result.untold.append("adapter_config: the first weights of the adapters, which it draws itself")
+    if not isinstance(adapters.target, str):
+        result.arguments["lora_target"] = ",".join(adapters.target)
+    elif adapters.target != ALL_LINEAR:
+        result.untold.append(f"adapter_config.target: {adapters.target}; it has no regular expressions, and takes all")
+    for name in ("parts", "experts", "options"):
+        value = getattr(adapters, name)
+        if value != fields_of(AdapterConfig)[name].get_default(call_default_factory=True):
+            result.untold.append(f"adapter_config.{name}: {value}")
+    if adapters.init != "default" and not adapters.init.startswith("pissa"):
+        result.untold.append(f"adapter_config.init: {adapters.init}")
 
 
 def _preference(section: DPOConfig, result: Translation) -> None:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,7 +71,8 @@ def is_ready() -> bool:
 def write_run(config: TrainConfig, folder: Path, our_tokens: bool) -> Translation:
     """Everything that LLaMA-Factory reads, into `folder`: model, data, train.yaml."""
     stage, _ = stage_of(config)
-    build = Builder(config, get_trainer_class({"pt": "pretrain"}.get(stage, stage)))
+    without = replace(config, adapter_config=None)  # it puts them into the model itself
+    build = Builder(without, get_trainer_class({"pt": "pretrain"}.get(stage, stage)))
     tokenizer, model = build.tokenizer, build.policy  # with what the run changes in them
     stream, *_ = build.streams
     tokenizer.chat_template = tokenizer.chat_template or default_template(tokenizer)  # it reads its template from here

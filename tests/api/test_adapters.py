@@ -133,6 +133,32 @@ def test_a_resumed_run_is_the_same_bits(tmp_path: Path, reference_dir: Path) -> 
     assert losses(tmp_path / "in two") == whole and len(whole) == 6
 
 
+MIXTURE = {
+    "architecture": "qwen3_moe",
+    "moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "padded": {"data_loader_config": {"packing": "none"}},
+    "recomputed": {"run_config": {"gradient_checkpointing": True}},
+    "compiled": {"run_config": {"compile": True}},
+}
+SLOW = pytest.param("compiled", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("way", ["padded", "recomputed", SLOW])
+@pytest.mark.parametrize("experts", [False, True])
+def test_rows_laid_flat_are_learned_alike_in_every_way(
+    way: str, experts: bool, tmp_path: Path, reference_dir: Path
+) -> None:
+    sections: dict[str, Any] = {"n_epochs": 2, "adapter_config": {"experts": experts}}
+    if experts:
+        sections["model_config"] = MIXTURE
+    for folder, more in (("flat", {"data_loader_config": {"packing": "flat"}}), (way, WAYS[way])):
+        SFTTrainer(train_config=config("sft", tmp_path / folder, reference_dir, **(sections | more))).train()
+    flat = losses(tmp_path / "flat")
+    assert losses(tmp_path / way) == pytest.approx(flat, rel=1e-5) and len(set(flat)) == 4
+
+
 def test_the_screen_and_the_log_say_what_is_trained(
     tmp_path: Path, reference_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,7 @@ SFT: dict[str, Any] = {"sft_config": {}}
             {"seed": 7, "max_steps": 9, "logging_steps": 2, "disable_gradient_checkpointing": False},
         ),
         (SFT | {"run_config": {"save_interval_steps": 5}}, {"save_strategy": "steps", "save_steps": 5}),
+        (SFT | {"adapter_config": {"path": "adapter"}}, {"finetuning_type": "lora", "adapter_name_or_path": "adapter"}),
         (SFT | {"run_config": {"resume": "never"}}, {"overwrite_output_dir": True}),
         (SFT | {"eval_dataset": "b.jsonl"}, {"eval_strategy": "steps", "eval_steps": 100, "per_device_eval_batch_size": 2}),
         (
@@ -243,6 +244,21 @@ def test_nothing_is_dropped_silently(load: Callable[[str], ModuleType]) -> None:
              "optim_type: lion; it trains with adamw", "packing: flat", "micro_batch_tokens: 64", "run_config.resume",
              "eval_prompts: ['hello']", "run_config.attention: blocked")  # fmt: skip
     assert [name for name in names if name not in told] == [] and len(result.untold) == len(names)
+
+
+def test_adapters_in_its_words(load: Callable[[str], ModuleType]) -> None:
+    section = {"rank": 4, "dropout": 0.1, "target": ["q_proj", "v_proj"], "rslora": True, "init": "pissa_niter_8"}
+    result = translation(load, **SFT, adapter_config=section, optim_config={"lr_multipliers": {"lora_B": 16}})
+    expected = {"finetuning_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "use_rslora": True,
+                "lora_target": "q_proj,v_proj", "pissa_init": True, "pissa_iter": 8, "loraplus_lr_ratio": 16}  # fmt: skip
+    assert {name: result.arguments.get(name) for name in expected} == expected
+    assert result.untold == ["adapter_config: the first weights of the adapters, which it draws itself"]
+    section = {"target": r".*\.q_proj", "parts": ["visual"], "init": "olora", "options": {"lora_bias": True}}
+    told = "\n".join(translation(load, **SFT, adapter_config=section, optim_config={"lr_multipliers": {"v": 2}}).untold)
+    for name in ("target: .*", "parts: ['visual']", "init: olora", "options: {'lora_bias'", "lr_multipliers: {'v': 2"):
+        assert name in told
+    with pytest.raises(ConfigError, match="adapter_config.kind: got loha, and LLaMA-Factory has lora"):
+        translation(load, **SFT, adapter_config={"kind": "loha"})
 
 
 def test_only_three_stages(load: Callable[[str], ModuleType]) -> None:

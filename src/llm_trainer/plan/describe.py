@@ -1,7 +1,7 @@
 """The model and the work of a run as arithmetic sees them, from its configuration alone; no weights are made."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -60,7 +60,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
         with torch.device("meta"):
             model = reward_model(model)
     if adapters is not None:
-        model = adapt(model, adapters).get_base_model()
+        model = cast("PreTrainedModel", adapt(model, adapters).get_base_model())
     shape = shape_of(model)
     flops = _flops(model, costs["row_tokens"], costs["has_head"])
     optim = config.optim_config

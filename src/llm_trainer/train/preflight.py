@@ -125,11 +125,11 @@ def _learning(model: nn.Module) -> "list[PreTrainedModel] | None":
     learning, counted_before = [], set[nn.Parameter]()
     for member in members_of(model).values():
         parameters = set(member.parameters())
-        model = adapted_model(member)
-        if not isinstance(model, PreTrainedModel):
+        inner = adapted_model(member)
+        if not isinstance(inner, PreTrainedModel):
             return None
         if parameters.isdisjoint(counted_before) and any(parameter.requires_grad for parameter in parameters):
-            learning.append(model)
+            learning.append(inner)
         counted_before |= parameters
     return learning
 
