@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,15 @@ from llm_trainer import DPOTrainer, SFTTrainer, create_trainer
 from llm_trainer.config.errors import is_installed
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist
+from llm_trainer.models.scored import ScoredModel
 from llm_trainer.trainers.base import BaseTrainer
 
 STEPS = 3
+ADAPTED: dict[str, dict[str, Any]] = {
+    "torch": {"engine": "torch"},
+    "fsdp": {"engine": "fsdp"},
+    "zero-3": {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 3}}},
+}
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 
@@ -128,6 +135,21 @@ def preference(folder: Path) -> dict[str, bool]:
     }
 
 
+def adapted_head(folder: Path, **options: Any) -> dict[str, Any]:
+    """Adapters on the head, whose weights are read and not called; the curve, and why it does not run in chunks."""
+    import peft
+
+    warnings.simplefilter("ignore")  # of what peft asks of transformers, and of embeddings that are not tied any more
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(), lora)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trainer = make_trainer(folder, STEPS, model=model, optimizer=optimizer, val_loader=None, **options)
+    why = [inner.whole_logits for inner in trainer.model.modules() if isinstance(inner, ScoredModel)]
+    trainer.train()
+    return {"curve": curve(folder) if dist.is_main() else [], "why": why}
+
+
 def on_policy(folder: Path, engine: str) -> list[tuple[float, float]]:
     """The student writes answers of its own, which are longer on one rank than on the other."""
     from llm_trainer.trainers.distill import Distillation
@@ -218,6 +240,7 @@ def main(folder: Path) -> None:
         "own torch": (1, partial(own, engine="torch")),
         "own fsdp": (2, partial(own, engine="fsdp")),
         "preference": (2, preference),
+        **{f"adapted head {name}": (2, partial(adapted_head, **how)) for name, how in ADAPTED.items()},
         **{f"on-policy {engine}": (2, partial(on_policy, engine=engine)) for engine in ("torch", "fsdp")},
         "described alone": (1, alone),
         **{f"described {engine}": (2, partial(described, engine=engine)) for engine in ("torch", "fsdp", "deepspeed")},

@@ -61,6 +61,14 @@ def test_the_reference_is_sharded_too(played: dict[str, Any]) -> None:
     assert played["preference"] == [{"policy": True, "reference": True}] * 2
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "zero-3"])
+def test_a_head_with_adapters_is_read_where_it_is_sharded(played: dict[str, Any], engine: str) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    expected, found = played["adapted head torch"], played[f"adapted head {engine}"]
+    assert [result["why"] for result in (*expected, *found)] == [[""]] * 4
+    assert_same(found[0]["curve"], expected[0]["curve"])
+
+
 def test_ranks_that_generate_different_answers(played: dict[str, Any]) -> None:
     assert_same(played["on-policy fsdp"][0], played["on-policy torch"][0])
 

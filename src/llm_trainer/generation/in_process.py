@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.readers import all_logits, device_of
-from llm_trainer.generation.sampler import evaluating, make_batch
+from llm_trainer.generation.sampler import make_batch, sampling
 from llm_trainer.generation.service import Completion, Interrupted, Request
 from llm_trainer.generation.verify import Hashes, hashes_of
 from llm_trainer.generation.weights import WeightsCopy
@@ -88,7 +88,7 @@ class InProcess:
         """As `GenerationService.generate` says."""
         self._check_loaded()
         limits = {"max_rows": self.max_rows, "max_cache_bytes": self.max_cache_bytes}
-        with evaluating(self.model), self._precision():
+        with sampling(self.model), self._precision():
             batch = make_batch(self.model, requests, decoding, self.version, keeps_cuts=True, **limits)
             while batch.is_busy:
                 batch.step()
@@ -101,7 +101,7 @@ class InProcess:
         """As `GenerationService.logprobs` says."""
         self._check_loaded()
         found = []
-        with evaluating(self.model), self._precision():
+        with sampling(self.model), self._precision():
             for row in ids:
                 tokens = torch.tensor([list(row)], device=device_of(self.model))
                 logits = all_logits(self.model, tokens)[0, :-1]

@@ -15,7 +15,7 @@ from llm_trainer.generation.batch import Batch
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.readers import cache_bytes, device_of, make_reader
 from llm_trainer.generation.service import Request
-from llm_trainer.models.inside import adapted_model, model_context
+from llm_trainer.models.inside import adapted_model, evaluating, model_context
 
 # Samples per prompt from which on attention reads prompts by themselves: that costs a second call for every layer.
 SHARED_FROM = 2
@@ -55,7 +55,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], **settings: Any
     if len(numbers) != len(prompts):
         raise ValueError(f"row_numbers has {len(numbers)} entries for {len(prompts)} prompts; expected one per prompt")
     requests = [Request(ids, number) for ids, number in zip(prompts, numbers, strict=True)]
-    with evaluating(model):
+    with sampling(model):
         batch = make_batch(model, requests, decoding)
         while batch.is_busy:
             batch.step()
@@ -76,7 +76,7 @@ def stream(model: nn.Module, prompt_ids: Sequence[int], **settings: Any) -> Iter
     """
     decoding = Decoding(**settings)
     number = 0 if decoding.row_numbers is None else decoding.row_numbers[0]
-    with evaluating(model):
+    with sampling(model):
         batch = make_batch(model, [Request(prompt_ids, number)], decoding)
         while batch.is_busy:
             yield int(batch.step())
@@ -117,16 +117,10 @@ def make_batch(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is back in its own mode (a frozen part may have been in another)."""
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with _not_compiled(model):
-            yield
-    finally:
-        for module, training in was_training:
-            module.training = training
+def sampling(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which nothing is compiled anew."""
+    with evaluating(model), _not_compiled(model):
+        yield
 
 
 def _not_compiled(model: nn.Module) -> AbstractContextManager[object]:

@@ -4,8 +4,6 @@ It may be plain, have adapters of `peft`, be saved beside them, have token rows 
 both libraries only names and attributes stand here: neither is imported where nobody uses it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from llm_trainer.models.inside import adapted_model, is_kind_of, language_config, transformers_models
+from llm_trainer.models.inside import adapted_model, evaluating, is_kind_of, language_config, transformers_models
 from llm_trainer.models.quantize import dequantized, keep_layout
 
 if TYPE_CHECKING:
@@ -170,6 +168,7 @@ def split_of(model: nn.Module) -> tuple[Split | None, str]:
     Returns:
         Both, or None where logits have to be asked of the whole model; and why so, empty where not.
     """
+    keep_layout(model)
     try:
         return _split(model), ""
     except UnreadableHead as reason:
@@ -183,7 +182,6 @@ def _split(model: nn.Module) -> Split:
     if outer.base_model is outer or outer.config.is_encoder_decoder:
         raise UnreadableHead("it has no body that only its head is behind")
     read = read_head(head)
-    keep_layout(model)  # it is tried out in evaluation mode
     split = Split(cast("PreTrainedModel", outer.base_model), head)
     if any(parameter.is_meta for parameter in model.parameters()):  # its weights will come from another process
         if adapted_model(model) is not outer:
@@ -255,18 +253,6 @@ def logits_of(output: Any, name: str) -> Tensor:
             f"{name}.forward returned {type(output).__name__}; expected logits [B, T, V] as a tensor, an object with "
             ".logits, or a dict with 'logits'"
         ) from None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The context in which `model` is in evaluation mode; after it every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def small_sibling(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -7,6 +7,7 @@ room may import it.
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -94,3 +95,15 @@ def adapted_model(module: nn.Module) -> nn.Module:
             return module
     inner: nn.Module = module.get_base_model()  # type: ignore[operator]
     return inner
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module inside is back in its own mode (a frozen part may have been in another)."""
+    was_training = [(inner, inner.training) for inner in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner, training in was_training:
+            inner.training = training

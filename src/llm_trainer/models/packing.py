@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.layout import Packing, couples_rows
-from llm_trainer.models.heads import evaluating, small_sibling
-from llm_trainer.models.inside import language_config, transformers_model
+from llm_trainer.models.heads import small_sibling
+from llm_trainer.models.inside import evaluating, language_config, transformers_model
 
 # Two documents of ids that every vocabulary has. The second is compared after its first token, which nothing predicts.
 FIRST, SECOND = (0, 1, 1, 0, 1, 0, 0), (1, 0, 1, 1, 0)

@@ -22,6 +22,7 @@ from llm_trainer.engine.threads import settle_threads
 from llm_trainer.kernels import compile_after
 from llm_trainer.model_group import members_of
 from llm_trainer.models.inside import transformers_model
+from llm_trainer.models.quantize import keep_layout
 from llm_trainer.optim import schedules
 from llm_trainer.optim.multipliers import rate_of_run
 from llm_trainer.optim.optimizers import slow_kernel
@@ -145,6 +146,7 @@ class Run:
         model = self.trainer.saved_model
         preflight.check_optimizer(self.trainer.optimizer, model, module)
         preflight.check_adapters(model, self.settings)
+        keep_layout(module)
         if self.settings.gradient_checkpointing:
             for member in members_of(model).values():
                 _recompute_activations(member)

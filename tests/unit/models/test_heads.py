@@ -106,8 +106,11 @@ def whole(module: nn.Module) -> ScoredModel:
     return plain
 
 
-@pytest.mark.parametrize("way", ["loss", "logprobs", "objective"])
-@pytest.mark.parametrize("kind", READ)
+CASES = [(kind, "loss") for kind in READ]
+CASES += [("two adapters", "logprobs"), ("two adapters", "objective"), ("rows of a tied head", "logprobs")]
+
+
+@pytest.mark.parametrize(("kind", "way"), CASES)
 def test_a_head_that_is_read_gives_loss_and_gradients_of_whole_logits(kind: str, way: str) -> None:
     batch = padded_batch()
     batch = {name: tensor.repeat(4, 1) for name, tensor in batch.items()}  # 72 labels: three tiles
