@@ -98,7 +98,19 @@ class Machine(Protocol):
     def follow(self, frozen: nn.Module, weight: float) -> None:
         """Move the weights of a module that was placed towards the trained ones: w <- weight * trained + (1 - weight) * w.
 
-        All ranks call it together. It has the names and shapes of `base_model`.
+        All ranks call it together. It has the names and shapes of `base_model`; or it is that itself, whose held values move.
+        """
+
+    def hold(
+        self, parameters: "Mapping[str, nn.Parameter]", caller: nn.Module
+    ) -> "Callable[[], AbstractContextManager[None]]":
+        """Keep the values that parameters of `base_model` have now: the context in which they have them again, for forwards.
+
+        Checkpoints hold the values, so that a run that goes on has those of where it began.
+
+        Args:
+            parameters: by name.
+            caller: calls `model` in that context, in its forward; all ranks run that together.
         """
 
     def generating(self) -> "AbstractContextManager[GenerationService]":

@@ -2,13 +2,17 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from ranks import fork_ranks, import_once
 
 from llm_trainer import DPOTrainer, KTOTrainer
 from llm_trainer.engine import dist
+from llm_trainer.models.build import build_model
+from llm_trainer.models.frozen import StartingPoint, frozen_copy
 from llm_trainer.train_configs import DataLoaderConfig, DPOConfig, KTOConfig, ModelConfig, RunConfig, TrainConfig
 
 SHAPE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -49,6 +53,78 @@ def unpaired(folder: Path) -> None:
     KTOTrainer(train_config=described(folder, kto_config=section)).train()
 
 
+# Engines on which little of a model is trained. ZeRO-3 keeps small parameters gathered, unless it is told not to.
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"engine": "fsdp"},
+    "zero-2": {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 2}}},
+    "zero-3": {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 3}}},
+    "zero-3, nothing gathered": {
+        "engine": "deepspeed",
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    },
+}
+if find_spec("deepspeed") is None:
+    ENGINES = {name: options for name, options in ENGINES.items() if "zero" not in name}
+
+
+def little_trained(seed: int = 0) -> Any:
+    """A model of which two modules are trained, whose weights are those of the seed."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**(SHAPE | {"vocab_size": 64, "num_hidden_layers": 2})))
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    for module in (model.model.layers[0].mlp.down_proj, model.model.layers[1].self_attn.q_norm):
+        module.requires_grad_(True)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, 1.0, 0.1)
+    return model
+
+
+def own_rows() -> list[dict[str, Any]]:
+    """This rank's micro-batches of four steps: in each one of them is of one row, which has no mismatched ones."""
+    noise = torch.Generator().manual_seed(1)
+    batches = []
+    for number in range(8):
+        rows = 1 + 2 * ((number + dist.rank()) % 2)
+        batch: dict[str, Any] = {"desirable": torch.arange(rows) % 2 == 0}
+        for part in ("prompt", "completion"):
+            ids = torch.randint(1, 64, (4, 3 + dist.rank()), generator=noise)[:rows]
+            batch |= {f"{part}_input_ids": ids, f"{part}_attention_mask": torch.ones_like(ids)}
+        batches.append(batch)
+    return batches
+
+
+def kto_of_little(folder: Path, seed: int = 0, **options: Any) -> None:
+    model = little_trained(seed)
+    given = {
+        "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2),
+        "train_loader": own_rows(),
+        "loader_is_sharded": True,
+        "grad_accum_steps": 2,
+        "max_epochs": 1,
+        "precision": "fp32",
+        "log_interval": 1,
+        "device": "cpu",
+        "save_interval": 0,
+        "best_file": False,
+        "progress": False,
+    }
+    trainer = KTOTrainer(model=model, save_dir=str(folder), **(given | options))
+    assert isinstance(trainer.reference, StartingPoint) == ("ref_model" not in options)
+    trainer.train()
+
+
+def where_it_began(folder: Path) -> dict[str, Any]:
+    """KTO of which little is trained: with a frozen copy, on every engine, and from each engine to the next."""
+    kto_of_little(folder / "copy", ref_model=frozen_copy(little_trained()))
+    for name, engine in ENGINES.items():
+        kto_of_little(folder / name, **engine)
+    for number, engine in enumerate(list(ENGINES.values())[-4:]):  # of a model that is another one each time
+        kto_of_little(folder / "relay", seed=number, max_steps=number + 1, resume="auto", **engine)
+    return {name: lines_of(folder / name) for name in ("copy", *ENGINES, "relay")} if dist.is_main() else {}
+
+
 def main(folder: Path) -> None:
     """Play both with one and two ranks."""
     import_once()
@@ -59,6 +135,7 @@ def main(folder: Path) -> None:
         for ranks in (1, 2):
             name = f"{scenario.__name__}-{ranks}"
             report[name] = fork_ranks(scenario, folder / name, ranks) | {"lines": lines_of(folder / name)}
+    report["where it began"] = fork_ranks(where_it_began, folder / "little", 2)
     print(json.dumps(report))
 
 

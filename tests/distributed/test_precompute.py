@@ -43,3 +43,18 @@ def test_the_margin_of_kto_is_that_of_the_step(played: dict[str, Any]) -> None:
     for line in played["unpaired-2"]["lines"]:
         if "rewards/margins" in line:
             assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
+
+
+def test_a_reference_of_which_little_is_kept_is_a_frozen_copy(played: dict[str, Any]) -> None:
+    """On every engine; of two ranks one has no mismatched rows, and makes up for the other's forwards of the reference."""
+    done = played["where it began"]
+    assert done["codes"] == [0, 0], "".join(text[-3000:] for text in done["texts"])
+    curves = done["results"][0]
+    expected = [(line["step"], line["loss"], line["grad_norm"], line["kl"]) for line in curves.pop("copy")]
+    assert len(expected) == 4 and len({loss for _, loss, *_ in expected}) == 4
+    assert {"ddp", "fsdp", "relay"} <= curves.keys()
+    for name, lines in curves.items():
+        assert len(lines) == 4, name
+        for line, (step, *values) in zip(lines, expected, strict=True):
+            assert line["step"] == step, name
+            assert [line["loss"], line["grad_norm"], line["kl"]] == pytest.approx(values, rel=1e-5, abs=2e-6), name

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.config.options import KDConfig
+from llm_trainer.config.options import KDConfig, ReferenceOptions
 from llm_trainer.config.section import config_section
 
 
@@ -50,7 +50,7 @@ class SFTConfig:
 
 
 @config_section
-class DPOConfig:
+class DPOConfig(ReferenceOptions):
     """Preference optimisation on pairs of answers: DPO and its relatives, ORPO, SimPO, CPO."""
 
     loss_type: str | dict[str, StrictFloat] = Field(
@@ -77,9 +77,6 @@ class DPOConfig:
     )
     discopop_tau: StrictFloat = Field(default=0.05, gt=0, description="temperature of discopop")
     ld_alpha: StrictFloat = Field(default=0.5, ge=0, le=1, description="weight of ld_dpo's surplus tokens")
-    ref_model_checkpoint: Any = Field(
-        default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
-    )
     share_prompts: StrictBool = Field(
         default=True, description="run the prompt of a pair once, where attention: blocked can do it"
     )
@@ -90,16 +87,13 @@ class DPOConfig:
 
 
 @config_section
-class KTOConfig:
+class KTOConfig(ReferenceOptions):
     """Preference optimisation on single answers that are called good or bad."""
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(default="kto", description="the loss")
     loss_beta: StrictFloat = Field(default=0.1, gt=0, description="how strongly the policy is held to the reference")
     desirable_weight: StrictFloat = Field(default=1.0, ge=0, description="weight of the good answers")
     undesirable_weight: StrictFloat = Field(default=1.0, ge=0, description="weight of the bad answers")
-    ref_model_checkpoint: Any = Field(
-        default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
-    )
     gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
 
 

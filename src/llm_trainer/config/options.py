@@ -54,6 +54,19 @@ class MicroBatches:
     )
 
 
+@config_section
+class ReferenceOptions:
+    """What a policy is compared with, or held to."""
+
+    ref_model_checkpoint: Any = Field(
+        default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
+    )
+    reference: Literal["start", "base"] = Field(
+        default="start",
+        description="the policy where the run began, or with its adapters off; where no ref_model_checkpoint is named",
+    )
+
+
 ROLES = ("system", "user", "assistant", "tool")
 
 

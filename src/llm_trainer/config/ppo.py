@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.optim import OptimConfig
+from llm_trainer.config.options import ReferenceOptions
 from llm_trainer.config.reinforcement import GenerateConfig, PtxOptions, RolloutOptions
 from llm_trainer.config.section import config_section
 
 
 @config_section
-class PPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
+class PPOConfig(GenerateConfig, RolloutOptions, ReferenceOptions, PtxOptions):
     """Reinforcement learning with a critic, which says what each token is worth (PPO)."""
 
     ppo_epochs: StrictInt = Field(default=4, ge=1, description="passes over each rollout")
@@ -63,9 +64,6 @@ class PPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
     )
     kl_horizon: StrictFloat = Field(
         default=10_000.0, gt=0, description="completions over which an adaptive kl_beta follows"
-    )
-    ref_model_checkpoint: Any = Field(
-        default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
     )
     missing_eos_penalty: StrictFloat | None = Field(
         default=None, ge=0, description="taken from the reward of a completion without an end; null: nothing"

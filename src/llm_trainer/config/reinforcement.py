@@ -8,6 +8,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import Files
+from llm_trainer.config.options import ReferenceOptions
 from llm_trainer.config.section import config_section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "luspo", "sapo", "vespo"]
@@ -184,7 +185,7 @@ class PtxOptions:
 
 
 @config_section
-class GRPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
+class GRPOConfig(GenerateConfig, RolloutOptions, ReferenceOptions, PtxOptions):
     """Reinforcement learning from groups of completions: GRPO and its family, without a critic."""
 
     group_size: StrictInt = Field(default=12, ge=1, description="completions of each prompt")
@@ -228,9 +229,6 @@ class GRPOConfig(GenerateConfig, RolloutOptions, PtxOptions):
         ge=0,
         description="how often a group whose rewards are all equal is drawn again, before it is left out (dynamic sampling); "
         "0: it stays, and teaches nothing",
-    )
-    ref_model_checkpoint: Any = Field(
-        default=None, description="weights of the reference: a path, or a state dict; null: the policy at the start"
     )
     ref_sync_steps: StrictInt | None = Field(
         default=None,

@@ -125,7 +125,7 @@ class DeepSpeedEngine(Engine):
             optimizer.state.clear()  # DeepSpeed has made a first step without gradients, which decays and counts
             self._engine.optimizer.refresh_fp32_params()
         self._pieces = dict(self._pairs(self._engine.optimizer))
-        self._keep_in_step(self._engine)
+        self._keep_layers_in_step(self._engine)
         self._engine.register_forward_hook(lambda module, inputs, outputs: tied_together(outputs))
         return self._engine
 
@@ -187,14 +187,18 @@ class DeepSpeedEngine(Engine):
         zero = {key: value for key, value in self.config["zero_optimization"].items() if key != "offload_optimizer"}
         kept = {key: self.config[key] for key in (*BATCH, *DTYPES, "torch_autocast") if key in self.config}
         self._frozen.append(self._initialize(module, None, {**kept, "zero_optimization": zero}))
-        self._keep_in_step(module)
+        self._keep_layers_in_step(module)
 
-    def _keep_in_step(self, module: nn.Module) -> None:
+    def _keep_layers_in_step(self, module: nn.Module) -> None:
         """In stage 3, where a forward gathers weights: all ranks run it, and their layers in the same order."""
         if self.stage < 3:
             return
         layers = {inner for inner in module.modules() if next(inner.parameters(recurse=False), None) is not None}
         self._lockstep.add(module, layers)
+
+    def _keep_in_step(self, module: nn.Module) -> None:
+        if self.stage == 3:
+            super()._keep_in_step(module)
 
     @property
     def _holds_16_bits(self) -> bool:
@@ -302,6 +306,23 @@ class DeepSpeedEngine(Engine):
 
     def local_shard(self, parameter: Tensor) -> Tensor:
         return parameter.ds_tensor.detach() if self.stage == 3 else parameter.detach()  # type: ignore[attr-defined]
+
+    def _put_shard(self, parameter: nn.Parameter, shard: Tensor) -> None:
+        if self.stage < 3:
+            super()._put_shard(parameter, shard)
+            return
+        self.local_shard(parameter).copy_(shard)
+        parameter.partition()  # type: ignore[attr-defined]  # small ones stay gathered otherwise, with the values before
+
+    def shard_of(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return value
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        shard = value.flatten()[dist.rank() * size :][:size]
+        return nn.functional.pad(shard, (0, size - len(shard)))  # the last rank's is filled up
+
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape if self.stage == 3 else parameter.shape  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         return {"scaler": {name: value for name, value in self._scaler().items() if isinstance(value, int | float)}}
@@ -444,10 +465,7 @@ class DeepSpeedEngine(Engine):
         elif self.stage < 3:
             parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
         else:
-            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            part = value.flatten()[dist.rank() * size :][:size]
-            part = nn.functional.pad(part, (0, size - len(part)))  # the last rank's is filled up
-            self._engine.optimizer.set_local_hp_param(part, parameter, key)
+            self._engine.optimizer.set_local_hp_param(self.shard_of(value, parameter), parameter, key)
 
 
 def _is_sharded(value: Any) -> bool:

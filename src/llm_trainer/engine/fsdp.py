@@ -100,6 +100,16 @@ class FsdpEngine(TorchEngine):
         here = parameter.detach()
         return here.to_local() if isinstance(here, DTensor) else here
 
+    def put_shards(self, shards: Mapping[nn.Parameter, Tensor]) -> None:
+        self._reshard()  # what is gathered has the values before
+        super().put_shards(shards)
+
+    def _put_shard(self, parameter: nn.Parameter, shard: Tensor) -> None:
+        self.local_shard(parameter).copy_(shard)
+
+    def shard_of(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        return self.local_shard(shard_like(value, parameter))
+
     def _shard(self, module: nn.Module) -> FSDPModule:
         """Shard the layers of `module`, then the rest of it, and give every rank its shards of the main one's weights."""
         full = {}

@@ -34,25 +34,33 @@ class Lockstep:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._modules: list[nn.Module] = []
-        self._is_together = self._makes_up = False
+        self._is_together = False
+        self._is_within = False  # a call that was announced, or is made up for: what it calls itself is a part of it
         self._way: list[str] = []  # layers that have run a forward since `together` began
         self._made_up: list[Tensor] = []  # zeros of forwards with gradients, whose backward needs all ranks too
 
-    def add(self, module: nn.Module, layers: Collection[nn.Module]) -> None:
+    def add(self, module: nn.Module, layers: Collection[nn.Module], calls_others: bool = False) -> None:
         """A module whose forward needs all ranks; all of them add the same ones in the same order.
 
         Args:
             layers: of it, whose weights are gathered one after the other, on all ranks in the same order.
+            calls_others: its forward calls another module that was added.
         """
         number = len(self._modules)
         self._modules.append(module)
 
         @torch.compiler.disable
         def announce(module: nn.Module, inputs: Any, keywords: Any) -> None:
-            if self._is_together and not self._makes_up:
+            if self._is_together and not self._is_within:
                 self._take_turns(number, (inputs, keywords))
+                self._is_within = calls_others
+
+        def leave(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            self._is_within = False
 
         module.register_forward_pre_hook(announce, prepend=True, with_kwargs=True)  # before weights are gathered
+        if calls_others:
+            module.register_forward_hook(leave, always_call=True)
         for name, layer in module.named_modules():
             if layer in layers:
                 self._note_forwards(layer, plain_name(name).removeprefix("module."))
@@ -69,7 +77,7 @@ class Lockstep:
     @contextmanager
     def together(self) -> Iterator[None]:
         """The context of what all ranks do together; its end, or `finish` before, is where they wait for each other."""
-        self._is_together = True
+        self._is_together, self._is_within = True, False
         self._way.clear()
         try:
             yield
@@ -140,12 +148,12 @@ class Lockstep:
 
     def _make_up(self, number: int, shared: Any) -> None:
         (args, keywords), with_gradients = _on_device(shared, self._device)
-        self._makes_up = True
+        self._is_within = True
         try:
             with torch.set_grad_enabled(with_gradients):
                 outputs = self._modules[number](*args, **keywords)
         finally:
-            self._makes_up = False
+            self._is_within = False
         if with_gradients:
             self._made_up.append(zero_loss(outputs, self._modules[number]))
 

@@ -1,12 +1,20 @@
-"""The model that a policy is compared with: a frozen copy, or the policy itself with its adapters off."""
+"""The model that a policy is compared with: a frozen copy, or the policy itself as it was before it learned."""
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from llm_trainer.models.heads import evaluating, logits_of
+from llm_trainer.models.inside import has_adapters
+
+LITTLE = 0.2  # share of a model's parameters up to which copies of those that are trained stand for a copy of all
+KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # of LoRA's initialisations
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -19,29 +27,84 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-class AdaptersOff:
-    """The policy as it was before its adapters learned anything, called like a reference model; it takes no memory.
+def why_not_base(model: nn.Module) -> str:
+    """Why a policy with its adapters off is not the base that it was made of, in words; empty: it is."""
+    if not has_adapters(model):
+        return f"a {type(model).__name__} has none"
+    for name, config in model.peft_config.items():  # type: ignore[union-attr,operator]
+        how = getattr(config, "init_lora_weights", True)
+        if how not in KEEP_THE_BASE:
+            return f"the initialisation of the adapter '{name}', {how!r}, changes the base"
+        if getattr(config, "bias", "none") != "none":
+            return f"the adapter '{name}' trains biases of the base, which stay"
+    # What is trained beside the adapters would go on learning: tried out, for there are many kinds of them.
+    with evaluating(model), model.disable_adapter():  # type: ignore[operator]
+        device = next(model.parameters()).device
+        outputs = logits_of(model(torch.tensor([[0, 1]], device=device)), type(model).__name__)
+    return "parameters beside them are trained, which cannot be switched off" if outputs.requires_grad else ""
+
+
+def learns_little(model: nn.Module) -> bool:
+    """Whether so few of a model's parameters are trained that copies of these alone say what it was before.
+
+    Running statistics change with them and are no parameters, so that a model which has some is copied whole.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    has_statistics = any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
+    return 0 < trained <= LITTLE * total and not has_statistics
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether a part of `model`, such as its adapters, drops something out in training."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name the parameters of `model` that are trained."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class StartingPoint(nn.Module):
+    """The policy as it was where the run began, or with its adapters off, called like a reference model.
+
+    It is no second model: its forward is the policy's own, in a context in which that is what it was.
 
     Args:
-        model: the `PeftModel`.
+        model: the user's module.
         policy: the module around it that is called, as the engine has wrapped it.
         knows_branches: that of the policy's `ScoredModel`.
+
+    Attributes:
+        as_it_was: that context.
+        description: of what it is, for people.
     """
 
-    def __init__(self, model: nn.Module, policy: nn.Module, knows_branches: Callable[[torch.device], bool]) -> None:
-        self.model = model
-        self.policy = policy
-        self.knows_branches = knows_branches
+    as_it_was: Callable[[], AbstractContextManager[Any]]
+    description: str
 
-    def __call__(self, **inputs: Any) -> Any:
-        """What the policy returns without its adapters and without dropout."""
-        was_training = self.policy.training
-        self.policy.eval()
-        try:
-            with self.model.disable_adapter():  # type: ignore[operator]
-                return self.policy(**inputs)
-        finally:
-            self.policy.train(was_training)
+    def __init__(self, model: nn.Module, policy: nn.Module, knows_branches: Callable[[torch.device], bool]) -> None:
+        super().__init__()
+        self.knows_branches = knows_branches
+        self._models = model, policy  # a tuple, so that no parameter gets a second name
+        self._trained = trained_parameters(model).keys()
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the policy returned then, without dropout and without gradients.
+
+        Raises:
+            ValueError: parameters are trained by now that were not when it was made.
+        """
+        model, policy = self._models
+        later = sorted(trained_parameters(model).keys() - self._trained)
+        if later:
+            raise ValueError(
+                f"the reference is the policy where the run began, of which it keeps the parameters that were trained when the "
+                f"trainer was made; {len(later)} more are trained now, such as {later[0]}. Expected them to be trained "
+                f"(requires_grad) from the beginning, with a learning rate of 0 for as long as they are to stay, or a ref_model"
+            )
+        with torch.no_grad(), evaluating(policy), self.as_it_was():
+            return policy(**inputs)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """What an algorithm may ask of the machinery: see `machine.Machine`."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,15 @@ class RunMachine:
             self._engine.place(frozen)
 
     def follow(self, frozen: nn.Module, weight: float) -> None:
-        self._engine.follow(frozen, weight)
+        if frozen is self.trainer.base_model and self._engine.held is not None:
+            self._engine.held.follow(weight)
+        else:
+            self._engine.follow(frozen, weight)
+
+    def hold(
+        self, parameters: Mapping[str, nn.Parameter], caller: nn.Module
+    ) -> Callable[[], AbstractContextManager[None]]:
+        return self._engine.hold(parameters, caller).in_place
 
     @contextmanager
     def generating(self) -> Iterator[GenerationService]:

@@ -448,6 +448,8 @@ class Run:
     def _may_save_behind(self) -> bool:
         """Whether checkpoints may be written while training goes on; the memory for it is then taken."""
         needed = self.engine.bytes_to_copy(self.size.saved_bytes, self.size.optimizer_bytes)
+        if self.engine.held is not None:
+            needed += self.engine.held.num_bytes
         return self.settings.save_in_background and self.checkpoints.saving.has_memory(needed)
 
     @property

@@ -126,6 +126,8 @@ def parts_of(work: Work, progress: Progress, configured: ConfiguredOptimizer) ->
         "random": RandomState(),
         "trainer": AlgorithmState(algorithm),
     }
+    if work.engine.held is not None:
+        parts["reference"] = work.engine.held
     if algorithm.scheduler is not None:
         parts["scheduler"] = algorithm.scheduler
     return parts | {"configured": configured}  # last: it decides between what is loaded and what is configured

@@ -19,7 +19,6 @@ from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
 
 if TYPE_CHECKING:
-    from llm_trainer.models.frozen import AdaptersOff
     from llm_trainer.models.scored import TokenScores
 
 Batch = dict[str, Tensor]
@@ -281,7 +280,7 @@ def to_device(rows: Batch, device: torch.device) -> Batch:
     return moved | {name: rows[name] for name in ("document_lengths",) if name in rows}
 
 
-def score(model: "nn.Module | AdaptersOff", rows: Batch, differentiable: bool = False, **how: Any) -> "TokenScores":
+def score(model: nn.Module, rows: Batch, differentiable: bool = False, **how: Any) -> "TokenScores":
     """The model's scores of a joined batch: log-probs of its labels, with gradients if `differentiable`.
 
     `how`: further arguments of `ScoredModel.forward`, such as `temperature`.

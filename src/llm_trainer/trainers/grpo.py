@@ -24,7 +24,6 @@ from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
-from llm_trainer.models.frozen import same_weights
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts, to_device
 from llm_trainer.trainers.completions import given_logprobs, has_given, has_given_logprobs
@@ -33,7 +32,7 @@ from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.moving import MovingReference
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
-from llm_trainer.trainers.references import default_reference, reference_of
+from llm_trainer.trainers.references import choose_reference, describe_reference, reference_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -70,7 +69,7 @@ class GRPOTrainer(OnPolicyTrainer):
         clip_eps: how far a ratio may be from 1; None: what belongs to `loss_type`, 0.2 for GRPO.
         kl_coef: weight of the KL from the reference; 0: there is none.
         temperature: of sampling; the policy that learns is this distribution.
-        ref_model: what the policy is held to; None: a frozen copy of it as it is now, or with its adapters off. With
+        ref_model: what the policy is held to; None: it is held to itself as it is now. With
             `ref_sync_steps` it moves between rollouts: reference <- mixup_alpha * policy + (1 - mixup_alpha) * reference.
         reward_weights: of each reward function; None: 1.
         **options: the other fields of `GRPOConfig`, by their names; the rest are those of `BaseTrainer`.
@@ -107,11 +106,10 @@ class GRPOTrainer(OnPolicyTrainer):
         self.advantages = Advantages(_advantage_of(how))
         reference = None
         if how.loss_beta:
-            reference = default_reference(model) if ref_model is None else ref_model
-            self.starts_at_reference = reference is not model and (ref_model is None or same_weights(model, reference))
+            reference, self.starts_at_reference = choose_reference(model, ref_model, how.reference)
         self._moving: MovingReference | None = None
         if reference is not None and how.ref_sync_steps is not None:
-            self._moving = MovingReference(reference, model, how.ref_sync_steps, how.mixup_alpha)
+            self._moving = MovingReference(reference, model, how.reference, how.ref_sync_steps, how.mixup_alpha)
         self._of_correction: dict[str, tuple[Tensor, Tensor]] = {}  # what to watch of a micro-batch
         self._given: list[tuple[Batch, Batch]] = []  # batches of this step that carry completions, and their rows
         super().__init__(
@@ -126,7 +124,7 @@ class GRPOTrainer(OnPolicyTrainer):
         )
         if how.max_resamplings and self.judge is not None:
             raise ValueError(WITH_JUDGE.format(how.max_resamplings))
-        self.reference = None if reference is None else reference_of(reference, self, self._policy)
+        self.reference = None if reference is None else reference_of(reference, self, self._policy, how.reference)
         models = [self._policy, *([] if self.reference is None else [self.reference])]
         self.shares_prompts = how.share_prompts and all(model.knows_branches(self.device) for model in models)
 
@@ -157,7 +155,7 @@ class GRPOTrainer(OnPolicyTrainer):
         return self._policy
 
     def _get_extra_config_info(self) -> dict[str, Any]:
-        held_to = "none" if self.reference is None else "a frozen model"
+        held_to = describe_reference(self.reference)
         if self._moving is not None:
             held_to = f"moves by {self._moving.alpha:g} every {self._moving.every} steps"
         prompts = "shared" if self.shares_prompts else "repeated"
@@ -167,7 +165,9 @@ class GRPOTrainer(OnPolicyTrainer):
     # A reference that moves.
 
     def _other_models(self) -> dict[str, nn.Module]:
-        return {} if self._moving is None else {REFERENCE: self._moving.model}
+        if self._moving is None or self._moving.model is self.base_model:
+            return {}  # what of it moves is kept with the reference's values
+        return {REFERENCE: self._moving.model}
 
     def _build_source(self, source: Any, training: bool) -> Any:
         built = super()._build_source(source, training)

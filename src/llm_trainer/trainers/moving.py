@@ -4,7 +4,6 @@ from torch import nn
 
 from llm_trainer.machine import Machine
 from llm_trainer.models.frozen import freeze
-from llm_trainer.models.inside import has_adapters
 
 
 class MovingReference:
@@ -13,8 +12,9 @@ class MovingReference:
     With alpha 1 that is TR-DPO's hard update, below it the soft one (Gorbatovski et al. 2024, arXiv:2404.09656).
 
     Args:
-        model: the reference, which is frozen here.
+        model: the reference, which is frozen here; or the policy itself, whose values of before move.
         policy: the model that is trained.
+        which: 'base': the reference is the policy with its adapters off.
         every: optimizer steps between two moves, at least.
         alpha: how far it moves.
 
@@ -25,20 +25,21 @@ class MovingReference:
         ValueError: the policy has no weights of its own that the reference could take, or others than the reference.
     """
 
-    def __init__(self, model: nn.Module, policy: nn.Module, every: int, alpha: float) -> None:
-        if has_adapters(policy):
+    def __init__(self, model: nn.Module, policy: nn.Module, which: str, every: int, alpha: float) -> None:
+        if which == "base":
             raise ValueError(
-                "ref_sync_steps: the policy is a peft model, whose reference is itself with its adapters off: it has no "
-                "weights that could move. Leave ref_sync_steps out, or train a model without adapters"
+                "ref_sync_steps: the reference is the policy with its adapters off (reference: base), which has no weights "
+                "that could move; expected reference: start, or leave ref_sync_steps out"
             )
-        different = different_tensors(policy, model)
-        if model is policy or different:
-            raise ValueError(
-                f"ref_sync_steps: the reference cannot take the policy's weights: {different or 'it is the policy itself'}. "
-                f"Expected a model of the same architecture, or none, which means a copy of the policy; or leave "
-                f"ref_sync_steps out"
-            )
-        self.model, self.every, self.alpha = freeze(model), every, alpha
+        if model is not policy:
+            different = different_tensors(policy, model)
+            if different:
+                raise ValueError(
+                    f"ref_sync_steps: the reference cannot take the policy's weights: {different}. Expected a model of the "
+                    f"same architecture, or none, which means the policy as it is at the start; or leave ref_sync_steps out"
+                )
+            freeze(model)
+        self.model, self.every, self.alpha = model, every, alpha
         self.moved_at = 0
 
     def move(self, machine: Machine) -> None:

@@ -20,7 +20,6 @@ from llm_trainer.losses.policy import PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.losses.value import value_loss
 from llm_trainer.models.critic import Acted, ActorCritic, critic_of, reader_of
-from llm_trainer.models.frozen import same_weights
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.extend import add_groups
@@ -30,7 +29,7 @@ from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder,
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
-from llm_trainer.trainers.references import default_reference, reference_of
+from llm_trainer.trainers.references import choose_reference, describe_reference, reference_of
 from llm_trainer.trainers.shaping import Followed, Shaping, refuse_norm
 from llm_trainer.trainers.shaping import scored as scored_rollout
 
@@ -58,7 +57,7 @@ class PPOTrainer(OnPolicyTrainer):
     KL from the reference costs, and at the last one the reward of the completion (Ouyang et al. 2022, arXiv:2203.02155).
 
     Args:
-        ref_model: what the policy is held to; None: a frozen copy of it as it is now, or with its adapters off.
+        ref_model: what the policy is held to; None: it is held to itself as it is now.
         value_model: the critic: a classification model with one label (a reward model), a language model, whose body gets a
             head, or any module that gives a number per token. None: made of the policy, see `critic_on_policy`.
         optimizer: of the policy's parameters; the critic's are added in groups of their own, if they are not there.
@@ -85,15 +84,9 @@ class PPOTrainer(OnPolicyTrainer):
     ) -> None:
         said = {name: options.pop(name) for name in fields_of(PPOConfig) if name in options and name not in _OBJECTS}
         how = PPOConfig(**said)
-        if ref_model is model:
-            raise ValueError(
-                "ref_model is the policy itself, which changes while it learns; expected another model, or None for a "
-                "frozen copy of the policy as it is now"
-            )
         reference = None
         if how.kl_beta:  # before the critic puts a head on the policy
-            reference = default_reference(model) if ref_model is None else ref_model
-            self.starts_at_reference = reference is not model and (ref_model is None or same_weights(model, reference))
+            reference, self.starts_at_reference = choose_reference(model, ref_model, how.reference)
         check_learns(value_model, ref_model=ref_model, reward_model=options.get("reward_model"))
         self.critic = critic_of(model, value_model, how.critic_on_policy)
         self.loss = PolicyLoss("bnpo", clip_eps=how.clip_eps, entropy_coef=how.entropy_coef)
@@ -115,7 +108,7 @@ class PPOTrainer(OnPolicyTrainer):
             **options,
         )
         let_critic_alone(self.optimizer, lambda: self._policy_waits)
-        self.reference = None if reference is None else reference_of(reference, self, self._policy)
+        self.reference = None if reference is None else reference_of(reference, self, self._policy, how.reference)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
@@ -195,7 +188,7 @@ class PPOTrainer(OnPolicyTrainer):
         where = f"a {type(self.critic).__name__} of its own"
         if self._acting.shares_body:
             where = "a head on the policy's body"
-        held_to = "none" if self.reference is None else "a frozen model"
+        held_to = describe_reference(self.reference)
         own = {"loss": self.loss, "critic": where, "reference": held_to}
         return own | super()._get_extra_config_info()
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
 from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
-from llm_trainer.models.frozen import AdaptersOff, same_weights
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import (
     Batch,
@@ -29,7 +28,13 @@ from llm_trainer.trainers.answers import (
 )
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
-from llm_trainer.trainers.references import default_reference, precompute_reference, reference_of
+from llm_trainer.trainers.references import (
+    check_which,
+    choose_reference,
+    describe_reference,
+    precompute_reference,
+    reference_of,
+)
 
 if TYPE_CHECKING:
     from llm_trainer.config.algorithms import DPOConfig
@@ -54,8 +59,9 @@ class DPOTrainer(BaseTrainer):
     Chosen and rejected run in one forward.
 
     Args:
-        ref_model: what the policy is compared with; None: a frozen copy of the policy as it is now, or, where it has
-            adapters (`peft`), the policy with these off. Losses that need no reference (`orpo`, `simpo`, `cpo`) have none.
+        ref_model: what the policy is compared with; None: the policy as it is now. Losses that need no reference (`orpo`,
+            `simpo`, `cpo`) have none.
+        reference: 'base': without a `ref_model` the policy with its adapters (`peft`) off.
         ref_log_probs_given: the batches carry the reference's log-probs, and no reference model is kept.
         starts_at_reference: whether policy and reference begin equal, so that the rewards of the first step must be 0
             (and the loss of DPO ln 2); anything else stops the run. None: found out by comparing the weights.
@@ -80,6 +86,7 @@ class DPOTrainer(BaseTrainer):
         model: nn.Module,
         ref_model: nn.Module | None = None,
         *args: Any,
+        reference: str = "start",
         ref_log_probs_given: bool = False,
         starts_at_reference: bool | None = None,
         mask_prompt: bool = True,
@@ -95,17 +102,12 @@ class DPOTrainer(BaseTrainer):
                 f"{type(self).__name__} takes model, ref_model (a module, or None), optimizer, train_loader and val_loader by "
                 f"position, got {type(ref_model).__name__} as ref_model and {len(args)} more; name the arguments"
             )
-        if ref_model is model:
-            raise ValueError(
-                "ref_model is the policy itself, which changes while it learns; expected another model, or None for a "
-                "frozen copy of the policy as it is now"
-            )
-        reference = None
+        compared_with, starts_equal = None, False
         if self.loss.needs_reference and not ref_log_probs_given:
-            reference = default_reference(model) if ref_model is None else ref_model
-        if starts_at_reference is None and reference is not model:  # adapters may have learned before
-            starts_at_reference = reference is not None and (ref_model is None or same_weights(model, reference))
-        self._at_start = bool(starts_at_reference) and self.loss.needs_reference
+            compared_with, starts_equal = choose_reference(model, ref_model, reference)
+        if starts_at_reference is None:
+            starts_at_reference = starts_equal
+        self._at_start = starts_at_reference and self.loss.needs_reference
         self._baseline = torch.zeros(2, dtype=torch.float64)  # sum and number of the rewards of earlier steps
         self._new_rewards = torch.zeros(2)
         self._joined_before: list[
@@ -113,7 +115,9 @@ class DPOTrainer(BaseTrainer):
         ] = []  # micro-batches that `_begin_step` has joined, and their rows
         super().__init__(model, *args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
-        self.reference = None if reference is None else reference_of(reference, self, self._policy)
+        self.reference = None
+        if compared_with is not None:
+            self.reference = reference_of(compared_with, self, self._policy, reference)
         models = [self._policy, *([] if self.reference is None else [self.reference])]
         self.shares_prompts = share_prompts and all(model.knows_branches(self.device) for model in models)
 
@@ -139,18 +143,21 @@ class DPOTrainer(BaseTrainer):
     @classmethod
     def _reference_from_config(cls, section: "DPOConfig", build: "Build") -> dict[str, Any]:
         """What the policy is compared with, as keywords; none: the constructor makes a copy, or needs none."""
+        which: dict[str, Any] = {"reference": section.reference}
         if "ref_model" in build.given:
-            return {}
+            return which
         source = section.ref_model_checkpoint
         reference = None if source is None else build.frozen(source)
         if not section.precompute_ref_log_probs:
-            return {} if reference is None else {"ref_model": reference}
+            return which if reference is None else which | {"ref_model": reference}
         if not PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo)).needs_reference:
             return {}
+        check_which(section.reference, build.policy, has_model=reference is not None)
         scorer = build.policy if reference is None else reference
         for stream in build.streams:
-            precompute_reference(stream, scorer, build, section.share_prompts)
-        return {"ref_log_probs_given": True, "starts_at_reference": reference is None}
+            precompute_reference(stream, scorer, build, section.share_prompts, section.reference)
+        starts_equal = reference is None and section.reference == "start"
+        return {"ref_log_probs_given": True, "starts_at_reference": starts_equal}
 
     @classmethod
     def _data_from_config(cls, section: "DPOConfig") -> DataRequest:
@@ -175,9 +182,9 @@ class DPOTrainer(BaseTrainer):
         return count_tokens(batch)
 
     def _get_extra_config_info(self) -> dict[str, Any]:
-        held_to = "given log-probs" if self.loss.needs_reference else "none"
-        frozen = "the policy with its adapters off" if isinstance(self.reference, AdaptersOff) else "a frozen model"
-        reference = held_to if self.reference is None else frozen
+        reference = describe_reference(self.reference)
+        if self.reference is None and self.loss.needs_reference:
+            reference = "given log-probs"
         return {"loss": self.loss, "reference": reference, "prompts": "shared" if self.shares_prompts else "repeated"}
 
     def _joined(self, batch: Batch) -> Batch:

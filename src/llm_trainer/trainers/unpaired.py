@@ -22,7 +22,7 @@ from llm_trainer.trainers.answers import (
     to_device,
 )
 from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.references import default_reference, reference_of
+from llm_trainer.trainers.references import choose_reference, reference_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.algorithms import KTOConfig
@@ -44,8 +44,8 @@ class KTOTrainer(BaseTrainer):
     none, and a step without any keeps the KL of the step before.
 
     Args:
-        ref_model: what the policy is compared with; None: a frozen copy of the policy as it is now, or, where it has
-            adapters (`peft`), the policy with these off.
+        ref_model: what the policy is compared with; None: the policy as it is now.
+        reference: 'base': without a `ref_model` the policy with its adapters (`peft`) off.
         loss_type: 'kto' or 'apo_zero_unpaired', which needs no KL.
         beta: how strongly the policy is held to the reference.
         desirable_weight: weight of the good answers.
@@ -61,6 +61,7 @@ class KTOTrainer(BaseTrainer):
         self,
         *args: Any,
         ref_model: nn.Module | None = None,
+        reference: str = "start",
         loss_type: str = "kto",
         beta: float = 0.1,
         desirable_weight: float = 1.0,
@@ -74,19 +75,15 @@ class KTOTrainer(BaseTrainer):
         self._kl_of_step = self._kl  # of the step under way, or of the batch that is evaluated
         self._num_of_kind = torch.zeros(2)  # good and bad answers of the step
         model = options["model"] if "model" in options else args[0]
-        if ref_model is model:
-            raise ValueError(
-                "ref_model is the policy itself, which changes while it learns; pass None for a copy of it"
-            )
-        reference = default_reference(model) if ref_model is None else ref_model
+        compared_with, _ = choose_reference(model, ref_model, reference)
         super().__init__(*args, **options)
-        self.reference = reference_of(reference, self, self._policy)
+        self.reference = reference_of(compared_with, self, self._policy, reference)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
         section: KTOConfig = build.section
         source = section.ref_model_checkpoint
-        reference = {}
+        reference: dict[str, Any] = {"reference": section.reference}
         if source is not None and "ref_model" not in build.given:
             reference["ref_model"] = build.frozen(source)
         return reference | {
@@ -132,7 +129,8 @@ class KTOTrainer(BaseTrainer):
             mismatched = self._mismatched(batch)
             if mismatched is None:
                 continue
-            ratios = self._log_ratios(score(self.model, mismatched).logprobs, mismatched)
+            mismatched = self._with_reference(mismatched)
+            ratios = log_ratios(score(self.model, mismatched).logprobs, mismatched)
             if weight:
                 total, number = total + ratios.sum(), number + len(ratios)
         total, count = sum_over_ranks(torch.stack([total, total.new_tensor(number)]))
@@ -165,16 +163,15 @@ class KTOTrainer(BaseTrainer):
         swapped_rows = join(kept | swapped, ("completion",))
         return to_device(lay_flat(swapped_rows, self.machine.layout), self.device)
 
-    def _log_ratios(self, logprobs: Tensor, rows: Batch) -> Tensor:
-        """`[B]` log-probs of the answers, policy minus reference."""
+    def _with_reference(self, rows: Batch) -> Batch:
+        """Rows with what the reference says of their labels."""
         with torch.no_grad():
-            reference = score(self.reference, rows).logprobs
-        return as_rows(logprobs - reference, rows).sum(1)
+            return rows | {"ref_logprobs": score(self.reference, rows).logprobs}
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = {name: value for name, value in batch.items() if not name.startswith(_KL)}
         joined = join(rows, ("completion",))
-        return to_device(lay_flat(joined, self.machine.layout), self.device)
+        return self._with_reference(to_device(lay_flat(joined, self.machine.layout), self.device))
 
     def _forward(self, batch: Batch) -> TokenScores:
         return score(self.model, batch, differentiable=True)
@@ -182,7 +179,7 @@ class KTOTrainer(BaseTrainer):
     def _compute_loss(self, outputs: TokenScores, batch: Batch) -> Tensor:
         assert self._kl_of_step is not None
         desirable = batch["desirable"].bool()
-        ratios = self._log_ratios(outputs.logprobs, batch)
+        ratios = log_ratios(outputs.logprobs, batch)
         losses, metrics = self.loss(ratios, desirable, ratios.new_tensor(self._kl_of_step))
         self.record("kl", metrics["kl"] * num_answers(batch), num_answers(batch))
         logps = torch.where(supervised(batch), as_rows(outputs.logprobs.detach(), batch), 0.0).sum(1)
@@ -211,3 +208,8 @@ class KTOTrainer(BaseTrainer):
 
     def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
         self._kl = state["kl"]
+
+
+def log_ratios(logprobs: Tensor, rows: Batch) -> Tensor:
+    """`[B]` log-probs of the answers, policy minus reference."""
+    return as_rows(logprobs - rows["ref_logprobs"], rows).sum(1)

@@ -1,6 +1,5 @@
-"""A policy with adapters is its own reference: the numbers of a frozen copy, without its memory."""
+"""Models with adapters under the trainers."""
 
-import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,6 @@ import torch
 from llm_trainer import create_trainer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
-from llm_trainer.models.frozen import AdaptersOff
-from llm_trainer.models.inside import has_adapters
 from llm_trainer.models.rewarding import reward_model
 
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -40,10 +37,6 @@ def pairs(trainer: str) -> list[dict[str, Any]]:
 def train(trainer: str, folder: Path, **options: Any) -> tuple[Any, list[float]]:
     model = model_with_adapters()
     learned = [p for p in model.parameters() if p.requires_grad]
-    if options.pop("copied", False):
-        options["ref_model"] = copy.deepcopy(model.base_model.unload())  # type: ignore[operator,union-attr]
-        model = model_with_adapters()
-        learned = [p for p in model.parameters() if p.requires_grad]
     made = create_trainer(
         trainer,
         model=model,
@@ -59,17 +52,6 @@ def train(trainer: str, folder: Path, **options: Any) -> tuple[Any, list[float]]
     made.train()
     text = (folder / "log" / "metrics.jsonl").read_text().splitlines()
     return made, [float(line.split('"loss": ')[1].split(",")[0].rstrip("}")) for line in text if '"loss"' in line]
-
-
-@pytest.mark.parametrize("trainer", ["dpo", "kto"])
-def test_the_reference_is_the_policy_without_adapters(trainer: str, tmp_path: Path) -> None:
-    made, losses = train(trainer, tmp_path / "off")
-    _, expected = train(trainer, tmp_path / "copy", copied=True)
-    assert has_adapters(made.base_model) and isinstance(made.reference, AdaptersOff)
-    assert losses == pytest.approx(expected, rel=1e-6) and len(set(losses)) == 3
-    assert made.model.training and not any(
-        p.requires_grad for n, p in made.base_model.named_parameters() if "lora" not in n
-    )
 
 
 def test_activations_are_recomputed_inside_of_adapters(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
+from llm_trainer.models.frozen import StartingPoint
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted
 
@@ -226,10 +227,42 @@ def test_what_cannot_move_is_refused(tmp_path: Path, options: dict[str, Any], me
         make(tmp_path, **options)
 
 
-def test_a_policy_of_adapters_is_refused(tmp_path: Path) -> None:
+def with_adapters(seed: int = 0) -> Any:
     peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    options = {"r": 1, "target_modules": ["q_proj"], "init_lora_weights": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what peft imports
-        model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="ref_sync_steps: the policy is a peft model.*adapters off"):
-        make(tmp_path, model)
+        return peft.get_peft_model(tiny(), peft.LoraConfig(**options))
+
+
+def test_of_a_policy_with_adapters_these_move(tmp_path: Path) -> None:
+    """Nothing else is kept, and a run that goes on with a model of other adapters has those of its reference."""
+    policies: list[Weights] = []
+
+    def note(run: Any) -> None:
+        policies.append({name: p.detach().clone() for name, p in run.trainer.base_model.named_parameters()})
+
+    def run(folder: Path, seed: int, **options: Any) -> GRPOTrainer:
+        trainer = make(folder, with_adapters(seed), hooks=[Hook("note", note, every_steps=1)], **options)
+        assert isinstance(trainer.reference, StartingPoint)
+        note(trainer.run)
+        trainer.train()
+        return trainer
+
+    whole = run(tmp_path / "whole", 0)
+    assert not list((tmp_path / "whole").glob("checkpoint-*/reference"))
+    learned = [name for name in policies[0] if "lora" in name]
+    expected = policies[0]
+    for step in (2, 4, 6):  # before rollouts
+        expected = {name: torch.lerp(expected[name], policies[step][name], 0.25) for name in learned}
+    assert_equal(whole.run.engine.held.state_dict(), expected)
+    run(tmp_path / "cut", 0, max_steps=3)
+    rest = run(tmp_path / "cut", 1, resume="auto")
+    assert_equal(rest.run.engine.held.state_dict(), expected)
+    assert_equal(copied(rest.base_model), copied(whole.base_model))
+
+
+def test_adapters_that_are_off_cannot_move(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ref_sync_steps: the reference is the policy with its adapters off"):
+        make(tmp_path, with_adapters(), reference="base")
