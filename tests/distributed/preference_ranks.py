@@ -69,12 +69,13 @@ if find_spec("deepspeed") is None:
 
 
 def little_trained(seed: int = 0) -> Any:
-    """A model of which two modules are trained, whose weights are those of the seed."""
+    """A model of which three modules are trained, whose weights are those of the seed."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(**(SHAPE | {"vocab_size": 64, "num_hidden_layers": 2})))
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    for module in (model.model.layers[0].mlp.down_proj, model.model.layers[1].self_attn.q_norm):
+    # The last is of what FSDP2 leaves gathered after a forward.
+    for module in (model.model.layers[0].mlp.down_proj, model.model.layers[1].self_attn.q_norm, model.model.norm):
         module.requires_grad_(True)
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, 1.0, 0.1)
@@ -82,11 +83,11 @@ def little_trained(seed: int = 0) -> Any:
 
 
 def own_rows() -> list[dict[str, Any]]:
-    """This rank's micro-batches of four steps: in each one of them is of one row, which has no mismatched ones."""
+    """This rank's micro-batches of four steps: in every other one they are of one row, which has no mismatched ones."""
     noise = torch.Generator().manual_seed(1)
     batches = []
     for number in range(8):
-        rows = 1 + 2 * ((number + dist.rank()) % 2)
+        rows = 1 + 2 * ((number // 2 + dist.rank()) % 2)
         batch: dict[str, Any] = {"desirable": torch.arange(rows) % 2 == 0}
         for part in ("prompt", "completion"):
             ids = torch.randint(1, 64, (4, 3 + dist.rank()), generator=noise)[:rows]

@@ -1,6 +1,6 @@
 """What every engine can do: five verbs of training, shaped by the hardest implementation, and what saving asks of it."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.engine import dist
 from llm_trainer.engine.follow import follow, mix
-from llm_trainer.engine.held import Held
-from llm_trainer.engine.lockstep import Lockstep
+from llm_trainer.engine.held import Shards
 from llm_trainer.engine.room import checkpoint_copy
 from llm_trainer.model_group import MODEL, members_of
 
@@ -44,7 +43,7 @@ class EngineOptions:
     deepspeed: Mapping[str, Any] | None = None
 
 
-class Engine(ABC):
+class Engine(Shards):
     """Executes the steps of one trainer on some machinery (one process, DDP, FSDP2, DeepSpeed).
 
     Attributes:
@@ -56,7 +55,6 @@ class Engine(ABC):
             that `drop_gradients` forgets.
         gathers_weights: whether `weights` are copies in the main process's host memory.
         gathers_state: whether `optimizer_state` is a copy in the main process's host memory.
-        held: earlier values of parameters (`hold`), which a checkpoint holds too; None: there are none.
     """
 
     device: torch.device
@@ -66,9 +64,7 @@ class Engine(ABC):
     takes_trials: ClassVar[bool] = True
     gathers_weights: bool = False
     gathers_state: ClassVar[bool] = False
-    held: Held | None = None
     _base: nn.Module
-    _lockstep: Lockstep | None = None  # of engines whose forward needs all ranks
 
     @abstractmethod
     def prepare(self, module: nn.Module, base: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -90,43 +86,6 @@ class Engine(ABC):
     def shard_fractions(self) -> tuple[float, float, float]:
         """The fraction of the weights, the gradients and the optimizer state that one process holds between steps."""
         return 1.0, 1.0, 1.0
-
-    def local_shard(self, parameter: Tensor) -> Tensor:
-        """What this process holds of a parameter."""
-        return parameter.detach()
-
-    def put_shards(self, shards: Mapping[nn.Parameter, Tensor]) -> None:
-        """Give parameters other values: of each what `local_shard` would give. All ranks do it together.
-
-        Those that the optimizer keeps beside them, in more bits, stay as they are.
-        """
-        for parameter, shard in shards.items():
-            self._put_shard(parameter, shard)
-        torch.clear_autocast_cache()  # what it has cast is of the values before
-
-    def _put_shard(self, parameter: nn.Parameter, shard: Tensor) -> None:
-        parameter.data.copy_(shard)
-
-    def shard_of(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Of a whole `value` of a parameter, what this process would hold; every rank has all of it."""
-        return value
-
-    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The shape of a parameter, of which this process may hold a shard."""
-        return parameter.shape
-
-    def hold(self, parameters: Mapping[str, nn.Parameter], caller: nn.Module) -> Held:
-        """Keep values of prepared parameters; see `machine.Machine.hold`."""
-        self._keep_in_step(caller)
-        held = Held(self, parameters)
-        if parameters:
-            self.held = held
-        return held
-
-    def _keep_in_step(self, module: nn.Module) -> None:
-        """Let all ranks run the forward of a module, which calls the prepared one, as often as one of them does."""
-        if self._lockstep is not None:
-            self._lockstep.add(module, (), calls_others=True)
 
     @abstractmethod
     def precision(self) -> AbstractContextManager[None]:

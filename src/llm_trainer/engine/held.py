@@ -1,8 +1,8 @@
 """Values that parameters had at some time, kept beside them, and put in their place for a while."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,7 @@ from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.checkpoint.weights import first_few, of_another_shape
 from llm_trainer.engine import dist
 from llm_trainer.engine.follow import mix
-
-
-class Sharded(Protocol):
-    """What an engine says of the parameters that it has prepared: see `engine.base.Engine`."""
-
-    def local_shard(self, parameter: Tensor) -> Tensor: ...
-
-    def put_shards(self, shards: Mapping[nn.Parameter, Tensor]) -> None: ...
-
-    def shard_of(self, value: Tensor, parameter: nn.Parameter) -> Tensor: ...
-
-    def full_shape(self, parameter: nn.Parameter) -> torch.Size: ...
-
-    def _full_tensor(self, tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+from llm_trainer.engine.lockstep import Lockstep
 
 
 class Held:
@@ -37,7 +24,7 @@ class Held:
         parameters: by name.
     """
 
-    def __init__(self, engine: Sharded, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, engine: "Shards", parameters: Mapping[str, nn.Parameter]) -> None:
         self._engine, self._parameters = engine, dict(parameters)
         self._shards = self._current()
 
@@ -102,3 +89,55 @@ class Held:
         with torch.no_grad():
             for shard, (name, parameter) in zip(self._shards, self._parameters.items(), strict=True):
                 shard.copy_(self._engine.shard_of(state[name], parameter))
+
+
+class Shards(ABC):
+    """What an engine knows of the parameters that it has prepared, of which this process may hold a shard.
+
+    Attributes:
+        held: earlier values of parameters, which a checkpoint holds too; None: there are none.
+    """
+
+    held: Held | None = None
+    _lockstep: Lockstep | None = None  # of engines whose forward needs all ranks
+
+    def hold(self, parameters: Mapping[str, nn.Parameter], caller: nn.Module) -> Held:
+        """Keep values of prepared parameters; see `machine.Machine.hold`."""
+        self._keep_in_step(caller)
+        held = Held(self, parameters)
+        if parameters:
+            self.held = held
+        return held
+
+    def local_shard(self, parameter: Tensor) -> Tensor:
+        """What this process holds of a parameter."""
+        return parameter.detach()
+
+    def put_shards(self, shards: Mapping[nn.Parameter, Tensor]) -> None:
+        """Give parameters other values: of each what `local_shard` would give. All ranks do it together.
+
+        Those that the optimizer keeps beside them, in more bits, stay as they are.
+        """
+        for parameter, shard in shards.items():
+            self._put_shard(parameter, shard)
+        torch.clear_autocast_cache()  # what it has cast is of the values before
+
+    def _put_shard(self, parameter: nn.Parameter, shard: Tensor) -> None:
+        parameter.data.copy_(shard)
+
+    def shard_of(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Of a whole `value` of a parameter, what this process would hold; every rank has all of it."""
+        return value
+
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of a whole parameter."""
+        return parameter.shape
+
+    @abstractmethod
+    def _full_tensor(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """All of a tensor of the model in `dtype`, detached."""
+
+    def _keep_in_step(self, module: nn.Module) -> None:
+        """Let all ranks run the forward of a module, which calls the prepared one, as often as one of them does."""
+        if self._lockstep is not None:
+            self._lockstep.add(module, (), calls_others=True)

@@ -1,7 +1,7 @@
 """The model that a policy is compared with: a frozen copy, or the policy itself as it was before it learned."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
@@ -14,6 +14,7 @@ from llm_trainer.models.heads import evaluating, logits_of
 from llm_trainer.models.inside import has_adapters
 
 LITTLE = 0.2  # share of a model's parameters up to which copies of those that are trained stand for a copy of all
+Context = AbstractContextManager[Any]
 KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # of LoRA's initialisations
 
 
@@ -25,6 +26,34 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def freeze(model: nn.Module) -> nn.Module:
     """`model` itself, without gradients and in evaluation mode."""
     return model.requires_grad_(False).eval()
+
+
+def choose_reference(model: nn.Module, ref_model: nn.Module | None, which: str) -> tuple[nn.Module, bool]:
+    """What a policy is compared with, and whether both must say the same at the start.
+
+    `model` itself stands for what it was (`StartingPoint`); else a frozen copy is made, of it as it is now.
+
+    Args:
+        model: the policy.
+        ref_model: what the user names; None: nothing.
+        which: 'start', or 'base', the policy without its adapters.
+
+    Raises:
+        ValueError: the user names the policy itself, or two references, or there is no such base.
+    """
+    if ref_model is model:
+        raise ValueError(
+            "ref_model is the policy itself, which changes while it learns; expected another model, or None for the policy as "
+            "it is now"
+        )
+    if which == "base":
+        check_base(model, has_model=ref_model is not None)
+        return model, False  # adapters may have learned before
+    if ref_model is not None:
+        return ref_model, same_weights(model, ref_model)
+    if learns_little(model):
+        return model, not drops_out(model)
+    return frozen_copy(model), True
 
 
 def why_not_base(model: nn.Module) -> str:
@@ -42,6 +71,29 @@ def why_not_base(model: nn.Module) -> str:
         device = next(model.parameters()).device
         outputs = logits_of(model(torch.tensor([[0, 1]], device=device)), type(model).__name__)
     return "parameters beside them are trained, which cannot be switched off" if outputs.requires_grad else ""
+
+
+def check_base(model: nn.Module, has_model: bool) -> None:
+    """Say why the policy with its adapters off cannot be the reference.
+
+    Args:
+        model: the policy.
+        has_model: the user names another reference.
+
+    Raises:
+        ValueError: then, and where that is not the base that the policy was made of.
+    """
+    if has_model:
+        raise ValueError(
+            "reference: got 'base', the policy with its adapters off, and a model to compare with (ref_model, "
+            "ref_model_checkpoint); leave one of the two out"
+        )
+    why = why_not_base(model)
+    if why:
+        raise ValueError(
+            f"reference: got 'base', the policy with its adapters off, but {why}. Expected reference: start, the policy as it "
+            f"is where the run begins, or a model to compare with (ref_model, ref_model_checkpoint)"
+        )
 
 
 def learns_little(model: nn.Module) -> bool:
@@ -74,20 +126,33 @@ class StartingPoint(nn.Module):
         model: the user's module.
         policy: the module around it that is called, as the engine has wrapped it.
         knows_branches: that of the policy's `ScoredModel`.
+        which: 'start', the policy as it is now; or 'base', with its adapters off.
+        hold: keeps values of parameters (`machine.Machine.hold`).
 
     Attributes:
-        as_it_was: that context.
         description: of what it is, for people.
     """
 
-    as_it_was: Callable[[], AbstractContextManager[Any]]
-    description: str
-
-    def __init__(self, model: nn.Module, policy: nn.Module, knows_branches: Callable[[torch.device], bool]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: nn.Module,
+        knows_branches: Callable[[torch.device], bool],
+        which: str,
+        hold: Callable[[Mapping[str, nn.Parameter], nn.Module], Callable[[], Context]],
+    ) -> None:
         super().__init__()
         self.knows_branches = knows_branches
         self._models = model, policy  # a tuple, so that no parameter gets a second name
-        self._trained = trained_parameters(model).keys()
+        trained = trained_parameters(model)
+        self._trained = trained.keys()
+        if which == "base":
+            hold({}, self)  # nothing to keep, but all ranks call it together
+            self._as_it_was: Callable[[], Context] = model.disable_adapter  # type: ignore[assignment]
+            self.description = "the policy with its adapters off"
+        else:
+            self._as_it_was = hold(trained, self)
+            self.description = "the policy where the run began"
 
     def forward(self, **inputs: Any) -> Any:
         """What the policy returned then, without dropout and without gradients.
@@ -103,7 +168,7 @@ class StartingPoint(nn.Module):
                 f"trainer was made; {len(later)} more are trained now, such as {later[0]}. Expected them to be trained "
                 f"(requires_grad) from the beginning, with a learning rate of 0 for as long as they are to stay, or a ref_model"
             )
-        with torch.no_grad(), evaluating(policy), self.as_it_was():
+        with torch.no_grad(), evaluating(policy), self._as_it_was():
             return policy(**inputs)
 
 

@@ -11,7 +11,7 @@ from llm_trainer.config.optim import OptimConfig
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.pretrained import REWARD_MODELS, Kind, find_pretrained
 from llm_trainer.models.rewarding import load_reward_model
-from llm_trainer.trainers.references import different_ids
+from llm_trainer.trainers.said import different_ids
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig

@@ -33,7 +33,7 @@ from llm_trainer.models.heads import read_head
 from llm_trainer.models.inside import vocab_size_of
 from llm_trainer.models.scored import ScoredModel, scored
 from llm_trainer.trainers.answers import IGNORE, Batch, as_rows
-from llm_trainer.trainers.references import different_ids
+from llm_trainer.trainers.said import different_ids
 
 if TYPE_CHECKING:
     from llm_trainer.trainers.building import Build

@@ -24,6 +24,7 @@ from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
+from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts, to_device
 from llm_trainer.trainers.completions import given_logprobs, has_given, has_given_logprobs
@@ -32,7 +33,7 @@ from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.moving import MovingReference
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
-from llm_trainer.trainers.references import choose_reference, describe_reference, reference_of
+from llm_trainer.trainers.references import describe_reference, reference_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig

@@ -20,6 +20,7 @@ from llm_trainer.losses.policy import PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.losses.value import value_loss
 from llm_trainer.models.critic import Acted, ActorCritic, critic_of, reader_of
+from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.extend import add_groups
@@ -29,7 +30,7 @@ from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder,
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
-from llm_trainer.trainers.references import choose_reference, describe_reference, reference_of
+from llm_trainer.trainers.references import describe_reference, reference_of
 from llm_trainer.trainers.shaping import Followed, Shaping, refuse_norm
 from llm_trainer.trainers.shaping import scored as scored_rollout
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
 from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
+from llm_trainer.models.frozen import check_base, choose_reference
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import (
     Batch,
@@ -28,13 +29,7 @@ from llm_trainer.trainers.answers import (
 )
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
-from llm_trainer.trainers.references import (
-    check_which,
-    choose_reference,
-    describe_reference,
-    precompute_reference,
-    reference_of,
-)
+from llm_trainer.trainers.references import describe_reference, precompute_reference, reference_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.algorithms import DPOConfig
@@ -152,7 +147,8 @@ class DPOTrainer(BaseTrainer):
             return which if reference is None else which | {"ref_model": reference}
         if not PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo)).needs_reference:
             return {}
-        check_which(section.reference, build.policy, has_model=reference is not None)
+        if section.reference == "base":
+            check_base(build.policy, has_model=reference is not None)
         scorer = build.policy if reference is None else reference
         for stream in build.streams:
             precompute_reference(stream, scorer, build, section.share_prompts, section.reference)

@@ -1,6 +1,6 @@
 """What a model and a tokenizer say of themselves, as far as they do: their context, their ids, what ends a completion."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,3 +69,14 @@ def stop_tokens_of(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
     return tuple(dict.fromkeys(found))
+
+
+def different_ids(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    """What is different about two vocabularies, token -> id, in words; empty: nothing."""
+    here = {number: token for token, number in ours.items()}
+    there = {number: token for token, number in theirs.items()}
+    different = sorted(i for i in here.keys() | there.keys() if here.get(i) != there.get(i))
+    if not different:
+        return ""
+    examples = "; ".join(f"id {i} is {here.get(i)!r} here and {there.get(i)!r} there" for i in different[:3])
+    return f"{len(different)} ids differ ({examples}; None: no such id)"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
+from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import (
     Batch,
@@ -22,7 +23,7 @@ from llm_trainer.trainers.answers import (
     to_device,
 )
 from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.references import choose_reference, reference_of
+from llm_trainer.trainers.references import reference_of
 
 if TYPE_CHECKING:
     from llm_trainer.config.algorithms import KTOConfig
