@@ -403,7 +403,8 @@ class OnPolicyTrainer(BaseTrainer):
     def _finish_facts(self) -> dict[str, Any]:
         """What `_finish` makes depends on beside weights and rows: a rollout that was made with others is not used."""
         how = {"reward_model_steps": self.how.reward_model_steps, "overlong": self.how.overlong}
-        return {**self._frozen_facts, **how, "learned": list(self._learned_columns())}
+        which = {"reference": "base"} if self.how.reference == "base" else {}
+        return {**self._frozen_facts, **how, **which, "learned": list(self._learned_columns())}
 
     def _judged(self, rollout: Rollout) -> dict[str, list[np.ndarray]]:
         """The columns of the reward model, if there is one."""
