@@ -176,12 +176,41 @@ def test_the_screen_and_the_log_say_what_is_trained(
     assert "0.01" in rates and "0.16" not in rates
 
 
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_a_run_goes_on_from_the_adapters_of_another(init: str, tmp_path: Path, reference_dir: Path) -> None:
+    """PiSSA's base is another one than the folder that it was loaded from, and lies beside the adapters."""
+    torch.manual_seed(3)
+    build_model(ModelConfig(**SHAPE)).save_pretrained(tmp_path / "base")
+    on = {"model_config": str(tmp_path / "base"), "run_config": {"max_steps": 1}}
+    first = SFTTrainer(train_config=config("sft", tmp_path / "a", reference_dir, adapter_config={"init": init}, **on))
+    first.train()
+    folder = tmp_path / "a" / "model"
+    section = {"adapter_config": None, "model_config": str(folder / "base" if init == "pissa" else tmp_path / "base")}
+    described = config("sft", tmp_path / "b", reference_dir, **(on | section))
+    described.adapter_config = AdapterConfig(path=str(folder))
+    second = SFTTrainer(train_config=described)
+    pairs = zip(first.base_model.named_parameters(), second.base_model.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for (_, ours), theirs in pairs)
+    assert trained_names(second.base_model) == trained_names(first.base_model)
+    second.train()
+    assert losses(tmp_path / "b")[0] < losses(tmp_path / "a")[0]
+    other = build_model(ModelConfig(**SHAPE))
+    with pytest.raises(ValueError, match=r"was trained on .*Expected model_config: .*base"):
+        adapt(other, AdapterConfig(path=str(folder)))
+
+
 def test_a_model_of_the_users_and_a_section_are_one_too_many(tmp_path: Path, reference_dir: Path) -> None:
     described = config("sft", tmp_path / "run", reference_dir)
     with pytest.raises(
         ValueError, match=r"adapter_config: the model is given as an object.*adapt\(model, AdapterConfig"
     ):
         assemble(described, SFTTrainer, {"model": build_model(ModelConfig(**SHAPE))})
+
+
+def test_new_tokens_that_nothing_would_train(tmp_path: Path, reference_dir: Path) -> None:
+    described = config("sft", tmp_path / "run", reference_dir, vocabulary_config={"add_tokens": ["<new>"]})
+    with pytest.raises(ValueError, match="vocabulary_config: adds '<new>' and others, whose rows nothing would train"):
+        SFTTrainer(train_config=described)
 
 
 def test_tensor_parallelism_is_refused(tmp_path: Path, reference_dir: Path) -> None:

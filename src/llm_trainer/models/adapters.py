@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from llm_trainer.checkpoint.adapters import BASE_FOLDER, Base, fingerprint_of, read_base
 from llm_trainer.config.adapters import INITS, LORA, RANK, AdapterConfig
 from llm_trainer.config.errors import require
 from llm_trainer.models.inside import has_adapters
@@ -188,6 +189,10 @@ def _continued(model: nn.Module, folder: Path) -> "PeftModel":
     described = peft.PeftConfig.from_pretrained(str(places[0]))
     AdapterConfig(kind=str(described.peft_type.value).lower())  # refuses what cannot be trained
     described.base_model_name_or_path, described.inference_mode = None, False
+    stands_on = read_base(places[0])
+    is_known = stands_on is not None and stands_on.fingerprint is not None
+    if is_known and described.peft_type == "LORA":
+        described.init_lora_weights = True  # that base is what an initialisation has left of it
     base = type(model).__name__
     try:
         adapted = _inserted(model, described)
@@ -206,4 +211,21 @@ def _continued(model: nn.Module, folder: Path) -> "PeftModel":
             f"adapter_config.path: the adapter in {places[0]} does not fit this {base}: {len(missing)} tensors are missing "
             f"and {len(loaded.unexpected_keys)} have no place, such as {first}. Expected the model that it was trained on"
         )
+    is_empty = any(parameter.is_meta for parameter in model.parameters())
+    if stands_on is not None and is_known and not is_empty:
+        _check_base(adapted, stands_on, places[0])
     return adapted
+
+
+def _check_base(adapted: "PeftModel", stands_on: Base, folder: Path) -> None:
+    """
+    Raises:
+        ValueError: other weights than those that the adapter was trained on, bit for bit.
+    """
+    own = fingerprint_of(adapted)
+    if own != stands_on.fingerprint:
+        where = stands_on.source or folder / BASE_FOLDER
+        raise ValueError(
+            f"adapter_config.path: the adapter in {folder} was trained on {stands_on}, and this model has {own}: other "
+            f"weights, or other bits of the same ones. Expected model_config: {where}"
+        )
