@@ -37,7 +37,9 @@ from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine.device import choose_precision, detect_device
+from llm_trainer.losses.experts import balance_loss, shares_of
 from llm_trainer.losses.language import weight_sum
+from llm_trainer.models.experts import experts_of
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.optim.multipliers import multiplied, rate_of_run
 from llm_trainer.optim.optimizers import OPTIMIZERS, get_parameter_groups
@@ -109,6 +111,12 @@ class Loop:
         self.device = self.accelerator.device
         build = Builder(config, SFTTrainer if config.sft_config else Trainer)
         self.tokenizer, self.kept = build.tokenizer, build.policy
+        options = config.loss_config
+        if experts_of(self.kept) and (options.aux_loss_scope != "micro_batch" or options.router_z_loss_coef):
+            raise ConfigError(
+                f"loss_config.aux_loss_scope: got {options.aux_loss_scope}, but this loop balances the experts of each "
+                f"micro-batch alone, without a z-loss; expected micro_batch, or use the command `llm-trainer train`"
+            )
         self.kept.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.stream, *_ = build.streams
         self.evaluation = build.evaluation
@@ -142,8 +150,10 @@ class Loop:
         for batch, weight in zip(batches, weights, strict=True):
             scores = self.scores(batch)
             loss = scores.loss_sum / total
-            if scores.aux_loss is not None:  # mixture of experts
-                loss = loss + self.config.loss_config.aux_loss_coef * scores.aux_loss * (weight / total)
+            if scores.routing is not None:  # mixture of experts, each micro-batch balanced alone
+                shares = shares_of(scores.routing.assigned, self.kept.config.num_experts_per_tok)
+                balance = balance_loss(scores.routing, shares)
+                loss = loss + self.config.loss_config.aux_loss_coef * balance * (weight / total)
             self.accelerator.backward(loss)
             step_loss += loss.detach()
         return self.accelerator.reduce(step_loss), tokens

@@ -48,6 +48,47 @@ class StepLoss(ABC):
         return batch["input_ids"].numel()
 
 
+class Regulariser:
+    """A further mean over the terms of a step, made of what the forward of an algorithm returned; and a part of a checkpoint.
+
+    It is added to the loss, whatever that is and whoever wrote it, over terms of its own. This one adds nothing.
+
+    Attributes:
+        couples_rows: what a row contributes depends on the others of its micro-batch.
+        costs_when_cut: a step that is cut into micro-batches takes longer than one that is not.
+    """
+
+    def __init__(self, couples_rows: bool = False) -> None:
+        self.couples_rows = couples_rows
+        self.costs_when_cut = False
+
+    def weigh(self, batch: Any) -> float:
+        """Number of terms of a micro-batch."""
+        return 0.0
+
+    def begin(self, batches: "list[MicroBatch]", sum_over_ranks: SumOverRanks) -> None:
+        """See the algorithm's own micro-batches of a step, fillers too, after `Algorithm._begin_step` and as it does."""
+
+    def mean(self, outputs: Any, counts: bool) -> Tensor | None:
+        """`[]` the mean over the terms of a micro-batch, in training; None: there is nothing to add.
+
+        Args:
+            outputs: of the algorithm's `_forward`.
+            counts: whether the micro-batch does, see `MicroBatch`.
+        """
+        return None
+
+    def end(self, sum_over_ranks: SumOverRanks) -> None:
+        """Act after `Algorithm._end_step`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be remembered (JSON types)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restore what `state_dict` gave; None: the checkpoint is of a version that did not know."""
+
+
 class Algorithm(StepLoss):
     """One algorithm: three methods that it must write, and others that it may.
 
@@ -61,6 +102,7 @@ class Algorithm(StepLoss):
         scheduler: stepped once per update; None: the learning rate stays.
         tokenizer: saved with the model; None: there is none.
         eval_prompts: answered at every evaluation.
+        regulariser: what is added to its loss.
         machine: what runs it; there from `_build_source` on.
         prompt_format: whether a prompt for a sample answer is a user's turn in a chat, or the beginning of a text.
         best_metric: of the validation data, by which the best model is known.
@@ -82,6 +124,7 @@ class Algorithm(StepLoss):
     scheduler: Any
     tokenizer: Any
     eval_prompts: list[str]
+    regulariser: Regulariser = Regulariser()
     machine: Machine
 
     # What an algorithm may say.

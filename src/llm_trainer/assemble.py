@@ -9,7 +9,7 @@ from llm_trainer.builder import Builder
 from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.load import dump_config
-from llm_trainer.config.options import EarlyStopping, Execution
+from llm_trainer.config.options import Balancing, EarlyStopping, Execution
 from llm_trainer.config.registry import accumulation
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.encode.tokenizer import check_vocabulary
@@ -124,6 +124,7 @@ def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str,
     """The fields of `Settings`: those of shared groups by their names, then what one style alone has."""
     shared = {name: getattr(config.run_config, name) for name in fields_of(Execution)}
     stopping = {name: getattr(config.eval_config, name) for name in fields_of(EarlyStopping)}
+    balancing = {name: getattr(config.loss_config, name) for name in fields_of(Balancing)}
     own = {
         "engine": engine,
         "fsdp": config.fsdp_config,
@@ -136,7 +137,7 @@ def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str,
         # Of rollouts; streams lay out their rows themselves.
         "packing": "none" if config.data_loader_config.packing == "none" else "auto",
     }
-    return shared | stopping | own
+    return shared | stopping | balancing | own
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

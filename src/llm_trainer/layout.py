@@ -17,8 +17,7 @@ class Packing(NamedTuple):
         fault: why it does not score them as it would score each alone; empty where it does.
         dense_width: width of a model whose attention computes all pairs of tokens of a row, 1 where nothing is known of it;
             0: only pairs of a document.
-        couples_rows: what a row contributes depends on the others of its micro-batch: BatchNorm, or a mixture of experts,
-            which is balanced over its tokens.
+        couples_rows: what a row contributes depends on the others of its micro-batch: BatchNorm.
     """
 
     fault: str = ""
@@ -135,9 +134,4 @@ def couples_rows(model: "nn.Module") -> bool:
     """Whether what a row contributes depends on the others of its micro-batch, in `model` or in one that it wraps."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    from llm_trainer.models.inside import transformers_models
-
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return True
-    # A mixture of experts is balanced over the tokens of a micro-batch.
-    return any("output_router_logits" in inner.config.to_dict() for inner in transformers_models(model))
+    return any(isinstance(module, _BatchNorm) for module in model.modules())

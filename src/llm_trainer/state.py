@@ -178,6 +178,7 @@ class MicroBatch:
         counts: False for a filler: a batch that weighs nothing and is recorded nowhere. It only keeps a rank without rows
             in step with the others.
         weight: number of terms that its loss is a mean of; the loop sets it.
+        added_weight: the same of what is added to its loss (`algorithm.Regulariser`).
         loss: which one, of several that a step adds up (`Algorithm._further_losses`); empty: the algorithm's own.
     """
 
@@ -185,6 +186,7 @@ class MicroBatch:
     counts: bool = True
     weight: float = 0.0
     loss: str = ""
+    added_weight: float = 0.0
 
     def filler(self) -> "MicroBatch":
         """The same batch as one that does not count."""

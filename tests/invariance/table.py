@@ -25,6 +25,8 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     # Of rollouts that are there; each step has further rows, whose loss is a mean of its own.
     "grpo": {"kl_coef": 0.1, "entropy_coef": 0.01, "ptx_coef": 0.5},
     "ppo": {"kl_beta": 0.0, "critic_warmup_steps": 1, "ptx_coef": 0.5},  # two models; the policy waits for a step
+    # 'sft' with a mixture of experts: a mean over all tokens is added to one over the supervised.
+    "moe": {"aux_loss_coef": 0.5, "router_z_loss_coef": 0.01},
 }
 ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     "torch": {},
@@ -87,17 +89,23 @@ def cells(trainer: str, ranks: int) -> list[Cell]:
     splits = [(n, per_rank // n) for n in (1, 2, 4, 8) if n <= per_rank]
     layouts = (False, True)
     table = [Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in layouts]
-    return table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in layouts]
+    return few(table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in layouts])
+
+
+def few(found: list[Cell]) -> list[Cell]:
+    """Of 'moe' the cell that is cut most unevenly: all else it has in common with 'sft'."""
+    return found[-1:] if found[0].trainer == "moe" else found
 
 
 def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
     """A few ways to cut steps, on an engine: none, all, and a token budget that gives ranks different numbers of batches."""
     per_rank = ROWS_PER_STEP // ranks
-    return [
+    found = [
         Cell(trainer, per_rank, 1, ranks, False, None, engine),
         Cell(trainer, 1, per_rank, ranks, True, None, engine),
         Cell(trainer, 2, per_rank // 2, ranks, True, 40, engine),
     ]
+    return few(found)
 
 
 def automatic_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
@@ -132,7 +140,7 @@ def trainer_class_of(cell: Cell) -> Any:
         def _build_source(self, source: Any, training: bool) -> Any:
             return self._with_further(source, training)
 
-    own = {"weighed": Weighed, "ppo": OfStoredRows}
+    own = {"weighed": Weighed, "ppo": OfStoredRows, "moe": SFTTrainer}
     return own.get(cell.trainer) or get_trainer_class(cell.trainer)
 
 
@@ -212,8 +220,8 @@ def data_of(cell: Cell) -> tuple[Any, Any]:
     from llm_trainer.data.rollouts import collate_rollout
 
     collate: Any = collate_flat if cell.flat else collate_padded
-    if cell.trainer in ("pretrain", "sft", "weighed"):
-        return Rows(cell.trainer.replace("weighed", "sft"), 512), collate
+    if cell.trainer in ("pretrain", "sft", "weighed", "moe"):
+        return Rows("pretrain" if cell.trainer == "pretrain" else "sft", 512), collate
     if cell.trainer in ("grpo", "ppo"):
         return Completions(512), partial(collate_rollout, lay=collate)
     return Answers(cell.trainer, 512), partial(
@@ -231,6 +239,18 @@ def tiny_model(attention: str = "sdpa", seed: int = 0) -> Any:
         vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     return build_model(shape, attention=attention)
+
+
+def experts_model(seed: int = 0, **changes: Any) -> Any:
+    """A mixture of experts of the same size, whose routers prefer some; `changes` of its configuration."""
+    from llm_trainer.config.schema import ModelConfig, MoeConfig
+    from llm_trainer.models.build import build_model
+
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "architecture": "qwen3_moe", "initializer_range": 0.1} | changes
+    moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    return build_model(ModelConfig(**shape, moe=moe), attention="sdpa")
 
 
 def further_of(cell: Cell) -> Any:
@@ -305,7 +325,8 @@ def run(
     of_trainer = TRAINERS.get(cell.trainer, {"max_grad_norm": None})
     left_open = {} if cell.automatic else PLAIN
     options = of_trainer | ENGINES[cell.engine] | {"use_amp": False} | left_open | options
-    model = tiny_model() if model is None else model
+    if model is None:
+        model = experts_model() if cell.trainer == "moe" else tiny_model()
     if cell.trainer in ("dpo", "kto", "grpo"):
         options.setdefault("ref_model", tiny_model(seed=1))
     elif cell.trainer == "reward":

@@ -34,7 +34,7 @@ def test_what_is_chosen_and_why() -> None:
     assert not padded.flat and padded.by_length
     assert str(padded.choice).startswith("layout padded, rows of similar length together: M: it looks back")
     experts = choose(Packing(fault="M: it looks back", couples_rows=True))
-    assert not experts.by_length, "their load-balancing loss depends on which rows share a micro-batch"
+    assert not experts.by_length, "what they contribute may depend on which rows share a micro-batch"
     own = choose(takes_flat=False)
     assert not own.flat and not own.by_length and own.choice is not None and "takes_flat" in own.choice.why
 
@@ -47,13 +47,8 @@ def test_who_asks_for_flat_rows_gets_them_or_an_error() -> None:
         given_layout([Packing(), Packing("M: it looks back")], "packing='flat'")
 
 
-def test_rows_are_coupled_by_experts_inside_of_a_wrapper() -> None:
+def test_rows_are_coupled_by_batch_norm_inside_of_a_wrapper() -> None:
     from torch import nn
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
-    experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_experts=2, num_experts_per_tok=1))
-    assert couples_rows(experts) and couples_rows(nn.Sequential(experts))
-    assert not couples_rows(nn.Sequential(Qwen3ForCausalLM(Qwen3Config(**shape))))
-    assert couples_rows(nn.Sequential(nn.BatchNorm1d(2)))
+    assert couples_rows(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    assert not couples_rows(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))

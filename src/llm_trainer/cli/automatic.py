@@ -12,6 +12,7 @@ from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.kinds import get_kind
 from llm_trainer.layout import choose_layout, is_open, takes_flat
 from llm_trainer.models.attention import best_attention
+from llm_trainer.models.experts import experts_of
 from llm_trainer.models.packing import packing_of
 from llm_trainer.plan.choices import Choice as Way
 from llm_trainer.plan.choices import Finding
@@ -22,6 +23,7 @@ from llm_trainer.state import Choice
 from llm_trainer.train.budget import choice_of, class_may_cut
 from llm_trainer.train.compiling import foreseen
 from llm_trainer.train.sizing import ON_GPUS, largest_that_fits
+from llm_trainer.trainers.experts import balances_alone
 
 DEVICE = "cuda"
 
@@ -42,7 +44,8 @@ class Automatic:
     def micro_tokens(self, job: Job) -> int | Finding:
         """Positions of a micro-batch as configured, or how they are found."""
         configured = self.config.data_loader_config.micro_batch_tokens
-        if configured == "auto" and class_may_cut(self.trainer_class, self.model):
+        couples = experts_of(self.model) is not None and balances_alone(self.config.loss_config)
+        if configured == "auto" and not couples and class_may_cut(self.trainer_class, self.model):
             return partial(largest_that_fits, *ON_GPUS, limit="device memory")
         if isinstance(configured, int):
             return configured

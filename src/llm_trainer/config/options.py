@@ -67,6 +67,21 @@ class ReferenceOptions:
     )
 
 
+@config_section
+class Balancing:
+    """How the experts of a mixture are kept in use."""
+
+    aux_loss_coef: StrictFloat = Field(default=0.001, ge=0, description="weight of the experts' load-balance loss")
+    router_z_loss_coef: StrictFloat = Field(
+        default=0.0, ge=0, description="weight of log(Z)^2 of the experts' routers, which keeps their logits small"
+    )
+    aux_loss_scope: Literal["step", "previous_step", "micro_batch"] = Field(
+        default="step",
+        description="whose tokens are balanced: the step's, exactly, for one more forward where it is cut; as those of the "
+        "step before were routed; or each micro-batch's alone, as in transformers",
+    )
+
+
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -257,7 +272,7 @@ class Execution:
 
 
 @config_section
-class Settings(MicroBatches, EarlyStopping, Execution):
+class Settings(MicroBatches, EarlyStopping, Balancing, Execution):
     """Options of a run that all algorithms share (keywords of every trainer)."""
 
     # A script that is started twice trains twice; only a described run goes on by itself.

@@ -18,7 +18,7 @@ from llm_trainer.config.env import environment
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import Files
 from llm_trainer.config.optim import OptimConfig
-from llm_trainer.config.options import EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
+from llm_trainer.config.options import Balancing, EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
 from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.config.reinforcement import GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig
 from llm_trainer.config.section import config_section
@@ -184,10 +184,9 @@ class DataLoaderConfig(MicroBatches, Reading):
 
 
 @config_section
-class LossConfig:
+class LossConfig(Balancing):
     """What is minimised, beside cross-entropy."""
 
-    aux_loss_coef: StrictFloat = Field(default=0.001, ge=0, description="weight of the experts' load-balance loss")
     critical_tokens: list[StrictInt] = Field(
         default_factory=list, description="token ids that count more or less than others"
     )

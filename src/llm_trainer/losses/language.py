@@ -6,12 +6,10 @@ the supervised tokens; over no tokens it is 0 with zero gradients, not NaN. Toke
 sum(weight * loss) / sum(weight).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 IGNORE = -100
 
@@ -107,41 +105,3 @@ def flat_losses(
     if weights is not None:
         values = values * weights
     return values, logprobs
-
-
-def load_balancing_loss(
-    router_logits: Sequence[Tensor],
-    num_experts: int,
-    top_k: int,
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Auxiliary loss of a mixture of experts: E * sum_e f_e P_e, `top_k` and smallest when every expert is used equally.
-
-    f_e is the number of top-k assignments to expert e per token (no gradient), P_e the mean router probability
-    (Switch Transformers, Fedus et al. 2021, arXiv 2101.03961, eq. 4-6), over the tokens of all layers together, as in
-    transformers. The coefficient is not included.
-
-    Args:
-        router_logits: one `[B * T, E]` per layer.
-        num_experts: E.
-        top_k: experts per token.
-        attention_mask: `[B, T]`, 0 on padding, which is left out of both averages.
-
-    Returns:
-        scalar.
-    """
-    logits = torch.cat(list(router_logits))  # (n, E)
-    keep = _unpadded(logits, attention_mask)  # (n,)
-    num_tokens = keep.sum().clamp(min=1)
-    probs = at_least_float32(logits).softmax(-1)  # (n, E)
-    chosen = F.one_hot(probs.topk(top_k, dim=-1).indices, num_experts).sum(1)  # (n, E)
-    assigned = (chosen * keep[:, None]).sum(0) / num_tokens
-    mean_prob = (probs * keep[:, None]).sum(0) / num_tokens
-    return num_experts * (assigned * mean_prob).sum()
-
-
-def _unpadded(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """1 for every row of `logits [n, E]` that is a real token, 0 for padding. -> `[n]`; n is a multiple of B * T."""
-    if attention_mask is None:
-        return logits.new_ones(len(logits))
-    return attention_mask.reshape(-1).repeat(len(logits) // attention_mask.numel()).to(logits.dtype)

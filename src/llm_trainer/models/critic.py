@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_trainer.losses.experts import Routing
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.heads import logits_of
 from llm_trainer.models.inside import adapted_model, has_adapters, transformers_model, vocab_size_of
@@ -25,6 +26,11 @@ class Acted(NamedTuple):
 
     scores: TokenScores
     values: Tensor
+
+    @property
+    def routing(self) -> Routing | None:
+        """What the routers of the policy did, where it is a mixture of experts."""
+        return self.scores.routing
 
     @property
     def logprobs(self) -> Tensor:

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from llm_trainer.compiler import compiled
 from llm_trainer.losses.chunked import HeadScores, LowRank, Objective, chunked_logprobs, chunked_loss, chunked_objective
 from llm_trainer.losses.drawn_from import DrawnFrom, excluding
-from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses, load_balancing_loss
+from llm_trainer.losses.experts import Routing, count_routes
+from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
+from llm_trainer.models.experts import experts_of
 from llm_trainer.models.heads import logits_of, read_head, split_of
-from llm_trainer.models.inside import language_config, transformers_model
 
 
 class TokenScores(NamedTuple):
@@ -33,7 +34,7 @@ class TokenScores(NamedTuple):
             asked for.
         correct: `[B, T]` bool, the label is the most probable token.
         entropy: `[B, T]` in nats of the distribution that predicts each position, or None; differentiable as `logprobs`.
-        aux_loss: scalar, load balancing of a mixture of experts without its coefficient, or None.
+        routing: what the routers of a mixture of experts did with the tokens, padding left out, or None.
         distance: what `distance` made of the states before the supervised labels, or None.
     """
 
@@ -42,7 +43,7 @@ class TokenScores(NamedTuple):
     logprobs: Tensor
     correct: Tensor
     entropy: Tensor | None
-    aux_loss: Tensor | None
+    routing: Routing | None
     distance: Tensor | None = None
 
 
@@ -81,7 +82,7 @@ class ScoredModel(nn.Module):
         self.loss = loss or LanguageLoss()
         self.with_entropy = with_entropy
         self._split, self.whole_logits = split_of(model)  # a tuple, so that no parameter gets a second name
-        self._experts = _experts(model)
+        self._experts = experts_of(model)
         self._causal = self._split is not None and self._split.backbone.config.model_type in BLOCKED_ARCHITECTURES
         self._accepted = accepted_inputs(model)
         self._run: Callable[..., Any] = self._call
@@ -119,7 +120,7 @@ class ScoredModel(nn.Module):
             temperature: the logits are divided by it.
             distance: something else, differentiable, of what the head is given, such as how far it is from a teacher.
             loss_weights: `[B, T]` what the loss of each label is multiplied by in `loss_sum`; None: 1.
-            repeats: `[B, T]` how many tokens each one stands for in `aux_loss`: those that branches share are several.
+            repeats: `[B, T]` how many tokens each one stands for in `routing`: those that branches share are several.
             objective: `loss_sum` is its sum over the supervised tokens, made in one run of the head; its columns `[B, T]`.
             drawn_from: the ids that the softmax is taken over, where not over all; its counts `[B, T]`.
             model_inputs: handed to the model as they are, such as `pixel_values`.
@@ -160,7 +161,7 @@ class ScoredModel(nn.Module):
             logprobs=_spread(scores.logprobs, supervised),
             correct=_spread(scores.correct, supervised),
             entropy=entropy,
-            aux_loss=self._aux_loss(output, token_weights),
+            routing=self._routing(output, token_weights),
         )
         if distance is not None:
             token_scores = token_scores._replace(distance=distance(states, self.head))
@@ -265,11 +266,10 @@ class ScoredModel(nn.Module):
             return HeadScores(-logprobs.sum(), logprobs, correct, entropy)
         return HeadScores(values.sum(), logprobs.detach(), correct, entropy)
 
-    def _aux_loss(self, output: Any, token_weights: Tensor | None) -> Tensor | None:
+    def _routing(self, output: Any, token_weights: Tensor | None) -> Routing | None:
         if self._experts is None:
             return None
-        num_experts, top_k = self._experts
-        return load_balancing_loss(output.router_logits, num_experts, top_k, token_weights)
+        return count_routes(output.router_logits, self._experts.per_token, token_weights)
 
 
 def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> ScoredModel:
@@ -311,15 +311,3 @@ def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
     return frozenset(parameters)
-
-
-def _experts(model: nn.Module) -> tuple[int, int] | None:
-    """(experts, experts per token) of a transformers mixture of experts, else None."""
-    pretrained = transformers_model(model)
-    if pretrained is None:
-        return None
-    settings = language_config(pretrained.config).to_dict()
-    num_experts = settings.get("num_experts") or settings.get("num_local_experts")
-    if not num_experts or "output_router_logits" not in settings:
-        return None
-    return num_experts, settings["num_experts_per_tok"]

@@ -157,7 +157,8 @@ def size_below(tokens: float) -> int:
 
 def may_cut(algorithm: Algorithm) -> bool:
     """Whether cutting micro-batches anew changes nothing but rounding."""
-    return class_may_cut(type(algorithm), algorithm.saved_model)
+    couples = algorithm.regulariser.couples_rows
+    return not couples and class_may_cut(type(algorithm), algorithm.saved_model)
 
 
 def class_may_cut(kind: type[Algorithm], model: nn.Module) -> bool:

@@ -106,6 +106,7 @@ def _measure_step(work: Work, micro_batches: list[MicroBatch]) -> None:
                 batch = algorithm._prepare_batch(micro_batch.batch)
                 outputs = algorithm._forward(batch)
                 loss = algorithm._compute_loss(outputs, batch)
+                algorithm.regulariser.mean(outputs, micro_batch.counts)  # measured by itself: it is no part of the loss
             if weight:  # without terms the loss may be 0 / 0, and NaN * 0 is NaN
                 work.metrics.add("loss", loss * weight, weight)
 

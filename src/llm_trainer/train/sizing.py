@@ -53,6 +53,8 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
     if not may_cut(work.algorithm):
         return budget.settle(None, f"{type(work.algorithm).__name__} does not say that they may be cut anew")
     plain, fastest, why = _fastest(work.engine.device, innermost(work.source))
+    if work.algorithm.regulariser.costs_when_cut:
+        plain, fastest, why = MOST, MOST, "a step that is cut is routed twice"
     cost = _cost(work, size, settings, fastest)
     room = room_on(work.engine.device)
     free = room.free - _still_to_come(work, size, settings)

@@ -125,6 +125,7 @@ def parts_of(work: Work, progress: Progress, configured: ConfiguredOptimizer) ->
         "metrics": SharedMetrics(work.metrics),
         "random": RandomState(),
         "trainer": AlgorithmState(algorithm),
+        "regulariser": algorithm.regulariser,
     }
     if work.engine.held is not None:
         parts["reference"] = work.engine.held
@@ -269,7 +270,7 @@ class Checkpoints:
                 f"{path} holds no progress of a run: it was not made by a trainer. For its weights alone call "
                 f"checkpoint.load_checkpoint(path, model=...), or set init_weights_path"
             )
-        for name in ("configured", "budget", "compiling", "model_facts"):
+        for name in ("configured", "budget", "compiling", "model_facts", "regulariser"):
             state.setdefault(name, None)  # checkpoints of earlier versions do not say
         missing = next((name for name in parts if name not in state), None)
         if missing is not None:

@@ -11,7 +11,8 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.lockstep import zero_loss
 from llm_trainer.state import MicroBatch
 
-Totals = Mapping[str, float]  # terms of each loss of a step, over all ranks
+Totals = Mapping[str, float]  # terms of each loss of a step, and of what is added to it, over all ranks
+ADDED = "added"  # name of the latter
 
 
 def fill_up(engine: Engine, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
@@ -35,6 +36,13 @@ def fill_up(engine: Engine, micro_batches: list[MicroBatch]) -> list[MicroBatch]
     return filled
 
 
+def weigh(algorithm: Algorithm, batch: MicroBatch) -> None:
+    """Set of how many terms the means of a micro-batch are."""
+    batch.weight = float(algorithm.loss_of(batch)._loss_weight(batch.batch))
+    if not batch.loss:
+        batch.added_weight = algorithm.regulariser.weigh(batch.batch)
+
+
 def count_terms(
     algorithm: Algorithm, engine: Engine, batches: list[MicroBatch], stop_requested: bool
 ) -> tuple[Totals, int, bool]:
@@ -42,12 +50,13 @@ def count_terms(
     tokens = 0
     for batch in batches:
         if batch.counts:
-            loss = algorithm.loss_of(batch)
-            batch.weight = float(loss._loss_weight(batch.batch))
-            tokens += loss._count_tokens(batch.batch)
+            weigh(algorithm, batch)
+            tokens += algorithm.loss_of(batch)._count_tokens(batch.batch)
     names, terms = ["", *algorithm._further_losses()], []
     for name in names:
         terms.append(float(sum(batch.weight for batch in batches if batch.loss == name)))
+    names.append(ADDED)
+    terms.append(float(sum(batch.added_weight for batch in batches)))
     *totals, all_tokens, stops = dist.sum_numbers([*terms, float(tokens), float(stop_requested)], engine.device)
     stop = stops > 0
     if dist.shares_data():  # a signal may come between the reads of neighbours, who count among different processes
@@ -64,10 +73,24 @@ def begin_step(algorithm: Algorithm, engine: Engine, batches: list[MicroBatch], 
     own = [batch for batch in batches if not batch.loss]
     with engine.precision(), engine.together():
         algorithm._begin_step([b.batch for b in own], [b.weight for b in own], sum_over_ranks)
+        algorithm.regulariser.begin(own, sum_over_ranks)
+
+
+def end_step(algorithm: Algorithm) -> None:
+    """Let the algorithm act between the last backward of a step and the update."""
+    algorithm._end_step(dist.all_reduce)
+    algorithm.regulariser.end(dist.all_reduce)
 
 
 def share_of_step(loss: Tensor, batch: MicroBatch, totals: Totals, outputs: object, algorithm: Algorithm) -> Tensor:
-    """`[]` what a micro-batch contributes to the loss of its step: its mean, times its share of the terms of its loss."""
-    if not batch.weight:
-        return zero_loss(outputs, algorithm.model)
-    return loss * (batch.weight / totals[batch.loss])
+    """`[]` what a micro-batch contributes to the loss of its step: each of its means, times its share of that one's terms."""
+    if batch.weight:
+        share = loss * (batch.weight / totals[batch.loss])
+    else:
+        share = zero_loss(outputs, algorithm.model)
+    added = None
+    if not batch.loss:
+        added = algorithm.regulariser.mean(outputs, batch.counts)
+    if added is not None and batch.added_weight:
+        share = share + added * (batch.added_weight / totals[ADDED])
+    return share

@@ -14,7 +14,7 @@ from llm_trainer.engine.room import forget_resident_peak, resident_now, resident
 from llm_trainer.state import MicroBatch
 from llm_trainer.train.loop import add_gradient
 from llm_trainer.train.snapshot import RandomState
-from llm_trainer.train.terms import begin_step
+from llm_trainer.train.terms import ADDED, begin_step, weigh
 from llm_trainer.train.work import Work
 
 TOKENS = 4096  # of a trial, at most. What does not grow with them counts as if it did.
@@ -64,11 +64,13 @@ def longest_rows(source: SampleStream) -> tuple[MicroBatch, int]:
 def _run(work: Work, micro_batch: MicroBatch) -> None:
     """As a step does it, but for the update."""
     algorithm, engine = work.algorithm, work.engine
-    micro_batch.weight = float(algorithm._loss_weight(micro_batch.batch)) or 1.0
+    weigh(algorithm, micro_batch)
+    micro_batch.weight = micro_batch.weight or 1.0
     with work.metrics.recording(micro_batch.counts):
         begin_step(algorithm, engine, [micro_batch], lambda numbers: numbers)
     # Sharded gradients are added up where only the last backward of a step comes past.
-    add_gradient(work, micro_batch, {"": micro_batch.weight}, last=engine.in_lockstep)
+    totals = {"": micro_batch.weight, ADDED: micro_batch.added_weight}
+    add_gradient(work, micro_batch, totals, last=engine.in_lockstep)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from abc import ABCMeta
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -10,9 +9,11 @@ from torch import nn
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.options import Settings
+from llm_trainer.layout import Packing
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.trainers.building import DataRequest
+from llm_trainer.trainers.experts import regulariser_for
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -65,6 +66,9 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
     # Whether only the main process needs the first weights, where they are then sharded: False if anything else is made of
     # them before, such as a copy to compare with.
     shards_first_weights: ClassVar[bool] = False
+    # Whether the experts of a mixture are balanced: `_forward` returns something with `routing`, as a `ScoredModel` does, and
+    # `model` may be called with the rows of `_policy_rows` and labels alone.
+    balances_experts: ClassVar[bool] = False
     reader: ClassVar[Callable[..., Any]] = (
         ScoredModel  # what makes a model's numbers per token (`models.packing.Reader`)
     )
@@ -98,13 +102,15 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
                 f"{type(self).__name__}: got {type(optimizer).__name__} as optimizer, expected a torch.optim.Optimizer, as "
                 "configure_optimizer makes; by position come model, optimizer, train_loader, val_loader"
             )
+        settings = Settings.of(type(self).__name__, options)
+        self.regulariser = regulariser_for(self, model, settings)
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.tokenizer, self.eval_prompts = tokenizer, list(eval_prompts)
         device_name = None if device is None else str(device)
         self.run = Run(
             self,
-            Settings.of(type(self).__name__, options),
+            settings,
             train_loader=train_loader,
             val_loader=val_loader,
             device=device_name,
@@ -123,7 +129,28 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
 
     def _reads_rows(self, model: nn.Module) -> None:
         """Let the machine try out what `model` makes of rows laid flat, where it has the choice."""
-        self.machine.reads_rows(partial(packing_of, model, type(self).reader, self.device))
+
+        def try_out() -> Packing:
+            packing = packing_of(model, type(self).reader, self.device)
+            return packing._replace(couples_rows=packing.couples_rows or self.regulariser.couples_rows)
+
+        self.machine.reads_rows(try_out)
+
+    @property
+    def _policy_waits(self) -> bool:
+        """Whether something else learns alone still."""
+        return False
+
+    def _policy_rows(self, batch: Any) -> Any:
+        """What of a prepared batch `model` sees: as `_prepare_batch`, but for what other models say of the rows."""
+        return self._prepare_batch(batch)
+
+    def _count_routed(self, batch: Any) -> int:
+        """Tokens of a micro-batch that `model` sees in training, without padding: a prompt once for each of its answers."""
+        tokens = self._count_tokens(batch)
+        if "prompt_attention_mask" in batch:
+            tokens += (self.sides - 1) * int(batch["prompt_attention_mask"].sum())
+        return tokens
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:

@@ -251,14 +251,17 @@ class GRPOTrainer(OnPolicyTrainer):
         if any(map(is_given, batches)):
             compare(unknown, self.advantages, self.device, self.machine.rank, sum_over_ranks, self.record)
 
-    def _prepare_batch(self, batch: Batch) -> Batch:
+    def _policy_rows(self, batch: Batch) -> Batch:
         rows = self._joined(batch)
         groups = rows.get("group", rows.get("prompt_keys"))
         if self.shares_prompts and groups is not None:
             rows = share_prompts(rows, groups)
         elif is_given(batch):
             rows = lay_flat(rows, self.machine.layout)
-        rows = to_device(of_learning(rows), self.device)
+        return to_device(of_learning(rows), self.device)
+
+    def _prepare_batch(self, batch: Batch) -> Batch:
+        rows = self._policy_rows(batch)
         if self.reference is not None and "ref_logprobs" not in rows:
             with torch.no_grad():
                 rows["ref_logprobs"] = self._score(self.reference, rows).logprobs

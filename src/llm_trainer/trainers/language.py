@@ -82,7 +82,6 @@ class Trainer(BaseTrainer):
 
     Args:
         loss: label smoothing, z-loss, critical tokens, DFT.
-        aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model (Fedus et al. 2021).
         kd: learn from a teacher as well.
         teacher_model: the teacher of `kd`; without `kd`, of a `Distillation()`.
     """
@@ -92,18 +91,17 @@ class Trainer(BaseTrainer):
     prompt_format: ClassVar[PromptFormat] = "text"
     shards_first_weights = True
     takes_flat = True
+    balances_experts = True
 
     def __init__(
         self,
         *args: Any,
         loss: LanguageLoss | None = None,
-        aux_loss_coef: float = 0.001,
         kd: Distillation | None = None,
         teacher_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         self.loss = loss or LanguageLoss()
-        self.aux_loss_coef = aux_loss_coef
         self.kd = kd if teacher_model is None else with_teacher(kd, teacher_model)
         super().__init__(*args, **kwargs)
         self.teacher = None if self.kd is None else make_teacher(self.kd, self.base_model, self.device)
@@ -112,7 +110,7 @@ class Trainer(BaseTrainer):
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
-        made = {"loss": language_loss(config.loss_config), "aux_loss_coef": config.loss_config.aux_loss_coef}
+        made = {"loss": language_loss(config.loss_config)}
         kd = _kd_of(build.section)
         if kd is None or "kd" in build.given:
             return made
@@ -165,10 +163,13 @@ class Trainer(BaseTrainer):
                 if micro_batch.counts:
                     micro_batch.batch = own_answers(dict(micro_batch.batch), service, self.kd, seed)
 
-    def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _policy_rows(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         batch = lay_flat(batch, self.machine.layout)
         on_device: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        on_device["labels"] = self._labels(on_device)
+        return on_device | {"labels": self._labels(on_device)}
+
+    def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        on_device = self._policy_rows(batch)
         if self.kd is not None and self.teacher is not None:
             weights = on_device.get("loss_weights")
             if weights is not None:
@@ -190,9 +191,6 @@ class Trainer(BaseTrainer):
             self.record("task_loss", outputs.loss_sum.detach(), total)
             self.record("kd_loss", outputs.distance.detach(), total)
             loss = mix_with_task(loss, mean_over(outputs.distance, total), self.kd.kd_coef)
-        if outputs.aux_loss is not None and self.aux_loss_coef:
-            self.record("aux_loss", outputs.aux_loss.detach() * count, count)
-            loss = loss + self.aux_loss_coef * outputs.aux_loss
         return loss
 
 

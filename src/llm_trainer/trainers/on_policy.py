@@ -76,6 +76,7 @@ class OnPolicyTrainer(BaseTrainer):
     """
 
     rows = ("prompts",)
+    balances_experts = True
     best_metric: ClassVar[str] = "eval_reward"
     best_is_highest: ClassVar[bool] = True
     shares_prompts = False  # whether the prompt of a group is run once
@@ -198,11 +199,6 @@ class OnPolicyTrainer(BaseTrainer):
         return costs | {"moving_bytes": costs["frozen_bytes"] * moves}
 
     # Further rows.
-
-    @property
-    def _policy_waits(self) -> bool:
-        """Whether something else learns alone still."""
-        return False
 
     def _further_losses(self) -> Mapping[str, StepLoss]:
         return {} if self._ptx is None else {PTX: self._ptx}

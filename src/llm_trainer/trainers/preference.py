@@ -61,7 +61,6 @@ class DPOTrainer(BaseTrainer):
         starts_at_reference: whether policy and reference begin equal, so that the rewards of the first step must be 0
             (and the loss of DPO ln 2); anything else stops the run. None: found out by comparing the weights.
         mask_prompt: False: the NLL term counts the prompt's tokens too, as TRL's ORPO does. The comparison never does.
-        aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model.
         share_prompts: run the prompt of a pair once, which changes no number, where the attention of policy and
             reference can do it: ours for the CPU (`"blocked"`).
         **options: fields of `PreferenceLoss` (`beta=0.1`, `label_smoothing=0.0`, `loss_type="sigmoid"`,
@@ -75,6 +74,7 @@ class DPOTrainer(BaseTrainer):
     rows = ("pairs",)
     sides = len(SIDES)
     takes_flat = True
+    balances_experts = True
 
     def __init__(
         self,
@@ -85,13 +85,12 @@ class DPOTrainer(BaseTrainer):
         ref_log_probs_given: bool = False,
         starts_at_reference: bool | None = None,
         mask_prompt: bool = True,
-        aux_loss_coef: float = 0.001,
         share_prompts: bool = True,
         **options: Any,
     ) -> None:
         of_loss = {f.name: options.pop(f.name) for f in fields(PreferenceLoss) if f.name in options}
         self.loss = PreferenceLoss(**{name: value for name, value in of_loss.items() if value is not None})
-        self.mask_prompt, self.aux_loss_coef = mask_prompt, aux_loss_coef
+        self.mask_prompt = mask_prompt
         if len(args) > 3 or not isinstance(ref_model, nn.Module | None):
             raise TypeError(
                 f"{type(self).__name__} takes model, ref_model (a module, or None), optimizer, train_loader and val_loader by "
@@ -132,7 +131,6 @@ class DPOTrainer(BaseTrainer):
             "ld_alpha": section.ld_alpha,
             "mask_prompt": section.mask_prompt,
             "share_prompts": section.share_prompts,
-            "aux_loss_coef": config.loss_config.aux_loss_coef,
         }
 
     @classmethod
@@ -214,10 +212,13 @@ class DPOTrainer(BaseTrainer):
         pairs, all_terms = sum_over_ranks(torch.tensor(counts, device=self.device)).tolist()
         self._nll_terms_per_pair = all_terms / (pairs or 1.0)
 
-    def _prepare_batch(self, batch: Batch) -> Batch:
+    def _policy_rows(self, batch: Batch) -> Batch:
         rows = self._joined(batch)
         rows = share_prompts(rows) if self.shares_prompts else lay_flat(rows, self.machine.layout)
-        rows = to_device(rows, self.device)
+        return to_device(rows, self.device)
+
+    def _prepare_batch(self, batch: Batch) -> Batch:
+        rows = self._policy_rows(batch)
         if self.reference is not None and "ref_chosen_logps" not in rows:
             with torch.no_grad():
                 rows["ref_logprobs"] = score(self.reference, rows).logprobs
@@ -245,11 +246,7 @@ class DPOTrainer(BaseTrainer):
         if "bco_pair" in self.loss.names and self.model.training:
             rewards = torch.cat([terms.metrics["rewards/chosen"], terms.metrics["rewards/rejected"]])
             self._new_rewards += torch.stack([rewards.sum().float(), rewards.new_tensor(len(rewards)).float()])
-        loss = terms.total(total, nll_terms)
-        if outputs.aux_loss is not None and self.aux_loss_coef:
-            self.record("aux_loss", outputs.aux_loss.detach() * count, count)
-            loss = loss + self.aux_loss_coef * outputs.aux_loss
-        return loss
+        return terms.total(total, nll_terms)
 
     def _pairs(self, logprobs: Tensor, batch: Batch) -> Pairs:
         """Reduce per-token log-probs to one number per answer."""

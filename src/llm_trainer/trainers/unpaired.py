@@ -51,12 +51,12 @@ class KTOTrainer(BaseTrainer):
         beta: how strongly the policy is held to the reference.
         desirable_weight: weight of the good answers.
         undesirable_weight: weight of the bad ones.
-        aux_loss_coef: weight of the load-balancing loss of a mixture-of-experts model.
     """
 
     section = "kto_config"
     rows = ("unpaired",)
     takes_flat = True
+    balances_experts = True
 
     def __init__(
         self,
@@ -67,11 +67,9 @@ class KTOTrainer(BaseTrainer):
         beta: float = 0.1,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
-        aux_loss_coef: float = 0.001,
         **options: Any,
     ) -> None:
         self.loss = UnpairedLoss(loss_type, beta, desirable_weight, undesirable_weight)
-        self.aux_loss_coef = aux_loss_coef
         self._kl: float | None = None if loss_type == "kto" else 0.0  # of the last training step that has an estimate
         self._kl_of_step = self._kl  # of the step under way, or of the batch that is evaluated
         self._num_of_kind = torch.zeros(2)  # good and bad answers of the step
@@ -92,7 +90,6 @@ class KTOTrainer(BaseTrainer):
             "beta": section.loss_beta,
             "desirable_weight": section.desirable_weight,
             "undesirable_weight": section.undesirable_weight,
-            "aux_loss_coef": config.loss_config.aux_loss_coef,
         }
 
     @classmethod
@@ -188,11 +185,7 @@ class KTOTrainer(BaseTrainer):
             self.record(f"rewards/{kind}", metrics[f"rewards/{kind}"].sum(), chosen.sum())
             self.record(f"logps/{kind}", logps[chosen].sum(), chosen.sum())
         self._record_margin(metrics["rewards/chosen"].sum(), metrics["rewards/rejected"].sum(), len(losses))
-        loss = mean_over_rows(losses, batch)
-        if outputs.aux_loss is not None and self.aux_loss_coef:
-            self.record("aux_loss", outputs.aux_loss.detach() * len(losses), len(losses))
-            loss = loss + self.aux_loss_coef * outputs.aux_loss
-        return loss
+        return mean_over_rows(losses, batch)
 
     def _record_margin(self, good: Tensor, bad: Tensor, count: int) -> None:
         """This batch's share of the step's margin, the mean reward of good answers minus that of bad ones.

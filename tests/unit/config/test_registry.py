@@ -12,6 +12,7 @@ import llm_trainer
 from llm_trainer import train_configs
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.load import example, parse
+from llm_trainer.config.options import Balancing
 from llm_trainer.config.registry import algorithm, import_plugins, options_of, register_algorithm, section_of
 from llm_trainer.config.table import ALGORITHMS, key_of
 from llm_trainer.losses.language import LanguageLoss
@@ -91,7 +92,7 @@ def test_the_loss_section_has_the_options_of_the_loss() -> None:
     section = LossConfig()
     for option in fields(LanguageLoss):
         assert type(option.default)(getattr(section, option.name)) == option.default, option.name
-    assert {f.name for f in fields(LossConfig)} == {f.name for f in fields(LanguageLoss)} | {"aux_loss_coef"}
+    assert {f.name for f in fields(LossConfig)} == {f.name for f in (*fields(LanguageLoss), *fields(Balancing))}
 
 
 def test_reading_the_table_imports_nothing_heavy() -> None:

@@ -20,7 +20,8 @@ from transformers import (
 
 from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.drawn_from import DrawnFrom
-from llm_trainer.losses.language import IGNORE, LanguageLoss, load_balancing_loss
+from llm_trainer.losses.experts import balance_loss, shares_of
+from llm_trainer.losses.language import IGNORE, LanguageLoss
 from llm_trainer.losses.policy import PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.scored import ScoredModel, restarting_positions, scored
@@ -199,11 +200,10 @@ def test_experts_are_balanced_over_real_tokens() -> None:
     model, batch = tiny_model(architecture="qwen3_moe"), padded_batch()
     scores = scored(model)(**batch)
     output = model(batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True)
-    expected = load_balancing_loss(output.router_logits, 4, 2, batch["attention_mask"])
-    assert scores.aux_loss is not None
-    assert scores.aux_loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert scores.aux_loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-5)  # transformers' own
-    assert scored(tiny_model())(**batch).aux_loss is None
+    assert scores.routing is not None and scores.routing.tokens == batch["attention_mask"].sum()
+    loss = balance_loss(scores.routing, shares_of(scores.routing.assigned, 2))
+    assert loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-5)  # transformers' own
+    assert scored(tiny_model())(**batch).routing is None
 
 
 def test_the_experts_of_a_vision_language_model_are_found() -> None:

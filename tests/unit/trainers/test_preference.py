@@ -89,7 +89,9 @@ def trainer(folder: Path, batches: list[Batch], model: Any = None, **options: An
 def loss_of(made: DPOTrainer, batch: Batch) -> torch.Tensor:
     made._begin_step([batch], [made._loss_weight(batch)], lambda numbers: numbers)
     prepared = made._prepare_batch(batch)
-    return made._compute_loss(made._forward(prepared), prepared)
+    outputs = made._forward(prepared)
+    loss, added = made._compute_loss(outputs, prepared), made.regulariser.mean(outputs, counts=True)
+    return loss if added is None else loss + added
 
 
 def test_a_micro_batch_is_joined_once_also_where_its_step_counts_nll_terms(

@@ -1,0 +1,48 @@
+"""The balance of experts is that of a whole step, however it is cut: for every trainer of a policy, and however it runs."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from table import Cell, differences, experts_model, run
+
+TOLERANCE = 1e-5
+BALANCED: dict[str, Any] = {"aux_loss_coef": 0.5, "router_z_loss_coef": 0.01}
+
+
+@pytest.mark.parametrize("trainer", ["pretrain", "sft", "dpo", "kto", "grpo", "ppo"])
+def test_every_trainer_of_a_policy_balances_whole_steps(trainer: str) -> None:
+    """In the second step of 'sft' every other row has no supervised token; its tokens are balanced all the same."""
+    whole = run(Cell(trainer, 8, 1), model=experts_model(), **BALANCED)
+    cut = run(Cell(trainer, 2, 4, flat=True), model=experts_model(), **BALANCED)
+    assert max(differences(cut, whole)) < TOLERANCE
+    unbalanced = run(Cell(trainer, 8, 1), model=experts_model(), aux_loss_coef=0.0)
+    assert whole[1].loss - unbalanced[1].loss > 0.5  # the balance loss is at least k; PPO's policy waits for a step
+
+
+@pytest.mark.parametrize(
+    "how", [{"gradient_checkpointing": True}, {"aux_loss_scope": "previous_step"}], ids=["recomputed", "previous_step"]
+)
+def test_however_a_step_is_cut(how: dict[str, Any], wholes: dict[str, Any]) -> None:
+    """More ways are in the table of all trainers (`test_table.py`)."""
+    whole = wholes[how.get("aux_loss_scope", "step")]
+    for cell in (Cell("sft", 1, 8), Cell("sft", 2, 4, flat=True, micro_batch_tokens=40)):
+        assert max(differences(run(cell, model=experts_model(), **BALANCED, **how), whole)) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[str, Any]:
+    """The curves of steps that are not cut, by scope."""
+    scopes = ("step", "previous_step", "micro_batch")
+    found = {scope: run(Cell("sft", 8, 1), model=experts_model(), **BALANCED, aux_loss_scope=scope) for scope in scopes}
+    assert found["step"] == found["micro_batch"] != found["previous_step"]
+    return found
+
+
+def test_of_each_micro_batch_alone_it_depends_on_the_cut(wholes: dict[str, Any]) -> None:
+    """As in transformers, and as it was for all."""
+    cut = run(Cell("sft", 1, 8), model=experts_model(), **BALANCED, aux_loss_scope="micro_batch")
+    assert max(differences(cut, wholes["micro_batch"])) > 1000 * TOLERANCE
