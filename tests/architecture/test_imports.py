@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
     "machine": {"generation", "layout"},
-    "algorithm": {"machine", "position", "state", "layout", "model_group"},
+    "regulariser": {"state"},
+    "algorithm": {"machine", "position", "state", "layout", "model_group", "regulariser"},
     "train": {
         "algorithm",
         "position",
@@ -57,6 +58,7 @@ MAY_IMPORT = {
     },
     "trainers": {
         "algorithm",
+        "regulariser",
         "machine",
         "state",
         "layout",

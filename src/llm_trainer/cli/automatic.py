@@ -23,7 +23,6 @@ from llm_trainer.state import Choice
 from llm_trainer.train.budget import choice_of, class_may_cut
 from llm_trainer.train.compiling import foreseen
 from llm_trainer.train.sizing import ON_GPUS, largest_that_fits
-from llm_trainer.trainers.experts import balances_alone
 
 DEVICE = "cuda"
 
@@ -44,7 +43,7 @@ class Automatic:
     def micro_tokens(self, job: Job) -> int | Finding:
         """Positions of a micro-batch as configured, or how they are found."""
         configured = self.config.data_loader_config.micro_batch_tokens
-        couples = experts_of(self.model) is not None and balances_alone(self.config.loss_config)
+        couples = experts_of(self.model) is not None and self.config.loss_config.couples_rows
         if configured == "auto" and not couples and class_may_cut(self.trainer_class, self.model):
             return partial(largest_that_fits, *ON_GPUS, limit="device memory")
         if isinstance(configured, int):

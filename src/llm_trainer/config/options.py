@@ -81,6 +81,11 @@ class Balancing:
         "step before were routed; or each micro-batch's alone, as in transformers",
     )
 
+    @property
+    def couples_rows(self) -> bool:
+        """Whether it makes a difference which rows a micro-batch has: each is balanced alone."""
+        return self.aux_loss_scope == "micro_batch" and self.aux_loss_coef > 0
+
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -12,7 +12,7 @@ from llm_trainer.engine import dist
 from llm_trainer.position import Position
 from llm_trainer.state import MicroBatch, Progress, StepDone
 from llm_trainer.train.retry import Attempt, DoesNotFit, Steps
-from llm_trainer.train.terms import Totals, count_terms, end_step, fill_up, share_of_step
+from llm_trainer.train.terms import Totals, count_terms, fill_up, share_of_step
 from llm_trainer.train.work import Work
 
 
@@ -65,7 +65,8 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
             loss_sum += add_gradient(work, micro_batch, totals, last=number == len(batches))
     attempt.succeed()
     dist.reached(f"step {step + 1}, update")
-    end_step(algorithm)
+    algorithm._end_step(dist.all_reduce)
+    algorithm.regulariser.end(dist.all_reduce)
 
     # 4. Update the weights, unless the gradient is not finite. The host waits for the device here, and nowhere else.
     grad_norm, finite = engine.step(work.max_grad_norm)

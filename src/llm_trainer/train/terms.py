@@ -76,21 +76,13 @@ def begin_step(algorithm: Algorithm, engine: Engine, batches: list[MicroBatch], 
         algorithm.regulariser.begin(own, sum_over_ranks)
 
 
-def end_step(algorithm: Algorithm) -> None:
-    """Let the algorithm act between the last backward of a step and the update."""
-    algorithm._end_step(dist.all_reduce)
-    algorithm.regulariser.end(dist.all_reduce)
-
-
 def share_of_step(loss: Tensor, batch: MicroBatch, totals: Totals, outputs: object, algorithm: Algorithm) -> Tensor:
     """`[]` what a micro-batch contributes to the loss of its step: each of its means, times its share of that one's terms."""
     if batch.weight:
         share = loss * (batch.weight / totals[batch.loss])
     else:
         share = zero_loss(outputs, algorithm.model)
-    added = None
-    if not batch.loss:
-        added = algorithm.regulariser.mean(outputs, batch.counts)
+    added = None if batch.loss else algorithm.regulariser.mean(outputs, batch.counts)
     if added is not None and batch.added_weight:
         share = share + added * (batch.added_weight / totals[ADDED])
     return share

@@ -31,7 +31,7 @@ from llm_trainer.engine.unused import Unused
 from llm_trainer.position import Position
 from llm_trainer.state import MicroBatch, Progress, StepDone
 from llm_trainer.train.retry import Attempt, DoesNotFit, Steps
-from llm_trainer.train.terms import Totals, count_terms, end_step, fill_up, share_of_step
+from llm_trainer.train.terms import Totals, count_terms, fill_up, share_of_step
 from llm_trainer.train.work import Work
 
 # What the run says already -> the fields of TrainingArguments that would say something else.
@@ -235,7 +235,8 @@ class Driver(transformers.Trainer):
         finally:
             algorithm.model = unwrapped
         dist.reached(f"step {self.progress.step + 1}, update")
-        end_step(algorithm)
+        algorithm._end_step(dist.all_reduce)
+        algorithm.regulariser.end(dist.all_reduce)
         if self.ddp:
             self._unused.drop()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -103,7 +103,7 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
                 "configure_optimizer makes; by position come model, optimizer, train_loader, val_loader"
             )
         settings = Settings.of(type(self).__name__, options)
-        self.regulariser = regulariser_for(self, model, settings)
+        self.regulariser = regulariser_for(self, model, settings, self.balances_experts)
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.tokenizer, self.eval_prompts = tokenizer, list(eval_prompts)

@@ -1,21 +1,21 @@
 """What keeps the routers of a mixture of experts from sending all tokens to a few, over whole optimizer steps."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.algorithm import Regulariser, SumOverRanks
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.options import Balancing
 from llm_trainer.losses.experts import Routing, balance_loss, load_spread, router_z_loss, shares_of
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.experts import Experts, experts_of, is_balanced_by_a_bias
+from llm_trainer.regulariser import Regulariser, SumOverRanks
 
 if TYPE_CHECKING:
+    from llm_trainer.machine import Machine
     from llm_trainer.state import MicroBatch
-    from llm_trainer.trainers.base import BaseTrainer
 
 PATIENCE = 1000  # steps without a token after which an expert is spoken of
 LOOKS = 50  # steps between looks, for each of which the host waits for the device
@@ -29,14 +29,38 @@ COUNTED_AHEAD = (
 )
 
 
-def regulariser_for(trainer: "BaseTrainer", model: nn.Module, options: Balancing) -> Regulariser:
+class OfExperts(Protocol):
+    """What is asked of a trainer, a `BaseTrainer`, whose experts are balanced."""
+
+    model: nn.Module
+    machine: "Machine"
+
+    @property
+    def _policy_waits(self) -> bool: ...
+
+    def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None: ...
+
+    def _prepare_batch(self, batch: Any) -> Any: ...
+
+    def _policy_rows(self, batch: Any) -> Any: ...
+
+    def _count_routed(self, batch: Any) -> int: ...
+
+
+def regulariser_for(trainer: OfExperts, model: nn.Module, options: Balancing, balances: bool) -> Regulariser:
     """What balances the experts of `model`; nothing where there are none, or where a trainer says nothing of them.
+
+    Args:
+        trainer: it is being made, and has no model and no machine yet.
+        model: that it will train.
+        options: of the run.
+        balances: whether it says `balances_experts`.
 
     Raises:
         ConfigError: an option was changed, and has no meaning for this model or trainer.
     """
     experts = experts_of(model)
-    if experts is not None and trainer.balances_experts:
+    if experts is not None and balances:
         return Balance(trainer, experts, options)
     why = f"{type(model).__name__} has no experts whose routers can be seen"
     if is_balanced_by_a_bias(model):
@@ -50,11 +74,6 @@ def regulariser_for(trainer: "BaseTrainer", model: nn.Module, options: Balancing
     return Regulariser(couples_rows=experts is not None)
 
 
-def balances_alone(options: Balancing) -> bool:
-    """Whether each micro-batch is balanced alone, so that it makes a difference which rows it has."""
-    return options.aux_loss_scope == "micro_batch" and options.aux_loss_coef > 0
-
-
 class Balance(Regulariser):
     """`aux_loss_coef` times the balance loss of the routers, and `router_z_loss_coef` times their z-loss, over a step's tokens.
 
@@ -66,8 +85,8 @@ class Balance(Regulariser):
     - `micro_batch`: of each micro-batch alone, as transformers does. It depends on how a step is cut.
     """
 
-    def __init__(self, trainer: "BaseTrainer", experts: Experts, options: Balancing) -> None:
-        self.couples_rows = balances_alone(options)
+    def __init__(self, trainer: OfExperts, experts: Experts, options: Balancing) -> None:
+        self.couples_rows = options.couples_rows
         self.costs_when_cut = options.aux_loss_scope == "step" and options.aux_loss_coef > 0
         self._trainer, self._experts, self._options = trainer, experts, options
         self._counted: Tensor | None = None  # [L, E] assignments of the step under way on all ranks, counted ahead
@@ -99,8 +118,7 @@ class Balance(Regulariser):
         found = []
         with torch.random.fork_rng(on_device):
             for batch in batches:  # fillers too: they draw noise in their turn
-                assigned = self._route(batch.batch).assigned
-                found.append(assigned if batch.counts else torch.zeros_like(assigned))
+                found.append(self._route(batch.batch).assigned * batch.counts)
         return torch.stack(found).sum(0)
 
     def _route(self, batch: Any) -> Routing:
@@ -123,7 +141,7 @@ class Balance(Regulariser):
         routing: Routing = outputs.routing
         is_training = self._trainer.model.training
         if is_training:
-            own = routing.assigned if counts else torch.zeros_like(routing.assigned)
+            own = routing.assigned * counts
             self._seen = own if self._seen is None else self._seen + own
         balance, z_loss = balance_loss(routing, self._shares(routing)), router_z_loss(routing)
         self._trainer.record("aux_loss", balance.detach() * routing.tokens, routing.tokens)
