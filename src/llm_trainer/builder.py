@@ -44,6 +44,8 @@ from llm_trainer.models.inside import model_context
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
+from llm_trainer.models.quantize import keep_layout
+from llm_trainer.models.quantized_loading import check_quantized, loading_options
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.models.vocabulary import Pieces, check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.terminal import waiting
@@ -131,27 +133,45 @@ class Builder:
         if "model" in self.given:
             _refuse_changes(self.config)
             return self.given["model"]
+        quantization = self.config.quantization_config
         with waiting("building the model", dist.is_main()):
             model = self.trainer_class._model_from_config(self.config, self)
             if adapters is None:
                 return model
             _refuse_untrained_rows(self.config)
+            if quantization is not None:
+                check_quantized(model)
+                keep_layout(model)  # layouts are tried out on it in evaluation mode
             torch.manual_seed(self.config.run_config.seed)  # whether the weights before were drawn or read
             return adapt(model, adapters)
 
     def model(self, source: str | None = None, in_half: bool = False) -> Any:
         if source is None:
-            sharded = self.engine == "fsdp" and dist.num_processes() > 1
+            sharded = self.engine == "fsdp" and dist.num_processes() > 1 and self.config.quantization_config is None
             adapters = self.config.adapter_config
             may_be_empty = adapters is None or adapters.kind == LORA  # others are made of the weights
             shards_first = self.trainer_class.shards_first_weights and may_be_empty
             empty = sharded and shards_first and not dist.is_main()
             _, pieces = self._extended_tokenizer
-            return make_model(self.config, self.tokenizer, self.device, empty, pieces)
+            return make_model(self.config, self.tokenizer, self.device, empty, pieces, self._loading)
         attention = resolve_attention(self.config.run_config.attention, self.device)
         dtype = DTYPES[self._precision if in_half else "fp32"]
         self._others.append(build_model(source, attention=attention, dtype=dtype))
         return self._others[-1]
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        """How the weights of the model to train are read, beside plainly: keywords of `from_pretrained`."""
+        wanted, source = self.config.quantization_config, self.config.model_config
+        if wanted is None or not isinstance(source, str):
+            return {}
+        if wanted.bits == 8 and self.engine == "fsdp":
+            raise ValueError(
+                "quantization_config.bits: got 8, and FSDP shards numbers that are floats; expected bits: 4, or ZeRO (engine: "
+                "deepspeed)"
+            )
+        found = find_pretrained(source, (Found.LANGUAGE_MODEL,), key="model_config")
+        return loading_options(wanted, found.source, self.device, DTYPES[self._precision])
 
     def frozen(self, source: Any) -> nn.Module:
         if isinstance(source, str):
@@ -306,7 +326,12 @@ class Builder:
 
 
 def make_model(
-    config: TrainConfig, tokenizer: Any, device: torch.device, empty: bool = False, pieces: Pieces | None = None
+    config: TrainConfig,
+    tokenizer: Any,
+    device: torch.device,
+    empty: bool = False,
+    pieces: Pieces | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build or load the model with the weights that the run starts from, the same on every rank; or `empty`, without any.
 
@@ -316,6 +341,7 @@ def make_model(
         device: where it will train.
         empty: without weights, on the meta device.
         pieces: the ids of the tokens that were added, and what they were before; None: there are none.
+        options: further keywords of `from_pretrained`.
     """
     # 1. the model as it was, with its first weights
     torch.manual_seed(config.run_config.seed)
@@ -323,7 +349,7 @@ def make_model(
     wanted, pieces = config.model_config, pieces or {}
     if isinstance(wanted, ModelConfig) and wanted.vocab_size is None:
         wanted = replace(wanted, vocab_size=min(pieces, default=len(tokenizer)))
-    model = build_model(wanted, attention=attention, empty=empty, overrides=config.model_overrides)
+    model = build_model(wanted, attention=attention, empty=empty, overrides=config.model_overrides, options=options)
     if config.init_state_dict is not None and not empty:
         load_weights(model, config.init_state_dict, "init_state_dict")
     if config.init_weights_path is not None and not empty:
@@ -352,6 +378,11 @@ def _refuse_changes(config: TrainConfig) -> None:
     for name, instead, is_changed in (
         ("model_overrides", "build_model(..., overrides=...)", bool(config.model_overrides)),
         ("adapter_config", "llm_trainer.adapt(model, AdapterConfig(...))", config.adapter_config is not None),
+        (
+            "quantization_config",
+            "from_pretrained(..., quantization_config=BitsAndBytesConfig(...))",
+            config.quantization_config is not None,
+        ),
         (
             "vocabulary_config",
             "models.vocabulary.extend_vocabulary(model, tokenizer, ...)",

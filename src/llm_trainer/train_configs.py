@@ -24,6 +24,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
 from llm_trainer.config.options import FsdpConfig, KDConfig
 from llm_trainer.config.ppo import PPOConfig
+from llm_trainer.config.quantization import QuantizationConfig
 from llm_trainer.config.reinforcement import GenerateConfig, GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig
 from llm_trainer.config.schema import (
     DataLoaderConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "OptimConfig",
     "PPOConfig",
     "PretrainConfig",
+    "QuantizationConfig",
     "RLOOConfig",
     "ReMaxConfig",
     "ReinforceConfig",

@@ -119,7 +119,7 @@ def _noun(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     if origin is Literal:
-        return f"one of {', '.join(arguments)}"
+        return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
         return f"a list of {len(arguments)} {_NOUNS_OF_MANY[_members(arguments[0])[0]]}"
     if origin is list:

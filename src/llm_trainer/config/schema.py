@@ -20,6 +20,7 @@ from llm_trainer.config.files import Files
 from llm_trainer.config.optim import OptimConfig
 from llm_trainer.config.options import Balancing, EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
 from llm_trainer.config.ppo import PPOConfig
+from llm_trainer.config.quantization import QuantizationConfig
 from llm_trainer.config.reinforcement import GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig
 from llm_trainer.config.section import config_section
 
@@ -261,6 +262,9 @@ class TrainConfig:
     adapter_config: AdapterConfig | None = Field(
         default=None, description="a few new weights are trained in place of all (LoRA and others, by peft)"
     )
+    quantization_config: QuantizationConfig | None = Field(
+        default=None, description="the weights under adapters in 4 or 8 bits (QLoRA, by bitsandbytes)"
+    )
     data_loader_config: DataLoaderConfig = Field(default_factory=DataLoaderConfig, description="files to batches")
     loss_config: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
     optim_config: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and learning rate")
@@ -292,6 +296,32 @@ class TrainConfig:
             self._one_clipping(self.ds_config)
         if self.adapter_config is not None and self.fsdp_config is not None:
             refuse_tensor_parallelism(self.fsdp_config.tensor_parallel_size)
+        if self.quantization_config is not None:
+            self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        """Weights in few bits are read from a folder, stay as they are, and have adapters."""
+        if self.adapter_config is None:
+            raise ConfigError(
+                "quantization_config: weights in few bits cannot be trained; expected an adapter_config, such as "
+                "adapter_config: {}, or leave the section out"
+            )
+        if not isinstance(self.model_config, str):
+            raise ConfigError(
+                "quantization_config: model_config is a shape, whose random weights adapters cannot make good; expected the "
+                "path or name of a model"
+            )
+        for name in ("init_state_dict", "init_weights_path"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}: its weights cannot be put into matrices that are in 4 or 8 bits already (quantization_config); "
+                    f"expected a model_config that has them"
+                )
+        if self.adapter_config.changes_the_base:
+            raise ConfigError(
+                f"adapter_config.init: {self.adapter_config.init} takes what it begins with out of the weights, which are in 4 "
+                f"or 8 bits (quantization_config); expected default, gaussian or orthogonal"
+            )
 
     def _one_clipping(self, ds_config: DsConfig) -> None:
         """Two names for one number: the one that was changed counts."""

@@ -70,6 +70,7 @@ def build_model(
     empty: bool = False,
     key: str = "model_config",
     overrides: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> "PreTrainedModel":
     """A model with random weights from a `ModelConfig`, or the language model that `find_pretrained` finds.
 
@@ -80,13 +81,14 @@ def build_model(
         empty: build it on the meta device, without weights: an engine that shards takes them from another process.
         key: what the configuration calls `source`, for messages.
         overrides: what is changed in the configuration of a model that is loaded (`models.overrides`).
+        options: further keywords of `from_pretrained`, for a model that is loaded.
 
     Raises:
         ValueError: there is no language model at `source`, its weights are not finite, or an override cannot be meant.
     """
     attention = resolve_attention(attention)
     if isinstance(source, str | Path):
-        return _load_model(source, attention, dtype, empty, key, overrides or {})
+        return _load_model(source, attention, dtype, empty, key, overrides or {}, options or {})
     refuse_overrides(overrides or {})
     return model_of_config(build_config(source), attention, dtype, empty)
 
@@ -114,7 +116,13 @@ def model_of_config(
 
 
 def _load_model(
-    source: str | Path, attention: str, dtype: torch.dtype | str, empty: bool, key: str, overrides: Mapping[str, Any]
+    source: str | Path,
+    attention: str,
+    dtype: torch.dtype | str,
+    empty: bool,
+    key: str,
+    overrides: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -127,7 +135,7 @@ def _load_model(
         return model_of_config(config, attention, dtype, empty)
     with without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
-            found.source, config=config, attn_implementation=attention, dtype=dtype
+            found.source, config=config, attn_implementation=attention, dtype=dtype, **options
         )
     check_finite(model, str(source))
     return model

@@ -30,13 +30,14 @@ def stored_numbers(parameter: Tensor) -> Tensor:
 
 
 def keep_layout(module: nn.Module) -> None:
-    """Have the 4-bit layers in `module` keep their weights as they are.
+    """Have the 4-bit layers in `module` keep their weights as they are, or get them back as they were.
 
     NOTE: on CPUs with AVX512-BF16 the first forward in evaluation mode would lay them out for inference, with scales
     rounded to bfloat16, and no gradient would come through such a layer any more.
     """
     for inner in module.modules():
         if is_kind_of(inner, "bitsandbytes.", "Linear4bit"):
+            inner.state_dict()  # undoes it, where such a forward has been
             inner.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 

@@ -1,7 +1,7 @@
 """Which layers of a model get adapters: what target, parts and experts of a section mean in it."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -198,12 +198,20 @@ def _not_found(model: nn.Module, config: AdapterConfig) -> str:
     return f"adapter_config.target: {config.target} matches no layer of this {type(model).__name__}; {advice}"
 
 
+def _shape(model: nn.Module, name: str) -> Sequence[int]:
+    """Of a matrix, by its name; one in 4 bits lies in memory otherwise, and its layer knows."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return model.get_parameter(name).shape
+
+
 def _check_rank(model: nn.Module, targets: Targets, config: AdapterConfig) -> None:
     if config.kind != LORA:
         return
     rank = config.rank or RANK
     for name in [f"{module}.weight" for module in targets.modules] + targets.parameters:
-        shape = model.get_parameter(name).shape
+        shape = _shape(model, name)
         if rank > min(shape[-2:]):
             raise ValueError(
                 f"adapter_config.rank: got {rank}, but {name} is {list(shape)}; expected at most {min(shape[-2:])}"

@@ -320,8 +320,8 @@ class GRPOTrainer(OnPolicyTrainer):
         values, weights = self._with_kl(rollout, columns, values, weights)
         of_tokens = rollout.token_rewards(judged) if self.advantages.kind in OF_TOKENS else None
         if of_tokens is not None:  # compared by themselves
-            judges_steps = rollout.step_rewards(judged) is not None
-            take_out_of_tokens(values, of_tokens[1], names.index(JUDGED) if judges_steps else None)
+            of_steps = None if rollout.step_rewards(judged) is None else names.index(JUDGED)
+            take_out_of_tokens(values, of_tokens[1], of_steps)
 
         # 2. compared with the others of its group; an episode of several rows once
         last, of_row = rollout.episodes()

@@ -1,0 +1,33 @@
+"""The section of quantization: the weights under adapters in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, StrictBool
+
+from llm_trainer.config.errors import ConfigError, fields_of
+from llm_trainer.config.section import config_section
+
+
+@config_section
+class QuantizationConfig:
+    """The weights that adapters are put on, in few bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)."""
+
+    bits: Literal[4, 8] = Field(default=4, description="bits of a weight")
+    kind: Literal["nf4", "fp4"] = Field(default="nf4", description="4 bits: the 16 values that there are")
+    double: StrictBool = Field(default=True, description="4 bits: the scales of blocks in 8 bits too")
+    storage: Literal["uint8", "bf16", "fp16", "fp32"] = Field(
+        default="uint8", description="4 bits: the type of the tensor that holds them"
+    )
+    skip_modules: list[str] = Field(
+        default_factory=list, description="ends of the names of layers that stay as they are; the head always does"
+    )
+
+    def __post_init__(self) -> None:
+        if self.bits == 4:
+            return
+        for name in ("kind", "double", "storage"):
+            value = getattr(self, name)
+            if value != fields_of(QuantizationConfig)[name].default:
+                raise ConfigError(f"{name}: got {value!r} beside bits: 8, but it is an option of 4 bits; remove it")

@@ -1,0 +1,94 @@
+"""How a model is loaded with weights in 4 or 8 bits, by bitsandbytes."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_trainer.config.errors import ConfigError, require
+from llm_trainer.config.quantization import QuantizationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STORAGE = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# They warn of a kernel that is only for inference, and of every product in 8 bits, which is in fp16 as it has to be.
+_TALKS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+WITHOUT = "leave quantization_config out, which keeps the weights as they are"
+
+
+def loading_options(
+    config: QuantizationConfig, source: str | Path, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Keywords of `from_pretrained` that quantize what is loaded.
+
+    Args:
+        config: how.
+        source: the folder or hub name that will be loaded.
+        device: where the weights will be.
+        dtype: that layers are multiplied in.
+
+    Raises:
+        ConfigError: packages are missing, the model is quantized already, or a name is not in it.
+    """
+    for package in ("bitsandbytes", "accelerate"):
+        require(package, "quantization_config", WITHOUT)
+    for name in _TALKS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    described = AutoConfig.from_pretrained(source)
+    if getattr(described, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"quantization_config: {source} is quantized already, as its config.json says; leave the section out"
+        )
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(described)
+    skipped = [*get_keys_to_not_convert(empty), *_found(empty, config.skip_modules)]
+    if config.bits == 8:
+        how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    else:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.kind,
+            bnb_4bit_use_double_quant=config.double,
+            bnb_4bit_quant_storage=STORAGE[config.storage],
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
+        )
+    return {"quantization_config": how, "device_map": {"": device}}
+
+
+def _found(model: "PreTrainedModel", endings: list[str]) -> list[str]:
+    """The names of the layers that are meant.
+
+    Raises:
+        ConfigError: an ending matches none.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    found: list[str] = []
+    for ending in endings:
+        meant = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        if not meant:
+            leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise ConfigError(
+                f"quantization_config.skip_modules: {ending} matches no layer of this {type(model).__name__}; its layers "
+                f"end in {leaves}"
+            )
+        found += meant
+    return found
+
+
+def check_quantized(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: no layer of a model that was to be quantized is.
+    """
+    kinds = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    if "bitsandbytes" not in kinds:
+        raise ConfigError(
+            f"quantization_config: this {type(model).__name__} is not loaded in few bits here; expected a language model "
+            f"under adapters. To train this one, {WITHOUT}"
+        )

@@ -1,0 +1,192 @@
+"""QLoRA from a configuration: what is in few bits, that it learns as much, goes on bit for bit, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llm_trainer import SFTTrainer
+from llm_trainer.config.load import parse
+from llm_trainer.config.schema import TrainConfig
+from llm_trainer.models.build import build_model
+from llm_trainer.models.quantize import keep_layout
+from llm_trainer.models.quantized_loading import loading_options
+from llm_trainer.train.hooks import Hook
+from llm_trainer.train_configs import ConfigError, ModelConfig, QuantizationConfig
+
+pytest.importorskip("peft", reason="needs peft")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+ASKED = [{"role": "user", "content": "count"}]
+ROWS = [[*ASKED, {"role": "assistant", "content": "1 2 3" + " 4" * n}] for n in range(4)]
+FOUR_BITS: dict[str, Any] = {"bits": 4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    torch.manual_seed(0)
+    build_model(ModelConfig(**SIZES)).save_pretrained(folder)
+    return folder
+
+
+def config(folder: Path, base: Path, reference_dir: Path, **sections: Any) -> TrainConfig:
+    folder.mkdir(exist_ok=True, parents=True)
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run = {"save_dir": str(folder), "log_interval": 1, "progress": False, "precision": "fp32", "device": "cpu"}
+    values: dict[str, Any] = {
+        "model_config": str(base),
+        "tokenizer": str(reference_dir / "tokenizer"),
+        "file_dataset": str(data),
+        "batch_size": 2,
+        "n_epochs": 3,
+        "adapter_config": {"rank": 2},
+        "quantization_config": FOUR_BITS,
+        "optim_config": {"initial_lr": 1e-2},
+        "run_config": run,
+        "sft_config": {},
+    }
+    return parse(values | sections, "test")
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "log" / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def trained(described: TrainConfig, **given: Any) -> nn.Module:
+    trainer = SFTTrainer(train_config=described, **given)
+    trainer.train()
+    model: nn.Module = trainer.base_model
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ({"bits": 4}, "Linear4bit"),
+        ({"bits": 4, "double": False, "kind": "fp4", "storage": "bf16"}, "Linear4bit"),
+        ({"bits": 8}, "Linear8bitLt"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_layers_in_few_bits_learn_nearly_as_plain_ones(
+    how: dict[str, Any], kind: str, base: Path, tmp_path: Path, reference_dir: Path
+) -> None:
+    model = trained(config(tmp_path / "few", base, reference_dir, quantization_config=how))
+    kinds = [
+        type(module.base_layer).__name__ for module in model.modules() if "base_layer" in dict(module.named_children())
+    ]
+    assert kinds == [kind] * 7
+    trained(config(tmp_path / "plain", base, reference_dir, quantization_config=None))
+    few, plain = losses(tmp_path / "few"), losses(tmp_path / "plain")
+    assert few != plain and few == pytest.approx(plain, abs=0.05) and few[-1] < few[0] - 0.2
+
+
+def test_gradients_are_those_of_the_same_weights_in_32_bits(base: Path) -> None:
+    """Whatever forward came before: without gradients, some CPUs pack the weights, and gradients end there."""
+    how = loading_options(QuantizationConfig(), base, torch.device("cpu"), torch.float32)
+    quantized = build_model(str(base), options=how)
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        quantized.eval()(ids)
+    keep_layout(quantized)
+    plain = build_model(str(base))
+    for name, layer in plain.named_modules():
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            in_bits = quantized.get_submodule(name).weight
+            layer.weight.data = bitsandbytes.functional.dequantize_4bit(in_bits.data, in_bits.quant_state)
+    gradients = []
+    for model in (quantized, plain):
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-3
+    with torch.no_grad():
+        assert torch.allclose(quantized.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-5)
+
+
+def test_layers_that_are_named_stay_as_they_are(base: Path, tmp_path: Path, reference_dir: Path) -> None:
+    described = config(
+        tmp_path,
+        base,
+        reference_dir,
+        quantization_config={"skip_modules": ["o_proj"]},
+        run_config={"save_dir": str(tmp_path)},
+    )
+    model = SFTTrainer(train_config=described).base_model
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if name.endswith("base_layer")}
+    assert {kind for name, kind in kinds.items() if "o_proj" in name} == {"Linear"}
+    assert {kind for name, kind in kinds.items() if "o_proj" not in name} == {"Linear4bit"}
+
+
+def test_a_run_goes_on_bit_for_bit(base: Path, tmp_path: Path, reference_dir: Path) -> None:
+    """With moments in 8 bits."""
+
+    def described(folder: Path) -> TrainConfig:
+        optimizer = {"optim_type": "adamw8bit", "initial_lr": 1e-2}
+        found = config(folder, base, reference_dir, optim_config=optimizer)
+        found.run_config.save_interval_steps = 1
+        return found
+
+    def breaks(view: Any) -> None:
+        raise RuntimeError("broken off")
+
+    trained(described(tmp_path / "whole"))
+    with pytest.raises(RuntimeError, match="broken off"):
+        trained(described(tmp_path / "in two"), hooks=[Hook("breaks", breaks, every_steps=3)])
+    trained(described(tmp_path / "in two"))
+    in_two, whole = losses(tmp_path / "in two"), losses(tmp_path / "whole")
+    assert in_two == whole and len(whole) == 6
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no adapters": (
+        {"adapter_config": None},
+        "quantization_config: weights in few bits cannot be trained; expected an",
+    ),
+    "a shape": ({"model_config": SIZES}, "quantization_config: model_config is a shape"),
+    "weights": (
+        {"init_weights_path": "x.pt"},
+        "init_weights_path: its weights cannot be put into matrices that are in 4 or 8",
+    ),
+    "pissa": (
+        {"adapter_config": {"init": "pissa"}},
+        "adapter_config.init: pissa takes what it begins with out of the weights",
+    ),
+    "8 bits": ({"quantization_config": {"bits": 8, "kind": "fp4"}}, "kind: got 'fp4' beside bits: 8"),
+    "5 bits": ({"quantization_config": {"bits": 5}}, "quantization_config.bits: got 5, expected one of 4, 8"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_had_together_is_said(name: str, tmp_path: Path, base: Path, reference_dir: Path) -> None:
+    sections, message = WRONG[name]
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, base, reference_dir, **sections)
+
+
+def test_8_bits_and_shards_are_refused(tmp_path: Path, base: Path, reference_dir: Path) -> None:
+    described = config(tmp_path, base, reference_dir, quantization_config={"bits": 8}, fsdp_config={})
+    with pytest.raises(ValueError, match="quantization_config.bits: got 8, and FSDP shards numbers that are floats"):
+        SFTTrainer(train_config=described)
+
+
+def test_what_the_model_does_not_have_is_said(tmp_path: Path, base: Path, reference_dir: Path) -> None:
+    described = config(tmp_path, base, reference_dir, quantization_config={"skip_modules": ["o_prj"]})
+    with pytest.raises(
+        ConfigError, match="skip_modules: o_prj matches no layer of this .*; its layers end in q_proj, k_proj"
+    ):
+        SFTTrainer(train_config=described)
