@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_trainer import SFTTrainer
+from llm_trainer import GRPOTrainer, SFTTrainer
 from llm_trainer.config.load import parse
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.models.build import build_model
@@ -41,10 +41,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(folder: Path, base: Path, reference_dir: Path, **sections: Any) -> TrainConfig:
+def config(folder: Path, base: Path, reference_dir: Path, rows: Any = ROWS, **sections: Any) -> TrainConfig:
     folder.mkdir(exist_ok=True, parents=True)
     data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = {"save_dir": str(folder), "log_interval": 1, "progress": False, "precision": "fp32", "device": "cpu"}
     values: dict[str, Any] = {
         "model_config": str(base),
@@ -176,6 +176,15 @@ def test_what_cannot_be_had_together_is_said(name: str, tmp_path: Path, base: Pa
     sections, message = WRONG[name]
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, base, reference_dir, **sections)
+
+
+def test_policies_that_draw_are_refused(tmp_path: Path, base: Path, reference_dir: Path) -> None:
+    prompts, group = [{"prompt": "count", "answer": "1 2"}], {"group_size": 2}
+    described = config(tmp_path, base, reference_dir, prompts, sft_config=None, grpo_config=group)
+    with pytest.raises(
+        ConfigError, match="the policy's weights are in 4 or 8 bits, and completions are drawn with a copy"
+    ):
+        GRPOTrainer(train_config=described, reward_func=lambda prompts, completions, answers: [0.0] * len(prompts))
 
 
 def test_8_bits_and_shards_are_refused(tmp_path: Path, base: Path, reference_dir: Path) -> None:

@@ -14,6 +14,11 @@ def _state_of(parameter: Tensor) -> Any:
     return parameter.quant_state if is_kind_of(parameter, "bitsandbytes.", "Params4bit") else None  # type: ignore[attr-defined]
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether layers of a model are in 4 or 8 bits."""
+    return any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
+
+
 def num_values(parameter: Tensor) -> int:
     """How many numbers a parameter stands for; in 4 bits they are more than its elements."""
     state = _state_of(parameter)

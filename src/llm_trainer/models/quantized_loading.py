@@ -8,6 +8,7 @@ import torch
 
 from llm_trainer.config.errors import ConfigError, require
 from llm_trainer.config.quantization import QuantizationConfig
+from llm_trainer.models.quantize import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,8 +87,7 @@ def check_quantized(model: torch.nn.Module) -> None:
     Raises:
         ConfigError: no layer of a model that was to be quantized is.
     """
-    kinds = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    if "bitsandbytes" not in kinds:
+    if not is_quantized(model):
         raise ConfigError(
             f"quantization_config: this {type(model).__name__} is not loaded in few bits here; expected a language model "
             f"under adapters. To train this one, {WITHOUT}"

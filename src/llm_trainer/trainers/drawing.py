@@ -10,6 +10,7 @@ from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.transports import Broadcast, Files, Transport
 from llm_trainer.machine import Machine
 from llm_trainer.models.inside import has_adapters
+from llm_trainer.models.quantize import is_quantized
 from llm_trainer.trainers.said import config_of
 
 
@@ -18,9 +19,15 @@ def service_of(how: RolloutOptions, given: GenerationService | None, model: nn.M
 
     Raises:
         ConfigError: there are both, or it is said how weights come to servers where there are none; or they cannot take the
-            weights of `model`.
+            weights of `model`, or nobody can.
         ValueError: something is no address.
     """
+    if is_quantized(model):
+        raise ConfigError(
+            "quantization_config: the policy's weights are in 4 or 8 bits, and completions are drawn with a copy that is "
+            "brought up to date at every rollout, which has no form for bits; expected adapters on plain weights: leave "
+            "quantization_config out"
+        )
     if (how.rollout_servers or isinstance(given, Servers)) and has_adapters(model):
         raise ConfigError(
             "rollout_servers: the policy has adapters (peft), and servers take the weights of a plain model, by its names; "
