@@ -51,7 +51,7 @@ def server() -> Iterator[str]:
 def test_grpo_learns_from_what_vllm_draws(way: str, server: str) -> None:
     found = through_vllm.learned(server, way)
     before, after = found.outcome.accuracy
-    assert 0.3 < before < 0.7 and after >= 0.95, found
+    assert 0.3 < before < 0.7 and after >= through_vllm.LEAST[way], found
     means, most = found.differences
     assert median(means) < 5e-6 and most < 1e-4, found
     assert found.loads >= 100
