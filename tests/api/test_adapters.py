@@ -11,9 +11,12 @@ from torch import nn
 from llm_trainer import AdapterConfig, SFTTrainer, adapt, configure_optimizer, get_trainer_class
 from llm_trainer.assemble import assemble
 from llm_trainer.config.load import parse
+from llm_trainer.config.options import Fsdp, Settings
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.models.build import build_model
 from llm_trainer.train.hooks import Hook
+from llm_trainer.train.preflight import check_adapters
 from llm_trainer.train_configs import ConfigError, ModelConfig
 
 pytest.importorskip("peft", reason="needs peft")
@@ -205,6 +208,24 @@ def test_a_model_of_the_users_and_a_section_are_one_too_many(tmp_path: Path, ref
         ValueError, match=r"adapter_config: the model is given as an object.*adapt\(model, AdapterConfig"
     ):
         assemble(described, SFTTrainer, {"model": build_model(ModelConfig(**SHAPE))})
+
+
+def test_methods_that_were_not_tried_where_weights_are_sharded(tmp_path: Path, reference_dir: Path) -> None:
+    described = config("sft", tmp_path / "run", reference_dir)
+    described.adapter_config = AdapterConfig(kind="loha")
+    trainer = SFTTrainer(train_config=described)
+
+    class Sharding(TorchEngine):
+        name, in_lockstep = "fsdp", True
+
+    sharding = Sharding(torch.device("cpu"), "fp32")
+    with pytest.raises(
+        ConfigError, match="kind: got loha with engine: fsdp, which shards weights; expected lora, or eng"
+    ):
+        check_adapters(trainer.base_model, Settings(), sharding)
+    split = Settings(fsdp=Fsdp(tensor_parallel_size=2))
+    with pytest.raises(ConfigError, match="tensor_parallel_size: got 2"):
+        check_adapters(trainer.base_model, split, sharding)
 
 
 def test_new_tokens_that_nothing_would_train(tmp_path: Path, reference_dir: Path) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from llm_trainer.config.adapters import refuse_tensor_parallelism
-from llm_trainer.config.errors import counted
+from llm_trainer.config.adapters import LORA, refuse_tensor_parallelism
+from llm_trainer.config.errors import ConfigError, counted
 from llm_trainer.data.encode.templates import describe_default, has_default_template
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.rollout_source import RolloutSource
@@ -198,14 +198,23 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, module: 
         )
 
 
-def check_adapters(model: nn.Module, settings: "Settings") -> None:
+def check_adapters(model: nn.Module, settings: "Settings", engine: Engine) -> None:
     """Look whether the engine can train a model, or group of models, with adapters.
 
     Raises:
-        ConfigError: it splits their layers.
+        ConfigError: it splits their layers, or shards them and they are of a method that was not tried so.
     """
-    if settings.fsdp is not None and any(has_adapters(member) for member in members_of(model).values()):
-        refuse_tensor_parallelism(settings.fsdp.tensor_parallel_size)
+    for member in members_of(model).values():
+        if not has_adapters(member):
+            continue
+        if settings.fsdp is not None:
+            refuse_tensor_parallelism(settings.fsdp.tensor_parallel_size)
+        kinds = {str(config.peft_type.value).lower() for config in member.peft_config.values()}  # type: ignore[operator, union-attr]
+        if engine.in_lockstep and kinds != {LORA}:
+            raise ConfigError(
+                f"adapter_config.kind: got {', '.join(kinds)} with engine: {engine.name}, which shards weights; expected "
+                f"{LORA}, or engine: torch: the other methods were not proved there"
+            )
 
 
 def mfu_per_rate(size: Size, engine: Engine) -> float | None:

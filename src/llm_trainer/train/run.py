@@ -145,7 +145,7 @@ class Run:
         """Place and wrap the trained module; switch on what the settings ask of it."""
         model = self.trainer.saved_model
         preflight.check_optimizer(self.trainer.optimizer, model, module)
-        preflight.check_adapters(model, self.settings)
+        preflight.check_adapters(model, self.settings, self.engine)
         keep_layout(module)
         if self.settings.gradient_checkpointing:
             for member in members_of(model).values():
