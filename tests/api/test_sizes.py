@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from llm_trainer import Trainer, configure_optimizer
 from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_model
@@ -201,6 +202,16 @@ def test_a_model_that_is_given_is_taken_as_it_is(base: Path, tmp_path: Path) -> 
     for changes, name in (({"model_overrides": {}}, "vocabulary_config"), ({}, "model_overrides")):
         with pytest.raises(ValueError, match=f"{name}: the model is given as an object"):
             Trainer(train_config=described(base, tmp_path / "run", **changes), model=build_model(base))
+
+
+def test_adapters_are_saved_without_what_would_change_their_base(base: Path, tmp_path: Path) -> None:
+    adapters: dict[str, Any] = {"adapter_config": {}}
+    with pytest.raises(ConfigError, match="vocabulary_config: beside adapter_config, .* neither learned nor saved"):
+        described(base, tmp_path / "run", **adapters)
+    with pytest.raises(ConfigError, match="model_overrides.rope_parameters: beside adapter_config, .* old positions"):
+        described(base, tmp_path / "run", vocabulary_config={}, **adapters)
+    dropout = {"model_overrides": {"attention_dropout": 0.1}, "vocabulary_config": {}}
+    assert described(base, tmp_path / "run", **dropout, **adapters).adapter_config is not None
 
 
 def test_the_plan_knows_rows_and_context(base: Path, tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def described(folder: Path, engine: str, **sections: Any) -> dict[str, Any]:
         {
             "model_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
             "tokenizer": str(REFERENCE / "tokenizer"),
+            "vocabulary_config": {"add_tokens": ["count to"], "pad_to_multiple_of": 64},
             "file_dataset": str(data),
             "eval_dataset": str(data),
             "eval_prompts": ["count to 3"],
@@ -213,7 +214,7 @@ def alone(folder: Path) -> dict[str, Any]:
 def adapted(folder: Path, engine: str) -> list[tuple[float, float]]:
     """Adapters whose B learns faster, in several parameter groups with a schedule."""
     rates = {"initial_lr": 1e-2, "lr_multipliers": {"lora_B": 4}, "enable_lr_scheduler": True, "warmup_iters": 2}
-    changes = {"optim_config": rates, "adapter_config": {"rank": 4, "dora": True}}
+    changes = {"optim_config": rates, "adapter_config": {"rank": 4, "dora": True}, "vocabulary_config": {}}
     found = described(folder, engine, eval_dataset=None, eval_prompts=[], **changes)
     return found["curve"]
 

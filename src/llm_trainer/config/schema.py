@@ -298,6 +298,8 @@ class TrainConfig:
             refuse_tensor_parallelism(self.fsdp_config.tensor_parallel_size)
         if self.quantization_config is not None:
             self._check_quantization()
+        if self.adapter_config is not None:
+            self._refuse_another_base()
 
     def _check_quantization(self) -> None:
         """Weights in few bits are read from a folder, stay as they are, and have adapters."""
@@ -321,6 +323,23 @@ class TrainConfig:
             raise ConfigError(
                 f"adapter_config.init: {self.adapter_config.init} takes what it begins with out of the weights, which are in 4 "
                 f"or 8 bits (quantization_config); expected default, gaussian or orthogonal"
+            )
+
+    def _refuse_another_base(self) -> None:
+        """Adapters are saved without the base, so that whoever opens them has it as it was loaded."""
+        vocabulary = self.vocabulary_config
+        positions = [name for name in self.model_overrides if "rope" in name or "position" in name]
+        key, what, how = "", "", ""
+        if vocabulary.add_tokens or vocabulary.add_special_tokens or vocabulary.pad_to_multiple_of:
+            key, what = "vocabulary_config", "rows of new tokens would be neither learned nor saved"
+            how = "models.vocabulary.extend_vocabulary"
+        elif positions:
+            key, what = f"model_overrides.{positions[0]}", "whoever opens the folder would have the old positions"
+            how = "build_model(..., overrides=...)"
+        if key:
+            raise ConfigError(
+                f"{key}: beside adapter_config, which saves adapters without their base, {what}; expected them in the folder "
+                f"that model_config names: one of a run without adapters, or made by {how} and save_pretrained"
             )
 
     def _one_clipping(self, ds_config: DsConfig) -> None:
