@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llm_trainer.layout import Packing, couples_rows
 from llm_trainer.models.heads import small_sibling
-from llm_trainer.models.inside import evaluating, language_config, transformers_model
+from llm_trainer.models.inside import adapted_model, evaluating, language_config, transformers_model
 
 # Two documents of ids that every vocabulary has. The second is compared after its first token, which nothing predicts.
 FIRST, SECOND = (0, 1, 1, 0, 1, 0, 0), (1, 0, 1, 1, 0)
@@ -43,10 +43,10 @@ def packing_of(model: nn.Module, reader: Callable[[nn.Module], Any], device: tor
     cuda = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(cuda), torch.no_grad():
-            tried = model
-            if is_elsewhere and isinstance(model, PreTrainedModel):
-                sibling: nn.Module = small_sibling(model)
-                tried = sibling.to(device, model.dtype)
+            tried, inner = model, adapted_model(model)
+            if is_elsewhere and isinstance(inner, PreTrainedModel):
+                sibling: nn.Module = small_sibling(inner)
+                tried = sibling.to(device, inner.dtype)
             with evaluating(tried):
                 fault = _fault(reader(tried), tried)
     except Exception as error:  # NOTE: whatever a model of the user's raises, it can be trained on padded rows

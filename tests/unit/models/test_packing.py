@@ -103,6 +103,17 @@ def test_others_are_tried_with_weights_or_without(config: object, keeps_apart: b
     assert (packing_of(model, ScoredModel, CPU).fault == "") == keeps_apart
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # what peft asks of transformers
+def test_adapters_on_a_model_without_weights_are_tried_by_a_sibling_of_it() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(
+        build_model(tiny_config(tie_word_embeddings=False), attention="sdpa", empty=True), options
+    )
+    assert packing_of(model, ScoredModel, CPU).fault == ""
+    assert ScoredModel(model).whole_logits == ""
+
+
 def test_a_state_that_goes_on_into_the_next_document_shows() -> None:
     config = MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64)
     assert "scored otherwise than alone" in packing_of(AutoModelForCausalLM.from_config(config), ScoredModel, CPU).fault
