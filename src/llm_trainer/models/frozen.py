@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from llm_trainer.models.heads import evaluating, logits_of
 from llm_trainer.models.inside import has_adapters
+from llm_trainer.models.quantize import num_values
 
 LITTLE = 0.2  # share of a model's parameters up to which copies of those that are trained stand for a copy of all
 Context = AbstractContextManager[Any]
@@ -102,7 +103,7 @@ def learns_little(model: nn.Module) -> bool:
     Running statistics change with them and are no parameters, so that a model which has some is copied whole.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(num_values(parameter) for parameter in model.parameters())
     has_statistics = any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
     return 0 < trained <= LITTLE * total and not has_statistics
 
