@@ -17,7 +17,8 @@ from llm_trainer.checkpoint.valid import CheckpointError
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.frozen import StartingPoint, frozen_copy
-from llm_trainer.trainers.answers import join
+from llm_trainer.models.scored import scored
+from llm_trainer.trainers.answers import join, lay_flat, score
 from llm_trainer.trainers.references import precompute_reference
 
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -105,22 +106,31 @@ def curve_of(folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_is_the_policy_where_the_run_began(kind: str, tmp_path: Path) -> None:
-    """Bit for bit the run that is compared with a frozen copy."""
+    """Bit for bit what a frozen copy says, when the policy has gone on."""
     policy = KINDS[kind]()
-    reference = frozen_copy(policy)
+    copied = scored(frozen_copy(policy))
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    made = make("dpo", policy, tmp_path / "start")
+    made = make("dpo", policy, tmp_path)
     assert isinstance(made.reference, StartingPoint)
     made.train()
-    copied = make("dpo", KINDS[kind](), tmp_path / "copy", ref_model=reference, starts_at_reference=True)
-    assert not isinstance(copied.reference, StartingPoint)
-    copied.train()
+    rows = lay_flat(join(data_of("dpo")[0], ("chosen", "rejected")), made.machine.layout)
+    with torch.no_grad():
+        expected, now = (score(model, rows).logprobs for model in (copied, made.model))
+    assert torch.equal(score(made.reference, rows).logprobs, expected)
+    assert (now - expected).abs().max() > 1e-2
+    assert curve_of(tmp_path)[0] == (1, "loss", pytest.approx(math.log(2), abs=1e-6))
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_dpo_learns_what_it_learns_with_a_frozen_copy(tmp_path: Path) -> None:
+    """Whose adapters have learned before; losses, gradients and evaluations bit for bit."""
+    options = {"init_lora_weights": False, "modules_to_save": ["o_proj"]}
+    make("dpo", with_adapters(**options), tmp_path / "start").train()
+    copied = frozen_copy(with_adapters(**options))
+    make("dpo", with_adapters(**options), tmp_path / "copy", ref_model=copied).train()
     found = curve_of(tmp_path / "start")
     assert found == curve_of(tmp_path / "copy")
-    assert found[0][:2] == (1, "loss") and found[0][2] == pytest.approx(math.log(2), abs=1e-6)
     assert len({value for _, name, value in found if name == "loss"}) == 3
-    assert policy.training
-    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
