@@ -36,6 +36,7 @@ from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
 from llm_trainer.engine.score import Scoring
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout, is_open, takes_flat
+from llm_trainer.models.adapter_folder import load_start
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
@@ -353,7 +354,7 @@ def make_model(
     if config.init_state_dict is not None and not empty:
         load_weights(model, config.init_state_dict, "init_state_dict")
     if config.init_weights_path is not None and not empty:
-        load_checkpoint(config.init_weights_path, model=model)
+        load_start(model, config.init_weights_path)
 
     # 2. what the run gives it
     multiple = config.vocabulary_config.pad_to_multiple_of

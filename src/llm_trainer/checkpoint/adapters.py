@@ -41,6 +41,9 @@ from llm_trainer.models.inside import has_adapters, unwrapped
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 BASE_FILE, BASE_FOLDER = "base.json", "base"
 PREFIX = "base_model.model."  # of the names of the model in which PEFT has put adapters
+# Settings of a model that change no logits.
+OF_NO_NUMBER = {"architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits", "transformers_version"}
+OF_NO_NUMBER |= {"bos_token_id", "eos_token_id", "pad_token_id", "name_or_path", "problem_type"}
 INSIDE = ("base_layer", "original_module", "token_adapter")  # what a module of PEFT calls the one that it stands for
 
 
@@ -56,6 +59,7 @@ class Base:
         dtype: of its numbers, such as 'float32'.
         quantization: how its weights are kept in fewer bits, as its configuration says.
         kept_because: why it is in the folder `base`; empty where it is not.
+        active: names of the adapters that compute, where there are several; the first one is called 'default'.
     """
 
     source: str | None
@@ -65,6 +69,7 @@ class Base:
     dtype: str = ""
     quantization: dict[str, Any] | None = None
     kept_because: str = ""
+    active: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         place = "the folder 'base' beside the adapters"
@@ -101,7 +106,10 @@ def saves_adapters(model: nn.Module) -> bool:
     if not has_adapters(model):
         return False
     theirs: Any = model
-    return not theirs.active_peft_config.is_prompt_learning and is_pretrained(theirs.get_base_model())
+    names = list(theirs.peft_config)
+    has_root = len(names) == 1 or "default" in names
+    is_prompt = any(config.is_prompt_learning for config in theirs.peft_config.values())
+    return has_root and not is_prompt and is_pretrained(theirs.get_base_model())
 
 
 # 1. What PEFT calls our tensors.
@@ -205,6 +213,9 @@ def find_base(model: nn.Module) -> Base | None:
     inner = theirs.get_base_model()
     tensors = base_tensors(theirs)
     quantization = getattr(inner.config, "quantization_config", None)
+    active: tuple[str, ...] = ()
+    if len(theirs.peft_config) > 1:
+        active = tuple(theirs.active_adapters)
     base = Base(
         source=inner.name_or_path or None,
         revision=getattr(inner.config, "_commit_hash", None),
@@ -212,6 +223,7 @@ def find_base(model: nn.Module) -> Base | None:
         architecture=class_of(inner).__name__,
         dtype=str(inner.dtype).removeprefix("torch."),
         quantization=_as_dict(quantization),
+        active=active,
     )
     folder = None if base.source is None else place_of(base.source, base.revision)
     if base.source is None:
@@ -271,7 +283,12 @@ def _first_difference(inner: Any, tensors: Mapping[str, Tensor], folder: Path) -
     if dtypes != {inner.dtype}:
         return f"the type of some weights ({', '.join(sorted(map(str, dtypes)))})"
     try:
-        theirs = read_weights(_skeleton(inner), folder)
+        there = class_of(inner).config_class.from_pretrained(folder).to_dict()
+        setting = _other_setting(inner.config.to_dict(), there)
+        if setting is not None:
+            return f"{setting} of its configuration"
+        with torch.random.fork_rng(devices=[]):  # what is missing there would be drawn
+            theirs = read_weights(_skeleton(inner), folder)
     except (CheckpointError, OSError, SafetensorError) as error:
         return f"what lies there ({error})"
     for name, tensor in tensors.items():
@@ -283,7 +300,22 @@ def _first_difference(inner: Any, tensors: Mapping[str, Tensor], folder: Path) -
     return None
 
 
-def check_base(own: str | None, whose: str, there: Base, folder: Path) -> None:
+def _other_setting(own: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
+    """The first setting by which two configurations compute something else, such as the type of RoPE."""
+    for name in sorted(own.keys() | there.keys(), key=str):  # labels go by number
+        if name in OF_NO_NUMBER or str(name).startswith("_") or "dropout" in str(name):
+            continue
+        ours, theirs = own.get(name), there.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            inside = _other_setting(ours, theirs)
+            if inside is not None:
+                return f"{name}.{inside}"
+        elif ours != theirs:
+            return name
+    return None
+
+
+def check_base(own: str | None, whose: str, there: Base, folder: Path, fix: str = "") -> None:
     """Compare the base of a model with the one that adapters were trained on.
 
     Args:
@@ -291,17 +323,23 @@ def check_base(own: str | None, whose: str, there: Base, folder: Path) -> None:
         whose: it is, for the message.
         there: the latter.
         folder: of the adapters.
+        fix: what to do; empty: load the right one.
 
     Raises:
         CheckpointError: it is another one, and the right one is not in the folder.
     """
     if there.source is None or there.fingerprint is None or there.fingerprint == own:
         return
+    fix = fix or f"load the base from '{there.source}' as {there.dtype}"
     raise CheckpointError(
         f"the adapters in '{folder}' were trained on {there}, and {whose} base has the fingerprint {own}: it is another "
-        f"model, or the same one in another dtype. Expected the same weights bit for bit: load the base from "
-        f"'{there.source}' as {there.dtype}"
+        f"model, or the same one in another dtype. Expected the same weights bit for bit: {fix}"
     )
+
+
+def base_of(content: Mapping[str, Any]) -> Base:
+    """What `base.json` says."""
+    return Base(**(content | {"active": tuple(content.get("active", ()))}))  # type: ignore[operator]
 
 
 def read_base(folder: Path) -> Base | None:
@@ -314,7 +352,7 @@ def read_base(folder: Path) -> Base | None:
         return None
     try:
         if (folder / BASE_FILE).is_file():
-            return Base(**json.loads((folder / BASE_FILE).read_text(encoding="utf-8")))
+            return base_of(json.loads((folder / BASE_FILE).read_text(encoding="utf-8")))
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"'{folder}': {BASE_FILE} or {CONFIG_FILE} cannot be read ({error})") from None

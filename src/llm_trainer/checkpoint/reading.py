@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llm_trainer.checkpoint.adapters import Base
+from llm_trainer.checkpoint.adapters import base_of
 from llm_trainer.checkpoint.folders import bases_in, check_bases, left_out, read_model
 from llm_trainer.checkpoint.state import JSON_FILES, read_tensors, restore
 from llm_trainer.checkpoint.valid import (
@@ -106,7 +106,7 @@ def load_checkpoint(
         if wanted is not None and name not in state:
             raise CheckpointError(f"'{path}' holds no {name} state: pass {name}=None to load the weights alone")
     others = state.pop(OTHER_MODELS, {})
-    bases = {name: Base(**content) for name, content in state.pop(BASES, {}).items()}
+    bases = {name: base_of(content) for name, content in state.pop(BASES, {}).items()}
     if isinstance(weights, Path):
         bases = bases_in(model, weights)
     if verify == "full":

@@ -14,6 +14,7 @@ from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.engine.device import detect_device
 from llm_trainer.generation.sampler import stream
+from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.inside import model_context
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.terminal import printable
@@ -25,7 +26,7 @@ class Speaker:
     """A model that answers, piece by piece.
 
     Args:
-        folder: a Hugging Face folder.
+        folder: a Hugging Face folder, or one of adapters.
         raw: continue plain text; False: a conversation in the tokenizer's chat template.
         system: the first message of every conversation.
         settings: those of `generation.sampler.Decoding`.
@@ -40,7 +41,8 @@ class Speaker:
                 "--system: plain text has no system message; omit it, or give the tokenizer a chat template"
             )
         self.format: ChatFormat = ChatFormat(tokenizer)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        found = find_pretrained(folder, (Kind.LANGUAGE_MODEL,), hub=False)
+        self.model: Any = load_pretrained(AutoModelForCausalLM, found, merged=False)
         self.model.to(detect_device(None))  # type: ignore[arg-type]
         self.settings = settings
         self.start: list[dict[str, str]] = []

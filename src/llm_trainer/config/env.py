@@ -26,6 +26,7 @@ class Environment:
         log_dir: `LOG_DIR`, the folder of log.txt, lr.txt and metrics.jsonl.
         checkpoint_dir: `CHECKPOINT_DIR`, else `DIST_CHECKPOINT_DIR`.
         checkpoints_to_keep: `CKPT_MAX_TO_KEEP`.
+        base_model: `BASE_MODEL`, the folder or hub name of the base of adapters that is no longer where they say.
         cache_dir: `LLM_TRAINER_CACHE`, the folder of tokenized data; else `llm_trainer` in `XDG_CACHE_HOME` or `~/.cache`.
         parallel_type: `PARALLEL_TYPE`, one of ds, ddp, fsdp, none; None lets the machine decide.
         rank: `RANK` of this process among all.
@@ -49,6 +50,7 @@ class Environment:
     log_dir: str | None = None
     checkpoint_dir: str | None = None
     checkpoints_to_keep: int = 2
+    base_model: str | None = None
     cache_dir: str = "~/.cache/llm_trainer"
     parallel_type: str | None = None
     rank: int = 0
@@ -98,6 +100,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         token_dir=given.get("TOKEN_DIR"),
         log_dir=given.get("LOG_DIR"),
         checkpoint_dir=given.get("CHECKPOINT_DIR", given.get("DIST_CHECKPOINT_DIR")),
+        base_model=given.get("BASE_MODEL"),
         cache_dir=_cache_dir(given),
         checkpoints_to_keep=number("CKPT_MAX_TO_KEEP", Environment.checkpoints_to_keep, least=1),
         parallel_type=parallel_type,

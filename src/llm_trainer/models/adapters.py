@@ -72,6 +72,34 @@ def adapt(model: nn.Module, config: AdapterConfig) -> "PeftModel":
     return adapted
 
 
+def opened(model: nn.Module, folder: Path, active: tuple[str, ...] = ()) -> "PeftModel":
+    """A base with the adapters of a PEFT folder, to read from; those of its subfolders are there too.
+
+    Args:
+        model: the base, in which they are put.
+        active: names of those that compute, the first being 'default'; none: that one alone.
+
+    Raises:
+        ValueError: they do not fit the model.
+    """
+    peft = _library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a name of transformers that peft still uses
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # as it was trained
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            adapted: PeftModel = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+        except (ValueError, RuntimeError, UserWarning) as error:
+            raise ValueError(
+                f"{folder}: the adapters do not fit their base, a {type(model).__name__}: {str(error)[:300]}"
+            ) from error
+        for config in sorted(folder.glob("*/adapter_config.json")):
+            adapted.load_adapter(str(config.parent), config.parent.name, torch_device="cpu")
+    if active:
+        adapted.base_model.set_adapter(list(active))  # type: ignore[operator]
+    return adapted
+
+
 def _library() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.checkpoint.weights import without_progress_bars
+from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
 from llm_trainer.models.inside import language_config
 from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
@@ -128,15 +128,12 @@ def _load_model(
 
     found = find_pretrained(source, (Kind.LANGUAGE_MODEL,), key)
     attention = supported_attention(attention, found.config)
-    config = AutoConfig.from_pretrained(found.source)
+    config = AutoConfig.from_pretrained(found.model_source)
     if overrides:
         config = overridden(config, overrides)
     if empty:
         return model_of_config(config, attention, dtype, empty)
-    with without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(
-            found.source, config=config, attn_implementation=attention, dtype=dtype, **options
-        )
+    model = load_pretrained(AutoModelForCausalLM, found, attention, dtype, config=config, **options)
     check_finite(model, str(source))
     return model
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.checkpoint import valid_checkpoints
+from llm_trainer.checkpoint.adapters import BASE_FOLDER, Base, read_base
+from llm_trainer.config.env import environment
 
 
 class Kind(Enum):
@@ -33,12 +35,21 @@ class Pretrained:
         kind: what it is.
         source: what loads it: the folder or hub name for `from_pretrained`; of weights, the file or checkpoint folder for
             `load_checkpoint`.
-        config: the content of its config.json; empty for weights and tokenizers.
+        config: the content of its config.json; empty for weights and tokenizers. Of adapters that of their base.
+        base: what the adapters in `source` stand on; None: it holds no adapters.
+        place: what loads that base.
     """
 
     kind: Kind
     source: Path | str
     config: dict[str, Any] = field(default_factory=dict)
+    base: Base | None = None
+    place: Path | str = ""
+
+    @property
+    def model_source(self) -> Path | str:
+        """What loads the model's configuration, and its weights unless there are adapters on them."""
+        return self.source if self.base is None else self.place
 
     def __str__(self) -> str:
         return ", ".join(self.config.get("architectures") or [self.kind.value])
@@ -49,8 +60,9 @@ def find_pretrained(
 ) -> Pretrained:
     """Find out what `source` holds.
 
-    Looked for, in this order: a Hugging Face folder, a run's or a checkpoint's `model/`, the newest complete checkpoint of
-    a run, a checkpoint without a Hugging Face folder in it, a tokenizer's files; a file of weights; a name of the hub.
+    Looked for, in this order: a folder of Hugging Face or of adapters (PEFT), a run's or a checkpoint's `model/`, the newest
+    complete checkpoint of a run, a checkpoint without such a folder in it, a tokenizer's files; a file of weights; a name of
+    the hub.
 
     Args:
         source: a path or a name.
@@ -93,6 +105,9 @@ def _in_folder(folder: Path) -> Pretrained | None:
             if (candidate / "config.json").is_file():
                 config = _read_config(candidate / "config.json")
                 return Pretrained(_kind_of(config), candidate, config)
+            base = read_base(candidate)
+            if base is not None:
+                return _with_adapters(candidate, base)
     for place in places:
         if (place / "manifest.json").is_file():
             return Pretrained(Kind.WEIGHTS, place)
@@ -100,6 +115,30 @@ def _in_folder(folder: Path) -> Pretrained | None:
     if names & {"tokenizer_config.json", "tokenizer.json"} or names >= {"vocab.json", "merges.txt"}:
         return Pretrained(Kind.TOKENIZER, folder)
     return None
+
+
+def _with_adapters(folder: Path, base: Base) -> Pretrained:
+    """
+    Raises:
+        ValueError: the base is not where it is said to be.
+    """
+    problem: str | None = None
+    if base.source is None:
+        found = _in_folder(folder / BASE_FOLDER) if (folder / BASE_FOLDER).is_dir() else None
+        source = str(folder / BASE_FOLDER)
+    else:
+        source = environment().base_model or base.source
+        if Path(source).is_dir():
+            found = _in_folder(Path(source))
+        else:
+            found, problem = _on_the_hub(source)
+    if found is None or found.base is not None:
+        raise ValueError(
+            f"{folder}: these are adapters on {base}, and the base is not to be had from '{source}' "
+            f"({problem or 'no model in it'}). Put it back there, or say where it is now: BASE_MODEL=path/or/name in the "
+            f"environment; the fingerprint is compared"
+        )
+    return Pretrained(found.kind, folder, found.config, base, found.source)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -134,7 +173,7 @@ def _looked_for(expected: Collection[Kind], hub: bool) -> str:
     """`a reward model of answers: a Hugging Face folder ..., or a name of the hub`."""
     places = []
     if set(expected) & {Kind.LANGUAGE_MODEL, *REWARD_MODELS}:
-        places.append("a Hugging Face folder (config.json and weights)")
+        places.append("a Hugging Face folder (config.json and weights, or adapters on such a model)")
         places.append("the save_dir of a run that has saved a checkpoint")
         places.append("one of its checkpoint-... folders")
     if Kind.WEIGHTS in expected:

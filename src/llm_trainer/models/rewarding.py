@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.checkpoint.weights import without_progress_bars
+from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import knows_branches
 from llm_trainer.models.build import supported_attention
 from llm_trainer.models.inside import adapted_model
@@ -166,8 +166,7 @@ def _loaded(found: Pretrained, attention: str, dtype: torch.dtype | str) -> "Pre
     if found.kind is Kind.STEP_REWARD_MODEL:
         model_class = AutoModelForTokenClassification
     attention = supported_attention(attention, found.config)
-    with without_progress_bars():
-        return model_class.from_pretrained(found.source, attn_implementation=attention, dtype=dtype)
+    return load_pretrained(model_class, found, attention, dtype)
 
 
 def _labels_of(config: Mapping[str, Any]) -> list[str]:

@@ -175,4 +175,4 @@ def _of_folder(
 ) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(find_pretrained(source, kinds, key).source)
+    return AutoConfig.from_pretrained(find_pretrained(source, kinds, key).model_source)

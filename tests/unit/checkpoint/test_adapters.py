@@ -14,7 +14,7 @@ from torch import nn
 
 from llm_trainer import SFTTrainer
 from llm_trainer.checkpoint import CheckpointError, load_checkpoint, write_model
-from llm_trainer.checkpoint.adapters import read_base, saves_adapters
+from llm_trainer.checkpoint.adapters import find_base, read_base, saves_adapters
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.train import bases
@@ -162,6 +162,24 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "run", model=adapted(tmp_path / "other"))
     with pytest.raises(CheckpointError, match=r"holds the adapters of a model, and this Qwen3ForCausalLM has none"):
         load_checkpoint(tmp_path / "run", model=base_model())
+
+
+def test_a_base_that_is_configured_otherwise_is_kept(base: Path, tmp_path: Path) -> None:
+    """Its weights are those of the folder, and mean something else there."""
+    model = build_model(str(base))
+    model.config.rope_parameters["rope_theta"] = 50.0
+    stretched = type(model)(model.config)
+    stretched.load_state_dict(model.state_dict())
+    model.config.attention_dropout = 0.1
+    for changed, reason in ((stretched, "rope_parameters.rope_theta of its configuration differs"), (None, "")):
+        wrapped = adapted(base)
+        if changed is not None:
+            changed.name_or_path = str(base)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                wrapped = peft.get_peft_model(changed, peft.LoraConfig(**LORA))
+        found = find_base(wrapped)
+        assert found is not None and found.kept_because.endswith(reason) and (found.source is None) == bool(reason)
 
 
 def test_the_same_base_may_have_moved(base: Path, tmp_path: Path) -> None:

@@ -118,3 +118,32 @@ def test_what_a_terminal_would_obey_is_shown(saved, monkeypatch, capsys):
     monkeypatch.setattr(Speaker, "answer", lambda self, text: iter(["hi \x1b", "[2J\x07", " there\n"]))
     assert run(saved / "talks", "--prompt", "hello") == 0
     assert capsys.readouterr().out == "hi \\x1b[2J\\x07 there\n\n"
+
+
+def test_adapters_talk_on_their_base(saved, tmp_path):
+    """A run of adapters answers as their base with the adapters merged."""
+    import warnings
+
+    from transformers import Qwen3ForCausalLM
+
+    from llm_trainer import SFTTrainer
+
+    peft = pytest.importorskip("peft", reason="needs peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, about transformers
+        model = peft.get_peft_model(
+            Qwen3ForCausalLM.from_pretrained(saved / "talks"),
+            peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tokenizer = load_tokenizer(saved / "talks")
+    options = {"device": "cpu", "progress": False, "save_dir": str(tmp_path / "run"), "tokenizer": tokenizer}
+    SFTTrainer(model, optimizer, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}], **options).save_checkpoint()
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    answers = {}
+    for folder in (tmp_path / "run", tmp_path / "merged", saved / "talks"):
+        speaker = Speaker(folder / "model" if folder.name == "run" else folder, max_new_tokens=6, temperature=0)
+        answers[folder.name] = "".join(speaker.answer("hello"))
+    assert answers["run"] == answers["merged"] != answers["talks"]

@@ -1,0 +1,110 @@
+"""Models as whoever asks for one gets it: from a folder of weights, or from one of adapters with the base that it names."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_trainer.checkpoint import CheckpointError, load_checkpoint, load_weights
+from llm_trainer.checkpoint.adapters import check_base, fingerprint
+from llm_trainer.checkpoint.weights import tensors_by_name, without_progress_bars
+from llm_trainer.models.adapters import opened
+from llm_trainer.models.inside import language_config
+from llm_trainer.models.pretrained import Pretrained, find_pretrained
+
+
+def load_pretrained(
+    auto_class: Any,
+    found: Pretrained,
+    attention: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    merged: bool = True,
+    config: Any = None,
+    **options: Any,
+) -> Any:
+    """The model that was found.
+
+    Args:
+        auto_class: of transformers, or a class of its models.
+        found: a folder of weights, or of adapters.
+        attention: as `resolve_attention` gives it; None: transformers' choice.
+        dtype: of the parameters; 'auto': the one that they are saved in, of a base with adapters that of its training.
+        merged: adapters are added to the weights, which is what can be trained on and saved as a model; in fp32, since
+            a small difference would be lost in the rounding of 16 bits. False: they stay beside them, exact, to read from.
+        config: of transformers, in place of the folder's.
+        options: further ones of transformers, such as in how few bits weights are kept; not for adapters.
+
+    Raises:
+        CheckpointError: the base is another than that of the adapters.
+        ValueError: there are options, and adapters.
+    """
+    given: dict[str, Any] = {"attn_implementation": attention, **options}
+    if options and found.base is not None:
+        raise ValueError(
+            f"{found.source}: found adapters on a base, which are merged in full precision, and got {', '.join(options)}; "
+            f"expected a plain model: give the base, and the adapters as adapter_config.path"
+        )
+    if config is not None:
+        given["config"] = config
+    if found.base is None:
+        with without_progress_bars():
+            return auto_class.from_pretrained(found.source, dtype=dtype, **given)
+
+    # 1. the base, as it was when the adapters were trained
+    base, folder = found.base, Path(found.source)
+    trained_in = getattr(torch, base.dtype) if base.dtype else dtype
+    if base.source is not None and base.revision is not None:
+        given["revision"] = base.revision
+    with without_progress_bars():
+        model = auto_class.from_pretrained(found.place, dtype=trained_in, **given)
+    if base.fingerprint is not None and base.source is not None:
+        moved = "put the model back that was there, or say where it is: BASE_MODEL=path/or/name in the environment"
+        check_base(_fingerprint(model), f"'{found.place}' as their", base, folder, moved)
+
+    # 2. with its adapters
+    wanted = model.dtype if dtype == "auto" else dtype
+    if merged:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            model = opened(model.float(), folder, base.active).merge_and_unload()
+        model.requires_grad_(True)  # adapters have frozen it
+        if model.get_output_embeddings() is not None and not _is_tied(model):  # training took them apart
+            language_config(model.config).tie_word_embeddings = False
+    else:
+        model = opened(model, folder, base.active).get_base_model()
+    return model.to(wanted)
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether head and embeddings are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """That of a model without adapters."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in tensors_by_name(model).items():
+        once.setdefault(id(tensor), (name, tensor))
+    return fingerprint(once.values())
+
+
+def load_start(model: Any, path: str) -> None:
+    """Load the weights that a run starts from into `model`, which has no adapters; those of a folder of adapters merged.
+
+    Raises:
+        CheckpointError: they do not fit it, or are damaged.
+    """
+    found = find_pretrained(path, hub=False) if Path(path).is_dir() else None
+    if found is None or found.base is None:
+        load_checkpoint(path, model=model)
+        return
+    merged = load_pretrained(type(model), found, dtype=model.dtype)
+    if _is_tied(model) and not _is_tied(merged):
+        raise CheckpointError(
+            f"'{path}' holds adapters that were trained with a head of their own, and this model ties its head to the "
+            f"embeddings; expected one that does not (tie_word_embeddings: false)"
+        )
+    load_weights(model, merged.state_dict(), path)
