@@ -170,5 +170,9 @@ class Machine(Protocol):
     def say(self, message: str) -> None:
         """Print, in the main process."""
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether what an algorithm adds up now counts: not in a filler, nor in a micro-batch that is only tried out."""
+
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add to a metric: its logged value is sum of totals / sum of counts, over steps and ranks."""

@@ -171,5 +171,9 @@ class RunMachine:
         recent = self._settings.checkpoints_to_keep
         return steps[:recent], steps[recent:]
 
+    @property
+    def is_recording(self) -> bool:
+        return self._metrics.is_recording
+
     def record(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         self._metrics.add(name, total, count)

@@ -42,6 +42,11 @@ class Metrics:
         finally:
             self._recording = before
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether what is added now counts."""
+        return self._recording
+
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
         """Adds `total` `[]`, a sum over `count` `[]` terms, to the metric `name`."""
         if not self._recording:

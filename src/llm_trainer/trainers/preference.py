@@ -243,7 +243,7 @@ class DPOTrainer(BaseTrainer):
         nll_terms = None
         if self.loss.nll_weight:
             nll_terms = self._nll_terms_per_pair * total  # this batch's even share of the step's
-        if "bco_pair" in self.loss.names and self.model.training:
+        if "bco_pair" in self.loss.names and self.model.training and self.machine.is_recording:
             rewards = torch.cat([terms.metrics["rewards/chosen"], terms.metrics["rewards/rejected"]])
             self._new_rewards += torch.stack([rewards.sum().float(), rewards.new_tensor(len(rewards)).float()])
         return terms.total(total, nll_terms)

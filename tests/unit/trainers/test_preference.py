@@ -319,3 +319,13 @@ def test_bco_compares_with_the_rewards_of_earlier_steps_and_resumes_there(tmp_pa
     rest.train()
     assert rest._baseline.tolist() == [total, number]
     assert same_weights(rest.base_model, whole.base_model)
+
+
+def test_bco_does_not_count_what_is_only_tried_out(tmp_path: Path) -> None:
+    batch = pairs_batch()
+    made = trainer(tmp_path, [batch], loss_type="bco_pair")
+    with made.run._metrics.recording(counts=False):  # as fillers and trials are
+        loss_of(made, batch)
+    assert made._new_rewards.tolist() == [0.0, 0.0]
+    loss_of(made, batch)
+    assert made._new_rewards[1] == 8
