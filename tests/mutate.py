@@ -108,15 +108,15 @@ MUTATIONS = (
     Mutation(
         "micro-batches weigh alike",
         "train/terms.py",
-        "batch.weight = float(loss._loss_weight(batch.batch))",
-        "batch.weight = float(loss._loss_weight(batch.batch) > 0)",
+        "batch.weight = float(algorithm.loss_of(batch)._loss_weight(batch.batch))",
+        "batch.weight = float(algorithm.loss_of(batch)._loss_weight(batch.batch) > 0)",
         (CUT,),
     ),
     Mutation(
         "a batch without terms is not left out",
         "train/terms.py",
-        "    if not batch.weight:\n",
-        "    if not batch.counts:\n",
+        "    if batch.weight:\n        share = loss",
+        "    if batch.counts:\n        share = loss",
         (f"{LOOP}::test_micro_batches_without_terms_change_nothing",),
     ),
     Mutation(

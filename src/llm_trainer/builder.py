@@ -139,7 +139,6 @@ class Builder:
             model = self.trainer_class._model_from_config(self.config, self)
             if adapters is None:
                 return model
-            _refuse_untrained_rows(self.config)
             if quantization is not None:
                 check_quantized(model)
                 keep_layout(model)  # layouts are tried out on it in evaluation mode
@@ -394,21 +393,6 @@ def _refuse_changes(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name}: the model is given as an object, which is taken as it is; expected it from {instead}"
             )
-
-
-def _refuse_untrained_rows(config: TrainConfig) -> None:
-    """
-    Raises:
-        ValueError: tokens are added to a model whose tables adapters leave as they are.
-    """
-    adapters, vocabulary = config.adapter_config, config.vocabulary_config
-    new_tokens = [*vocabulary.add_tokens, *vocabulary.add_special_tokens]
-    if new_tokens and adapters is not None and not adapters.modules_to_save:
-        raise ValueError(
-            f"vocabulary_config: adds {new_tokens[0]!r} and others, whose rows nothing would train beside adapters; expected "
-            f"adapter_config.modules_to_save: [embed_tokens, lm_head] and a model whose tables are apart "
-            f"(tie_word_embeddings: false), or a run without adapters that adds them first"
-        )
 
 
 def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dict[str, SampleStream]]:

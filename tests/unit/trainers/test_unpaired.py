@@ -10,6 +10,7 @@ import torch
 from llm_trainer import KTOTrainer, configure_optimizer
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.models.build import build_model
+from llm_trainer.trainers import unpaired
 
 Batch = dict[str, torch.Tensor]
 
@@ -59,11 +60,13 @@ def kl_of(made: KTOTrainer, batches: list[Batch]) -> float:
     return made._kl
 
 
-def test_the_kl_is_one_mean_over_all_mismatched_pairs_of_the_step(tmp_path: Path) -> None:
+def test_the_kl_is_one_mean_over_all_mismatched_pairs_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = trainer(tmp_path, [])
-    made._log_ratios = lambda logprobs, rows: torch.linspace(-1, 3, len(rows["labels"]))  # type: ignore[method-assign]
+    monkeypatch.setattr(unpaired, "log_ratios", lambda logprobs, rows: torch.linspace(-1, 3, len(rows["labels"])))
     assert kl_of(made, [batch_of([0, 1, 2, 3]), batch_of([4, 6])]) == pytest.approx(1.0)
-    made._log_ratios = lambda logprobs, rows: torch.full((len(rows["labels"]),), -1.0)  # type: ignore[method-assign]
+    monkeypatch.setattr(unpaired, "log_ratios", lambda logprobs, rows: torch.full((len(rows["labels"]),), -1.0))
     assert kl_of(made, [batch_of([0, 2])]) == 0.0
 
 
