@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from llm_trainer import GRPOTrainer, SFTTrainer
 from llm_trainer.config.load import parse
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.build import build_model
-from llm_trainer.models.quantize import keep_layout
+from llm_trainer.models.pretrained import find_pretrained
+from llm_trainer.models.quantize import is_quantized, keep_layout
 from llm_trainer.models.quantized_loading import loading_options
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train_configs import ConfigError, ModelConfig, QuantizationConfig
@@ -150,6 +153,21 @@ def test_a_run_goes_on_bit_for_bit(base: Path, tmp_path: Path, reference_dir: Pa
     trained(described(tmp_path / "in two"))
     in_two, whole = losses(tmp_path / "in two"), losses(tmp_path / "whole")
     assert in_two == whole and len(whole) == 6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_was_trained_is_opened_again(bits: int, base: Path, tmp_path: Path, reference_dir: Path) -> None:
+    """Beside the same weights in few bits exactly; merged onto the numbers that these stand for."""
+    model = trained(config(tmp_path / "run", base, reference_dir, quantization_config={"bits": bits})).eval()
+    found = find_pretrained(str(tmp_path / "run" / "model"))
+    beside = load_pretrained(AutoModelForCausalLM, found, merged=False).eval()
+    merged = build_model(str(tmp_path / "run" / "model")).eval()
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        logits, of_beside, of_merged = (one(ids).logits for one in (model, beside, merged))
+    assert torch.equal(of_beside, logits)
+    assert torch.allclose(of_merged, logits, atol=1e-5 if bits == 4 else 0.05)  # of 8 bits the products are rounded too
+    assert not is_quantized(merged) and all(parameter.requires_grad for parameter in merged.parameters())
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

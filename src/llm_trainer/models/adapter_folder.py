@@ -13,6 +13,8 @@ from llm_trainer.checkpoint.weights import tensors_by_name, without_progress_bar
 from llm_trainer.models.adapters import opened
 from llm_trainer.models.inside import language_config
 from llm_trainer.models.pretrained import Pretrained, find_pretrained
+from llm_trainer.models.quantize import keep_layout
+from llm_trainer.models.quantized_loading import loading_again
 
 
 def load_pretrained(
@@ -57,8 +59,11 @@ def load_pretrained(
     trained_in = getattr(torch, base.dtype) if base.dtype else dtype
     if base.source is not None and base.revision is not None:
         given["revision"] = base.revision
+    if base.quantization is not None:
+        given |= loading_again(base.quantization)
     with without_progress_bars():
         model = auto_class.from_pretrained(found.place, dtype=trained_in, **given)
+    keep_layout(model)
     if base.fingerprint is not None and base.source is not None:
         moved = "put the model back that was there, or say where it is: BASE_MODEL=path/or/name in the environment"
         check_base(_fingerprint(model), f"'{found.place}' as their", base, folder, moved)
@@ -66,6 +71,10 @@ def load_pretrained(
     # 2. with its adapters
     wanted = model.dtype if dtype == "auto" else dtype
     if merged:
+        if (
+            base.quantization is not None
+        ):  # onto the numbers that the bits stand for: with these the adapters were trained
+            model = model.dequantize()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             model = opened(model.float(), folder, base.active).merge_and_unload()
@@ -74,6 +83,8 @@ def load_pretrained(
             language_config(model.config).tie_word_embeddings = False
     else:
         model = opened(model, folder, base.active).get_base_model()
+        if base.quantization is not None:  # bits have no dtype
+            return model
     return model.to(wanted)
 
 

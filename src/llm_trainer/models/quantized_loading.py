@@ -1,6 +1,7 @@
 """How a model is loaded with weights in 4 or 8 bits, by bitsandbytes."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,7 @@ def loading_options(
     Raises:
         ConfigError: packages are missing, the model is quantized already, or a name is not in it.
     """
-    for package in ("bitsandbytes", "accelerate"):
-        require(package, "quantization_config", WITHOUT)
-    for name in _TALKS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _require("quantization_config", WITHOUT)
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -80,6 +78,26 @@ def _found(model: "PreTrainedModel", endings: list[str]) -> list[str]:
             )
         found += meant
     return found
+
+
+def loading_again(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `from_pretrained` that quantize as a model was, by what its configuration said of it; on the CPU.
+
+    Raises:
+        ConfigError: packages are missing.
+    """
+    _require("adapters that were trained on weights in few bits", "merge them where it is")
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig.from_dict(dict(described))
+    return {"quantization_config": how, "device_map": {"": torch.device("cpu")}}
+
+
+def _require(what: str, instead: str) -> None:
+    for package in ("bitsandbytes", "accelerate"):
+        require(package, what, instead)
+    for name in _TALKS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_quantized(model: torch.nn.Module) -> None:
