@@ -15,10 +15,11 @@ LANGUAGE_MODEL = "language_model"  # the part of a model that reads and writes t
 ALL_LINEAR = "all-linear"
 # Methods of peft that do all they do in the layers that they replace, and need nothing from the loop.
 KINDS = (
-    *(LORA, "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "ia3", "loha", "lokr"),
-    *("miss", "oft", "psoft", "randlora", "road", "shira", "tinylora", "unilora", "vblora", "vera", "waveft"),
+    *(LORA, "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "ia3", "loha", "lokr", "miss"),
+    *("oft", "psoft", "randlora", "road", "shira", "vera", "waveft"),
 )
 _PROMPTS = "adds to the prompt in peft's own forward, which the chunked head and flat batches do not go through"
+_LOST = "does not come back whole from its own folder, in the version of peft that was tried (0.21)"
 NOT_HERE = {  # method of peft -> why not
     "prompt_tuning": _PROMPTS,
     "multitask_prompt_tuning": _PROMPTS,
@@ -30,6 +31,10 @@ NOT_HERE = {  # method of peft -> why not
     "adalora": "wants to be told of every step, and a term in the loss",
     "xlora": "mixes adapters that were trained before",
     "poly": "wants the number of a task with every batch",
+    "boft": "compiles an extension for CUDA when it is made, or warns that it cannot",
+    "tinylora": _LOST,
+    "unilora": _LOST,
+    "vblora": _LOST,
 }
 INITS: dict[str, bool | str] = {  # our name -> peft's `init_lora_weights`
     "default": True,
