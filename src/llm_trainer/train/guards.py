@@ -20,7 +20,12 @@ class NonFiniteError(ArithmeticError):
 
 def broken_tensor(engine: Engine, model: nn.Module) -> str | None:
     """The first parameter that holds a NaN or an infinity, and how many of them; all ranks look at their shards together."""
-    shards = [(name, engine.local_shard(stored_numbers(parameter))) for name, parameter in model.named_parameters()]
+    shards = []
+    for name, parameter in model.named_parameters():
+        numbers = stored_numbers(parameter)
+        if numbers is parameter:  # else the scales of one in 4 bits, which no engine shards
+            numbers = engine.local_shard(parameter)
+        shards.append((name, numbers))
     # A sum is not finite if a term is not. It needs one pass, and `isfinite` copies; the host waits for the device once.
     sums, found = torch.stack([shard.sum(dtype=torch.float32) for _, shard in shards]), None
     for index in (~sums.isfinite()).nonzero().flatten().flip(0).tolist():
