@@ -45,7 +45,6 @@ from llm_trainer.models.inside import model_context
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
-from llm_trainer.models.quantize import keep_layout
 from llm_trainer.models.quantized_loading import check_quantized, loading_options
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.models.vocabulary import Pieces, check_rows, extend_rows, extend_tokenizer, num_ids
@@ -134,14 +133,12 @@ class Builder:
         if "model" in self.given:
             _refuse_changes(self.config)
             return self.given["model"]
-        quantization = self.config.quantization_config
         with waiting("building the model", dist.is_main()):
             model = self.trainer_class._model_from_config(self.config, self)
             if adapters is None:
                 return model
-            if quantization is not None:
+            if self.config.quantization_config is not None:
                 check_quantized(model)
-                keep_layout(model)  # layouts are tried out on it in evaluation mode
             torch.manual_seed(self.config.run_config.seed)  # whether the weights before were drawn or read
             return adapt(model, adapters)
 

@@ -52,7 +52,9 @@ def load_pretrained(
         given["config"] = config
     if found.base is None:
         with without_progress_bars():
-            return auto_class.from_pretrained(found.source, dtype=dtype, **given)
+            plain = auto_class.from_pretrained(found.source, dtype=dtype, **given)
+        keep_layout(plain)  # before anything is tried out on it
+        return plain
 
     # 1. the base, as it was when the adapters were trained
     base, folder = found.base, Path(found.source)

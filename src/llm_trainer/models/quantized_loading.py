@@ -10,6 +10,7 @@ import torch
 from llm_trainer.config.errors import ConfigError, require
 from llm_trainer.config.quantization import QuantizationConfig
 from llm_trainer.models.quantize import is_quantized
+from llm_trainer.models.targets import ends_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ def _found(model: "PreTrainedModel", endings: list[str]) -> list[str]:
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     found: list[str] = []
     for ending in endings:
-        meant = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        meant = [name for name in names if ends_in(name, ending)]
         if not meant:
             leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
             raise ConfigError(

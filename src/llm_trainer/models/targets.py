@@ -31,7 +31,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
     parts = Parts(model)
     parts.check(config.parts)
     for ending in config.modules_to_save:
-        if not any(_ends_in(name, ending) for name, _ in model.named_modules()):
+        if not any(ends_in(name, ending) for name, _ in model.named_modules()):
             raise ValueError(
                 f"adapter_config.modules_to_save: {ending} matches no module of this {type(model).__name__}"
             )
@@ -40,7 +40,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
     # 1. what the target names, wherever it is
     named: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        is_whole = any(_ends_in(name, ending) for ending in config.modules_to_save)
+        is_whole = any(ends_in(name, ending) for ending in config.modules_to_save)
         if name and not is_whole and _is_meant(config.target, name, module, routers, config.experts):
             named[name] = module
     if config.target == ALL_LINEAR:
@@ -86,10 +86,11 @@ def _is_meant(
     if isinstance(target, str):
         says_name = re.search(rf"(?<!\w){re.escape(leaf)}(?!\w)", target) is not None
         return re.fullmatch(target, name) is not None and (says_name or name not in routers)
-    return any(_ends_in(name, ending) for ending in target)
+    return any(ends_in(name, ending) for ending in target)
 
 
-def _ends_in(name: str, ending: str) -> bool:
+def ends_in(name: str, ending: str) -> bool:
+    """Whether a name is `ending`, or ends in it after a dot."""
     return name == ending or name.endswith(f".{ending}")
 
 
@@ -227,7 +228,7 @@ def _check_ties(model: nn.Module, endings: Iterable[str]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = first_names.setdefault(parameter, name)
         for one, other in ((name, first), (first, name)):
-            if one != other and any(_ends_in(one, f"{ending}.weight") for ending in endings):
+            if one != other and any(ends_in(one, f"{ending}.weight") for ending in endings):
                 raise ValueError(
                     f"adapter_config.target: {one.removesuffix('.weight')} has the weights of "
                     f"{other.removesuffix('.weight')}, to which they are tied, and would have others; expected other "

@@ -11,7 +11,6 @@ from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.options import Settings
 from llm_trainer.layout import Packing
 from llm_trainer.models.packing import packing_of
-from llm_trainer.models.quantize import keep_layout
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.trainers.building import DataRequest
 from llm_trainer.trainers.experts import regulariser_for
@@ -105,7 +104,6 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
             )
         settings = Settings.of(type(self).__name__, options)
         self.regulariser = regulariser_for(self, model, settings, self.balances_experts)
-        keep_layout(model)
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.tokenizer, self.eval_prompts = tokenizer, list(eval_prompts)

@@ -317,14 +317,14 @@ class GRPOTrainer(OnPolicyTrainer):
         judged = self._judged(rollout)
         values, names, weights = self._rollout_maker().table(rollout, judged)
         baseline = self._baseline(rollout, values, weights)  # less no KL: that is of what is compared with it
-        values, weights = self._with_kl(rollout, columns, values, weights)
+        last, of_row = rollout.episodes()
+        values, weights = self._with_kl(rollout, columns, values, weights, of_row)
         of_tokens = rollout.token_rewards(judged) if self.advantages.kind in OF_TOKENS else None
         if of_tokens is not None:  # compared by themselves
             of_steps = None if rollout.step_rewards(judged) is None else names.index(JUDGED)
             take_out_of_tokens(values, of_tokens[1], of_steps)
 
         # 2. compared with the others of its group; an episode of several rows once
-        last, of_row = rollout.episodes()
         values, groups = values[last], torch.from_numpy(np.array(rollout.column("group")))[last]
         how = replace(self.advantages, weights=torch.from_numpy(weights), greedy_rewards=baseline)
         advantages, is_missing = how(torch.from_numpy(values), groups)
@@ -357,13 +357,20 @@ class GRPOTrainer(OnPolicyTrainer):
         return columns | given_logprobs(rollout, columns)
 
     def _with_kl(
-        self, rollout: Rollout, columns: Mapping[str, Sequence[np.ndarray]], values: np.ndarray, weights: np.ndarray
+        self,
+        rollout: Rollout,
+        columns: Mapping[str, Sequence[np.ndarray]],
+        values: np.ndarray,
+        weights: np.ndarray,
+        of_row: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards `[rows, F]` and their weights, with the cost of leaving the reference as one more, where it is one."""
+        """Rewards `[rows, F]` and their weights, with the cost of leaving the reference as one more, where it is one.
+
+        `of_row` `[rows]` says whose row each is (`Rollout.episodes`).
+        """
         if self.how.kl_in != "reward" or self.reference is None:
             return values, weights
         costs = -self.how.loss_beta * kl_of_rows(rollout, columns, self.how.kl_estimator)
-        _, of_row = rollout.episodes()
         costs = np.bincount(of_row, costs)[of_row]  # of the episode
         found = np.column_stack([values, costs])
         found[np.isnan(values).all(1)] = np.nan  # what has no reward has none by its KL alone
