@@ -41,7 +41,8 @@ from llm_trainer.models.adapters import adapt
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.frozen import freeze, frozen_copy
-from llm_trainer.models.inside import model_context
+from llm_trainer.models.inside import model_context, transformers_model
+from llm_trainer.models.overrides import check_steady, steady_context
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
@@ -210,6 +211,9 @@ class Builder:
             )
         if context is not None and block_size > context:
             raise ValueError(f"dataset_block_size: got {block_size}, but the model's longest sequence is {context}")
+        inner = transformers_model(self.policy)
+        if inner is not None:
+            check_steady(block_size, steady_context(inner.config), "dataset_block_size")
         return block_size
 
     @property

@@ -123,6 +123,45 @@ def with_rope_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def steady_context(config: Any) -> int | None:
+    """How many tokens a row may have so that its positions do not depend on the other rows of a micro-batch; None: any number.
+
+    transformers chooses the frequencies of `dynamic`, and the list of `longrope`, by the longest row that a forward sees.
+
+    Args:
+        config: of a transformers model, as it was loaded.
+    """
+    inner = language_config(config)
+    limits = []
+    for parameters in _by_layer_type(inner, getattr(inner, ROPE, None) or {}).values():
+        kind = parameters.get("rope_type")
+        if kind == "dynamic":
+            limits.append(getattr(inner, CONTEXT))
+        if kind == "longrope" and list(parameters["short_factor"]) != list(parameters["long_factor"]):
+            limits.append(parameters.get(ORIGINAL) or getattr(inner, ORIGINAL, getattr(inner, CONTEXT)))
+    return min(limits, default=None)
+
+
+def check_steady(length: int, limit: int | None, where: str) -> None:
+    """
+    Args:
+        length: of the longest row, in tokens.
+        limit: `steady_context`.
+        where: what says how long rows are, to begin the message with.
+
+    Raises:
+        ValueError: the positions of such a row would depend on the other rows of its micro-batch.
+    """
+    if limit is None or length <= limit:
+        return
+    raise ValueError(
+        f"{where}: rows of {length} tokens, and this model's RoPE (dynamic, or longrope with two lists) turns those above "
+        f"{limit} by the longest one of their micro-batch, so that a row's loss would depend on how a step is cut. Expected at "
+        f"most {limit} tokens (dataset_block_size), or positions that stay as they are: {KEY}.{ROPE} with rope_type yarn, or "
+        f"longrope with the long_factor twice"
+    )
+
+
 # What may be changed.
 
 

@@ -21,6 +21,8 @@ from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, 
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
 from llm_trainer.models.experts import experts_of
 from llm_trainer.models.heads import logits_of, read_head, split_of
+from llm_trainer.models.inside import transformers_model
+from llm_trainer.models.overrides import check_steady, steady_context
 
 
 class TokenScores(NamedTuple):
@@ -85,6 +87,8 @@ class ScoredModel(nn.Module):
         self._experts = experts_of(model)
         self._causal = self._split is not None and self._split.backbone.config.model_type in BLOCKED_ARCHITECTURES
         self._accepted = accepted_inputs(model)
+        inner = transformers_model(model)
+        self._steady = None if inner is None else steady_context(inner.config)
         self._run: Callable[..., Any] = self._call
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -193,6 +197,9 @@ class ScoredModel(nn.Module):
         Returns:
             Hidden states `[N, D]`, or logits `[N, V]` where the model does not come apart; and what the model returned.
         """
+        if self._steady is not None and input_ids.shape[1] > self._steady:  # else nobody waits for the device
+            longest = input_ids.shape[1] if document_lengths is None else int(document_lengths.max())
+            check_steady(longest, self._steady, "a micro-batch")
         if position_ids is None and document_lengths is not None:
             position_ids = restarting_positions(document_lengths).to(input_ids.device)
         given = {"position_ids": position_ids, **model_inputs}

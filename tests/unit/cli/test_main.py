@@ -72,6 +72,13 @@ def test_users_mistakes_are_one_message_and_code_2(run, run_yaml, capsys, overri
     assert "Traceback" not in error
 
 
+def test_rows_beyond_what_positions_reach_steadily_are_refused(run, run_yaml, capsys):
+    lists = "short_factor: [1.0, 1.0, 1.0, 1.0], long_factor: [2.0, 2.0, 2.0, 2.0]"
+    rope = f"{{rope_type: longrope, factor: 2.0, original_max_position_embeddings: 16, {lists}}}"
+    assert run("train", run_yaml, f"model_config.rope_scaling={rope}") == 2
+    assert "dataset_block_size: rows of 32 tokens, and this model's RoPE" in capsys.readouterr().err
+
+
 def test_traceback_shows_where_a_mistake_came_from(run_yaml):
     with pytest.raises(ConfigError):
         main(["train", str(run_yaml), "batch_size=0", "--traceback"])

@@ -9,7 +9,8 @@ from tiny_models import VOCAB, tiny_config
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from llm_trainer.models.build import build_config, build_model
-from llm_trainer.models.overrides import overridden
+from llm_trainer.models.overrides import overridden, steady_context
+from llm_trainer.models.scored import scored
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SAME = [1.0, 2.0, 3.0, 4.0]
@@ -183,3 +184,23 @@ def test_a_shape_has_its_own_keys() -> None:
         build_model(tiny_config(), overrides={"attention_dropout": 0.1})
     with pytest.raises(ValueError, match=r"model_config\.rope_scaling\.rope_type: got 'ntk'"):
         build_config(tiny_config(rope_scaling={"type": "ntk", "factor": 2.0}))
+
+
+def test_rows_whose_positions_depend_on_their_neighbours_are_refused() -> None:
+    lists = {"short_factor": SAME, "long_factor": [2.0, 4.0, 8.0, 16.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, **lists}
+    two_lists = tiny(rope_parameters=rope)
+    dynamic = tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    steady = tiny(rope_parameters=rope | {"long_factor": SAME})
+    assert [steady_context(config) for config in (two_lists, dynamic, steady, tiny())] == [16, 64, None, None]
+
+    ids = torch.arange(34)[None] % VOCAB
+    model = AutoModelForCausalLM.from_config(two_lists).eval()
+    alone, behind = model(ids[:, :8]).logits, model(ids, position_ids=torch.arange(34)[None]).logits[:, :8]
+    assert not torch.allclose(alone, behind, atol=1e-4)  # a longer row changes what stands before it, and in other rows
+    flat = {"position_ids": torch.cat([torch.arange(16), torch.arange(16), torch.arange(2)])[None]}
+    scored(model)(ids, document_lengths=torch.tensor([16, 16, 2]), **flat)
+    with pytest.raises(ValueError, match="a micro-batch: rows of 34 tokens, and .* above 16 by the longest"):
+        scored(model)(ids)
+    with pytest.raises(ValueError, match="a micro-batch: rows of 17 tokens"):
+        scored(model)(ids, document_lengths=torch.tensor([17, 17]))
