@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "losses": {"kernels"},
     "position": set(),
     "state": {"position"},
+    "image_batch": set(),
     "model_group": set(),
     "layout": {"state"},
     "disk": set(),
@@ -33,8 +34,8 @@ MAY_IMPORT = {
     "train_configs": {"config"},
     "optimizer": {"optim"},
     # data, models and engines
-    "data": {"config", "losses", "machine", "position", "state", "layout", "disk", "lock"},
-    "models": {"config", "losses", "layout", "checkpoint", "compiler", "kernels"},
+    "data": {"config", "losses", "machine", "position", "state", "layout", "disk", "lock", "image_batch"},
+    "models": {"config", "losses", "layout", "checkpoint", "compiler", "kernels", "image_batch"},
     "engine": {"config", "checkpoint", "optim", "state", "cores", "model_group"},
     "plan": {"config", "losses", "optim"},
     # an algorithm, what it may ask, and what runs it
@@ -58,6 +59,7 @@ MAY_IMPORT = {
     },
     "trainers": {
         "algorithm",
+        "image_batch",
         "regulariser",
         "machine",
         "state",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from llm_trainer.data.encode.chat import ChatFormat
     from llm_trainer.data.encode.store import TokenStore
+    from llm_trainer.data.images import ImageRef
     from llm_trainer.data.read.errors import Location
     from llm_trainer.data.read.token_files import TokenFile
 
@@ -70,6 +71,8 @@ class LanguageSample(TypedDict):
     trained: "np.ndarray"  # [T] True where the token is to be predicted
     document_lengths: Sequence[int]  # of the documents that the row consists of, in order; their sum is T
     loss_weights: NotRequired["np.ndarray"]  # [T] how much each trained token counts; absent: all alike
+    images: NotRequired[Sequence["ImageRef"]]  # that it shows, in the order of their tokens; absent: none
+    image_places: NotRequired["np.ndarray"]  # [images] the first placeholder of each
 
 
 Encoded = Mapping[str, "np.ndarray"] | str  # column -> values `[T]` of a row; or why it has nothing to teach

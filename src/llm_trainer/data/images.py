@@ -1,0 +1,238 @@
+"""Images of rows: where they are, how large, whether they are still the same, and their pixels, upright and in RGB.
+
+While rows are encoded, an image's bytes are read and hashed, and its header says how large it is; nothing is decoded. Its
+pixels are decoded where a micro-batch is collated, of the same bytes or not at all.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from llm_trainer.config.errors import counted
+from llm_trainer.data.read.errors import DataError, Location
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_PIXELS = 89_478_485  # as Pillow warns from: a quarter of a GiB in RGB
+MOST_ELONGATED = 200  # of the longer side to the shorter one; Qwen's processors refuse from there too
+SMALLEST_SIDE = 2  # pixels
+_ORIENTATION = 0x0112  # EXIF 2.3, table 4
+_UPRIGHT_BY = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> Pillow's Transpose that undoes it
+_ON_THEIR_SIDE = (5, 6, 7, 8)  # orientations that swap height and width
+_SCHEME = re.compile(r"(?i)(data:|[a-z][a-z0-9+.-]*://)")
+_END_OF_JPEG, _SCAN_OF_JPEG = b"\xff\xd9", b"\xff\xda"
+REPAIR = "repair or remove the row, or set data_loader_config.bad_images: drop"
+
+
+class ImageRef(NamedTuple):
+    """An image that was counted.
+
+    Attributes:
+        source: a path, absolute or below the folder of images; or the bytes of a file.
+        height: pixels, as it stands upright.
+        width: pixels.
+        digest: of the bytes of the file.
+    """
+
+    source: str | bytes
+    height: int
+    width: int
+    digest: str
+
+
+def image_file(source: str, root: Path | None, location: Location) -> Path:
+    """Where an image lies.
+
+    Args:
+        source: a path, absolute or below `root`.
+        root: folder that no path may lead out of; None: any path.
+        location: of the row, for messages.
+
+    Raises:
+        DataError: a URL, a path out of the folder, or nothing there.
+    """
+    if _SCHEME.match(source):
+        found = f"the address {source[:60]!r}"
+        fix = "fetch the images first and name files; nothing is downloaded in training"
+        raise DataError(location, found, "a path, or bytes", fix, "image_address")
+    path = Path(source) if root is None else root / source
+    if root is not None and not path.resolve().is_relative_to(root.resolve()):
+        found = f"the path {source!r}, which leads to {path.resolve()}"
+        fix = "set data_loader_config.image_root to a folder above all images"
+        raise DataError(location, found, f"a file in {root.resolve()}", fix, "image_outside")
+    if not path.is_file():
+        found = f"no file at {path}"
+        fix = "set data_loader_config.image_root to the folder that paths begin in; or " + REPAIR
+        raise DataError(location, found, "an image", fix, "image_missing")
+    return path
+
+
+def count_image(source: str | bytes, root: Path | None, location: Location) -> ImageRef:
+    """Read how large an image is, and what its bytes are; its pixels are not decoded.
+
+    Args:
+        source: a path, absolute or below `root`; or the bytes of a file.
+        root: as for `image_file`.
+        location: of the row, for messages.
+
+    Raises:
+        DataError: it is missing, damaged, or no single picture of a size that can be used.
+    """
+    data = _bytes_of(source, root, location)
+    with _opened(data, location) as image:
+        width, height = image.size
+        if _orientation(image) in _ON_THEIR_SIDE:
+            width, height = height, width
+        _check_shape(image, height, width, location)
+        _check_whole(image, data, location)
+    return ImageRef(source, height, width, _digest(data))
+
+
+def open_image(ref: ImageRef, root: Path | None, location: Location) -> "Image":
+    """The pixels of an image that was counted: RGB, upright, on white where it is transparent.
+
+    Raises:
+        DataError: it is gone, has changed since it was counted, or cannot be decoded.
+    """
+    data = _bytes_of(ref.source, root, location)
+    if _digest(data) != ref.digest:
+        found = f"another image than the one that was counted ({ref.height} x {ref.width} pixels)"
+        fix = "put it back, or count again: `llm-trainer data cache` shows the folder to remove"
+        raise DataError(location, found, "the same bytes as then", fix, "image_changed")
+    with _opened(data, location) as image:
+        orientation = _orientation(image)
+        with _decoding(location):
+            image.load()
+        upright = _as_rgb(image, location)
+    if orientation in _UPRIGHT_BY:
+        upright = upright.transpose(_UPRIGHT_BY[orientation])  # type: ignore[arg-type]
+    return upright
+
+
+def as_source(value: Any) -> bytes | None:
+    """The bytes of an image in memory (Pillow's), which `datasets` makes of a column of images; None: it is no such."""
+    if type(value).__module__.partition(".")[0] != "PIL":
+        return None
+    file = io.BytesIO()
+    value.save(file, format="PNG")
+    return file.getvalue()
+
+
+def _bytes_of(source: str | bytes, root: Path | None, location: Location) -> bytes:
+    if isinstance(source, bytes):
+        data, where = source, "the bytes of an image"
+    else:
+        path = image_file(source, root, location)
+        data, where = path.read_bytes(), str(path)
+    if not data:
+        raise DataError(location, f"{where}: nothing, it is empty", "an image", REPAIR, "image_empty")
+    return data
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+@contextmanager
+def _opened(data: bytes, location: Location) -> "Iterator[Image]":
+    """An image of which the header is read."""
+    from PIL import Image, UnidentifiedImageError
+
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        begin = data[:16]
+        raise DataError(
+            location, f"no image (it begins with {begin!r})", "an image", REPAIR, "image_unknown"
+        ) from error
+    except bombs as error:
+        raise _too_large(str(error), location) from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's readers raise all of these
+        raise _damaged(error, location) from error
+    with image:
+        yield image
+
+
+@contextmanager
+def _decoding(location: Location) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _damaged(error, location) from error
+
+
+def _damaged(error: Exception, location: Location) -> DataError:
+    return DataError(location, f"a damaged image ({error})", "one that can be decoded", REPAIR, "image_damaged")
+
+
+def _too_large(found: str, location: Location) -> DataError:
+    expected = f"at most {MOST_PIXELS:,} pixels"
+    return DataError(location, f"an image that would fill the memory ({found})", expected, REPAIR, "image_too_large")
+
+
+def _check_shape(image: "Image", height: int, width: int, location: Location) -> None:
+    """Refuse what is no single picture, or none that has anything to see.
+
+    Raises:
+        DataError: it is.
+    """
+    if height * width > MOST_PIXELS:
+        raise _too_large(f"{height:,} x {width:,} pixels", location)
+    if min(height, width) < SMALLEST_SIDE or max(height, width) > MOST_ELONGATED * min(height, width):
+        found = f"an image of {height:,} x {width:,} pixels (height x width)"
+        expected = f"sides of at least {SMALLEST_SIDE} pixels, the longer at most {MOST_ELONGATED} times the shorter"
+        raise DataError(location, found, expected, REPAIR, "image_shape")
+    frames = getattr(image, "n_frames", 1)  # formats without frames do not say
+    if frames > 1:
+        found = f"an animated image, or one of several pages ({counted(frames, 'frame')})"
+        raise DataError(location, found, "a single picture", "store one frame; or " + REPAIR, "image_animated")
+    if image.mode in ("I", "F"):
+        found = f"an image of numbers without a largest one (mode {image.mode})"
+        raise DataError(location, found, "8 or 16 bits a channel", "convert it; or " + REPAIR, "image_mode")
+
+
+def _check_whole(image: "Image", data: bytes, location: Location) -> None:
+    """Refuse a file that was cut off, as far as this can be seen without decoding.
+
+    Raises:
+        DataError: it was.
+    """
+    is_whole = True
+    if image.format == "JPEG":
+        # Inside a scan the byte 255 is followed by 0, so the last mark of a scan is that of the last scan.
+        is_whole = data.rfind(_END_OF_JPEG) > data.rfind(_SCAN_OF_JPEG)
+    elif image.format == "PNG":
+        is_whole = b"IEND" in data[-64:]
+    if not is_whole:
+        found = f"a {image.format} file that was cut off ({counted(len(data), 'byte')})"
+        raise DataError(location, found, "a whole file", "fetch it again; or " + REPAIR, "image_damaged")
+
+
+def _orientation(image: "Image") -> int:
+    """How a camera was held (EXIF), 1 where it was upright or nothing is said."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # NOTE: Pillow would decode all of it to look behind the pixels
+    return int(image.getexif().get(_ORIENTATION, 1))
+
+
+def _as_rgb(image: "Image", location: Location) -> "Image":
+    """Three channels of 8 bits; what is transparent shows white behind it, as on a page."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image, dtype=np.uint32)
+        image = Image.fromarray((wide * 255 // 65535).astype(np.uint8))  # Pillow would clip at 255
+    with _decoding(location):
+        if image.has_transparency_data:
+            pixels = image.convert("RGBA")
+            page = Image.new("RGBA", pixels.size, "white")
+            image = Image.alpha_composite(page, pixels)
+        return image.convert("RGB")

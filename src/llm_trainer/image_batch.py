@@ -1,0 +1,54 @@
+"""The images of a micro-batch: what the collation of rows makes, models read and every device gets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+ON_HOST = ("document_lengths",)  # what the host reads of a batch
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """The key `images` of a batch; absent where no row has an image.
+
+    Each distinct image is there once, whatever the number of rows that show it. `counts` and `lengths` stay on the host.
+
+    Attributes:
+        inputs: what the model takes of the distinct images, `pixel_values` and whatever its processor puts beside it.
+        order: `[uses]` which distinct image each use shows, in the order of the placeholders, row after row.
+        counts: `[rows]` uses of each sample.
+        lengths: `[distinct]` placeholder tokens of each.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    order: torch.Tensor
+    counts: torch.Tensor
+    lengths: torch.Tensor
+
+    @property
+    def num_placeholders(self) -> int:
+        """Placeholder tokens of all uses."""
+        return int(self.lengths[self.order.to(self.lengths.device)].sum())
+
+    def to(self, device: torch.device | str) -> "ImageBatch":
+        """The same images on a device."""
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, order=self.order.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "ImageBatch":
+        """The same images in page-locked memory; a loader calls this."""
+        inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, order=self.order.pin_memory())
+
+
+def moved(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A batch on `device`, images included; what the host reads of it (`ON_HOST`) and what is no tensor stay."""
+    found = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, ImageBatch):
+            found[name] = value.to(device)
+        elif isinstance(value, torch.Tensor) and name not in ON_HOST:
+            found[name] = value.to(device, non_blocking=True)
+    return found
