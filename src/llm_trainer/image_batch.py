@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 ON_HOST = ("document_lengths",)  # what the host reads of a batch
+# How the keys of what belongs to images begin: a model says itself which images are whose.
+OF_IMAGES = ("pixel_", "image", "video_")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +54,25 @@ def moved(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any
         elif isinstance(value, torch.Tensor) and name not in ON_HOST:
             found[name] = value.to(device, non_blocking=True)
     return found
+
+
+def of_images(batch: Mapping[str, Any]) -> list[str]:
+    """The keys of a batch that belong to images."""
+    return [name for name in batch if name.startswith(OF_IMAGES)]
+
+
+def require_text(batch: Mapping[str, Any], who: str) -> None:
+    """
+    Args:
+        batch: that images would be lost of.
+        who: takes no images, and why.
+
+    Raises:
+        ValueError: it has images.
+    """
+    images = of_images(batch)
+    if images:
+        raise ValueError(
+            f"{who}; found a batch with {', '.join(images)}, expected batches of text. SFTTrainer, Trainer, DPOTrainer and "
+            "KTOTrainer take images"
+        )

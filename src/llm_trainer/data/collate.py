@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from llm_trainer.data.kinds import LanguageSample
+from llm_trainer.image_batch import of_images
 from llm_trainer.layout import Layout
 
 IGNORE = -100  # the label that no loss counts (torch's own convention)
@@ -147,12 +148,18 @@ def row_lengths(batch: Mapping[str, torch.Tensor], sides: int = 1, flat: bool = 
         flat: rows will be laid end to end; else all of a sample are as long as the longest.
 
     Raises:
-        ValueError: the batch is laid flat: it is one row, which cannot be cut.
+        ValueError: the batch is laid flat, so that it is one row, or has images: it cannot be cut.
     """
     if "document_lengths" in batch:
         raise ValueError(
             "micro_batch_tokens: found a batch laid flat (document_lengths), which is one row and cannot be cut; expected "
             "padded batches. Lay fewer documents into each batch, or leave micro_batch_tokens out"
+        )
+    found = of_images(batch)
+    if found:
+        raise ValueError(
+            f"micro_batch_tokens: found a batch with images ({', '.join(found)}), and only the model knows which rows they "
+            "belong to; expected batches of text. Put fewer rows into each batch, or leave micro_batch_tokens out"
         )
     if "prompt_input_ids" in batch:
         masks = [name for name in batch if name.endswith("_attention_mask") and not name.startswith(("prompt_", "kl_"))]

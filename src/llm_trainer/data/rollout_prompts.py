@@ -11,6 +11,7 @@ import torch
 from llm_trainer.data.loaders import LoaderSteps
 from llm_trainer.data.order import fingerprint
 from llm_trainer.data.stream import SampleStream, StepSource
+from llm_trainer.image_batch import require_text
 from llm_trainer.machine import Machine
 
 IDS = ("prompts", "input_ids")  # a batch has one of them
@@ -144,6 +145,9 @@ def rows_of(batch: Mapping[str, Any], needs_ids: bool = True) -> list[dict[str, 
             f"a batch of prompts: found {found}; expected prompts [B, L] (or input_ids), with prompt_attention_mask [B, L] "
             "where they are padded; let the loader's collate_fn return them"
         )
+    require_text(
+        {key: batch[key] for key in batch if key.startswith("pixel_")}, "completions are written to text alone"
+    )
     ids = torch.as_tensor(batch[name])
     mask_name = next((mask for mask in MASKS if mask in batch), None)
     mask = torch.ones_like(ids) if mask_name is None else torch.as_tensor(batch[mask_name])

@@ -21,7 +21,7 @@ from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, 
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
 from llm_trainer.models.experts import experts_of
 from llm_trainer.models.heads import logits_of, read_head, split_of
-from llm_trainer.models.inside import transformers_model
+from llm_trainer.models.inside import adapted_model, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
 
 
@@ -76,6 +76,7 @@ class ScoredModel(nn.Module):
         loss: what a token contributes to `loss_sum`.
         with_entropy: whether entropies are computed.
         whole_logits: why the head does not run in chunks; empty where it does.
+        named_inputs: what its forward reads of a batch; None: nobody knows.
     """
 
     def __init__(self, model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> None:
@@ -89,6 +90,7 @@ class ScoredModel(nn.Module):
         self._accepted = accepted_inputs(model)
         inner = transformers_model(model)
         self._steady = None if inner is None else steady_context(inner.config)
+        self.named_inputs = named_inputs(model)
         self._run: Callable[..., Any] = self._call
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -318,3 +320,15 @@ def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
     return frozenset(parameters)
+
+
+def named_inputs(model: nn.Module) -> frozenset[str] | None:
+    """The names that `model.forward` reads, or None where nobody knows: it takes any and is no model of transformers.
+
+    Those of transformers take any name too, but drop what they do not name.
+    """
+    accepted = accepted_inputs(model)
+    inner = adapted_model(model)
+    if accepted is None and transformers_model(inner) is inner:
+        return frozenset(inspect.signature(inner.forward).parameters)
+    return accepted

@@ -6,7 +6,7 @@ a flat batch whose documents lie in another order says in `document_order` where
 pair or judged answer counts as a whole, is optional.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from llm_trainer.image_batch import of_images
 from llm_trainer.layout import Layout
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
+from llm_trainer.models.inside import adapted_model
+from llm_trainer.models.scored import ScoredModel
 
 if TYPE_CHECKING:
     from llm_trainer.models.scored import TokenScores
@@ -65,6 +68,8 @@ def join(batch: Batch, answers: Sequence[str]) -> Batch:
         for key, padding in _PADDING.items():
             padded = [F.pad(side[key], (0, width - side[key].shape[1]), value=padding) for side in sides]
             rows[key] = torch.cat(padded)
+        for key in of_images(batch):  # those of the prompts, which stand before every answer
+            rows[key] = torch.cat([rows[key]] * len(answers))
     _require_answers(rows, answers)
     return rows
 
@@ -183,14 +188,14 @@ def _documents(values: Tensor, rows: Batch) -> Sequence[Tensor]:
 def lay_flat(rows: Batch, layout: Layout) -> Batch:
     """Padded rows laid end to end without their padding, as `data.collate.collate_flat` does, where the layout says so.
 
-    As they came: rows with padding elsewhere than on the right, with labels on padding, or with keys that are not known; and
-    rows that are laid flat already.
+    As they came: rows with padding elsewhere than on the right, with labels on padding, with images, or with keys that are
+    not known; and rows that are laid flat already.
 
     Args:
         rows: `input_ids [B, T]`, with `attention_mask`, labels and weights of that shape, and numbers per row.
         layout: of the run (`Machine.layout`).
     """
-    if not layout.flat or "position_ids" in rows or rows["input_ids"].dim() != 2:
+    if not layout.flat or "position_ids" in rows or rows["input_ids"].dim() != 2 or of_images(rows):
         return rows
     ids = rows["input_ids"]
     mask = rows["attention_mask"].bool() if "attention_mask" in rows else torch.ones_like(ids, dtype=torch.bool)
@@ -274,10 +279,28 @@ def with_prompts(rows: Batch, chosen: int) -> Batch:
     return rows | {"labels": torch.where(wanted, ids, rows["labels"])}
 
 
-def to_device(rows: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; `document_lengths` stays on the host, which reads it."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in rows.items()}
-    return moved | {name: rows[name] for name in ("document_lengths",) if name in rows}
+def model_inputs(others: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`others`, what a batch has for the model alone, such as `pixel_values`.
+
+    Args:
+        others: of a ready-made batch, by name.
+        model: a module that is or holds a `ScoredModel`.
+
+    Raises:
+        ValueError: the model does not read one of them, so that it would be lost.
+    """
+    if not others:
+        return {}
+    reader = next(module for module in model.modules() if isinstance(module, ScoredModel))
+    unread = [] if reader.named_inputs is None else sorted(others.keys() - reader.named_inputs)
+    if unread:
+        name = type(adapted_model(reader.base)).__name__
+        raise ValueError(
+            f"a batch has {', '.join(unread)}, which {name}.forward does not take, so that nobody would read it; expected "
+            f"tokens and labels, and inputs of the model by its own names. Leave it out of what collate_fn returns, or train "
+            f"a model that takes it"
+        )
+    return dict(others)
 
 
 def score(model: nn.Module, rows: Batch, differentiable: bool = False, **how: Any) -> "TokenScores":
@@ -287,6 +310,7 @@ def score(model: nn.Module, rows: Batch, differentiable: bool = False, **how: An
     """
     device = rows["input_ids"].device
     inputs = {name: rows[name].to(device, non_blocking=True) for name in _INPUTS if name in rows}
+    inputs |= model_inputs({name: rows[name] for name in of_images(rows)}, model)
     return model(**inputs, differentiable_logprobs=differentiable, **how)
 
 

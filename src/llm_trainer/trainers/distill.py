@@ -27,12 +27,13 @@ from llm_trainer.config.options import KDConfig
 from llm_trainer.config.section import config_section
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import GenerationService, Request
+from llm_trainer.image_batch import of_images, require_text
 from llm_trainer.losses.distill import TeacherLogits, chunked_divergence, divergence, teacher_head
 from llm_trainer.models.frozen import freeze
 from llm_trainer.models.heads import read_head
 from llm_trainer.models.inside import vocab_size_of
 from llm_trainer.models.scored import ScoredModel, scored
-from llm_trainer.trainers.answers import IGNORE, Batch, as_rows
+from llm_trainer.trainers.answers import IGNORE, Batch, as_rows, model_inputs
 from llm_trainer.trainers.said import different_ids
 
 if TYPE_CHECKING:
@@ -150,6 +151,10 @@ def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> 
 def _of_model(model: ScoredModel, batch: Batch) -> TeacherLogits:
     names = ("input_ids", "attention_mask", "position_ids", "document_lengths")
     inputs = {name: batch[name] for name in names if name in batch}
+    try:
+        inputs |= model_inputs({name: batch[name] for name in of_images(batch)}, model)
+    except ValueError as error:
+        raise TeacherError(f"teacher_model: {error}") from None
     states, _ = model.states(supervised=batch["labels"][:, 1:] != IGNORE, **inputs)  # [N, D], or logits [N, V]
     if model.head is None:
         return lambda start, stop: states[start:stop]
@@ -159,6 +164,7 @@ def _of_model(model: ScoredModel, batch: Batch) -> TeacherLogits:
 @torch.no_grad()
 def _of_provider(provider: LogitsProvider, batch: Batch) -> TeacherLogits:
     """Flat batches are given to the provider as padded rows, which is what it knows."""
+    require_text(batch, "teacher_logits_provider is given ids alone")
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     ids, mask = as_rows(batch["input_ids"], batch), as_rows(mask, batch)
     predicting = as_rows(F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1)), batch)  # [B, T]
@@ -217,6 +223,7 @@ def own_answers(batch: Batch, student: GenerationService, kd: Distillation, seed
     Args:
         batch: `input_ids`, `labels`, perhaps `attention_mask` and `loss_weights` `[B, T]`; or a flat one.
     """
+    require_text(batch, "on_policy_fraction: the student answers to text alone")
     mask = as_rows(batch.get("attention_mask", torch.ones_like(batch["input_ids"])), batch).bool()
     every_id, every_label = as_rows(batch["input_ids"], batch), as_rows(batch["labels"], batch)
     ids = [row[present].tolist() for row, present in zip(every_id, mask, strict=True)]

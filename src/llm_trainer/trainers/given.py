@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.image_batch import require_text
 from llm_trainer.losses.advantages import Advantages, level_share, weighted_rewards
 from llm_trainer.models.inside import language_config, transformers_model
 from llm_trainer.trainers.answers import IGNORE, OF_TOKENS, Batch, compact
@@ -39,6 +40,7 @@ def join_responses(batch: Batch, pad_id: int | None, pad_ends: bool = False) -> 
     Raises:
         ValueError: a key is missing, or a shape is not what it should be.
     """
+    require_text(batch, "reinforcement learning takes no images yet")
     prompts, responses = _tokens(batch)
     prompt_mask = _mask_of(batch, "prompt_attention_mask", prompts)
     response_mask = mask_of_responses(batch, responses, pad_id, pad_ends)

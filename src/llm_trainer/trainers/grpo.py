@@ -12,6 +12,7 @@ from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import WITH_JUDGE, GRPOConfig
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollouts import FINISHES, JUDGED, Finished, Rollout
+from llm_trainer.image_batch import moved
 from llm_trainer.losses.advantages import (
     OF_TOKENS,
     Advantages,
@@ -26,7 +27,7 @@ from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.scored import TokenScores, scored
-from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts, to_device
+from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts
 from llm_trainer.trainers.completions import given_logprobs, has_given, has_given_logprobs
 from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id_of, without_missing
 from llm_trainer.trainers.learned import of_learning, with_cuts
@@ -258,7 +259,7 @@ class GRPOTrainer(OnPolicyTrainer):
             rows = share_prompts(rows, groups)
         elif is_given(batch):
             rows = lay_flat(rows, self.machine.layout)
-        return to_device(of_learning(rows), self.device)
+        return moved(of_learning(rows), self.device)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = self._policy_rows(batch)

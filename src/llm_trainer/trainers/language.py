@@ -11,11 +11,13 @@ from llm_trainer.algorithm import PromptFormat
 from llm_trainer.config.algorithms import PretrainConfig, SFTConfig
 from llm_trainer.config.options import KDConfig
 from llm_trainer.data.stream import Amended
+from llm_trainer.image_batch import moved, of_images
+from llm_trainer.layout import OF_MICRO_BATCHES
 from llm_trainer.losses.distill import mix_with_task
 from llm_trainer.losses.language import IGNORE, LanguageLoss, mean_over, weight_sum
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.state import MicroBatch
-from llm_trainer.trainers.answers import lay_flat
+from llm_trainer.trainers.answers import lay_flat, model_inputs
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
 from llm_trainer.trainers.distill import (
@@ -165,7 +167,7 @@ class Trainer(BaseTrainer):
 
     def _policy_rows(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         batch = lay_flat(batch, self.machine.layout)
-        on_device: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        on_device = moved(batch, self.device)
         return on_device | {"labels": self._labels(on_device)}
 
     def _prepare_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -178,7 +180,17 @@ class Trainer(BaseTrainer):
         return on_device
 
     def _forward(self, batch: dict[str, Any]) -> TokenScores:
-        return self.model(**{name: batch[name] for name in _INPUTS if name in batch})
+        inputs = {name: batch[name] for name in _INPUTS if name in batch}
+        unknown = of_images(batch)
+        if self._knows_batches:
+            unknown = [name for name in batch if name not in _INPUTS]
+        inputs |= model_inputs({name: batch[name] for name in unknown}, self.model)
+        return self.model(**inputs)
+
+    @property
+    def _knows_batches(self) -> bool:
+        """Whether nobody else's method reads what is in a batch beside the inputs of the model."""
+        return all(getattr(type(self), name) is getattr(Trainer, name) for name in OF_MICRO_BATCHES)
 
     def _compute_loss(self, outputs: TokenScores, batch: dict[str, Any]) -> torch.Tensor:
         count = outputs.num_tokens

@@ -22,6 +22,7 @@ from llm_trainer.data.rollout_supply import RolloutSupply
 from llm_trainer.data.rollouts import FINISHES, Finished, Maker, Rollout, collate_rollout
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
+from llm_trainer.image_batch import moved
 from llm_trainer.losses.correction import Correction
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.attention import resolve_attention
@@ -32,7 +33,7 @@ from llm_trainer.rewards.functions import RewardFunctions
 from llm_trainer.rewards.named import several
 from llm_trainer.trainers.agreement import Agreement
 from llm_trainer.trainers.ahead import ahead_of
-from llm_trainer.trainers.answers import Batch, score, to_device
+from llm_trainer.trainers.answers import Batch, score
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.drawing import drawing, service_of
 from llm_trainer.trainers.given import pad_id_of
@@ -361,7 +362,7 @@ class OnPolicyTrainer(BaseTrainer):
         """By the trained weights, of every token but the first."""
 
         def logprobs(batch: Batch) -> dict[str, Tensor]:
-            return {"logprobs": score(self.model, to_device(batch, self.device)).logprobs}
+            return {"logprobs": score(self.model, moved(batch, self.device)).logprobs}
 
         found = self.machine.score(RowsOfIds(probe), partial(collate_padded, pad_id=self._pad_id), logprobs)
         return [row[1:].tolist() for row in found["logprobs"]]
@@ -444,7 +445,7 @@ class OnPolicyTrainer(BaseTrainer):
             return {}
 
         def logprobs(batch: Batch) -> dict[str, Tensor]:
-            rows, found = to_device(of_learning(with_cuts(batch)), self.device), {}
+            rows, found = moved(of_learning(with_cuts(batch)), self.device), {}
             if old:
                 found["old_logprobs"] = self._score(self.model, rows).logprobs
             if reference is not None:

@@ -13,6 +13,7 @@ from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.data.collate import laying
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollouts import FINISHES, Finished, Maker, Rollout, collate_rollout
+from llm_trainer.image_batch import moved
 from llm_trainer.losses.advantages import weighted_rewards
 from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
@@ -24,7 +25,7 @@ from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.extend import add_groups
-from llm_trainer.trainers.answers import Batch, count_tokens, to_device
+from llm_trainer.trainers.answers import Batch, count_tokens
 from llm_trainer.trainers.completions import given_logprobs
 from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder, group_options, let_critic_alone
 from llm_trainer.trainers.learned import of_learning, with_cuts
@@ -239,7 +240,7 @@ class PPOTrainer(OnPolicyTrainer):
 
     def _say_of(self, batch: Batch) -> dict[str, Tensor]:
         """What policy, critic and reference say about each token of a batch of a rollout."""
-        rows = to_device(of_learning(with_cuts(batch)), self.device)
+        rows = moved(of_learning(with_cuts(batch)), self.device)
         acted = self._act(rows)
         found = {"old_logprobs": acted.scores.logprobs, "values": acted.values}
         if self.reference is not None:
@@ -274,7 +275,7 @@ class PPOTrainer(OnPolicyTrainer):
         return count_tokens(batch)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
-        return to_device(of_learning(with_cuts(batch)), self.device)
+        return moved(of_learning(with_cuts(batch)), self.device)
 
     def _forward(self, batch: Batch) -> Acted:
         sequences = Sequences.of_batch(batch)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.image_batch import moved, of_images
 from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
 from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
 from llm_trainer.models.frozen import check_base, choose_reference
@@ -24,7 +25,6 @@ from llm_trainer.trainers.answers import (
     score,
     share_prompts,
     supervised,
-    to_device,
     with_prompts,
 )
 from llm_trainer.trainers.base import BaseTrainer
@@ -214,8 +214,9 @@ class DPOTrainer(BaseTrainer):
 
     def _policy_rows(self, batch: Batch) -> Batch:
         rows = self._joined(batch)
-        rows = share_prompts(rows) if self.shares_prompts else lay_flat(rows, self.machine.layout)
-        return to_device(rows, self.device)
+        shares = self.shares_prompts and not of_images(rows)
+        rows = share_prompts(rows) if shares else lay_flat(rows, self.machine.layout)
+        return moved(rows, self.device)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = self._policy_rows(batch)

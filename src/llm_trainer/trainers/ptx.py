@@ -10,10 +10,11 @@ from llm_trainer.algorithm import Algorithm, StepLoss
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.data.added import Added
 from llm_trainer.data.loaders import as_step_source
+from llm_trainer.image_batch import moved, require_text
 from llm_trainer.losses.language import mean_over, weight_sum
 from llm_trainer.models.critic import Acted
 from llm_trainer.models.scored import TokenScores
-from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, to_device
+from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat
 from llm_trainer.trainers.building import DataRequest
 from llm_trainer.trainers.language import labels_of
 
@@ -66,8 +67,9 @@ class Ptx(StepLoss):
         return count_tokens(batch)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
+        require_text(batch, "ptx_loader: further rows are text")
         rows = lay_flat(batch, self._trainer.machine.layout)
-        rows = to_device({name: rows[name] for name in _INPUTS if name in rows}, self._trainer.machine.device)
+        rows = moved({name: rows[name] for name in _INPUTS if name in rows}, self._trainer.machine.device)
         return rows | {"labels": labels_of(rows, PTX)}
 
     def _forward(self, batch: Batch) -> TokenScores | Acted:

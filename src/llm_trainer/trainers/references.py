@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from llm_trainer.algorithm import Algorithm
+from llm_trainer.image_batch import moved
 from llm_trainer.models.frozen import StartingPoint, fingerprint, freeze
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
-from llm_trainer.trainers.answers import Batch, as_rows, score, share_prompts, to_device
+from llm_trainer.trainers.answers import Batch, as_rows, score, share_prompts
 from llm_trainer.trainers.said import check_vocabulary
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def precompute_reference(
         """`[n]` of chosen and rejected."""
         if shares_prompts:
             batch = share_prompts(batch)
-        batch = to_device(batch, build.device)
+        batch = moved(batch, build.device)
         with as_it_was():
             logprobs = as_rows(score(model, batch).logprobs, batch)
         chosen, rejected = logprobs.sum(1).view(2, -1)  # all chosen come before all rejected

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from llm_trainer.image_batch import moved, require_text
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.reward import bradley_terry, process_reward
 from llm_trainer.models.attention import resolve_attention
@@ -18,7 +19,6 @@ from llm_trainer.trainers.answers import (
     num_pairs,
     row_weights,
     share_prompts,
-    to_device,
 )
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
@@ -116,11 +116,12 @@ class RewardTrainer(BaseTrainer):
         return count_tokens(batch)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
+        require_text(batch, "reward models read text alone")
         if "step_labels" in batch:
-            return to_device(lay_flat(batch, self.machine.layout), self.device)
+            return moved(lay_flat(batch, self.machine.layout), self.device)
         rows = join(batch, SIDES)
         rows = share_prompts(rows) if self.shares_prompts else lay_flat(rows, self.machine.layout)
-        return to_device(rows, self.device)
+        return moved(rows, self.device)
 
     def _forward(self, batch: Batch) -> Tensor:
         """`[2B]` rewards, the chosen answers' first; of judged steps one per token, like `input_ids`."""

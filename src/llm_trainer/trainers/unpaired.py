@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.image_batch import moved, of_images
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
 from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.scored import TokenScores, scored
@@ -20,7 +21,6 @@ from llm_trainer.trainers.answers import (
     row_weights,
     score,
     supervised,
-    to_device,
 )
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.references import reference_of
@@ -147,7 +147,7 @@ class KTOTrainer(BaseTrainer):
         """A batch's mismatched rows on the device: those it brings, or its prompts with one another's completions."""
         given = {name.removeprefix(_KL): value for name, value in batch.items() if name.startswith(_KL)}
         if given:
-            return to_device(lay_flat(given, self.machine.layout), self.device)
+            return moved(lay_flat(given, self.machine.layout), self.device)
         if len(batch["desirable"]) < 2:
             return None
         if "prompt_input_ids" not in batch:
@@ -157,9 +157,10 @@ class KTOTrainer(BaseTrainer):
             )
         order = mismatched_order(batch["prompt_input_ids"] * batch["prompt_attention_mask"])
         swapped = {name: batch[name][order] for name in batch if name.startswith("completion_")}
-        kept = {name: batch[name] for name in batch if name.startswith("prompt_")}
+        of_prompts = of_images(batch)
+        kept = {name: batch[name] for name in batch if name.startswith("prompt_") or name in of_prompts}
         swapped_rows = join(kept | swapped, ("completion",))
-        return to_device(lay_flat(swapped_rows, self.machine.layout), self.device)
+        return moved(lay_flat(swapped_rows, self.machine.layout), self.device)
 
     def _with_reference(self, rows: Batch) -> Batch:
         """Rows with what the reference says of their labels."""
@@ -169,7 +170,7 @@ class KTOTrainer(BaseTrainer):
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = {name: value for name, value in batch.items() if not name.startswith(_KL)}
         joined = join(rows, ("completion",))
-        return self._with_reference(to_device(lay_flat(joined, self.machine.layout), self.device))
+        return self._with_reference(moved(lay_flat(joined, self.machine.layout), self.device))
 
     def _forward(self, batch: Batch) -> TokenScores:
         return score(self.model, batch, differentiable=True)
