@@ -5,11 +5,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_trainer import SFTTrainer, configure_optimizer
+from llm_trainer.image_batch import moved
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.model_group import ModelGroup
 from llm_trainer.models.critic import Acted, ActorCritic, critic_of
 from llm_trainer.models.scored import scored
-from llm_trainer.trainers.answers import lay_flat, to_device
+from llm_trainer.trainers.answers import lay_flat
 
 
 class TwoModels(SFTTrainer):
@@ -28,7 +29,7 @@ class TwoModels(SFTTrainer):
         return ActorCritic(scored(model), self.critic)
 
     def _prepare_batch(self, batch: Any) -> Any:
-        return to_device(lay_flat(batch, self.machine.layout), self.device)
+        return moved(lay_flat(batch, self.machine.layout), self.device)
 
     def _forward(self, batch: Any) -> Acted:
         return self.model(**{name: batch[name] for name in batch if name != "loss_weights"})
