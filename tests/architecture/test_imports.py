@@ -72,6 +72,8 @@ MAY_IMPORT = {
         "config",
         "optim",
     },
+    # what other tools open
+    "export": {"checkpoint", "config", "data", "disk", "models"},
     # a description becomes objects
     "builder": {"layout", "config", "data", "models", "engine", "checkpoint", "disk", "terminal"},
     "assemble": {"builder", "config", "data", "engine", "optim", "models", "state", "checkpoint", "lock"},
@@ -92,6 +94,7 @@ MAY_IMPORT = {
         "generation",
         "rewards",
         "engine",
+        "export",
         "checkpoint",
         "state",
         "terminal",
@@ -131,6 +134,9 @@ LICENSED = {
     ("train/transformers_driver.py", "data"): "seeds a step as the loop does",
     ("train/machine.py", "generation"): "tells weights from others as those are told that a sampler was sent",
     ("train/evaluate.py", "generation"): "answers to prompts",
+    ("train/probing.py", "generation"): "asks a model as it is",
+    ("train/probing.py", "data"): "the chat format that training uses",
+    ("train/probing.py", "export"): "what a model is asked, and how the answers are written down",
     ("train/snapshot.py", "data"): "the protocol of a step source",
     ("train/preflight.py", "data"): "shows the ledger and the batch equation",
     ("train/preflight.py", "models"): "FLOPs of a token",

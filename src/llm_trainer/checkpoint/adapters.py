@@ -59,6 +59,7 @@ class Base:
         dtype: of its numbers, such as 'float32'.
         quantization: how its weights are kept in fewer bits, as its configuration says.
         kept_because: why it is in the folder `base`; empty where it is not.
+        began_as: where the base came from before an initialisation of adapters changed it, of one in the folder `base`.
         active: names of the adapters that compute, where there are several; the first one is called 'default'.
     """
 
@@ -69,6 +70,7 @@ class Base:
     dtype: str = ""
     quantization: dict[str, Any] | None = None
     kept_because: str = ""
+    began_as: str | None = None
     active: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -241,7 +243,8 @@ def find_base(model: nn.Module) -> Base | None:
         because = f"it is not the model at '{base.source}' any more: {other} differs"
     if base.quantization is not None:
         return None
-    return replace(base, source=None, revision=None, kept_because=because)
+    began_as = base.source if folder is not None else None
+    return replace(base, source=None, revision=None, kept_because=because, began_as=began_as)
 
 
 def _as_dict(config: Any) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "config": Entry("llm_trainer.cli.config:config", "Print a complete configuration to start from."),
     "plot": Entry("llm_trainer.cli.plot:plot", "Draw the curves of a run."),
     "chat": Entry("llm_trainer.cli.chat:chat", "Talk to a saved model."),
+    "export": Entry("llm_trainer.cli.export:export", "Write a trained model for other tools, and prove it."),
     "plan": Entry("llm_trainer.cli.plan:plan", "Plan a run on GPUs that are not here."),
     "score": Entry("llm_trainer.cli.score:score", "Score answers or their steps with a reward model."),
     "rollouts": Entry("llm_trainer.cli.rollouts:rollouts", "Show what a policy has written, and what it was worth."),

@@ -1,6 +1,7 @@
 """Models as whoever asks for one gets it: from a folder of weights, or from one of adapters with the base that it names."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from llm_trainer.checkpoint import CheckpointError, load_checkpoint, load_weights
 from llm_trainer.checkpoint.adapters import check_base, fingerprint
 from llm_trainer.checkpoint.weights import tensors_by_name, without_progress_bars
-from llm_trainer.models.adapters import opened
+from llm_trainer.models.adapters import has_own_adapters, opened, weigh
 from llm_trainer.models.inside import language_config
 from llm_trainer.models.pretrained import Pretrained, find_pretrained
 from llm_trainer.models.quantize import keep_layout
@@ -56,38 +57,94 @@ def load_pretrained(
         keep_layout(plain)  # before anything is tried out on it
         return plain
 
-    # 1. the base, as it was when the adapters were trained
-    base, folder = found.base, Path(found.source)
+    model, trained_in = _base(auto_class, found, dtype, given)
+    if merged:
+        model = merge(_in_full(model, found))
+    else:
+        model = opened(model, Path(found.source), found.base.active).get_base_model()
+        if found.base.quantization is not None:  # bits have no dtype
+            return model
+    if dtype == "auto":
+        dtype = trained_in
+    in_dtype(model, dtype)
+    return model
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype | str) -> None:
+    """Round the weights of a model, in place, and nothing else.
+
+    NOTE: `model.to(dtype)` would round the frequencies of its positions too, which no folder holds and loading computes.
+    """
+    assert isinstance(dtype, torch.dtype)
+    for tensor in dict.fromkeys(tensors_by_name(model).values()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def beside(auto_class: Any, found: Pretrained, weights: Mapping[str, float] | None = None) -> Any:
+    """A base with its adapters around it (a `PeftModel`), both in fp32; of one in few bits the numbers that these stand for.
+
+    Args:
+        auto_class: of transformers, or a class of its models.
+        found: a folder of adapters.
+        weights: of adapters by name, by which they are multiplied; those that are not named do not compute.
+
+    Raises:
+        CheckpointError: the base is another than that of the adapters.
+        ValueError: there is no adapter of such a name, or of a kind that cannot be weighed.
+    """
+    model, _ = _base(auto_class, found, "auto", {})
+    adapted = _in_full(model, found)
+    if weights:
+        weigh(adapted, weights)
+    return adapted
+
+
+def merge(adapted: Any) -> Any:
+    """The model inside of a `PeftModel`, its adapters added to its weights, all of them to be trained."""
+    inner = adapted.get_base_model()
+    head, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
+    is_shared = head is not None and head.weight is embeddings.weight
+    if is_shared and has_own_adapters(head) != has_own_adapters(embeddings):
+        # NOTE: peft adds to the weight in place, and that of the other one would change with it.
+        layer = head.get_base_layer() if has_own_adapters(head) else head
+        layer.weight = nn.Parameter(head.weight.detach().clone())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
+        model = adapted.merge_and_unload()
+    model.requires_grad_(True)  # adapters have frozen it
+    if model.get_output_embeddings() is not None and not _is_tied(model):  # training took them apart
+        language_config(model.config).tie_word_embeddings = False
+    return model
+
+
+def _base(
+    auto_class: Any, found: Pretrained, dtype: torch.dtype | str, given: Mapping[str, Any]
+) -> tuple[Any, torch.dtype]:
+    """The base of adapters as it was when they were trained, and the type that it then had."""
+    base, options = found.base, dict(given)
+    assert base is not None
     trained_in = getattr(torch, base.dtype) if base.dtype else dtype
     if base.source is not None and base.revision is not None:
-        given["revision"] = base.revision
+        options["revision"] = base.revision
     if base.quantization is not None:
-        given |= loading_again(base.quantization)
+        options |= loading_again(base.quantization)
     with without_progress_bars():
-        model = auto_class.from_pretrained(found.place, dtype=trained_in, **given)
+        model = auto_class.from_pretrained(found.place, dtype=trained_in, **options)
     keep_layout(model)
     if base.fingerprint is not None and base.source is not None:
         moved = "put the model back that was there, or say where it is: BASE_MODEL=path/or/name in the environment"
-        check_base(_fingerprint(model), f"'{found.place}' as their", base, folder, moved)
+        check_base(fingerprint_of_base(model), f"'{found.place}' as their", base, Path(found.source), moved)
+    return model, model.dtype
 
-    # 2. with its adapters
-    wanted = model.dtype if dtype == "auto" else dtype
-    if merged:
-        if (
-            base.quantization is not None
-        ):  # onto the numbers that the bits stand for: with these the adapters were trained
-            model = model.dequantize()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-            model = opened(model.float(), folder, base.active).merge_and_unload()
-        model.requires_grad_(True)  # adapters have frozen it
-        if model.get_output_embeddings() is not None and not _is_tied(model):  # training took them apart
-            language_config(model.config).tie_word_embeddings = False
-    else:
-        model = opened(model, folder, base.active).get_base_model()
-        if base.quantization is not None:  # bits have no dtype
-            return model
-    return model.to(wanted)
+
+def _in_full(model: Any, found: Pretrained) -> Any:
+    """The adapters of a folder on their base, which becomes fp32."""
+    assert found.base is not None
+    if found.base.quantization is not None:  # the numbers that the bits stand for: with these the adapters were trained
+        model = model.dequantize()
+    return opened(model.float(), Path(found.source), found.base.active)
 
 
 def _is_tied(model: Any) -> bool:
@@ -96,8 +153,8 @@ def _is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """That of a model without adapters."""
+def fingerprint_of_base(model: nn.Module) -> str:
+    """That of a model without adapters, in which it is the base of others."""
     once: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in tensors_by_name(model).items():
         once.setdefault(id(tensor), (name, tensor))

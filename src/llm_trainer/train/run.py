@@ -35,6 +35,7 @@ from llm_trainer.train.evaluate import answer, evaluate, unmeasured
 from llm_trainer.train.hooks import Hook, with_names_of_their_own
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
+from llm_trainer.train.probing import probe_file
 from llm_trainer.train.reporter import Reporter
 from llm_trainer.train.retry import one_message, recall
 from llm_trainer.train.rows import LaidOut
@@ -510,7 +511,10 @@ class Run:
             return self.checkpoints.save_file(path, self.trainer.saved_model, state)
         best_loss = self.progress.best_loss if is_best else None
         best_file = is_best and self.settings.best_file
-        wanted = Wanted(self.progress.step, is_best, best_loss, best_file, background)
+        beside: dict[str, bytes] = {}
+        if (is_best or self.finished()) and not self.stop_requested:  # what `model` in the folder may lead to
+            beside = probe_file(self.trainer, self.engine, self.progress.step)
+        wanted = Wanted(self.progress.step, is_best, best_loss, best_file, background, beside)
         saved = self.checkpoints.save(self.trainer, state, wanted, may_fail)
         if saved:
             self.new_best = False

@@ -9,9 +9,9 @@ files. One save at a time: the next one waits, and so does the end of the run, h
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Wanted:
         best_loss: of it; None: nothing was measured, or it is not the best.
         best_file: write best_model.pt too.
         background: let it be written while training goes on, from copies; how that ends is said by `Saving.finish`.
+        beside: further small files, by their path in the checkpoint.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Wanted:
     best_loss: float | None
     best_file: bool
     background: bool
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ class Saving:
             try:
                 self._manager()  # a folder that cannot be written shows here
                 model = group_files(algorithm.saved_model, algorithm.tokenizer, weights, saved)
+                model = model.joined(ModelFiles(wanted.beside))
             except (CheckpointError, OSError) as error:
                 failure = str(error)
         best_weights = None

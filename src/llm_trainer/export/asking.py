@@ -1,0 +1,78 @@
+"""What is asked of a model and a tokenizer of transformers, in training and of an export alike."""
+
+import json
+from typing import Any
+
+from jinja2 import TemplateError
+from torch import Tensor
+
+from llm_trainer.export.probe import Conversation, Rendered
+
+# Settings of a config.json that change no number, or that stand under another name in `Probe.facts`.
+_NO_NUMBER = {"architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits", "transformers_version"}
+_NO_NUMBER |= {"bos_token_id", "eos_token_id", "pad_token_id", "name_or_path", "problem_type", "return_dict"}
+_NO_NUMBER |= {"quantization_config", "tie_word_embeddings", "initializer_range", "chunk_size_feed_forward"}
+_NO_NUMBER |= {"id2label", "label2id", "is_encoder_decoder", "output_hidden_states", "output_attentions"}
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """What is compared of a transformers model besides its answers: see `Probe.facts`."""
+    settings = {}
+    for name, value in model.config.to_dict().items():
+        if name not in _NO_NUMBER and not name.startswith("_") and "dropout" not in name:
+            settings[name] = value
+    facts = {"settings": json.loads(json.dumps(settings, default=str))}
+    tied = _is_tied(model)
+    if tied is not None:
+        facts["tied"] = tied
+    return facts
+
+
+def _is_tied(model: Any) -> bool | None:
+    """Whether head and embeddings are one matrix; None: something is around one of them, or there is no head."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or any(type(one).__module__.startswith("peft.") for one in (head, embeddings)):
+        return None
+    return head.weight is embeddings.weight
+
+
+def stops_of(model: Any) -> list[int]:
+    """Where a transformers model stops by its generation config."""
+    stops = model.generation_config.eos_token_id
+    if stops is None:
+        return []
+    return [stops] if isinstance(stops, int) else list(stops)
+
+
+def rendered(tokenizer: Any, conversation: Conversation) -> Rendered | None:
+    """A conversation in a tokenizer's chat template: see `probe.Asked.render`."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return None
+    options: dict[str, Any] = {}
+    if conversation.enable_thinking is not None:
+        options["enable_thinking"] = conversation.enable_thinking
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation.messages,
+            tokenize=False,
+            add_generation_prompt=conversation.add_generation_prompt,
+            **options,
+        )
+    except TemplateError:  # some take no system message
+        return None
+    return Rendered(text, list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def special_tokens_of(tokenizer: Any) -> list[str] | None:
+    """Special and added tokens of a tokenizer, by their ids; None: there is no tokenizer."""
+    if tokenizer is None:
+        return None
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+    ids |= tokenizer.get_added_vocab()
+    return sorted(ids, key=lambda token: (ids[token], token))
+
+
+def margin_of(logits: Tensor) -> float:
+    """How far the second likeliest token is behind, in nats. `logits [V]`"""
+    first, second = logits.float().topk(2).values.tolist()
+    return first - second

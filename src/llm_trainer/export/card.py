@@ -1,0 +1,176 @@
+"""The model card of an export, its README.md: what it was trained on and from, how, and what was measured."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm_trainer.checkpoint.adapters import place_of
+from llm_trainer.export.gate import Comparison
+from llm_trainer.export.request import Written
+from llm_trainer.export.source import Source
+
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+OPENED = {
+    "transformers": "`AutoModelForCausalLM.from_pretrained(folder)`, and whatever reads such folders",
+    "peft": "`peft.AutoPeftModelForCausalLM.from_pretrained(folder)`, on its base",
+}
+
+
+class Licence(NamedTuple):
+    """What the folder of a base says of its licence.
+
+    Attributes:
+        facts: of its README's front matter: `license`, `license_name`, `license_link`.
+        where: it was found, for people; empty: nowhere.
+    """
+
+    facts: dict[str, str]
+    where: str
+
+
+def write_card(source: Source, to: str, written: Written, result: Comparison, folder: Path) -> None:
+    """Write README.md into the folder of an export.
+
+    Args:
+        source: what was exported.
+        to: name of the format.
+        written: what the format handed back.
+        result: of the gate.
+        folder: of the export.
+    """
+    from huggingface_hub import ModelCardData
+
+    base = base_of(source)
+    licence, base_name = Licence({}, ""), None
+    if base is not None:
+        licence, base_name = licence_of(base, source), name_of(base)
+    named: dict[str, Any] = dict(licence.facts)
+    facts = ModelCardData(
+        base_model=base_name,
+        library_name=written.library,
+        pipeline_tag="text-generation",
+        tags=["llm-trainer", to],
+        **named,
+    )
+    sections = [
+        f"---\n{facts.to_yaml()}\n---",
+        f"# {_title(source)}",
+        _origin(base, licence),
+        _how_it_was_checked(source, to, written, result),
+        _results(source.state),
+        _data(source.state),
+        _config(source.state),
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    (folder / "README.md").write_text(text + "\n", encoding="utf-8")
+
+
+def base_of(source: Source) -> str | None:
+    """What was trained on: the base of adapters, or the model that a run began with; None: its weights were drawn."""
+    base = source.found.base
+    if base is not None and base.source is not None:
+        return base.source
+    began_with = _configured(source.state).get("model_config")
+    return began_with if isinstance(began_with, str) else None
+
+
+def name_of(base: str) -> str:
+    """What a base is called where its folder is not: a name of the hub as it is, of a folder the last part."""
+    path = Path(base)
+    return path.resolve().name if path.is_dir() or path.is_absolute() else base
+
+
+def licence_of(base: str, source: Source) -> Licence:
+    """The licence of a base, as its README or a file of its folder says."""
+    from huggingface_hub import metadata_load
+
+    revision = None if source.found.base is None else source.found.base.revision
+    folder = place_of(base, revision)
+    if folder is None:
+        return Licence({}, "")
+    readme = folder / "README.md"
+    if readme.is_file():
+        metadata: Mapping[str, Any] = metadata_load(readme) or {}
+        facts = {name: str(metadata[name]) for name in ("license", "license_name", "license_link") if name in metadata}
+        if facts:
+            return Licence(facts, f"its README says {facts.get('license_name') or facts['license']}")
+    for name in LICENCE_FILES:
+        if (folder / name).is_file():
+            return Licence({}, f"it lies in its folder as {name}")
+    return Licence({}, "")
+
+
+def _configured(state: Mapping[str, Any]) -> dict[str, Any]:
+    import yaml
+
+    found = yaml.safe_load(state.get("config") or "") or {}
+    return found if isinstance(found, dict) else {}
+
+
+def _title(source: Source) -> str:
+    checkpoint = source.checkpoint
+    return source.folder.resolve().name if checkpoint is None else checkpoint.parent.name
+
+
+def _origin(base: str | None, licence: Licence) -> str:
+    if base is None:
+        return "Trained from weights that were drawn at random, or from a model that is not known."
+    where = licence.where or "nothing in its folder says; look it up before you pass this model on"
+    return f"Trained from `{name_of(base)}`. The licence of that model: {where}."
+
+
+def _how_it_was_checked(source: Source, to: str, written: Written, result: Comparison) -> str:
+    lines = [f"Exported by `llm-trainer export --to {to}`; opened by {OPENED.get(written.library, written.library)}."]
+    probe = source.recorded
+    if probe is None:
+        lines.append("What it is compared with was asked of the reopened checkpoint: nobody had asked it in training.")
+    else:
+        lines.append(f"What it is compared with was asked in training, at step {probe.made.get('step')}.")
+    lines.append(f"Opened again, it gave the same ids, texts and stop tokens; {result}.")
+    lines += [f"{note[:1].upper()}{note[1:]}." for note in written.notes]
+    return "\n".join(lines)
+
+
+def _results(state: Mapping[str, Any]) -> str:
+    progress = state.get("progress")
+    if progress is None:
+        return ""
+    rows = [("steps", progress["step"]), ("tokens", progress["tokens"])]
+    if progress["best_loss"] is not None:
+        rows.append((f"best, at step {progress['best_step']}", progress["best_loss"]))
+    measured: dict[str, float] = {}
+    for line in progress["lines"]:
+        measured.update(line)
+    rows += sorted(measured.items())
+    lines = ["## Results", "", "| measured | at the end |", "|---|---|"]
+    for name, value in rows:
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        lines.append(f"| {name} | {shown} |")
+    return "\n".join(lines)
+
+
+def _data(state: Mapping[str, Any]) -> str:
+    ledgers = state.get("ledger") or []
+    if not ledgers:
+        return ""
+    lines = [
+        "## Data",
+        "",
+        "| read | rows | tokens | trained on | context | truncated | left out |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for ledger in ledgers:
+        left_out = ", ".join(f"{tokens:,} ({reason})" for reason, tokens in ledger["dropped"].items()) or "0"
+        name = Path(ledger["name"]).name if ledger["name"] else "the data"
+        numbers = " | ".join(f"{ledger[key]:,}" for key in ("rows", "read", "trained", "context", "truncated"))
+        lines.append(f"| {name} | {numbers} | {left_out} |")
+    return "\n".join(lines)
+
+
+def _config(state: Mapping[str, Any]) -> str:
+    config = state.get("config")
+    if not config:
+        return ""
+    versions = json.dumps(state.get("versions", {}))
+    return f"## Configuration\n\nVersions: `{versions}`.\n\n```yaml\n{config.strip()}\n```"

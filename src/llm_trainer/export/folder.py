@@ -1,0 +1,86 @@
+"""A model in memory as a folder of transformers: what `hf` and `merged` write."""
+
+from typing import Any
+
+import torch
+
+from llm_trainer.checkpoint.adapters import place_of
+from llm_trainer.checkpoint.tensor_files import TensorFolder
+from llm_trainer.checkpoint.weights import write_model
+from llm_trainer.export.gate import SAME, Refused
+from llm_trainer.export.opened import reopened
+from llm_trainer.export.probe import Probe
+from llm_trainer.export.request import Request, Written
+from llm_trainer.models.adapter_folder import in_dtype
+
+
+def write_folder(request: Request, model: Any) -> Written:
+    """Write weights, configuration, generation config and tokenizer; see `formats.py`.
+
+    Raises:
+        Refused: the weights have other names than in the folder that the model came from.
+    """
+    source, notes = request.source, []
+    dtype = request.dtype or _usual_dtype(request, model)
+    before = None
+    if dtype != model.dtype:
+        before = source.ask(model)
+    in_dtype(model, dtype)
+    write_model(model, request.folder, source.tokenizer)
+    notes += _names(request, model)
+    expected = source.ask(model, with_weights=True)
+    if before is not None:
+        rounding = _rounding(before, expected)
+        notes.append(f"the weights were rounded to {_name(dtype)}, which moves log-probabilities by {rounding}")
+    for note in notes:
+        request.say(note)
+    return Written(expected, reopened, SAME, tuple(notes))
+
+
+def _usual_dtype(request: Request, model: Any) -> torch.dtype:
+    """The one that it was trained in: adapters are merged in a wider one."""
+    base = request.source.found.base
+    if base is None or not base.dtype:
+        found: torch.dtype = model.dtype
+        return found
+    return getattr(torch, base.dtype)  # type: ignore[no-any-return]
+
+
+def _rounding(before: Probe, after: Probe) -> str:
+    apart = []
+    for one, other in zip(before.logprobs, after.logprobs, strict=True):
+        apart += [abs(a - b) for a, b in zip(one, other, strict=True)]
+    return f"{max(apart):.2g} nats at most, {sum(apart) / len(apart):.2g} in the mean"
+
+
+def _names(request: Request, model: Any) -> list[str]:
+    """Compare the names of weights with those in the folder that the model came from; what has to be said of them.
+
+    Raises:
+        Refused: a name is missing, or new.
+    """
+    found = request.source.found
+    revision = None if found.base is None else found.base.revision
+    place = place_of(str(found.model_source), revision)
+    original = {} if place is None else TensorFolder(place).shapes
+    if not original:  # another format of files
+        return []
+    written = TensorFolder(request.folder).shapes
+    missing, more = sorted(original.keys() - written.keys()), sorted(written.keys() - original.keys())
+    head = model.get_output_embeddings()
+    is_tied = head.weight is model.get_input_embeddings().weight
+    heads = {name for name in (*missing, *more) if name.endswith("lm_head.weight")}
+    if set(missing) - heads or set(more) - heads or (missing and not is_tied):
+        raise Refused(
+            f"the weights have other names than in '{found.model_source}': missing {', '.join(missing[:3]) or 'none'}, new "
+            f"{', '.join(more[:3]) or 'none'}"
+        )
+    if more:
+        return [
+            "training took head and embeddings apart, which were one matrix: both are saved (tie_word_embeddings: false)"
+        ]
+    return []
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,148 @@
+"""What is exported: a model that a run has saved, opened as it trained, and compared with what was recorded of it then."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llm_trainer.export.asking import special_tokens_of
+from llm_trainer.export.gate import FP32, ROUNDED, Comparison, Limits, Refused, compare
+from llm_trainer.export.opened import Opened, tokenizer_in
+from llm_trainer.export.probe import Probe, Questions, questions_for, read_probe, record
+from llm_trainer.models.adapter_folder import beside, in_dtype, load_pretrained, merge
+from llm_trainer.models.inside import context_of, language_config
+from llm_trainer.models.pretrained import Kind, Pretrained, find_pretrained
+
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is exported.
+
+    Attributes:
+        found: what it is, and where.
+        say: called with a line for people.
+        weights: of adapters by name, with which they are added; empty: all that compute, as they are.
+    """
+
+    found: Pretrained
+    say: Callable[[str], None]
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Of the model: its tokenizer lies there too."""
+        return Path(self.found.source)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that it is of; None: it is a folder by itself."""
+        place = self.folder.resolve().parent
+        return place if (place / STATE_FILE).is_file() else None
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint says of the run, without its tensors."""
+        if self.checkpoint is None:
+            return {}
+        found: dict[str, Any] = json.loads((self.checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """None: there is none."""
+        return tokenizer_in(self.folder)
+
+    @cached_property
+    def recorded(self) -> Probe | None:
+        """What the model answered in training; None: nobody asked, or the adapters are to be weighed otherwise."""
+        return None if self.weights else read_probe(self.folder)
+
+    def ask(self, model: Any, with_weights: bool = False, precision: str = "fp32") -> Probe:
+        """Ask a model in memory; its weights are widened to fp32, in place.
+
+        Args:
+            model: of transformers.
+            with_weights: note them, as they are before they are widened.
+            precision: that products are computed in.
+        """
+        asked = Opened(model, self.tokenizer, with_weights, precision)
+        return record(asked, self._questions(asked), precision, {"from": "the reopened checkpoint"})
+
+    def _questions(self, asked: Opened) -> Questions:
+        if self.recorded is not None:
+            return self.recorded.questions
+        config = asked.model.config
+        vocab_size = language_config(config).vocab_size
+        return questions_for(asked, special_tokens_of(self.tokenizer), vocab_size, context_of(config))
+
+    def whole(self) -> Any:
+        """The model as one, in the type that it is saved in; adapters are merged, in fp32.
+
+        Raises:
+            Refused: it does not answer as the model did in training, or merged otherwise than before.
+        """
+        from transformers import AutoModelForCausalLM
+
+        if self.found.base is None:
+            model = load_pretrained(AutoModelForCausalLM, self.found)
+            dtype = model.dtype
+            self.check(model)
+            in_dtype(model, dtype)
+            return model
+        adapted = beside(AutoModelForCausalLM, self.found, weights=self.weights)
+        before = self.check(adapted.get_base_model())
+        model = merge(adapted)
+        after = compare(_without_facts(before), _without_facts(self.ask(model)), FP32)
+        _refuse(after, "merged, the model does not answer as with its adapters beside it")
+        self.say(f"merged: {after}")
+        return model
+
+    def check(self, model: Any) -> Probe:
+        """What the reopened checkpoint answers in fp32, after it was compared with the model in training.
+
+        Raises:
+            Refused: they differ.
+        """
+        if self.recorded is None:
+            self.say(
+                "there is no record of what the model answered in training: the export is compared with the reopened "
+                "checkpoint instead"
+            )
+            return self.ask(model)
+        precision = self.recorded.precision
+        answers = self.ask(model, precision=precision)
+        limits: Limits = ROUNDED.get(precision, FP32)
+        result = compare(self.recorded, answers, limits)
+        _refuse(result, f"the reopened checkpoint '{self.folder}' does not answer as the model did in training")
+        self.say(f"reopened, compared with training in {precision}: {result}")
+        return answers if precision == "fp32" else self.ask(model)
+
+
+def find_source(path: str | Path, say: Callable[[str], None], weights: Mapping[str, float] | None = None) -> Source:
+    """What is at a path: a run, a checkpoint, a model's folder.
+
+    Raises:
+        ValueError: there is no language model, or one that is not exported.
+    """
+    found = find_pretrained(path, (Kind.LANGUAGE_MODEL,), hub=False)
+    if "vision_config" in found.config:
+        raise ValueError(
+            f"{path}: found {found}, a vision-language model, which is not exported; its folder {found.source} is one of "
+            f"transformers already"
+        )
+    return Source(found, say, weights or {})
+
+
+def _without_facts(probe: Probe) -> Probe:
+    """What a model with adapters beside it and a merged one have in common: their answers."""
+    return replace(probe, facts={})
+
+
+def _refuse(result: Comparison, what: str) -> None:
+    if result.differences:
+        lines = "\n  ".join(result.differences)
+        raise Refused(f"{what}:\n  {lines}")
