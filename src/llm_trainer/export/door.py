@@ -9,8 +9,8 @@ import torch
 from llm_trainer.disk import bytes_in, explained, flush, remove
 from llm_trainer.export.card import write_card
 from llm_trainer.export.formats import FORMATS
-from llm_trainer.export.gate import Refused, compare
-from llm_trainer.export.probe import Probe, record
+from llm_trainer.export.gate import Comparison, Refused, compare
+from llm_trainer.export.probe import record
 from llm_trainer.export.request import Request, Written
 from llm_trainer.export.source import find_source
 
@@ -61,11 +61,7 @@ def export(
             partial.mkdir(parents=True)
             request = Request(source, partial, dtype, quantize, say)
             written = wanted.write(request)
-            found = _ask_again(partial, written)
-            result = compare(written.expected, found, written.limits)
-            if result.differences:
-                lines = "\n  ".join(result.differences)
-                raise Refused(f"the export does not answer as the model does:\n  {lines}")
+            result = pass_gate(partial, written)
             say(f"gate: {result}")
             write_card(source, to, written, result, partial)
             _flush_all(partial)
@@ -76,9 +72,19 @@ def export(
     return out
 
 
-def _ask_again(folder: Path, written: Written) -> Probe:
+def pass_gate(folder: Path, written: Written) -> Comparison:
+    """Open an export again and ask it everything.
+
+    Raises:
+        Refused: it does not open, or does not answer as was expected; the message has a line for every difference.
+    """
     asked = written.reopen(folder)
-    return record(asked, written.expected.questions, made={"from": "the export"})
+    found = record(asked, written.expected.questions, made={"from": "the export"})
+    result = compare(written.expected, found, written.limits)
+    if result.differences:
+        lines = "\n  ".join(result.differences)
+        raise Refused(f"the export does not answer as the model does:\n  {lines}")
+    return result
 
 
 def _flush_all(folder: Path) -> None:
