@@ -1,5 +1,6 @@
 """Distillation in the trainers: its loss against the plain formula, cuts of a step, teachers that do not fit, own answers."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def plain_step(student: Any, teacher: Any, kd: Distillation, beta: float) -> dic
     distance = distances.mean() * (kd.temperature**2 if kd.t_squared else 1.0)
     task = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
     loss = kd.kd_coef * distance + (1 - kd.kd_coef) * task
-    norm = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(student.parameters()))]).norm()
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    norm = torch.stack([g.norm() for g in torch.autograd.grad(loss, trained)]).norm()
     return {"kd_loss": distance.item(), "task_loss": task.item(), "loss": loss.item(), "grad_norm": norm.item()}
 
 
@@ -98,6 +100,17 @@ def biased(vocab_size: int = V, seed: int = 0) -> Any:
     one = model(vocab_size, seed)
     one.lm_head = torch.nn.Linear(16, vocab_size)
     return one
+
+
+def adapted(vocab_size: int = V, seed: int = 0) -> Any:
+    """With adapters that have learned before, on its body and its head."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False)
+    base = model(vocab_size, seed)
+    base.lm_head = torch.nn.Linear(16, vocab_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what peft imports
+        return peft.get_peft_model(base, options)
 
 
 def bigrams(vocab_size: int = V, seed: int = 0) -> Any:
@@ -112,6 +125,7 @@ def bigrams(vocab_size: int = V, seed: int = 0) -> Any:
         (model, "forward_kl", 0.0, False),
         (model, "jsd", 0.3, True),
         (biased, "reverse_kl", 1.0, True),
+        (adapted, "jsd", 0.3, True),
         (bigrams, "jsd", 0.3, True),
     ],
 )
