@@ -196,13 +196,45 @@ def test_what_cannot_be_had_together_is_said(name: str, tmp_path: Path, base: Pa
         config(tmp_path, base, reference_dir, **sections)
 
 
-def test_policies_that_draw_are_refused(tmp_path: Path, base: Path, reference_dir: Path) -> None:
-    prompts, group = [{"prompt": "count", "answer": "1 2"}], {"group_size": 2}
-    described = config(tmp_path, base, reference_dir, prompts, sft_config=None, grpo_config=group)
-    with pytest.raises(
-        ConfigError, match="the policy's weights are in 4 or 8 bits, and completions are drawn with a copy"
-    ):
-        GRPOTrainer(train_config=described, reward_func=lambda prompts, completions, answers: [0.0] * len(prompts))
+def of_grpo(
+    folder: Path, base: Path, reference_dir: Path, bits: int = 4, precision: str = "fp32", **section: Any
+) -> GRPOTrainer:
+    prompts = [{"prompt": f"count {n}", "answer": "1"} for n in range(2)]
+    section = {"group_size": 4, "gen_max_seq_len": 6, "loss_beta": 0.1} | section
+    quantization = {"quantization_config": {"bits": bits}}
+    described = config(folder, base, reference_dir, prompts, sft_config=None, grpo_config=section, **quantization)
+    described.run_config.precision = precision  # type: ignore[assignment]
+
+    def distinct(prompts: list[str], completions: list[str], answers: list[str]) -> list[float]:
+        return [float(len(set(completion))) for completion in completions]
+
+    return GRPOTrainer(train_config=described, reward_func=distinct)
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-5), ("bf16", 0.02)])
+def test_a_policy_in_4_bits_draws_with_its_own_weights(
+    precision: str, rounding: float, tmp_path: Path, base: Path, reference_dir: Path
+) -> None:
+    of_grpo(tmp_path, base, reference_dir, precision=precision).train()
+    lines = list(map(json.loads, (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()))
+    steps = [line for line in lines if "kl" in line]
+    assert len(steps) == 3 and all(step["sampling/sampling_logp_difference/max"] < rounding for step in steps)
+    assert steps[0]["kl"] < rounding**2 and steps[-1]["kl"] > 1e-6 and steps[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 8}, "bits: got 8, which treats a token by the others of its micro-batch"),
+        ({"rollout_servers": ["http://127.0.0.1:1"]}, "in place, in turns with learning, and rollout_servers are"),
+        ({"max_staleness": 1}, "in place, in turns with learning, and max_staleness is 1; expected"),
+    ],
+)
+def test_policies_in_few_bits_that_others_would_draw_from_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path, base: Path, reference_dir: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        of_grpo(tmp_path, base, reference_dir, **options)
 
 
 def test_8_bits_and_shards_are_refused(tmp_path: Path, base: Path, reference_dir: Path) -> None:

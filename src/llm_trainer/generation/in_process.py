@@ -27,6 +27,7 @@ class InProcess:
             call, and `load` only takes their version.
         max_rows: How many completions are decoded together at most.
         max_cache_bytes: Of keys and values; there are fewer rows where longer ones would need more.
+        around: The context in which trained weights compute in place; None: that of the call.
 
     Attributes:
         version: See `GenerationService`.
@@ -42,6 +43,7 @@ class InProcess:
         dtype: torch.dtype | None = None,
         max_rows: int = 64,
         max_cache_bytes: int = 4 * 2**30,
+        around: Callable[[], AbstractContextManager[object]] | None = None,
     ) -> None:
         if max_rows < 1 or max_cache_bytes < 1:
             raise ValueError(f"max_rows={max_rows}, max_cache_bytes={max_cache_bytes}: expected at least 1 of both")
@@ -50,7 +52,13 @@ class InProcess:
         decoding = self._trained if self.copy is None else self.copy.model
         self.model = adapted_model(decoding)
         self.max_rows, self.max_cache_bytes = max_rows, max_cache_bytes
+        self._around = around or nullcontext
         self.version = NOT_LOADED
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the trained weights decode themselves."""
+        return self.copy is None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -116,9 +124,9 @@ class InProcess:
             )
 
     def _precision(self) -> AbstractContextManager[object]:
-        """A copy computes in its own dtype; the trained weights in the precision around the call."""
+        """A copy computes in its own dtype; the trained weights in the precision that they are trained in."""
         if self.copy is None:
-            return nullcontext()
+            return self._around()
         return torch.autocast(device_of(self.model).type, enabled=False)
 
 

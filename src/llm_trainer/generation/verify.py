@@ -231,6 +231,11 @@ class Verified:
         return self.service.held()
 
     @property
+    def in_place(self) -> bool:
+        """Whether the trained weights decode themselves, in the type that they have."""
+        return bool(getattr(self.service, "in_place", False))
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """As `GenerationService.dtype` says."""
         return self.service.dtype

@@ -152,7 +152,7 @@ def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether no process has all of the weights: FSDP2, ZeRO-3."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -166,7 +166,7 @@ def _empty_like(model: nn.Module, dtype: torch.dtype, device: torch.device) -> n
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        if _is_sharded(model):
+        if is_sharded(model):
             raise ValueError(
                 f"engine: the weights are sharded, and completions are drawn with a copy of them, which is made by the "
                 f"configuration of a transformers model; got {type(model).__name__}. Use engine: torch"

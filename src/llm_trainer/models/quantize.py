@@ -19,6 +19,11 @@ def is_quantized(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
 
 
+def has_8_bits(model: nn.Module) -> bool:
+    """Whether layers of a model are in 8 bits, where a token is treated by the others that come with it."""
+    return any(is_kind_of(module, "bitsandbytes.", "Linear8bitLt") for module in model.modules())
+
+
 def num_values(parameter: Tensor) -> int:
     """How many numbers a parameter stands for; in 4 bits they are more than its elements."""
     state = _state_of(parameter)

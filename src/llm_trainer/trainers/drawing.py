@@ -1,5 +1,9 @@
 """Who draws completions: the process that trains, rollout servers, or a service of the user."""
 
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
 from torch import nn
 
 from llm_trainer.config.errors import ConfigError
@@ -8,9 +12,10 @@ from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.servers import Servers
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.transports import Broadcast, Files, Transport
+from llm_trainer.generation.weights import is_sharded
 from llm_trainer.machine import Machine
 from llm_trainer.models.inside import has_adapters
-from llm_trainer.models.quantize import is_quantized
+from llm_trainer.models.quantize import has_8_bits, is_quantized
 from llm_trainer.trainers.said import config_of
 
 
@@ -23,11 +28,7 @@ def service_of(how: RolloutOptions, given: GenerationService | None, model: nn.M
         ValueError: something is no address.
     """
     if is_quantized(model):
-        raise ConfigError(
-            "quantization_config: the policy's weights are in 4 or 8 bits, and completions are drawn with a copy that is "
-            "brought up to date at every rollout, which has no form for bits; expected adapters on plain weights: leave "
-            "quantization_config out"
-        )
+        _check_in_place(model, how, given)
     if (how.rollout_servers or isinstance(given, Servers)) and has_adapters(model):
         raise ConfigError(
             "rollout_servers: the policy has adapters (peft), and servers take the weights of a plain model, by its names; "
@@ -57,9 +58,46 @@ def service_of(how: RolloutOptions, given: GenerationService | None, model: nn.M
 
 def drawing(service: GenerationService | None, model: nn.Module, machine: Machine) -> tuple[GenerationService, str]:
     """The service of a run, which knows the processes of the run, and its name in messages."""
+    if service is None and is_quantized(model):
+        if is_sharded(model):
+            raise ConfigError(
+                "quantization_config: the policy's weights are in 4 bits and sharded, and completions are drawn with the "
+                "trained weights in place, which no process has all of; expected engine: torch, or ds_config with zero_config "
+                "of stage 0 to 2"
+            )
+        return InProcess(model, around=partial(_autocast, machine)), "the sampler of this process"
     if service is None:
         return InProcess(model, machine.dtype), "the sampler of this process"
     if isinstance(service, Servers):
         service.join(machine.process_number, machine.gather, config_of(model), machine.say)
         return service, "the rollout servers"
     return service, f"the given {type(service).__name__}"
+
+
+def _check_in_place(model: nn.Module, how: RolloutOptions, given: GenerationService | None) -> None:
+    """
+    Raises:
+        ConfigError: a policy in few bits is in 8, or not the one that is to draw.
+    """
+    if has_8_bits(model):
+        raise ConfigError(
+            "quantization_config.bits: got 8, which treats a token by the others of its micro-batch, so that log-probs of what "
+            "was drawn would not be those that are learned from; expected bits: 4"
+        )
+    found = ""
+    if how.rollout_servers:
+        found = f"rollout_servers are {how.rollout_servers}"
+    elif given is not None:
+        found = f"generation_service is a {type(given).__name__}"
+    elif how.max_staleness:
+        found = f"max_staleness is {how.max_staleness}"
+    if found:
+        raise ConfigError(
+            f"quantization_config: the policy's weights are in 4 bits, so that completions are drawn with them in place, in "
+            f"turns with learning, and {found}; expected neither rollout_servers, nor a generation_service, nor max_staleness"
+        )
+
+
+def _autocast(machine: Machine) -> AbstractContextManager[object]:
+    """The precision in which the trained weights compute."""
+    return torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)

@@ -131,7 +131,7 @@ class OnPolicyTrainer(BaseTrainer):
                 self._frozen_facts[name] = model_facts(frozen)
         self._service = service_of(how, generation_service, model)
         self._stop_token_ids = stop_token_ids
-        self._verified: GenerationService | None = None
+        self._verified: Verified | None = None
         self._in_a_row: dict[str, int] = {}  # rollouts without anything to learn from, by what is said of them
         self._evaluation = options.get("sampling") or Sampling()
         self._maker: RolloutMaker | None = None
@@ -343,7 +343,7 @@ class OnPolicyTrainer(BaseTrainer):
         """How often a group whose rewards are all equal is drawn again."""
         return 0
 
-    def _service_of_run(self) -> GenerationService:
+    def _service_of_run(self) -> Verified:
         """Who draws; asked when the model is where it will train. Its weights are verified: by a probe too, but for modules
         whose vocabulary has no known size.
         """

@@ -16,7 +16,8 @@ from llm_trainer.config.reinforcement import GenerateConfig
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.rollouts import JUDGED, REDRAWN, TOKEN_REWARDS, Finished, Plan, Prompt, Rollout
 from llm_trainer.generation.decoding import Decoding
-from llm_trainer.generation.service import Completion, GenerationService, Interrupted, Request
+from llm_trainer.generation.service import Completion, Interrupted, Request
+from llm_trainer.generation.verify import Verified
 from llm_trainer.losses.advantages import weighted_rewards
 from llm_trainer.machine import Machine
 from llm_trainer.rewards.functions import RewardFunctions, Rewards
@@ -53,7 +54,7 @@ class RolloutMaker:
         finished: called by all processes when all rows are there: further columns, such as advantages.
         of_finished: what these depend on beside what draws and rewards completions, in JSON types.
         samples: completions of each prompt.
-        dtype: of the weights that the service gets.
+        dtype: of the weights that the service gets, unless it draws with the trained ones in place.
         rewards: functions that judge them; None: they come with their rewards, or a model judges them later.
         tokenizer: for the texts that functions get; None: they get ids.
         stop_token_ids: that end a completion.
@@ -71,7 +72,7 @@ class RolloutMaker:
 
     machine: Machine
     how: GenerateConfig
-    service: Callable[[], GenerationService]
+    service: Callable[[], Verified]
     finished: Callable[[Rollout], Finished]
     _: KW_ONLY
     samples: int
@@ -125,7 +126,9 @@ class RolloutMaker:
         return self.service().updates_in_flight
 
     def begin(self, plan: Plan) -> None:
-        self.service().load(self.machine.stream_weights(self.dtype), plan.version)
+        service = self.service()
+        dtype = None if service.in_place else self.dtype
+        service.load(self.machine.stream_weights(dtype), plan.version)
 
     def make(self, plan: Plan, prompts: Sequence[Prompt]) -> list[Row] | None:
         try:
