@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llm_trainer.checkpoint import load_checkpoint, load_weights
 from llm_trainer.config.adapters import LORA
+from llm_trainer.config.algorithms import SFTConfig
 from llm_trainer.config.env import environment
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.options import Reading
@@ -40,6 +41,7 @@ from llm_trainer.models.adapter_folder import load_start
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
+from llm_trainer.models.freezing import PROJECTOR_ALONE, freeze_parts
 from llm_trainer.models.frozen import freeze, frozen_copy
 from llm_trainer.models.inside import model_context, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
@@ -137,11 +139,20 @@ class Builder:
         with waiting("building the model", dist.is_main()):
             model = self.trainer_class._model_from_config(self.config, self)
             if adapters is None:
+                self._freeze(model)
                 return model
             if self.config.quantization_config is not None:
                 check_quantized(model)
             torch.manual_seed(self.config.run_config.seed)  # whether the weights before were drawn or read
             return adapt(model, adapters)
+
+    def _freeze(self, model: nn.Module) -> None:
+        """Leave out of the training what the configuration says."""
+        wanted = list(self.config.freeze)
+        if isinstance(self.section, SFTConfig) and self.section.freeze_llm_model:
+            wanted += PROJECTOR_ALONE
+        if wanted:
+            freeze_parts(model, wanted)
 
     def model(self, source: str | None = None, in_half: bool = False) -> Any:
         if source is None:
@@ -379,6 +390,7 @@ def _refuse_changes(config: TrainConfig) -> None:
     for name, instead, is_changed in (
         ("model_overrides", "build_model(..., overrides=...)", bool(config.model_overrides)),
         ("adapter_config", "llm_trainer.adapt(model, AdapterConfig(...))", config.adapter_config is not None),
+        ("freeze", "models.freezing.freeze_parts(model, ...)", bool(config.freeze)),
         (
             "quantization_config",
             "from_pretrained(..., quantization_config=BitsAndBytesConfig(...))",

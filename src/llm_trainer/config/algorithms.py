@@ -39,6 +39,9 @@ class SFTConfig:
     thinking: Literal["template", "last", "all", "none"] = Field(
         default="template", description="turns that keep their reasoning; template: as the chat template decides"
     )
+    freeze_llm_model: StrictBool = Field(
+        default=False, description="a vision-language model trains its projector alone, as freeze: [language, vision]"
+    )
     kd_config: KDConfig | None = Field(default=None, description="knowledge distillation")
     gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
 

@@ -265,6 +265,10 @@ class TrainConfig:
     quantization_config: QuantizationConfig | None = Field(
         default=None, description="the weights under adapters in 4 or 8 bits (QLoRA, by bitsandbytes)"
     )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="what is not trained: language, vision, projector, or regular expressions that parameter names hold",
+    )
     data_loader_config: DataLoaderConfig = Field(default_factory=DataLoaderConfig, description="files to batches")
     loss_config: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
     optim_config: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and learning rate")
@@ -296,6 +300,11 @@ class TrainConfig:
             self._one_clipping(self.ds_config)
         if self.adapter_config is not None and self.fsdp_config is not None:
             refuse_tensor_parallelism(self.fsdp_config.tensor_parallel_size)
+        if self.freeze and self.adapter_config is not None:
+            raise ConfigError(
+                "freeze: beside adapter_config, which freezes all that has no adapters; expected adapter_config.parts and "
+                "modules_to_save to say what is trained"
+            )
         if self.quantization_config is not None:
             self._check_quantization()
         if self.adapter_config is not None:

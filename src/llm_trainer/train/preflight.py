@@ -327,6 +327,7 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         "trainer": f"{type(trainer).__name__} of {type(model).__name__}",
         "parameters": describe_size(size),
         **_adapters_of(size),
+        **_frozen_of(size, model),
         "batch": describe_batch(source, accumulation),
         "steps": "unknown" if steps is None else f"{steps:,}, from step {work.run.progress.step:,}",
         "learning rate": learning_rate,
@@ -359,6 +360,14 @@ def _adapters_of(size: Size) -> dict[str, str]:
     if size.adapters is None:
         return {}
     return {"adapters": f"\n{'':>16}".join(size.adapters.lines())}
+
+
+def _frozen_of(size: Size, model: nn.Module) -> dict[str, str]:
+    """What of a model is not trained, but for models with adapters, whose table says it."""
+    from llm_trainer.models.freezing import describe_frozen
+
+    frozen = "" if size.adapters is not None else describe_frozen(model)
+    return {"not trained": frozen} if frozen else {}
 
 
 def describe_choices(choices: Sequence[Choice]) -> list[str]:

@@ -1,0 +1,79 @@
+"""Which parameters of a model are not trained: whole parts of a vision-language model, or those of some name."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from llm_trainer.config.adapters import LANGUAGE_MODEL
+from llm_trainer.models.inside import adapted_model
+from llm_trainer.models.quantize import num_values
+from llm_trainer.models.targets import Parts
+
+LANGUAGE, VISION, PROJECTOR = "language", "vision", "projector"
+# What transformers calls what makes tokens of a tower's features; in some models it is a part of the tower.
+PROJECTORS = ("projector", "connector", "merger", "image_newline")
+PROJECTOR_ALONE = (LANGUAGE, VISION)  # what `freeze_llm_model` means
+
+
+def freeze_parts(model: nn.Module, wanted: Sequence[str]) -> None:
+    """Set `requires_grad` to False where `wanted` says, in place; what is frozen already stays so.
+
+    Args:
+        model: before an optimizer is made.
+        wanted: `language`, `vision`, `projector`, or regular expressions that are found in names of parameters.
+
+    Raises:
+        ValueError: one names no parameter, or nothing is left that learns.
+    """
+    parts = dict(_parts_of(model))
+    for text in wanted:
+        found = [name for name, part in parts.items() if _is_meant(text, name, part)]
+        if not found:
+            raise ValueError(
+                f"freeze: {text!r} is no part of this {type(model).__name__} and found in the name of no parameter; expected "
+                f"{', '.join(dict.fromkeys(parts.values()))}, or a regular expression such as {next(iter(parts))!r}"
+            )
+        for name in found:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze: {', '.join(wanted)} leave nothing that learns; expected a part to train")
+
+
+def _is_meant(text: str, name: str, part: str) -> bool:
+    if text in (LANGUAGE, VISION, PROJECTOR):
+        return part == text
+    try:
+        return re.search(text, name) is not None
+    except re.error as error:
+        raise ValueError(f"freeze: {text!r} is no regular expression: {error}") from error
+
+
+def _parts_of(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Each parameter's name and the part it belongs to."""
+    parts = Parts(model)
+    for name, _ in model.named_parameters():
+        is_language = parts.of(name) == LANGUAGE_MODEL and "image_newline" not in name
+        part = VISION
+        if is_language:
+            part = LANGUAGE
+        elif any(word in name for word in PROJECTORS):
+            part = PROJECTOR
+        yield name, part
+
+
+def describe_frozen(model: nn.Module) -> str:
+    """How many parameters of which parts are not trained; empty: all are."""
+    inner = adapted_model(model)
+    counts: dict[str, tuple[int, int]] = {}
+    for name, part in _parts_of(inner):
+        parameter = inner.get_parameter(name)
+        frozen, in_all = counts.get(part, (0, 0))
+        size = num_values(parameter)
+        counts[part] = frozen + size * (not parameter.requires_grad), in_all + size
+    said = []
+    for part, (frozen, in_all) in counts.items():
+        share = "" if frozen == in_all else f" of {in_all:,}"
+        if frozen:
+            said.append(f"{part}: {frozen:,}{share} parameters")
+    return ", ".join(said)
