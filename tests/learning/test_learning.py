@@ -8,6 +8,7 @@ from statistics import median
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import digits
 import learning_table as table
 import reinforcement_table as reinforcement
 import through_vllm
@@ -23,6 +24,15 @@ def test_held_out_accuracy(name: str, seed: int) -> None:
     assert 0.3 < outcome.accuracy[0] < 0.7  # chance
     assert expected.accepts(outcome.accuracy[1], outcome.margin), outcome
     assert outcome.seconds < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", digits.SEEDS)
+def test_a_language_model_learns_to_see(seed: int, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the images are inside scikit-learn")
+    outcomes = digits.run(seed, tmp_path)
+    missed = [name for name, measured in outcomes.items() if not digits.reached(name, measured)]
+    assert not missed, outcomes
 
 
 RUNS = [(name, seed) for name, experiment in reinforcement.EXPERIMENTS.items() for seed in experiment.seeds]
