@@ -21,8 +21,10 @@ from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, 
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
 from llm_trainer.models.experts import experts_of
 from llm_trainer.models.heads import logits_of, read_head, split_of
-from llm_trainer.models.inside import adapted_model, transformers_model
+from llm_trainer.models.inside import adapted_model, language_config, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
+from llm_trainer.models.vision import Features, Images, Vision
+from llm_trainer.models.vision import rope_positions as positions_of
 
 
 class TokenScores(NamedTuple):
@@ -75,9 +77,14 @@ class ScoredModel(nn.Module):
         base: the user's module, untouched: its parameter names, its `generate`, its `save_pretrained`.
         loss: what a token contributes to `loss_sum`.
         with_entropy: whether entropies are computed.
+        vision: what of the model sees images.
         whole_logits: why the head does not run in chunks; empty where it does.
         named_inputs: what its forward reads of a batch; None: nobody knows.
+        with_images: some micro-batches have images. Those that have none then run the tower too, on one image that counts
+            for nothing, so that every rank exchanges the same.
     """
+
+    with_images = False
 
     def __init__(self, model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> None:
         super().__init__()
@@ -86,7 +93,8 @@ class ScoredModel(nn.Module):
         self.with_entropy = with_entropy
         self._split, self.whole_logits = split_of(model)  # a tuple, so that no parameter gets a second name
         self._experts = experts_of(model)
-        self._causal = self._split is not None and self._split.backbone.config.model_type in BLOCKED_ARCHITECTURES
+        self.vision = Vision.of(model)
+        self._causal = self._split is not None and self._language_config.model_type in BLOCKED_ARCHITECTURES
         self._accepted = accepted_inputs(model)
         inner = transformers_model(model)
         self._steady = None if inner is None else steady_context(inner.config)
@@ -111,6 +119,8 @@ class ScoredModel(nn.Module):
         loss_weights: Tensor | None = None,
         objective: Objective | None = None,
         drawn_from: DrawnFrom | None = None,
+        images: Images | Features | None = None,
+        rope_positions: Tensor | None = None,
         **model_inputs: Any,
     ) -> TokenScores:
         """Score `labels` under the model.
@@ -129,7 +139,9 @@ class ScoredModel(nn.Module):
             repeats: `[B, T]` how many tokens each one stands for in `routing`: those that branches share are several.
             objective: `loss_sum` is its sum over the supervised tokens, made in one run of the head; its columns `[B, T]`.
             drawn_from: the ids that the softmax is taken over, where not over all; its counts `[B, T]`.
-            model_inputs: handed to the model as they are, such as `pixel_values`.
+            images: those of the batch, or what `vision.encode` has made of them; None: it has none.
+            rope_positions: `[3, B, T]` of `models.vision.rope_positions`; made here where they are needed and not given.
+            model_inputs: handed to the model as they are.
         """
         # 1. which positions are scored
         if labels is None:
@@ -148,6 +160,7 @@ class ScoredModel(nn.Module):
 
         # 2. the model, up to what its head is given
         given = {"attention_mask": attention_mask, "position_ids": position_ids, **model_inputs}
+        given |= {"images": images, "rope_positions": rope_positions}
         states, output = self.states(input_ids, supervised, document_lengths=document_lengths, **given)
 
         # 3. the head and the scores
@@ -179,7 +192,12 @@ class ScoredModel(nn.Module):
 
     def knows_branches(self, device: torch.device) -> bool:
         """Whether flat batches may have branches (see `models.attention`) when the model runs on `device`."""
-        return self._split is not None and knows_branches(self._split.backbone.config, device)
+        return self._split is not None and knows_branches(self._language_config, device)
+
+    @property
+    def _language_config(self) -> Any:
+        assert self._split is not None
+        return language_config(self._split.backbone.config)
 
     @property
     def head(self) -> nn.Module | None:
@@ -192,6 +210,8 @@ class ScoredModel(nn.Module):
         supervised: Tensor,
         position_ids: Tensor | None = None,
         document_lengths: Tensor | None = None,
+        images: Images | Features | None = None,
+        rope_positions: Tensor | None = None,
         **model_inputs: Any,
     ) -> tuple[Tensor, Any]:
         """What the head is given to predict the labels after position 0 that are `supervised [B, T - 1]`.
@@ -202,18 +222,55 @@ class ScoredModel(nn.Module):
         if self._steady is not None and input_ids.shape[1] > self._steady:  # else nobody waits for the device
             longest = input_ids.shape[1] if document_lengths is None else int(document_lengths.max())
             check_steady(longest, self._steady, "a micro-batch")
+        # 1. what the model is called with
         if position_ids is None and document_lengths is not None:
             position_ids = restarting_positions(document_lengths).to(input_ids.device)
         given = {"position_ids": position_ids, **model_inputs}
         inputs = self._inputs(given, is_packed=document_lengths is not None)
         if self._split is not None:
-            inputs |= document_bounds(self._split.backbone.config, input_ids, position_ids, document_lengths)
+            inputs |= document_bounds(self._language_config, input_ids, position_ids, document_lengths)
+        features, zero = self._seen(images)
+        if self.vision.model is not None:
+            inputs |= self._positions(input_ids, features, model_inputs.get("attention_mask"), position_ids, rope_positions)
+        if features is not None:
+            inputs["mm_encoder_outputs"] = features.placed()
+            if self.vision.marks_images:
+                inputs["token_type_ids"] = (input_ids == self.vision.image_token_id).long()
+        # 2. its states
         output = self._run(input_ids, **inputs)
         if self._split is None:
             states = logits_of(output, type(self.base).__name__)  # (B, T, V)
         else:
             states = output.last_hidden_state  # (B, T, D)
-        return states[:, :-1][supervised], output
+        states = states[:, :-1][supervised]
+        if zero is not None:
+            states = states + zero.to(states.dtype)
+        return states, output
+
+    def _seen(self, images: Images | Features | None) -> tuple[Features | None, Tensor | None]:
+        """What the tower makes of the images; where there are none, a 0 that depends on the tower, if others have some."""
+        if images is None:
+            return None, self.vision.zero() if self.with_images else None
+        return (images if isinstance(images, Features) else self.vision.encode(images)), None
+
+    def _positions(
+        self,
+        input_ids: Tensor,
+        features: Features | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        given: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Positions of a model that has three of each token: `[4, B, T]`, those inside the document before them."""
+        if not self.vision.takes_rope_positions or (position_ids is None and features is None):
+            return {}
+        if given is None:
+            images = None if features is None else features.images
+            given = positions_of(self.vision, input_ids, images, attention_mask, position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        plain = position_ids.expand(1, *input_ids.shape)
+        return {"position_ids": torch.cat([plain, given.to(plain.device)])}
 
     def _call(self, input_ids: Tensor, **inputs: Any) -> Any:
         """The part of the model that is called as a module: all of it, or all but the head."""

@@ -1,0 +1,277 @@
+"""Images in a vision-language model: what its tower makes of them, once for each, and where they stand among the tokens.
+
+What a model takes is learned from its own methods (`get_image_features`, `get_rope_index`), so that there is no list of
+architectures here.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llm_trainer.models.inside import transformers_models
+
+
+class Images(Protocol):
+    """The images of a micro-batch; `data.vision.ImageBatch` is one.
+
+    Attributes:
+        inputs: of the DISTINCT images, as the model's processor lays them out.
+        order: `[uses]`, which distinct image each use shows, in the order of the placeholders, row after row.
+        lengths: `[distinct]`, placeholder tokens of each.
+    """
+
+    inputs: dict[str, Tensor]
+    order: Tensor
+    lengths: Tensor
+
+
+class ImageInputs(NamedTuple):
+    """`Images` that no data was read for."""
+
+    inputs: dict[str, Tensor]
+    order: Tensor
+    lengths: Tensor
+
+
+class Features(NamedTuple):
+    """What a tower and its projector make of the distinct images of a micro-batch.
+
+    Attributes:
+        images: of which.
+        levels: per level, and for each image `[tokens, D]`: first what takes the place of the placeholders, then what is
+            added to states of deeper layers (DeepStack, Meng et al. 2024, arXiv 2406.04334), where a model does so.
+        like: what the model itself returned, whose form it wants back.
+    """
+
+    images: Images
+    levels: list[tuple[Tensor, ...]]
+    like: Any
+
+    def placed(self) -> dict[str, Any]:
+        """`mm_encoder_outputs` of transformers: every use of an image, in the order of the placeholders."""
+        order = self.images.order.tolist()
+        levels = [tuple(level[index] for index in order) for level in self.levels]
+        fields: dict[str, Any] = {"pooler_output": levels[0]}
+        if isinstance(self.like.pooler_output, Tensor):  # it is put in place as it is, others are joined by the model
+            fields["pooler_output"] = torch.cat(levels[0])
+        if len(levels) > 1:
+            fields["deepstack_features"] = levels[1:]
+        return {"image": type(self.like)(**fields)}
+
+
+class Vision(NamedTuple):
+    """The model inside that makes features of images and puts them among the tokens: the body, where a head is around it.
+
+    A tuple, so that a module which has one does not have its parameters twice.
+
+    Attributes:
+        model: of transformers; None: there is none.
+        marks_images: it wants to know which tokens are images, for they see each other.
+    """
+
+    model: Any
+    marks_images: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Vision":
+        found = None
+        for model in transformers_models(module):
+            if hasattr(model, "get_image_features") and "mm_encoder_outputs" in _parameters(model.forward):
+                found = model
+        if found is None:
+            return cls(None)
+        return cls(found, "token_type_ids" in _parameters(found.forward))
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of the placeholders."""
+        return int(self.model.config.image_token_id)
+
+    @property
+    def takes_rope_positions(self) -> bool:
+        """Whether it turns its heads by three positions of a token: time, row and column."""
+        return hasattr(self.model, "get_rope_index")
+
+    def encode(self, images: Images) -> Features:
+        """What the tower makes of the distinct images.
+
+        Raises:
+            ValueError: there is no tower, or they are not as many tokens as the placeholders that stand for them.
+        """
+        if self.model is None:
+            raise ValueError(
+                "the model was given images, and makes no features of any; expected a vision-language model of transformers"
+            )
+        levels, output = self._levels(images.inputs)
+        lengths = images.lengths.tolist()
+        if len(levels[0]) != sum(lengths):
+            raise ValueError(
+                f"{type(self.model).__name__} makes {len(levels[0])} tokens of {len(lengths)} images, for which the processor "
+                f"has put {sum(lengths)} placeholders; expected the processor of this model: the same image size, patches and "
+                f"tokens per image"
+            )
+        return Features(images, [level.split(lengths) for level in levels], output)
+
+    def zero(self) -> Tensor:
+        """A scalar 0 that depends on all that the tower makes of an image.
+
+        For micro-batches that show none, where others do: engines exchange parameters and gradients of a tower, and every
+        rank has to take part.
+        """
+        levels, _ = self._levels(plain_images(self.model).inputs)
+        return 0.0 * torch.stack([level.float().sum() for level in levels]).sum()
+
+    def example(self, number: int = 1) -> ImageInputs:
+        """`number` different images of one size, each shown once, for trials."""
+        images = plain_images(self.model, number)
+        with torch.no_grad():
+            levels, _ = self._levels(images.inputs)
+        each = len(levels[0]) // number
+        return images._replace(lengths=torch.full((number,), each))
+
+    def _levels(self, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Any]:
+        """`[all tokens, D]` per level, and what the model returned."""
+        device = next(self.model.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        output = self.model.get_image_features(**inputs, return_dict=True)
+        levels = [output.pooler_output, *(output.get("deepstack_features") or ())]
+        return [_joined(level) for level in levels], output
+
+
+def _joined(pieces: Any) -> Tensor:
+    """Of `[images, tokens, D]`, or of `[tokens, D]` per image: `[all tokens, D]`."""
+    return pieces.flatten(0, -2) if isinstance(pieces, Tensor) else torch.cat(list(pieces))
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+# Positions.
+
+
+@torch.no_grad()
+def rope_positions(
+    vision: Vision,
+    input_ids: Tensor,
+    images: Images | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Positions in time, row and column of every token, as the model itself counts them inside each document.
+
+    No weights are needed. The host waits for tensors that are on a device.
+
+    Args:
+        vision: of a model that `takes_rope_positions`.
+        input_ids: `[B, T]`, or `[1, N]` of documents laid flat.
+        images: those that the placeholders show; None: there are none.
+        attention_mask: `[B, T]`, 0 on padding.
+        position_ids: `[B, T]`, restarting at 0 in every document; None: a row is one document.
+
+    Returns:
+        `[3, B, T]`, 0 on padding.
+    """
+    ids = input_ids.cpu()
+    found = torch.zeros(3, *ids.shape, dtype=torch.long)
+    grids = _Grids(images)
+    for row, place in _documents(ids, attention_mask, position_ids):
+        document = ids[row, place]
+        is_image = (document == vision.image_token_id).long()
+        inputs: dict[str, Any] = {"mm_token_type_ids": is_image[None].int()}
+        shown = grids.of_the_next(int(is_image.sum()))
+        if shown is not None:
+            inputs["image_grid_thw"] = shown
+        positions, _ = vision.model.get_rope_index(document[None], **inputs)
+        found[:, row, place] = positions[:, 0]
+    return found.to(input_ids.device)
+
+
+def _documents(
+    ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Iterator[tuple[int, slice | Tensor]]:
+    """Row and place of each document in `[B, T]`, in their order."""
+    for row in range(len(ids)):
+        if attention_mask is not None:
+            (place,) = attention_mask[row].cpu().nonzero(as_tuple=True)
+            yield row, place
+            continue
+        bounds = [0, ids.shape[1]]
+        if position_ids is not None:
+            starts = (position_ids[row % len(position_ids)].cpu() == 0).nonzero().flatten().tolist()
+            bounds = sorted({0, *starts, ids.shape[1]})
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            yield row, slice(start, stop)
+
+
+class _Grids:
+    """The grids of the images of a micro-batch, use after use."""
+
+    def __init__(self, images: Images | None) -> None:
+        self._next, self._order, self._lengths = 0, list[int](), list[int]()
+        if images is not None:
+            self._grids = images.inputs["image_grid_thw"].cpu()
+            self._order, self._lengths = images.order.tolist(), images.lengths.tolist()
+
+    def of_the_next(self, num_tokens: int) -> Tensor | None:
+        """`[images, 3]` of those that are `num_tokens` together; None: there are none."""
+        first, left = self._next, num_tokens
+        while left > 0 and self._next < len(self._order):
+            left -= self._lengths[self._order[self._next]]
+            self._next += 1
+        if left:
+            raise ValueError(
+                f"a document has {num_tokens} placeholders of images, which are not those of its images; expected documents "
+                f"that are cut between images"
+            )
+        return self._grids[self._order[first : self._next]] if num_tokens else None
+
+
+# Images that nobody took, to try a model out on.
+
+
+def plain_images(model: Any, number: int = 1) -> ImageInputs:
+    """`number` different images as a vision-language model takes them, as small as its tower allows.
+
+    Their `lengths`, 0 here, are unknown until the tower has seen them.
+    """
+    config = model.config.vision_config
+    names = _parameters(model.get_image_features)
+    channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
+    if "image_grid_thw" in names:
+        side = config.spatial_merge_size
+        patch = channels * config.temporal_patch_size * config.patch_size**2
+        pixels = _shades(number, 2 * side * side, patch).flatten(0, 1)
+        inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, 2 * side]] * number)}
+    else:
+        height, width = _pair(config.image_size)
+        pixels = _shades(number, channels, height, width)
+        inputs = {"pixel_values": pixels}
+        if "pixel_attention_mask" in names:  # pieces of an image in a dimension of their own
+            inputs = {"pixel_values": pixels[None]}
+        elif _is_required(names.get("image_sizes")):  # pieces of an image, as many as its size makes
+            pieces = 1 + max(a * b for a, b in model.config.image_grid_pinpoints) // (height * width)
+            inputs = {
+                "pixel_values": pixels[:, None].expand(-1, pieces, -1, -1, -1).contiguous(),
+                "image_sizes": torch.tensor([[height, width]] * number),
+            }
+    return ImageInputs(inputs, torch.arange(number), torch.zeros(number, dtype=torch.long))
+
+
+def _shades(number: int, *shape: int) -> Tensor:
+    """`[number, *shape]`: different everywhere, the same at every call, and nowhere 0, which some models take for padding."""
+    count = number * torch.Size(shape).numel()
+    return torch.linspace(-3.0, 3.0, count + 1)[1:].sin().add(1.5).view(number, *shape)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height, width
+
+
+def _is_required(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
