@@ -61,6 +61,7 @@ class Algorithm(StepLoss):
         optimizer: of its parameters.
         scheduler: stepped once per update; None: the learning rate stays.
         tokenizer: saved with the model; None: there is none.
+        processor: of a vision-language model, saved in its place, for the tokenizer is in it; None: another model.
         eval_prompts: answered at every evaluation.
         regulariser: what is added to its loss.
         machine: what runs it; there from `_build_source` on.
@@ -83,6 +84,7 @@ class Algorithm(StepLoss):
     optimizer: torch.optim.Optimizer
     scheduler: Any
     tokenizer: Any
+    processor: Any = None
     eval_prompts: list[str]
     regulariser: Regulariser = Regulariser()
     machine: Machine

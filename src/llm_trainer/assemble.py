@@ -80,7 +80,7 @@ def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], bui
         "max_grad_norm": config.optim_config.max_grad_norm,
         "log_interval": run.log_interval,
         "save_dir": run.save_dir,
-        "tokenizer": build.tokenizer,
+        "tokenizer": build.processor or build.tokenizer,
         "eval_prompts": config.eval_prompts,
         **_settings(config, build.engine, [*train.dataset.ledgers, *build.further_ledgers]),
         "choices": _choices(config, given, build, optimizer),

@@ -18,7 +18,7 @@ from llm_trainer.config.env import environment
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.options import Reading
 from llm_trainer.config.registry import accumulation, options_of
-from llm_trainer.config.schema import DataLoaderConfig, ModelConfig, TrainConfig
+from llm_trainer.config.schema import DataLoaderConfig, ModelConfig, TrainConfig, VLMConfig
 from llm_trainer.data.cache import default_folder
 from llm_trainer.data.duplicates import note_overlap
 from llm_trainer.data.encode.chat import ChatFormat
@@ -43,13 +43,14 @@ from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model, set_stops
 from llm_trainer.models.freezing import PROJECTOR_ALONE, freeze_parts
 from llm_trainer.models.frozen import freeze, frozen_copy
-from llm_trainer.models.inside import model_context, transformers_model
+from llm_trainer.models.inside import model_context, sees_images, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.quantized_loading import check_quantized, loading_options
 from llm_trainer.models.scored import ScoredModel
+from llm_trainer.models.vision_build import processor_for, read_processor
 from llm_trainer.models.vocabulary import Pieces, check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.terminal import waiting
 
@@ -118,10 +119,24 @@ class Builder:
         vocabulary = self.config.vocabulary_config
         with waiting(f"loading the tokenizer of {self.config.tokenizer}", dist.is_main()):
             tokenizer = load_tokenizer(self.config.tokenizer)
-        pieces = extend_tokenizer(tokenizer, vocabulary.add_tokens, vocabulary.add_special_tokens)
+        special, wanted = vocabulary.add_special_tokens, self.config.model_config
+        if isinstance(wanted, VLMConfig) and wanted.image_token not in tokenizer.get_vocab():
+            special = [*special, wanted.image_token]
+        pieces = extend_tokenizer(tokenizer, vocabulary.add_tokens, special)
         if vocabulary.chat_template is not None:
             tokenizer.chat_template = template_of(vocabulary.chat_template)
         return tokenizer, pieces
+
+    @cached_property
+    def processor(self) -> Any:
+        """Of a vision-language model: the tokenizer, and what makes numbers of images; None: another model."""
+        model, wanted = transformers_model(self.policy), self.config.model_config
+        if "model" in self.given or model is None or not sees_images(model.config):
+            return None
+        if isinstance(wanted, VLMConfig):
+            return processor_for(model.config, self.tokenizer, wanted.vision_path)
+        source = find_pretrained(str(wanted), (Found.LANGUAGE_MODEL,), key="model_config").model_source
+        return read_processor(source, self.tokenizer)
 
     def tokenizer_of(self, source: str) -> Any:
         return load_tokenizer(source)
@@ -361,6 +376,8 @@ def make_model(
     wanted, pieces = config.model_config, pieces or {}
     if isinstance(wanted, ModelConfig) and wanted.vocab_size is None:
         wanted = replace(wanted, vocab_size=min(pieces, default=len(tokenizer)))
+    if isinstance(wanted, VLMConfig) and wanted.image_token_id is None:
+        wanted = replace(wanted, image_token_id=tokenizer.convert_tokens_to_ids(wanted.image_token))
     model = build_model(wanted, attention=attention, empty=empty, overrides=config.model_overrides, options=options)
     if config.init_state_dict is not None and not empty:
         load_weights(model, config.init_state_dict, "init_state_dict")

@@ -35,8 +35,10 @@ from llm_trainer.config.schema import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+    VLMConfig,
     VocabularyConfig,
 )
+from llm_trainer.config.vision import VisionConfig
 
 __all__ = [
     "AdapterConfig",
@@ -74,5 +76,7 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "TrainConfig",
+    "VLMConfig",
+    "VisionConfig",
     "VocabularyConfig",
 ]

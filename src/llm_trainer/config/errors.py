@@ -139,7 +139,7 @@ def expectation(field: FieldInfo) -> str:
             bounds.append(f"{words} {getattr(rule, name):g}")
     nouns = [_noun(member) for member in _members(field.annotation)]
     nouns[0] = " ".join([nouns[0], " and ".join(bounds)]).rstrip()
-    return " or ".join(nouns)
+    return " or ".join(dict.fromkeys(nouns))
 
 
 def explain(error: ValidationError, section: type, where: str) -> ConfigError:
@@ -162,12 +162,15 @@ def _explain_one(section: type, mistake: ErrorDetails) -> str:
     kind, location, found = mistake["type"], mistake["loc"], reprlib.repr(mistake["input"])
     path: list[str] = []
     field: FieldInfo | None = None
-    for part in location:  # beside keys, a location has the names of union members, which no user wrote
+    for part, following in zip(location, [*location[1:], None], strict=True):
         fields = fields_of(section)
         if part in fields:
             field = fields[str(part)]
             path.append(str(part))
-            section = next((member for member in _members(field.annotation) if _is_section(member)), section)
+            # Beside keys, a location has the names of union members, which no user wrote.
+            members = [member for member in _members(field.annotation) if _is_section(member)]
+            members.sort(key=lambda member: member.__name__ != following)
+            section = next(iter(members), section)
     key = ".".join(path)
     if kind == "unexpected_keyword_argument":
         return _unknown_key(".".join([*path, str(location[-1])]), str(location[-1]), list(fields_of(section)))

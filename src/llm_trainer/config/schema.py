@@ -7,15 +7,16 @@ A leaf of the package: pydantic and the standard library only. A `Field`'s descr
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt
+from pydantic import Discriminator, Field, StrictBool, StrictFloat, StrictInt, Tag
 
 from llm_trainer.config.adapters import AdapterConfig, refuse_tensor_parallelism
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
 from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import environment
-from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.files import Files
 from llm_trainer.config.optim import OptimConfig
 from llm_trainer.config.options import Balancing, EarlyStopping, Execution, FsdpConfig, MicroBatches, Reading, Sampling
@@ -23,6 +24,7 @@ from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.config.quantization import QuantizationConfig
 from llm_trainer.config.reinforcement import GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig
 from llm_trainer.config.section import config_section
+from llm_trainer.config.vision import VisionConfig, check_tokens
 
 
 def intermediate_size(hidden_size: int, multiple_of: int = 64) -> int:
@@ -104,6 +106,77 @@ class ModelConfig:
         if (self.moe is None) == (self.architecture == "qwen3_moe"):
             expected = "a moe section" if self.moe is None else "no moe section, or architecture: qwen3_moe"
             raise ConfigError(f"moe: architecture {self.architecture} expects {expected}")
+
+
+@config_section
+class VLMConfig(ModelConfig):
+    """The shape of a vision-language model that is trained from scratch, or put together of models that are there.
+
+    A tower (SigLIP), a projector of two layers and the language model of `ModelConfig`, as in LLaVA (Liu et al. 2023, arXiv
+    2304.08485). With a quarter as many tokens as patches four patches become one token, as in InternVL (Chen et al. 2023,
+    arXiv 2312.14238).
+    """
+
+    hidden_size: StrictInt = Field(default=0, ge=0, description="width of the residual stream; 0: of language_path")
+    num_hidden_layers: StrictInt = Field(default=0, ge=0, description="number of blocks; 0: of language_path")
+    num_attention_heads: StrictInt = Field(default=0, ge=0, description="query heads; 0: of language_path")
+    vision: VisionConfig | None = Field(default=None, description="the shape of the tower; null: that of vision_path")
+    tokens_per_image: StrictInt | None = Field(
+        default=None, ge=1, description="null: one for each patch; or a quarter as many, for four patches each"
+    )
+    image_token: str = Field(
+        default="<image>", description="the placeholder, as one token, which the tokenizer gets if it has none"
+    )
+    image_token_id: StrictInt | None = Field(default=None, ge=0, description="its id; null: the tokenizer's")
+    language_path: str | None = Field(
+        default=None, description="folder or name of the language model to start from; null: the shape above"
+    )
+    vision_path: str | None = Field(default=None, description="folder or name of the tower to start from; null: vision")
+
+    def __post_init__(self) -> None:
+        if (self.vision is None) == (self.vision_path is None):
+            raise ConfigError("vision: expected either the shape of the tower, or its folder as vision_path")
+        if self.language_path is None:
+            self._check_shape()
+            ModelConfig.__post_init__(self)
+        else:
+            self._refuse_shape()
+        if self.vision is not None:
+            check_tokens(self.tokens_per_image, self.vision.image_size, self.vision.patch_size)
+
+    def _check_shape(self) -> None:
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is missing: {fields_of(ModelConfig)[name].description}")
+        if self.architecture not in ("qwen3", "llama"):
+            raise ConfigError(
+                f"architecture: got {self.architecture}, and a vision-language model is built of qwen3 or llama; expected one "
+                f"of them"
+            )
+
+    def _refuse_shape(self) -> None:
+        for name in fields_of(ModelConfig):
+            if getattr(self, name) != fields_of(VLMConfig)[name].get_default():
+                raise ConfigError(
+                    f"{name}: got {getattr(self, name)}, and the language model is that of language_path; expected one of "
+                    f"the two"
+                )
+
+
+def _kind_of_model(given: Any) -> str:
+    """Which member of the union `model_config` is meant."""
+    if isinstance(given, VLMConfig):
+        return "VLMConfig"
+    if isinstance(given, Mapping):
+        own = set(fields_of(VLMConfig)) - set(fields_of(ModelConfig))
+        return "VLMConfig" if own & set(given) else "ModelConfig"
+    return "ModelConfig" if isinstance(given, ModelConfig) else "str"
+
+
+AnyModel = Annotated[
+    Annotated[ModelConfig, Tag("ModelConfig")] | Annotated[VLMConfig, Tag("VLMConfig")] | Annotated[str, Tag("str")],
+    Discriminator(_kind_of_model),
+]
 
 
 @config_section
@@ -233,7 +306,7 @@ class TrainConfig:
     is registered from outside is added to them.
     """
 
-    model_config: ModelConfig | str = Field(
+    model_config: AnyModel = Field(
         description="a shape to train from scratch, or the path or name of a Hugging Face model"
     )
     model_overrides: dict[str, Any] = Field(
@@ -292,8 +365,11 @@ class TrainConfig:
     ppo_config: PPOConfig | None = Field(default=None, description="reinforcement learning with a critic")
 
     def __post_init__(self) -> None:
-        if self.tokenizer is None and isinstance(self.model_config, str):
-            self.tokenizer = self.model_config
+        source = self.model_config
+        if isinstance(source, VLMConfig):
+            source = source.language_path or source
+        if self.tokenizer is None and isinstance(source, str):
+            self.tokenizer = source
         if self.init_state_dict is not None and self.init_weights_path is not None:
             raise ConfigError("init_weights_path: init_state_dict already gives initial weights; give one of them")
         if self.ds_config is not None:

@@ -21,7 +21,7 @@ from llm_trainer.models.quantized_loading import loading_again
 def load_pretrained(
     auto_class: Any,
     found: Pretrained,
-    attention: str | None = None,
+    attention: str | dict[str, str] | None = None,
     dtype: torch.dtype | str = "auto",
     merged: bool = True,
     config: Any = None,
@@ -32,7 +32,7 @@ def load_pretrained(
     Args:
         auto_class: of transformers, or a class of its models.
         found: a folder of weights, or of adapters.
-        attention: as `resolve_attention` gives it; None: transformers' choice.
+        attention: as `build.attention_of` gives it; None: transformers' choice.
         dtype: of the parameters; 'auto': the one that they are saved in, of a base with adapters that of its training.
         merged: adapters are added to the weights, which is what can be trained on and saved as a model; in fp32, since
             a small difference would be lost in the rounding of 16 bits. False: they stay beside them, exact, to read from.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llm_trainer.models.document_attention import document_attention
 from llm_trainer.models.gpu_attention import FLASH_ROWS, gpu_attention
+from llm_trainer.models.inside import language_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,6 +51,7 @@ def best_attention(device: str | torch.device) -> tuple[str, str]:
 
 def describe_attention(config: "PretrainedConfig", device: str | torch.device) -> tuple[str, str]:
     """What a model that was built with `auto` runs on, and why."""
+    config = language_config(config)
     found = config._attn_implementation
     if found == "blocked" and not _is_ours(config):
         return "sdpa", f"torch's own kernels and the masks that {config.model_type} makes"
@@ -88,6 +90,7 @@ def register() -> None:
 
 def knows_branches(config: "PretrainedConfig", device: torch.device) -> bool:
     """Whether a model of this configuration reads branches on `device`: only `"blocked"` does, and never with a mask."""
+    config = language_config(config)
     settings = config.to_dict()
     masked = settings.get("attention_dropout") or settings.get("sliding_window")
     return _is_ours(config) and not masked and device.type == "cpu"
@@ -95,6 +98,7 @@ def knows_branches(config: "PretrainedConfig", device: torch.device) -> bool:
 
 def _is_ours(config: "PretrainedConfig") -> bool:
     """Whether the layers of a model of this configuration call `blocked_attention`."""
+    config = language_config(config)
     return config._attn_implementation == "blocked" and config.model_type in BLOCKED_ARCHITECTURES
 
 

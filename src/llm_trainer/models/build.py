@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.config.schema import VLMConfig
 from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
-from llm_trainer.models.inside import language_config
+from llm_trainer.models.inside import language_config, sees_images
 from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.quantize import num_values, stored_numbers
+from llm_trainer.models.vision_build import language_part, put_parts, vision_language_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,9 +31,16 @@ ARCHITECTURES = {  # name -> transformers configuration class
 
 def build_config(model_config: "ModelConfig") -> "PretrainedConfig":
     """The transformers configuration that `model_config` describes."""
+    if isinstance(model_config, VLMConfig):
+        from_folder = model_config.language_path is not None
+        text = language_part(model_config) if from_folder else _text_config(model_config)
+        return vision_language_config(model_config, text)
+    return _text_config(model_config)
+
+
+def _text_config(c: "ModelConfig") -> "PretrainedConfig":
     import transformers
 
-    c = model_config
     rope = {"rope_type": "default", "rope_theta": c.rope_theta, **with_rope_type(c.rope_scaling or {})}
     check_rope(rope, "model_config.rope_scaling")
     values: dict[str, Any] = {
@@ -90,7 +99,10 @@ def build_model(
     if isinstance(source, str | Path):
         return _load_model(source, attention, dtype, empty, key, overrides or {}, options or {})
     refuse_overrides(overrides or {})
-    return model_of_config(build_config(source), attention, dtype, empty)
+    model = model_of_config(build_config(source), attention, dtype, empty)
+    if isinstance(source, VLMConfig) and not empty:
+        put_parts(model, source)
+    return model
 
 
 def refuse_overrides(overrides: Mapping[str, Any]) -> None:
@@ -109,10 +121,27 @@ def model_of_config(
     config: "PretrainedConfig", attention: str = "sdpa", dtype: torch.dtype | str = torch.float32, empty: bool = False
 ) -> "PreTrainedModel":
     """A language model with random weights, or `empty` ones on the meta device; arguments of `build_model`."""
-    from transformers import AutoModelForCausalLM
-
+    attention = attention_of(attention, config)
     with torch.device("meta") if empty else nullcontext():
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        return auto_class(config).from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def auto_class(config: "PretrainedConfig") -> Any:
+    """The class of transformers that makes a model of a configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
+def attention_of(attention: str, config: "PretrainedConfig") -> str | dict[str, str]:
+    """`attention`, in place of which models that do not know the blocked one get sdpa, as do towers of images."""
+    if attention != "blocked":
+        return attention
+    if language_config(config).model_type not in BLOCKED_ARCHITECTURES:
+        return "sdpa"
+    if sees_images(config):
+        return {"": "sdpa", "text_config": attention, "vision_config": "sdpa"}
+    return attention
 
 
 def _load_model(
@@ -124,25 +153,18 @@ def _load_model(
     overrides: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> "PreTrainedModel":
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     found = find_pretrained(source, (Kind.LANGUAGE_MODEL,), key)
-    attention = supported_attention(attention, found.config)
     config = AutoConfig.from_pretrained(found.model_source)
     if overrides:
         config = overridden(config, overrides)
     if empty:
         return model_of_config(config, attention, dtype, empty)
-    model = load_pretrained(AutoModelForCausalLM, found, attention, dtype, config=config, **options)
+    attends = attention_of(attention, config)
+    model = load_pretrained(auto_class(config), found, attends, dtype, config=config, **options)
     check_finite(model, str(source))
     return model
-
-
-def supported_attention(attention: str, config: dict[str, Any]) -> str:
-    """`attention`, or `sdpa` where the model of a config.json does not know blocked attention."""
-    if attention == "blocked" and config["model_type"] not in BLOCKED_ARCHITECTURES:
-        return "sdpa"
-    return attention
 
 
 def check_finite(model: nn.Module, source: str) -> None:

@@ -41,6 +41,11 @@ def language_config(config: Any) -> "PretrainedConfig":
     return found
 
 
+def sees_images(config: Any) -> bool:
+    """Whether a model of this transformers configuration has a tower of images beside its language model."""
+    return getattr(config, "vision_config", None) is not None
+
+
 def context_of(config: Any) -> int | None:
     """The most tokens that a model of this configuration takes; None: it does not say, as where positions are relative."""
     return getattr(language_config(config), "max_position_embeddings", None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import knows_branches
-from llm_trainer.models.build import supported_attention
+from llm_trainer.models.build import attention_of
 from llm_trainer.models.inside import adapted_model
 from llm_trainer.models.pretrained import ENDINGS, REWARD_MODELS, Kind, Pretrained, find_pretrained
 
@@ -160,13 +160,13 @@ def load_judge(source: str | Path, judges_steps: bool, attention: str = "sdpa") 
 
 
 def _loaded(found: Pretrained, attention: str, dtype: torch.dtype | str) -> "PreTrainedModel":
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     model_class: Any = AutoModelForSequenceClassification
     if found.kind is Kind.STEP_REWARD_MODEL:
         model_class = AutoModelForTokenClassification
-    attention = supported_attention(attention, found.config)
-    return load_pretrained(model_class, found, attention, dtype)
+    attends = attention_of(attention, AutoConfig.from_pretrained(found.model_source))
+    return load_pretrained(model_class, found, attends, dtype)
 
 
 def _labels_of(config: Mapping[str, Any]) -> list[str]:

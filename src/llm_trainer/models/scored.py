@@ -139,7 +139,8 @@ class ScoredModel(nn.Module):
             repeats: `[B, T]` how many tokens each one stands for in `routing`: those that branches share are several.
             objective: `loss_sum` is its sum over the supervised tokens, made in one run of the head; its columns `[B, T]`.
             drawn_from: the ids that the softmax is taken over, where not over all; its counts `[B, T]`.
-            images: those of the batch, or what `vision.encode` has made of them; None: it has none.
+            images: those of the batch, or what `vision.encode` has made of them; None: it has none. Images without a use are
+                encoded, and count for nothing.
             rope_positions: `[3, B, T]` of `models.vision.rope_positions`; made here where they are needed and not given.
             model_inputs: handed to the model as they are.
         """
@@ -249,9 +250,13 @@ class ScoredModel(nn.Module):
 
     def _seen(self, images: Images | Features | None) -> tuple[Features | None, Tensor | None]:
         """What the tower makes of the images; where there are none, a 0 that depends on the tower, if others have some."""
-        if images is None:
-            return None, self.vision.zero() if self.with_images else None
-        return (images if isinstance(images, Features) else self.vision.encode(images)), None
+        if isinstance(images, Features):
+            return images, None
+        if images is not None and len(images.order):
+            return self.vision.encode(images), None
+        if images is not None or self.with_images:
+            return None, self.vision.zero(images)
+        return None, None
 
     def _positions(
         self,

@@ -115,13 +115,14 @@ class Vision(NamedTuple):
             )
         return Features(images, [level.split(lengths) for level in levels], output)
 
-    def zero(self) -> Tensor:
-        """A scalar 0 that depends on all that the tower makes of an image.
+    def zero(self, images: Images | None = None) -> Tensor:
+        """A scalar 0 that depends on all that the tower makes of images, by default of one that nobody took.
 
         For micro-batches that show none, where others do: engines exchange parameters and gradients of a tower, and every
         rank has to take part.
         """
-        levels, _ = self._levels(plain_images(self.model).inputs)
+        images = images or plain_images(self.model)
+        levels, _ = self._levels(images.inputs)
         return 0.0 * torch.stack([level.float().sum() for level in levels]).sum()
 
     def example(self, number: int = 1) -> ImageInputs:

@@ -192,7 +192,8 @@ class Saving:
         if dist.is_main():
             try:
                 self._manager()  # a folder that cannot be written shows here
-                model = group_files(algorithm.saved_model, algorithm.tokenizer, weights, saved)
+                beside = algorithm.processor or algorithm.tokenizer
+                model = group_files(algorithm.saved_model, beside, weights, saved)
                 model = model.joined(ModelFiles(wanted.beside))
             except (CheckpointError, OSError) as error:
                 failure = str(error)

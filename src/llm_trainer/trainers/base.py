@@ -10,6 +10,7 @@ from torch import nn
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.options import Settings
 from llm_trainer.layout import Packing
+from llm_trainer.models.inside import is_kind_of
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.trainers.building import DataRequest
@@ -55,7 +56,7 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         log_interval: steps between log lines.
         save_dir: where checkpoints and logs go.
         save_interval: epochs between checkpoints; 0: none but the last.
-        tokenizer: saved with the model; needed for `eval_prompts`.
+        tokenizer: saved with the model; needed for `eval_prompts`. Of a vision-language model its processor.
         eval_prompts: prompts answered at every evaluation.
         hooks: `Hook`s called by the loop, besides the built-in ones.
         **options: fields of `Settings`.
@@ -107,6 +108,8 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.tokenizer, self.eval_prompts = tokenizer, list(eval_prompts)
+        if is_kind_of(tokenizer, "transformers.", "ProcessorMixin"):
+            self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
         device_name = None if device is None else str(device)
         self.run = Run(
             self,

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_trainer.config.schema import ModelConfig, MoeConfig
+from llm_trainer.config.schema import ModelConfig, MoeConfig, VLMConfig
+from llm_trainer.config.vision import VisionConfig
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.build import build_model
 
@@ -61,3 +62,28 @@ def padded_batch(left: bool = False) -> dict[str, Tensor]:
         ids[row, place], mask[row, place] = document, 1
     starts = (mask.cumsum(1) == 1) & (mask == 1)  # on the left, the first token has padding before it, not a context
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((mask == 0) | starts, IGNORE)}
+
+
+IMAGE = 5  # the id of the placeholder
+
+
+def tiny_vlm_config(**changes: object) -> VLMConfig:
+    """A LLaVA whose images are 4 tokens each; `tokens_per_image=1`: an InternVL."""
+    text = {field: getattr(tiny_config(), field) for field in ("vocab_size", "hidden_size", "intermediate_size")}
+    vision = VisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+    settings = {
+        **text,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "image_token_id": IMAGE,
+        "vision": vision,
+    }
+    return VLMConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def tiny_vlm(attention: str = "blocked", **changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return build_model(tiny_vlm_config(**changes), attention=attention)

@@ -1,0 +1,146 @@
+"""Images in the forward: each is encoded once, shown as often as it is used, and documents with images are apart when flat."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import IMAGE, tiny_model, tiny_vlm
+from torch import Tensor, nn
+
+from llm_trainer.image_batch import ImageBatch
+from llm_trainer.losses.language import IGNORE
+from llm_trainer.models.scored import ScoredModel, scored
+
+# Rows of two, one and no image; the first image of the first row is that of the second.
+ROWS = ([1, 2, "a", 3, "b", 4], ["a", 7, 8], [9, 10, 11, 12])
+
+
+def images(model: ScoredModel, rows: tuple[list[object], ...] = ROWS) -> ImageBatch:
+    """Two distinct images, and where `rows` show them."""
+    example = model.vision.example(2)
+    uses = [[use for use in row if isinstance(use, str)] for row in rows]
+    order = [("a", "b").index(use) for row in uses for use in row]
+    return ImageBatch(example.inputs, torch.tensor(order), torch.tensor([len(row) for row in uses]), example.lengths)
+
+
+def documents(each: int, rows: tuple[list[object], ...] = ROWS) -> list[Tensor]:
+    found = []
+    for row in rows:
+        ids: list[int] = []
+        for one in row:
+            ids += [one] if isinstance(one, int) else [IMAGE] * each
+        found.append(torch.tensor(ids))
+    return found
+
+
+def labels_of(ids: Tensor) -> Tensor:
+    return ids.masked_fill(ids == IMAGE, IGNORE)
+
+
+def padded(each: int) -> dict[str, Tensor]:
+    rows = documents(each)
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    labels = labels_of(ids).masked_fill(mask == 0, IGNORE)
+    labels[:, 0] = IGNORE
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def flat(each: int) -> dict[str, Tensor]:
+    rows = documents(each)
+    ids = torch.cat(rows)[None]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    labels = labels_of(ids).masked_fill(positions == 0, IGNORE)
+    lengths = torch.tensor([len(row) for row in rows])
+    return {"input_ids": ids, "position_ids": positions, "document_lengths": lengths, "labels": labels}
+
+
+def gradients(model: nn.Module) -> Tensor:
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("tokens", [4, 1])
+def test_the_loss_is_the_models_own(tokens: int) -> None:
+    model = tiny_vlm(tokens_per_image=tokens)
+    ours = scored(model)
+    assert ours.whole_logits == ""
+    shown, batch = images(ours), padded(tokens)
+    scores = ours(**batch, images=shown)
+    (scores.loss_sum / scores.num_tokens).backward()
+    found = gradients(model)
+
+    pixels = shown.inputs["pixel_values"][shown.order]  # every use by itself
+    own = model(**batch, pixel_values=pixels).loss
+    own.backward()
+    torch.testing.assert_close(scores.loss_sum / scores.num_tokens, own)
+    torch.testing.assert_close(found, gradients(model), rtol=1e-4, atol=1e-6)
+
+    unseen = ours(**batch, images=replace(shown, order=shown.order.flip(0))).loss_sum
+    assert abs(float(unseen - scores.loss_sum)) > 1e-3  # images are seen
+
+
+@pytest.mark.parametrize("tokens", [4, 1])
+def test_flat_documents_with_images_are_scored_as_alone(tokens: int) -> None:
+    model = tiny_vlm(tokens_per_image=tokens)
+    ours = scored(model)
+    shown = images(ours)
+    found = {}
+    for name, batch in {"padded": padded(tokens), "flat": flat(tokens)}.items():
+        scores = ours(**batch, images=shown)
+        scores.loss_sum.backward()
+        found[name] = scores.loss_sum, gradients(model)
+    torch.testing.assert_close(found["flat"], found["padded"], rtol=1e-5, atol=1e-5)
+
+
+def test_each_distinct_image_is_encoded_once_and_may_be_encoded_before() -> None:
+    ours = scored(tiny_vlm())
+    shown, seen = images(ours), []
+    ours.vision.model.vision_tower.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
+    first = ours(**padded(4), images=shown).loss_sum
+    assert seen == [2]  # three uses
+    features = ours.vision.encode(shown)
+    assert torch.equal(ours(**padded(4), images=features).loss_sum, first)
+    assert seen == [2, 2]
+
+
+def test_a_micro_batch_without_images_runs_the_tower_and_scores_the_same() -> None:
+    model = tiny_vlm()
+    ours = scored(model)
+    text = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+    plain = ours(**text).loss_sum
+    plain.backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert not any("vision_tower" in name for name in reached)
+    model.zero_grad()
+
+    none = torch.zeros(0, dtype=torch.long)
+    blank = replace(images(ours), order=none, counts=none)  # as data makes it, and as the model makes it itself
+    for given in ({"images": blank}, {}):
+        ours.with_images = not given
+        scores = ours(**text, **given)
+        assert torch.equal(scores.loss_sum, plain)
+        scores.loss_sum.backward()
+        reached = {name for name, p in model.named_parameters() if p.grad is not None}
+        tower = {name for name, _ in model.named_parameters() if "vision_tower" in name and "post_layernorm" not in name}
+        assert tower <= reached
+        assert float(gradients(model.model.vision_tower).abs().max()) == 0.0
+
+
+def test_nothing_of_the_model_has_a_second_name() -> None:
+    model = tiny_vlm()
+    assert set(scored(model).state_dict()) == {f"base.{name}" for name in model.state_dict()}
+
+
+def test_placeholders_and_features_that_disagree_are_an_error() -> None:
+    ours = scored(tiny_vlm())
+    shown = images(ours)
+    with pytest.raises(ValueError, match="makes 8 tokens of 2 images, for which the processor has put 6 placeholders"):
+        ours(**padded(4), images=replace(shown, lengths=torch.tensor([3, 3])))
+
+
+def test_images_of_a_text_model_are_an_error() -> None:
+    shown = images(scored(tiny_vlm()))
+    with pytest.raises(ValueError, match="expected a vision-language model"):
+        scored(tiny_model())(torch.tensor([[1, 2]]), images=shown)
