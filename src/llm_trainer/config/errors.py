@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -162,7 +163,7 @@ def _explain_one(section: type, mistake: ErrorDetails) -> str:
     kind, location, found = mistake["type"], mistake["loc"], reprlib.repr(mistake["input"])
     path: list[str] = []
     field: FieldInfo | None = None
-    for part, following in zip(location, [*location[1:], None], strict=True):
+    for part, following in zip_longest(location, location[1:]):
         fields = fields_of(section)
         if part in fields:
             field = fields[str(part)]

@@ -10,7 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StrictBool, StrictFloat, StrictInt, Tag
+import pydantic
+from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.adapters import AdapterConfig, refuse_tensor_parallelism
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
@@ -174,8 +175,10 @@ def _kind_of_model(given: Any) -> str:
 
 
 AnyModel = Annotated[
-    Annotated[ModelConfig, Tag("ModelConfig")] | Annotated[VLMConfig, Tag("VLMConfig")] | Annotated[str, Tag("str")],
-    Discriminator(_kind_of_model),
+    Annotated[ModelConfig, pydantic.Tag("ModelConfig")]
+    | Annotated[VLMConfig, pydantic.Tag("VLMConfig")]
+    | Annotated[str, pydantic.Tag("str")],
+    pydantic.Discriminator(_kind_of_model),
 ]
 
 

@@ -121,9 +121,9 @@ def model_of_config(
     config: "PretrainedConfig", attention: str = "sdpa", dtype: torch.dtype | str = torch.float32, empty: bool = False
 ) -> "PreTrainedModel":
     """A language model with random weights, or `empty` ones on the meta device; arguments of `build_model`."""
-    attention = attention_of(attention, config)
+    attends = attention_of(attention, config)
     with torch.device("meta") if empty else nullcontext():
-        return auto_class(config).from_config(config, attn_implementation=attention, dtype=dtype)
+        return auto_class(config).from_config(config, attn_implementation=attends, dtype=dtype)
 
 
 def auto_class(config: "PretrainedConfig") -> Any:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from llm_trainer.models.inside import adapted_model, evaluating, is_kind_of, language_config, transformers_models
+from llm_trainer.models.inside import (
+    adapted_model,
+    evaluating,
+    is_kind_of,
+    language_config,
+    sees_images,
+    transformers_models,
+)
 from llm_trainer.models.quantize import dequantized, keep_layout
 
 if TYPE_CHECKING:
@@ -263,4 +270,6 @@ def small_sibling(model: "PreTrainedModel") -> "PreTrainedModel":
     if getattr(text, "layer_types", None):
         text.layer_types = list(dict.fromkeys(text.layer_types))
         text.num_hidden_layers = len(text.layer_types)
+    if sees_images(config):
+        config.image_token_id = 2
     return type(model)(config)

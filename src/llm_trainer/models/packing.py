@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from llm_trainer.layout import Packing, couples_rows
 from llm_trainer.models.heads import small_sibling
 from llm_trainer.models.inside import adapted_model, evaluating, language_config, transformers_model
+from llm_trainer.models.scored import ScoredModel, restarting_positions
+from llm_trainer.models.vision import ImageInputs
 
 # Two documents of ids that every vocabulary has. The second is compared after its first token, which nothing predicts.
 FIRST, SECOND = (0, 1, 1, 0, 1, 0, 0), (1, 0, 1, 1, 0)
@@ -20,7 +22,7 @@ DENSE = ("sdpa", "eager")  # attention that computes all pairs of tokens of a ro
 class Reader(Protocol):
     """A model with a number for every token: `ScoredModel`, `Rewarding`."""
 
-    def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+    def per_token(self, input_ids: Tensor, **layout: Any) -> Tensor:
         """Of `input_ids [B, T]`, or `[1, N]` with `position_ids` and `document_lengths`: numbers of the same shape."""
 
 
@@ -60,25 +62,52 @@ def packing_of(model: nn.Module, reader: Callable[[nn.Module], Any], device: tor
     return Packing(fault, _dense_width(model), couples_rows(model))
 
 
-def _fault(reader: Reader, model: nn.Module) -> str:
-    """What is wrong with documents laid flat; empty: nothing."""
+def _fault(reader: Any, model: nn.Module) -> str:
+    """What is wrong with documents laid flat, of text and, where the model takes them, with images; empty: nothing."""
     parameter = next(model.parameters())
-    lengths = torch.tensor([len(FIRST), len(SECOND)])
-    together = torch.tensor([[*FIRST, *SECOND]], device=parameter.device)
-    positions = torch.cat([torch.arange(int(length)) for length in lengths])[None].to(parameter.device)
-    after_the_first = slice(len(FIRST) + 1, None)
+    in_half = torch.is_autocast_enabled(parameter.device.type) or parameter.dtype.itemsize < torch.float32.itemsize
+    share = ROUNDING_HALF if in_half else ROUNDING
+    fault = _not_apart(reader, [torch.tensor([ids], device=parameter.device) for ids in (FIRST, SECOND)], share)
+    if fault or not isinstance(reader, ScoredModel) or reader.vision.model is None:
+        return fault
+    images = reader.vision.example(2)
+    shown = [reader.vision.image_token_id] * int(images.lengths[0])
+    documents = []
+    for ids in (FIRST, SECOND):
+        documents.append(torch.tensor([[*ids[:2], *shown, *ids[2:]]], device=parameter.device))
+    fault = _not_apart(reader, documents, share, images)
+    return f"with images, {fault}" if fault else ""
+
+
+def _not_apart(reader: Reader, documents: list[Tensor], share: float, images: ImageInputs | None = None) -> str:
+    """What is wrong with two documents `[1, T]` laid flat; empty: nothing.
+
+    Args:
+        reader: of the model.
+        documents: two, of which each shows one of the `images`, where there are some.
+        share: of the difference that seeing the first document makes to the second, how much may be rounding.
+        images: two.
+    """
+    together = torch.cat(documents, dim=1)
+    lengths = torch.tensor([document.shape[1] for document in documents])
+    first = int(lengths[0])
+    positions = restarting_positions(lengths).to(together.device)
+    after_the_first = slice(first + 1, None)
+    both: dict[str, Any] = {} if images is None else {"images": images}
+    each: list[dict[str, Any]] = [{}, {}]
+    if images is not None:
+        each = [{"images": images._replace(order=torch.tensor([index]))} for index in range(2)]
 
     # 1. alone, flat, and as one document: what it looks like where the second sees the first
-    alone = torch.cat([reader.per_token(document) for document in together.split(lengths.tolist(), dim=1)], dim=1)
-    flat = reader.per_token(together, position_ids=positions, document_lengths=lengths)
-    as_one = reader.per_token(together)
+    alone = torch.cat([reader.per_token(ids, **own) for ids, own in zip(documents, each, strict=True)], dim=1)
+    flat = reader.per_token(together, position_ids=positions, document_lengths=lengths, **both)
+    as_one = reader.per_token(together, **both)
 
     # 2. the difference must be rounding only
-    in_half = torch.is_autocast_enabled(parameter.device.type) or parameter.dtype.itemsize < torch.float32.itemsize
     differences = (flat - alone).float().abs()
-    difference = float(torch.cat([differences[:, 1 : len(FIRST)], differences[:, after_the_first]], dim=1).max())
+    difference = float(torch.cat([differences[:, 1:first], differences[:, after_the_first]], dim=1).max())
     if_seen = float((as_one - alone)[:, after_the_first].float().abs().max())
-    rounding = if_seen * (ROUNDING_HALF if in_half else ROUNDING)
+    rounding = if_seen * share
     if if_seen == 0.0:
         return "whether documents in one row see each other does not show in its numbers"
     if difference <= rounding:

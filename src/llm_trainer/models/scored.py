@@ -187,7 +187,7 @@ class ScoredModel(nn.Module):
             token_scores = token_scores._replace(distance=distance(states, self.head))
         return token_scores
 
-    def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+    def per_token(self, input_ids: Tensor, **layout: Any) -> Tensor:
         """Log-probabilities of `input_ids [B, T]` or `[1, N]`, of the same shape; `layout` as in `forward`."""
         return self(input_ids, **layout).logprobs
 
@@ -232,7 +232,9 @@ class ScoredModel(nn.Module):
             inputs |= document_bounds(self._language_config, input_ids, position_ids, document_lengths)
         features, zero = self._seen(images)
         if self.vision.model is not None:
-            inputs |= self._positions(input_ids, features, model_inputs.get("attention_mask"), position_ids, rope_positions)
+            inputs |= self._positions(
+                input_ids, features, model_inputs.get("attention_mask"), position_ids, rope_positions
+            )
         if features is not None:
             inputs["mm_encoder_outputs"] = features.placed()
             if self.vision.marks_images:

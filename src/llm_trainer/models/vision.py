@@ -6,12 +6,13 @@ architectures here.
 
 import inspect
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.models.inside import transformers_models
+from llm_trainer.models.inside import evaluating, transformers_models
 
 
 class Images(Protocol):
@@ -79,7 +80,8 @@ class Vision(NamedTuple):
     def of(cls, module: nn.Module) -> "Vision":
         found = None
         for model in transformers_models(module):
-            if hasattr(model, "get_image_features") and "mm_encoder_outputs" in _parameters(model.forward):
+            makes_features = getattr(model, "get_image_features", None) is not None
+            if makes_features and "mm_encoder_outputs" in _parameters(model.forward):
                 found = model
         if found is None:
             return cls(None)
@@ -93,7 +95,7 @@ class Vision(NamedTuple):
     @property
     def takes_rope_positions(self) -> bool:
         """Whether it turns its heads by three positions of a token: time, row and column."""
-        return hasattr(self.model, "get_rope_index")
+        return getattr(self.model, "get_rope_index", None) is not None
 
     def encode(self, images: Images) -> Features:
         """What the tower makes of the distinct images.
@@ -121,8 +123,8 @@ class Vision(NamedTuple):
         For micro-batches that show none, where others do: engines exchange parameters and gradients of a tower, and every
         rank has to take part.
         """
-        images = images or plain_images(self.model)
-        levels, _ = self._levels(images.inputs)
+        inputs = plain_images(self.model).inputs if images is None else images.inputs
+        levels, _ = self._levels(inputs)
         return 0.0 * torch.stack([level.float().sum() for level in levels]).sum()
 
     def example(self, number: int = 1) -> ImageInputs:
@@ -149,6 +151,51 @@ def _joined(pieces: Any) -> Tensor:
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
+
+
+# What is trained.
+
+
+def unreached(model: nn.Module, with_images: bool) -> list[str]:
+    """Names of the trained parameters of tower and projector that no loss depends on, as SigLIP's pooling head.
+
+    Tried out: the parameters that an image's features were computed from are in their graph. Whatever is not among them never
+    gets a gradient, which some engines do not accept, so it is to be frozen.
+
+    Args:
+        model: with its weights.
+        with_images: whether images are trained on; where they are not, it is all of the tower.
+    """
+    vision = Vision.of(model)
+    if vision.model is None:
+        return []
+    beside_language = set(map(id, vision.model.parameters())) - set(map(id, vision.model.get_decoder().parameters()))
+    reached = set[int]()
+    if with_images:
+        with evaluating(model), torch.enable_grad():
+            levels, _ = vision._levels(plain_images(vision.model).inputs)
+        for level in levels:
+            reached |= _leaves(level)
+    found = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) in beside_language - reached:
+            found.append(name)
+    return found
+
+
+def _leaves(tensor: Tensor) -> set[int]:
+    """The ids of the parameters that a tensor was computed from."""
+    found, seen, waiting = set[int](), set[Any](), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(id(leaf))
+        waiting += [before for before, _ in node.next_functions]
+    return found
 
 
 # Positions.
@@ -204,7 +251,7 @@ def _documents(
         if position_ids is not None:
             starts = (position_ids[row % len(position_ids)].cpu() == 0).nonzero().flatten().tolist()
             bounds = sorted({0, *starts, ids.shape[1]})
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             yield row, slice(start, stop)
 
 
@@ -275,4 +322,3 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _is_required(parameter: inspect.Parameter | None) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
-

@@ -135,7 +135,7 @@ def language_part(c: "VLMConfig") -> "PretrainedConfig":
 
 def put_parts(model: "PreTrainedModel", c: "VLMConfig") -> None:
     """Give a model that was built from `c` the weights of the folders that it names, in place."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     body: Any = model.base_model
     if c.language_path is not None:
@@ -150,10 +150,11 @@ def put_parts(model: "PreTrainedModel", c: "VLMConfig") -> None:
             read, report = type(tower).from_pretrained(
                 c.vision_path, config=tower.config, dtype=model.dtype, output_loading_info=True
             )
-        if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        if missing:
             raise ValueError(
-                f"model_config.vision_path: {c.vision_path} lacks {', '.join(sorted(report['missing_keys'])[:3])}; expected the "
-                f"weights of a {type(tower).__name__}"
+                f"model_config.vision_path: {c.vision_path} lacks {', '.join(missing[:3])}; expected the weights of a "
+                f"{type(tower).__name__}"
             )
         tower.load_state_dict(read.state_dict())
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -150,7 +150,7 @@ def make_teacher(kd: Distillation, student: nn.Module, device: torch.device) -> 
 @torch.no_grad()
 def _of_model(model: ScoredModel, batch: Batch) -> TeacherLogits:
     names = ("input_ids", "attention_mask", "position_ids", "document_lengths")
-    inputs = {name: batch[name] for name in names if name in batch}
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
     try:
         inputs |= model_inputs({name: batch[name] for name in of_images(batch)}, model)
     except ValueError as error:

@@ -68,7 +68,9 @@ def test_parts_start_from_folders(tmp_path: Path) -> None:
     write_model(language, tmp_path / "language")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = SiglipVisionConfig(**shape, image_size=8, patch_size=4)
-    text = SiglipTextConfig(**shape, vocab_size=8, max_position_embeddings=4, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    text = SiglipTextConfig(
+        **shape, vocab_size=8, max_position_embeddings=4, bos_token_id=0, eos_token_id=1, pad_token_id=2
+    )
     siglip = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     siglip.save_pretrained(tmp_path / "vision")
 
@@ -88,7 +90,9 @@ def test_parts_start_from_folders(tmp_path: Path) -> None:
         assert torch.equal(own[name], tower[name.removeprefix("model.vision_tower.")]), name
 
     # 3. a tower that is not the wanted one
-    with pytest.raises(ValueError, match="holds a siglip_vision_model, and tokens_per_image: 1 expects a internvl_vision"):
+    with pytest.raises(
+        ValueError, match="holds a siglip_vision_model, and tokens_per_image: 1 expects a internvl_vision"
+    ):
         build_model(VLMConfig(**paths, image_token_id=5, tokens_per_image=1))
     with pytest.raises(ValueError, match="tokens_per_image: got 3, expected 4, one for each of 2 x 2 patches or 1"):
         build_model(VLMConfig(**paths, image_token_id=5, tokens_per_image=3))
