@@ -23,10 +23,13 @@ from llm_trainer.train_configs import (
     RunConfig,
     SFTConfig,
     TrainConfig,
+    VLMConfig,
 )
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24, "patch_size": 4}
+VLM = {**SHAPE, "vision": TOWER}
 
 
 def described_sections() -> list:
@@ -139,6 +142,16 @@ def test_file_dataset_takes_paths_lists_and_objects():
         (lambda: ModelConfig(**SHAPE, architecture="qwen3_moe"), "qwen3_moe expects a moe section"),
         (lambda: ModelConfig(**SHAPE, moe=MoeConfig(**MOE)), "qwen3 expects no moe section"),
         (lambda: MoeConfig(**MOE | {"num_experts_per_tok": 5}), "num_experts_per_tok: got 5, expected at most"),
+        (lambda: VLMConfig(**VLM, tokens_per_image=5), "got 5, expected 36, one for each of 6 x 6 patches or 9, for four"),
+        (lambda: VLMConfig(**SHAPE), "vision: expected either the shape of the tower, or its folder as vision_path"),
+        (lambda: VLMConfig(vision=TOWER), "hidden_size is missing: width of the residual stream"),
+        (lambda: VLMConfig(**VLM, language_path="m"), "hidden_size: got 64, and the language model is that of language_path"),
+        (lambda: VLMConfig(**VLM, architecture="qwen3_moe"), "architecture: got qwen3_moe, and a vision-language model"),
+        (lambda: VLMConfig(**SHAPE, vision={**TOWER, "patch_size": 5}), "image_size: got 24, expected a multiple of patch_si"),
+        (
+            lambda: TrainConfig(model_config={**SHAPE, "vision": {**TOWER, "patch": 5}}, file_dataset="a"),
+            "TrainConfig: model_config.vision.patch is not a known key; did you mean patch_size?",
+        ),
         (lambda: SFTConfig(mask_prompt=False, train_on="last"), "mask_prompt: false trains on everything"),
         (
             lambda: TrainConfig(model_config="m", file_dataset="a", init_state_dict={}, init_weights_path="w"),
@@ -196,7 +209,13 @@ def test_none_is_the_default_of_every_key_that_has_one():
     """Users write `None` for what they do not choose; only where it means something of its own does it stay."""
     sections = described_sections()
     for section in sections:
-        needed = {"ModelConfig": SHAPE, "MoeConfig": MOE, "TrainConfig": {"model_config": "m", "file_dataset": "a"}}
+        needed = {
+            "ModelConfig": SHAPE,
+            "VLMConfig": VLM,
+            "VisionConfig": TOWER,
+            "MoeConfig": MOE,
+            "TrainConfig": {"model_config": "m", "file_dataset": "a"},
+        }
         given = needed.get(section.__name__, {})
         optional = dict.fromkeys(fields_of(section).keys() - given)
         plain = section(**given)
