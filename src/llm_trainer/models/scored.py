@@ -99,6 +99,8 @@ class ScoredModel(nn.Module):
         inner = transformers_model(model)
         self._steady = None if inner is None else steady_context(inner.config)
         self.named_inputs = named_inputs(model)
+        if self.named_inputs is not None and self.vision.model is not None:
+            self.named_inputs |= {"images", "rope_positions"}
         self._run: Callable[..., Any] = self._call
 
     def compile(self, *args: Any, **options: Any) -> None:
