@@ -142,12 +142,24 @@ def test_file_dataset_takes_paths_lists_and_objects():
         (lambda: ModelConfig(**SHAPE, architecture="qwen3_moe"), "qwen3_moe expects a moe section"),
         (lambda: ModelConfig(**SHAPE, moe=MoeConfig(**MOE)), "qwen3 expects no moe section"),
         (lambda: MoeConfig(**MOE | {"num_experts_per_tok": 5}), "num_experts_per_tok: got 5, expected at most"),
-        (lambda: VLMConfig(**VLM, tokens_per_image=5), "got 5, expected 36, one for each of 6 x 6 patches or 9, for four"),
+        (
+            lambda: VLMConfig(**VLM, tokens_per_image=5),
+            "got 5, expected 36, one for each of 6 x 6 patches or 9, for four",
+        ),
         (lambda: VLMConfig(**SHAPE), "vision: expected either the shape of the tower, or its folder as vision_path"),
         (lambda: VLMConfig(vision=TOWER), "hidden_size is missing: width of the residual stream"),
-        (lambda: VLMConfig(**VLM, language_path="m"), "hidden_size: got 64, and the language model is that of language_path"),
-        (lambda: VLMConfig(**VLM, architecture="qwen3_moe"), "architecture: got qwen3_moe, and a vision-language model"),
-        (lambda: VLMConfig(**SHAPE, vision={**TOWER, "patch_size": 5}), "image_size: got 24, expected a multiple of patch_si"),
+        (
+            lambda: VLMConfig(**VLM, language_path="m"),
+            "hidden_size: got 64, and the language model is that of language_path",
+        ),
+        (
+            lambda: VLMConfig(**VLM, architecture="qwen3_moe"),
+            "architecture: got qwen3_moe, and a vision-language model",
+        ),
+        (
+            lambda: VLMConfig(**SHAPE, vision={**TOWER, "patch_size": 5}),
+            "image_size: got 24, expected a multiple of patch_si",
+        ),
         (
             lambda: TrainConfig(model_config={**SHAPE, "vision": {**TOWER, "patch": 5}}, file_dataset="a"),
             "TrainConfig: model_config.vision.patch is not a known key; did you mean patch_size?",
