@@ -1,5 +1,6 @@
 """Options and fixtures that every test room shares."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -36,6 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["LLM_TRAINER_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_for_good() -> None:
+    """What was imported is looked through by no collection of the garbage after: transformers asks for one in every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ Writes, for each engine, how its processes ended and the curves of its cells; an
 engine, leaves a run that ended early.
 """
 
+import gc
 import json
 import sys
 import tempfile
@@ -14,7 +15,20 @@ from typing import Any
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
 from ranks import fork_ranks, import_once
 from served import made_ahead, moved, served
-from table import ENGINES, GATHER, STEPS, TRAINERS, Cell, automatic_cells, cells, engine_cells, run, weighed_cell
+from table import (
+    ENGINES,
+    GATHER,
+    PACKAGES,
+    STEPS,
+    TRAINERS,
+    Cell,
+    automatic_cells,
+    cells,
+    engine_cells,
+    model_of,
+    run,
+    weighed_cell,
+)
 
 RANKS = 2
 
@@ -37,6 +51,10 @@ def main(out: Path) -> None:
     """Play everything."""
     import_once()
     import transformers.trainer  # noqa: F401  # of the engine 'hf'
+
+    for trainer in PACKAGES.keys() & TRAINERS.keys():
+        model_of(Cell(trainer, 8, 1))  # imports what makes it
+    gc.freeze()
 
     report = {}
     with tempfile.TemporaryDirectory() as name:

@@ -3,13 +3,15 @@
 `torchrun ... table.py OUT [ENGINE [DEVICE]]` runs the cells of several processes and writes their curves.
 """
 
+import copy
 import json
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,13 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "ppo": {"kl_beta": 0.0, "critic_warmup_steps": 1, "ptx_coef": 0.5},  # two models; the policy waits for a step
     # 'sft' with a mixture of experts: a mean over all tokens is added to one over the supervised.
     "moe": {"aux_loss_coef": 0.5, "router_z_loss_coef": 0.01},
+    "lora": {},  # 'sft' of adapters alone,
+    "qlora": {},  # and on a base in 4 bits
 }
+PACKAGES = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes", "accelerate")}  # without which there is no such row
+for _name, _packages in PACKAGES.items():
+    if not all(map(find_spec, _packages)):
+        del TRAINERS[_name]
 ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     "torch": {},
     "hf": {"engine": "hf"},
@@ -84,28 +92,34 @@ class Cell:
 
 
 def cells(trainer: str, ranks: int) -> list[Cell]:
-    """All ways to cut steps of eight rows among `ranks`."""
+    """All ways to cut steps of eight rows in one process; among several, a row, all rows, and a budget at a time."""
     per_rank = ROWS_PER_STEP // ranks
-    splits = [(n, per_rank // n) for n in (1, 2, 4, 8) if n <= per_rank]
+    sizes = (1, 2, 4, 8) if ranks == 1 else (1, per_rank)
+    splits = [(n, per_rank // n) for n in sizes]
     layouts = (False, True)
     table = [Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in layouts]
     return few(table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in layouts])
 
 
 def few(found: list[Cell]) -> list[Cell]:
-    """Of 'moe' the cell that is cut most unevenly: all else it has in common with 'sft'."""
-    return found[-1:] if found[0].trainer == "moe" else found
+    """Of 'moe' the cell that is cut most unevenly, of adapters the least too: all else they have in common with 'sft'."""
+    trainer, ranks = found[0].trainer, found[0].ranks
+    if trainer == "moe":
+        return found[-1:]
+    return [found[0], found[-1]] if trainer in PACKAGES and ranks > 1 else found
 
 
 def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
-    """A few ways to cut steps, on an engine: none, all, and a token budget that gives ranks different numbers of batches."""
+    """Ways to cut steps, on an engine: not at all, and by a token budget that gives ranks different numbers of batches.
+
+    Of 'sft' also into single rows. That other trainers may be cut so is held on DDP, and that the engine may go on to
+    further micro-batches is what the budget holds.
+    """
     per_rank = ROWS_PER_STEP // ranks
-    found = [
-        Cell(trainer, per_rank, 1, ranks, False, None, engine),
-        Cell(trainer, 1, per_rank, ranks, True, None, engine),
-        Cell(trainer, 2, per_rank // 2, ranks, True, 40, engine),
-    ]
-    return few(found)
+    found = [Cell(trainer, per_rank, 1, ranks, False, None, engine)]
+    if trainer == "sft":
+        found.append(Cell(trainer, 1, per_rank, ranks, True, None, engine))
+    return few([*found, Cell(trainer, 2, per_rank // 2, ranks, True, 40, engine)])
 
 
 def automatic_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
@@ -140,7 +154,7 @@ def trainer_class_of(cell: Cell) -> Any:
         def _build_source(self, source: Any, training: bool) -> Any:
             return self._with_further(source, training)
 
-    own = {"weighed": Weighed, "ppo": OfStoredRows, "moe": SFTTrainer}
+    own = {"weighed": Weighed, "ppo": OfStoredRows, "moe": SFTTrainer, "lora": SFTTrainer, "qlora": SFTTrainer}
     return own.get(cell.trainer) or get_trainer_class(cell.trainer)
 
 
@@ -220,7 +234,7 @@ def data_of(cell: Cell) -> tuple[Any, Any]:
     from llm_trainer.data.rollouts import collate_rollout
 
     collate: Any = collate_flat if cell.flat else collate_padded
-    if cell.trainer in ("pretrain", "sft", "weighed", "moe"):
+    if cell.trainer in ("pretrain", "sft", "weighed", "moe", *PACKAGES):
         return Rows("pretrain" if cell.trainer == "pretrain" else "sft", 512), collate
     if cell.trainer in ("grpo", "ppo"):
         return Completions(512), partial(collate_rollout, lay=collate)
@@ -251,6 +265,43 @@ def experts_model(seed: int = 0, **changes: Any) -> Any:
     shape |= {"num_key_value_heads": 2, "architecture": "qwen3_moe", "initializer_range": 0.1} | changes
     moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     return build_model(ModelConfig(**shape, moe=moe), attention="sdpa")
+
+
+@cache
+def quantized_model() -> Any:
+    """The tiny model in 4 bits, as it is loaded from a folder."""
+    from llm_trainer.config.quantization import QuantizationConfig
+    from llm_trainer.models.build import build_model
+    from llm_trainer.models.quantized_loading import loading_options
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model().save_pretrained(folder)
+        how = loading_options(QuantizationConfig(), folder, torch.device("cpu"), torch.float32)
+        return build_model(folder, attention="sdpa", options=how)
+
+
+def adapted_model(base: Any) -> Any:
+    """Adapters on every linear layer but the head; their B is not 0, so that A has gradients in the first step."""
+    from llm_trainer.config.adapters import AdapterConfig
+    from llm_trainer.models.adapters import adapt
+
+    torch.manual_seed(0)
+    model = adapt(base, AdapterConfig(rank=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def model_of(cell: Cell) -> Any:
+    """The model of a row of the table."""
+    if cell.trainer == "moe":
+        return experts_model()
+    if cell.trainer == "lora":
+        return adapted_model(tiny_model())
+    if cell.trainer == "qlora":
+        return adapted_model(copy.deepcopy(quantized_model()))
+    return tiny_model()
 
 
 def further_of(cell: Cell) -> Any:
@@ -326,7 +377,7 @@ def run(
     left_open = {} if cell.automatic else PLAIN
     options = of_trainer | ENGINES[cell.engine] | {"use_amp": False} | left_open | options
     if model is None:
-        model = experts_model() if cell.trainer == "moe" else tiny_model()
+        model = model_of(cell)
     if cell.trainer in ("dpo", "kto", "grpo"):
         options.setdefault("ref_model", tiny_model(seed=1))
     elif cell.trainer == "reward":
@@ -366,6 +417,10 @@ def run(
             return after(done)
 
         trainer.run.after = noting
+        if into is None and not cell.automatic:
+            trainer.run._save = lambda: (
+                None
+            )  # a fifth of a short run; every engine saves every trainer in automatic cells
         ready(trainer)
         trainer.train()
     return curve

@@ -14,9 +14,11 @@ from llm_trainer.train import sizing
 
 TOLERANCE = 1e-6
 TOLERANCE_OF = {
-    "ppo": 1e-5,
-    "grpo": 5e-6,
-}  # a new critic, see test_table.py; gradients that are differences of close numbers
+    "ppo": 1e-5,  # a new critic, see test_table.py
+    "grpo": 5e-6,  # gradients that are differences of close numbers
+    "lora": 1e-5,  # as the critic
+    "qlora": 1e-5,
+}
 IN_MANY_WAYS = ("sft", "dpo", "grpo")  # the last with further rows, which have a position of their own
 
 

@@ -15,6 +15,7 @@ from served import made_ahead, moved, served
 from table import (
     ENGINES,
     GATHER,
+    PACKAGES,
     ROWS_PER_STEP,
     STEPS,
     TRAINERS,
@@ -29,8 +30,8 @@ from table import (
 
 TOLERANCE = 1e-5
 AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the last digit of fp32 is 5e-7
-# A new critic's gradients are small at first, and Adam divides them by themselves: their rounding is amplified.
-AUTOMATIC_OF = {"ppo": TOLERANCE}
+# The gradients of a new critic and of A are small at first, and Adam divides them by themselves: rounding is amplified.
+AUTOMATIC_OF = {"ppo": TOLERANCE, "lora": TOLERANCE, "qlora": TOLERANCE}
 ROUNDED = ("sampled_logprobs", "old_logprobs", "ref_logprobs", "advantages")  # columns of a rollout that a forward made
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
@@ -44,6 +45,13 @@ def base() -> dict[str, list]:
 @pytest.mark.parametrize("cell", [cell for t in TRAINERS for cell in cells(t, 1)], ids=str)
 def test_one_process(cell: Cell, base: dict[str, list]) -> None:
     assert max(differences(run(cell), base[cell.trainer])) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_row_that_needs_packages_is_there(name: str) -> None:
+    if name not in TRAINERS:
+        pytest.skip(f"needs {', '.join(PACKAGES[name])}")
+    assert cells(name, 1) and cells(name, 2)
 
 
 @pytest.fixture(scope="module")
