@@ -156,6 +156,8 @@ ONE_FILE_EACH = (
     "vllm",
     "torchao",
     "datasets",
+    "gguf",
+    "xllamacpp",
 )
 FORBIDDEN_IN_ALGORITHMS = ("torch.distributed", "os")
 A_KIND_OF_TENSOR = "torch.distributed.tensor"
