@@ -43,6 +43,9 @@ def intermediate_size(hidden_size: int, multiple_of: int = 64) -> int:
     return -(-8 * hidden_size // (3 * multiple_of)) * multiple_of
 
 
+MIXTURES = ("qwen3_moe", "glm4_moe")  # architectures with experts
+
+
 @config_section
 class MoeConfig:
     """A mixture of experts in place of each feed-forward layer."""
@@ -51,6 +54,13 @@ class MoeConfig:
     num_experts_per_tok: StrictInt = Field(ge=1, description="experts that each token is sent to")
     moe_intermediate_size: StrictInt = Field(ge=1, description="width of one expert")
     norm_topk_prob: StrictBool = Field(default=True, description="the chosen experts' weights sum to 1")
+    num_shared_experts: StrictInt | None = Field(
+        default=None, ge=1, description="experts that every token passes, as one wide one (glm4_moe); null: 1 there"
+    )
+    routed_scaling_factor: StrictFloat = Field(
+        default=1.0, gt=0, description="times what the chosen experts say, beside the shared ones (glm4_moe)"
+    )
+    num_dense_layers: StrictInt = Field(default=0, ge=0, description="first layers without experts")
 
     def __post_init__(self) -> None:
         if self.num_experts_per_tok > self.num_experts:
@@ -63,7 +73,9 @@ class MoeConfig:
 class ModelConfig:
     """The shape of a model that is trained from scratch."""
 
-    architecture: Literal["qwen3", "llama", "qwen3_moe"] = Field(default="qwen3", description="the family of the model")
+    architecture: Literal["qwen3", "llama", "qwen3_moe", "glm4_moe"] = Field(
+        default="qwen3", description="the family of the model"
+    )
     vocab_size: StrictInt | None = Field(default=None, ge=1, description="number of token ids; null: the tokenizer's")
     hidden_size: StrictInt = Field(ge=1, description="width of the residual stream")
     intermediate_size: StrictInt | None = Field(
@@ -86,7 +98,7 @@ class ModelConfig:
     tie_word_embeddings: StrictBool = Field(default=True, description="the head is the embedding matrix")
     attention_dropout: StrictFloat = Field(default=0.0, ge=0, lt=1, description="dropout of attention weights")
     initializer_range: StrictFloat = Field(default=0.02, gt=0, description="standard deviation of initial weights")
-    moe: MoeConfig | None = Field(default=None, description="mixture of experts (qwen3_moe)")
+    moe: MoeConfig | None = Field(default=None, description="mixture of experts (qwen3_moe, glm4_moe)")
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
@@ -104,9 +116,38 @@ class ModelConfig:
             raise ConfigError(
                 f"head_dim: got {self.head_dim}, expected an even number, as rotary embeddings turn pairs"
             )
-        if (self.moe is None) == (self.architecture == "qwen3_moe"):
-            expected = "a moe section" if self.moe is None else "no moe section, or architecture: qwen3_moe"
-            raise ConfigError(f"moe: architecture {self.architecture} expects {expected}")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        moe, family = self.moe, self.architecture
+        if (moe is None) == (family in MIXTURES):
+            expected = "a moe section" if moe is None else f"no moe section, or architecture: {' or '.join(MIXTURES)}"
+            raise ConfigError(f"moe: architecture {family} expects {expected}")
+        if moe is None:
+            return
+        if moe.num_dense_layers >= self.num_hidden_layers:
+            raise ConfigError(
+                f"moe.num_dense_layers: got {moe.num_dense_layers}, expected fewer than num_hidden_layers, "
+                f"{self.num_hidden_layers}, so that a layer has experts"
+            )
+        if family == "glm4_moe":
+            self._check_glm()
+            return
+        for name, found in (
+            ("num_shared_experts", moe.num_shared_experts is not None),
+            ("routed_scaling_factor", moe.routed_scaling_factor != 1),
+        ):
+            if found:
+                raise ConfigError(
+                    f"moe.{name}: got {getattr(moe, name)}, but {family} has no shared experts; expected architecture: glm4_moe"
+                )
+
+    def _check_glm(self) -> None:
+        assert self.head_dim is not None
+        if self.head_dim % 4:  # half of a head is turned, in pairs
+            raise ConfigError(
+                f"head_dim: got {self.head_dim}, expected a multiple of 4, as glm4_moe turns half of each head in pairs"
+            )
 
 
 @config_section

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 ATTENTION = "llm_trainer_slots"
 # Plain causal attention that gets the keyword arguments of the model's call; held equal to those of training by a test.
-ARCHITECTURES = frozenset({"llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+ARCHITECTURES = frozenset(
+    {"glm4_moe", "llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+)
 # Rotations that are a function of the position alone, not of the longest row of a batch.
 ROTATIONS = (None, "default", "linear", "llama3", "yarn")
 # On CPUs; `(query, key, value, dropout, is_causal, *, attn_mask, scale) -> (output, log normaliser)`.

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Plain causal attention with `position_ids` handed down to it; all others run on sdpa with the mask they ask for.
-BLOCKED_ARCHITECTURES = frozenset({"llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+BLOCKED_ARCHITECTURES = frozenset(
+    {"glm4_moe", "llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+)
 BACKENDS = ("auto", "blocked", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 GPU = "cuda"
 OUR_DEVICES = ("cpu", GPU)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm_trainer.config.schema import VLMConfig
 from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
+from llm_trainer.models.experts import expert_shape, fused_experts
 from llm_trainer.models.inside import language_config, sees_images
 from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
 from llm_trainer.models.pretrained import Kind, find_pretrained
@@ -20,12 +21,13 @@ from llm_trainer.models.vision_build import language_part, put_parts, vision_lan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.schema import ModelConfig, MoeConfig
 
 ARCHITECTURES = {  # name -> transformers configuration class
     "qwen3": "Qwen3Config",
     "llama": "LlamaConfig",
     "qwen3_moe": "Qwen3MoeConfig",
+    "glm4_moe": "Glm4MoeConfig",
 }
 
 
@@ -62,14 +64,28 @@ def _text_config(c: "ModelConfig") -> "PretrainedConfig":
         "eos_token_id": None,
     }
     if c.moe is not None:
-        values |= {
-            "num_experts": c.moe.num_experts,
-            "num_experts_per_tok": c.moe.num_experts_per_tok,
-            "moe_intermediate_size": c.moe.moe_intermediate_size,
-            "norm_topk_prob": c.moe.norm_topk_prob,
-            "decoder_sparse_step": 1,
-        }
+        values |= _values_of_experts(c.moe, c.architecture)
     return getattr(transformers, ARCHITECTURES[c.architecture])(**values)
+
+
+def _values_of_experts(moe: "MoeConfig", architecture: str) -> dict[str, Any]:
+    """What `moe` is in the configuration of a family of transformers."""
+    values: dict[str, Any] = {
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "moe_intermediate_size": moe.moe_intermediate_size,
+        "norm_topk_prob": moe.norm_topk_prob,
+    }
+    if architecture == "qwen3_moe":
+        dense = list(range(moe.num_dense_layers))
+        return values | {"num_experts": moe.num_experts, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+    return values | {
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.num_shared_experts or 1,
+        "routed_scaling_factor": moe.routed_scaling_factor,
+        "first_k_dense_replace": moe.num_dense_layers,
+        "use_qk_norm": True,  # as in its larger models
+        "num_mtp_layers": 0,  # no layer that predicts further tokens
+    }
 
 
 def build_model(
@@ -216,8 +232,9 @@ def _in_products(model: "PreTrainedModel", count: int, is_frozen: bool) -> int:
     c, table = language_config(model.config), cast(Tensor, model.get_input_embeddings().weight)
     if not c.tie_word_embeddings and not (is_frozen and table.requires_grad):
         count -= num_values(table)
-    num_experts = getattr(c, "num_experts", 0)
-    if num_experts:
-        expert_size = 3 * c.hidden_size * c.moe_intermediate_size
-        count -= c.num_hidden_layers * (num_experts - c.num_experts_per_tok) * expert_size
+    shape = expert_shape(model)
+    if shape is not None:
+        experts = [model.get_parameter(name) for name in fused_experts(model)]
+        held = sum(num_values(parameter) for parameter in experts if not (is_frozen and parameter.requires_grad))
+        count -= held * (shape.number - shape.per_token) // shape.number
     return count

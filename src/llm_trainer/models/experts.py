@@ -1,11 +1,16 @@
-"""Which models are mixtures of experts whose routers can be seen."""
+"""Mixtures of experts: how many experts a model has, the routers that send tokens to them, and what these choose."""
 
+from collections.abc import Iterator
+from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from llm_trainer.models.inside import language_config, transformers_model
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 # Of routers that are balanced by a bias on what they choose by, and not by a loss (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
 BALANCING_BIAS = "e_score_correction_bias"
@@ -18,18 +23,19 @@ class Experts(NamedTuple):
     per_token: int
 
 
-def experts_of(model: nn.Module) -> Experts | None:
-    """The experts of a transformers model in `model`, whose routers choose by the probabilities of their logits; else None.
+def expert_shape(model: nn.Module) -> Experts | None:
+    """The experts of a transformers model in `model`, whatever its routers are; None: it has none.
 
     Raises:
         ValueError: a token is sent to more experts than there are.
     """
     pretrained = transformers_model(model)
-    if pretrained is None or is_balanced_by_a_bias(model):
+    if pretrained is None:
         return None
     settings = language_config(pretrained.config).to_dict()
-    number = settings.get("num_experts") or settings.get("num_local_experts")
-    if not number or "output_router_logits" not in settings:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    number = next((settings[name] for name in names if settings.get(name)), None)
+    if number is None or "num_experts_per_tok" not in settings:
         return None
     experts = Experts(number, settings["num_experts_per_tok"])
     if experts.per_token > experts.number:
@@ -40,7 +46,76 @@ def experts_of(model: nn.Module) -> Experts | None:
     return experts
 
 
+def experts_of(model: nn.Module) -> Experts | None:
+    """The experts of a model whose routers choose by the probabilities of their logits, and show these; else None.
+
+    Raises:
+        ValueError: a token is sent to more experts than there are.
+    """
+    pretrained = transformers_model(model)
+    if pretrained is None or is_balanced_by_a_bias(model):
+        return None
+    shows_logits = "output_router_logits" in language_config(pretrained.config).to_dict()
+    return expert_shape(model) if shows_logits else None
+
+
 def is_balanced_by_a_bias(model: nn.Module) -> bool:
     """Whether the routers of `model` add a bias to what they choose by."""
     names = chain(model.named_buffers(), model.named_parameters())
     return any(name.endswith(BALANCING_BIAS) for name, _ in names)
+
+
+def biased_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The routers that a bias of their own balances, by name and in the order of the layers, where it can be moved.
+
+    Empty where the bias is elsewhere or is trained by gradients, or where a router does not say what it has chosen.
+    """
+    found = {}
+    for name, module in recorded_routers(model).items():
+        if isinstance(module._buffers.get(BALANCING_BIAS), Tensor):
+            found[name] = module
+    biases = [name for name, _ in chain(model.named_buffers(), model.named_parameters()) if name.endswith(BALANCING_BIAS)]
+    return found if len(found) == len(biases) else {}
+
+
+def recorded_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of which transformers records `router_logits`, by name and in the order of the layers."""
+    kinds: list[type[nn.Module]] = []
+    for module in model.modules():
+        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        for recorder in recorded if isinstance(recorded, list | tuple) else [recorded]:
+            kind = getattr(recorder, "target_class", recorder)
+            if isinstance(kind, type):
+                kinds.append(kind)
+    found = {}
+    for name, module in model.named_modules():
+        if any(type(module) is kind for kind in kinds) and type(module) is not nn.Linear:
+            found[name] = module
+    return found
+
+
+def fused_experts(model: nn.Module) -> Iterator[str]:
+    """Names of the parameters `[E, ., .]` that hold a matrix of every expert."""
+    for name, module in model.named_modules():
+        if "experts" in name.split(".") or "Experts" in type(module).__name__:
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    yield f"{name}.{own}"
+
+
+class Routes:
+    """Sees which experts the routers of a model choose.
+
+    Args:
+        routers: in the order of the layers. Each returns logits `[N, E]`, weights `[N, K]` and the experts chosen, `[N, K]`.
+    """
+
+    def __init__(self, routers: list[nn.Module]) -> None:
+        self.chosen: list[Tensor] = [Tensor() for _ in routers]  # of the last forward, a layer each
+        self._handles: list[RemovableHandle] = []
+        for layer, router in enumerate(routers):
+            self._handles.append(router.register_forward_hook(partial(self._see, layer)))
+
+    def _see(self, layer: int, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        # With recomputation it comes twice, with the same routes.
+        self.chosen[layer] = output[2].detach()

@@ -1,13 +1,14 @@
 """Which layers of a model get adapters: what target, parts and experts of a section mean in it."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
 from torch import nn
 
 from llm_trainer.config.adapters import ALL_LINEAR, LANGUAGE_MODEL, LORA, RANK, AdapterConfig
+from llm_trainer.models.experts import fused_experts, recorded_routers
 
 
 class Targets(NamedTuple):
@@ -58,7 +59,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
         else:
             found.modules.append(name)
     if config.experts:
-        experts = [name for name in _fused_experts(model) if parts.of(name) in config.parts]
+        experts = [name for name in fused_experts(model) if parts.of(name) in config.parts]
         if not experts and not any("experts" in name.split(".") for name in inside):
             raise ValueError(f"adapter_config.experts: found no experts in {', '.join(config.parts)}; expected false")
         found.parameters.extend(experts)
@@ -112,34 +113,17 @@ def _heads(model: nn.Module) -> list[str]:
 
 def _routers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that choose experts, by name: those of which transformers records `router_logits`, and gates by name."""
-    kinds: list[type[nn.Module]] = []
-    for module in model.modules():
-        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        for recorder in recorded if isinstance(recorded, list | tuple) else [recorded]:
-            kind = getattr(recorder, "target_class", recorder)
-            if isinstance(kind, type):
-                kinds.append(kind)
-    found = {}
+    recorded, found = recorded_routers(model), {}
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
         is_gate = leaf in ("gate", "router", "shared_expert_gate") and _has_experts(model.get_submodule(parent))
-        is_recorded = any(type(module) is kind for kind in kinds) and type(module) is not nn.Linear
-        if is_gate or is_recorded:
+        if is_gate or name in recorded:
             found[name] = module
     return found
 
 
 def _has_experts(module: nn.Module) -> bool:
     return any("expert" in name for name, _ in module.named_children())
-
-
-def _fused_experts(model: nn.Module) -> Iterator[str]:
-    """Names of the parameters `[E, ., .]` that hold a matrix of every expert."""
-    for name, module in model.named_modules():
-        if "experts" in name.split(".") or "Experts" in type(module).__name__:
-            for own, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    yield f"{name}.{own}"
 
 
 class Parts:
@@ -185,7 +169,7 @@ def _not_found(model: nn.Module, config: AdapterConfig) -> str:
     """What to say of a target that matches nothing."""
     leaves = dict.fromkeys(name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module))
     wanted = [config.target] if isinstance(config.target, str) else config.target
-    fused = {name.rpartition(".")[2] for name in _fused_experts(model)}
+    fused = {name.rpartition(".")[2] for name in fused_experts(model)}
     near: list[str] = []
     for name in wanted:
         near += get_close_matches(name.rpartition(".")[2], leaves, n=2)

@@ -1,11 +1,13 @@
 """The numbers of a model, of the job it is trained in, and of the optimizer, that a plan is made from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.models.experts import expert_shape
 from llm_trainer.models.inside import language_config
 from llm_trainer.models.quantize import num_values
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
@@ -23,7 +25,7 @@ class Shape:
         layer_parameters: of the largest layer.
         product_parameters: in matrices of the layers, which autocast copies to 16 bit.
         num_layers, hidden_size, num_heads, num_kv_heads, head_dim, vocab_size: as in its configuration.
-        intermediate_size: width that a token passes in a feed-forward layer (of a mixture of experts: of those chosen).
+        intermediate_size: width that a token passes in a feed-forward layer (of a mixture of experts: of those chosen, the mean).
         experts_per_token: 0 without experts.
         normed_heads: queries and keys are normalised (Qwen3).
         tied: the head is the embedding matrix.
@@ -92,10 +94,10 @@ def shape_of(model: "PreTrainedModel") -> Shape:
             f"model_config: {type(model).__name__} has no single stack of layers; plan cannot describe it"
         )
     values = c.to_dict()
-    num_chosen = values.get("num_experts_per_tok") or 0
+    experts = expert_shape(model)
     width = values.get("intermediate_size") or 4 * c.hidden_size
-    if num_chosen:
-        width = values["moe_intermediate_size"] * num_chosen
+    if experts is not None and values.get("moe_intermediate_size"):
+        width = _mean_width(values, experts.per_token, width)
     return Shape(
         num_parameters=_count(model),
         layer_parameters=max(map(_count, layers)),
@@ -107,12 +109,22 @@ def shape_of(model: "PreTrainedModel") -> Shape:
         head_dim=values.get("head_dim") or c.hidden_size // c.num_attention_heads,
         intermediate_size=width,
         vocab_size=cast(Tensor, model.get_input_embeddings().weight).shape[0],
-        experts_per_token=num_chosen,
+        experts_per_token=0 if experts is None else experts.per_token,
         normed_heads=any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters()),
         tied=bool(values.get("tie_word_embeddings")),
         frozen_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         frozen_head=_is_frozen(model.get_output_embeddings()),
     )
+
+
+def _mean_width(values: Mapping[str, Any], per_token: int, dense_width: int) -> int:
+    """What a token passes in a feed-forward layer, the mean of those with experts, shared ones too, and those without."""
+    shared = values.get("shared_expert_intermediate_size") or 0
+    shared += (values.get("n_shared_experts") or 0) * values["moe_intermediate_size"]
+    width = values["moe_intermediate_size"] * per_token + shared
+    num_layers = values["num_hidden_layers"]
+    num_dense = len(values.get("mlp_only_layers") or []) or values.get("first_k_dense_replace") or 0
+    return round((num_dense * dense_width + (num_layers - num_dense) * width) / num_layers)
 
 
 def _is_frozen(head: nn.Module | None) -> bool:

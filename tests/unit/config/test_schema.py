@@ -141,6 +141,22 @@ def test_file_dataset_takes_paths_lists_and_objects():
         (lambda: ModelConfig(**SHAPE, head_dim=7), "head_dim: got 7, expected an even number"),
         (lambda: ModelConfig(**SHAPE, architecture="qwen3_moe"), "qwen3_moe expects a moe section"),
         (lambda: ModelConfig(**SHAPE, moe=MoeConfig(**MOE)), "qwen3 expects no moe section"),
+        (
+            lambda: ModelConfig(**SHAPE, architecture="qwen3_moe", moe=MoeConfig(**MOE, num_shared_experts=1)),
+            "moe.num_shared_experts: got 1, but qwen3_moe has no shared experts; expected architecture: glm4_moe",
+        ),
+        (
+            lambda: ModelConfig(**SHAPE, architecture="qwen3_moe", moe=MoeConfig(**MOE, routed_scaling_factor=2.5)),
+            "moe.routed_scaling_factor: got 2.5, but qwen3_moe has no shared experts",
+        ),
+        (
+            lambda: ModelConfig(**SHAPE, architecture="glm4_moe", moe=MoeConfig(**MOE, num_dense_layers=2)),
+            "moe.num_dense_layers: got 2, expected fewer than num_hidden_layers, 2",
+        ),
+        (
+            lambda: ModelConfig(**SHAPE, architecture="glm4_moe", moe=MoeConfig(**MOE), head_dim=6),
+            "head_dim: got 6, expected a multiple of 4, as glm4_moe turns half",
+        ),
         (lambda: MoeConfig(**MOE | {"num_experts_per_tok": 5}), "num_experts_per_tok: got 5, expected at most"),
         (
             lambda: VLMConfig(**VLM, tokens_per_image=5),

@@ -36,7 +36,7 @@ def single_document_results(architecture: str) -> tuple[float, torch.Tensor]:
     return loss_and_gradients("eager", single_documents(), architecture=architecture)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe", "glm4_moe"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_padded_and_single_agree(backend: str, architecture: str) -> None:
     loss, gradient = single_document_results(architecture)

@@ -8,16 +8,17 @@ from tiny_models import VOCAB, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
 from llm_trainer.checkpoint import write_model
+from llm_trainer.config.schema import MoeConfig
 from llm_trainer.models.build import build_config, build_model, flops_per_token, num_parameters, set_stops
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe", "glm4_moe"])
 def test_a_description_becomes_a_transformers_model(architecture: str) -> None:
-    config = build_config(tiny_config(architecture, rope_theta=5e5, head_dim=6))
+    config = build_config(tiny_config(architecture, rope_theta=5e5, head_dim=4))
     assert config.model_type == architecture
     assert config.rope_parameters["rope_theta"] == 5e5
-    model = build_model(tiny_config(architecture, head_dim=6))
-    assert model.model.layers[0].self_attn.q_proj.weight.shape == (24, 32)
+    model = build_model(tiny_config(architecture, head_dim=4))
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
     assert model.config._attn_implementation == "blocked"
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -73,3 +74,38 @@ def test_flops_count_what_a_token_passes_through() -> None:
     assert flops_per_token(untied, 10) == flops_per_token(model, 10)
     experts = tiny_model(architecture="qwen3_moe")
     assert flops_per_token(experts, 0) == 6 * (num_parameters(experts) - 2 * 2 * 3 * 32 * 16)
+    moe = MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1)
+    shared = tiny_model(architecture="glm4_moe", moe=moe)
+    assert flops_per_token(shared, 0) == 6 * (num_parameters(shared) - 6 * 3 * 32 * 16)  # one layer has experts
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "glm4_moe"])
+def test_first_layers_may_have_no_experts(architecture: str) -> None:
+    moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1)
+    first, second = tiny_model(architecture=architecture, moe=moe).model.layers
+    assert first.mlp.gate_proj.weight.shape == (48, 32)
+    assert second.mlp.experts.down_proj.shape == (4, 32, 16)
+
+
+def test_experts_that_every_token_passes(tmp_path: Path) -> None:
+    """They are one wide one; what is read back from a folder says the same."""
+    moe = MoeConfig(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        num_shared_experts=3,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=False,
+    )
+    model = tiny_model(architecture="glm4_moe", moe=moe).eval()
+    assert model.model.layers[0].mlp.shared_experts.up_proj.weight.shape == (48, 32)
+    router = model.model.layers[1].mlp.gate
+    logits, weights, chosen = router(torch.linspace(-1, 1, 64).view(2, 32))
+    torch.testing.assert_close(weights, 2.5 * logits.sigmoid().gather(1, chosen))
+    with torch.no_grad():
+        router.e_score_correction_bias += torch.tensor([0.5, -0.25, 0.125, 0.0])
+    write_model(model, tmp_path / "model")
+    again = build_model(tmp_path / "model").eval()
+    ids = torch.arange(20)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.config.num_nextn_predict_layers == 0  # servers would look for such layers

@@ -46,7 +46,7 @@ class Bigrams(Own):
 
 
 @pytest.mark.parametrize("attention", ["blocked", "sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe", "glm4_moe"])
 def test_our_models_keep_documents_apart(architecture: str, attention: str) -> None:
     found = packing_of(tiny_model(attention, architecture), ScoredModel, CPU)
     assert found == Packing("", 0 if attention == "blocked" else 32)

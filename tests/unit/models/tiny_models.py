@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_trainer.config.schema import ModelConfig, MoeConfig, VLMConfig
+from llm_trainer.config.schema import MIXTURES, ModelConfig, MoeConfig, VLMConfig
 from llm_trainer.config.vision import VisionConfig
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.build import build_model
@@ -25,7 +25,7 @@ def tiny_config(architecture: str = "qwen3", **changes: object) -> ModelConfig:
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
         "initializer_range": 0.3,  # logits that differ, and attention that is not uniform
-        "moe": moe if architecture == "qwen3_moe" else None,
+        "moe": moe if architecture in MIXTURES else None,
     }
     return ModelConfig(**{**settings, **changes})  # type: ignore[arg-type]
 

@@ -94,6 +94,9 @@ def test_of_experts_only_the_chosen_ones_make_activations():
     moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
     shape = shape_of(small_model(architecture="qwen3_moe", moe=moe))
     assert (shape.intermediate_size, shape.experts_per_token) == (48, 2)
+    moe = MoeConfig(4, 2, moe_intermediate_size=24, num_shared_experts=2, num_dense_layers=1)
+    shape = shape_of(small_model(architecture="glm4_moe", moe=moe, intermediate_size=80))
+    assert (shape.intermediate_size, shape.experts_per_token) == ((80 + 4 * 24) / 2, 2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon", "adafactor"])
