@@ -39,7 +39,7 @@ from llm_trainer.data.stream import mix_seeds
 from llm_trainer.engine.device import choose_precision, detect_device
 from llm_trainer.losses.experts import balance_loss, shares_of
 from llm_trainer.losses.language import weight_sum
-from llm_trainer.models.experts import experts_of
+from llm_trainer.models.experts import experts_of, is_balanced_by_a_bias
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.optim.multipliers import multiplied, rate_of_run
 from llm_trainer.optim.optimizers import OPTIMIZERS, get_parameter_groups
@@ -117,6 +117,11 @@ class Loop:
                 f"loss_config.aux_loss_scope: got {options.aux_loss_scope}, but this loop balances the experts of each "
                 f"micro-batch alone, without a z-loss; expected micro_batch, or use the command `llm-trainer train`"
             )
+        if is_balanced_by_a_bias(self.kept) and options.bias_update_speed != 0:
+            raise ConfigError(
+                f"loss_config.bias_update_speed: got {options.bias_update_speed}, but this loop does not move the biases of "
+                f"routers; expected 0, or use the command `llm-trainer train`"
+            )
         self.kept.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.stream, *_ = build.streams
         self.evaluation = build.evaluation
@@ -150,7 +155,7 @@ class Loop:
         for batch, weight in zip(batches, weights, strict=True):
             scores = self.scores(batch)
             loss = scores.loss_sum / total
-            if scores.routing is not None:  # mixture of experts, each micro-batch balanced alone
+            if experts_of(self.kept) and scores.routing is not None:  # each micro-batch balanced alone
                 shares = shares_of(scores.routing.assigned, self.kept.config.num_experts_per_tok)
                 balance = balance_loss(scores.routing, shares)
                 loss = loss + self.config.loss_config.aux_loss_coef * balance * (weight / total)

@@ -44,6 +44,13 @@ class Regulariser:
     def end(self, sum_over_ranks: SumOverRanks) -> None:
         """Act after `Algorithm._end_step`."""
 
+    def after_update(self) -> None:
+        """Act after the optimizer has updated the weights; not called where it did not."""
+
+    def describe(self) -> str:
+        """A few words for the screen before training, of what is done; empty: nothing has to be said."""
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """What must be remembered (JSON types)."""
         return {}

@@ -144,7 +144,7 @@ LICENSED = {
     ("train/preflight.py", "plan"): "expected memory and the peak of a device",
 }
 # Look into what other libraries have made and import nothing else of ours, so that every room may import them.
-FOR_ALL = {"llm_trainer.models.inside", "llm_trainer.models.quantize"}
+FOR_ALL = {"llm_trainer.models.experts", "llm_trainer.models.inside", "llm_trainer.models.quantize"}
 # Imported in exactly one file each, and inside functions: they are heavy or rare.
 ONE_FILE_EACH = (
     "wandb",

@@ -29,6 +29,8 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "ppo": {"kl_beta": 0.0, "critic_warmup_steps": 1, "ptx_coef": 0.5},  # two models; the policy waits for a step
     # 'sft' with a mixture of experts: a mean over all tokens is added to one over the supervised.
     "moe": {"aux_loss_coef": 0.5, "router_z_loss_coef": 0.01},
+    # The same, whose routers are balanced by biases that move after each step, so far that the next one has other routes.
+    "bias": {"bias_update_speed": 0.1},
     "lora": {},  # 'sft' of adapters alone,
     "qlora": {},  # and on a base in 4 bits
 }
@@ -46,6 +48,7 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     },
 }
 GATHER = ("torch", "fsdp", "zero2", "zero3")  # engines whose steps have other collectives each
+MIXTURES = {"moe": "qwen3_moe", "bias": "glm4_moe"}  # trainers of mixtures of experts, and of which
 STEPS = 3
 ROWS_PER_STEP = 8
 FURTHER, FURTHER_PER_STEP = (
@@ -102,9 +105,9 @@ def cells(trainer: str, ranks: int) -> list[Cell]:
 
 
 def few(found: list[Cell]) -> list[Cell]:
-    """Of 'moe' the cell that is cut most unevenly, of adapters the least too: all else they have in common with 'sft'."""
+    """Of experts the cell that is cut most unevenly, of adapters the least too: all else they have in common with 'sft'."""
     trainer, ranks = found[0].trainer, found[0].ranks
-    if trainer == "moe":
+    if trainer in MIXTURES:
         return found[-1:]
     return [found[0], found[-1]] if trainer in PACKAGES and ranks > 1 else found
 
@@ -124,6 +127,8 @@ def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
 
 def automatic_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
     """Everything left to the machine, with a loader of the user and with a stream of ours."""
+    if trainer == "bias":
+        return []  # nothing is chosen otherwise than for 'moe'
     count = ROWS_PER_STEP // ranks // 2
     found = [Cell(trainer, 2, count, ranks, False, None, engine, automatic=True)]
     if engine == "torch":
@@ -154,7 +159,7 @@ def trainer_class_of(cell: Cell) -> Any:
         def _build_source(self, source: Any, training: bool) -> Any:
             return self._with_further(source, training)
 
-    own = {"weighed": Weighed, "ppo": OfStoredRows, "moe": SFTTrainer, "lora": SFTTrainer, "qlora": SFTTrainer}
+    own = dict.fromkeys((*MIXTURES, *PACKAGES), SFTTrainer) | {"weighed": Weighed, "ppo": OfStoredRows}
     return own.get(cell.trainer) or get_trainer_class(cell.trainer)
 
 
@@ -234,7 +239,7 @@ def data_of(cell: Cell) -> tuple[Any, Any]:
     from llm_trainer.data.rollouts import collate_rollout
 
     collate: Any = collate_flat if cell.flat else collate_padded
-    if cell.trainer in ("pretrain", "sft", "weighed", "moe", *PACKAGES):
+    if cell.trainer in ("pretrain", "sft", "weighed", *MIXTURES, *PACKAGES):
         return Rows("pretrain" if cell.trainer == "pretrain" else "sft", 512), collate
     if cell.trainer in ("grpo", "ppo"):
         return Completions(512), partial(collate_rollout, lay=collate)
@@ -295,8 +300,8 @@ def adapted_model(base: Any) -> Any:
 
 def model_of(cell: Cell) -> Any:
     """The model of a row of the table."""
-    if cell.trainer == "moe":
-        return experts_model()
+    if cell.trainer in MIXTURES:
+        return experts_model(architecture=MIXTURES[cell.trainer])
     if cell.trainer == "lora":
         return adapted_model(tiny_model())
     if cell.trainer == "qlora":

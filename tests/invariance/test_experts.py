@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from table import Cell, differences, experts_model, run
+from table import STEPS, Cell, differences, experts_model, run, tiny_model
 
 TOLERANCE = 1e-5
 BALANCED: dict[str, Any] = {"aux_loss_coef": 0.5, "router_z_loss_coef": 0.01}
@@ -31,6 +32,35 @@ def test_however_a_step_is_cut(how: dict[str, Any], wholes: dict[str, Any]) -> N
     whole = wholes[how.get("aux_loss_scope", "step")]
     for cell in (Cell("sft", 1, 8), Cell("sft", 2, 4, flat=True, micro_batch_tokens=40)):
         assert max(differences(run(cell, model=experts_model(), **BALANCED, **how), whole)) < TOLERANCE
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "grpo", "ppo"])
+def test_biases_move_by_whole_steps(trainer: str) -> None:
+    """One of the table is 'sft'. Where they stay, the steps after the first are others; PPO's policy waits for a step."""
+    made: list[Any] = []
+    how: dict[str, Any] = {}
+    if trainer == "dpo":
+        how["ref_model"] = experts_model(seed=1, architecture="glm4_moe")
+
+    def biased_run(cell: Cell, speed: float) -> Any:
+        if trainer == "ppo":
+            how["value_model"] = tiny_model(seed=1)  # transformers has no classifier of this family
+        model = experts_model(architecture="glm4_moe")
+        return run(cell, model=model, ready=made.append, bias_update_speed=speed, **how)
+
+    curves = []
+    for cell in (Cell(trainer, 8, 1), Cell(trainer, 2, 4, flat=True, micro_batch_tokens=40)):
+        curves.append(biased_run(cell, 0.1))
+    assert max(differences(*curves)) < TOLERANCE
+    biases = [[router.e_score_correction_bias for router in one.regulariser._routers] for one in made]
+    stays = biased_run(Cell(trainer, 8, 1), 0.0)
+    assert max(differences(stays, curves[0])) > 100 * TOLERANCE
+    assert all(torch.equal(a, b) for a, b in zip(*biases, strict=True))
+    moved = torch.stack(biases[0]) / 0.1
+    steps = STEPS - (trainer == "ppo")
+    torch.testing.assert_close(moved, moved.round())
+    assert moved.abs().max() <= steps
+    assert ((moved - steps) % 2 == 0).float().mean() > 0.5  # each step moves it, but where the load is even
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,11 @@ class Balancing:
         description="whose tokens are balanced: the step's, exactly, for one more forward where it is cut; as those of the "
         "step before were routed; or each micro-batch's alone, as in transformers",
     )
+    bias_update_speed: Annotated[StrictFloat, Field(ge=0)] | None = Field(
+        default=None,
+        description="of routers that a bias balances (glm4_moe): how far it moves after each step, against the load; null: "
+        "0.001 where all biases are 0, as in a new model; otherwise they stay",
+    )
 
     @property
     def couples_rows(self) -> bool:

@@ -18,14 +18,15 @@ class Routing(NamedTuple):
 
     Attributes:
         assigned: `[L, E]` how often a token was sent to each expert: whole numbers, without a gradient.
-        prob_sum: `[L, E]` the sum of the routers' probabilities over the tokens; differentiable.
-        z_sum: `[]` the sum of logsumexp(logits)^2 over tokens and layers; differentiable.
+        prob_sum: `[L, E]` the sum of the routers' probabilities over the tokens; differentiable. None where routers choose by
+            other numbers, which a bias balances.
+        z_sum: `[]` the sum of logsumexp(logits)^2 over tokens and layers; differentiable; or None.
         tokens: `[]` how many tokens that is.
     """
 
     assigned: Tensor
-    prob_sum: Tensor
-    z_sum: Tensor
+    prob_sum: Tensor | None
+    z_sum: Tensor | None
     tokens: Tensor
 
 
@@ -48,12 +49,32 @@ def count_routes(router_logits: Sequence[Tensor], top_k: int, token_weights: Ten
         logits = at_least_float32(layer).reshape(-1, num_experts)  # (n, E)
         probs = logits.softmax(-1)
         chosen = probs.detach().topk(top_k, dim=-1).indices.flatten()  # (n * top_k,)
-        # Sums of whole numbers, so their order makes no difference.
-        counts = weights.new_zeros(num_experts).scatter_add(0, chosen, weights.repeat_interleave(top_k))
-        assigned.append(counts)
+        assigned.append(_counts(chosen, num_experts, weights.repeat_interleave(top_k)))
         prob_sums.append(weights @ probs)
         z_sum = z_sum + weights @ logits.logsumexp(-1).square()
     return Routing(torch.stack(assigned), torch.stack(prob_sums), z_sum, weights.sum())
+
+
+def _counts(chosen: Tensor, num_experts: int, weights: Tensor) -> Tensor:
+    """`[E]` how often each expert is in `chosen [n]`, by `weights [n]`: sums of whole numbers, whose order does not matter."""
+    return weights.new_zeros(num_experts).scatter_add(0, chosen, weights)
+
+
+def count_chosen(chosen: Sequence[Tensor], num_experts: int, token_weights: Tensor | None = None) -> Routing:
+    """The assignments of routers that say whom they have chosen, and nothing else.
+
+    Args:
+        chosen: one `[B * T, K]` of experts per layer.
+        num_experts: of a layer.
+        token_weights: as `count_routes` takes it.
+    """
+    tokens, top_k = chosen[0].shape
+    weights = torch.ones(tokens, device=chosen[0].device)
+    if token_weights is not None:
+        weights = token_weights.reshape(-1).float()
+    repeated = weights.repeat_interleave(top_k)
+    assigned = [_counts(layer.flatten(), num_experts, repeated) for layer in chosen]
+    return Routing(torch.stack(assigned), None, None, weights.sum())
 
 
 def shares_of(assigned: Tensor, top_k: int) -> Tensor:
@@ -76,6 +97,7 @@ def balance_loss(routing: Routing, shares: Tensor) -> Tensor:
     Returns:
         scalar, a mean over the tokens.
     """
+    assert routing.prob_sum is not None
     num_layers, num_experts = routing.prob_sum.shape
     weighted = num_experts * (shares * routing.prob_sum.sum(0)).sum()
     return mean_over(weighted, num_layers * routing.tokens)
@@ -86,7 +108,8 @@ def router_z_loss(routing: Routing) -> Tensor:
 
     ST-MoE, Zoph et al. 2022, arXiv:2202.08906, eq. 5.
     """
-    return mean_over(routing.z_sum, len(routing.prob_sum) * routing.tokens)
+    assert routing.z_sum is not None
+    return mean_over(routing.z_sum, len(routing.assigned) * routing.tokens)
 
 
 def load_spread(assigned: Tensor) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.checkpoint.adapters import BASE_FOLDER, Base, fingerprint_of, read_base
-from llm_trainer.config.adapters import INITS, LORA, RANK, AdapterConfig
+from llm_trainer.config.adapters import ALL_LINEAR, INITS, LORA, RANK, AdapterConfig
 from llm_trainer.config.errors import require
-from llm_trainer.models.inside import has_adapters
+from llm_trainer.models.inside import has_adapters, transformers_model
 from llm_trainer.models.pretrained import ENDINGS, Kind
 from llm_trainer.models.targets import Targets, find_targets
 
@@ -65,7 +65,7 @@ def adapt(model: nn.Module, config: AdapterConfig) -> "PeftModel":
         )
     if config.path is not None:
         return _continued(model, Path(config.path))
-    targets = find_targets(model, config)
+    targets = _without_namesakes(model, config, find_targets(model, config))
     described = _described(model, config, targets)
     try:
         adapted = _inserted(model, described)
@@ -220,6 +220,38 @@ def _inserted(model: nn.Module, described: "PeftConfig") -> "PeftModel":
         warnings.simplefilter("ignore", FutureWarning)  # of a name of transformers that peft still uses
         adapted: PeftModel = peft.get_peft_model(model, described)
     return adapted
+
+
+def _without_namesakes(model: nn.Module, config: AdapterConfig, targets: Targets) -> Targets:
+    """`targets` but for dense layers that peft, here and where the folder is opened, takes for the experts beside them.
+
+    It takes names such as `shared_experts.gate_proj` for those that experts had before transformers fused them.
+
+    Raises:
+        ValueError: the configuration names them.
+    """
+    if config.kind != LORA or transformers_model(model) is None:
+        return targets
+    peft = _library()
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def is_read_as_it_is(leaf: str) -> bool:
+        tried = peft.LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(tried, model=model, conversions=None)
+        except ValueError:  # one of several that would be fused
+            return False
+        return leaf in tried.target_modules
+
+    leaves = {name.rpartition(".")[2] for name in targets.modules}
+    lost = {leaf for leaf in leaves if not is_read_as_it_is(leaf)}
+    if lost and config.target != ALL_LINEAR:
+        raise ValueError(
+            f"adapter_config.target: peft {peft.__version__} takes {', '.join(sorted(lost))} of a {type(model).__name__} for "
+            f"its experts, though the layers of that name are others (shared experts, or layers without experts); expected a "
+            f"target without them; experts: true reaches the experts"
+        )
+    return targets._replace(modules=[name for name in targets.modules if name.rpartition(".")[2] not in lost])
 
 
 # In peft's words, and back.

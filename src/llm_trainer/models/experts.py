@@ -74,7 +74,9 @@ def biased_routers(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in recorded_routers(model).items():
         if isinstance(module._buffers.get(BALANCING_BIAS), Tensor):
             found[name] = module
-    biases = [name for name, _ in chain(model.named_buffers(), model.named_parameters()) if name.endswith(BALANCING_BIAS)]
+    biases = [
+        name for name, _ in chain(model.named_buffers(), model.named_parameters()) if name.endswith(BALANCING_BIAS)
+    ]
     return found if len(found) == len(biases) else {}
 
 

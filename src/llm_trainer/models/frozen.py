@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from llm_trainer.models.experts import is_balanced_by_a_bias
 from llm_trainer.models.heads import evaluating, logits_of
 from llm_trainer.models.inside import has_adapters
 from llm_trainer.models.quantize import num_values
@@ -100,11 +101,13 @@ def check_base(model: nn.Module, has_model: bool) -> None:
 def learns_little(model: nn.Module) -> bool:
     """Whether so few of a model's parameters are trained that copies of these alone say what it was before.
 
-    Running statistics change with them and are no parameters, so that a model which has some is copied whole.
+    Running statistics change with them and are no parameters, so that a model which has some is copied whole; so is one whose
+    routers a bias balances, but under adapters, where it stays.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(num_values(parameter) for parameter in model.parameters())
     has_statistics = any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
+    has_statistics |= is_balanced_by_a_bias(model) and not has_adapters(model)
     return 0 < trained <= LITTLE * total and not has_statistics
 
 

@@ -104,6 +104,11 @@ def process_reward_model(model: "PreTrainedModel", pad_token_id: int | None = No
 
 def _classifier(auto_class: Any, model: "PreTrainedModel", pad_token_id: int | None) -> "PreTrainedModel":
     # 1. the class that fits the body, without weights
+    if type(model.config) not in auto_class._model_mapping:
+        raise ValueError(
+            f"transformers has no classifier on the body of a {type(model).__name__}, so that no reward model and no critic "
+            f"can be made of it; expected another family, such as qwen3_moe, or for a critic a value_model of its own"
+        )
     config = deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, pad_token_id
     with torch.device("meta"):

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from llm_trainer.compiler import compiled
 from llm_trainer.losses.chunked import HeadScores, LowRank, Objective, chunked_logprobs, chunked_loss, chunked_objective
 from llm_trainer.losses.drawn_from import DrawnFrom, excluding
-from llm_trainer.losses.experts import Routing, count_routes
+from llm_trainer.losses.experts import Routing, count_chosen, count_routes
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
-from llm_trainer.models.experts import experts_of
+from llm_trainer.models.experts import Routes, biased_routers, expert_shape, experts_of
 from llm_trainer.models.heads import logits_of, read_head, split_of
 from llm_trainer.models.inside import adapted_model, language_config, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
@@ -93,6 +93,10 @@ class ScoredModel(nn.Module):
         self.with_entropy = with_entropy
         self._split, self.whole_logits = split_of(model)  # a tuple, so that no parameter gets a second name
         self._experts = experts_of(model)
+        self._biased: tuple[Routes, int] | None = None  # whom routers choose that a bias balances, of how many
+        routers, shape = biased_routers(model), expert_shape(model)
+        if routers and shape is not None:
+            self._biased = Routes(list(routers.values())), shape.number
         self.vision = Vision.of(model)
         self._causal = self._split is not None and self._language_config.model_type in BLOCKED_ARCHITECTURES
         self._accepted = accepted_inputs(model)
@@ -342,6 +346,9 @@ class ScoredModel(nn.Module):
         return HeadScores(values.sum(), logprobs.detach(), correct, entropy)
 
     def _routing(self, output: Any, token_weights: Tensor | None) -> Routing | None:
+        if self._biased is not None:
+            routes, num_experts = self._biased
+            return count_chosen(routes.chosen, num_experts, token_weights)
         if self._experts is None:
             return None
         return count_routes(output.router_logits, self._experts.per_token, token_weights)

@@ -25,7 +25,7 @@ class Shape:
         layer_parameters: of the largest layer.
         product_parameters: in matrices of the layers, which autocast copies to 16 bit.
         num_layers, hidden_size, num_heads, num_kv_heads, head_dim, vocab_size: as in its configuration.
-        intermediate_size: width that a token passes in a feed-forward layer (of a mixture of experts: of those chosen, the mean).
+        intermediate_size: width that a token passes in a feed-forward layer (of experts: those chosen; the mean over layers).
         experts_per_token: 0 without experts.
         normed_heads: queries and keys are normalised (Qwen3).
         tied: the head is the embedding matrix.
@@ -95,9 +95,11 @@ def shape_of(model: "PreTrainedModel") -> Shape:
         )
     values = c.to_dict()
     experts = expert_shape(model)
-    width = values.get("intermediate_size") or 4 * c.hidden_size
-    if experts is not None and values.get("moe_intermediate_size"):
-        width = _mean_width(values, experts.per_token, width)
+    width, per_token = values.get("intermediate_size") or 4 * c.hidden_size, 0
+    if experts is not None:
+        per_token = experts.per_token
+    if per_token and values.get("moe_intermediate_size"):
+        width = _mean_width(values, per_token, width)
     return Shape(
         num_parameters=_count(model),
         layer_parameters=max(map(_count, layers)),
@@ -109,7 +111,7 @@ def shape_of(model: "PreTrainedModel") -> Shape:
         head_dim=values.get("head_dim") or c.hidden_size // c.num_attention_heads,
         intermediate_size=width,
         vocab_size=cast(Tensor, model.get_input_embeddings().weight).shape[0],
-        experts_per_token=0 if experts is None else experts.per_token,
+        experts_per_token=per_token,
         normed_heads=any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters()),
         tied=bool(values.get("tie_word_embeddings")),
         frozen_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),

@@ -335,6 +335,8 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),
     }
+    if balance := trainer.regulariser.describe():
+        found["experts"] = balance
     if why := _whole_logits(trainer.model):
         found["head"] = f"all logits of a micro-batch at once, not in chunks. {why}"
     if trainer.prompt_format == "chat" and trainer.tokenizer is not None and has_default_template(trainer.tokenizer):

@@ -281,6 +281,7 @@ class Run:
             self._metrics.add("loss", done.loss, 1 / world)
             self._metrics.add("grad_norm", done.grad_norm / world, 1 / world)
             schedules.after_update(self.trainer.scheduler)
+            self.trainer.regulariser.after_update()  # after `share`, which is for what forwards change
         else:
             self._skip(done)
         progress.advance(done.position)

@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from llm_trainer.config.adapters import KINDS, AdapterConfig
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.schema import MoeConfig
 from llm_trainer.models.adapter_table import AdaptersTable
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.scored import ScoredModel
@@ -225,6 +226,19 @@ def test_experts_are_reached_when_they_are_wanted() -> None:
     assert reached.get_parameter(experts[0]).shape[0] == 4 * 2  # rows of all four experts
     only = adapt(tiny_model(architecture="qwen3_moe"), AdapterConfig(rank=2, target=["q_proj"], experts=True))
     assert {"q_proj", "experts"} >= {name.split(".")[-4] for name in trained(only)} - {"base_layer"}
+
+
+def test_layers_beside_experts_that_peft_takes_for_them_are_left_as_they_are() -> None:
+    """Shared experts, and layers without experts, have the names that experts had once: opened, they would be others."""
+    moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1)
+    for architecture in ("glm4_moe", "qwen3_moe"):
+        assert layers(adapt(tiny_model(architecture=architecture, moe=moe), AdapterConfig(rank=2))) == ATTENTION
+    model = tiny_model(architecture="glm4_moe")
+    with pytest.raises(ValueError, match=r"takes up_proj of a Glm4MoeForCausalLM for its experts, though the layers"):
+        adapt(model, AdapterConfig(rank=2, target=["q_proj", "up_proj"]))
+    reached = adapt(model, AdapterConfig(rank=2, experts=True))
+    assert not any("shared" in name or ".gate." in name for name in trained(reached))
+    assert sum(".experts." in name for name in trained(reached)) == 8
 
 
 def test_targets_in_all_three_forms() -> None:

@@ -14,7 +14,7 @@ from llm_trainer.models.rewarding import reward_model
 from llm_trainer.models.scored import scored
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "invariance"))
-from table import tiny_model
+from table import experts_model, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 LABELS = torch.tensor([[-100, -100, 7, -100, 9]])
@@ -79,6 +79,11 @@ def test_adapters_are_shared() -> None:
     trained = [name for name, parameter in critic.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 2 + 2 and trained[-2:] == ["score.weight", "score.bias"]
     assert ActorCritic(scored(policy), critic).shares_body
+
+
+def test_a_family_without_classifiers_is_named() -> None:
+    with pytest.raises(ValueError, match="no classifier on the body of a Glm4MoeForCausalLM, so that no reward model"):
+        critic_of(experts_model(architecture="glm4_moe"))
 
 
 def test_what_is_no_critic() -> None:

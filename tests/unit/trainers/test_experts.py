@@ -17,7 +17,7 @@ from llm_trainer.models.rewarding import reward_model
 from llm_trainer.models.scored import scored
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted
-from llm_trainer.trainers import experts as experts_file
+from llm_trainer.trainers import expert_loads
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 24,
@@ -30,6 +30,7 @@ SHAPE: dict[str, Any] = {
     "moe": MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
 }
 DENSE = {"architecture": "qwen3", "moe": None}
+BIASED = {"architecture": "glm4_moe"}
 
 
 def tiny(**changes: Any) -> Any:
@@ -140,8 +141,8 @@ def test_it_is_said_once_that_tokens_are_routed_ahead(tmp_path: Path, capsys: py
 def test_an_expert_without_tokens_is_spoken_of_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_file, "PATIENCE", 3)
-    monkeypatch.setattr(experts_file, "LOOKS", 1)
+    monkeypatch.setattr(expert_loads, "PATIENCE", 3)
+    monkeypatch.setattr(expert_loads, "LOOKS", 1)
     made = make(tmp_path, grad_accum_steps=1)
     balance = made.regulariser
     end, calls = balance.end, []
@@ -231,3 +232,130 @@ def test_micro_batches_are_the_machines_own_unless_each_is_balanced_alone(tmp_pa
     assert may_cut(make(tmp_path)) and may_cut(make(tmp_path, aux_loss_scope="previous_step"))
     assert not may_cut(make(tmp_path, aux_loss_scope="micro_batch"))
     assert may_cut(make(tmp_path, aux_loss_scope="micro_batch", aux_loss_coef=0.0, router_z_loss_coef=0.1))
+
+
+# Routers that a bias balances.
+
+
+def biases_of(model: Any) -> list[Tensor]:
+    return [layer.mlp.gate.e_score_correction_bias for layer in model.model.layers]
+
+
+def first_biases(model: Any) -> list[Tensor]:
+    """What two micro-batches of `batches` make of biases of 0, by hand: 0.1 up or down, by the tokens of each expert."""
+    counts = [torch.zeros(4), torch.zeros(4)]
+    for batch in batches()[:2]:
+        with torch.no_grad():
+            logits = model(batch["input_ids"], batch["attention_mask"], output_router_logits=True).router_logits
+        for layer, count in zip(logits, counts, strict=True):
+            chosen = layer.sigmoid().topk(2).indices[batch["attention_mask"].flatten() == 1]
+            count += torch.bincount(chosen.flatten(), minlength=4)
+    return [0.1 * torch.sign(count.mean() - count) for count in counts]
+
+
+@pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}], ids=["plain", "recomputed"])
+def test_biases_move_against_the_load_of_a_whole_step(how: dict[str, Any], tmp_path: Path) -> None:
+    """Padding is left out; where the update is, so is the move."""
+    expected = first_biases(tiny(**BIASED))
+    assert len({tuple(bias.tolist()) for bias in expected}) == 2  # each layer by itself
+    made = make(tmp_path, tiny(**BIASED), bias_update_speed=0.1, max_steps=1, **how)
+    values = made.train()
+    for bias, wanted in zip(biases_of(made.base_model), expected, strict=True):
+        assert torch.equal(bias, wanted)
+    assert values["experts/load_max"] > 1 and "aux_loss" not in values
+
+
+def test_biases_stay_where_nothing_is_updated(tmp_path: Path) -> None:
+    model = tiny(**BIASED)
+    model.get_parameter("lm_head.weight").register_hook(lambda gradient: gradient * torch.nan)
+    made = make(tmp_path, model, bias_update_speed=0.1, max_steps=2)
+    made.train()
+    assert made.run.progress.skipped_steps == 2
+    assert not any(bias.any() for bias in biases_of(model))
+
+
+def test_biases_are_moved_in_a_new_model_and_stay_in_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tiny(**BIASED)
+    make(tmp_path / "new", new, max_steps=1).train()
+    assert "balanced by biases of their routers, moved by 0.001 after each step (bias_update" in capsys.readouterr().out
+    assert biases_of(new)[0].abs().max() == torch.tensor(0.001)
+    before = [bias.clone() for bias in biases_of(new)]
+    made = make(tmp_path / "old", new, max_steps=1)
+    values = made.train()
+    assert "which stay as they are (bias_update_speed: 0.001 moves them)" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(before, biases_of(new), strict=True))
+    assert "experts/unused" in values
+    make(tmp_path / "named", new, max_steps=1, bias_update_speed=0.25).train()
+    assert biases_of(new)[0].abs().max() >= 0.249
+
+
+@pytest.mark.parametrize("speed", [None, 0.05])
+def test_biases_are_in_checkpoints(speed: float | None, tmp_path: Path) -> None:
+    """A run that is stopped and goes on is the run that was not, bit for bit, though its biases are no longer 0."""
+    options: dict[str, Any] = {"bias_update_speed": speed}
+    whole = make(tmp_path / "whole", tiny(**BIASED), **options)
+    whole.train()
+    stop = Hook(
+        "stop", lambda run: os.kill(os.getpid(), signal.SIGTERM) if run.progress.step == 3 else None, every_steps=1
+    )
+    with pytest.raises(TrainingInterrupted):
+        make(tmp_path / "cut", tiny(**BIASED), hooks=[stop], **options).train()
+    moved = tiny(**BIASED)
+    biases_of(moved)[0].fill_(0.5)  # whatever it began with, the run goes on as it began
+    second = make(tmp_path / "cut", moved, resume="auto", **options)
+    second.train()
+    ours, theirs = whole.base_model.state_dict(), second.base_model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert second.regulariser.speed == (speed or 0.001)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ({}, {"bias_update_speed": 0.001}, "bias_update_speed: got 0.001, but the routers of Qwen3MoeForCausalLM are "),
+        (DENSE, {"bias_update_speed": 0.001}, "bias_update_speed: got 0.001, but Qwen3ForCausalLM has no experts"),
+        (
+            BIASED,
+            {"aux_loss_coef": 0.01},
+            r"the routers of Glm4MoeForCausalLM are balanced by a bias \(bias_update_speed",
+        ),
+        (
+            BIASED,
+            {"aux_loss_scope": "previous_step"},
+            "aux_loss_scope: got 'previous_step', but the routers of Glm4Moe",
+        ),
+    ],
+)
+def test_each_kind_of_router_has_its_balance(
+    model: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path, tiny(**model), **options)
+
+
+def test_biases_elsewhere_than_in_routers_are_not_moved(tmp_path: Path) -> None:
+    """As in Ernie 4.5, whose bias is a parameter beside them, and in MiniMax-M2, where it is in the layer."""
+    from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
+
+    sizes = {name: value for name, value in SHAPE.items() if name not in ("architecture", "moe")}
+    sizes["num_key_value_heads"] = 2
+    config = Ernie4_5_MoeConfig(**sizes, moe_num_experts=4, moe_k=2, moe_intermediate_size=8, moe_layer_start_index=0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert make(tmp_path, model).regulariser.describe() == ""
+    with pytest.raises(
+        ConfigError, match="balanced by a bias that is elsewhere than in them, and that is not moved here"
+    ):
+        make(tmp_path, model, bias_update_speed=0.001)
+
+
+def test_the_base_under_adapters_keeps_its_biases(tmp_path: Path) -> None:
+    from llm_trainer.config.adapters import AdapterConfig
+    from llm_trainer.models.adapters import adapt
+
+    adapted = adapt(tiny(**BIASED), AdapterConfig(rank=2))
+    values = make(tmp_path, adapted, max_steps=1).train()
+    assert not any(bias.any() for bias in biases_of(adapted.get_base_model())) and values["experts/load_max"] > 1
+    with pytest.raises(ConfigError, match="bias_update_speed: got 0.1, but the biases .* are in the base, which stays"):
+        make(tmp_path, adapted, bias_update_speed=0.1)
