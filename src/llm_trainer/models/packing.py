@@ -73,8 +73,8 @@ def _fault(reader: Any, model: nn.Module) -> str:
     images = reader.vision.example(2)
     shown = [reader.vision.image_token_id] * int(images.lengths[0])
     documents = []
-    for ids in (FIRST, SECOND):
-        documents.append(torch.tensor([[*ids[:2], *shown, *ids[2:]]], device=parameter.device))
+    for ids, place in ((FIRST, 2), (SECOND, 1)):  # at other positions: some models look images up by these
+        documents.append(torch.tensor([[*ids[:place], *shown, *ids[place:]]], device=parameter.device))
     fault = _not_apart(reader, documents, share, images)
     return f"with images, {fault}" if fault else ""
 
