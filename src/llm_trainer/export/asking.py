@@ -21,14 +21,15 @@ def facts_of(model: Any) -> dict[str, Any]:
     for name, value in model.config.to_dict().items():
         if name not in _NO_NUMBER and not name.startswith("_") and "dropout" not in name:
             settings[name] = value
-    facts = {"settings": json.loads(json.dumps(settings, default=str))}
-    tied = _is_tied(model)
-    if tied is not None:
+    facts: dict[str, Any] = {"settings": json.loads(json.dumps(settings, default=str))}
+    tied = is_tied(model)
+    if tied is not None:  # the word of the configuration counts too: transformers sees what lies there, others read it
         facts["tied"] = tied
+        facts["settings"]["tie_word_embeddings"] = model.config.to_dict().get("tie_word_embeddings")
     return facts
 
 
-def _is_tied(model: Any) -> bool | None:
+def is_tied(model: Any) -> bool | None:
     """Whether head and embeddings are one matrix; None: something is around one of them, or there is no head."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or any(type(one).__module__.startswith("peft.") for one in (head, embeddings)):

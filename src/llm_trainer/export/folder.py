@@ -1,5 +1,6 @@
 """A model in memory as a folder of transformers: what `hf` and `merged` write."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,30 +8,39 @@ import torch
 from llm_trainer.checkpoint.adapters import place_of
 from llm_trainer.checkpoint.tensor_files import TensorFolder
 from llm_trainer.checkpoint.weights import write_model
+from llm_trainer.export.asking import is_tied
 from llm_trainer.export.gate import SAME, Refused
-from llm_trainer.export.opened import reopened
+from llm_trainer.export.opened import Opened, reopened
 from llm_trainer.export.probe import Probe
 from llm_trainer.export.request import Request, Written
 from llm_trainer.models.adapter_folder import in_dtype
+from llm_trainer.models.inside import language_config
 
 
-def write_folder(request: Request, model: Any) -> Written:
+def write_folder(request: Request, model: Any, answers: Probe) -> Written:
     """Write weights, configuration, generation config and tokenizer; see `formats.py`.
+
+    Args:
+        request: of the format.
+        model: in memory; it is rounded in place.
+        answers: of it, in fp32, before.
 
     Raises:
         Refused: the weights have other names than in the folder that the model came from.
     """
     source, notes = request.source, []
     dtype = request.dtype or _usual_dtype(request, model)
-    before = None
-    if dtype != model.dtype:
-        before = source.ask(model)
+    is_rounded = dtype != model.dtype
     in_dtype(model, dtype)
+    if not is_tied(model):
+        language_config(model.config).tie_word_embeddings = False
     write_model(model, request.folder, source.tokenizer)
     notes += _names(request, model)
-    expected = source.ask(model, with_weights=True)
-    if before is not None:
-        rounding = _rounding(before, expected)
+    facts = Opened(model, source.tokenizer, with_weights=True).facts()
+    expected = replace(answers, facts=facts)
+    if is_rounded:
+        expected = replace(source.ask(model), facts=facts)
+        rounding = _rounding(answers, expected)
         notes.append(f"the weights were rounded to {_name(dtype)}, which moves log-probabilities by {rounding}")
     for note in notes:
         request.say(note)
@@ -67,10 +77,8 @@ def _names(request: Request, model: Any) -> list[str]:
         return []
     written = TensorFolder(request.folder).shapes
     missing, more = sorted(original.keys() - written.keys()), sorted(written.keys() - original.keys())
-    head = model.get_output_embeddings()
-    is_tied = head.weight is model.get_input_embeddings().weight
     heads = {name for name in (*missing, *more) if name.endswith("lm_head.weight")}
-    if set(missing) - heads or set(more) - heads or (missing and not is_tied):
+    if set(missing) - heads or set(more) - heads or (missing and not is_tied(model)):
         raise Refused(
             f"the weights have other names than in '{found.model_source}': missing {', '.join(missing[:3]) or 'none'}, new "
             f"{', '.join(more[:3]) or 'none'}"

@@ -17,4 +17,4 @@ def write(request: Request) -> Written:
             f"--to hf: {found.source} holds adapters on a base, and no model of its own; expected --to merged, which adds "
             f"them to the weights, or --to adapter, which leaves them beside these"
         )
-    return write_folder(request, request.source.whole())
+    return write_folder(request, *request.source.whole_with_answers())

@@ -16,4 +16,4 @@ def write(request: Request) -> Written:
         raise ValueError(
             f"--to merged: {found.source} is a whole model without adapters, so there is nothing to merge; expected --to hf"
         )
-    return write_folder(request, request.source.whole())
+    return write_folder(request, *request.source.whole_with_answers())

@@ -48,9 +48,9 @@ class Opened:
             self._facts["weights"] = {name: _hash(tensor) for name, tensor in tensors_by_name(model).items()}
         self.model, self.tokenizer, self._precision = model.float(), tokenizer, precision
 
-    def tokenise(self, text: str) -> list[int] | None:
-        if self.tokenizer is None:
-            return None
+    def tokenise(self, text: str) -> list[int]:
+        if self.tokenizer is None:  # asked nevertheless: there was one
+            return []
         found: list[int] = self.tokenizer(text)["input_ids"]
         return list(found)
 
@@ -131,14 +131,17 @@ def reopened(folder: Path) -> Opened:
     Raises:
         Refused: it does not open, or its weights are not those of its configuration.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    what_may_come = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
     try:
         with without_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", local_files_only=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except what_may_come as error:
         raise Refused(f"transformers does not open it: {str(error).strip().splitlines()[0][:300]}") from error
     model, report = loaded
     problems = {}

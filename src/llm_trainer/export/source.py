@@ -80,7 +80,11 @@ class Source:
         return questions_for(asked, special_tokens_of(self.tokenizer), vocab_size, context_of(config))
 
     def whole(self) -> Any:
-        """The model as one, in the type that it is saved in; adapters are merged, in fp32.
+        """The model as one, in the type that it is saved in; adapters are merged, in fp32: see `whole_with_answers`."""
+        return self.whole_with_answers()[0]
+
+    def whole_with_answers(self) -> tuple[Any, Probe]:
+        """The model as one, and what it answers in fp32.
 
         Raises:
             Refused: it does not answer as the model did in training, or merged otherwise than before.
@@ -90,16 +94,17 @@ class Source:
         if self.found.base is None:
             model = load_pretrained(AutoModelForCausalLM, self.found)
             dtype = model.dtype
-            self.check(model)
+            answers = self.check(model)
             in_dtype(model, dtype)
-            return model
+            return model, answers
         adapted = beside(AutoModelForCausalLM, self.found, weights=self.weights)
         before = self.check(adapted.get_base_model())
         model = merge(adapted)
-        after = compare(_without_facts(before), _without_facts(self.ask(model)), FP32)
-        _refuse(after, "merged, the model does not answer as with its adapters beside it")
-        self.say(f"merged: {after}")
-        return model
+        answers = self.ask(model)
+        result = compare(_without_facts(before), _without_facts(answers), FP32)
+        _refuse(result, "merged, the model does not answer as with its adapters beside it")
+        self.say(f"merged: {result}")
+        return model, answers
 
     def check(self, model: Any) -> Probe:
         """What the reopened checkpoint answers in fp32, after it was compared with the model in training.

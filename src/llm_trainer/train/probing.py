@@ -5,16 +5,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
 from llm_trainer.engine.base import Engine
+from llm_trainer.engine.device import DTYPES
 from llm_trainer.export.asking import facts_of, margin_of, rendered, special_tokens_of, stops_of
 from llm_trainer.export.probe import FILE, Conversation, Greedy, Rendered, questions_for, record
 from llm_trainer.generation.readers import all_logits, device_of
 from llm_trainer.generation.sampler import sampling
 from llm_trainer.model_group import MODEL
 from llm_trainer.models.inside import adapted_model, context_of, transformers_model, vocab_size_of
+from llm_trainer.models.quantize import stored_numbers
 
 
 class Training:
@@ -110,6 +113,15 @@ def is_asked(algorithm: Algorithm) -> bool:
     return model.can_generate() and model.get_output_embeddings() is not None and not has_images
 
 
+def precision_of(model: nn.Module, name: str) -> str:
+    """What products are computed in: the run's precision, or that of weights that are narrower."""
+    dtypes = {stored_numbers(parameter).dtype for parameter in model.parameters()}
+    for short in ("bf16", "fp16"):
+        if DTYPES[short] in dtypes:
+            return short
+    return name
+
+
 def probe_file(algorithm: Algorithm, engine: Engine, step: int) -> dict[str, bytes]:
     """The probe of a model, by its path in a checkpoint; empty: it cannot be asked. All ranks call it together."""
     if not is_asked(algorithm):
@@ -120,5 +132,5 @@ def probe_file(algorithm: Algorithm, engine: Engine, step: int) -> dict[str, byt
     questions = questions_for(asked, special_tokens_of(asked.tokenizer), vocab_size, context)
     made = {"from": "training", "step": step, "engine": type(engine).__name__}
     with asked.computing():
-        probe = record(asked, questions, engine.precision_name, made)
+        probe = record(asked, questions, precision_of(algorithm.base_model, engine.precision_name), made)
     return {f"{MODEL}/{FILE}": probe.as_json().encode()}

@@ -2,8 +2,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made import Made
 
+from exported import Made
 from llm_trainer.export.formats import FORMATS
 from llm_trainer.export.request import Request, Written
 from llm_trainer.export.source import find_source

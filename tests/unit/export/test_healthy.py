@@ -5,22 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from made import Made
 from transformers import AutoModelForCausalLM
 
+from exported import Made
 from llm_trainer.export.door import export
 from llm_trainer.export.probe import read_probe
 
 pytest.importorskip("peft", reason="needs peft")
 
 WHOLE = ["dense", "untied", "llama", "moe", "new tokens"]
-ADAPTED = ["lora", "rslora", "dora", "pissa", "rs-pissa", "olora", "lora on the head", "lora on the embeddings"]
-ADAPTED += ["saved head", "a norm too", "two adapters", "lora of llama", "lora of an untied model", "lora in bf16"]
-ADAPTED += ["experts", "qlora"]
+MERGED = ["lora", "rslora", "dora", "pissa", "lora on the head", "lora on the embeddings", "saved head", "a norm too"]
+MERGED += ["lora of llama", "lora of an untied model", "lora in bf16", "experts", "qlora"]
+BESIDE = ["lora", "dora", "pissa", "rs-pissa", "olora", "lora on the head", "two adapters", "experts", "qlora"]
 CASES = [
     *((kind, "hf", {}) for kind in WHOLE),
-    *((kind, "merged", {}) for kind in ADAPTED),
-    *((kind, "adapter", {}) for kind in ADAPTED),
+    *((kind, "merged", {}) for kind in MERGED),
+    *((kind, "adapter", {}) for kind in BESIDE),
     ("dense", "hf", {"dtype": torch.bfloat16}),
     ("moe", "hf", {"dtype": torch.float16}),
     ("lora", "merged", {"dtype": torch.bfloat16}),
@@ -41,7 +41,8 @@ def test_healthy_exports_pass(kind: str, to: str, options: dict[str, Any], made:
     if "weights" in options:
         assert "no record of what the model answered" in said[0]
     else:
-        assert said[0].startswith("reopened, compared with training in fp32")
+        precision = "bf16" if kind == "lora in bf16" else "fp32"
+        assert said[0].startswith(f"reopened, compared with training in {precision}")
     names = {path.name for path in out.iterdir()}
     assert {"README.md", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= names
     assert "probe.json" not in names

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from llm_trainer import SFTTrainer
 from llm_trainer.checkpoint import CheckpointError, write_model
@@ -161,3 +162,21 @@ def test_experts_made_in_memory(tmp_path: Path) -> None:
     """Whose weights transformers translates on their way to a folder and back."""
     trained = train(build_model(tiny_config("qwen3_moe")), tmp_path / "run", target_modules=["q_proj"])
     torch.testing.assert_close(logits(build_model(tmp_path / "run")), logits(trained), rtol=0, atol=1e-5)
+
+
+def test_rounding_a_merged_model_leaves_its_positions_alone(base: Path, tmp_path: Path) -> None:
+    """Frequencies are in no folder: whoever opens it computes them in fp32."""
+    train(build_model(str(base)), tmp_path / "run")
+    merged = load_pretrained(AutoModelForCausalLM, find_pretrained(tmp_path / "run"), dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    assert merged.dtype is torch.bfloat16
+    assert torch.equal(merged.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+
+
+def test_an_adapter_on_a_tied_head_is_not_merged_into_the_embeddings(base: Path, tmp_path: Path) -> None:
+    trained = train(build_model(str(base)), tmp_path / "run", target_modules=["q_proj", "lm_head"])
+    merged = build_model(tmp_path / "run")
+    torch.testing.assert_close(logits(merged), logits(trained), rtol=0, atol=1e-5)
+    before = build_model(str(base)).get_input_embeddings().weight
+    assert torch.equal(merged.get_input_embeddings().weight, before)
+    assert not torch.equal(merged.get_output_embeddings().weight, before)

@@ -115,17 +115,19 @@ class Made:
         extend_rows(model, pieces, num_ids(tokenizer), None)
         self.train(model, run, tokenizer)
 
-    def with_two(self, run: Path) -> None:
+    def by_peft(self, run: Path, second: list[str] | None = None, **options: Any) -> None:
+        """As peft makes them, which puts adapters on tied heads too."""
         import peft
 
         model = build_model(str(self.base()))
-        options: dict[str, Any] = {"r": 2, "init_lora_weights": False}
+        values = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **options))
-            adapted.add_adapter("second", peft.LoraConfig(target_modules=["o_proj", "q_proj"], **options))
-        adapted.base_model.set_adapter(["default", "second"])
-        self.train(adapted, run)
+            adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**values))
+            if second is not None:
+                adapted.add_adapter("second", peft.LoraConfig(**(values | {"target_modules": second})))
+                adapted.base_model.set_adapter(["default", "second"])
+            self.train(adapted, run)
 
     def with_a_norm(self, run: Path) -> None:
         adapted = adapt(build_model(str(self.base())), AdapterConfig(rank=4, target=PROJECTIONS))
@@ -146,13 +148,15 @@ KINDS: dict[str, Callable[[Made, Path], None]] = {
     "rs-pissa": lambda made, run: made.adapted(run, init="pissa", rslora=True),
     "olora": lambda made, run: made.adapted(run, init="olora"),
     "qlora": lambda made, run: made.quantized(run),
-    "lora on the head": lambda made, run: made.adapted(run, target=["q_proj", "lm_head"]),
-    "lora on the embeddings": lambda made, run: made.adapted(run, target=["q_proj", "embed_tokens"]),
-    "saved head": lambda made, run: made.adapted(run, modules_to_save=["lm_head"]),
+    "lora on the head": lambda made, run: made.by_peft(run, target_modules=["q_proj", "lm_head"]),
+    "lora on the embeddings": lambda made, run: made.by_peft(run, target_modules=["q_proj", "embed_tokens"]),
+    "saved head": lambda made, run: made.by_peft(run, modules_to_save=["lm_head"]),
     "a norm too": lambda made, run: made.with_a_norm(run),
-    "two adapters": lambda made, run: made.with_two(run),
+    "two adapters": lambda made, run: made.by_peft(run, second=["o_proj", "q_proj"]),
     "lora of llama": lambda made, run: made.adapted(run, made.base(architecture="llama")),
-    "lora of an untied model": lambda made, run: made.adapted(run, made.base(tie_word_embeddings=False)),
+    "lora of an untied model": lambda made, run: made.adapted(
+        run, made.base(tie_word_embeddings=False), target=["q_proj", "lm_head", "embed_tokens"]
+    ),
     "lora in bf16": lambda made, run: made.adapted(run, dtype=torch.bfloat16),
     "experts": lambda made, run: made.adapted(
         run, made.base(architecture="qwen3_moe", moe=MOE), target=["q_proj"], experts=True
