@@ -115,6 +115,18 @@ class Reading:
         description="what one document of a plain text file is; endoftext: what ends with <|endoftext|>, also inside a row",
     )
     bad_rows: Literal["error", "drop"] = Field(default="error", description="what happens to rows that cannot be read")
+    image_root: str | None = Field(
+        default=None,
+        description="folder that paths of images begin in, and do not lead out of; null: that of their file",
+    )
+    max_pixels: StrictInt | None = Field(
+        default=None,
+        ge=1,
+        description="larger images are made smaller, to this many pixels; null: as their processor does",
+    )
+    bad_images: Literal["error", "drop"] = Field(
+        default="error", description="what happens to rows with an image that is missing, damaged or cannot be used"
+    )
     duplicates: Literal["keep", "exact", "near"] = Field(
         default="keep",
         description="rows of the training data that repeat an earlier one; exact, near: they are left out",

@@ -16,9 +16,11 @@ import numpy as np
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
 from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.printed import UNPRINTED, share_left_out
+from llm_trainer.data.encode.row_images import RowImages
 from llm_trainer.data.encode.rows import misfit
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.ids import check_ids
+from llm_trainer.data.images import ImageRef
 from llm_trainer.data.kinds import KINDS, WEIGHT, DataOptions, Kind, get_kind, kinds_that_accept
 from llm_trainer.data.kinds.pairs import refuse_weights
 from llm_trainer.data.ledger import Ledger
@@ -27,6 +29,7 @@ from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.files import data_files, read_rows
 from llm_trainer.data.read.formats import Rows
 from llm_trainer.data.read.messages import mute_empty_answers, read_only
+from llm_trainer.data.read.pictures import all_images
 from llm_trainer.data.read.recognise import ROWS_LOOKED_AT, recognise, schema_of
 from llm_trainer.data.read.schemas import Schema
 from llm_trainer.data.read.token_files import TOKEN_SUFFIXES, open_tokens
@@ -59,6 +62,11 @@ class FileReport:
     account: Ledger = field(default_factory=Ledger)  # weights of trained tokens, and what was noted about rows
     problems: list[DataError] = field(default_factory=list)  # rows, or the file as a whole, that would stop training
     examples: list[list[Piece]] = field(default_factory=list)  # the first samples
+    image_sizes: Counter[tuple[int, int]] = field(
+        default_factory=Counter
+    )  # (height, width) of every image that is shown
+    image_tokens: list[int] = field(default_factory=list)  # of every image that is shown
+    distinct_images: int = 0
 
     @property
     def stops_training(self) -> bool:
@@ -113,17 +121,20 @@ def check_file(
     kind: str | None = None,
     block_size: int | None = None,
     image_columns: str = "error",
+    image_tags: Path | str | None = None,
     **reading: Any,
 ) -> FileReport:
     """Read a whole file as training would and report instead of stopping.
 
     Args:
         path: a text file or a token file.
-        chat: tokenizer and template; None: lengths are in characters and nothing is said about what is trained on.
+        chat: tokenizer and template, and for a model that sees what an image is in tokens: then every image is opened;
+            None: lengths are in characters and nothing is said about what is trained on.
         kind: name of the kind of rows that is wanted of the file; None: any.
         block_size: tokens of the context, to count what truncation would do.
         image_columns: 'error', or 'ignore' to count rows with images that are trained as text.
-        **reading: options of `Reading`: a forced schema, names of columns and roles.
+        image_tags: the csv of the images of the rows, if they do not name them.
+        **reading: options of `Reading`: a forced schema, names of columns and roles, the folder of images.
 
     Raises:
         ValueError: a schema, kind or option is unknown.
@@ -131,12 +142,17 @@ def check_file(
     report = FileReport(Path(path))
     if chat is not None:
         report.unit = "tokens"
-    inspector = _Inspector(report, chat, block_size, image_columns)
+    options = DataOptions(**reading)
     try:
+        images = None
+        if chat is not None and chat.images is not None:
+            csv = None if image_tags is None else str(image_tags)
+            images = RowImages.beside(chat.images, report.path, options.image_root, "error", csv)
+        inspector = _Inspector(report, chat, block_size, image_columns, images)
         if report.path.suffix in TOKEN_SUFFIXES:
             inspector.read_tokens(kind)
         else:
-            inspector.read_text(DataOptions(**reading), kind)
+            inspector.read_text(options, kind)
     except DataError as error:
         report.problems.append(error)
     return report
@@ -145,9 +161,18 @@ def check_file(
 class _Inspector:
     """Fills in the report of one file."""
 
-    def __init__(self, report: FileReport, chat: ChatFormat | None, block_size: int | None, image_columns: str) -> None:
+    def __init__(
+        self,
+        report: FileReport,
+        chat: ChatFormat | None,
+        block_size: int | None,
+        image_columns: str,
+        images: RowImages | None,
+    ) -> None:
         self.report, self.chat, self.block_size, self.image_columns = report, chat, block_size, image_columns
+        self.images = images
         self._seen: set[bytes] = set()
+        self._opened: set[str] = set()  # digests of images
 
     def read_text(self, options: DataOptions, wanted: str | None) -> None:
         report = self.report
@@ -155,13 +180,18 @@ class _Inspector:
         head = list(islice(rows, ROWS_LOOKED_AT))
         if not head:
             return  # every row is broken, and is reported as such
+        if self.images is not None:
+            rows = self.images.as_many(rows, report.path)
+        sees = self.images is not None
         if wanted is not None:
-            found = find_schema(report.path, get_kind(wanted), options)
+            kind_of_rows = get_kind(wanted)
+            accepts = None if self.chat is None else kind_of_rows.accepted(self.chat)
+            found = find_schema(report.path, kind_of_rows, options, accepts, sees)
         else:
-            found = schema_of(report.path, options)
-        report.unread = found.unread(head)
+            found = schema_of(report.path, options, takes_images=sees)
+        report.unread = found.unread([(replace(where, takes_images=sees), row) for where, row in head])
         report.schema, report.kind = found.name, found.kind
-        report.usable_as = kinds_that_accept(found.kind)
+        report.usable_as = kinds_that_accept("chat" if sees and found.kind == "vision" else found.kind)
         if found.kind == "text":
             self.block_size = None  # documents are laid end to end and cut into blocks: nothing is lost
         kind = None
@@ -204,12 +234,15 @@ class _Inspector:
     def _samples(self, schema: Schema, kind: Kind | None, rows: Rows) -> Iterator[tuple[Location, Any, Sample]]:
         for where, row in rows:
             self.report.rows += 1
-            location = replace(where, notes=self.report.account.notes)
+            takes = self.images is not None and (kind is None or bool(kind.columns_of_images))
+            location = replace(where, notes=self.report.account.notes, takes_images=takes)
             try:
                 samples = schema.samples(row, location)
                 row = schema.known(row, location)
                 if kind is not None:
-                    refuse_unused(kind, row, location, self.image_columns)
+                    refuse_unused(kind, row, location, self.image_columns, takes)
+                if takes:
+                    samples = [self._with_images(sample, row, location) for sample in samples]
             except DroppedRow as nothing_to_teach:
                 self.report.dropped[nothing_to_teach.reason] += 1
                 continue
@@ -219,6 +252,25 @@ class _Inspector:
             for sample in samples:
                 self._note_duplicate(json.dumps(sample, sort_keys=True, default=repr).encode())
                 yield location, row, sample
+
+    def _with_images(self, sample: Sample, row: Any, location: Location) -> Sample:
+        """A sample with its images counted, each distinct one opened.
+
+        Raises:
+            DataError: one cannot be used.
+        """
+        assert self.images is not None
+        sample = self.images.counted(sample, row, location)
+        refs: list[ImageRef] = all_images(sample)
+        for ref in refs:
+            if ref.digest not in self._opened:
+                self.images.format.open(ref, location.at("images"))
+                self._opened.add(ref.digest)
+        for ref in refs:
+            self.report.image_sizes[ref.height, ref.width] += 1
+            self.report.image_tokens.append(len(self.images.format.ids(ref.height, ref.width)))
+        self.report.distinct_images = len(self._opened)
+        return sample
 
     def read_tokens(self, wanted: str | None) -> None:
         report, tokens = self.report, open_tokens(self.report.path)
@@ -280,14 +332,13 @@ class _Inspector:
 def _encode(chat: ChatFormat, kind: str, sample: Sample, location: Location) -> list[EncodedChat]:
     """The sequences that training would make of a sample, with what it would train on."""
     if kind == "text":
-        return [chat.encode_text(sample["text"])]
+        return chat.encode_documents([sample["text"]], [sample.get("images", ())])
     if kind == "completion":
-        return [chat.encode_completion(sample["prompt"], sample["completion"])]
+        return chat.encode_completions([(sample["prompt"], sample["completion"])], [sample.get("images", ())])
     if kind == "tokens":
         return [EncodedChat(sample["input_ids"], [True] * len(sample["input_ids"]), "")]
     if kind == "prompt":
-        ids = chat.encode_prompt(sample["prompt"], sample.get("tools"))
-        return [EncodedChat(ids, [False] * len(ids), "")]
+        return chat.encode_pictured([sample["prompt"]], [sample.get("tools")])
     if "messages" in sample:
         return [chat.encode(sample["messages"], sample.get("tools"))]
     prompt = read_only(sample["prompt"])

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from llm_trainer.data.kinds import LanguageSample
-from llm_trainer.image_batch import of_images
+from llm_trainer.data.read.errors import Location
+from llm_trainer.data.vision import ImageFormat
+from llm_trainer.image_batch import ImageBatch, of_images
 from llm_trainer.layout import Layout
 
 IGNORE = -100  # the label that no loss counts (torch's own convention)
@@ -28,6 +30,7 @@ class LanguageBatch(TypedDict):
     position_ids: NotRequired[torch.Tensor]  # [1, N] restarting at 0 in every document; only when flat
     document_lengths: NotRequired[torch.Tensor]  # [number of documents]; only when flat
     loss_weights: NotRequired[torch.Tensor]  # float32, shaped as labels; absent: every label counts 1
+    images: NotRequired[ImageBatch]  # absent where no row has any
 
 
 def collate_cheaper(
@@ -93,6 +96,37 @@ def collate_flat(samples: Sequence[LanguageSample]) -> LanguageBatch:
     weights = _weights(samples)
     if weights is not None:
         batch["loss_weights"] = torch.from_numpy(np.concatenate(weights).astype(np.float32))[None]
+    return batch
+
+
+def lay_with_images(
+    samples: Sequence[LanguageSample], lay: Callable[[Sequence[LanguageSample]], LanguageBatch], images: ImageFormat
+) -> LanguageBatch:
+    """Rows as `lay` lays them out, and their images, each distinct one opened once.
+
+    Raises:
+        DataError: an image is gone, damaged, or another one than when it was counted.
+    """
+    batch = lay(samples)
+    numbers: dict[str, int] = {}  # digest -> which distinct image
+    opened: list[Any] = []
+    uses = []
+    for sample in samples:
+        shown = []
+        for ref in sample.get("images", ()):
+            if ref.digest not in numbers:
+                numbers[ref.digest] = len(numbers)
+                opened.append(images.open(ref, Location(sample.get("place", "a row"))))
+            shown.append(numbers[ref.digest])
+        uses.append(shown)
+    if opened:
+        batch["images"] = images.batch(opened, uses)
+        found = int((batch["input_ids"] == images.image_token_id).sum())
+        if found != batch["images"].num_placeholders:
+            raise ValueError(
+                f"a micro-batch has {found} placeholders of images, and its images {batch['images'].num_placeholders} tokens; "
+                f"expected as many: token {images.image_token_id} pads nothing and stands in no text"
+            )
     return batch
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_trainer.data.encode.pictured import IMAGE_COLUMNS, PLACES, REFS
 from llm_trainer.data.encode.store import Part, Ragged, TokenStore
 from llm_trainer.data.encode.workers import build_store, found_store
 from llm_trainer.data.kinds import HARDNESS
@@ -24,7 +25,8 @@ SHINGLE = 5  # tokens
 BANDS, MINIMA_PER_BAND = 16, 4  # rows of similarity s meet in a band with 1 - (1 - s^4)^16: 0.999 at 0.8, 0.32 at 0.4
 EXACT, NEAR = "exact duplicate", "near duplicate"
 _MIX = np.uint64(0xBF58476D1CE4E5B9)  # a multiplier of SplitMix64 (Steele et al. 2014)
-_BESIDE_IDS = ("trained", "chosen_trained", "rejected_trained", "facts", "margin", "desirable", "right", HARDNESS)
+_TRAINED = ("trained", "chosen_trained", "rejected_trained")
+_BESIDE_IDS = (*_TRAINED, "facts", "margin", "desirable", "right", HARDNESS, *IMAGE_COLUMNS)
 
 
 def without_duplicates(stores: Sequence[TokenStore], how: str, similarity: float, cache: Path) -> list[TokenStore]:
@@ -41,6 +43,11 @@ def without_duplicates(stores: Sequence[TokenStore], how: str, similarity: float
     for store in stores:
         before.update(store.folder.name.encode())
         folders.append(cache / f"{store.folder.name}-{how}-{before.hexdigest()[:16]}")
+    if how == "near" and any(PLACES in store.columns and len(store[PLACES].values) for store in stores):
+        raise ValueError(
+            "data_loader_config.duplicates: near, of rows with images: what differs may be in the images alone; expected "
+            "exact, which compares these too, or keep"
+        )
     if all(TokenStore.exists(folder) for folder in folders):
         return [found_store(folder) for folder in folders]
     reasons = _reasons(stores, how, similarity)
@@ -53,11 +60,11 @@ def num_repeated(stores: Sequence[TokenStore], earlier: Sequence[TokenStore]) ->
     """Rows of some stores whose tokens are those of a row of earlier ones."""
     wanted = Counter[bytes]()
     for store in stores:
-        wanted.update(_digests(store, _id_columns(store), np.ones(len(store), dtype=bool)))
+        wanted.update(_digests(store, _compared(store), np.ones(len(store), dtype=bool)))
     lengths = np.unique(np.concatenate([_lengths(store) for store in stores]))
     repeated = 0
     for store in earlier:
-        for digest in _digests(store, _id_columns(store), np.isin(_lengths(store), lengths)):
+        for digest in _digests(store, _compared(store), np.isin(_lengths(store), lengths)):
             repeated += wanted.pop(digest, 0)
     return repeated
 
@@ -100,6 +107,11 @@ def _reasons(stores: Sequence[TokenStore], how: str, similarity: float) -> np.nd
 
 def _id_columns(store: TokenStore) -> list[str]:
     return [name for name in store.columns if name not in _BESIDE_IDS]
+
+
+def _compared(store: TokenStore) -> list[str]:
+    """Columns of ids, and where there are images what these are."""
+    return [*_id_columns(store), *(name for name in store.columns if name == REFS)]
 
 
 def _lengths(store: TokenStore) -> np.ndarray:

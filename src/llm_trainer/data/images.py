@@ -35,7 +35,7 @@ class ImageRef(NamedTuple):
     """An image that was counted.
 
     Attributes:
-        source: a path, absolute or below the folder of images; or the bytes of a file.
+        source: an absolute path, or the bytes of a file.
         height: pixels, as it stands upright.
         width: pixels.
         digest: of the bytes of the file.
@@ -82,10 +82,15 @@ def count_image(source: str | bytes, root: Path | None, location: Location) -> I
         root: as for `image_file`.
         location: of the row, for messages.
 
+    Returns:
+        It, a path being absolute.
+
     Raises:
         DataError: it is missing, damaged, or no single picture of a size that can be used.
     """
-    data = _bytes_of(source, root, location)
+    if isinstance(source, str):
+        source = str(image_file(source, root, location).absolute())
+    data = _bytes_of(source, location)
     with _opened(data, location) as image:
         width, height = image.size
         if _orientation(image) in _ON_THEIR_SIDE:
@@ -95,13 +100,13 @@ def count_image(source: str | bytes, root: Path | None, location: Location) -> I
     return ImageRef(source, height, width, _digest(data))
 
 
-def open_image(ref: ImageRef, root: Path | None, location: Location) -> "Image":
+def open_image(ref: ImageRef, location: Location) -> "Image":
     """The pixels of an image that was counted: RGB, upright, on white where it is transparent.
 
     Raises:
         DataError: it is gone, has changed since it was counted, or cannot be decoded.
     """
-    data = _bytes_of(ref.source, root, location)
+    data = _bytes_of(ref.source, location)
     if _digest(data) != ref.digest:
         found = f"another image than the one that was counted ({ref.height} x {ref.width} pixels)"
         fix = "put it back, or count again: `llm-trainer data cache` shows the folder to remove"
@@ -116,21 +121,20 @@ def open_image(ref: ImageRef, root: Path | None, location: Location) -> "Image":
     return upright
 
 
-def as_source(value: Any) -> bytes | None:
-    """The bytes of an image in memory (Pillow's), which `datasets` makes of a column of images; None: it is no such."""
+def in_bytes(value: Any) -> Any:
+    """An image in memory (Pillow's), as `datasets` makes of a column of images, as a file's bytes; other values as they are."""
     if type(value).__module__.partition(".")[0] != "PIL":
-        return None
+        return value
     file = io.BytesIO()
     value.save(file, format="PNG")
     return file.getvalue()
 
 
-def _bytes_of(source: str | bytes, root: Path | None, location: Location) -> bytes:
+def _bytes_of(source: str | bytes, location: Location) -> bytes:
     if isinstance(source, bytes):
         data, where = source, "the bytes of an image"
     else:
-        path = image_file(source, root, location)
-        data, where = path.read_bytes(), str(path)
+        data, where = image_file(source, None, location).read_bytes(), source
     if not data:
         raise DataError(location, f"{where}: nothing, it is empty", "an image", REPAIR, "image_empty")
     return data

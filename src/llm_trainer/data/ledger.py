@@ -11,6 +11,34 @@ from llm_trainer.data.encode.printed import ALL_CHARACTERS, LEFT_OUT, share_left
 
 
 @dataclass
+class ImageLedger:
+    """Where every image that was read went; one that several answers show is counted as often."""
+
+    read: int = 0
+    used: int = 0
+    cut: int = 0  # outside of what is used of rows that were kept
+    dropped: Counter[str] = field(default_factory=Counter)  # of rows that were left out, by reason
+
+    def check(self, name: str) -> None:
+        """Assert that images read = used + cut + dropped."""
+        known = self.used + self.cut + sum(self.dropped.values())
+        assert self.read == known, f"{name}: {self.read} images were read, {known} are accounted for"
+
+    def merge(self, other: "ImageLedger") -> "ImageLedger":
+        """The ledger of both together."""
+        numbers = (self.read + other.read, self.used + other.used, self.cut + other.cut)
+        return ImageLedger(*numbers, self.dropped + other.dropped)
+
+    def line(self) -> str:
+        """The ledger as a screen shows it."""
+        said = f"{counted(self.read, 'image')} read = {self.used:,} used + {self.cut:,} cut off"
+        said += f" + {sum(self.dropped.values()):,} dropped"
+        if self.dropped:
+            said += f" ({', '.join(f'{number:,} {reason}' for reason, number in sorted(self.dropped.items()))})"
+        return said
+
+
+@dataclass
 class Ledger:
     """Counts of one dataset, in tokens unless said otherwise."""
 
@@ -28,6 +56,14 @@ class Ledger:
     dropped_rows: Counter[str] = field(default_factory=Counter)  # the number of these rows, by reason
     notes: Counter[str] = field(default_factory=Counter)  # what else must not be silent: `turn: an empty answer, ...`
     unread: list[str] = field(default_factory=list)  # columns of the rows that are not read
+    images: ImageLedger | None = None  # None: no row has an image
+
+    def drop_images(self, reason: str, images: int) -> None:
+        """Note images of rows that were left out for `reason`."""
+        if images:
+            self.images = self.images or ImageLedger()
+            self.images.read += images
+            self.images.dropped[reason] += images
 
     def drop(self, reason: str, tokens: int = 0, rows: int = 1) -> None:
         """Note rows of `tokens` tokens altogether as left out for `reason`."""
@@ -42,9 +78,11 @@ class Ledger:
             self.weights = _span(self.weights, (float(weights.min()), float(weights.max())))
 
     def check(self) -> "Ledger":
-        """Assert that tokens read = trained on + context only + truncated + dropped."""
+        """Assert that tokens read = trained on + context only + truncated + dropped, and likewise for images."""
         known = self.trained + self.context + self.truncated + sum(self.dropped.values())
         assert self.read == known, f"{self.name}: {self.read} tokens were read, {known} are accounted for"
+        if self.images is not None:
+            self.images.check(self.name)
         return self
 
     def merge(self, other: "Ledger") -> "Ledger":
@@ -58,6 +96,7 @@ class Ledger:
             dropped_rows=self.dropped_rows + other.dropped_rows,
             notes=self.notes + other.notes,
             unread=list(dict.fromkeys(self.unread + other.unread)),
+            images=_both(self.images, other.images),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,6 +104,9 @@ class Ledger:
         counters = {"dropped": self.dropped, "dropped_rows": self.dropped_rows, "notes": self.notes}
         facts = asdict(self) | {name: dict(counter) for name, counter in counters.items()}
         facts.pop("kept_in")  # of this start alone, not of the run
+        facts.pop("images")
+        if self.images is not None:
+            facts["images"] = asdict(self.images) | {"dropped": dict(self.images.dropped)}
         return facts
 
     def lines(self) -> list[str]:
@@ -77,6 +119,8 @@ class Ledger:
         if self.truncated_rows:
             rows, tokens = counted(self.truncated_rows, "row"), counted(self.truncated, "token")
             lines.append(f"{rows} longer than the context, truncated by {tokens}")
+        if self.images is not None:
+            lines.append(self.images.line())
         lines += self.weight_lines()
         lines += [f"{counted(rows, 'row')} dropped: {reason}" for reason, rows in sorted(self.dropped_rows.items())]
         if self.unread:
@@ -89,6 +133,12 @@ class Ledger:
             return []
         span = f"from {self.weights[0]:g} to {self.weights[1]:g}"
         return [f"{counted(self.weighted, 'token')} with another weight than 1; weights go {span}"]
+
+
+def _both(one: ImageLedger | None, other: ImageLedger | None) -> ImageLedger | None:
+    if one is None or other is None:
+        return one or other
+    return one.merge(other)
 
 
 def _span(*spans: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from llm_trainer.data.cache import key_of
 from llm_trainer.data.duplicates import EXACT, NEAR, without_duplicates
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.printed import share_left_out
+from llm_trainer.data.encode.row_images import RowImages
 from llm_trainer.data.encode.rows import RowEncoder
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.encode.workers import build_store
@@ -32,6 +33,7 @@ from llm_trainer.data.windows import Rows, note_dropped
 
 if TYPE_CHECKING:
     from llm_trainer.data.stream import SampleStream
+    from llm_trainer.data.vision import ImageFormat
     from llm_trainer.layout import Layout
 
 PARALLEL_FROM = 32 << 20  # bytes of a file from which several processes encode it
@@ -43,6 +45,7 @@ class Joined:
 
     parts: Sequence[Any]
     stores: Sequence[TokenStore] = ()  # that they were made of; not of files that are used in place
+    images: "ImageFormat | None" = None  # how their images become numbers
 
     def __post_init__(self) -> None:
         self.file_sizes = list(chain.from_iterable(part.file_sizes for part in self.parts))
@@ -63,6 +66,18 @@ class Joined:
             of_part = part.num_tokens if isinstance(part, Rows) else part.lengths
             counts.append(of_part)
         return np.concatenate(counts)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """What each row takes of a token budget, `[rows]`: its tokens, and those that the tower sees of its images."""
+        towers = [getattr(part, "tower_tokens", None) for part in self.parts]  # a kind of the user's own need not know
+        if all(tower is None for tower in towers):
+            return self.lengths
+        costs = [
+            part.lengths if tower is None else part.lengths + tower
+            for part, tower in zip(self.parts, towers, strict=True)
+        ]
+        return np.concatenate(costs)
 
     def __getitem__(self, index: int) -> Any:
         part = int(np.searchsorted(self._firsts, index, side="right")) - 1
@@ -187,12 +202,12 @@ def _datasets(
                 expected = "a subclass of llm_trainer.data.windows.Rows, for a curriculum by a column"
                 raise ValueError(f"rows of kind {kind.name!r}: got {type(rows).__name__}, expected {expected}")
         parts.append(rows)
-    return Joined(parts, stores)
+    return Joined(parts, stores, chat.images)
 
 
 def _in_place(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> Any:
     """The rows of a token file whose ids are used where they lie; None: a store is made of the file."""
-    if path.suffix not in TOKEN_SUFFIXES or kind.in_place is None:
+    if path.suffix not in TOKEN_SUFFIXES or kind.in_place is None or str(path) in (options.image_tags or {}):
         return None
     tokens = open_tokens_of(path, kind, chat)
     rows = kind.in_place(tokens, options)
@@ -222,7 +237,7 @@ def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, 
         pad_id: token that pads rows.
         **how: batch size, ranks, order and the like, of `SampleStream`.
     """
-    from llm_trainer.data.collate import collate_cheaper, collate_flat, collate_padded
+    from llm_trainer.data.collate import collate_cheaper, collate_flat, collate_padded, lay_with_images
     from llm_trainer.data.stream import SampleStream
 
     flat = options.packing == "flat" or options.packing in PACKERS
@@ -230,6 +245,8 @@ def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, 
     lay: Any = collate_flat if flat else partial(collate_padded, pad_id=pad_id)
     if layout is not None and layout.flat and layout.dense_width:
         lay = partial(collate_cheaper, pad_id=pad_id, pays=layout.pays)
+    if dataset.images is not None:
+        lay = partial(lay_with_images, lay=lay, images=dataset.images)
     collate: Any = kind.collate
     return SampleStream(dataset, partial(collate, lay=lay), flat=flat or options.share_prompts, **how)
 
@@ -237,14 +254,24 @@ def open_stream(dataset: Joined, kind: Kind, options: DataOptions, pad_id: int, 
 # --- what a file holds
 
 
-def find_schema(path: Path, kind: Kind, options: DataOptions) -> Schema:
+def find_schema(
+    path: Path, kind: Kind, options: DataOptions, accepts: Sequence[str] | None = None, takes_images: bool = False
+) -> Schema:
     """The schema that was forced, or the one that the first rows of a file have, checked against the kind.
+
+    Args:
+        path: the file.
+        kind: what its rows are learned as.
+        options: how they are read.
+        accepts: canonical kinds of samples that will do; None: those of the kind.
+        takes_images: rows may show images.
 
     Raises:
         DataError: no known schema, or one whose samples cannot become rows of this kind.
     """
-    schema = schema_of(path, options, kind.accepts)
-    if schema.kind not in kind.accepts:
+    wanted = kind.accepts if accepts is None else accepts
+    schema = schema_of(path, options, wanted, takes_images)
+    if schema.kind not in wanted:
         sections = [get_kind(name).section for name in kinds_that_accept(schema.kind)]
         fix = "name another format in data_loader_config.schema (--schema)"
         if sections:
@@ -288,12 +315,19 @@ def _fits(path: Path, kind: Kind, options: DataOptions) -> bool:
 def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cache: Path) -> TokenStore:
     """The token store of a file, made now or found in `cache`."""
     is_tokens = path.suffix in TOKEN_SUFFIXES
-    schema = None if is_tokens else find_schema(path, kind, options)
+    takes_images = kind.takes_images(chat)
+    schema = None if is_tokens else find_schema(path, kind, options, kind.accepted(chat), takes_images)
     name = None if schema is None else schema.name
     size = 0 if is_streamed(path) else path.stat().st_size  # 0: not known
     workers = options.workers if size >= PARALLEL_FROM or is_streamed(path) else 1
-    how = [options.bad_rows, options.image_columns, options.text_unit, options.columns, options.roles]
-    columns = kind.columns
+    how: list[Any] = [options.bad_rows, options.image_columns, options.text_unit, options.columns, options.roles]
+    columns = kind.all_columns(chat)
+    images: RowImages | None = None
+    if takes_images:
+        assert chat.images is not None
+        csv = (options.image_tags or {}).get(str(path))
+        images = RowImages.beside(chat.images, path, options.image_root, options.bad_images, csv)
+        how += [str(images.root.resolve()), images.bad, images.tags]
     if options.hardness_column:
         how.append(options.hardness_column)
         columns = (*columns, HARDNESS)
@@ -313,14 +347,25 @@ def store_of(path: Path, kind: Kind, chat: ChatFormat, options: DataOptions, cac
         rows: Any = ((Location(path, i + 1), tokens[i]) for i in range(len(tokens)))
     else:
         rows = read_rows(path, options.text_unit, on_error=note)
+    if images is not None:
+        rows = images.as_many(rows, path)
     folder = cache / f"{path.stem.replace(':', '-')}-{key}"
     renaming = Renaming.of(options)
     encode = RowEncoder(
-        kind, name, chat, options.bad_rows, options.image_columns, options.text_unit, renaming, options.hardness_column
+        kind,
+        name,
+        chat,
+        options.bad_rows,
+        options.image_columns,
+        options.text_unit,
+        renaming,
+        options.hardness_column,
+        images,
     )
     meta: dict[str, Any] = {"source": str(path), "schema": name}
     if schema is not None and schema.kind != "prompt":  # prompts keep all columns, for rewards
-        meta["unread"] = schema.unread(head_of(path, options))
+        head = [(replace(where, takes_images=takes_images), row) for where, row in head_of(path, options)]
+        meta["unread"] = schema.unread(head)
         if sorted_by := options.hardness_column:
             read = (sorted_by, sorted_by.partition(".")[0])
             meta["unread"] = [name for name in meta["unread"] if name not in read]

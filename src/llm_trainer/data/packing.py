@@ -5,18 +5,20 @@ Every packing is a list of rows, each a list of `Piece`s in the order in which t
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from llm_trainer.config.errors import counted
+from llm_trainer.data.images import ImageRef
 from llm_trainer.data.kinds import LanguageSample
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.read.errors import DataError, Location
 
 Lengths = Sequence[int] | np.ndarray
+BlocksOf = Callable[[int], np.ndarray]
 
 
 class Piece(NamedTuple):
@@ -39,13 +41,36 @@ def pack_bfd(lengths: Lengths, capacity: int) -> list[list[Piece]]:
     return _pack_pieces(pieces, capacity)
 
 
-def pack_bfd_split(lengths: Lengths, capacity: int) -> list[list[Piece]]:
-    """Best-fit decreasing; a document longer than `capacity` is split, so that every token is in exactly one piece."""
+def pack_bfd_split(lengths: Lengths, capacity: int, blocks_of: BlocksOf | None = None) -> list[list[Piece]]:
+    """Best-fit decreasing; a document longer than `capacity` is split, so that every token is in exactly one piece.
+
+    Args:
+        lengths: `[documents]`, tokens.
+        capacity: tokens of a row.
+        blocks_of: document -> `[images, 2]`, tokens that stay together, ascending, at most `capacity` each; None: none do.
+    """
     _check_capacity(capacity)
     pieces = []
     for i, length in enumerate(_as_list(lengths)):
-        pieces += [Piece(i, start, min(start + capacity, length)) for start in range(0, length, capacity)]
+        if length > capacity and blocks_of is not None:
+            pieces += _split_between(i, length, capacity, blocks_of(i).tolist())
+        else:
+            pieces += [Piece(i, start, min(start + capacity, length)) for start in range(0, length, capacity)]
     return _pack_pieces(pieces, capacity)
+
+
+def _split_between(document: int, length: int, capacity: int, blocks: list[list[int]]) -> list[Piece]:
+    """A document in pieces of at most `capacity` tokens, none of which ends inside a block."""
+    pieces = []
+    start = 0
+    while start < length:
+        stop = min(start + capacity, length)
+        for first, last in blocks:
+            if first < stop < last:
+                stop = first
+        pieces.append(Piece(document, start, stop))
+        start = stop
+    return pieces
 
 
 def cut_by_tokens(lengths: Lengths, max_tokens: int, flat: bool) -> list[list[int]]:
@@ -233,6 +258,13 @@ class Pieces(Protocol):
     def piece(self, index: int, start: int, stop: int) -> LanguageSample:
         """Tokens `[start, stop)` of a document."""
 
+    def blocks(self, index: int) -> np.ndarray:
+        """`[images, 2]` tokens of a document that stay together."""
+
+    @property
+    def tower_tokens(self) -> np.ndarray | None:
+        """`[documents]` patches that the tower sees of their images; None: there are no images."""
+
     def place(self, index: int) -> str:
         """Where a document comes from, for messages."""
 
@@ -242,12 +274,17 @@ class Packed:
 
     def __init__(self, documents: Pieces, capacity: int, strategy: str) -> None:
         self.documents = documents
-        self.rows = PACKERS[strategy](documents.lengths, capacity)
+        has_images = documents.tower_tokens is not None
+        if strategy == "bfd_split" and has_images:
+            self.rows = pack_bfd_split(documents.lengths, capacity, documents.blocks)
+        else:
+            self.rows = PACKERS[strategy](documents.lengths, capacity)
         self.lengths = np.zeros(len(self.rows), dtype=np.int64)
         num_continued = 0  # pieces that begin inside a document: their first token is context
         for number, row in enumerate(self.rows):
             self.lengths[number] = sum(piece.stop - piece.start for piece in row)
             num_continued += sum(piece.start > 0 for piece in row)
+        self.tower_tokens = self._tower_tokens(documents.tower_tokens)
         self.file_sizes = [len(self.rows)]
         self.ledger = documents.ledger
         self.ledger.rows = len(self.rows)
@@ -263,13 +300,40 @@ class Packed:
         )
         if self.documents.is_weighted:
             sample["loss_weights"] = np.concatenate([p["loss_weights"] for p in pieces])
+        if self.tower_tokens is not None:
+            add_images(sample, pieces)
         return sample
+
+    def _tower_tokens(self, of_documents: np.ndarray | None) -> np.ndarray | None:
+        """`[rows]` patches that the tower sees of a row's images; of a document in pieces, as much as their share of it."""
+        if of_documents is None:
+            return None
+        total = np.zeros(len(self.rows))
+        lengths = self.documents.lengths
+        for number, row in enumerate(self.rows):
+            for document, start, stop in row:
+                total[number] += of_documents[document] * (stop - start) / lengths[document]
+        return np.ceil(total).astype(np.int64)
 
     def place(self, index: int) -> str:
         """Where the documents of a row come from, for messages."""
         pieces = self.rows[index]
         more = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
         return f"{self.documents.place(pieces[0].document)}{more}, packed into one row"
+
+
+def add_images(sample: LanguageSample, pieces: Sequence[LanguageSample]) -> None:
+    """Give a sample that pieces were laid end to end in the images of these, where they have any."""
+    images: list[ImageRef] = []
+    places: list[np.ndarray] = []
+    done = 0
+    for piece in pieces:
+        if "images" in piece:
+            images += piece["images"]
+            places.append(piece["image_places"] + done)
+        done += len(piece["input_ids"])
+    if images:
+        sample["images"], sample["image_places"] = images, np.concatenate(places)
 
 
 class Blocks:

@@ -8,11 +8,14 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.data.images import REPAIR, ImageRef, count_image, open_image
+from llm_trainer.data.read.errors import DataError, Location
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +93,29 @@ class ImageFormat:
         if size not in self._of_size:
             self._of_size[size] = self._ask(*size)
         return self._of_size[size]
+
+    def count(self, source: str | bytes, root: Path | None, location: Location) -> ImageRef:
+        """Read how large an image is, and that the processor takes it.
+
+        Raises:
+            DataError: it is missing or damaged, or has a size that the processor refuses.
+        """
+        ref = count_image(source, root, location)
+        try:
+            self.tokens(ref.height, ref.width)
+        except ValueError as error:  # what processors raise
+            found = f"an image of {ref.height:,} x {ref.width:,} pixels (height x width)"
+            expected = f"a size that {type(self.processor).__name__} takes ({error})"
+            raise DataError(location, found, expected, REPAIR, "image_refused") from error
+        return ref
+
+    def open(self, ref: ImageRef, location: Location) -> Any:
+        """An image that was counted, as `batch` takes it: its pixels.
+
+        Raises:
+            DataError: it is gone, damaged, or another one than when it was counted.
+        """
+        return open_image(ref, location)
 
     def ids(self, height: int, width: int) -> list[int]:
         """The tokens of an image, all that the processor puts in the marker's place."""

@@ -10,14 +10,16 @@ import numpy as np
 from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.kinds import HARDNESS, WEIGHT, DataOptions, LanguageSample
-from llm_trainer.data.ledger import Ledger
+from llm_trainer.data.ledger import ImageLedger, Ledger
 from llm_trainer.data.read.errors import DataError, Location
+from llm_trainer.data.shown import Images
 
 TOKENS_AT_ONCE = 1 << 18  # of what is computed for all rows: bounds the memory, and fits a cache
 
 EMPTY = "nothing to train on"
 EMPTY_AFTER_CUT = "nothing to train on after truncation"
 TOO_LONG = "longer than the context"
+IMAGE_TOO_LONG = "an image longer than the context"
 FIX_TOO_LONG = "raise dataset_block_size, or set data_loader_config.truncation to keep_start, keep_end or drop"
 FIX_EMPTY = "`llm-trainer data check FILE` shows what each row holds; a longer dataset_block_size keeps more of it"
 
@@ -74,16 +76,19 @@ class Column:
         ids: name of the column of token ids.
         trained: name of the column that says which of them are trained on, or how much each weighs; None: all, alike.
         how: the context, and which end of a longer row is cut.
+        number: which of the sequences of a row this is, as its images count them.
 
     Attributes:
+        images: that stand in it, which no end of a window cuts; None: there are none.
         full: `[rows of the store]` tokens before truncation.
         too_long: `[rows of the store]` bool.
         counts: `[rows]` tokens of the window that the loss counts.
         is_weighted: whether some of them weigh neither 0 nor 1.
     """
 
-    def __init__(self, store: TokenStore, ids: str, trained: str | None, how: DataOptions) -> None:
+    def __init__(self, store: TokenStore, ids: str, trained: str | None, how: DataOptions, number: int = 0) -> None:
         self.ids = store[ids].values
+        self.images = Images.of(store, number)
         self.trained = None if trained is None else store[trained].values
         self.is_weighted = self.trained is not None and self.trained.dtype.kind == "f"
         offsets = np.asarray(store[ids].offsets)
@@ -96,11 +101,19 @@ class Column:
                 self.starts[self.too_long] = self.stops[self.too_long] - how.block_size
             elif how.truncation == "keep_start":
                 self.stops[self.too_long] = self.starts[self.too_long] + how.block_size
+        self._firsts = offsets[:-1]  # of the whole sequence of each row
+        self._stored = np.arange(len(self.full))
+        if self.images is not None:
+            starts, stops = self.starts - self._firsts, self.stops - self._firsts
+            self.images.cut_between(starts, stops)
+            self.starts, self.stops = starts + self._firsts, stops + self._firsts
+            self.is_used = self.images.inside(starts, stops)
         self.counts = count_trained(self.trained, self.starts, self.stops)
 
     def select(self, keep: np.ndarray) -> None:
         """Keep the rows where `keep [rows]` is True."""
         self.starts, self.stops, self.counts = self.starts[keep], self.stops[keep], self.counts[keep]
+        self._firsts, self._stored = self._firsts[keep], self._stored[keep]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -128,7 +141,20 @@ class Column:
             first = int(self.starts[row]) + start
             assert self.trained is not None
             sample["loss_weights"] = self.trained[first : first + len(ids)]
+        if self.images is not None:
+            first = int(self.starts[row] - self._firsts[row]) + start
+            shown = self.images.shown(int(self._stored[row]), first, first + len(ids))
+            if shown is not None:
+                sample["images"], sample["image_places"] = shown
         return sample
+
+    def blocks(self, row: int) -> np.ndarray:
+        """`[images, 2]` tokens `[start, stop)` of the images in a window, none of which may be cut."""
+        if self.images is None:
+            return np.zeros((0, 2), dtype=np.int64)
+        first = int(self.starts[row] - self._firsts[row])
+        blocks = self.images.blocks(int(self._stored[row])) - first
+        return blocks[(blocks[:, 0] >= 0) & (blocks[:, 1] <= self.lengths[row])]
 
     def weights(self) -> np.ndarray:
         """`[N]` what the tokens that the loss counts weigh, of all windows."""
@@ -176,6 +202,7 @@ class Rows:
         self.stored = self._select(unusable, learns).nonzero()[0]
         self.lengths: np.ndarray = np.sum([column.lengths for column in columns], axis=0)
         self.num_tokens = self.lengths
+        self.tower_tokens = self._tower_tokens()
         self.file_sizes = [len(self.lengths)]
         self.weights = weights_of(store)
         if self.weights is not None:
@@ -201,15 +228,23 @@ class Rows:
         counts = [column.counts if learns else column.lengths for column in columns]
         empty = np.any([count == 0 for count in counts], axis=0)
         truncated = too_long & (self.how.truncation != "drop")
-        reasons = [(too_long & ~truncated, TOO_LONG), (empty & truncated, EMPTY_AFTER_CUT), (empty & ~truncated, EMPTY)]
+        reasons = [(self._with_too_long_image(), IMAGE_TOO_LONG)]
+        reasons += [
+            (too_long & ~truncated, TOO_LONG),
+            (empty & truncated, EMPTY_AFTER_CUT),
+            (empty & ~truncated, EMPTY),
+        ]
         if unusable is not None:
             reasons.append(unusable)
         keep = np.ones(len(full), dtype=bool)
+        num_images = self._num_images()
         for mask, reason in reasons:
             dropped = mask & keep
             if dropped.any():
                 ledger.drop(reason, int(full[dropped].sum()), int(dropped.sum()))
+                ledger.drop_images(reason, int(num_images[dropped].sum()))
                 keep &= ~dropped
+        self._count_images(keep, num_images)
         for column in columns:
             column.select(keep)
         # 2. where the tokens of the others go
@@ -233,6 +268,45 @@ class Rows:
                 Location(ledger.name), f"no row to train on ({why})", "rows with answers that fit", FIX_EMPTY
             )
         return keep
+
+    def _with_too_long_image(self) -> np.ndarray:
+        """`[rows of the store]` bool: a row has an image that fits into no window."""
+        found = np.zeros(len(self.store), dtype=bool)
+        for column in self.columns:
+            if column.images is not None and self.how.block_size is not None:
+                found |= column.images.longer_than(self.how.block_size)
+        return found
+
+    def _num_images(self) -> np.ndarray:
+        """`[rows of the store]` images of a row, in all its sequences."""
+        counts = np.zeros(len(self.store), dtype=np.int64)
+        for column in self.columns:
+            if column.images is not None:
+                counts += column.images.per_row()
+        return counts
+
+    def _count_images(self, keep: np.ndarray, num_images: np.ndarray) -> None:
+        """Account for the images of the rows that are kept."""
+        read = int(num_images[keep].sum())
+        if not read:
+            return
+        used = 0
+        for column in self.columns:
+            if column.images is not None:
+                used += int(column.images.per_row(column.is_used)[keep].sum())
+        account = self.ledger.images = self.ledger.images or ImageLedger()
+        account.read += read
+        account.used += used
+        account.cut += read - used
+
+    def _tower_tokens(self) -> np.ndarray | None:
+        """`[rows]` patches that the tower sees of a row's images; None: there are no images."""
+        total, is_any = np.zeros(len(self.stored), dtype=np.int64), False
+        for column in self.columns:
+            if column.images is not None:
+                total += column.images.per_row(column.is_used, column.images.towers)[self.stored]
+                is_any = True
+        return total if is_any else None
 
     def place(self, index: int) -> str:
         """Where a row comes from, for messages: its number in the file, or among those that were kept of it."""
@@ -260,3 +334,5 @@ def note_dropped(ledger: Ledger, store: TokenStore) -> None:
     ledger.notes.update(store.meta["notes"])
     for reason, rows in store.meta["dropped"].items():
         ledger.drop(reason, rows=rows)
+    for reason, images in store.meta.get("dropped_images", {}).items():
+        ledger.drop_images(reason, images)

@@ -8,7 +8,7 @@ multi-byte character (tests/reference/README.md, point 27).
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, starmap
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -16,6 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from llm_trainer.data.encode.continuing import rest_behind, rest_of
+from llm_trainer.data.encode.pictured import (
+    NO_IMAGE,
+    Pictured,
+    Place,
+    expanded,
+    grown,
+    joined,
+    shown,
+    taken_by,
+    with_image_marks,
+)
 from llm_trainer.data.encode.printed import Field, count_left_out, fields_of, is_assistant, shape_of, with_marks
 from llm_trainer.data.encode.spans import Span
 from llm_trainer.data.encode.templates import (
@@ -34,9 +45,13 @@ from llm_trainer.data.encode.templates import (
 from llm_trainer.data.encode.thinking import apply_thinking
 from llm_trainer.data.encode.tokenizer import TextEncoder, any_of, in_blocks
 from llm_trainer.data.encode.turns import TAG_FIX, Tools, Turns
+from llm_trainer.data.images import ImageRef
+from llm_trainer.data.read.messages import IMAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from llm_trainer.data.vision import ImageFormat
 
 TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["template", "last", "all", "none"]
@@ -51,6 +66,8 @@ class EncodedChat:
     text: str  # as rendered; a BOS or eos that is not part of a template is only in the ids
     weights: list[float] | None = None  # [T] how much each counts, 0 where it does not; None: all that do count 1
     num_unprinted: int = 0  # answers of which the template prints nothing; their ends are not trained on
+    images: Sequence[ImageRef] = ()  # that stand among the tokens, in their order
+    places: Sequence[Place] = ()  # where each of them stands
 
     def loss_weights(self, row_weight: float = 1.0) -> np.ndarray:
         """`[T]` how much each token counts in the loss of a row of this weight.
@@ -68,7 +85,8 @@ class _Printed(NamedTuple):
     rendered: Rendered
     spans: list[Span]  # that are trained on
     weights: list[float]  # of the spans; none: all count 1
-    num_unprinted: int
+    num_unprinted: int = 0
+    images: Sequence[ImageRef] = ()
 
 
 def weights_dtype(weights: Iterable[float]) -> type:
@@ -100,6 +118,8 @@ class ChatFormat:
             or completion, is only text. True: it is the token, as in `transformers` by default; whoever writes the
             data can then end a turn and speak as someone else. What an assistant writes is always parsed, for its
             tokens are meant.
+        images: what an image is in tokens, for a model that sees; then every `<image>` of a content is one, and messages
+            bring them along (`images`, as `ImageRef`s). None: `<image>` is text.
 
     Raises:
         ValueError: a slow tokenizer, or an unknown `train_on` or `thinking`.
@@ -110,6 +130,7 @@ class ChatFormat:
     train_on: TrainOn = "assistant"
     thinking: Thinking = "template"
     parse_special_tokens: bool = False
+    images: "ImageFormat | None" = None
 
     def __post_init__(self) -> None:
         from transformers import PreTrainedTokenizerFast
@@ -145,13 +166,34 @@ class ChatFormat:
         functions = tools or [None] * len(conversations)
         printed = starmap(self._print, zip(conversations, functions, strict=True))
         for block in in_blocks(printed, lambda one: len(one.rendered.text)):
-            rendered = [one.rendered for one in block]
-            encoded = self._encoder.encode(rendered, [one.spans for one in block], [one.weights for one in block])
-            for one, (ids, counted) in zip(block, encoded, strict=True):
-                trained, weights = counted, None
-                if one.weights:
-                    trained, weights = [weight != 0 for weight in counted], counted
-                yield EncodedChat(ids, trained, one.rendered.text, weights, one.num_unprinted)
+            yield from self._tokenise(block)
+
+    def _tokenise(self, block: Sequence["_Printed"]) -> Iterator[EncodedChat]:
+        """Rendered texts as tokens; in the place of each image stands what the processor writes for it."""
+        pictures = [self._pictured(one) for one in block]
+        texts = [one if picture is None else picture for one, picture in zip(block, pictures, strict=True)]
+        encoded = self._encoder.encode(
+            [t.rendered for t in texts], [t.spans for t in texts], [t.weights for t in texts]
+        )
+        for one, picture, (ids, counted) in zip(block, pictures, encoded, strict=True):
+            places: list[Place] = []
+            if picture is not None:
+                assert self.images is not None
+                ids, counted, places = grown(ids, counted, picture, self.images.image_token_id)
+            elif self.images is not None and self.images.image_token_id in ids:
+                raise ChatTemplateError(NO_IMAGE)
+            trained, weights = counted, None
+            if one.weights:
+                weights = counted
+            if one.weights or picture is not None:
+                trained = [weight != 0 for weight in counted]
+            yield EncodedChat(ids, trained, one.rendered.text, weights, one.num_unprinted, one.images, places)
+
+    def _pictured(self, one: "_Printed") -> Pictured | None:
+        """A rendered text with its images in it; None where there are none."""
+        if self.images is None or not (one.images or self.images.marker in one.rendered.text):
+            return None
+        return expanded(one.rendered, one.spans, one.weights, one.images, self.images)
 
     def _print(self, given: Sequence[Message], tools: Tools | None) -> "_Printed":
         """A conversation in the chat template, and where in it something is trained on."""
@@ -164,7 +206,7 @@ class ChatFormat:
         weights = [weight for _, weight in found]
         if all(weight == 1 for weight in weights):
             weights = []
-        return _Printed(rendered, [span for span, _ in found], weights, len(unprinted))
+        return _Printed(rendered, [span for span, _ in found], weights, len(unprinted), _images_of(given))
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: Tools | None = None, enable_thinking: bool | None = None
@@ -179,11 +221,35 @@ class ChatFormat:
         enable_thinking: bool | None = None,
     ) -> list[list[int]]:
         """Many prompts, tokenised together."""
+        if self.images is not None:
+            return [one.input_ids for one in self.encode_pictured(conversations, tools, enable_thinking)]
+        rendered = self._rendered_prompts(conversations, tools, enable_thinking)
+        return self._encoder.encode_ids(rendered)
+
+    def encode_pictured(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[Tools | None] | None = None,
+        enable_thinking: bool | None = None,
+    ) -> list[EncodedChat]:
+        """Many prompts with the images that stand in them; nothing of a prompt is trained on."""
+        rendered = self._rendered_prompts(conversations, tools, enable_thinking)
+        printed = [
+            _Printed(one, [], [], 0, _images_of(given)) for one, given in zip(rendered, conversations, strict=True)
+        ]
+        return list(self._tokenise(printed))
+
+    def _rendered_prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[Tools | None] | None,
+        enable_thinking: bool | None,
+    ) -> list[Rendered]:
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         rendered = []
         for messages, functions in zip(conversations, tools or [None] * len(conversations), strict=True):
             rendered.append(self._rendered(messages, functions, **options))
-        return self._encoder.encode_ids(rendered)
+        return rendered
 
     def encode_continuation(
         self,
@@ -283,15 +349,43 @@ class ChatFormat:
         """Plain strings: the completion and the eos after it are trained on, the prompt is not."""
         return self.encode_completions([(prompt, completion)])[0]
 
-    def encode_completions(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedChat]:
-        """Many prompts with their completions, tokenised together."""
-        texts = [self._plain(prompt + completion) for prompt, completion in pairs]
-        spans = [[(len(prompt), len(prompt) + len(completion))] for prompt, completion in pairs]
+    def encode_completions(
+        self, pairs: Sequence[tuple[str, str]], images: Sequence[Sequence[ImageRef]] | None = None
+    ) -> list[EncodedChat]:
+        """Many prompts with their completions, tokenised together; `images` stand for the `<image>`s of each."""
+        spans, texts = [], []
+        for prompt, completion in pairs:
+            before = self._plain(prompt).text
+            texts.append(self._plain(prompt + completion))
+            spans.append([(len(before), len(texts[-1].text))])
+        return self._encode_plain(texts, spans, images, is_completion=True)
+
+    def encode_documents(
+        self, texts: Sequence[str], images: Sequence[Sequence[ImageRef]] | None = None
+    ) -> list[EncodedChat]:
+        """Documents to pretrain on: all but their images is trained on, the eos after it too."""
+        plain = [self._plain(text) for text in texts]
+        return self._encode_plain(plain, [[(0, len(one.text))] for one in plain], images)
+
+    def _encode_plain(
+        self,
+        texts: Sequence[Rendered],
+        spans: Sequence[list[Span]],
+        images: Sequence[Sequence[ImageRef]] | None,
+        is_completion: bool = False,
+    ) -> list[EncodedChat]:
+        """Texts outside of any template, with what stands before and after them."""
+        refs: Sequence[Sequence[ImageRef]] = images or [()] * len(texts)
+        printed = []
+        for text, span, shown_here in zip(texts, spans, refs, strict=True):
+            printed.append(_Printed(text, span, [], images=shown_here))
         results = []
-        for text, (ids, trained) in zip(texts, self._encoder.encode(texts, spans), strict=True):
-            before, after = self._ends(ids)
-            trained = [False] * len(before) + trained + [True] * len(after)
-            results.append(EncodedChat(before + ids + after, trained, text.text))
+        for one in self._tokenise(printed):
+            before, after = self._ends(one.input_ids)
+            trained = [not is_completion] * len(before) + one.trained + [True] * len(after)
+            places = [place.behind(len(before)) for place in one.places]
+            ids = before + one.input_ids + after
+            results.append(replace(one, input_ids=ids, trained=trained, places=places))
         return results
 
     def encode_text(self, text: str) -> EncodedChat:
@@ -319,7 +413,8 @@ class ChatFormat:
         except ChatTemplateError:  # none: plain text needs none
             templates = ("", "")
         options = [self.train_on, self.thinking, self.parse_special_tokens]
-        return [tokenizer, self._variables, templates, options]
+        images = [] if self.images is None else [self.images.facts()]
+        return [tokenizer, self._variables, templates, options, *images]
 
     def stop_token_ids(self) -> list[int]:
         """Where generation stops: the last token of the template's end of a turn, and the tokenizer's eos."""
@@ -353,7 +448,19 @@ class ChatFormat:
         self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False, **options: Any
     ) -> str:
         options.update(self._variables, tools=tools or None, add_generation_prompt=add_generation_prompt)
+        if self.images is not None:
+            messages = shown(messages, self._takes_images, self.images.marker)
         return render(self._source(tools), messages, **options)
+
+    @cached_property
+    def _takes_images(self) -> str:
+        """How the template takes images (`shown`)."""
+        assert self.images is not None
+
+        def printed(messages: Sequence[Message]) -> str:
+            return render(self._source(None), messages, **self._variables, tools=None, add_generation_prompt=False)
+
+        return taken_by(printed, self.images.marker)
 
     def _prepare(self, messages: Sequence[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
         """Messages as the template gets them: marked where text only looks like a token, thinking by the policy."""
@@ -369,7 +476,7 @@ class ChatFormat:
         prepared = []
         for message in messages:
             change = clean if is_assistant(message) else mark
-            prepared.append(_map_strings(message, change))
+            prepared.append(_map_strings(message, change) if self.images is None else _with_marks(message, change))
         tools = _map_strings(tools, mark)
         if self.thinking != "template":
             prepared = apply_thinking(prepared, self.thinking, lambda probe: self._render(probe, tools))
@@ -461,6 +568,9 @@ class ChatFormat:
 
     def _plain(self, text: str) -> Rendered:
         """Text outside of any template; what looks like a special token is only text unless they are parsed."""
+        if self.images is not None and IMAGE in text:
+            pieces = [self._plain(piece) for piece in text.split(IMAGE)]
+            return joined(pieces, self.images.marker)
         matches = () if self.parse_special_tokens else self._encoder.special.finditer(text)
         return Rendered(text, [], frozenset(match.start() for match in matches))
 
@@ -468,6 +578,20 @@ class ChatFormat:
 def _weight(message: Message) -> float:
     weight = message.get("loss_weight")
     return 1.0 if weight is None else float(weight)
+
+
+def _images_of(messages: Sequence[Message]) -> list[ImageRef]:
+    """The images of a conversation, in its order."""
+    return list(chain.from_iterable(message.get("images", ()) for message in messages))
+
+
+def _with_marks(message: Message, change: Callable[[str], str]) -> Message:
+    """A message with every text in it changed, and marks in the place of its images, which are left out."""
+    rest = {key: value for key, value in message.items() if key not in ("images", "content")}
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**_map_strings(rest, change), "content": with_image_marks(content, change)}
+    return _map_strings({**rest, "content": content} if "content" in message else rest, change)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

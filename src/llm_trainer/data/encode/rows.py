@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.pictured import no_images
+from llm_trainer.data.encode.row_images import ImageError, RowImages
 from llm_trainer.data.encode.store import Part
 from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.ids import check_ids
@@ -35,11 +37,15 @@ class RowEncoder:
     text_unit: str = "auto"
     renaming: Renaming | None = None
     hardness_column: str | None = None
+    images: RowImages | None = None  # where the images of the rows are; None: they show none
 
     def __call__(self, rows: list[tuple[Location, Any]]) -> Part:
-        columns = self.kind.columns if self.hardness_column is None else (*self.kind.columns, HARDNESS)
+        columns = self.kind.all_columns(self.chat)
+        if self.hardness_column is not None:
+            columns = (*columns, HARDNESS)
         part = Part({name: [] for name in columns})
-        noted = [(replace(location, notes=part.notes), row) for location, row in rows]
+        takes = self.images is not None
+        noted = [(replace(location, notes=part.notes, takes_images=takes), row) for location, row in rows]
         # A kind may make several rows of a sample, or none: only equally hard samples are encoded together.
         for hardness, samples in groupby(self._samples(noted, part), key=attrgetter("hardness")):
             for encoded in self._encode(list(samples), part):
@@ -47,6 +53,8 @@ class RowEncoder:
                     part.dropped[encoded] += 1
                     continue
                 row = {WEIGHT: np.ones(1, dtype=np.float32), **encoded}  # a user's kind made of ours may not say it
+                if takes:
+                    row = {**no_images(), **row}
                 if hardness is not None:
                     row[HARDNESS] = np.array([hardness])
                 for name, column in part.columns.items():
@@ -58,13 +66,16 @@ class RowEncoder:
         samples: list[Sample] = []
         if self.schema is None:
             for location, columns in rows:
+                values: dict[str, Any] = dict(columns)
                 try:
                     for ids in columns.values():
                         check_ids(ids, self.chat, location)
+                    if self.images is not None:
+                        values["images"] = self.images.of_ids(location)
                 except DataError as error:
                     self._drop(error, part)
                 else:
-                    samples.append(Sample("tokens", columns, columns, location))
+                    samples.append(Sample("tokens", values, columns, location))
             return samples
         schema = replace(get_schema(self.schema), renaming=self.renaming)
         for location, row in rows:
@@ -72,7 +83,9 @@ class RowEncoder:
                 found = schema.samples(row, location)
                 hardness = None if self.hardness_column is None else number_at(row, self.hardness_column, location)
                 row = schema.known(row, location)
-                refuse_unused(self.kind, row, location, self.image_columns)
+                refuse_unused(self.kind, row, location, self.image_columns, takes_images=self.images is not None)
+                if self.images is not None:
+                    found = [self.images.counted(values, row, location) for values in found]
             except DroppedRow as nothing_to_teach:
                 part.dropped[nothing_to_teach.reason] += 1
             except DataError as error:
@@ -117,9 +130,15 @@ class RowEncoder:
         return encoded
 
     def _drop(self, error: DataError, part: Part) -> None:
-        if self.bad_rows == "error":
+        policy = self.bad_rows
+        if isinstance(error, ImageError):
+            assert self.images is not None
+            policy = self.images.bad
+        if policy == "error":
             raise error
         part.dropped[error.reason] += 1
+        if isinstance(error, ImageError):
+            part.dropped_images[error.reason] += error.num_images
 
 
 def misfit(location: Location, error: ChatTemplateError, in_ids: bool) -> DataError:

@@ -35,6 +35,7 @@ class Part:
     columns: dict[str, list[np.ndarray]]  # name -> one array `[T_i]` per row; as many rows in every column
     dropped: Counter[str] = field(default_factory=Counter)  # rows left out, by reason
     notes: Counter[str] = field(default_factory=Counter)  # what was noted about the others (`Location.note`)
+    dropped_images: Counter[str] = field(default_factory=Counter)  # images of rows left out, by reason
 
 
 class Ragged:
@@ -100,7 +101,10 @@ def write_part(folder: Path, number: int, part: Part) -> None:
     for name, rows in part.columns.items():
         arrays[f"{name}.lengths"] = np.array([len(row) for row in rows], dtype=np.int64)
         arrays[f"{name}.values"] = np.concatenate(rows) if rows else np.empty(0, dtype=np.uint16)
-    for name, counts in (("dropped", part.dropped), ("notes", part.notes)):
+    counters = {"dropped": part.dropped, "notes": part.notes}
+    if part.dropped_images:
+        counters["dropped_images"] = part.dropped_images
+    for name, counts in counters.items():
         arrays[name] = np.frombuffer(json.dumps(counts).encode(), dtype=np.uint8)
     path = part_path(folder, number)
     if not path.parent.exists():
@@ -149,12 +153,15 @@ def join_columns(folder: Path, num_parts: int, columns: Sequence[str], flushed: 
     (folder / "parts").mkdir(parents=True, exist_ok=True)  # there is none where there was no row
     counts = {name: _join_column(folder, name, parts, flushed) for name in columns}
     assert len(set(counts.values())) <= 1, f"columns of different numbers of rows: {counts}"
-    dropped, notes = Counter[str](), Counter[str]()
+    dropped, notes, images = Counter[str](), Counter[str](), Counter[str]()
     for path in parts:
         with np.load(path) as part:
             dropped.update(json.loads(part["dropped"].tobytes()))
             notes.update(json.loads(part["notes"].tobytes()))
-    return {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped, "notes": notes}
+            if "dropped_images" in part:
+                images.update(json.loads(part["dropped_images"].tobytes()))
+    facts = {"columns": list(columns), "rows": counts[columns[0]], "dropped": dropped, "notes": notes}
+    return facts | ({"dropped_images": images} if images else {})
 
 
 def write_column(folder: Path, name: str, rows: Sequence[np.ndarray]) -> None:

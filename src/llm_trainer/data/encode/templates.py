@@ -32,7 +32,8 @@ LITERAL = "\ufdd2"  # before text that only looks like a special token
 HIDDEN = "\ufdd3"  # inside a tag that the template must not recognise
 SUBSTITUTE = "\ufdd4"  # stands for a message whose place is looked for
 ALIAS = "\ufdd5"  # quotes the stand-in of a special token
-MARKS = re.compile("[\ufdd0-\ufdd5]")
+IMAGE_MARK = "\ufdd6"  # stands for an image in a message
+MARKS = re.compile("[\ufdd0-\ufdd6]")
 _POSITIONS = re.compile(f"[{BLOCK_START}{BLOCK_END}{LITERAL}{HIDDEN}]")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 

@@ -50,6 +50,9 @@ class DataOptions(Reading):
         0.1  # of the conversations' characters that the chat template may leave out, before it is an error
     )
     image_columns: str = "error"  # or 'ignore': rows with images are trained as text, and counted
+    image_tags: Mapping[str, str] | None = (
+        None  # data file -> the csv of its images: a line per row, a column per image
+    )
     workers: int = 1  # processes that encode large files
     share_prompts: bool = False  # the trainer runs what both answers of a pair begin with once, and it counts once
 
@@ -73,6 +76,7 @@ class LanguageSample(TypedDict):
     loss_weights: NotRequired["np.ndarray"]  # [T] how much each trained token counts; absent: all alike
     images: NotRequired[Sequence["ImageRef"]]  # that it shows, in the order of their tokens; absent: none
     image_places: NotRequired["np.ndarray"]  # [images] the first placeholder of each
+    place: NotRequired[str]  # where the row comes from, for messages about its images
 
 
 Encoded = Mapping[str, "np.ndarray"] | str  # column -> values `[T]` of a row; or why it has nothing to teach
@@ -99,6 +103,7 @@ class Kind:
         encode_ids: as `encode`, for the rows of such a file: column -> ids.
         in_place: such a file whose ids are used where they lie -> rows; None from it: a store is made.
         may_share: whether `DataOptions.share_prompts` applies.
+        columns_of_images: further columns of the store where a model sees images; none: such rows show none.
     """
 
     name: str
@@ -113,6 +118,19 @@ class Kind:
     encode_ids: Callable[["ChatFormat", Sequence[Sample]], Iterable[Encoded]] | None = None
     in_place: Callable[["TokenFile", DataOptions], Any] | None = None
     may_share: bool = False
+    columns_of_images: tuple[str, ...] = ()
+
+    def takes_images(self, chat: "ChatFormat") -> bool:
+        """Whether rows may show images: for a model that sees, and of a kind that can say where they stand."""
+        return chat.images is not None and bool(self.columns_of_images)
+
+    def all_columns(self, chat: "ChatFormat") -> tuple[str, ...]:
+        """Columns of the store, those of images included where there are any."""
+        return (*self.columns, *self.columns_of_images) if self.takes_images(chat) else self.columns
+
+    def accepted(self, chat: "ChatFormat") -> tuple[str, ...]:
+        """Canonical kinds of samples that become such rows; images that are nothing but shown are conversations too."""
+        return (*self.accepts, "vision") if self.takes_images(chat) and "chat" in self.accepts else self.accepts
 
 
 def get_kind(name: str) -> Kind:

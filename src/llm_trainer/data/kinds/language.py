@@ -7,23 +7,29 @@ import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
 from llm_trainer.data.encode.from_ids import spans_from_ids
+from llm_trainer.data.encode.pictured import IMAGE_COLUMNS, PLACES, find_places, image_columns
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.packing import PACKERS, Blocks, Packed
+from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.formats import END_OF_TEXT
 from llm_trainer.data.read.token_files import TokenFile
 from llm_trainer.data.read.weights import row_weight, weight_as_a_whole
-from llm_trainer.data.windows import Column, Rows, note_dropped, weight_column, weights_of
+from llm_trainer.data.windows import IMAGE_TOO_LONG, Column, Rows, note_dropped, weight_column, weights_of
 
 
 class Documents(Rows):
     """The rows of a store of conversations, `input_ids` and `trained`, or of texts, `input_ids` and `weight`."""
 
-    def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
+    def __init__(self, store: TokenStore, name: str, how: DataOptions, capacity: int | None = None) -> None:
+        """`capacity`: tokens of the rows that documents are split for, which an image must fit into; None: not split."""
         trained = "trained" if "trained" in store.columns else None
         self.tokens = Column(store, "input_ids", trained, how)
-        super().__init__(store, name, how, [self.tokens])
+        unusable = None
+        if capacity is not None and self.tokens.images is not None:
+            unusable = self.tokens.images.longer_than(capacity), IMAGE_TOO_LONG
+        super().__init__(store, name, how, [self.tokens], unusable)
 
     @property
     def is_weighted(self) -> bool:
@@ -38,13 +44,23 @@ class Documents(Rows):
         sample = self.tokens.sample(index, start, stop)
         if self.weights is not None:
             sample["loss_weights"] = np.full(len(sample["input_ids"]), self.weights[index], dtype=np.float32)
+        if "images" in sample:
+            sample["place"] = self.place(index)
         return sample
+
+    def blocks(self, index: int) -> np.ndarray:
+        """`[images, 2]` tokens of a row that stay together."""
+        return self.tokens.blocks(index)
 
 
 def language_rows(store: TokenStore, name: str, how: DataOptions) -> Documents | Packed | Blocks:
     """Training rows of a store, in the packing that was asked for."""
     if how.packing == "wrapped":
         assert how.block_size is not None
+        if len(store.columns.get(PLACES, ())) and len(store[PLACES].values):
+            found = "rows with images, which packing 'wrapped' would cut anywhere"
+            fix = "set data_loader_config.packing to bfd_split, bfd or none"
+            raise DataError(Location(name), found, "a packing that keeps images whole", fix)
         column = store["input_ids"]
         blocks = Blocks(column.values, name, how.block_size, column.offsets, weights_of(store))
         note_dropped(blocks.ledger, store)
@@ -52,8 +68,11 @@ def language_rows(store: TokenStore, name: str, how: DataOptions) -> Documents |
     if how.packing not in PACKERS:
         return Documents(store, name, how)
     assert how.block_size is not None
-    limits = replace(how, block_size=None) if how.packing == "bfd_split" else how  # long documents are split, not cut
-    return Packed(Documents(store, name, limits), how.block_size, how.packing)
+    if how.packing == "bfd_split":  # long documents are split, not cut
+        documents = Documents(store, name, replace(how, block_size=None), how.block_size)
+    else:
+        documents = Documents(store, name, how)
+    return Packed(documents, how.block_size, how.packing)
 
 
 def collate_language(samples: Sequence[LanguageSample], lay: Lay) -> Batch:
@@ -62,9 +81,9 @@ def collate_language(samples: Sequence[LanguageSample], lay: Lay) -> Batch:
 
 
 def encode_text(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
-    """Texts -> ids, with the end token; every token is trained on, so no column says it."""
+    """Texts -> ids, with the end token; every token is trained on, so no column says it, unless there are images."""
     texts = [sample.values["text"] for sample in samples]
-    for sample, text, ids in zip(samples, texts, chat.encode_texts(texts), strict=True):
+    for sample, text, columns in zip(samples, texts, _columns_of_texts(chat, samples, texts), strict=True):
         weight = weight_as_a_whole(sample.row, sample.location)
         if weight == 0:
             yield NO_WEIGHT
@@ -73,13 +92,40 @@ def encode_text(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded
             sample.location.note(
                 f"text: it holds {END_OF_TEXT} as plain text; text_unit: endoftext ends documents there"
             )
-        yield {"input_ids": compact_ids(ids, chat.vocab_size), WEIGHT: weight_column(weight)}
+        yield {**columns, WEIGHT: weight_column(weight)}
+
+
+def _columns_of_texts(
+    chat: ChatFormat, samples: Sequence[Sample], texts: Sequence[str]
+) -> Iterator[dict[str, np.ndarray]]:
+    if not TEXT.takes_images(chat):
+        for ids in chat.encode_texts(texts):
+            yield {"input_ids": compact_ids(ids, chat.vocab_size)}
+        return
+    for one in chat.encode_documents(texts, [sample.values.get("images", ()) for sample in samples]):
+        row = {"input_ids": compact_ids(one.input_ids, chat.vocab_size), "trained": one.loss_weights()}
+        yield row | image_columns([(one.images, one.places)])
 
 
 def encode_text_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Ids as they are."""
     for sample in samples:
-        yield {"input_ids": sample.values["input_ids"].astype(np.uint32), WEIGHT: weight_column(1.0)}
+        ids = sample.values["input_ids"]
+        row = {"input_ids": ids.astype(np.uint32), WEIGHT: weight_column(1.0)}
+        if TEXT.takes_images(chat):
+            trained, columns = _images_in_ids(chat, sample, np.ones(len(ids), dtype=np.uint8))
+            row |= {"trained": trained, **columns}
+        yield row
+
+
+def _images_in_ids(chat: ChatFormat, sample: Sample, trained: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What is trained on of ids whose placeholders are there already, and the columns of their images."""
+    assert chat.images is not None
+    refs = sample.values.get("images", ())
+    places = find_places(sample.values["input_ids"], refs, chat.images)
+    for place in places:
+        trained[place.start : place.stop] = 0
+    return trained, image_columns([(refs, places)])
 
 
 def flat_array(tokens: TokenFile, how: DataOptions) -> Blocks | None:
@@ -93,7 +139,8 @@ def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterato
     """Conversations, or plain prompts with their completions -> ids, and which of them are trained on."""
     encoded: Iterable[EncodedChat]
     if samples[0].kind == "completion":
-        encoded = chat.encode_completions([(s.values["prompt"], s.values["completion"]) for s in samples])
+        pairs = [(sample.values["prompt"], sample.values["completion"]) for sample in samples]
+        encoded = chat.encode_completions(pairs, [sample.values.get("images", ()) for sample in samples])
     else:
         conversations = [sample.values["messages"] for sample in samples]
         encoded = chat.encode_each(conversations, [sample.values.get("tools") for sample in samples])
@@ -105,15 +152,20 @@ def encode_conversations(chat: ChatFormat, samples: Sequence[Sample]) -> Iterato
         if weight == 0:
             yield NO_WEIGHT
         else:
-            yield {"input_ids": compact_ids(one.input_ids, chat.vocab_size), "trained": one.loss_weights(weight)}
+            row = {"input_ids": compact_ids(one.input_ids, chat.vocab_size), "trained": one.loss_weights(weight)}
+            yield row | image_columns([(one.images, one.places)]) if one.images else row
 
 
 def encode_conversation_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Encoded]:
     """Conversations in ids; what is trained on is found again from the marks of the chat template."""
     for sample in samples:
         ids = sample.values["input_ids"]
-        trained = spans_from_ids(ids.tolist(), chat)
-        yield {"input_ids": ids.astype(np.uint32), "trained": np.asarray(trained, dtype=np.uint8)}
+        trained = np.asarray(spans_from_ids(ids.tolist(), chat), dtype=np.uint8)
+        row = {"input_ids": ids.astype(np.uint32), "trained": trained}
+        if CONVERSATIONS.takes_images(chat):
+            row["trained"], columns = _images_in_ids(chat, sample, trained)
+            row |= columns
+        yield row
 
 
 TEXT = Kind(
@@ -128,6 +180,7 @@ TEXT = Kind(
     token_kind="sequences",
     encode_ids=encode_text_ids,
     in_place=flat_array,
+    columns_of_images=("trained", *IMAGE_COLUMNS),
 )
 CONVERSATIONS = Kind(
     name="conversations",
@@ -140,4 +193,5 @@ CONVERSATIONS = Kind(
     section="sft_config",
     token_kind="sequences",
     encode_ids=encode_conversation_ids,
+    columns_of_images=IMAGE_COLUMNS,
 )

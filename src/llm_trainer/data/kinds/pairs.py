@@ -11,6 +11,7 @@ import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
 from llm_trainer.data.encode.from_ids import spans_from_ids
+from llm_trainer.data.encode.pictured import IMAGE_COLUMNS, image_columns
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
@@ -82,6 +83,9 @@ def encode_pair_ids(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
     """Conversations in ids; the last answer of each is found again from the marks of the chat template."""
     last_answer = replace(chat, train_on="last")
     for sample in samples:
+        if sample.values.get("images"):
+            fix = "give the conversations as text, with their images in a column"
+            raise DataError(sample.location, "images of pairs of token ids", "pairs without images", fix, "images")
         sides = [sample.values[side].tolist() for side in SIDES]
         chosen, rejected = (EncodedChat(ids, spans_from_ids(ids, last_answer), "") for ids in sides)
         row = _row(chat, sample, chosen, rejected, 0.0)
@@ -100,6 +104,8 @@ def _row(
         if tokens is None:
             return f"empty_{side}"
         row[side], row[f"{side}_trained"] = tokens
+    if chosen.images or rejected.images:
+        row |= image_columns([(one.images, one.places) for one in (chosen, rejected)])
     return row
 
 
@@ -107,7 +113,8 @@ class PairRows(Rows):
     """The pairs of a store, each side at most `how.block_size` tokens; a pair with equal sides is never used."""
 
     def __init__(self, store: TokenStore, name: str, how: DataOptions) -> None:
-        self.chosen, self.rejected = (Column(store, side, f"{side}_trained", how) for side in SIDES)
+        self.chosen = Column(store, "chosen", "chosen_trained", how, number=0)
+        self.rejected = Column(store, "rejected", "rejected_trained", how, number=1)
         equal = _equal_after_cut(self.chosen, self.rejected)
         super().__init__(store, name, how, [self.chosen, self.rejected], (equal, EQUAL_AFTER_CUT))
         # as a token budget counts them: of both sides, or of two padded rows; what is run once for both counts once
@@ -120,6 +127,9 @@ class PairRows(Rows):
 
     def __getitem__(self, index: int) -> PairSample:
         chosen, rejected = self.chosen.sample(index), self.rejected.sample(index)
+        for side in (chosen, rejected):
+            if "images" in side:
+                side["place"] = self.place(index)
         sample = PairSample(chosen=chosen, rejected=rejected, margin=float(self.margins[self.stored[index]]))
         if self.weights is not None:
             sample["weight"] = float(self.weights[index])
@@ -191,4 +201,5 @@ PAIRS = Kind(
     token_kind="preference",
     encode_ids=encode_pair_ids,
     may_share=True,
+    columns_of_images=IMAGE_COLUMNS,
 )

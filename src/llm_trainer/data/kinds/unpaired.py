@@ -6,10 +6,12 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.pictured import IMAGE_COLUMNS, image_columns
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore
 from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
 from llm_trainer.data.kinds.pairs import SIDES, up_to_last_trained, weights_of_rows
+from llm_trainer.data.packing import add_images
 from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.messages import read_only
 from llm_trainer.data.read.weights import weight_as_a_whole
@@ -53,6 +55,8 @@ def encode_unpaired(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enc
         else:
             desirable = np.array([label], dtype=np.uint8)
             row = {"input_ids": tokens[0], "trained": tokens[1], "desirable": desirable}
+            if one.images:
+                row |= image_columns([(one.images, one.places)])
             yield row | {WEIGHT: weight_column(weight)}
 
 
@@ -71,7 +75,7 @@ class UnpairedRows(Rows):
         super().__init__(store, name, how, [self.answers])
         self.desirable = np.asarray(store["desirable"].values) != 0
         numbers: dict[bytes, int] = {}
-        prompts = [numbers.setdefault(self._halves(row)[0].tobytes(), row) for row in range(len(self.lengths))]
+        prompts = [numbers.setdefault(self._prompt(row), row) for row in range(len(self.lengths))]
         if len(prompts) < 2:
             expected = "at least two, to pair prompts with others' answers"
             raise DataError(Location(name), "one answer", expected, "add rows")
@@ -83,21 +87,53 @@ class UnpairedRows(Rows):
         first = int(trained.argmax())
         return ids[:first], ids[first:]
 
+    def _prompt(self, row: int) -> bytes:
+        """What tells the prompt of a row from others: its ids, and the images in it."""
+        ids = self._halves(row)[0]
+        images = self.answers.sample(row, 0, len(ids)).get("images", ())
+        return ids.tobytes() + "".join(ref.digest for ref in images).encode()
+
     def _mismatched(self, row: int) -> LanguageSample:
         partner = int(self.partners[row])
         prompt, answer = self._halves(row)[0], self._halves(partner)[1]
         answer_trained = self.answers.tokens(partner)[1][-len(answer) :]
         trained = np.concatenate([np.zeros(len(prompt), dtype=bool), answer_trained])
         ids = np.concatenate([prompt, answer])
+        start, stop = 0, len(ids)
         limit = self.how.block_size
         if limit is not None and len(ids) > limit:
-            kept = slice(-limit, None) if self.how.truncation == "keep_end" else slice(limit)
-            ids, trained = ids[kept], trained[kept]
-        return LanguageSample(input_ids=ids, trained=trained, document_lengths=[len(ids)])
+            start, stop = (len(ids) - limit, len(ids)) if self.how.truncation == "keep_end" else (0, limit)
+        if self.answers.images is None:
+            ids, trained = ids[start:stop], trained[start:stop]
+            return LanguageSample(input_ids=ids, trained=trained, document_lengths=[len(ids)])
+        # Images are cut off whole: of the prompt and of the answer those that lie inside are taken.
+        blocks = [self.answers.blocks(row), self.answers.blocks(partner) - len(self._halves(partner)[0]) + len(prompt)]
+        mine = (blocks[0][:, 1] <= len(prompt), blocks[1][:, 0] >= len(prompt))
+        for first, last in np.concatenate([block[which] for block, which in zip(blocks, mine, strict=True)]).tolist():
+            start = last if first < start < last else start
+            stop = first if first < stop < last else stop
+        halves = [
+            self.answers.sample(row, min(start, len(prompt)), min(stop, len(prompt))),
+            self.answers.sample(
+                partner,
+                len(self._halves(partner)[0]) + max(start - len(prompt), 0),
+                len(self._halves(partner)[0]) + max(stop - len(prompt), 0),
+            ),
+        ]
+        sample = LanguageSample(
+            input_ids=ids[start:stop],
+            trained=trained[start:stop],
+            document_lengths=[stop - start],
+            place=self.place(row),
+        )
+        add_images(sample, halves)
+        return sample
 
     def __getitem__(self, index: int) -> UnpairedSample:
         desirable = bool(self.desirable[self.stored[index]])
         answer, mismatched = self.answers.sample(index), self._mismatched(index)
+        if "images" in answer:
+            answer["place"] = self.place(index)
         sample = UnpairedSample(row=answer, mismatched=mismatched, desirable=desirable)
         if self.weights is not None:
             sample["weight"] = float(self.weights[index])
@@ -123,4 +159,5 @@ UNPAIRED = Kind(
     rows=UnpairedRows,
     collate=collate_unpaired,
     section="kto_config",
+    columns_of_images=IMAGE_COLUMNS,
 )

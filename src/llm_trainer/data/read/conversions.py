@@ -6,6 +6,7 @@ has nothing to teach.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from llm_trainer.config.errors import counted
@@ -18,7 +19,6 @@ from llm_trainer.data.read.messages import (
     asked,
     assistant,
     field,
-    image_source,
     is_empty,
     is_transcript,
     list_field,
@@ -32,6 +32,7 @@ from llm_trainer.data.read.messages import (
     up_to_last_answer,
     user,
 )
+from llm_trainer.data.read.pictures import all_images, images_of, with_images
 from llm_trainer.data.read.renaming import TURN_COLUMNS
 
 Sample = dict[str, Any]
@@ -378,22 +379,29 @@ def is_triple(row: Any) -> bool:
 
 def vision(row: Any, location: Location) -> Sample:
     """Image parts become `<image>` in the text; `images` holds paths, URLs or bytes in the order of the markers."""
+    location = replace(location, takes_images=True)
     key = next((name for name in (*TURN_COLUMNS, "prompt") if isinstance(row, dict) and row.get(name)), "messages")
-    images: list[str | bytes] = []
-    turns = messages(field(row, key, location), location.at(key), images)
-    listed = row.get("images") or row.get("image") or []
-    if not isinstance(listed, list):
-        listed = [listed]
-    for i, image in enumerate(listed):
-        images.append(image_source(image, location.at("images").at(i)))
+    turns = messages(field(row, key, location), location.at(key))
     turns = _system(row, location) + turns
-    num_markers = sum(turn["content"].count(IMAGE) for turn in turns)
-    if num_markers != len(images):
-        found = f"{counted(num_markers, f'{IMAGE} marker')} and {counted(len(images), 'image')}"
-        raise DataError(location, found, "one marker per image", "repair the text or the list", "image_count")
+    sample = with_images({"messages": turns}, images_of(row, location), location)
     grade = row.get("reward_model")
     answer = _answer(grade["ground_truth"]) if is_graded(grade) else None
-    return {"messages": turns, "images": images, "answer": answer}
+    said = [{key: value for key, value in turn.items() if key != "images"} for turn in turns]
+    return {"messages": said, "images": all_images(sample), "answer": answer}
+
+
+def is_pretraining(value: Any) -> bool:
+    """Whether a value is turns of the role `pretrain`: text and images in turn, all of which is learned."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and value[0].get("role") == "pretrain"
+
+
+def interleaved(row: Any, location: Location) -> Sample:
+    """Turns of the role `pretrain` as one text; where images are taken, they are those of its parts, or of the row."""
+    turns = messages(field(row, "messages", location), location.at("messages"))
+    sample = _some_text("\n\n".join(turn["content"] for turn in turns), location)
+    if location.takes_images:
+        sample["images"] = all_images(with_images({"messages": turns}, images_of(row, location), location))
+    return sample
 
 
 def easy_vqa(row: Any, location: Location) -> Sample:

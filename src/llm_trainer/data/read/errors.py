@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
@@ -20,6 +21,9 @@ class Location:
     key: str = ""  # the path inside the row, such as `messages[2].role`
     notes: Counter[str] | None = field(default=None, compare=False, repr=False)  # where `note` counts; None: nowhere
     names: Mapping[str, str] | None = field(default=None, compare=False, repr=False)  # column -> as the file calls it
+    takes_images: bool = field(
+        default=False, compare=False, repr=False
+    )  # turns may show images; False: that is an error
 
     def at(self, key: str | int) -> "Location":
         """The same place, one step deeper: a key of an object or an index of a list."""
@@ -30,7 +34,7 @@ class Location:
         else:
             deeper = key if self.names is None else self.names.get(key, key)
         # Some ten times a row: `dataclasses.replace` takes three times as long.
-        return Location(self.path, self.row, deeper, self.notes, self.names)
+        return Location(self.path, self.row, deeper, self.notes, self.names, self.takes_images)
 
     def note(self, text: str, count: int = 1) -> None:
         """Count something about this row that is no error and must not be silent: `turn: an empty answer, ...`.
@@ -65,11 +69,11 @@ class DataError(ValueError):
         super().__init__(f"{location}:{key} found {found}; expected {expected}; fix: {fix}")
         self.location = location
         self.reason = reason
-        self._said = (replace(location, notes=None), found, expected, fix, reason)
+        self.said = (replace(location, notes=None), found, expected, fix, reason)
 
-    def __reduce__(self) -> tuple[type["DataError"], tuple[Location, str, str, str, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Errors cross process borders, where `Exception` would rebuild them from the message alone."""
-        return type(self), self._said
+        return type(self), self.said
 
 
 def unreadable(path: Path | str, found: str, fix: str) -> DataError:

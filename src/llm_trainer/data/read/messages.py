@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Required, TypedDict
 
+from llm_trainer.data.images import in_bytes
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location, show
 from llm_trainer.data.read.json_text import parse_json
 from llm_trainer.data.read.weights import MESSAGE_WEIGHTS, weight_of
@@ -22,6 +23,7 @@ class Message(TypedDict, total=False):
     loss_weight: float
     name: str
     tool_call_id: str
+    images: list[Any]  # one per `<image>` of its content: a source, or None where it is the next of the row's own list
 
 
 ROLE_ALIASES = {
@@ -104,13 +106,12 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def messages(value: Any, location: Location, images: list[Any] | None = None) -> list[Message]:
+def messages(value: Any, location: Location) -> list[Message]:
     """A conversation from a list of turns, or from JSON text of one.
 
     Args:
         value: turns as `{"role", "content"}` or `{"from", "value"}`.
-        location: where the list is.
-        images: receives the images of the turns, in order; None: an image is an error.
+        location: where the list is; whether it takes images says if a part may be one.
 
     Raises:
         DataError: no list, no turns, an unknown role, content that is no text.
@@ -119,10 +120,10 @@ def messages(value: Any, location: Location, images: list[Any] | None = None) ->
     if not isinstance(turns, list) or not turns:
         expected = 'a list of turns such as {"role": "user", "content": "..."}'
         raise DataError(location, show(value), expected, "store the conversation as a list", "wrong_type")
-    return [message(turn, location.at(i), images) for i, turn in enumerate(turns)]
+    return [message(turn, location.at(i)) for i, turn in enumerate(turns)]
 
 
-def message(turn: Any, location: Location, images: list[Any] | None = None) -> Message:
+def message(turn: Any, location: Location) -> Message:
     """One turn: the role by `ROLE_ALIASES`, content as a string, optional keys under our names."""
     role_key = "from" if isinstance(turn, dict) and "role" not in turn and "from" in turn else "role"
     alias = text_field(turn, role_key, location)
@@ -140,14 +141,17 @@ def message(turn: Any, location: Location, images: list[Any] | None = None) -> M
     if content is None and not tool_calls:
         field(turn, content_key, location)
     said, thought = "", ""
+    images: list[Any] = []
     if isinstance(content, list):
-        said, thought, called = _parts(content, here, images)
+        said, thought, called, images = _parts(content, here)
         tool_calls += called
     elif content is not None:
         said = _content(content, here)
     result: Message = {"role": ROLE_ALIASES[alias], "content": said}
     if thought:
         result["reasoning_content"] = thought
+    if location.takes_images and images:
+        result["images"] = images
     # optional keys
     for key, value in turn.items():
         if key not in _OPTIONAL and key not in _OTHER_KEYS:
@@ -174,10 +178,11 @@ _REASONING = {"reasoning": ("reasoning", "text", "content"), "thinking": ("think
 _CALLS = {"tool_call": ("tool_call", "function"), "function_call": ("function_call",), "tool_use": ()}
 
 
-def _parts(parts: list[Any], location: Location, images: list[Any] | None) -> tuple[str, str, list[dict[str, Any]]]:
-    """What the parts of a turn say, think and call; an image becomes `<image>` and its source goes to `images`."""
+def _parts(parts: list[Any], location: Location) -> tuple[str, str, list[dict[str, Any]], list[Any]]:
+    """What the parts of a turn say, think, call and show; an image becomes `<image>`."""
     said, thought = "", ""
     calls: list[dict[str, Any]] = []
+    images: list[Any] = []
     for i, part in enumerate(parts):
         here = location.at(i)
         kind = str(part.get("type")) if isinstance(part, dict) else ""
@@ -190,8 +195,10 @@ def _parts(parts: list[Any], location: Location, images: list[Any] | None) -> tu
                 call = {**call, "arguments": call["input"]}
             calls += _tool_calls(call, here)
         else:
-            said += _part(part, here, images)
-    return said, thought, calls
+            piece, shown = _part(part, here)
+            said += piece
+            images += shown
+    return said, thought, calls, images
 
 
 def _first_of(keys: Sequence[str], part: dict[str, Any]) -> str:
@@ -200,18 +207,19 @@ def _first_of(keys: Sequence[str], part: dict[str, Any]) -> str:
     return (found or list(keys) or [""])[0]
 
 
-def _part(part: Any, location: Location, images: list[Any] | None) -> str:
+def _part(part: Any, location: Location) -> tuple[str, list[Any]]:
+    """What a part says, and the source of each `<image>` in it; None: the next image of the row's own list."""
     if isinstance(part, str):
-        return part
+        return part, [None] * part.count(IMAGE)
     kind = text_field(part, "type", location)
     if kind in _TEXT_PARTS:
         key = "text" if "text" in part else "value"
-        return text_field(part, key, location)
-    if kind in _IMAGE_PARTS and images is not None:
-        keys = [key for key in ("image", "image_url", "url", "path", "value") if key in part]
-        if keys:  # a bare marker takes the next image of the row's own list
-            images.append(image_source(part[keys[0]], location.at(keys[0])))
-        return IMAGE
+        said = text_field(part, key, location)
+        return said, [None] * said.count(IMAGE)
+    if kind in _IMAGE_PARTS and location.takes_images:
+        keys = [key for key in ("image", "image_url", "url", "path", "value") if part.get(key)]
+        source = image_source(part[keys[0]], location.at(keys[0])) if keys else None
+        return IMAGE, [source]
     expected, fix = "a text, image, reasoning or tool_call part", "remove the part"
     if kind in _IMAGE_PARTS:
         expected, fix = "text only", "remove the part: nothing is trained on images here"
@@ -227,6 +235,7 @@ def image_source(value: Any, location: Location) -> str | bytes:
     if isinstance(value, dict):
         given = [value[key] for key in ("bytes", "url", "path") if value.get(key)]
         value = given[0] if given else value
+    value = in_bytes(value)
     if not isinstance(value, str | bytes):
         raise DataError(location, show(value), "a path, a URL or bytes", "repair the image reference", "wrong_type")
     return value

@@ -42,7 +42,7 @@ def head_of(path: Path, reading: Reading) -> list[tuple[Location, Any]]:
     return list(islice(read_rows(path, reading.text_unit, on_error=lambda error: None), ROWS_LOOKED_AT))
 
 
-def schema_of(path: Path, reading: Reading, accepts: Sequence[str] = ()) -> Schema:
+def schema_of(path: Path, reading: Reading, accepts: Sequence[str] = (), takes_images: bool = False) -> Schema:
     """The schema that the options force, or that the first rows of a file have, under the names that they give.
 
     Raises:
@@ -52,12 +52,18 @@ def schema_of(path: Path, reading: Reading, accepts: Sequence[str] = ()) -> Sche
     renaming = Renaming.of(reading)
     if renaming is not None:
         renaming.check(read_rows(path, reading.text_unit, on_error=lambda error: None))
-    known = get_schema(reading.schema) if reading.schema else recognise(head_of(path, reading), accepts, renaming)
+    if reading.schema:
+        known = get_schema(reading.schema)
+    else:
+        known = recognise(head_of(path, reading), accepts, renaming, takes_images)
     return replace(known, renaming=renaming)
 
 
 def recognise(
-    rows: Iterable[tuple[Location, Any]], accepts: Sequence[str] = (), renaming: Renaming | None = None
+    rows: Iterable[tuple[Location, Any]],
+    accepts: Sequence[str] = (),
+    renaming: Renaming | None = None,
+    takes_images: bool = False,
 ) -> Schema:
     """The format of a sample of rows: the first of `SCHEMAS` that more than half of them fit.
 
@@ -69,6 +75,7 @@ def recognise(
             whoever wants `text`. A format of another kind is returned where none of these fits, and for rows with
             images, which are nothing else without them.
         renaming: of the names in these rows.
+        takes_images: whoever reads them takes images too, which then decide nothing about the format.
 
     Raises:
         DataError: no format fits (names the nearest).
@@ -84,6 +91,8 @@ def recognise(
         raise ValueError("no rows to recognise a format by; give at least one")
     fitting = []
     for schema in SCHEMAS.values():
+        if takes_images and schema.name == "vision":
+            continue
         num_fitting = sum(schema.fits(row) for _, row in sample)
         if 2 * num_fitting > len(sample):
             fitting.append(schema)

@@ -7,7 +7,8 @@ Kinds: `text` `{"text"}`; `chat` `{"messages", "tools"}`; `completion` `{"prompt
 `preference` `{"prompt", "chosen", "rejected", "margin"}`; `unpaired` `{"prompt", "completion", "label"}`; `process`
 `{"prompt", "completion", "steps", "right"}` (per step a text and a number in [0, 1]); `prompt` `{"prompt", "answer"}`;
 `tokens` `{"input_ids", "labels"}`; `vision` `{"messages", "images", "answer"}`, where the text holds one `<image>` per
-image. Those with turns have `tools` besides, where the row has some.
+image: rows with images, for whoever takes none; those that take images read them by the other schemas, and `pictures.py` says
+what stands where. Those with turns have `tools` besides, where the row has some.
 """
 
 import difflib
@@ -250,6 +251,7 @@ _ENTRIES = (
     _schema("mt_bench", "prompt", has(turns=list_of(str)), read.mt_bench),
     _schema("oasst", "chat", has(prompt=is_tree), read.tree, best=True),
     _schema("oasst_all_paths", "chat", has(prompt=is_tree), read.tree, best=False),
+    _schema("interleaved", "text", has(messages=read.is_pretraining), read.interleaved),
     _schema("sharegpt", "chat", _TURNS | has(chosen=is_absent) | _NO_LABEL, read.conversation, key="conversations"),
     _schema("messages", "chat", _MESSAGES | _NO_LABEL, read.conversation, key="messages"),
     _schema("exchanges", "chat", has(conversation=read.is_exchanges), read.exchanges),
