@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Provider = Callable[[list[str]], Any]
 _NAME = "sft_config.pixel_values_provider"
-_SIZES = ((64, 64), (32, 128), (128, 32))  # height and width of images that tokens must not tell apart
+_SIZES = ((64, 64), (64, 160), (200, 64))  # height and width of images that tokens must not tell apart
 
 
 class Tagged(NamedTuple):
