@@ -15,7 +15,7 @@ from llm_trainer.checkpoint import load_checkpoint, load_weights
 from llm_trainer.config.adapters import LORA
 from llm_trainer.config.algorithms import SFTConfig
 from llm_trainer.config.env import environment
-from llm_trainer.config.errors import fields_of
+from llm_trainer.config.errors import counted, fields_of
 from llm_trainer.config.options import Reading
 from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.schema import DataLoaderConfig, ModelConfig, TrainConfig, VLMConfig
@@ -28,9 +28,11 @@ from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import choose_kind, load, open_stream
 from llm_trainer.data.packing import PACKERS
+from llm_trainer.data.provided import ProvidedImages
 from llm_trainer.data.read.files import files_of
 from llm_trainer.data.read.renaming import check_named_files
 from llm_trainer.data.stream import SampleStream
+from llm_trainer.data.vision import ImageFormat
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import engine_name
 from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
@@ -137,6 +139,40 @@ class Builder:
             return processor_for(model.config, self.tokenizer, wanted.vision_path)
         source = find_pretrained(str(wanted), (Found.LANGUAGE_MODEL,), key="model_config").model_source
         return read_processor(source, self.tokenizer)
+
+    @cached_property
+    def images(self) -> ImageFormat | None:
+        """What an image is in tokens and in numbers; None: the model reads text, or its rows show no images."""
+        of_tags = self.section if isinstance(self.section, SFTConfig) else SFTConfig()
+        if self.processor is None:
+            if of_tags.image_tags_file_dataset is not None:
+                raise ValueError(
+                    "sft_config.image_tags_file_dataset: found a model that reads text; expected one that sees, a VLMConfig or "
+                    "the folder of a vision-language model"
+                )
+            return None
+        if not self.kind.columns_of_images:
+            return None
+        model = transformers_model(self.policy)
+        assert model is not None
+        patch = getattr(model.config.vision_config, "patch_size", None)
+        if isinstance(patch, list | tuple):
+            patch = patch[0]
+        if of_tags.pixel_values_provider is not None:
+            return ProvidedImages(self.processor, of_tags.pixel_values_provider, patch)
+        return ImageFormat(self.processor, patch, self.config.data_loader_config.max_pixels)
+
+    def _image_tags(self) -> dict[str, str]:
+        """For each file of the training data the csv of its images."""
+        if not isinstance(self.section, SFTConfig) or self.section.image_tags_file_dataset is None:
+            return {}
+        files, tags = _paths(self.config.file_dataset), _paths(self.section.image_tags_file_dataset)
+        if len(files) != len(tags):
+            raise ValueError(
+                f"sft_config.image_tags_file_dataset: got {counted(len(tags), 'file')} for {counted(len(files), 'path')} of "
+                "file_dataset, expected one each"
+            )
+        return dict(zip(files, tags, strict=True))
 
     def tokenizer_of(self, source: str) -> Any:
         return load_tokenizer(source)
@@ -304,7 +340,9 @@ class Builder:
         wanted, packings = self.config.data_loader_config.packing, self.kind.packings
         is_chosen = is_open(wanted, packings)
         if wanted == "auto" and not is_chosen:
-            return packings[0], AS_IT_CAME
+            # 'wrapped' cuts anywhere, also through images
+            first = "bfd_split" if packings[0] == "wrapped" and self.images is not None else packings[0]
+            return first, AS_IT_CAME
         is_flat = wanted in ("flat", *PACKERS)
         may_be_flat = takes_flat(self.trainer_class) and (is_chosen or is_flat)
         # 2. what the models make of it
@@ -345,11 +383,13 @@ class Builder:
             truncation=loader.truncation,
             max_left_out=loader.max_left_out,
             image_columns=loader.image_columns,
+            image_tags=self._image_tags(),
             workers=loader.data_loader_num_workers,
             share_prompts=wants_sharing and knows_branches(self.policy.config, self.device),
         )
         parse = loader.parse_special_tokens
-        return options, ChatFormat(self.tokenizer, parse_special_tokens=parse, **self._wanted.chat)
+        chat = ChatFormat(self.tokenizer, parse_special_tokens=parse, images=self.images, **self._wanted.chat)
+        return options, chat
 
 
 def make_model(

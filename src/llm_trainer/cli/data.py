@@ -25,11 +25,13 @@ from llm_trainer.data.kinds.prompts import PromptRows
 from llm_trainer.data.ledger import Ledger, note_lines
 from llm_trainer.data.load import store_of
 from llm_trainer.data.read.files import TEXT_UNITS, files_of
+from llm_trainer.data.vision import ImageFormat
 from llm_trainer.disk import in_bytes, whole_file
 from llm_trainer.lock import Lock
 from llm_trainer.terminal import printable
 
 PROBLEMS_SHOWN = 10
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _BAR = 40  # characters of the longest bar
 
 app = typer.Typer(help="Look at training data, and turn it into tokens.", rich_markup_mode=None, no_args_is_help=True)
@@ -64,14 +66,23 @@ def check(
             "--ignore-images", help="count rows with images that are trained as text, instead of refusing them"
         ),
     ] = False,
+    image_root: Annotated[
+        str | None, typer.Option(help="folder that paths of images begin in; by default that of their file")
+    ] = None,
+    image_tags: Annotated[
+        Path | None, typer.Option(help="csv of the images: a line per row, a column per image")
+    ] = None,
 ) -> None:
     """Show what files hold: schema, lengths, duplicates, broken rows. Exits with 1 if training on them would stop."""
     if block_size is not None and tokenizer is None:
         raise typer.BadParameter("is counted in tokens and needs --tokenizer", param_hint="--block-size")
     chat: ChatFormat | None = None
     if tokenizer is not None:
-        chat = ChatFormat(load_tokenizer(tokenizer))
-    reading = reading_options(schema, column, role)
+        loaded = load_tokenizer(tokenizer)
+        chat = ChatFormat(loaded, images=_images_of(tokenizer, loaded))
+    reading: dict[str, Any] = {**reading_options(schema, column, role), "image_root": image_root}
+    if image_tags is not None:
+        reading["image_tags"] = image_tags
     images = "ignore" if ignore_images else "error"
     stops = False
     for path in _all_files(files):
@@ -80,6 +91,15 @@ def check(
         stops = stops or report.stops_training
     if stops:
         raise typer.Exit(1)
+
+
+def _images_of(folder: str, tokenizer: Any) -> ImageFormat | None:
+    """What an image is in tokens, where the tokenizer's folder is that of a vision-language model."""
+    if not any((Path(folder) / name).is_file() for name in PROCESSOR_FILES):
+        return None
+    from llm_trainer.models.vision_build import read_processor  # imports torch, which text is looked at without
+
+    return ImageFormat(read_processor(folder, tokenizer))
 
 
 def _show(report: FileReport) -> None:
@@ -112,7 +132,9 @@ def _facts(report: FileReport) -> dict[str, str]:
         return {"schema": "not recognised"}
     usable_as = ", ".join(report.usable_as) or "no training yet"
     facts = {"schema": f"{report.schema} (rows of kind '{report.kind}', for {usable_as})"}
-    if report.kind == "vision":
+    if report.image_tokens:
+        facts |= _image_facts(report)
+    elif report.kind == "vision":
         facts["images"] = "the text of these rows is checked, their images are not opened"
     if report.unread:
         facts["not read"] = f"the columns {', '.join(report.unread)}"
@@ -130,6 +152,17 @@ def _facts(report: FileReport) -> dict[str, str]:
         facts["too long"] = f"{report.too_long[0]:,} samples; truncation would cut {report.too_long[1]:,} tokens"
     facts["problems"] = f"{len(report.problems):,}"
     return facts
+
+
+def _image_facts(report: FileReport) -> dict[str, str]:
+    """How many images, how large, and how many tokens."""
+    heights, widths = zip(*report.image_sizes, strict=True)
+    sizes = f"heights {min(heights):,} to {max(heights):,}, widths {min(widths):,} to {max(widths):,} pixels"
+    tokens = sorted(report.image_tokens)
+    return {
+        "images": f"{len(tokens):,}, {report.distinct_images:,} distinct, opened; {sizes}",
+        "image tokens": f"{sum(tokens):,}; of an image {tokens[0]:,} to {tokens[-1]:,}, median {tokens[len(tokens) // 2]:,}",
+    }
 
 
 @app.command()

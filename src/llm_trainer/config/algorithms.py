@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.files import Files
 from llm_trainer.config.options import KDConfig, ReferenceOptions
 from llm_trainer.config.section import config_section
 
@@ -42,12 +43,23 @@ class SFTConfig:
     freeze_llm_model: StrictBool = Field(
         default=False, description="a vision-language model trains its projector alone, as freeze: [language, vision]"
     )
+    image_tags_file_dataset: Files | None = Field(
+        default=None,
+        description="for each path of file_dataset a csv of its images: a line per row, a column per image, empty: none; null: "
+        "the rows name their images",
+    )
+    pixel_values_provider: Any = Field(
+        default=None,
+        description="a function of the tags in these files, tags -> pixel_values (Python only); null: they are paths of images",
+    )
     kd_config: KDConfig | None = Field(default=None, description="knowledge distillation")
     gradient_accumulation_steps: StrictInt = Field(default=1, ge=1, description="micro-batches per optimizer step")
 
     def __post_init__(self) -> None:
         if not self.mask_prompt and self.train_on == "last":
             raise ConfigError("mask_prompt: false trains on everything, but train_on is last; remove one of them")
+        if self.pixel_values_provider is not None and self.image_tags_file_dataset is None:
+            raise ConfigError("pixel_values_provider: without image_tags_file_dataset there are no tags to give it")
         self.train_on = self.train_on if self.mask_prompt else "all"
         self.mask_prompt = self.train_on != "all"
 

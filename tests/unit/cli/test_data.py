@@ -64,6 +64,24 @@ def test_check_names_the_first_problems_and_fails(tmp_path, capsys):
     assert "... and 2 more" in shown
 
 
+def test_check_of_a_model_that_sees_opens_the_images(tmp_path, capsys):
+    pytest.importorskip("PIL")
+    from vision_data import file_of, llava_processor, picture
+
+    llava_processor().save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(file_of(picture(20, 30)))
+    good = conversation("<image>What?", "A cat.") | {"image": "a.png"}
+    path = write(tmp_path / "a.jsonl", [good, good, conversation("Nothing?", "No.")])
+    how = ("--tokenizer", tmp_path / "model", "--image-root", tmp_path / "pictures")
+    assert run("data", "check", path, *how) == 0
+    shown = capsys.readouterr().out
+    assert "images  2, 1 distinct, opened; heights 20 to 20, widths 30 to 30 pixels" in shown
+    assert "image tokens  32; of an image 16 to 16, median 16" in shown
+    assert run("data", "check", path, *how[:2]) == 1  # they are not beside the file
+    assert f"{path}:1: key 'images': found no file at" in capsys.readouterr().out
+
+
 def test_prepare_pretraining_data_is_one_flat_memory_mapped_array(tmp_path, tokenizer, chat, capsys):
     texts = ["First line", "Second, longer line", "third"]
     path, out = write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path / "out"
