@@ -191,7 +191,10 @@ class _Inspector:
             found = schema_of(report.path, options, takes_images=sees)
         report.unread = found.unread([(replace(where, takes_images=sees), row) for where, row in head])
         report.schema, report.kind = found.name, found.kind
-        report.usable_as = kinds_that_accept("chat" if sees and found.kind == "vision" else found.kind)
+        accepted_as = found.kind
+        if sees and accepted_as == "vision":  # images that are nothing but shown
+            accepted_as = "chat"
+        report.usable_as = kinds_that_accept(accepted_as)
         if found.kind == "text":
             self.block_size = None  # documents are laid end to end and cut into blocks: nothing is lost
         kind = None

@@ -141,7 +141,9 @@ class ImageFormat:
         shown = []
         for image in images:
             height, width = self.limited(image.height, image.width)
-            shown.append(image.resize((width, height)) if (width, height) != image.size else image)
+            if (width, height) != image.size:
+                image = image.resize((width, height))
+            shown.append(image)
         return self._processed(shown, "pt")
 
     def batch(self, images: Sequence["Image"], uses: Sequence[Sequence[int]]) -> "ImageBatch":

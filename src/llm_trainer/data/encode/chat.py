@@ -476,7 +476,10 @@ class ChatFormat:
         prepared = []
         for message in messages:
             change = clean if is_assistant(message) else mark
-            prepared.append(_map_strings(message, change) if self.images is None else _with_marks(message, change))
+            if self.images is None:
+                prepared.append(_map_strings(message, change))
+            else:
+                prepared.append(_with_marks(message, change))
         tools = _map_strings(tools, mark)
         if self.thinking != "template":
             prepared = apply_thinking(prepared, self.thinking, lambda probe: self._render(probe, tools))
@@ -589,9 +592,12 @@ def _with_marks(message: Message, change: Callable[[str], str]) -> Message:
     """A message with every text in it changed, and marks in the place of its images, which are left out."""
     rest = {key: value for key, value in message.items() if key not in ("images", "content")}
     content = message.get("content")
+    changed: dict[str, Any] = _map_strings(rest, change)
     if isinstance(content, str):
-        return {**_map_strings(rest, change), "content": with_image_marks(content, change)}
-    return _map_strings({**rest, "content": content} if "content" in message else rest, change)
+        changed["content"] = with_image_marks(content, change)
+    elif "content" in message:
+        changed["content"] = _map_strings(content, change)
+    return changed
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

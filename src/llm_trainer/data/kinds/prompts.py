@@ -12,7 +12,7 @@ from llm_trainer.data.encode.pictured import IMAGE_COLUMNS, image_columns
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.images import ImageRef
 from llm_trainer.data.kinds import Batch, DataOptions, Encoded, Kind, Lay, Sample
-from llm_trainer.data.read.pictures import IMAGE_KEYS
+from llm_trainer.data.read.pictures import IMAGE_KEYS, without_images
 from llm_trainer.data.windows import Column, Rows
 
 
@@ -41,7 +41,7 @@ def encode_prompts(chat: ChatFormat, samples: Sequence[Sample]) -> Iterator[Enco
         columns: dict[str, np.ndarray] = {}
         if one.images:  # they are in columns of their own
             row = {name: value for name, value in row.items() if name not in IMAGE_KEYS}
-            messages = [{name: value for name, value in turn.items() if name != "images"} for turn in messages]
+            messages = without_images(messages)
             columns = image_columns([(one.images, one.places)])
         facts = _as_json(sample.values["answer"], row, messages)
         yield {"input_ids": compact_ids(one.input_ids, chat.vocab_size), "facts": facts, **columns}

@@ -32,7 +32,7 @@ from llm_trainer.data.read.messages import (
     up_to_last_answer,
     user,
 )
-from llm_trainer.data.read.pictures import all_images, images_of, with_images
+from llm_trainer.data.read.pictures import all_images, images_of, with_images, without_images
 from llm_trainer.data.read.renaming import TURN_COLUMNS
 
 Sample = dict[str, Any]
@@ -386,8 +386,7 @@ def vision(row: Any, location: Location) -> Sample:
     sample = with_images({"messages": turns}, images_of(row, location), location)
     grade = row.get("reward_model")
     answer = _answer(grade["ground_truth"]) if is_graded(grade) else None
-    said = [{key: value for key, value in turn.items() if key != "images"} for turn in turns]
-    return {"messages": said, "images": all_images(sample), "answer": answer}
+    return {"messages": without_images(turns), "images": all_images(sample), "answer": answer}
 
 
 def is_pretraining(value: Any) -> bool:

@@ -51,7 +51,9 @@ def with_images(sample: dict[str, Any], listed: Sequence[str | bytes], location:
         for turn in sample[key]:
             shown = [next(remaining, None) if source is None else source for source in _slots(turn)]
             sources += shown
-            turns.append({**turn, "images": shown} if shown else turn)
+            if shown:
+                turn = {**turn, "images": shown}
+            turns.append(turn)
         found[key] = turns
     in_text = sum(sample[key].count(IMAGE) for key in _TEXTS if isinstance(sample.get(key), str))
     if in_text:
@@ -59,6 +61,15 @@ def with_images(sample: dict[str, Any], listed: Sequence[str | bytes], location:
         sources += found["images"]
     _check_count(sources, list(remaining), location)
     return found
+
+
+def without_images(turns: Sequence[Message]) -> list[Message]:
+    """The same turns without what they show."""
+    return [_without(turn) for turn in turns]
+
+
+def _without(turn: Message) -> Message:
+    return {key: value for key, value in turn.items() if key != "images"}  # type: ignore[return-value]
 
 
 def all_images(sample: dict[str, Any]) -> list[Any]:
