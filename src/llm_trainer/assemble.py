@@ -18,6 +18,7 @@ from llm_trainer.engine.choose import check_precision, join_processes
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.lock import lock_of_run
 from llm_trainer.models.attention import describe_attention
+from llm_trainer.models.experts import describe_experts
 from llm_trainer.optim.optimizers import configure_optimizer, describe_kernel, kernel_on
 from llm_trainer.optim.schedules import create_scheduler
 from llm_trainer.state import Choice
@@ -95,6 +96,9 @@ def _choices(
     choices = []
     if config.run_config.attention == "auto" and "model" not in given:
         choices.append(attention_choice(*describe_attention(build.policy.config, build.device)))
+    computed = describe_experts(build.policy) if config.run_config.experts == "auto" else None
+    if computed is not None and "model" not in given:
+        choices.append(experts_choice(*computed))
     # DeepSpeed may put an optimizer of its own in its place.
     if config.optim_config.fused == "auto" and "optimizer" not in given and build.engine != "deepspeed":
         kernel = describe_kernel(optimizer)
@@ -118,6 +122,12 @@ def attention_choice(value: str, why: str) -> Choice:
     if value == "sdpa":
         return Choice("attention", value, why, "run_config.attention: eager")
     return Choice("attention", value, why, "run_config.attention: sdpa")
+
+
+def experts_choice(value: str, why: str) -> Choice:
+    """What `run_config.experts: auto` has come to."""
+    other = "grouped_mm" if value == "eager" else "eager"
+    return Choice("experts", value, why, f"run_config.experts: {other}")
 
 
 def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str, Any]:

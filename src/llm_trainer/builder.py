@@ -418,7 +418,8 @@ def make_model(
         wanted = replace(wanted, vocab_size=min(pieces, default=len(tokenizer)))
     if isinstance(wanted, VLMConfig) and wanted.image_token_id is None:
         wanted = replace(wanted, image_token_id=tokenizer.convert_tokens_to_ids(wanted.image_token))
-    model = build_model(wanted, attention=attention, empty=empty, overrides=config.model_overrides, options=options)
+    how: dict[str, Any] = {"attention": attention, "experts": config.run_config.experts, "options": options}
+    model = build_model(wanted, empty=empty, overrides=config.model_overrides, **how)
     if config.init_state_dict is not None and not empty:
         load_weights(model, config.init_state_dict, "init_state_dict")
     if config.init_weights_path is not None and not empty:

@@ -39,6 +39,13 @@ def test_thirty_kills_of_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("balance", ["previous_step", "bias"])
+def test_ten_kills_of_experts(balance: str, tmp_path: Path) -> None:
+    report = kill(tmp_path, 10, balance, "fp32", "behind")
+    assert report["kills"] == 10 and report["during_save"] >= 2 and report["different"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["plain", "qwen3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ten_kills(model: str, precision: str, tmp_path: Path) -> None:

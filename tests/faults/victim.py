@@ -20,6 +20,10 @@ import torch
 from torch import Tensor, nn
 
 SPEED = {"time", "tokens_per_second", "mfu"}
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> architecture, and what balances its experts
+    "previous_step": ("qwen3_moe", {"aux_loss_scope": "previous_step", "aux_loss_coef": 0.5}),
+    "bias": ("glm4_moe", {"bias_update_speed": None}),
+}
 
 
 class Rows:
@@ -54,14 +58,15 @@ def make_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "plain":
         return Plain()
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.schema import ModelConfig, MoeConfig
     from llm_trainer.models.build import build_model
 
-    shape = ModelConfig(
-        vocab_size=512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.2
-    )
-    model = build_model(shape, attention="sdpa")
-    if name == "qwen3":
+    shape: dict[str, Any] = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if name in EXPERTS:
+        moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+        shape |= {"architecture": EXPERTS[name][0], "moe": moe, "initializer_range": 0.2}
+    model = build_model(ModelConfig(**shape, attention_dropout=0.2), attention="sdpa")
+    if name != "lora":
         return model
     import warnings
 
@@ -101,6 +106,8 @@ def make_trainer(folder: Path, model_name: str = "plain", precision: str = "fp32
         "progress": False,
         "save_dir": str(folder),
     }
+    if model_name in EXPERTS:
+        given |= EXPERTS[model_name][1]
     return SFTTrainer(model=model, optimizer=optimizer, **(given | options))
 
 
@@ -119,7 +126,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     loaded, best = manager.load(), manager.best()
     weights = [path.read_bytes() for path in sorted(loaded.model_folder.rglob("*")) if path.is_file()]
     progress = {k: v for k, v in loaded.state["progress"].items() if k not in ("train_seconds", "lines")}
-    kept = {name: loaded.state[name] for name in ("optimizer", "scheduler")}
+    kept = {name: loaded.state[name] for name in ("optimizer", "scheduler", "regulariser")}
     return {
         "weights": weights,
         "state": flat({**kept, "progress": progress}),

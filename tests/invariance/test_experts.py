@@ -1,5 +1,7 @@
 """The balance of experts is that of a whole step, however it is cut: for every trainer of a policy, and however it runs."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from elastic_ranks import SCOPES
 from table import STEPS, Cell, differences, experts_model, run, tiny_model
 
 TOLERANCE = 1e-5
@@ -70,6 +73,29 @@ def wholes() -> dict[str, Any]:
     found = {scope: run(Cell("sft", 8, 1), model=experts_model(), **BALANCED, aux_loss_scope=scope) for scope in scopes}
     assert found["step"] == found["micro_batch"] != found["previous_step"]
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", SCOPES)
+def test_two_processes_one_and_two_again_are_one_run(trainer: str, tmp_path: Path) -> None:
+    """No row is lost or repeated (`differences` compares them too), and what is remembered of experts comes along."""
+    curve: list[Any] = []
+    for step, ranks in enumerate((2, 1, 2), start=1):
+        out = tmp_path / f"{step}.json"
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [
+            str(Path(__file__).parent / "elastic_ranks.py"),
+            str(tmp_path / "run"),
+            trainer,
+            str(step),
+            str(out),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        curve += json.loads(out.read_text())
+    assert max(differences(curve, run(Cell(trainer, 8, 1), **SCOPES[trainer]))) < TOLERANCE
 
 
 def test_of_each_micro_batch_alone_it_depends_on_the_cut(wholes: dict[str, Any]) -> None:

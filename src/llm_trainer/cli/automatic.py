@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from llm_trainer.assemble import attention_choice, foreseen_kernel
+from llm_trainer.assemble import attention_choice, experts_choice, foreseen_kernel
 from llm_trainer.builder import LAYOUT_KEY
 from llm_trainer.config.registry import options_of
 from llm_trainer.config.schema import TrainConfig
@@ -12,7 +12,7 @@ from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.kinds import get_kind
 from llm_trainer.layout import choose_layout, is_open, takes_flat
 from llm_trainer.models.attention import best_attention
-from llm_trainer.models.experts import experts_of
+from llm_trainer.models.experts import describe_experts, experts_of
 from llm_trainer.models.packing import packing_of
 from llm_trainer.plan.choices import Choice as Way
 from llm_trainer.plan.choices import Finding
@@ -67,6 +67,9 @@ class Automatic:
             found.append(choice_of(way.micro_tokens, way.why_tokens))
         if self.config.run_config.attention == "auto":
             found.append(attention_choice(*best_attention(DEVICE)))
+        computed = describe_experts(self.model) if self.config.run_config.experts == "auto" else None
+        if computed is not None:
+            found.append(experts_choice(*computed))
         optimizer = self.config.optim_config
         if optimizer.fused == "auto" and not way.strategy.is_zero:  # DeepSpeed may put one of its own in its place
             kernel = foreseen_kernel(optimizer.optimizer, DEVICE)

@@ -335,6 +335,11 @@ class RunConfig(Execution):
         description="folder of checkpoints (CHECKPOINT_DIR)",
     )
     attention: str = Field(default="auto", description="attention implementation, as in transformers")
+    experts: Literal["auto", "grouped_mm", "eager"] = Field(
+        default="auto",
+        description="how the experts of a mixture are computed: by one grouped product, or one after the other; auto: grouped "
+        "where torch has it",
+    )
     device: str | None = Field(default=None, description="cpu, cuda, mps; null: the best there is")
     log_interval: StrictInt = Field(default=10, ge=1, description="steps between lines of the log")
 

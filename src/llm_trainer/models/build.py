@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llm_trainer.config.schema import VLMConfig
 from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
-from llm_trainer.models.experts import expert_shape, fused_experts
+from llm_trainer.models.experts import expert_shape, fused_experts, set_experts
 from llm_trainer.models.inside import language_config, sees_images
 from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
 from llm_trainer.models.pretrained import Kind, find_pretrained
@@ -96,6 +96,7 @@ def build_model(
     key: str = "model_config",
     overrides: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    experts: str = "auto",
 ) -> "PreTrainedModel":
     """A model with random weights from a `ModelConfig`, or the language model that `find_pretrained` finds.
 
@@ -107,17 +108,21 @@ def build_model(
         key: what the configuration calls `source`, for messages.
         overrides: what is changed in the configuration of a model that is loaded (`models.overrides`).
         options: further keywords of `from_pretrained`, for a model that is loaded.
+        experts: how those of a mixture are computed (`models.experts.set_experts`).
 
     Raises:
         ValueError: there is no language model at `source`, its weights are not finite, or an override cannot be meant.
     """
     attention = resolve_attention(attention)
     if isinstance(source, str | Path):
-        return _load_model(source, attention, dtype, empty, key, overrides or {}, options or {})
+        model = _load_model(source, attention, dtype, empty, key, overrides or {}, options or {})
+        set_experts(model, experts)
+        return model
     refuse_overrides(overrides or {})
     model = model_of_config(build_config(source), attention, dtype, empty)
     if isinstance(source, VLMConfig) and not empty:
         put_parts(model, source)
+    set_experts(model, experts)
     return model
 
 

@@ -105,6 +105,39 @@ def fused_experts(model: nn.Module) -> Iterator[str]:
                     yield f"{name}.{own}"
 
 
+def set_experts(model: nn.Module, how: str) -> None:
+    """Have the experts of a model computed by one grouped product ('grouped_mm') or one after the other ('eager').
+
+    Args:
+        how: 'auto': as transformers chooses, which is grouped wherever there is a kernel.
+
+    Raises:
+        ValueError: the model has no experts that can be computed in several ways.
+    """
+    pretrained = transformers_model(model)
+    if how == "auto" or pretrained is None:
+        return
+    if next(fused_experts(model), None) is None or not pretrained._can_set_experts_implementation():
+        raise ValueError(
+            f"run_config.experts: got {how!r}, but a {type(pretrained).__name__} has no experts whose products can be chosen; "
+            f"expected auto"
+        )
+    pretrained.set_experts_implementation(how)
+
+
+def describe_experts(model: nn.Module) -> tuple[str, str] | None:
+    """How the experts of a model are computed, and why; None: it has none, or computes them in a way of its own."""
+    pretrained = transformers_model(model)
+    if pretrained is None or next(fused_experts(model), None) is None:
+        return None
+    found = language_config(pretrained.config)._experts_implementation
+    whys = {
+        "grouped_mm": "one product for all experts of a layer",
+        "eager": "one after the other; torch has no other here",
+    }
+    return (found, whys[found]) if found in whys else None
+
+
 class Routes:
     """Sees which experts the routers of a model choose.
 
