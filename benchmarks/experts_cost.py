@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def steps(architecture: str, options: dict[str, Any]) -> Callable[[], float]:
                 hooks=[Hook("see", lambda run: ends.append(time.process_time()), every_steps=1)],
                 **options,
             ).train()
-        took = [later - earlier for earlier, later in zip(ends[1:], ends[2:], strict=False)]  # without the first
+        took = [later - earlier for earlier, later in pairwise(ends[1:])]  # without the first
         return statistics.median(took)
 
     return once
