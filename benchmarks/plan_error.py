@@ -21,23 +21,32 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, configure_optimizer
+from llm_trainer import AdapterConfig, DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, adapt, configure_optimizer
 from llm_trainer.config.env import environment
 from llm_trainer.config.schema import ModelConfig, MoeConfig
 from llm_trainer.engine import dist
+from llm_trainer.engine.device import DTYPES
 from llm_trainer.models.build import build_model
+from llm_trainer.models.quantize import stored_bytes
+from llm_trainer.models.quantized_loading import loading_options
 from llm_trainer.models.rewarding import reward_model
+from llm_trainer.plan.describe import quantized_by
 from llm_trainer.plan.memory import DDP, FSDP2, ONE, Step, Strategy, peak
-from llm_trainer.plan.shapes import Job, optimizer_bytes, shape_of
+from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of, update_bytes
 from llm_trainer.train.hooks import Hook
+from llm_trainer.train_configs import QuantizationConfig
 from llm_trainer.trainers.distill import CHUNK_ELEMENTS
 
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STRATEGIES = {"one": ONE, "ddp": DDP, "fsdp": FSDP2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch and a way to train; `whole` makes all logits at once in a plain loop."""
+    """A model, a batch and a way to train; `whole` makes all logits at once in a plain loop.
+
+    `adapters` are on "layers", or on "layers and head"; `bits` of the weights below them, 0: all.
+    """
 
     hidden: int = 256
     layers: int = 4
@@ -56,15 +65,17 @@ class Case:
     experts: int = 0
     accumulation: int = 1
     whole: bool = False
+    adapters: str = ""
+    bits: int = 0
 
     def __str__(self) -> str:
         told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return ", ".join(name if value is True else f"{name} {value}" for name, value in told.items()) or "plain"
 
 
-def model_of(case: Case) -> Any:
-    """The model of a case, with random weights."""
-    config = ModelConfig(
+def config_of(case: Case) -> ModelConfig:
+    """The shape of the model of a case."""
+    return ModelConfig(
         architecture="qwen3_moe" if case.experts else case.architecture,  # type: ignore[arg-type]
         vocab_size=case.vocab,
         hidden_size=case.hidden,
@@ -78,19 +89,50 @@ def model_of(case: Case) -> Any:
         if case.experts
         else None,
     )
-    model = build_model(config)
+
+
+def model_of(case: Case) -> Any:
+    """The model of a case, with random weights."""
+    model = build_model(config_of(case))
+    if case.bits:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            how = QuantizationConfig(bits=case.bits)  # type: ignore[arg-type]
+            device, dtype = torch.device("cpu"), DTYPES[case.precision]
+            model = build_model(folder, options=loading_options(how, folder, device, dtype))
+    if case.adapters:
+        return adapted(model, case)
     return reward_model(model, 0) if case.algorithm == "reward" else model
+
+
+def adapted(model: Any, case: Case) -> Any:
+    """With adapters on the layers of a case."""
+    target: Any = "all-linear"
+    if "head" in case.adapters:
+        target = [*LAYERS, "lm_head"]
+    return adapt(model, AdapterConfig(rank=8, target=target))
+
+
+def shape_of_case(case: Case, model: Any) -> Shape:
+    """As `llm-trainer plan` sees a case: from a model without weights, where it has adapters."""
+    if not case.adapters:
+        return shape_of(model)
+    empty, quantized = build_model(config_of(case), empty=True), None
+    if case.bits:
+        quantized = quantized_by(empty, QuantizationConfig(bits=case.bits))  # type: ignore[arg-type]
+    return shape_of(adapted(empty, case).get_base_model(), quantized)
 
 
 def predicted(case: Case, model: Any, strategy: Strategy = ONE) -> float:
     """Bytes that the plan expects at the peak on one device."""
-    shape, pairs = shape_of(model), case.algorithm in ("dpo", "reward")
+    shape, pairs = shape_of_case(case, model), case.algorithm in ("dpo", "reward")
     job = Job(
         row_tokens=case.length,
         rows=case.rows * case.accumulation,
         rows_per_sample=2 if pairs else 1,
         flops_per_token=0.0,
         state_bytes=optimizer_bytes(case.optimizer, 0.0, model),
+        update_bytes=update_bytes(case.optimizer, model),
         precision=case.precision,
         frozen_bytes=4.0 * shape.num_parameters if case.algorithm in ("dpo", "kto", "kd") else 0.0,
         teacher_chunk=CHUNK_ELEMENTS if case.algorithm == "kd" else 0,
@@ -98,6 +140,13 @@ def predicted(case: Case, model: Any, strategy: Strategy = ONE) -> float:
     )
     step = Step(case.rows * job.sample_tokens, case.checkpointing, not case.whole, case.accumulation > 1, on_gpu=False)
     return peak(shape, job, strategy, environment().world_size, step).total
+
+
+def weight_bytes(models: list[Any]) -> float:
+    """Bytes of weights, with the scales of those in few bits."""
+    every = [parameter for model in models for parameter in model.parameters()]
+    scales = sum(stored_bytes(parameter) - parameter.nbytes for parameter in every)
+    return tensor_bytes(every) + scales
 
 
 def tensor_bytes(tensors: Any) -> int:
@@ -133,19 +182,19 @@ def batch_of(case: Case) -> dict[str, Tensor]:
     return {f"{name}_input_ids": part for name, part in parts.items()} | masks | further
 
 
-def measured(case: Case, model: Any, strategy: Strategy = ONE) -> int:
+def measured(case: Case, model: Any, strategy: Strategy = ONE) -> float:
     """Bytes at the peak of the third training step."""
     gradients = tensor_bytes(model.parameters()) if strategy is DDP else 0  # its buckets are never released
     profiled = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     optimizer = configure_optimizer(model, case.optimizer, lr=1e-5)
     batch = batch_of(case)
     if case.whole:
-        step = hand_step(model, optimizer, batch, case)
+        step = hand_step(model, optimizer, batch, case.precision, case.checkpointing)
         step()
         step()
         with profiled:
             step()
-        return tensor_bytes(model.parameters()) + state_bytes(optimizer) + peak_of(profiled)
+        return weight_bytes([model]) + state_bytes(optimizer) + peak_of(profiled)
 
     def watch(run: Any) -> None:
         if run.progress.step == 2:
@@ -178,23 +227,21 @@ def measured(case: Case, model: Any, strategy: Strategy = ONE) -> int:
         )
         trainer.train()
     models = [model, *further.values()]
-    return (
-        gradients
-        + tensor_bytes([p for m in models for p in m.parameters()])
-        + state_bytes(optimizer)
-        + peak_of(profiled)
-    )
+    return gradients + weight_bytes(models) + state_bytes(optimizer) + peak_of(profiled)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state."""
-    return tensor_bytes(value for state in optimizer.state.values() for value in state.values())
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return tensor_bytes(value for value in values if isinstance(value, Tensor))
 
 
-def hand_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], case: Case) -> Callable[[], None]:
+def hand_step(
+    model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], precision: str, checkpointing: bool
+) -> Callable[[], None]:
     """A step of a plain loop over a transformers model, which makes all logits."""
-    precise = case.precision == "fp32"
-    if case.checkpointing:
+    precise = precision == "fp32"
+    if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
 
@@ -228,6 +275,16 @@ CASES = [
         {"algorithm": "kd", "rows": 2},
         {"algorithm": "reward", "rows": 2},
         {"whole": True, "rows": 2},
+        {"adapters": "layers"},
+        {"adapters": "layers and head", "tied": False},
+        {"adapters": "layers", "whole": True, "rows": 2},
+        {"adapters": "layers", "architecture": "llama", "width": 1024, "tied": False},
+        {"adapters": "layers", "bits": 4},
+        {"adapters": "layers", "bits": 8},
+        {"adapters": "layers", "bits": 4, "vocab": 512, "length": 512},
+        {"adapters": "layers", "bits": 8, "vocab": 512, "length": 512},
+        {"adapters": "layers and head", "bits": 4, "tied": False},
+        {"optimizer": "adamw8bit"},
     )
     for precision in ("fp32", "bf16")
     for checkpointing in (False, True)
@@ -238,6 +295,14 @@ QUICK = [
     replace(SMALL, precision="bf16"),
     replace(SMALL, precision="bf16", checkpointing=True, architecture="llama", tied=False, optimizer="lion"),
     replace(SMALL, layers=2, checkpointing=True, accumulation=2),
+    replace(SMALL, adapters="layers and head", tied=False),
+    replace(SMALL, adapters="layers", precision="bf16", rows=4),
+]
+FEW_BITS = [  # need bitsandbytes
+    replace(SMALL, adapters="layers", bits=4),
+    replace(SMALL, adapters="layers", bits=4, precision="bf16", rows=4),
+    replace(PLAIN, adapters="layers", bits=8, checkpointing=True),
+    replace(SMALL, optimizer="adamw8bit"),
 ]
 
 
@@ -258,7 +323,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{'predicted MB':>12} {'measured MB':>12} {'error':>7}  case")
     worst = 0.0
-    for case in QUICK if options.quick else CASES:
+    for case in [*QUICK, *FEW_BITS] if options.quick else CASES:
         if options.strategy != "one" and (case.whole or case.optimizer == "adafactor"):
             continue  # torch 2.13's Adafactor cannot take the norm of a sharded gradient
         expected, found = compare(case, STRATEGIES[options.strategy])

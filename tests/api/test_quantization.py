@@ -1,15 +1,19 @@
 """QLoRA from a configuration: what is in few bits, that it learns as much, goes on bit for bit, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llm_trainer import GRPOTrainer, SFTTrainer
+from llm_trainer import AdapterConfig, GRPOTrainer, SFTTrainer, adapt
+from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.checkpoint.adapters import find_base, fingerprint_of
 from llm_trainer.config.load import parse
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.models.adapter_folder import load_pretrained
@@ -168,6 +172,73 @@ def test_what_was_trained_is_opened_again(bits: int, base: Path, tmp_path: Path,
     assert torch.equal(of_beside, logits)
     assert torch.allclose(of_merged, logits, atol=1e-5 if bits == 4 else 0.05)  # of 8 bits the products are rounded too
     assert not is_quantized(merged) and all(parameter.requires_grad for parameter in merged.parameters())
+
+
+def adapted(folder: Path, bits: int) -> Any:
+    """A model in few bits with adapters, as a configuration makes it."""
+    how = loading_options(QuantizationConfig(bits=bits), folder, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    return adapt(build_model(str(folder), options=how), AdapterConfig(rank=2))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_weights_that_bits_were_made_of_are_compared(bits: int, base: Path, tmp_path: Path) -> None:
+    """When a run begins, and when adapters are opened; not the last digits of scales, which another machine has others of."""
+    model = adapted(base, bits)
+    found = find_base(model)
+    assert found is not None and found.source == str(base) and found.fingerprint
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+
+    # 1. on another machine
+    if bits == 4:
+        state = layer.weight.quant_state
+        state.offset = torch.nextafter(state.offset, torch.tensor(1.0))
+        state.absmax[3] += 1
+        again = find_base(model)
+        assert again is not None and again.fingerprint == found.fingerprint == fingerprint_of(model)
+
+    # 2. of another kind
+    assert fingerprint_of(adapted(base, 12 - bits)) != found.fingerprint
+
+    # 3. of another folder
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][5, 7] *= -3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint_of(adapted(other, bits)) != found.fingerprint
+
+    # 4. changed by hand: a checkpoint holds all of it
+    with torch.no_grad():
+        layer.weight.data.view(-1)[7] ^= 3
+    assert find_base(model) is None
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bits_that_lie_in_a_folder_are_compared_as_they_are(bits: int, base: Path, tmp_path: Path) -> None:
+    how = loading_options(QuantizationConfig(bits=bits), base, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    build_model(str(base), options=how).save_pretrained(tmp_path / "bits")
+    model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "bits"), AdapterConfig(rank=2))
+    found = find_base(model)
+    assert found is not None and found.source == str(tmp_path / "bits")
+    assert found.fingerprint not in (None, fingerprint_of(adapted(base, bits)))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    with torch.no_grad():
+        layer.weight.data.view(-1)[7] ^= 3
+    assert find_base(model) is None
+
+
+def test_another_base_is_refused_where_adapters_are_opened(base: Path, tmp_path: Path, reference_dir: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    trained(config(tmp_path / "run", own, reference_dir))
+    weights = load_file(own / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][5, 7] *= -3
+    save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="base has the fingerprint .*: it is another model"):
+        build_model(str(tmp_path / "run" / "model"))
+    again = config(tmp_path / "on", own, reference_dir, adapter_config={"path": str(tmp_path / "run" / "model")})
+    with pytest.raises(ValueError, match="another"):
+        SFTTrainer(train_config=again)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

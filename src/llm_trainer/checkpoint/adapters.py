@@ -37,6 +37,7 @@ from llm_trainer.checkpoint.weights import (
     tensors_by_name,
 )
 from llm_trainer.models.inside import has_adapters, unwrapped
+from llm_trainer.models.quantize import is_in_few_bits, is_made_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 BASE_FILE, BASE_FOLDER = "base.json", "base"
@@ -44,6 +45,8 @@ PREFIX = "base_model.model."  # of the names of the model in which PEFT has put 
 # Settings of a model that change no logits.
 OF_NO_NUMBER = {"architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits", "transformers_version"}
 OF_NO_NUMBER |= {"bos_token_id", "eos_token_id", "pad_token_id", "name_or_path", "problem_type"}
+# Settings of bitsandbytes that change what weights become, beside the layers that are left out.
+OF_BITS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 INSIDE = ("base_layer", "original_module", "token_adapter")  # what a module of PEFT calls the one that it stands for
 
 
@@ -196,6 +199,11 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def fingerprint_of(model: nn.Module) -> str:
     """That of the base of a model with adapters, which is not sharded."""
+    inner = unwrapped(model).get_base_model()  # type: ignore[operator]
+    if _quantization_of(inner) is not None:
+        base = find_base(model)
+        if base is not None and base.fingerprint is not None:
+            return base.fingerprint
     return fingerprint(base_tensors(model).items())
 
 
@@ -214,19 +222,19 @@ def find_base(model: nn.Module) -> Base | None:
     theirs: Any = unwrapped(model)
     inner = theirs.get_base_model()
     tensors = base_tensors(theirs)
-    quantization = getattr(inner.config, "quantization_config", None)
     active: tuple[str, ...] = ()
     if len(theirs.peft_config) > 1:
         active = tuple(theirs.active_adapters)
     base = Base(
         source=inner.name_or_path or None,
         revision=getattr(inner.config, "_commit_hash", None),
-        fingerprint=fingerprint(tensors.items()),
         architecture=class_of(inner).__name__,
         dtype=str(inner.dtype).removeprefix("torch."),
-        quantization=_as_dict(quantization),
+        quantization=_quantization_of(inner),
         active=active,
     )
+    if base.quantization is None:
+        base = replace(base, fingerprint=fingerprint(tensors.items()))
     folder = None if base.source is None else place_of(base.source, base.revision)
     if base.source is None:
         because = "it was made in memory, and loaded from nowhere"
@@ -235,9 +243,9 @@ def find_base(model: nn.Module) -> Base | None:
     else:
         if Path(base.source).is_dir():
             base = replace(base, source=str(Path(base.source).absolute()))
-        if base.quantization is not None:  # to compare it would be to quantise that model again
-            return base
         other = _first_difference(inner, tensors, folder)
+        if other is None and base.quantization is not None:
+            return replace(base, fingerprint=fingerprint_in_few_bits(inner, folder, tensors))
         if other is None:
             return base
         because = f"it is not the model at '{base.source}' any more: {other} differs"
@@ -247,8 +255,50 @@ def find_base(model: nn.Module) -> Base | None:
     return replace(base, source=None, revision=None, kept_because=because, began_as=began_as)
 
 
-def _as_dict(config: Any) -> dict[str, Any] | None:
+def _quantization_of(inner: Any) -> dict[str, Any] | None:
+    """How the weights of a model are kept in few bits; None: they are not."""
+    config = getattr(inner.config, "quantization_config", None)
     return config if config is None or isinstance(config, dict) else config.to_dict()
+
+
+def fingerprint_in_few_bits(inner: Any, folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    """That of a base whose weights are in few bits: of the weights that these were made of, and how.
+
+    NOTE: not of the bits. Their scales are scaled themselves, by a mean whose last bit depends on the number of threads and
+    on the device: on another machine the same base would look like another one.
+
+    Args:
+        inner: the base.
+        folder: that it was loaded from.
+        tensors: of the base; they are looked at where the folder holds the bits themselves.
+    """
+    if _holds_bits(inner, folder):
+        return fingerprint(tensors.items())
+    quantization = _quantization_of(inner) or {}
+    settings = {name: quantization.get(name) for name in OF_BITS}
+    settings["skipped"] = sorted(quantization.get("llm_int8_skip_modules") or ())
+    weights = _weights_in(inner, folder)
+    found = fingerprint((name, weight.to(inner.dtype)) for name, weight in weights.items())
+    return hashlib.sha256(f"{found} {json.dumps(settings)}".encode()).hexdigest()[:32]
+
+
+def _holds_bits(inner: Any, folder: Path) -> bool:
+    """Whether the weights in a folder are in few bits already."""
+    config = class_of(inner).config_class.from_pretrained(folder)
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _weights_in(inner: Any, folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder, of tied ones the first, by the names in a model like the base."""
+    if _quantization_of(inner) is not None and _holds_bits(inner, folder):
+        return TensorFolder(folder).read_all()
+    skeleton = _skeleton(inner)
+    with torch.random.fork_rng(devices=[]):  # what is missing there would be drawn
+        found = read_weights(skeleton, folder)
+    seen: dict[int, str] = {}
+    for name, tensor in tensors_by_name(skeleton).items():
+        seen.setdefault(id(tensor), name)
+    return {name: found[name] for name in seen.values() if name in found}
 
 
 def place_of(source: str, revision: str | None) -> Path | None:
@@ -282,18 +332,25 @@ def _skeleton(inner: Any) -> nn.Module:
 
 def _first_difference(inner: Any, tensors: Mapping[str, Tensor], folder: Path) -> str | None:
     """The first tensor of a base that is another one in a folder, or is not there."""
+    in_few_bits = _quantization_of(inner) is not None
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if dtypes != {inner.dtype}:
+    if dtypes != {inner.dtype} and not in_few_bits:
         return f"the type of some weights ({', '.join(sorted(map(str, dtypes)))})"
     try:
         there = class_of(inner).config_class.from_pretrained(folder).to_dict()
-        setting = _other_setting(inner.config.to_dict(), there)
+        own = inner.config.to_dict()
+        if in_few_bits:
+            own["quantization_config"] = there.get("quantization_config")
+        setting = _other_setting(own, there)
         if setting is not None:
             return f"{setting} of its configuration"
-        with torch.random.fork_rng(devices=[]):  # what is missing there would be drawn
-            theirs = read_weights(_skeleton(inner), folder)
+        theirs = _weights_in(inner, folder)
     except (CheckpointError, OSError, SafetensorError) as error:
         return f"what lies there ({error})"
+    if in_few_bits and not _holds_bits(inner, folder):
+        tensors, other = _not_in_few_bits(tensors, theirs, inner.dtype)
+        if other is not None:
+            return other
     for name, tensor in tensors.items():
         other = theirs.get(name)
         if other is None or other.shape != tensor.shape:
@@ -301,6 +358,28 @@ def _first_difference(inner: Any, tensors: Mapping[str, Tensor], folder: Path) -
         if not torch.equal(other.to(tensor.dtype), tensor.detach().cpu()):
             return name
     return None
+
+
+def _not_in_few_bits(
+    tensors: Mapping[str, Tensor], theirs: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors that are as they were loaded, and the first of the others that was not made of those in a folder.
+
+    Args:
+        tensors: of a base.
+        theirs: the weights in the folder.
+        dtype: that these were read in, before they were quantized.
+    """
+    scales = set()
+    for name, tensor in tensors.items():
+        if not is_in_few_bits(tensor):
+            continue
+        layer = name.removesuffix("weight")
+        scales.update(other for other in tensors if other.startswith(layer) and other != f"{layer}bias")
+        weight = theirs.get(name)
+        if weight is None or not is_made_of(tensor, tensors.get(f"{layer}SCB"), weight.to(dtype)):
+            return {}, name
+    return {name: tensor for name, tensor in tensors.items() if name not in scales}, None
 
 
 def _other_setting(own: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:

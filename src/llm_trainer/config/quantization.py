@@ -9,6 +9,9 @@ from pydantic import Field, StrictBool
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.section import config_section
 
+# bitsandbytes' numbers: weights with one scale, scales with one scale where these are quantized too, bytes of a scale.
+BLOCK, BLOCK_OF_SCALES, SCALE_BYTES = 64, 256, 4
+
 
 @config_section
 class QuantizationConfig:
@@ -31,3 +34,14 @@ class QuantizationConfig:
             value = getattr(self, name)
             if value != fields_of(QuantizationConfig)[name].default:
                 raise ConfigError(f"{name}: got {value!r} beside bits: 8, but it is an option of 4 bits; remove it")
+
+    def bytes_of(self, rows: int, columns: int) -> float:
+        """What a matrix takes, with its scales: of 64 weights in 4 bits one, of a row in 8 bits one."""
+        count = rows * columns
+        if self.bits == 8:
+            return count + SCALE_BYTES * rows
+        blocks = -(-count // BLOCK)
+        scales = SCALE_BYTES * blocks
+        if self.double:
+            scales = blocks + SCALE_BYTES * -(-blocks // BLOCK_OF_SCALES)
+        return count / 2 + scales

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.checkpoint import CheckpointError, load_checkpoint, load_weights
-from llm_trainer.checkpoint.adapters import check_base, fingerprint
+from llm_trainer.checkpoint.adapters import check_base, fingerprint, fingerprint_in_few_bits, place_of
 from llm_trainer.checkpoint.weights import tensors_by_name, without_progress_bars
 from llm_trainer.models.adapters import has_own_adapters, opened, weigh
 from llm_trainer.models.inside import language_config
 from llm_trainer.models.pretrained import Pretrained, find_pretrained
-from llm_trainer.models.quantize import keep_layout
+from llm_trainer.models.quantize import is_quantized, keep_layout
 from llm_trainer.models.quantized_loading import loading_again
 
 
@@ -135,7 +135,9 @@ def _base(
     keep_layout(model)
     if base.fingerprint is not None and base.source is not None:
         moved = "put the model back that was there, or say where it is: BASE_MODEL=path/or/name in the environment"
-        check_base(fingerprint_of_base(model), f"'{found.place}' as their", base, Path(found.source), moved)
+        lies = place_of(str(found.place), base.revision) or Path(found.place)
+        own = fingerprint_of_base(model, lies)
+        check_base(own, f"'{found.place}' as their", base, Path(found.source), moved)
     return model, model.dtype
 
 
@@ -153,11 +155,14 @@ def _is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def fingerprint_of_base(model: nn.Module) -> str:
-    """That of a model without adapters, in which it is the base of others."""
+def fingerprint_of_base(model: nn.Module, folder: Path | None = None) -> str:
+    """That of a model without adapters, in which it is the base of others; `folder`: of one in few bits, where it lies."""
     once: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in tensors_by_name(model).items():
         once.setdefault(id(tensor), (name, tensor))
+    if is_quantized(model):
+        assert folder is not None
+        return fingerprint_in_few_bits(model, folder, dict(once.values()))
     return fingerprint(once.values())
 
 

@@ -4,9 +4,13 @@ ours than `inside`, so that every room may import it.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llm_trainer.models.inside import is_kind_of
+
+# How far scales may be from each other that were rounded to 8 bits around means that differ in their last bit.
+SCALES_ROUNDED = 0.02
 
 
 def _state_of(parameter: Tensor) -> Any:
@@ -14,9 +18,30 @@ def _state_of(parameter: Tensor) -> Any:
     return parameter.quant_state if is_kind_of(parameter, "bitsandbytes.", "Params4bit") else None  # type: ignore[attr-defined]
 
 
+def is_in_few_bits(tensor: Tensor) -> bool:
+    """Whether a tensor is a weight in 4 or 8 bits."""
+    return type(tensor).__module__.startswith("bitsandbytes.")
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a layer's weights are in 4 or 8 bits."""
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether layers of a model are in 4 or 8 bits."""
-    return any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
+    return any(map(is_quantized_layer, model.modules()))
+
+
+def stored_bytes(parameter: Tensor) -> float:
+    """What a parameter takes, with the scales of its blocks or rows."""
+    state = _state_of(parameter)
+    scales = getattr(parameter, "SCB", None)
+    if state is not None:
+        scales = state.absmax
+        if state.nested:
+            return parameter.nbytes + scales.nbytes + state.state2.absmax.nbytes
+    return parameter.nbytes + (0 if scales is None else scales.nbytes)
 
 
 def has_8_bits(model: nn.Module) -> bool:
@@ -57,3 +82,31 @@ def dequantized(parameter: Tensor) -> Tensor:
 
     found: Tensor = dequantize_4bit(parameter.detach(), _state_of(parameter))
     return found
+
+
+def is_made_of(parameter: Tensor, scales: Tensor | None, weight: Tensor) -> bool:
+    """Whether a parameter in few bits is what becomes of `weight`, up to the rounding of scales.
+
+    Args:
+        parameter: in 4 or 8 bits.
+        scales: of its rows, in 8 bits.
+        weight: in the type that it had.
+    """
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+
+    weight, state = weight.to(parameter.device), _state_of(parameter)
+    if state is None:
+        bits, rows, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        return torch.equal(bits, parameter) and scales is not None and torch.equal(rows, scales)
+    if weight.shape != state.shape:
+        return False
+    bits, again = quantize_4bit(
+        weight.to(state.dtype),
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=parameter.dtype,
+    )
+    if not torch.equal(bits.view(torch.uint8), parameter.detach().view(torch.uint8)):
+        return False
+    return torch.allclose(dequantize_4bit(bits, again), dequantized(parameter), rtol=SCALES_ROUNDED, atol=0)

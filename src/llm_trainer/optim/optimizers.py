@@ -231,6 +231,7 @@ class Recipe:
         options: arguments that only this optimizer understands.
         weight_decay, betas, momentum: vetted defaults.
         state: values that it keeps for a parameter of a group.
+        scratch: values in fp32 that an update makes for each value of a parameter, on CPUs; those of one parameter at a time.
         takes_pieces: it may be given flat pieces of matrices, as ZeRO 1 to 3 hand them out.
         takes_shards: it may be given matrices whose rows lie on several devices, as FSDP2 does (`DTensor`).
         also: further classes that are known by this line.
@@ -243,6 +244,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.0
     state: Callable[[Tensor, Group], float] = _adam_state
+    scratch: int = 0
     takes_pieces: bool = True
     takes_shards: bool = True
     also: tuple[type[torch.optim.Optimizer], ...] = ()
@@ -284,6 +286,7 @@ OPTIMIZERS: dict[str, Recipe] = {
         InPackage("bitsandbytes.optim", "AdamW8bit"),
         ("betas", "eps"),
         state=_in_eight_bits(2),
+        scratch=5,  # gradient, both moments, and the root of one before and after its correction
         takes_pieces=False,
         takes_shards=False,
     ),
@@ -293,6 +296,7 @@ OPTIMIZERS: dict[str, Recipe] = {
         weight_decay=0.1,
         betas=(0.9, 0.99),
         state=_in_eight_bits(1),
+        scratch=4,  # gradient, momentum, and two on the way to the direction
         takes_pieces=False,
         takes_shards=False,
     ),

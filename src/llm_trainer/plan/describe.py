@@ -15,12 +15,14 @@ from llm_trainer.models.inside import model_context
 from llm_trainer.models.overrides import overridden
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.rewarding import REWARD_MODELS, reward_model
+from llm_trainer.models.targets import ends_in
 from llm_trainer.models.vocabulary import check_rows, extend_rows, extend_tokenizer, num_ids
-from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
+from llm_trainer.plan.shapes import Job, Quantized, Shape, optimizer_bytes, shape_of, update_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from llm_trainer.config.quantization import QuantizationConfig
     from llm_trainer.config.schema import TrainConfig
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -59,18 +61,34 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
     if not costs["has_head"]:
         with torch.device("meta"):
             model = reward_model(model)
+    quantized = None
+    if config.quantization_config is not None:
+        quantized = quantized_by(model, config.quantization_config)
     if adapters is not None:
         model = cast("PreTrainedModel", adapt(model, adapters).get_base_model())
-    shape = shape_of(model)
+    shape = shape_of(model, quantized)
     flops = _flops(model, costs["row_tokens"], costs["has_head"])
     optim = config.optim_config
     state = optimizer_bytes(optim.optimizer, optim.momentum, model)
+    costs["update_bytes"] = update_bytes(optim.optimizer, model)
     if critic is not None:
         flops += _flops(critic, costs["row_tokens"], has_head=False)
         state += optimizer_bytes(optim.optimizer, optim.momentum, critic)
         shape = shape.beside(shape_of(critic))
     flops *= 1 + further_share
     return shape, Job(flops_per_token=flops, state_bytes=state, precision=precision, **costs)
+
+
+def quantized_by(model: "PreTrainedModel", config: "QuantizationConfig") -> Quantized:
+    """What of a model without weights and adapters a section will keep in few bits: the linear layers but the head."""
+    head = model.get_output_embeddings()
+    sizes, num_bytes = [], 0.0
+    for name, module in model.named_modules():
+        is_skipped = any(ends_in(name, ending) for ending in config.skip_modules)
+        if isinstance(module, torch.nn.Linear) and module is not head and not is_skipped:
+            sizes.append(module.weight.numel())
+            num_bytes += config.bytes_of(*module.weight.shape)
+    return Quantized(config.bits, sum(sizes), num_bytes, max(sizes, default=0))
 
 
 def _flops(model: "PreTrainedModel", length: int, has_head: bool) -> float:

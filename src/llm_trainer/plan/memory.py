@@ -4,14 +4,14 @@ The activations of a layer follow Korthikanti et al. 2022 (arXiv:2205.05198, sec
 keeps for its backward), for the layers that are trained here: RMSNorm computed in fp32, grouped queries, rotary
 positions, attention that keeps no matrix of scores (Dao et al. 2022, arXiv:2205.14135), SwiGLU. States of the sharded
 strategies follow Rajbhandari et al. 2020 (arXiv:1910.02054, section 3 and figure 1).
-`benchmarks/plan_error.py` compares with what PyTorch allocates.
+`benchmarks/plan_error.py` and `benchmarks/quantized_memory.py` compare with what PyTorch allocates.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from llm_trainer.losses.chunked import CHUNK_BYTES, CHUNK_BYTES_GPU, PRODUCT_BYTES, PRODUCT_BYTES_GPU
-from llm_trainer.plan.shapes import Job, Shape
+from llm_trainer.plan.shapes import Adapters, Job, Shape
 
 # DeepSpeed's defaults, in elements (deepspeed.ai/docs/config-json): gradients travel in buckets of this many, and ZeRO-3
 # keeps at most so many gathered parameters.
@@ -100,7 +100,7 @@ class Widths:
         return self.product != self.residual
 
 
-def layer_activations(shape: Shape, w: Widths) -> float:
+def layer_activations(shape: Shape, w: Widths, on_gpu: bool = True) -> float:
     """Bytes per token that one layer keeps for its backward.
 
     With D the width, Q and K all query and all key heads together, F the feed-forward width, e and r the bytes of
@@ -115,11 +115,56 @@ def layer_activations(shape: Shape, w: Widths) -> float:
     """
     d, e, r = shape.hidden_size, w.product, w.residual
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    norms = 2 * (4 + r) * d + (5 if w.cast else 2) * e * d
-    rotated = (4 + 2 * e if shape.normed_heads else e) * (queries + keys)
     statistics = 4.0 * (2 + shape.num_heads + (shape.num_heads + shape.num_kv_heads) * shape.normed_heads)
     experts = 3 * e * shape.experts_per_token * d
-    return norms + rotated + e * (keys + queries) + statistics + 4 * e * shape.intermediate_size + experts
+    around = e * (keys + queries) + statistics + experts
+    if shape.adapters is not None:
+        return around + _beside_adapters(shape, shape.adapters, w, on_gpu)
+    norms = 2 * (4 + r) * d + (5 if w.cast else 2) * e * d
+    rotated = (4 + 2 * e if shape.normed_heads else e) * (queries + keys)
+    return norms + rotated + around + 4 * e * shape.intermediate_size
+
+
+def _beside_adapters(shape: Shape, adapters: Adapters, w: Widths, on_gpu: bool) -> float:
+    """The part of `layer_activations` that is another one where the layers are frozen and have adapters.
+
+    A product with a frozen weight keeps nothing of what enters it, a norm with a frozen weight not what it normalises; an
+    adapter keeps what enters it, in a copy of its own where autocast makes one, and what it is narrowed to. Layers in 8
+    bits also keep what they are given.
+    """
+    d, f, e, r = shape.hidden_size, shape.intermediate_size, w.product, w.residual
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    keeps_inputs = shape.quantized.bits == 8
+    returned = _returned(shape, w, on_gpu)
+    rotated = (4 + e if shape.normed_heads else e) * (queries + keys)
+    if w.cast:
+        entering = e * (adapters.on_hidden * d + adapters.on_attention * queries + adapters.on_product * f)
+        entering += (2 * r * d + returned * f) * keeps_inputs
+    else:
+        entering = e * (min(2, adapters.on_hidden) * d + adapters.on_product * f)
+        entering = max(entering, (2 * r * d + returned * f) * keeps_inputs)
+    return 2 * 4 * d + rotated + 3 * returned * f + entering + e * adapters.ranks
+
+
+def _returned(shape: Shape, w: Widths, on_gpu: bool) -> int:
+    """Bytes of a value that a product with a weight of the layers returns: in few bits the type that it is given, but
+    bitsandbytes' code of 8 bits for CPUs leaves the type to autocast.
+    """
+    bits = shape.quantized.bits
+    if bits == 4 or (bits == 8 and on_gpu):
+        return w.residual
+    return w.product
+
+
+def _kept_by_eight_bits(shape: Shape, w: Widths) -> float:
+    """Bytes per token that the layers in 8 bits of one layer keep although it is computed again.
+
+    bitsandbytes holds what enters them where checkpointing does not see it: both norms, attention's output, the product.
+    """
+    if shape.quantized.bits != 8:
+        return 0.0
+    attention = w.product * shape.num_heads * shape.head_dim
+    return 2 * w.residual * shape.hidden_size + attention + w.product * shape.intermediate_size
 
 
 @dataclass(frozen=True)
@@ -151,7 +196,7 @@ def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     table, e, r = shape.vocabulary_parameters, w.product, w.residual
     if not job.has_head:
         return 0.0, 0.0
-    learned = 0 if shape.frozen_head else table
+    learned = shape.trained_head
     after = step.tokens * r * shape.hidden_size + (4 if r == 4 else 2) * learned
     if not step.chunked:
         return 12.0 * step.tokens * shape.vocab_size + e * table * w.cast, after
@@ -160,7 +205,7 @@ def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
     chunk = logits / max(1, -(-logits // chunk_bytes))  # chunks are of equal size
     product = min(product_bytes, e * learned) if e == 2 else 0  # a slice of the weight's gradient in half precision
     per_token = (2 * r + 2 * e if w.cast else r + e) * shape.hidden_size
-    casts = e * table * (w.cast or r == 2)  # of the weight before, or of its gradient after
+    casts = e * (table if w.cast else learned * (r == 2))  # of the weight before, or of its gradient after
     # After the loss comes a teacher: both models' logits of a chunk in fp32 and what lies between them.
     buffers = max(chunk + product, 24 * min(step.tokens * shape.vocab_size, job.teacher_chunk))
     gradients = 4 * learned * (2 if job.teacher_chunk else 1)
@@ -170,20 +215,30 @@ def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
 
 def _states(shape: Shape, job: Job, strategy: Strategy, devices: int) -> tuple[Memory, float]:
     """Weights, optimizer and frozen models, which are always there, and the gradients of all weights once they are."""
-    n, trained, precise = shape.num_parameters, shape.trained_parameters, job.precision == "fp32"
+    trained, precise = shape.trained_parameters, job.precision == "fp32"
     share = {True: 1 / devices, False: 1.0}
     each = 2 if strategy.is_zero and not precise else 4
-    weights = each * n * share[strategy.weights]
+    weights = shape.stored_bytes(each) * share[strategy.weights]
     if strategy.is_zero and not precise:
         weights += 4 * trained / devices  # the fp32 copies
-    elif not strategy.weights and not precise:
-        weights += 2 * shape.product_parameters  # what autocast copies stays until the end of the backward
     states = Memory(
         weights=weights,
         optimizer=job.state_bytes * share[strategy.optimizer],
         frozen=job.frozen_bytes * share[strategy is FSDP2],
     )
     return states, each * trained * share[strategy.gradients]
+
+
+def autocast_copies(shape: Shape, checkpointing: bool) -> float:
+    """Bytes of the weights of products as autocast copies them to 16 bit, in the backward of the last layer.
+
+    Those of trained weights are cached until the end of the backward. Of frozen ones every product keeps one of its own,
+    in a layer that is computed again only meanwhile; of those in few bits there is none.
+    """
+    if shape.adapters is None:
+        return 2.0 * shape.product_parameters
+    frozen = 2.0 * (shape.product_parameters - shape.quantized.parameters)
+    return frozen / shape.num_layers if checkpointing else frozen
 
 
 def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulates: bool) -> tuple[float, float, float]:
@@ -199,14 +254,14 @@ def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulat
         return 0.0, 0.0, 0.0
     n, e = shape.num_parameters, 4 if job.precision == "fp32" else 2
     if strategy.is_zero:
-        buckets = 2 * e * min(shape.trained_parameters, ZERO_BUCKET) + (
-            e * min(n, ZERO3_LIVE) if strategy.weights else 0.0
-        )
+        buckets = 2 * e * min(shape.trained_parameters, ZERO_BUCKET)
+        if strategy.weights:
+            buckets += min(shape.stored_bytes(e), e * ZERO3_LIVE)
         return buckets, buckets, buckets
     layer, outside = shape.layer_parameters, n - shape.num_layers * shape.layer_parameters
-    learned = 0 if shape.frozen_head else outside  # of embedding and head
+    learned = shape.head_rank * shape.vocab_size if shape.frozen_head else outside  # of embedding and head
     stays, share = 4 * learned * accumulates, 4 * learned / devices * accumulates
-    in_layers = e * (outside + 2 * layer) + (e + 4) * layer * shape.trained_share
+    in_layers = e * outside + 2 * shape.stored_layer_bytes(e) + (e + 4) * layer * shape.trained_share
     return e * outside + stays, in_layers + stays, e * outside + (e + 4) * learned + stays + share
 
 
@@ -219,20 +274,26 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
     in_head, in_layers, in_embedding = _buffers(shape, job, strategy, devices, step.accumulates)
     r, d = w.residual, shape.hidden_size
     table = 0 if shape.frozen_head else shape.vocabulary_parameters  # that has a gradient
-    layer = layer_activations(shape, w) * step.tokens
-    kept = (r * d * step.tokens if step.checkpointing else layer) * shape.num_layers
+    layer = layer_activations(shape, w, step.on_gpu) * step.tokens
+    computed_again = (r * d + _kept_by_eight_bits(shape, w)) * step.tokens
+    kept = (computed_again if step.checkpointing else layer) * shape.num_layers
     outer = (4 + 2 * r) * d * step.tokens + 24.0 * step.tokens  # around the last norm; token ids, labels, mask
-    at_work = (2 * w.product * shape.intermediate_size + 2 * r * d) * step.tokens + layer * step.checkpointing
+    wide = _returned(shape, w, step.on_gpu)
+    at_work = (2 * wide * shape.intermediate_size + 2 * r * d) * step.tokens + layer * step.checkpointing
+    at_work += (4 + w.product * w.cast) * shape.quantized.largest  # a matrix in few bits as numbers, and cast
+    copies = 0.0
+    if strategy in (ONE, DDP) and job.precision != "fp32":
+        copies = autocast_copies(shape, step.checkpointing)
     head, after_head = _head(shape, job, w, step)
     there = gradients if step.accumulates or strategy.is_zero or strategy is DDP else 0.0  # DDP's buckets stay
 
     def at(activations: float, head: float, gradients: float, buffers: float) -> Memory:
         fixed = (states.frozen, job.copy_bytes)
-        return Memory(states.weights, gradients, states.optimizer, activations, head, buffers, *fixed)
+        return Memory(states.weights + copies, gradients, states.optimizer, activations, head, buffers, *fixed)
 
     yield at(kept + outer, head, there, in_head)
     yield at(kept + at_work, after_head, there, in_layers)
-    first = (r * d * step.tokens if step.checkpointing else layer) + at_work
+    first = (computed_again if step.checkpointing else layer) + at_work
     shared = shape.tied and job.has_head  # the head's gradient waits for the embedding's
     missing = (shape.layer_parameters + table * (not shared)) / shape.num_parameters  # of the gradients, so far
     twice = 4.0 * table if there or shared else 0.0  # the embedding's, before it is added
@@ -243,6 +304,9 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
     yield at(first, held, there or gradients * (1 - missing), in_layers)
     yield at(r * d * step.tokens, twice, gradients, in_embedding)
     update = 4 * shape.trained_parameters / devices if strategy.is_zero and job.precision != "fp32" else 0.0
+    if not step.on_gpu:
+        update += job.update_bytes
+    copies = 0.0  # autocast is over
     yield at(0.0, 0.0, gradients + update, 0.0)
     if job.cache_bytes:
         between = gradients if strategy.is_zero or strategy is DDP else 0.0  # what keeps its buckets between steps

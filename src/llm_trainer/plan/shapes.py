@@ -8,12 +8,48 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.models.experts import expert_shape
-from llm_trainer.models.inside import language_config
-from llm_trainer.models.quantize import num_values
+from llm_trainer.models.inside import is_kind_of, language_config
+from llm_trainer.models.quantize import is_quantized_layer, num_values, stored_bytes
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Layers with adapters in an average layer of a transformer, by what enters them.
+
+    Attributes:
+        on_hidden, on_attention, on_product: how many are multiplied by hidden states, by what attention returns, and by the
+            product in a feed-forward layer.
+        ranks: of all of them together.
+    """
+
+    on_hidden: float
+    on_attention: float
+    on_product: float
+    ranks: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Weights in few bits.
+
+    Attributes:
+        bits: of a weight.
+        parameters: how many numbers they stand for.
+        bytes: that they take with their scales.
+        largest: numbers of the largest matrix.
+    """
+
+    bits: int = 16
+    parameters: int = 0
+    bytes: float = 0.0
+    largest: int = 0
+
+
+NOT_QUANTIZED = Quantized()
 
 
 @dataclass(frozen=True)
@@ -31,6 +67,9 @@ class Shape:
         tied: the head is the embedding matrix.
         frozen_parameters: of all, those that are not trained.
         frozen_head: the head is among them.
+        head_rank: of the adapters on it.
+        adapters: on what layers they are; None: the layers themselves are trained.
+        quantized: what of the weights is kept in few bits.
     """
 
     num_parameters: int
@@ -48,6 +87,9 @@ class Shape:
     tied: bool
     frozen_parameters: int = 0
     frozen_head: bool = False
+    head_rank: int = 0
+    adapters: Adapters | None = None
+    quantized: Quantized = NOT_QUANTIZED
 
     def beside(self, other: "Shape") -> "Shape":
         """This model and another one that is trained in the same steps, as one.
@@ -79,9 +121,27 @@ class Shape:
         """Of one vocabulary table `[V, D]`."""
         return self.vocab_size * self.hidden_size
 
+    @property
+    def trained_head(self) -> int:
+        """Parameters of the head that have gradients: the table, or the wide matrix of its adapters."""
+        return self.head_rank * self.vocab_size if self.frozen_head else self.vocabulary_parameters
 
-def shape_of(model: "PreTrainedModel") -> Shape:
+    def stored_bytes(self, each: int) -> float:
+        """Of all weights, where those that are not quantized have `each`."""
+        return each * (self.num_parameters - self.quantized.parameters) + self.quantized.bytes
+
+    def stored_layer_bytes(self, each: int) -> float:
+        """The same of one layer."""
+        few = self.quantized
+        return each * (self.layer_parameters - few.parameters / self.num_layers) + few.bytes / self.num_layers
+
+
+def shape_of(model: "PreTrainedModel", quantized: Quantized | None = None) -> Shape:
     """The shape of a transformers language model, which may live on the meta device.
+
+    Args:
+        model: without the wrapper of adapters.
+        quantized: what will be in few bits, where that is not seen in the model.
 
     Raises:
         ConfigError: it has no stack of equal blocks, so that nothing is known about its activations.
@@ -100,6 +160,7 @@ def shape_of(model: "PreTrainedModel") -> Shape:
         per_token = experts.per_token
     if per_token and values.get("moe_intermediate_size"):
         width = _mean_width(values, per_token, width)
+    head_rank, is_frozen = _head_of(model)
     return Shape(
         num_parameters=_count(model),
         layer_parameters=max(map(_count, layers)),
@@ -114,8 +175,11 @@ def shape_of(model: "PreTrainedModel") -> Shape:
         experts_per_token=per_token,
         normed_heads=any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters()),
         tied=bool(values.get("tie_word_embeddings")),
-        frozen_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        frozen_head=_is_frozen(model.get_output_embeddings()),
+        frozen_parameters=sum(num_values(p) for p in model.parameters() if not p.requires_grad),
+        frozen_head=is_frozen,
+        head_rank=head_rank,
+        adapters=_adapters_of(layers, c.hidden_size, width),
+        quantized=quantized or _quantized_of(model),
     )
 
 
@@ -129,8 +193,49 @@ def _mean_width(values: Mapping[str, Any], per_token: int, dense_width: int) -> 
     return round((num_dense * dense_width + (num_layers - num_dense) * width) / num_layers)
 
 
-def _is_frozen(head: nn.Module | None) -> bool:
-    return head is not None and not any(parameter.requires_grad for parameter in head.parameters())
+def _head_of(model: "PreTrainedModel") -> tuple[int, bool]:
+    """The rank of the adapters on the head, and whether its own matrix is frozen."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return 0, False
+    rank, inner = _rank(head), getattr(head, "base_layer", head)
+    return rank, not any(parameter.requires_grad for parameter in inner.parameters())
+
+
+def _rank(layer: nn.Module) -> int:
+    """Of the adapters on a layer, as LoRA has them."""
+    down: Any = getattr(layer, "lora_A", None)
+    if down is None:
+        return 0
+    return sum(matrix.weight.shape[0] for matrix in down.values())
+
+
+def _adapters_of(layers: nn.Module, hidden_size: int, width: int) -> Adapters | None:
+    """What of a stack of layers has adapters."""
+    on_hidden, on_attention, on_product, ranks = 0, 0, 0, 0
+    for module in layers.modules():
+        if not is_kind_of(module, "peft.", "BaseTunerLayer") or not hasattr(module, "in_features"):
+            continue
+        entering = cast(int, module.in_features)
+        on_hidden += entering == hidden_size
+        on_product += entering == width != hidden_size
+        on_attention += entering not in (hidden_size, width)
+        ranks += _rank(module)
+    if not any((on_hidden, on_attention, on_product)):
+        return None
+    num_layers = len(cast(nn.ModuleList, layers))
+    return Adapters(on_hidden / num_layers, on_attention / num_layers, on_product / num_layers, ranks / num_layers)
+
+
+def _quantized_of(model: nn.Module) -> Quantized:
+    """What of a model that was loaded is in few bits."""
+    few = [module for module in model.modules() if is_quantized_layer(module)]
+    if not few:
+        return NOT_QUANTIZED
+    weights = [cast(Tensor, module.weight) for module in few]
+    sizes = [num_values(weight) for weight in weights]
+    bits = 4 if is_kind_of(few[0], "bitsandbytes.", "Linear4bit") else 8
+    return Quantized(bits, sum(sizes), sum(map(stored_bytes, weights)), max(sizes))
 
 
 def _count(module: nn.Module) -> int:
@@ -151,6 +256,7 @@ class Job:
         frozen_bytes: weights of reference or teacher, which every device holds in full.
         moving_bytes: those of a reference that moves, which every checkpoint holds too.
         state_bytes: of the optimizer, for all parameters.
+        update_bytes: that the optimizer makes besides on a CPU, while it updates the largest parameter.
         precision: fp32, bf16 or fp16.
         has_head: the vocabulary head runs (not in reward models).
         teacher_chunk: elements of the logits at a time that a student is compared with a teacher on; 0: no teacher.
@@ -164,6 +270,7 @@ class Job:
     rows_per_sample: int
     flops_per_token: float
     state_bytes: float
+    update_bytes: float = 0.0
     precision: str = "bf16"
     frozen_flops_per_token: float = 0.0
     frozen_bytes: float = 0.0
@@ -190,3 +297,9 @@ def optimizer_bytes(name: str, momentum: float | None, model: "PreTrainedModel")
     if name.lower() not in OPTIMIZERS:
         raise ConfigError(f"optim_config.optim_type: got {name!r}, expected one of {', '.join(OPTIMIZERS)}")
     return float(state_bytes(configure_optimizer(model, name, momentum=momentum)))
+
+
+def update_bytes(name: str, model: "PreTrainedModel") -> float:
+    """Bytes that the optimizer called `name` makes on a CPU, at the worst, while it updates one parameter of `model`."""
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return 4.0 * OPTIMIZERS[name.lower()].scratch * max(trained, default=0)

@@ -121,14 +121,16 @@ def largest_that_fits(fastest: int, why: str, cost: BytesOf, free: float, limit:
 
 def bytes_by_formula(engine: Engine, size: Size, settings: "Settings") -> BytesOf | None:
     """What a micro-batch takes beside weights, gradients and optimizer; None for other models than those of `plan`."""
-    from llm_trainer.plan.memory import ONE, Step, moments
+    from llm_trainer.plan.memory import ONE, Step, autocast_copies, moments
     from llm_trainer.plan.shapes import Job
 
     shape = size.shape
     if shape is None:
         return None
     job = Job(0, 0, 1, flops_per_token=0.0, state_bytes=0.0, precision=engine.precision_name)
-    copies = 0 if engine.precision_name == "fp32" else 2 * shape.product_parameters  # that autocast makes
+    copies = 0.0
+    if engine.precision_name != "fp32":
+        copies = autocast_copies(shape, settings.gradient_checkpointing)
 
     def needed(tokens: int) -> float:
         on_gpu = engine.device.type != "cpu"

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_trainer import AdapterConfig, adapt
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.quantization import QuantizationConfig
 from llm_trainer.config.schema import ModelConfig, MoeConfig
 from llm_trainer.models.build import build_model, num_parameters
+from llm_trainer.models.quantized_loading import loading_options
 from llm_trainer.optim.optimizers import configure_optimizer
 from llm_trainer.plan.choices import RESERVE, choices, recommend, usable
+from llm_trainer.plan.describe import quantized_by
 from llm_trainer.plan.gpus import GB, GPUS, Gpu, find_gpu, half_peak
 from llm_trainer.plan.memory import DDP, FSDP2, ONE, STRATEGIES, ZERO1, ZERO2, ZERO3, Step, moments, peak
-from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of
+from llm_trainer.plan.shapes import Adapters, Job, Shape, optimizer_bytes, shape_of
 from llm_trainer.plan.speed import LINK_SHARE, Cluster, estimate
 from llm_trainer.train.preflight import Size
 
@@ -130,15 +134,51 @@ def test_states_are_those_of_the_zero_paper(strategy, gigabytes):
     assert (first.weights + first.gradients + first.optimizer) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-def test_prediction_and_measurement_of_a_training_step_agree():
-    """Live bytes of real steps of `SFTTrainer` (see the benchmark, which has more and larger cases)."""
+@pytest.fixture(scope="module")
+def benchmark():
     spec = importlib.util.spec_from_file_location("plan_error", BENCHMARK)
-    benchmark = sys.modules["plan_error"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    for case in benchmark.QUICK:
+    found = sys.modules["plan_error"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("cases", ["QUICK", "FEW_BITS"])
+def test_prediction_and_measurement_of_a_training_step_agree(benchmark, cases):
+    """Live bytes of real steps of `SFTTrainer` (see the benchmark, which has more and larger cases)."""
+    pytest.importorskip("peft", reason="needs peft")
+    if cases == "FEW_BITS":
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    for case in getattr(benchmark, cases):
         expected, measured = benchmark.compare(case)
         assert expected == pytest.approx(measured, rel=0.06), str(case)
+
+
+@pytest.mark.parametrize("how", [{"bits": 8}, {"bits": 4}, {"bits": 4, "double": False}], ids=str)
+def test_weights_in_few_bits_take_what_plan_says(how, tmp_path):
+    """From the section and an empty model as much as the loaded one has; the head and what is skipped stay as they are."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    config = QuantizationConfig(skip_modules=["o_proj"], **how)
+    small_model(hidden_size=64).save_pretrained(tmp_path)
+    options = loading_options(config, tmp_path, torch.device("cpu"), torch.float32)
+    loaded = shape_of(build_model(tmp_path, options=options))
+    empty = build_model(tmp_path, empty=True)
+    shape = shape_of(empty, quantized_by(empty, config))
+    assert shape.quantized == loaded.quantized
+    assert shape.num_parameters == loaded.num_parameters and shape.product_parameters == loaded.product_parameters
+    kept = shape.num_parameters - shape.quantized.parameters
+    assert shape.stored_bytes(4) == 4 * kept + shape.quantized.bytes
+    assert 0 < shape.quantized.bytes < shape.quantized.parameters * (how["bits"] / 8 + 0.1)
+
+
+def test_the_head_of_adapters_has_gradients_of_their_size_only():
+    pytest.importorskip("peft", reason="needs peft")
+    model = small_model(tie_word_embeddings=False)
+    whole = shape_of(model)
+    assert whole.trained_head == whole.vocabulary_parameters and whole.adapters is None
+    adapted = shape_of(adapt(model, AdapterConfig(rank=4, target=["q_proj", "down_proj", "lm_head"])).get_base_model())
+    assert adapted.trained_head == 4 * whole.vocab_size
+    assert adapted.adapters == Adapters(on_hidden=1, on_attention=0, on_product=1, ranks=8)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
