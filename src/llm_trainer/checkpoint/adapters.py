@@ -348,9 +348,9 @@ def _first_difference(inner: Any, tensors: Mapping[str, Tensor], folder: Path) -
     except (CheckpointError, OSError, SafetensorError) as error:
         return f"what lies there ({error})"
     if in_few_bits and not _holds_bits(inner, folder):
-        tensors, other = _not_in_few_bits(tensors, theirs, inner.dtype)
-        if other is not None:
-            return other
+        tensors, changed = _not_in_few_bits(tensors, theirs, inner.dtype)
+        if changed is not None:
+            return changed
     for name, tensor in tensors.items():
         other = theirs.get(name)
         if other is None or other.shape != tensor.shape:
@@ -370,7 +370,7 @@ def _not_in_few_bits(
         theirs: the weights in the folder.
         dtype: that these were read in, before they were quantized.
     """
-    scales = set()
+    scales: set[str] = set()
     for name, tensor in tensors.items():
         if not is_in_few_bits(tensor):
             continue
