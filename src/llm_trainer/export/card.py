@@ -14,6 +14,7 @@ LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 OPENED = {
     "transformers": "`AutoModelForCausalLM.from_pretrained(folder)`, and whatever reads such folders",
     "peft": "`peft.AutoPeftModelForCausalLM.from_pretrained(folder)`, on its base",
+    "gguf": "llama.cpp (`llama-cli --model FILE`), and whatever is built on it",
 }
 
 

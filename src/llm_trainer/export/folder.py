@@ -29,7 +29,7 @@ def write_folder(request: Request, model: Any, answers: Probe) -> Written:
         Refused: the weights have other names than in the folder that the model came from.
     """
     source, notes = request.source, []
-    dtype = request.dtype or _usual_dtype(request, model)
+    dtype = request.dtype or usual_dtype(request, model)
     is_rounded = dtype != model.dtype
     in_dtype(model, dtype)
     if not is_tied(model):
@@ -40,14 +40,14 @@ def write_folder(request: Request, model: Any, answers: Probe) -> Written:
     expected = replace(answers, facts=facts)
     if is_rounded:
         expected = replace(source.ask(model), facts=facts)
-        rounding = _rounding(answers, expected)
+        rounding = moved_by_rounding(answers, expected)
         notes.append(f"the weights were rounded to {_name(dtype)}, which moves log-probabilities by {rounding}")
     for note in notes:
         request.say(note)
     return Written(expected, reopened, SAME, tuple(notes))
 
 
-def _usual_dtype(request: Request, model: Any) -> torch.dtype:
+def usual_dtype(request: Request, model: Any) -> torch.dtype:
     """The one that it was trained in: adapters are merged in a wider one."""
     base = request.source.found.base
     if base is None or not base.dtype:
@@ -56,7 +56,8 @@ def _usual_dtype(request: Request, model: Any) -> torch.dtype:
     return getattr(torch, base.dtype)  # type: ignore[no-any-return]
 
 
-def _rounding(before: Probe, after: Probe) -> str:
+def moved_by_rounding(before: Probe, after: Probe) -> str:
+    """How far log-probabilities are apart, in words."""
     apart = []
     for one, other in zip(before.logprobs, after.logprobs, strict=True):
         apart += [abs(a - b) for a, b in zip(one, other, strict=True)]

@@ -16,6 +16,6 @@ from llm_trainer.export.request import Format
 FORMATS: dict[str, Format] = {
     "hf": Format(hf.write, frozenset({"dtype"}), "a trained model as a folder of transformers"),
     "merged": Format(merged.write, frozenset({"dtype", "weights"}), "adapters added to their base, as such a folder"),
-    "gguf": Format(gguf.write, frozenset({"dtype", "quantize", "weights"}), "one file for llama.cpp, run by it here"),
     "adapter": Format(adapter.write, frozenset(), "adapters beside their base, as a folder of peft"),
+    "gguf": Format(gguf.write, frozenset({"dtype", "quantize", "weights"}), "one file for llama.cpp, run by it here"),
 }

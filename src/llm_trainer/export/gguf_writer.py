@@ -14,7 +14,7 @@ from llm_trainer.export.asking import stops_of
 from llm_trainer.export.gguf_tokenizer import END_KEYS, GgufError, Vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
     from numpy import ndarray
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -133,15 +133,19 @@ class Declared:
     is_tied: bool
 
 
-def declared_in(path: Path) -> Declared:
-    """Read what a GGUF file says of itself.
+def read_gguf(path: Path) -> "GGUFReader":
+    """Open a file to be read; of a large vocabulary it takes seconds.
 
     Raises:
         ValueError: it is no GGUF file.
     """
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
+    return GGUFReader(path)
+
+
+def declared_in(reader: "GGUFReader") -> Declared:
+    """What a GGUF file says of itself."""
 
     def value(key: str) -> Any:
         field = reader.get_field(key)
@@ -162,11 +166,11 @@ def declared_in(path: Path) -> Declared:
     )
 
 
-def other_weights(path: Path, model: "PreTrainedModel", dtype: str) -> list[str]:
+def other_weights(reader: "GGUFReader", model: "PreTrainedModel", dtype: str) -> list[str]:
     """Names of tensors that a file holds with other numbers than `model`, which `round_as_written` has rounded."""
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
 
-    there = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    there = {tensor.name: tensor for tensor in reader.tensors}
     expected = {weight.name: weight for weight in _weights(model, family_of(model.config.get_text_config()), dtype)}
     found = sorted(there.keys() ^ expected.keys())
     for name in there.keys() & expected.keys():

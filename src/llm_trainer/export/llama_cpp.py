@@ -11,6 +11,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -120,6 +121,7 @@ class LlamaCpp:
         self._log.seek(0)
         lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         said = "\n  ".join(lines[-_LINES_OF_LOG:])
+        self.close()
         if status == -signal.SIGILL:
             raise ConfigError(
                 "--to gguf: the installed xllamacpp was built for another processor (SIGILL; its wheels need AVX2); expected "
@@ -135,4 +137,5 @@ def _end(process: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout, log):
-        stream.close()
+        with suppress(BrokenPipeError):  # a question that nobody has read
+            stream.close()

@@ -7,6 +7,7 @@ imports nothing that takes seconds.
 import http.client
 import json
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,9 @@ class Server:
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        key = secrets.token_hex()  # others on this machine have no business here
+        settings.api_keys = [key]
+        self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         self._running = xllamacpp.Server(settings)
         host = self._running.listening_address.removeprefix("http://")
         self._connection = http.client.HTTPConnection(host)
@@ -113,11 +117,11 @@ class Server:
         return self._post("/completion", body)
 
     def _get(self, address: str) -> dict[str, Any]:
-        self._connection.request("GET", address)
+        self._connection.request("GET", address, headers=self._headers)
         return self._response(address)
 
     def _post(self, address: str, body: dict[str, Any]) -> dict[str, Any]:
-        self._connection.request("POST", address, json.dumps(body), {"Content-Type": "application/json"})
+        self._connection.request("POST", address, json.dumps(body), self._headers)
         return self._response(address)
 
     def _response(self, address: str) -> dict[str, Any]:

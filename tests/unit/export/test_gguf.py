@@ -20,6 +20,7 @@ from gguf_files import (
     untrained,
     write_and_ask,
 )
+from llm_trainer.cli.main import main
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.export import gguf_writer
 from llm_trainer.export.door import export, pass_gate
@@ -350,3 +351,14 @@ def test_options_that_are_not_meant(options: dict[str, Any], message: str, made:
     with pytest.raises(ValueError, match=message):
         export(made.run("dense"), "gguf", tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_the_type_of_weights_costs(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(made.run("dense")), "--to", "gguf", "--quantize", "q4_0", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 0
+    said, card = capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()
+    assert "gate: log-probabilities of " in said and "in Q8_0: 1 of the matrices, such as token_embd.weight" in said
+    assert "Q4_0 moves log-probabilities by " in said and "Q4_0 moves log-probabilities by " in card

@@ -1,5 +1,6 @@
 """Rules of cutting text are recognised as what they are, and llama.cpp cuts by them as the tokenizers library does."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gguf_files import NASTY, TEXT, skip_where_llama_cpp_does_not_run, tokenizer_of_ours, untrained
 from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.export.asking import rendered
 from llm_trainer.export.gguf_tokenizer import (
     CONTROL,
     NORMAL,
@@ -21,8 +23,9 @@ from llm_trainer.export.gguf_tokenizer import (
     rule_of,
     vocabulary_of,
 )
-from llm_trainer.export.gguf_writer import declared_in, write_gguf
+from llm_trainer.export.gguf_writer import declared_in, read_gguf, write_gguf
 from llm_trainer.export.llama_cpp import LlamaCpp
+from llm_trainer.export.probe import Conversation
 
 TOKENIZERS = Path(__file__).resolve().parents[4] / "shared" / "data" / "tokenizer"
 
@@ -61,7 +64,7 @@ def test_llama_cpp_cuts_by_each_rule_as_the_library(cuts: Any, ignores_merges: b
     model = untrained("qwen3", num_hidden_layers=1)
     model.generation_config.eos_token_id = None
     write_gguf(model, tokenizer, path, "F16")
-    asked = LlamaCpp(path, declared_in(path), [])
+    asked = LlamaCpp(path, declared_in(read_gguf(path)), [])
     for text in NASTY:
         composed = normalizer.normalize_str(text) if normalizer else text  # which llama.cpp leaves to whoever asks
         assert asked.tokenise(composed) == tokenizer(text).input_ids, text
@@ -75,12 +78,22 @@ def test_published_tokenizers(name: str, tmp_path: Path) -> None:
     model = untrained("llama", num_hidden_layers=1, vocab_size=len(tokenizer), hidden_size=8, head_dim=8)
     model.generation_config.eos_token_id = None
     write_gguf(model, tokenizer, path, "F16")
-    asked = LlamaCpp(path, declared_in(path), [])
+    asked = LlamaCpp(path, declared_in(read_gguf(path)), [])
     corpus = TOKENIZERS.parent / "corpus"
     texts = [*NASTY, (corpus / "zh" / "zh_classics.txt").read_text()[:4000]]
     texts.append((corpus / "alice_gutenberg_11-0.txt").read_text()[:8000])
     for text in texts:
         assert asked.tokenise(text) == tokenizer(text).input_ids
+
+
+def test_rules_are_those_that_transformers_has() -> None:
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    llama3 = inspect.signature(TikTokenConverter).parameters["pattern"].default
+    assert RULES[(PRETOKENIZE_REGEX,), False] == "qwen2" and RULES[(llama3,), True] == "llama-bpe"
+    digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}
+    assert rule_of({"model": {"type": "BPE"}, "pre_tokenizer": digits}) == "smollm"
 
 
 def test_what_is_written_of_a_tokenizer_of_ours() -> None:
@@ -98,8 +111,10 @@ def test_what_is_written_of_a_tokenizer_of_ours() -> None:
 
 
 def test_a_bos_that_the_tokenizer_adds_is_added_by_the_file(tmp_path: Path) -> None:
+    """And the bos that a template prints is not there twice."""
     tokenizer = trained(next(iter(RULES))[0])
     tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     start = tokenizer.bos_token_id
     processor = processors.TemplateProcessing(
         single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", start)]
@@ -109,10 +124,12 @@ def test_a_bos_that_the_tokenizer_adds_is_added_by_the_file(tmp_path: Path) -> N
     assert found.adds_bos and not found.adds_eos and found.ids["bos"] == start
     model = untrained("qwen3", num_hidden_layers=1)
     write_gguf(model, tokenizer, tmp_path / "model.gguf", "F16")
-    declared = declared_in(tmp_path / "model.gguf")
+    declared = declared_in(read_gguf(tmp_path / "model.gguf"))
     assert declared.added_before == "<|im_start|>"
     asked = LlamaCpp(tmp_path / "model.gguf", declared, [])
     assert asked.tokenise("a b") == tokenizer("a b").input_ids
+    conversation = Conversation([{"role": "user", "content": "a b"}], add_generation_prompt=False)
+    assert asked.render(conversation) == rendered(tokenizer, conversation)
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
