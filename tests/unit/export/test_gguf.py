@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -351,6 +352,33 @@ def test_options_that_are_not_meant(options: dict[str, Any], message: str, made:
     with pytest.raises(ValueError, match=message):
         export(made.run("dense"), "gguf", tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["gguf", "xllamacpp"])
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
+    package: str, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    said: list[str] = []
+    with pytest.raises(
+        ConfigError, match=f"--to gguf needs the package {package}, .* pip install {package}, or use --to hf"
+    ):
+        export(made.run("dense"), "gguf", tmp_path / "out", say=said.append)
+    assert not said and not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_tokenizer_is_refused(made: Any, tmp_path: Path) -> None:
+    shutil.copytree(made.run("dense") / "model", tmp_path / "model")
+    for path in tmp_path.glob("model/*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"--to gguf: .*model has no tokenizer, which is a part of the file"):
+        export(tmp_path / "model", "gguf", tmp_path / "out")
+
+
+def test_a_model_that_stops_nowhere_stops_at_the_end_of_texts(tmp_path: Path) -> None:
+    model = copy.deepcopy(learned("llama"))
+    model.generation_config.eos_token_id = None
+    write_and_ask(model, "F32", tmp_path)
 
 
 def test_the_command_says_what_the_type_of_weights_costs(
