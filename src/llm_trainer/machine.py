@@ -82,6 +82,10 @@ class Machine(Protocol):
     @property
     def layout(self) -> "Layout": ...
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether rows of the training data may show images; of a user's loader nobody knows, so they may."""
+
     def stop_requested(self) -> bool:
         """Whether this process has been asked to stop, by a signal; other ranks may not have been yet."""
 

@@ -229,6 +229,12 @@ class SampleStream:
 
     size = __len__
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether rows may show images."""
+        parts = getattr(self.dataset, "parts", ())  # a dataset of the user has none
+        return any(getattr(part, "tower_tokens", None) is not None for part in parts)
+
     def num_steps(self) -> int:
         return math.ceil(len(self) / self.rows_per_step)
 

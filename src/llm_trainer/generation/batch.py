@@ -6,6 +6,7 @@ Letters: `B` rows, `T` positions, `V` vocabulary.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ class Row:
     sample: int
     ids: list[int] = field(default_factory=list)  # where texts end it
     kept: list[list[int]] = field(default_factory=list)
+
+
+def prompts_of(requests: Sequence[Request]) -> tuple[list[Any], ...]:
+    """Arguments of `Reader.enter`: the ids of prompts, and their images where any has some."""
+    ids, images = [request.ids for request in requests], [request.images for request in requests]
+    return (ids,) if all(shown is None for shown in images) else (ids, images)
 
 
 class Batch:
@@ -172,7 +179,7 @@ class Batch:
         # 2. their logits
         logits = []
         if entering:
-            read = self.reader.enter([row.group.request.ids for row in entering])
+            read = self.reader.enter(*prompts_of([row.group.request for row in entering]))
             logits.append(read)
             for row, scores in zip(entering, read, strict=True):
                 row.group.logits = scores

@@ -84,6 +84,10 @@ class CachedReader:
         return self.cache is None
 
     def enter(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return self._forward(*self._padded(prompts))
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and positions `[B, T]` of prompts, and their mask."""
         longest = max(map(len, prompts))
         padded = [[self.pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         num_pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
@@ -91,7 +95,7 @@ class CachedReader:
         positions = (steps - num_pads[:, None]).clamp(min=0)
         is_padded = any(len(prompt) < longest for prompt in prompts)
         self.mask = (steps >= num_pads[:, None]).long() if is_padded else None
-        return self._forward(torch.tensor(padded, device=self.device), positions)
+        return torch.tensor(padded, device=self.device), positions
 
     def fork(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
         # Here rows are only forked before anything was read after their prompt, so `lengths` are theirs.
@@ -114,8 +118,8 @@ class CachedReader:
         self.mask = None if self.mask is None else self.mask[rows]
         self.cache.reorder_cache(rows)
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        inputs = {
+    def _forward(self, ids: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
+        inputs |= {
             "input_ids": ids,
             "attention_mask": self.mask,
             "position_ids": positions,

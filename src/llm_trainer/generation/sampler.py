@@ -13,8 +13,10 @@ from torch import nn
 
 from llm_trainer.generation.batch import Batch
 from llm_trainer.generation.decoding import Decoding
-from llm_trainer.generation.readers import cache_bytes, device_of, make_reader
+from llm_trainer.generation.readers import Reader, cache_bytes, device_of, make_reader
+from llm_trainer.generation.seeing import SeeingReader
 from llm_trainer.generation.service import Request
+from llm_trainer.image_batch import ImageBatch
 from llm_trainer.models.inside import adapted_model, evaluating, model_context
 
 # Samples per prompt from which on attention reads prompts by themselves: that costs a second call for every layer.
@@ -65,19 +67,22 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], **settings: Any
     return Completions(ids, logprobs, [completion.finish == "stop" for completion in written])
 
 
-def stream(model: nn.Module, prompt_ids: Sequence[int], **settings: Any) -> Iterator[int]:
+def stream(
+    model: nn.Module, prompt_ids: Sequence[int], images: ImageBatch | None = None, **settings: Any
+) -> Iterator[int]:
     """Yield the completion of one prompt token by token: the ids that `generate` returns for the same settings.
 
     The model is in evaluation mode until the iterator ends or is closed.
 
     Args:
         prompt_ids: Token ids.
+        images: Those that the prompt shows.
         **settings: Those of `Decoding`; `max_new_tokens` is required.
     """
     decoding = Decoding(**settings)
     number = 0 if decoding.row_numbers is None else decoding.row_numbers[0]
     with sampling(model):
-        batch = make_batch(model, [Request(prompt_ids, number)], decoding)
+        batch = make_batch(model, [Request(prompt_ids, number, images=images)], decoding)
         while batch.is_busy:
             yield int(batch.step())
 
@@ -94,7 +99,7 @@ def make_batch(
     """The completions of `requests`, yet to be written, at most `max_rows` at a time (None: all).
 
     Raises:
-        ValueError: A prompt is empty or fills the context.
+        ValueError: A prompt is empty or fills the context, or has images and the model makes nothing of them.
     """
     # 1. how far each row may go
     model = adapted_model(model)
@@ -112,7 +117,10 @@ def make_batch(
         bytes_of_row = (longest_prompt + longest_budget) * cache_bytes(model)
         num_rows = min(num_rows, max(1, max_cache_bytes // bytes_of_row))
     shares = num_samples >= SHARED_FROM * len(requests)
-    reader = make_reader(model, num_rows, longest_prompt, longest_budget, decoding.pad_token_id, shares)
+    if any(request.images is not None for request in requests):
+        reader: Reader = SeeingReader(model, decoding.pad_token_id)
+    else:
+        reader = make_reader(model, num_rows, longest_prompt, longest_budget, decoding.pad_token_id, shares)
     return Batch(reader, requests, budgets, decoding, num_rows, device_of(model), version, keeps_cuts)
 
 

@@ -251,7 +251,10 @@ class Servers:
 
         Raises:
             ServerError: No server is left.
+            ValueError: A prompt has images.
         """
+        if any(request.images is not None for request in requests):
+            raise ValueError("rollout servers are sent ids alone, and a prompt has images; expected prompts of text")
         self._check_loaded()
         facts = self._known()
         self._check_decoding(decoding, facts)

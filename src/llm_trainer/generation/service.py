@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer.generation.decoding import Decoding
+from llm_trainer.image_batch import ImageBatch
 
 
 class Request(NamedTuple):
@@ -25,6 +26,7 @@ class Request(NamedTuple):
         first: Number of their first token, in the noise: what goes on after something was said in between has other noise
             than what was drawn before it.
         most: New tokens of each; None: as many as the decoding says.
+        images: Those that the prompt shows, where its ids have their placeholders; None: it shows none.
     """
 
     ids: Sequence[int]
@@ -33,6 +35,7 @@ class Request(NamedTuple):
     sample: int = 0
     first: int = 0
     most: int | None = None
+    images: ImageBatch | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_trainer.compiler import compiled
+from llm_trainer.image_batch import of_images
 from llm_trainer.losses.chunked import HeadScores, LowRank, Objective, chunked_logprobs, chunked_loss, chunked_objective
 from llm_trainer.losses.drawn_from import DrawnFrom, excluding
 from llm_trainer.losses.experts import Routing, count_chosen, count_routes
@@ -236,7 +237,7 @@ class ScoredModel(nn.Module):
         inputs = self._inputs(given, is_packed=document_lengths is not None)
         if self._split is not None:
             inputs |= document_bounds(self._language_config, input_ids, position_ids, document_lengths)
-        features, zero = self._seen(images)
+        features, zero = self._seen(images, brings_pixels=bool(of_images(model_inputs)))
         if self.vision.model is not None:
             inputs |= self._positions(
                 input_ids, features, model_inputs.get("attention_mask"), position_ids, rope_positions
@@ -256,13 +257,18 @@ class ScoredModel(nn.Module):
             states = states + zero.to(states.dtype)
         return states, output
 
-    def _seen(self, images: Images | Features | None) -> tuple[Features | None, Tensor | None]:
-        """What the tower makes of the images; where there are none, a 0 that depends on the tower, if others have some."""
+    def _seen(self, images: Images | Features | None, brings_pixels: bool) -> tuple[Features | None, Tensor | None]:
+        """What the tower makes of the images; where there are none, a 0 that depends on the tower, if others have some.
+
+        Args:
+            images: of the micro-batch.
+            brings_pixels: the model itself is given images, as a loader of the user has them.
+        """
         if isinstance(images, Features):
             return images, None
         if images is not None and len(images.order):
             return self.vision.encode(images), None
-        if images is not None or self.with_images:
+        if images is not None or (self.with_images and not brings_pixels):
             return None, self.vision.zero(images)
         return None, None
 
@@ -365,6 +371,16 @@ def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: boo
         with_entropy: compute the entropy of every prediction (nearly free).
     """
     return ScoredModel(model, loss, with_entropy)
+
+
+def see_in_every_batch(module: nn.Module) -> None:
+    """Run towers in micro-batches without images too (`ScoredModel.with_images`).
+
+    So ranks gather the same weights, and every step gives a tower a gradient.
+    """
+    for inner in module.modules():
+        if isinstance(inner, ScoredModel):
+            inner.with_images = inner.vision.model is not None
 
 
 def restarting_positions(document_lengths: Tensor) -> Tensor:

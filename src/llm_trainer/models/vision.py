@@ -5,8 +5,8 @@ architectures here.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,9 +24,14 @@ class Images(Protocol):
         lengths: `[distinct]`, placeholder tokens of each.
     """
 
-    inputs: dict[str, Tensor]
-    order: Tensor
-    lengths: Tensor
+    @property
+    def inputs(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def order(self) -> Tensor: ...
+
+    @property
+    def lengths(self) -> Tensor: ...
 
 
 class ImageInputs(NamedTuple):
@@ -61,6 +66,23 @@ class Features(NamedTuple):
         if len(levels) > 1:
             fields["deepstack_features"] = levels[1:]
         return {"image": type(self.like)(**fields)}
+
+
+def joined_features(parts: Sequence[Features]) -> Features:
+    """Features of several batches of images as one, in the order of their rows."""
+    orders, lengths = list[Tensor](), list[Tensor]()
+    before = 0
+    for part in parts:
+        orders.append(part.images.order.cpu() + before)
+        lengths.append(part.images.lengths.cpu())
+        before += len(part.images.lengths)
+    inputs: dict[str, Tensor] = {}
+    if "image_grid_thw" in parts[0].images.inputs:  # all that positions need
+        inputs["image_grid_thw"] = torch.cat([part.images.inputs["image_grid_thw"] for part in parts])
+    levels = []
+    for number in range(len(parts[0].levels)):
+        levels.append(tuple(chain.from_iterable(part.levels[number] for part in parts)))
+    return Features(ImageInputs(inputs, torch.cat(orders), torch.cat(lengths)), levels, parts[0].like)
 
 
 class Vision(NamedTuple):

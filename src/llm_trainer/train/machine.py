@@ -112,6 +112,10 @@ class RunMachine:
     def layout(self) -> Layout:
         return self.rows.layout
 
+    @property
+    def shows_images(self) -> bool:
+        return self.rows.shows_images
+
     def reads_rows(self, try_out: Callable[[], Packing]) -> None:
         with dist.on_duty(str):  # the main process says it to the others
             self.rows.reads_rows(try_out)

@@ -24,6 +24,7 @@ class LaidOut:
 
     Attributes:
         layout: so far.
+        shows_images: rows may show images; of a user's loader nobody knows, so they may.
 
     Raises:
         ValueError: flat rows are asked for, and the algorithm does not take them.
@@ -34,6 +35,7 @@ class LaidOut:
         self._source, self._engine, self._together = source, engine, together
         self._trainer, self._takes_flat = type(trainer).__name__, takes_flat(type(trainer))
         self._packings: list[Packing] = []
+        self.shows_images = source.shows_images if isinstance(source, SampleStream) else True
         self.layout: Layout = AS_IT_CAME
         self._is_known = False  # whether the trained model, which comes first, has been tried out before
         self._wanted = wanted

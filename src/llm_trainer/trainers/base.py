@@ -12,7 +12,7 @@ from llm_trainer.config.options import Settings
 from llm_trainer.layout import Packing
 from llm_trainer.models.inside import is_kind_of
 from llm_trainer.models.packing import packing_of
-from llm_trainer.models.scored import ScoredModel
+from llm_trainer.models.scored import ScoredModel, see_in_every_batch
 from llm_trainer.trainers.building import DataRequest
 from llm_trainer.trainers.experts import regulariser_for
 
@@ -70,6 +70,8 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
     # Whether the experts of a mixture are balanced: `_forward` returns something with `routing`, as a `ScoredModel` does, and
     # `model` may be called with the rows of `_policy_rows` and labels alone.
     balances_experts: ClassVar[bool] = False
+    # Whether its batches may have images: `_forward` hands `images` and what else belongs to them to the model.
+    takes_images: ClassVar[bool] = False
     reader: ClassVar[Callable[..., Any]] = (
         ScoredModel  # what makes a model's numbers per token (`models.packing.Reader`)
     )
@@ -128,7 +130,10 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
             hooks=hooks,
         )
         self._reads_rows(model)
-        self.model = self.run.prepare(self._build_module(model))
+        module = self._build_module(model)
+        if self.takes_images and self.machine.shows_images:
+            see_in_every_batch(module)
+        self.model = self.run.prepare(module)
 
     def _reads_rows(self, model: nn.Module) -> None:
         """Let the machine try out what `model` makes of rows laid flat, where it has the choice."""

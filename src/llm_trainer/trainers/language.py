@@ -93,6 +93,7 @@ class Trainer(BaseTrainer):
     prompt_format: ClassVar[PromptFormat] = "text"
     shards_first_weights = True
     takes_flat = True
+    takes_images = True
     balances_experts = True
 
     def __init__(

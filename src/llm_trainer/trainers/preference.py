@@ -74,6 +74,7 @@ class DPOTrainer(BaseTrainer):
     rows = ("pairs",)
     sides = len(SIDES)
     takes_flat = True
+    takes_images = True
     balances_experts = True
 
     def __init__(

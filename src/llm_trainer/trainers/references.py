@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from llm_trainer.algorithm import Algorithm
-from llm_trainer.image_batch import moved
+from llm_trainer.image_batch import moved, of_images
 from llm_trainer.models.frozen import StartingPoint, fingerprint, freeze
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
@@ -26,6 +26,7 @@ def reference_of(
         return StartingPoint(model, trainer.model, policy.knows_branches, which, trainer.machine.hold)
     check_vocabulary(trainer.base_model, ref_model=model)
     reference = scored(model)
+    reference.with_images = policy.with_images
     freeze(reference)
     trainer.machine.reads_rows(partial(packing_of, model, scored, trainer.machine.device))
     trainer.machine.place(reference)
@@ -59,7 +60,7 @@ def precompute_reference(
 
     def sums(batch: Batch) -> dict[str, Tensor]:
         """`[n]` of chosen and rejected."""
-        if shares_prompts:
+        if shares_prompts and not of_images(batch):
             batch = share_prompts(batch)
         batch = moved(batch, build.device)
         with as_it_was():

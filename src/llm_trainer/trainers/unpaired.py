@@ -56,6 +56,7 @@ class KTOTrainer(BaseTrainer):
     section = "kto_config"
     rows = ("unpaired",)
     takes_flat = True
+    takes_images = True
     balances_experts = True
 
     def __init__(
