@@ -63,6 +63,8 @@ class Algorithm(StepLoss):
         tokenizer: saved with the model; None: there is none.
         processor: of a vision-language model, saved in its place, for the tokenizer is in it; None: another model.
         eval_prompts: answered at every evaluation.
+        eval_image_tags: of each prompt the image that it shows, or several; empty: none shows any.
+        image_format: what makes tokens and numbers of images (`data.vision.ImageFormat`); None: `processor` alone says it.
         regulariser: what is added to its loss.
         machine: what runs it; there from `_build_source` on.
         prompt_format: whether a prompt for a sample answer is a user's turn in a chat, or the beginning of a text.
@@ -86,6 +88,8 @@ class Algorithm(StepLoss):
     tokenizer: Any
     processor: Any = None
     eval_prompts: list[str]
+    eval_image_tags: "list[str | list[str]]"
+    image_format: Any = None
     regulariser: Regulariser = Regulariser()
     machine: Machine
 

@@ -83,6 +83,8 @@ def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], bui
         "save_dir": run.save_dir,
         "tokenizer": build.processor or build.tokenizer,
         "eval_prompts": config.eval_prompts,
+        "eval_image_tags": config.eval_image_tags,
+        "image_format": build.images,
         **_settings(config, build.engine, [*train.dataset.ledgers, *build.further_ledgers]),
         "choices": _choices(config, given, build, optimizer),
         **own,

@@ -378,6 +378,9 @@ class TrainConfig:
     init_state_dict: Any = Field(default=None, description="initial weights as an object (Python only)")
     init_weights_path: str | None = Field(default=None, description="initial weights as a file or folder")
     eval_prompts: list[str] = Field(default_factory=list, description="prompts answered at each evaluation")
+    eval_image_tags: list[str | list[str]] = Field(
+        default_factory=list, description="for each of these prompts the image that its <image> shows, or several in a list"
+    )
     plugins: list[str] = Field(
         default_factory=list, description="modules or .py files imported first, which register algorithms"
     )
@@ -419,6 +422,10 @@ class TrainConfig:
             source = source.language_path or source
         if self.tokenizer is None and isinstance(source, str):
             self.tokenizer = source
+        if self.eval_image_tags and len(self.eval_image_tags) != len(self.eval_prompts):
+            raise ConfigError(
+                f"eval_image_tags: got {len(self.eval_image_tags)} for {len(self.eval_prompts)} eval_prompts, expected one each"
+            )
         if self.init_state_dict is not None and self.init_weights_path is not None:
             raise ConfigError("init_weights_path: init_state_dict already gives initial weights; give one of them")
         if self.ds_config is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_trainer.algorithm import Algorithm
+from llm_trainer.config.errors import counted
 from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.stream import RowOfStep, StepSource
 from llm_trainer.engine import dist
@@ -21,6 +22,8 @@ from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Sampling
+    from llm_trainer.data.asked import Asked
+    from llm_trainer.data.encode.chat import ChatFormat
 
 
 @torch.no_grad()
@@ -111,21 +114,58 @@ def _measure_step(work: Work, micro_batches: list[MicroBatch]) -> None:
                 work.metrics.add("loss", loss * weight, weight)
 
 
+def chat_of(algorithm: Algorithm) -> "ChatFormat":
+    """What makes ids of the prompts of an algorithm, images included where its model sees any."""
+    from llm_trainer.data.encode.chat import ChatFormat
+    from llm_trainer.data.vision import ImageFormat
+
+    images = algorithm.image_format
+    if images is None and algorithm.processor is not None:
+        images = ImageFormat(algorithm.processor)
+    return ChatFormat(algorithm.tokenizer, images=images)
+
+
+def prompts_of(algorithm: Algorithm, chat: "ChatFormat") -> "list[Asked]":
+    """`eval_prompts` with their images, as the sampler takes them.
+
+    Raises:
+        ValueError: the images are not those that the prompts show.
+        DataError: one is missing or damaged.
+    """
+    from llm_trainer.data.asked import ask, ask_text, counted_images
+
+    tags = algorithm.eval_image_tags or [[]] * len(algorithm.eval_prompts)
+    if len(tags) != len(algorithm.eval_prompts):
+        raise ValueError(
+            f"eval_image_tags: got {len(tags)} for {counted(len(algorithm.eval_prompts), 'prompt')}, expected one each: a path, "
+            "several in a list, or an empty list"
+        )
+    prompts = []
+    for prompt, own in zip(algorithm.eval_prompts, tags, strict=True):
+        sources = [own] if isinstance(own, str) else list(own)
+        refs = counted_images(chat, prompt, sources, "eval_image_tags")
+        if algorithm.prompt_format == "chat":
+            message = {"role": "user", "content": prompt}
+            shown = {"images": refs} if refs else {}
+            prompts.append(ask(chat, [message | shown], "eval_image_tags"))
+        else:
+            prompts.append(ask_text(chat, prompt, refs, "eval_image_tags"))
+    return prompts
+
+
+def never_written(chat: "ChatFormat") -> tuple[int, ...]:
+    """Ids that stand for images, which no model writes."""
+    return () if chat.images is None else (chat.images.image_token_id,)
+
+
 def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int) -> list[str]:
     """What the model answers to each of `eval_prompts`; in lockstep all ranks must ask together, and get the same."""
-    from llm_trainer.data.encode.chat import ChatFormat
     from llm_trainer.generation.decoding import Decoding
     from llm_trainer.generation.in_process import InProcess
     from llm_trainer.generation.service import Completion, Request
 
-    tokenizer = algorithm.tokenizer
-    chat = ChatFormat(tokenizer)
-    ids = []
-    for prompt in algorithm.eval_prompts:
-        if algorithm.prompt_format == "chat":
-            ids.append(chat.encode_prompt([{"role": "user", "content": prompt}]))
-        else:
-            ids.append(chat.encode_text(prompt).input_ids[:-1])  # without the end of the text
+    tokenizer, chat = algorithm.tokenizer, chat_of(algorithm)
+    prompts = prompts_of(algorithm, chat)
     decoding = Decoding(
         max_new_tokens=sampling.max_seq_len,
         temperature=sampling.temperature,
@@ -134,6 +174,7 @@ def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int
         stop_token_ids=chat.stop_token_ids(),
         pad_token_id=tokenizer.pad_token_id,
         seed=seed,
+        suppress_tokens=never_written(chat),
     )
 
     def generate(requests: list[Request]) -> list[list[Completion]]:
@@ -146,5 +187,8 @@ def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int
         played = algorithm._play(algorithm.eval_prompts, generate)
     if played is not None:
         return list(played)
-    written = generate([Request(prompt, number) for number, prompt in enumerate(ids)])
+    requests = []
+    for number, prompt in enumerate(prompts):
+        requests.append(Request(prompt.ids, number, images=prompt.images))
+    written = generate(requests)
     return [tokenizer.decode(completion.ids, skip_special_tokens=True) for (completion,) in written]

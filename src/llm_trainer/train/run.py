@@ -31,7 +31,7 @@ from llm_trainer.train import guards, preflight, sizing, snapshot
 from llm_trainer.train.budget import Budget, may_cut
 from llm_trainer.train.compiling import Compiling, steps_left
 from llm_trainer.train.configured import ConfiguredOptimizer
-from llm_trainer.train.evaluate import answer, evaluate, unmeasured
+from llm_trainer.train.evaluate import answer, chat_of, evaluate, prompts_of, unmeasured
 from llm_trainer.train.hooks import Hook, with_names_of_their_own
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
@@ -387,6 +387,8 @@ class Run:
         hooks = [Hook("log", lambda run: self._log(), self.log_interval, at_end=True)]
         if self.val_sources:
             hooks.append(Hook("evaluate", lambda run: self._evaluate(), eval_steps, eval_epochs, at_end=True))
+        if self.trainer.eval_image_tags:
+            prompts_of(self.trainer, chat_of(self.trainer))  # what is wrong with them is an error now
         if self.trainer.eval_prompts:
             hooks.append(Hook("sample", lambda run: self.sample(), eval_steps, eval_epochs, at_end=True))
         save = Hook(

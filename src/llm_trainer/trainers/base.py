@@ -58,6 +58,8 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         save_interval: epochs between checkpoints; 0: none but the last.
         tokenizer: saved with the model; needed for `eval_prompts`. Of a vision-language model its processor.
         eval_prompts: prompts answered at every evaluation.
+        eval_image_tags: for each of them the path of the image that its `<image>` shows, or several paths in a list.
+        image_format: a `data.vision.ImageFormat`; None: made of the processor.
         hooks: `Hook`s called by the loop, besides the built-in ones.
         **options: fields of `Settings`.
     """
@@ -95,6 +97,8 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         *,
         tokenizer: Any = None,
         eval_prompts: Sequence[str] = (),
+        eval_image_tags: Sequence[str | list[str]] = (),
+        image_format: Any = None,
         hooks: Sequence[Any] = (),
         **options: Any,
     ) -> None:
@@ -110,6 +114,7 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.tokenizer, self.eval_prompts = tokenizer, list(eval_prompts)
+        self.eval_image_tags, self.image_format = list(eval_image_tags), image_format
         if is_kind_of(tokenizer, "transformers.", "ProcessorMixin"):
             self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
         device_name = None if device is None else str(device)
