@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from pictures import Pictured, Shades, vision_model
+
 TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "pretrain": {},
     "sft": {},
@@ -33,6 +36,9 @@ TRAINERS: dict[str, dict[str, Any]] = {  # name -> its options
     "bias": {"bias_update_speed": 0.1},
     "lora": {},  # 'sft' of adapters alone,
     "qlora": {},  # and on a base in 4 bits
+    # 'sft' and 'dpo' of rows that show images, of which a rank may have none.
+    "vlm": {},
+    "vlm-dpo": {"loss_type": {"sigmoid": 1.0, "sft": 0.5}},
 }
 PACKAGES = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes", "accelerate")}  # without which there is no such row
 for _name, _packages in PACKAGES.items():
@@ -48,6 +54,7 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     },
 }
 GATHER = ("torch", "fsdp", "zero2", "zero3")  # engines whose steps have other collectives each
+SEEING = {"vlm": "sft", "vlm-dpo": "dpo"}  # trainers of models that see, and what they are without images
 MIXTURES = {"moe": "qwen3_moe", "bias": "glm4_moe"}  # trainers of mixtures of experts, and of which
 STEPS = 3
 ROWS_PER_STEP = 8
@@ -109,6 +116,8 @@ def few(found: list[Cell]) -> list[Cell]:
     trainer, ranks = found[0].trainer, found[0].ranks
     if trainer in MIXTURES:
         return found[-1:]
+    if trainer in SEEING:  # padded, and cut most unevenly
+        return [found[0], found[-1]] if ranks > 1 else found[-3:]
     return [found[0], found[-1]] if trainer in PACKAGES and ranks > 1 else found
 
 
@@ -159,6 +168,8 @@ def trainer_class_of(cell: Cell) -> Any:
         def _build_source(self, source: Any, training: bool) -> Any:
             return self._with_further(source, training)
 
+    if cell.trainer in SEEING:
+        return get_trainer_class(SEEING[cell.trainer])
     own = dict.fromkeys((*MIXTURES, *PACKAGES), SFTTrainer) | {"weighed": Weighed, "ppo": OfStoredRows}
     return own.get(cell.trainer) or get_trainer_class(cell.trainer)
 
@@ -233,12 +244,20 @@ class Completions:
 
 def data_of(cell: Cell) -> tuple[Any, Any]:
     """The rows of a trainer, and how they become batches."""
-    from llm_trainer.data.collate import collate_flat, collate_padded
+    from llm_trainer.data.collate import collate_flat, collate_padded, lay_with_images
     from llm_trainer.data.kinds.pairs import collate_pairs
     from llm_trainer.data.kinds.unpaired import collate_unpaired
     from llm_trainer.data.rollouts import collate_rollout
 
     collate: Any = collate_flat if cell.flat else collate_padded
+    if cell.trainer in SEEING:
+        collate = partial(lay_with_images, lay=collate, images=Shades())
+        if cell.trainer == "vlm":
+            return Pictured(Rows("sft", 512), ROWS_PER_STEP), collate
+        pairs = Answers("dpo", 512)
+        pairs.rows, pairs.others = (Pictured(rows, ROWS_PER_STEP) for rows in (pairs.rows, pairs.others))
+        pairs.lengths = pairs.rows.lengths + pairs.others.lengths
+        return pairs, partial(collate_pairs, lay=collate)
     if cell.trainer in ("pretrain", "sft", "weighed", *MIXTURES, *PACKAGES):
         return Rows("pretrain" if cell.trainer == "pretrain" else "sft", 512), collate
     if cell.trainer in ("grpo", "ppo"):
@@ -300,6 +319,8 @@ def adapted_model(base: Any) -> Any:
 
 def model_of(cell: Cell) -> Any:
     """The model of a row of the table."""
+    if cell.trainer in SEEING:
+        return vision_model()
     if cell.trainer in MIXTURES:
         return experts_model(architecture=MIXTURES[cell.trainer])
     if cell.trainer == "lora":
@@ -385,6 +406,8 @@ def run(
         model = model_of(cell)
     if cell.trainer in ("dpo", "kto", "grpo"):
         options.setdefault("ref_model", tiny_model(seed=1))
+    elif cell.trainer == "vlm-dpo":
+        options.setdefault("ref_model", vision_model(seed=1))
     elif cell.trainer == "reward":
         model = reward_model(model)
     if cell.trainer in ("grpo", "ppo"):
