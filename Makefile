@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: install demo test lint test-poor-cpu test-slow learning mutate golden gpu clean
+.PHONY: install demo demo-vision test lint test-poor-cpu test-slow learning mutate golden gpu clean
 
 install: $(READY)
 
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: install ## Train a small model end to end on text that is already on this machine.
 	$(BIN)/python examples/demo.py
+
+demo-vision: install ## A language model that knows words learns to see: real handwritten digits, in three minutes.
+	$(BIN)/python tests/learning/digits.py --seeds 0 --show
 
 lint: install
 	$(BIN)/ruff check

@@ -494,11 +494,19 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
             **order(dataset),
         )
 
+    def sees(source: SampleStream) -> SampleStream:
+        if source.shows_images and not build.trainer_class.takes_images:
+            raise ValueError(
+                f"file_dataset: its rows show images, and {build.trainer_class.__name__} takes none yet, so that it would "
+                "learn without them; expected rows of text. SFTTrainer, Trainer, DPOTrainer and KTOTrainer take images"
+            )
+        return source
+
     check_named_files(options, _all_files(config))
     # Training data, all files in one stream.
     rows = config.batch_size * accumulation(config, build.trainer_class) * world
     order = partial(_order, config)
-    train = stream(_paths(config.file_dataset), config.batch_size, rows, options, order)
+    train = sees(stream(_paths(config.file_dataset), config.batch_size, rows, options, order))
 
     # Validation data, a stream for each file.
     eval_rows = config.eval_config.eval_batch_size or config.batch_size
@@ -506,7 +514,8 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
     evaluation = {}
     whole = replace(options, duplicates="keep", curriculum=None)
     for name, path in named.items():
-        evaluation[name] = stream([path], eval_rows, eval_rows * world, whole, lambda dataset: {"shuffle": False})
+        unshuffled = stream([path], eval_rows, eval_rows * world, whole, lambda dataset: {"shuffle": False})
+        evaluation[name] = sees(unshuffled)
     if dist.is_main():
         note_overlap(train.dataset, {name: source.dataset for name, source in evaluation.items()})
     return train, evaluation

@@ -1,5 +1,7 @@
 """A vision-language model is trained from a configuration on rows with images: files, csv, tags and token files."""
 
+import contextlib
+import io
 import json
 import pickle
 from pathlib import Path
@@ -10,10 +12,15 @@ import pytest
 pytest.importorskip("PIL")
 import torch
 
-from llm_trainer import SFTTrainer, Trainer
+from llm_trainer import DPOTrainer, SFTTrainer, Trainer
+from llm_trainer.cli.chat import Speaker
 from llm_trainer.data.encode.tokenizer import train_tokenizer
+from llm_trainer.models.build import build_model
 from llm_trainer.train_configs import (
     DataLoaderConfig,
+    DPOConfig,
+    EvalConfig,
+    GRPOConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
@@ -133,3 +140,110 @@ def test_images_for_a_model_that_reads_text_are_an_error(folder: Path, tmp_path:
     two = SFTConfig(image_tags_file_dataset=[str(folder / "tags.csv")] * 2)
     with pytest.raises(ValueError, match="got 2 files for 1 path of file_dataset, expected one each"):
         first_batch(config(folder, tmp_path / "run", sft_config=two))
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run whose projector alone has learned, with answers to prompts that show one image, two and none; and its screen."""
+    save_dir, said = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
+    described = config(
+        folder,
+        save_dir,
+        eval_prompts=["<image>?", "<image><image>?", "?"],
+        eval_image_tags=[str(folder / "0.png"), [str(folder / "1.png"), str(folder / "2.png")], []],
+        eval_config=EvalConfig(max_seq_len=4, temperature=0.0),
+        sft_config=SFTConfig(image_tags_file_dataset=str(folder / "tags.csv"), freeze_llm_model=True),
+    )
+    with contextlib.redirect_stdout(said):
+        SFTTrainer(train_config=described).train()
+    return save_dir, said.getvalue()
+
+
+def test_the_projector_alone_learns_where_the_rest_is_frozen(folder: Path, trained: tuple[Path, str]) -> None:
+    save_dir, screen = trained
+    before = first_model(config(folder, save_dir))
+    after = build_model(str(save_dir / "model")).state_dict()
+    changed = [name for name, value in before.state_dict().items() if not torch.equal(value, after[name])]
+    assert changed and all(name.startswith("model.multi_modal_projector.") for name in changed)
+    assert "not trained  vision: " in screen and ", language: " in screen
+
+
+def first_model(described: TrainConfig) -> Any:
+    """The model that a run begins with."""
+    from llm_trainer.builder import Builder
+
+    return Builder(described, SFTTrainer).policy
+
+
+def test_prompts_show_their_images_during_training(folder: Path, trained: tuple[Path, str]) -> None:
+    """What it answers is what `chat` answers, and depends on the image."""
+    save_dir, _ = trained
+    lines = (save_dir / "log" / "gen.txt").read_text().splitlines()
+    answers = {}
+    for line in lines:
+        for prompt in ("<image><image>?", "<image>?", "?"):
+            if repr(prompt) in line:
+                answers[prompt] = line.rpartition(repr(prompt))[2]
+                break
+    assert len(answers) == 3
+    speaker = Speaker(save_dir / "model", max_new_tokens=4, temperature=0.0)
+    said = "".join(speaker.answer("?", [folder / "0.png"]))
+    assert repr(said) in answers["<image>?"]
+
+
+def test_what_prompts_show_must_be_there(folder: Path, tmp_path: Path) -> None:
+    def run(prompt: str, tags: Any, **changes: Any) -> None:
+        given = {"eval_prompts": [prompt], "eval_image_tags": tags} | changes
+        SFTTrainer(train_config=config(folder, tmp_path / "run", **given)).train()
+
+    with pytest.raises(ValueError, match=r"eval_image_tags: got 2 for 1 eval_prompts, expected one each"):
+        run("<image>?", ["a.png", "b.png"])
+    with pytest.raises(
+        ValueError, match=r"2 images and 1 <image> marker in '<image>\?'; expected one marker per image, su"
+    ):
+        run("<image>?", [[str(folder / "0.png")] * 2])
+    with pytest.raises(ValueError, match="eval_image_tags: found no file at"):
+        run("<image>?", [str(folder / "9.png")])
+
+
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": "<image>What?" * (number % 3)}],
+        "chosen": [{"role": "assistant", "content": "A cat."}],
+        "rejected": [{"role": "assistant", "content": f"dog {number}"}],
+        "images": [f"{number}.png", f"{(number + 1) % 6}.png"][: number % 3],
+    }
+    for number in range(6)
+]
+
+
+@pytest.mark.parametrize(("packing", "freeze"), [("none", []), ("flat", []), ("flat", ["vision", "projector"])])
+def test_pairs_show_their_images_to_policy_and_reference(
+    packing: str, freeze: list[str], folder: Path, tmp_path: Path
+) -> None:
+    """The tower runs once for all answers of a micro-batch to an image; where it does not learn, once for both models."""
+    rows = [row | {"prompt": row["prompt"] if row["images"] else [{"role": "user", "content": "Hm"}]} for row in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loader = DataLoaderConfig(cache_dir=str(tmp_path / "cache"), image_root=str(folder), packing=packing)
+    changes: dict[str, Any] = {"sft_config": None, "dpo_config": DPOConfig(), "data_loader_config": loader}
+    changes["freeze"] = freeze
+    described = config(folder, tmp_path / "run", file_dataset=str(tmp_path / "pairs.jsonl"), **changes)
+    trainer = DPOTrainer(train_config=described)
+    seen: list[int] = []
+    for model in (trainer.base_model, trainer.reference.base):
+        model.model.vision_tower.register_forward_hook(lambda _, inputs, out: seen.append(len(out.last_hidden_state)))
+    values = trainer.train()
+    assert values["loss"] == pytest.approx(0.6931, abs=1e-4)
+    expected = [6] if freeze else [6, 6]
+    assert seen == expected  # of twelve answers with twelve uses: each image once
+
+
+def test_who_takes_no_images_says_so(folder: Path, tmp_path: Path) -> None:
+    from llm_trainer import GRPOTrainer
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    loader = DataLoaderConfig(cache_dir=str(tmp_path / "cache"), image_root=str(folder))
+    changes: dict[str, Any] = {"sft_config": None, "data_loader_config": loader, "grpo_config": GRPOConfig()}
+    described = config(folder, tmp_path / "run", file_dataset=str(tmp_path / "rows.jsonl"), **changes)
+    with pytest.raises(ValueError, match="its rows show images, and GRPOTrainer takes none yet"):
+        GRPOTrainer(train_config=described, reward_func=lambda completions, **_: [0.0] * len(completions))

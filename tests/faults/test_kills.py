@@ -46,6 +46,14 @@ def test_ten_kills_of_experts(balance: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_fifteen_kills_of_a_model_that_sees(tmp_path: Path) -> None:
+    """Its rows lie flat, and workers decode their images."""
+    pytest.importorskip("PIL", reason="needs pillow")
+    report = kill(tmp_path, 15, "vision", "fp32", "behind")
+    assert report["kills"] == 15 and report["during_save"] >= 2 and report["different"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["plain", "qwen3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ten_kills(model: str, precision: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,32 @@ class Plain(nn.Module):
         return self.head(self.drop(self.mix(self.drop(self.embed(input_ids)))[0]))
 
 
+def stream_of(rows: Rows, model_name: str, **options: Any) -> Any:
+    """Steps over rows; of a model that sees, laid flat, with images that workers decode."""
+    from llm_trainer.data.collate import collate_flat, collate_padded, lay_with_images
+    from llm_trainer.data.stream import SampleStream
+
+    if model_name != "vision":
+        return SampleStream(rows, collate_padded, **options)
+    sys.path[:0] = [str(Path(__file__).parents[1] / "invariance"), str(Path(__file__).parents[1])]
+    from pictures import Decoded, Pictured
+
+    shown = Decoded()
+    pictured = Pictured(rows, options["rows_per_step"], shown.refs)
+    collate = partial(lay_with_images, lay=collate_flat, images=shown)
+    return SampleStream(pictured, collate, flat=True, num_workers=2, **options)
+
+
 def make_model(name: str) -> nn.Module:
     """The same weights at every call."""
     torch.manual_seed(0)
     if name == "plain":
         return Plain()
+    if name == "vision":
+        sys.path.insert(0, str(Path(__file__).parents[1] / "invariance"))
+        from pictures import vision_model
+
+        return vision_model(attention_dropout=0.2)
     from llm_trainer.config.schema import ModelConfig, MoeConfig
     from llm_trainer.models.build import build_model
 
@@ -80,8 +102,6 @@ def make_model(name: str) -> nn.Module:
 def make_trainer(folder: Path, model_name: str = "plain", precision: str = "fp32", **options: Any) -> Any:
     """A run with dropout, shuffled rows, evaluations, a plateau schedule, and checkpoints that hit every phase."""
     from llm_trainer import SFTTrainer
-    from llm_trainer.data.collate import collate_padded
-    from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist
     from llm_trainer.optim.optimizers import configure_optimizer
     from llm_trainer.optim.schedules import create_scheduler
@@ -90,8 +110,8 @@ def make_trainer(folder: Path, model_name: str = "plain", precision: str = "fp32
     optimizer = configure_optimizer(model=model, lr=0.02)
     ranks, accumulation = {"rank": dist.rank(), "world_size": dist.world_size()}, 4 // dist.world_size()
     given: dict[str, Any] = {
-        "train_loader": SampleStream(Rows(62), collate_padded, rows_per_step=8, batch_size=2, **ranks),
-        "val_loader": SampleStream(Rows(8, 1), collate_padded, rows_per_step=8, batch_size=8, shuffle=False, **ranks),
+        "train_loader": stream_of(Rows(62), model_name, rows_per_step=8, batch_size=2, **ranks),
+        "val_loader": stream_of(Rows(8, 1), model_name, rows_per_step=8, batch_size=8, shuffle=False, **ranks),
         "scheduler": create_scheduler(optimizer, "reduce_on_plateau", factor=0.5, patience=0, threshold=0.01),
         "max_epochs": 3,
         "grad_accum_steps": accumulation,

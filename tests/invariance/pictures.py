@@ -1,6 +1,6 @@
 """Rows of the table that show images, and the model that sees them."""
 
-from functools import cache
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +34,40 @@ class Shades:
         return ImageBatch({"pixel_values": torch.from_numpy(noise[images])}, torch.tensor(order), counts, lengths)
 
 
+class Decoded(Shades):
+    """The same with pictures of bytes, which are decoded when they are shown.
+
+    Attributes:
+        refs: of the pictures.
+    """
+
+    def __init__(self) -> None:
+        from llm_trainer.data.images import count_image
+        from llm_trainer.data.read.errors import Location
+        from vision_data import file_of, picture
+
+        self.refs = [count_image(file_of(picture(SIDE, SIDE, n)), None, Location("here")) for n in range(DISTINCT)]
+
+    def open(self, ref: Any, location: Any) -> Any:
+        from llm_trainer.data.images import open_image
+
+        return open_image(ref, location)
+
+    def batch(self, images: list[Any], uses: list[list[int]]) -> Any:
+        made = super().batch([0] * len(images), uses)
+        shades = [np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 128 - 1 for image in images]
+        return replace(made, inputs={"pixel_values": torch.from_numpy(np.stack(shades))})
+
+
 class Pictured:
     """Rows with one image or two, and rows of text alone.
 
     In the second step those of the first of two ranks show images and have no term; in the third it has text alone.
     """
 
-    def __init__(self, rows: Any, per_step: int) -> None:
+    def __init__(self, rows: Any, per_step: int, refs: Any = None) -> None:
         self.rows, self.file_sizes = rows, rows.file_sizes
+        self.refs = refs or [Shown(str(number)) for number in range(DISTINCT)]
         numbers = np.arange(len(rows.lengths))
         self.counts = 1 + numbers // 2 % 2
         step, is_even = numbers // per_step, numbers % 2 == 0
@@ -59,22 +85,17 @@ class Pictured:
             if name in row:
                 found[name] = np.insert(row[name], 1, np.zeros(len(added), dtype=row[name].dtype))
         if count:
-            found["images"] = [Shown(str((index + use) % DISTINCT)) for use in range(count)]
+            found["images"] = [self.refs[(index + use) % DISTINCT] for use in range(count)]
         return found
 
 
-@cache
-def _shape() -> Any:
+def vision_model(seed: int = 0, **changes: Any) -> Any:
+    """A LLaVA of a tower with one layer and the table's language model; `changes` of this one's shape."""
     from llm_trainer.config.schema import VisionConfig, VLMConfig
+    from llm_trainer.models.build import build_model
 
     tower = VisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, patch_size=4)
     text: dict[str, Any] = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return VLMConfig(**text, num_key_value_heads=2, vision=tower, image_token_id=IMAGE)
-
-
-def vision_model(seed: int = 0) -> Any:
-    """A LLaVA of a tower with one layer and the table's language model."""
-    from llm_trainer.models.build import build_model
-
+    shape = VLMConfig(**text | changes, num_key_value_heads=2, vision=tower, image_token_id=IMAGE)
     torch.manual_seed(seed)
-    return build_model(_shape(), attention="sdpa")
+    return build_model(shape, attention="sdpa")

@@ -18,6 +18,7 @@ TOLERANCE_OF = {
     "grpo": 5e-6,  # gradients that are differences of close numbers
     "lora": 1e-5,  # as the critic
     "qlora": 1e-5,
+    "vlm-dpo": 1e-5,
 }
 IN_MANY_WAYS = ("sft", "dpo", "grpo")  # the last with further rows, which have a position of their own
 

@@ -31,7 +31,7 @@ from table import (
 TOLERANCE = 1e-5
 AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the last digit of fp32 is 5e-7
 # The gradients of a new critic and of A are small at first, and Adam divides them by themselves: rounding is amplified.
-AUTOMATIC_OF = {"ppo": TOLERANCE, "lora": TOLERANCE, "qlora": TOLERANCE}
+AUTOMATIC_OF = {"ppo": TOLERANCE, "lora": TOLERANCE, "qlora": TOLERANCE, "vlm-dpo": TOLERANCE}
 ROUNDED = ("sampled_logprobs", "old_logprobs", "ref_logprobs", "advantages")  # columns of a rollout that a forward made
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 

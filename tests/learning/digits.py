@@ -193,6 +193,47 @@ def accuracy(model: Any, seed: int, shows_images: bool, control: str = "") -> li
     return found
 
 
+SHADES = " .:-=+*#@"  # from black to white
+SHOWN = 4  # held-out images that are shown with their answers
+
+
+def pictures(seed: int) -> list[str]:
+    """Some held-out images side by side, in characters."""
+    images, _ = digits()
+    _, held_out = split(seed)
+    found = []
+    for height in range(SIDE):
+        line = "    "
+        for number in held_out[:SHOWN].tolist():
+            for shade in images[number, 0, height].tolist():
+                place = round((shade + 1) / 2 * (len(SHADES) - 1))
+                line += 2 * SHADES[place]
+            line += "    "
+        found.append(line)
+    return found
+
+
+@torch.no_grad()
+def answers(model: Any, seed: int) -> str:
+    """What a model says of these images, and of the sum of the first two."""
+    _, held_out = split(seed)
+    first, second = held_out[:SHOWN], held_out[1 : SHOWN + 1]
+    said = []
+    model.eval()
+    for task in (0, 1):
+        ids = rows(task, first, second, shows_images=True)
+        logits = model(input_ids=ids[:, :-1], pixel_values=pixels(task, first, second)).logits[:, -1]
+        said.append((logits.argmax(-1) - SUMS).tolist())
+    model.train()
+    words = list(map(_number, said[0]))
+    return f"which: {', '.join(words)}; the first two together: {_number(said[1][0])}"
+
+
+def _number(answer: int) -> str:
+    """In digits, if it is a number."""
+    return str(answer) if 0 <= answer < NO - SUMS else "?"
+
+
 class Measured(NamedTuple):
     """What a model answers rightly, in percent by task: of images, of words; and the time of the training before, in s."""
 
@@ -201,8 +242,12 @@ class Measured(NamedTuple):
     seconds: float
 
 
-def run(seed: int, folder: Path) -> dict[str, Measured]:
-    """All stages of a seed and the controls at their end; those that are in `folder` are not run again."""
+def run(seed: int, folder: Path, shows: bool = False) -> dict[str, Measured]:
+    """All stages of a seed and the controls at their end; those that are in `folder` are not run again.
+
+    Args:
+        shows: print some images, and what the model says of them after each stage.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / f"{seed}.json"
     found: dict[str, Measured] = {}
@@ -218,17 +263,23 @@ def run(seed: int, folder: Path) -> dict[str, Measured]:
         found[name] = measured
         known.write_text(json.dumps(found))
 
+    if shows:
+        print("\n".join(pictures(seed)))
+        print("    nothing trained:", answers(model, seed), flush=True)
     for name, stage in STAGES.items():
         weights = folder / f"{seed}_{name.replace(' ', '_')}.pt"
         if name in found:
             model.load_state_dict(torch.load(weights, weights_only=True))
+            if shows:
+                print(f"    {name}:", answers(model, seed), flush=True)
             continue
         started = time.perf_counter()
         train(model, stage, seed)
         seconds = time.perf_counter() - started
         torch.save(model.state_dict(), weights)
         note(name, measure(seconds))
-        print(seed, name, found[name], flush=True)
+        if shows:
+            print(f"    {name}:", answers(model, seed), flush=True)
         if name == "words":
             note("nothing trained on images", measure(0.0))
     for control in CONTROLS:
@@ -288,9 +339,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--folder", type=Path, default=Path("runs/digits"))
+    parser.add_argument("--show", action="store_true", help="print images, and what the model says of them")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    outcomes = [run(seed, given.folder) for seed in given.seeds]
+    outcomes = [run(seed, given.folder, given.show) for seed in given.seeds]
     table = lines(outcomes)
     print("\n".join(table))
     if tuple(given.seeds) == SEEDS:

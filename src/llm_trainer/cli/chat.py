@@ -1,22 +1,27 @@
 """`llm-trainer chat`: talk to a model that a run has saved."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tokenizers.decoders import DecodeStream
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
+from llm_trainer.data.asked import Asked, ask, ask_text, counted_images
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.data.read.messages import IMAGE
+from llm_trainer.data.vision import ImageFormat
 from llm_trainer.engine.device import detect_device
 from llm_trainer.generation.sampler import stream
 from llm_trainer.models.adapter_folder import load_pretrained
-from llm_trainer.models.inside import model_context
+from llm_trainer.models.build import auto_class
+from llm_trainer.models.inside import model_context, sees_images
 from llm_trainer.models.pretrained import Kind, find_pretrained
+from llm_trainer.models.vision_build import read_processor
 from llm_trainer.terminal import printable
 
 QUOTES = '"""'
@@ -40,26 +45,41 @@ class Speaker:
             raise ValueError(
                 "--system: plain text has no system message; omit it, or give the tokenizer a chat template"
             )
-        self.format: ChatFormat = ChatFormat(tokenizer)
         found = find_pretrained(folder, (Kind.LANGUAGE_MODEL,), hub=False)
-        self.model: Any = load_pretrained(AutoModelForCausalLM, found, merged=False)
+        config = AutoConfig.from_pretrained(found.model_source)
+        images = None
+        if sees_images(config):
+            images = ImageFormat(read_processor(found.model_source, tokenizer))
+            settings = {"suppress_tokens": (images.image_token_id,)} | settings  # it stands for images alone
+        self.format: ChatFormat = ChatFormat(tokenizer, images=images)
+        self.model: Any = load_pretrained(auto_class(config), found, merged=False)
         self.model.to(detect_device(None))  # type: ignore[arg-type]
         self.settings = settings
-        self.start: list[dict[str, str]] = []
+        self.start: list[dict[str, Any]] = []
         if system is not None:
             self.start.append({"role": "system", "content": system})
-        self.turns: list[dict[str, str]] = []
+        self.turns: list[dict[str, Any]] = []
 
-    def answer(self, text: str) -> Iterator[str]:
-        """What the model writes after `text`; a conversation remembers it, as far as it was written."""
+    def answer(self, text: str, images: Sequence[Path] = ()) -> Iterator[str]:
+        """What the model writes after `text`; a conversation remembers it, as far as it was written.
+
+        Args:
+            text: in which an `<image>` stands for each of the images; where none does, they come first.
+            images: files.
+        """
+        if images and IMAGE not in text:
+            text = IMAGE * len(images) + text
+        refs = counted_images(self.format, text, [str(path) for path in images], "--image")
         if self.raw:
-            ids = self.format.encode_text(text).input_ids[:-1]  # without the end of text, which is to be written
+            prompt = ask_text(self.format, text, refs, "--image")
         else:
-            ids = self._prompt_ids(text)
+            turn: dict[str, Any] = {"role": "user", "content": text}
+            prompt = self._prompt(turn | {"images": refs} if refs else turn)
         tokenizer = self.format.tokenizer
         pad_token_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
         stop_token_ids = self.format.stop_token_ids()
-        tokens = stream(self.model, ids, stop_token_ids=stop_token_ids, pad_token_id=pad_token_id, **self.settings)
+        how = {"stop_token_ids": stop_token_ids, "pad_token_id": pad_token_id} | self.settings
+        tokens = stream(self.model, prompt.ids, prompt.images, **how)
         decoder = DecodeStream(skip_special_tokens=True)
         written = []
         try:
@@ -72,14 +92,14 @@ class Speaker:
             if not self.raw:
                 self.turns.append({"role": "assistant", "content": "".join(written)})
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def _prompt(self, turn: dict[str, Any]) -> Asked:
         """The conversation and the new turn; the oldest turns are forgotten when the context is full."""
         context = model_context(self.model)
-        self.turns.append({"role": "user", "content": text})
+        self.turns.append(turn)
         while True:
-            ids = self.format.encode_prompt([*self.start, *self.turns])
-            if context is None or len(ids) < context or len(self.turns) == 1:
-                return ids
+            prompt = ask(self.format, [*self.start, *self.turns], "--image")
+            if context is None or len(prompt.ids) < context or len(self.turns) == 1:
+                return prompt
             del self.turns[:2]
 
 
@@ -116,13 +136,17 @@ def chat(
     top_k: Annotated[int, typer.Option(min=0, help="sample from this many most likely tokens; 0: all")] = 0,
     seed: Annotated[int | None, typer.Option(min=0, help="the same seed gives the same answer")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="continue plain text, as a pretrained model does")] = False,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="an image that the first prompt shows, where its <image> stands; repeatable"),
+    ] = None,
 ) -> None:
     """Talk to a saved model. Ctrl-C ends an answer, Ctrl-D the conversation; triple quotes enclose several lines."""
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     found = find_pretrained(folder, (Kind.LANGUAGE_MODEL,), hub=False)
     speaker = Speaker(Path(found.source), raw, system, seed=seed, **settings)
     if prompt is not None:
-        _say(speaker.answer(prompt))
+        _say(speaker.answer(prompt, image or []))
         return
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
@@ -141,7 +165,8 @@ def chat(
             continue
         if not text.strip():
             continue
-        answer = speaker.answer(text)
+        answer = speaker.answer(text, image or [])
+        image = None  # it was shown; the conversation remembers it
         try:
             _say(answer)
         except KeyboardInterrupt:

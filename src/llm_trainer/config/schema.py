@@ -379,7 +379,8 @@ class TrainConfig:
     init_weights_path: str | None = Field(default=None, description="initial weights as a file or folder")
     eval_prompts: list[str] = Field(default_factory=list, description="prompts answered at each evaluation")
     eval_image_tags: list[str | list[str]] = Field(
-        default_factory=list, description="for each of these prompts the image that its <image> shows, or several in a list"
+        default_factory=list,
+        description="for each of these prompts the image that its <image> shows, or several in a list",
     )
     plugins: list[str] = Field(
         default_factory=list, description="modules or .py files imported first, which register algorithms"

@@ -231,8 +231,10 @@ class SampleStream:
 
     @property
     def shows_images(self) -> bool:
-        """Whether rows may show images."""
-        parts = getattr(self.dataset, "parts", ())  # a dataset of the user has none
+        """Whether rows may show images; of a dataset of the user nobody knows, so they may."""
+        parts = getattr(self.dataset, "parts", None)
+        if parts is None:
+            return True
         return any(getattr(part, "tower_tokens", None) is not None for part in parts)
 
     def num_steps(self) -> int:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from llm_trainer.config.adapters import LANGUAGE_MODEL
@@ -77,3 +78,23 @@ def describe_frozen(model: nn.Module) -> str:
         if frozen:
             said.append(f"{part}: {frozen:,}{share} parameters")
     return ", ".join(said)
+
+
+def see_alike(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models make the same of every image, and always will: `model` does not learn to see.
+
+    Args:
+        model: that is trained.
+        other: frozen, or `model` itself, as it was at some time of its training.
+    """
+    own = _eyes_of(model)
+    if not own or any(parameter.requires_grad for parameter in own.values()):
+        return False
+    theirs = own if other is model else _eyes_of(other)
+    return own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+def _eyes_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of tower and projector, by name."""
+    inner = adapted_model(model)
+    return {name: inner.get_parameter(name) for name, part in _parts_of(inner) if part != LANGUAGE}

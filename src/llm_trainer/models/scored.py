@@ -24,7 +24,7 @@ from llm_trainer.models.experts import Routes, biased_routers, expert_shape, exp
 from llm_trainer.models.heads import logits_of, read_head, split_of
 from llm_trainer.models.inside import adapted_model, language_config, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
-from llm_trainer.models.vision import Features, Images, Vision
+from llm_trainer.models.vision import Features, Images, SeenOnce, Vision
 from llm_trainer.models.vision import rope_positions as positions_of
 
 
@@ -126,7 +126,7 @@ class ScoredModel(nn.Module):
         loss_weights: Tensor | None = None,
         objective: Objective | None = None,
         drawn_from: DrawnFrom | None = None,
-        images: Images | Features | None = None,
+        images: Images | Features | SeenOnce | None = None,
         rope_positions: Tensor | None = None,
         **model_inputs: Any,
     ) -> TokenScores:
@@ -218,7 +218,7 @@ class ScoredModel(nn.Module):
         supervised: Tensor,
         position_ids: Tensor | None = None,
         document_lengths: Tensor | None = None,
-        images: Images | Features | None = None,
+        images: Images | Features | SeenOnce | None = None,
         rope_positions: Tensor | None = None,
         **model_inputs: Any,
     ) -> tuple[Tensor, Any]:
@@ -257,13 +257,21 @@ class ScoredModel(nn.Module):
             states = states + zero.to(states.dtype)
         return states, output
 
-    def _seen(self, images: Images | Features | None, brings_pixels: bool) -> tuple[Features | None, Tensor | None]:
+    def _seen(
+        self, images: Images | Features | SeenOnce | None, brings_pixels: bool
+    ) -> tuple[Features | None, Tensor | None]:
         """What the tower makes of the images; where there are none, a 0 that depends on the tower, if others have some.
 
         Args:
             images: of the micro-batch.
             brings_pixels: the model itself is given images, as a loader of the user has them.
         """
+        if isinstance(images, SeenOnce):
+            if images.is_seen:
+                return images.features, None
+            images.features, zero = self._seen(images.images, brings_pixels)
+            images.is_seen = True
+            return images.features, zero
         if isinstance(images, Features):
             return images, None
         if images is not None and len(images.order):

@@ -68,6 +68,20 @@ class Features(NamedTuple):
         return {"image": type(self.like)(**fields)}
 
 
+class SeenOnce:
+    """The images of a micro-batch for several models that make the same of them and do not learn to see: the first encodes.
+
+    Attributes:
+        images: of the micro-batch; None: it has none.
+        features: what the first model has made of them; None: nobody has yet, or there are none.
+        is_seen: whether it has.
+    """
+
+    def __init__(self, images: Images | None) -> None:
+        self.images, self.is_seen = images, False
+        self.features: Features | None = None
+
+
 def joined_features(parts: Sequence[Features]) -> Features:
     """Features of several batches of images as one, in the order of their rows."""
     orders, lengths = list[Tensor](), list[Tensor]()

@@ -137,8 +137,8 @@ def prompts_of(algorithm: Algorithm, chat: "ChatFormat") -> "list[Asked]":
     tags = algorithm.eval_image_tags or [[]] * len(algorithm.eval_prompts)
     if len(tags) != len(algorithm.eval_prompts):
         raise ValueError(
-            f"eval_image_tags: got {len(tags)} for {counted(len(algorithm.eval_prompts), 'prompt')}, expected one each: a path, "
-            "several in a list, or an empty list"
+            f"eval_image_tags: got {len(tags)} for {counted(len(algorithm.eval_prompts), 'prompt')}, expected one each: a "
+            "path, several in a list, or an empty list"
         )
     prompts = []
     for prompt, own in zip(algorithm.eval_prompts, tags, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm_trainer.image_batch import moved, of_images
 from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
 from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
+from llm_trainer.models.freezing import see_alike
 from llm_trainer.models.frozen import check_base, choose_reference
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import (
@@ -29,7 +30,7 @@ from llm_trainer.trainers.answers import (
 )
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.building import DataRequest
-from llm_trainer.trainers.references import describe_reference, precompute_reference, reference_of
+from llm_trainer.trainers.references import describe_reference, precompute_reference, reference_of, seen_once
 
 if TYPE_CHECKING:
     from llm_trainer.config.algorithms import DPOConfig
@@ -100,6 +101,7 @@ class DPOTrainer(BaseTrainer):
         compared_with, starts_equal = None, False
         if self.loss.needs_reference and not ref_log_probs_given:
             compared_with, starts_equal = choose_reference(model, ref_model, reference)
+        self._sees_once = compared_with is not None and see_alike(model, compared_with)
         if starts_at_reference is None:
             starts_at_reference = starts_equal
         self._at_start = starts_at_reference and self.loss.needs_reference
@@ -222,6 +224,7 @@ class DPOTrainer(BaseTrainer):
     def _prepare_batch(self, batch: Batch) -> Batch:
         rows = self._policy_rows(batch)
         if self.reference is not None and "ref_chosen_logps" not in rows:
+            rows = seen_once(rows) if self._sees_once else rows
             with torch.no_grad():
                 rows["ref_logprobs"] = score(self.reference, rows).logprobs
         return rows

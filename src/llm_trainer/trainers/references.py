@@ -11,6 +11,7 @@ from llm_trainer.image_batch import moved, of_images
 from llm_trainer.models.frozen import StartingPoint, fingerprint, freeze
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
+from llm_trainer.models.vision import SeenOnce
 from llm_trainer.trainers.answers import Batch, as_rows, score, share_prompts
 from llm_trainer.trainers.said import check_vocabulary
 
@@ -31,6 +32,14 @@ def reference_of(
     trainer.machine.reads_rows(partial(packing_of, model, scored, trainer.machine.device))
     trainer.machine.place(reference)
     return reference
+
+
+def seen_once(rows: Batch) -> Batch:
+    """Rows whose images the reference encodes, and the policy does not encode again."""
+    if "images" not in rows and of_images(rows):  # ready-made: the model itself is given the pixels
+        return rows
+    seen: dict[str, Any] = dict(rows)
+    return seen | {"images": SeenOnce(seen.get("images"))}
 
 
 def describe_reference(reference: nn.Module | None) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llm_trainer.image_batch import moved, of_images
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
+from llm_trainer.models.freezing import see_alike
 from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import (
@@ -23,7 +24,7 @@ from llm_trainer.trainers.answers import (
     supervised,
 )
 from llm_trainer.trainers.base import BaseTrainer
-from llm_trainer.trainers.references import reference_of
+from llm_trainer.trainers.references import reference_of, seen_once
 
 if TYPE_CHECKING:
     from llm_trainer.config.algorithms import KTOConfig
@@ -76,6 +77,7 @@ class KTOTrainer(BaseTrainer):
         self._num_of_kind = torch.zeros(2)  # good and bad answers of the step
         model = options["model"] if "model" in options else args[0]
         compared_with, _ = choose_reference(model, ref_model, reference)
+        self._sees_once = see_alike(model, compared_with)
         super().__init__(*args, **options)
         self.reference = reference_of(compared_with, self, self._policy, reference)
 
@@ -165,6 +167,7 @@ class KTOTrainer(BaseTrainer):
 
     def _with_reference(self, rows: Batch) -> Batch:
         """Rows with what the reference says of their labels."""
+        rows = seen_once(rows) if self._sees_once else rows
         with torch.no_grad():
             return rows | {"ref_logprobs": score(self.reference, rows).logprobs}
 
