@@ -247,3 +247,13 @@ def test_who_takes_no_images_says_so(folder: Path, tmp_path: Path) -> None:
     described = config(folder, tmp_path / "run", file_dataset=str(tmp_path / "rows.jsonl"), **changes)
     with pytest.raises(ValueError, match="its rows show images, and GRPOTrainer takes none yet"):
         GRPOTrainer(train_config=described, reward_func=lambda completions, **_: [0.0] * len(completions))
+
+
+def test_a_class_of_the_user_says_that_its_forward_hands_on_images(folder: Path, tmp_path: Path) -> None:
+    class Own(SFTTrainer):
+        def _forward(self, batch: Any) -> Any:
+            names = ("input_ids", "labels", "position_ids", "document_lengths")
+            return self.model(**{name: batch[name] for name in names if name in batch})
+
+    with pytest.raises(ValueError, match="its rows show images, and Own takes none yet"):
+        Own(train_config=config(folder, tmp_path / "run"))

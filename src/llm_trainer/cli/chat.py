@@ -74,7 +74,9 @@ class Speaker:
             prompt = ask_text(self.format, text, refs, "--image")
         else:
             turn: dict[str, Any] = {"role": "user", "content": text}
-            prompt = self._prompt(turn | {"images": refs} if refs else turn)
+            if refs:
+                turn["images"] = refs
+            prompt = self._prompt(turn)
         tokenizer = self.format.tokenizer
         pad_token_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
         stop_token_ids = self.format.stop_token_ids()
