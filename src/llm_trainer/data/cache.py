@@ -26,7 +26,16 @@ HASHED_WHOLE = 16 << 20  # bytes of a file up to which all of it is in its key
 SAMPLED_BLOCKS, SAMPLED_BLOCK = 256, 16 << 10  # of larger ones
 PACKAGE = Path(__file__).parent
 # The code that decides what a row becomes.
-ENCODERS = ("read/**/*.py", "encode/**/*.py", "kinds/**/*.py", "ids.py", "unused.py")
+ENCODERS = (
+    "read/**/*.py",
+    "encode/**/*.py",
+    "kinds/**/*.py",
+    "ids.py",
+    "unused.py",
+    "images.py",
+    "vision.py",
+    "provided.py",
+)
 
 
 def default_folder() -> Path:

@@ -106,6 +106,7 @@ def lay_with_images(
 
     Raises:
         DataError: an image is gone, damaged, or another one than when it was counted.
+        ValueError: ids have other placeholders than images need.
     """
     batch = lay(samples)
     numbers: dict[str, int] = {}  # digest -> which distinct image
@@ -119,14 +120,16 @@ def lay_with_images(
                 opened.append(images.open(ref, Location(sample.get("place", "a row"))))
             shown.append(numbers[ref.digest])
         uses.append(shown)
+    expected = 0
     if opened:
         batch["images"] = images.batch(opened, uses)
-        found = int((batch["input_ids"] == images.image_token_id).sum())
-        if found != batch["images"].num_placeholders:
-            raise ValueError(
-                f"a micro-batch has {found} placeholders of images, and its images {batch['images'].num_placeholders} tokens; "
-                f"expected as many: token {images.image_token_id} pads nothing and stands in no text"
-            )
+        expected = batch["images"].num_placeholders
+    found = int((batch["input_ids"] == images.image_token_id).sum())
+    if found != expected:
+        raise ValueError(
+            f"a micro-batch has {found:,} placeholders of images, and its images have {expected:,} tokens; expected as many: "
+            f"token {images.image_token_id} pads no row, and ids that hold it name their images in image_tags_file_dataset"
+        )
     return batch
 
 

@@ -302,6 +302,7 @@ class Packed:
             sample["loss_weights"] = np.concatenate([p["loss_weights"] for p in pieces])
         if self.tower_tokens is not None:
             add_images(sample, pieces)
+            sample["place"] = self.place(index)
         return sample
 
     def _tower_tokens(self, of_documents: np.ndarray | None) -> np.ndarray | None:

@@ -221,7 +221,7 @@ class SampleStream:
         self._first_visits = np.cumsum([0, *self.visits])  # of each file, and the end
         self._first_samples = np.cumsum([0, *self.dataset.file_sizes])
         # What a token budget counts; a dataset without images need not say it.
-        self._costs: np.ndarray = getattr(self.dataset, "costs", self.dataset.lengths)
+        self.costs: np.ndarray = getattr(self.dataset, "costs", self.dataset.lengths)
         self._sorted: tuple[int, np.ndarray] | None = None  # an epoch, and its order from easy to hard
 
     def __len__(self) -> int:
@@ -309,9 +309,9 @@ class SampleStream:
             sizes = [min(self.batch_size, len(rows) - start) for start in starts]
             groups = cut_by_length(self.dataset.lengths[rows], sizes)
         elif self.shared is not None:
-            groups = cut_groups(self._costs[rows], self.shared.of(rows), self.micro_batch_tokens)
+            groups = cut_groups(self.costs[rows], self.shared.of(rows), self.micro_batch_tokens)
         else:
-            groups = cut_by_tokens(self._costs[rows].tolist(), self.micro_batch_tokens, self.flat)
+            groups = cut_by_tokens(self.costs[rows].tolist(), self.micro_batch_tokens, self.flat)
         return [rows[group].tolist() for group in groups]
 
     def _plan(self, epoch: int, position: int) -> Iterator[tuple[list[list[int]], bool, int]]:
@@ -355,7 +355,7 @@ class SampleStream:
         place = getattr(self.dataset, "place", "sample {} of the dataset".format)  # a dataset need not know
         rows = []
         for group in groups:
-            rows.append([RowOfStep(int(self._costs[sample]), place(sample)) for sample in group])
+            rows.append([RowOfStep(int(self.costs[sample]), place(sample)) for sample in group])
         return rows
 
     def recut(self, micro_batches: list[MicroBatch]) -> None:

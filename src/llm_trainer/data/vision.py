@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from llm_trainer.image_batch import ImageBatch
 
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # what a processor makes of text
+_ASKING = Lock()
 _PATCH = 14  # pixels of a patch's side where nobody says it: that of CLIP's and SigLIP's towers
 
 
@@ -91,7 +93,8 @@ class ImageFormat:
         """All that is known of images of a size; a processor that refuses it raises what it raises."""
         size = self.limited(height, width)
         if size not in self._of_size:
-            self._of_size[size] = self._ask(*size)
+            with _ASKING:  # of the threads that encode, one at a time: the tokenizer inside is no two threads' at once
+                self._of_size[size] = self._ask(*size)
         return self._of_size[size]
 
     def count(self, source: str | bytes, root: Path | None, location: Location) -> ImageRef:
@@ -144,7 +147,7 @@ class ImageFormat:
             if (width, height) != image.size:
                 image = image.resize((width, height))
             shown.append(image)
-        return self._processed(shown, "pt")
+        return self._processed(shown)
 
     def batch(self, images: Sequence["Image"], uses: Sequence[Sequence[int]]) -> "ImageBatch":
         """The images of a micro-batch.
@@ -179,9 +182,9 @@ class ImageFormat:
         described = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
         return [type(self.processor).__name__, described, self.max_pixels]
 
-    def _processed(self, images: Sequence["Image"], kind: str) -> dict[str, Any]:
+    def _processed(self, images: Sequence["Image"]) -> dict[str, Any]:
         """What the processor makes of some images, each in a text of its own."""
-        how = {"return_tensors": kind, "padding": True, "add_special_tokens": False}
+        how = {"return_tensors": "pt", "padding": True, "add_special_tokens": False}
         made = self.processor(text=[self.marker] * len(images), images=[[image] for image in images], **how)
         return {name: value for name, value in made.items() if name not in _OF_TEXT}
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from llm_trainer.config.schema import VLMConfig
 
+VIDEOS = "video_processor"  # the part of a processor that takes videos
 # What a vision-language model may be put together of: kinds of transformers' models, and which class reads them.
 LANGUAGE_MODELS = ("qwen3", "llama")
 SIGLIP = ("siglip_vision_model", "siglip")
@@ -206,10 +207,8 @@ def read_processor(folder: str | Path, tokenizer: Any) -> Any:
     Raises:
         ValueError: it has one that cannot be made here.
     """
-    from transformers import AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = _processor_class(folder).from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         said = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -224,3 +223,27 @@ def read_processor(folder: str | Path, tokenizer: Any) -> Any:
     processor.tokenizer = tokenizer
     processor.chat_template = tokenizer.chat_template or processor.chat_template
     return processor
+
+
+def _processor_class(folder: str | Path) -> Any:
+    """The class of the processor in a folder."""
+    from importlib.util import find_spec
+
+    import transformers
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    if find_spec("torchvision") is not None:
+        return AutoProcessor
+    name = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(folder).model_type, "")
+    found = getattr(transformers, name, None)
+    if found is None or VIDEOS not in found.get_attributes():
+        return AutoProcessor
+    return without_videos(found)
+
+
+def without_videos(processor_class: Any) -> Any:
+    """A class of processors without the part that takes videos, which needs torchvision; it is saved under the same name."""
+    names = [name for name in processor_class.get_attributes() if name != VIDEOS]
+    changes = {"get_attributes": classmethod(lambda cls: names), "__module__": processor_class.__module__}
+    return type(processor_class.__name__, (processor_class,), changes)

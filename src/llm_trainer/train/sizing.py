@@ -79,7 +79,7 @@ def _cost(work: Work, size: Size, settings: "Settings", fastest: int) -> BytesOf
     if formula is not None and engine.device.type == "cpu":
         return formula
     rows = math.ceil(source.rows_per_step / source.world_size)
-    if rows * int(source.dataset.lengths.max()) <= min(fastest, ENOUGH):  # whatever is chosen, steps are no larger
+    if rows * int(source.costs.max()) <= min(fastest, ENOUGH):  # whatever is chosen, steps are no larger
         return formula or (lambda tokens: 0.0)
     per_token = bytes_per_token(work, source)
     if per_token is None:

@@ -53,7 +53,7 @@ def longest_rows(source: SampleStream) -> tuple[MicroBatch, int]:
 
     It has at most `batch_size` rows: where that does not fit, training without a trial would not either.
     """
-    lengths = np.asarray(source.dataset.lengths)
+    lengths = np.asarray(source.costs)
     longest = int(lengths.max())
     count = min(len(lengths), source.batch_size, max(1, TOKENS // longest))
     rows = np.argsort(-lengths, kind="stable")[:count]

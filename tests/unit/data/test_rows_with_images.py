@@ -321,6 +321,16 @@ def test_ids_whose_placeholders_are_there_find_their_images_in_the_csv(tmp_path:
         loaded(tokens, chat, **how)
 
 
+def test_placeholders_without_images_are_an_error(tmp_path: Path, chat: ChatFormat) -> None:
+    ids = np.array([chat.images.image_token_id, 70, 71, 72] * 8, dtype=np.int64)
+    np.save(tmp_path / "rows.npy", ids)
+    data = loaded(tmp_path / "rows.npy", chat, "text", packing="wrapped", block_size=16)
+    how: dict[str, Any] = {"rows_per_step": 2, "batch_size": 2}
+    stream = open_stream(data, get_kind("text"), DataOptions(packing="wrapped"), 0, **how)
+    with pytest.raises(ValueError, match="a micro-batch has 8 placeholders of images, and its images have 0 tokens"):
+        list(stream.steps(0))
+
+
 def test_the_marker_in_an_answer_is_an_error(chat: ChatFormat) -> None:
     from llm_trainer.data.encode.templates import ChatTemplateError
 

@@ -3,12 +3,16 @@
 import pytest
 
 pytest.importorskip("PIL")
+import numpy as np
 import torch
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.pictured import find_places
+from llm_trainer.data.read.errors import Location
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.image_batch import moved
-from vision_data import PATCH, SIDE, llava_processor, picture
+from vision_data import PATCH, PROCESSORS, SIDE, file_of, llava_processor, picture
 
 NUM = (SIDE // PATCH) ** 2
 
@@ -62,3 +66,47 @@ def test_a_tokenizer_that_lacks_the_placeholder_is_named() -> None:
     processor.tokenizer = train_tokenizer(["nothing to see"], 300)
     with pytest.raises(ConfigError, match="image_token '<image>': the tokenizer writes it as .* tokens; expected one"):
         ImageFormat(processor)
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_ids_and_pixels_are_those_of_transformers(family: str) -> None:
+    processor = PROCESSORS[family]()
+    images = ImageFormat(processor)
+    pictures = [picture(20, 30, seed=1), picture(64, 20, seed=2)]
+    # 1. what transformers makes of them
+    text = f"Hi\n{images.marker}\nyou {images.marker}? No"
+    made = processor(text=[text], images=[pictures], return_tensors="pt", add_special_tokens=False)
+    ids = made["input_ids"][0].tolist()
+    # 2. and we, of their sizes alone
+    chat = ChatFormat(processor.tokenizer, images=images)
+    refs = [images.count(file_of(one), None, Location("rows.jsonl", 1)) for one in pictures]
+    [one] = chat.encode_documents(["Hi\n<image>\nyou <image>? No"], [refs])
+    assert one.input_ids[: len(ids)] == ids and len(one.input_ids) == len(ids) + 1  # and the eos
+    batch = images.batch(pictures, [[0, 1]])
+    assert batch.num_placeholders == ids.count(images.image_token_id)
+    for place, length in zip(one.places, batch.lengths.tolist(), strict=True):
+        block = ids[place.start : place.stop]
+        assert ids[place.first] == images.image_token_id and block.count(images.image_token_id) == length
+        assert not any(one.trained[place.start : place.stop])
+    for name, values in batch.inputs.items():
+        assert torch.equal(values.flatten(), made[name].flatten()), name
+    # 3. ids in which they are already are found again
+    places = find_places(np.array(one.input_ids), refs, images)
+    assert [(place.first, place.tower) for place in places] == [(place.first, place.tower) for place in one.places]
+
+
+def test_what_a_tower_sees_is_counted() -> None:
+    sizes = {"llava": 16, "llava_next": 5 * 16, "qwen2_5_vl": 32, "qwen3_vl": 32, "idefics3": 5 * 16, "gemma3": 16}
+    for family, expected in sizes.items():
+        assert ImageFormat(PROCESSORS[family](), patch_size=PATCH).tower_tokens(20, 30) == expected, family
+
+
+def test_a_processor_leaves_nothing_in_the_key_of_stores() -> None:
+    images = ImageFormat(llava_processor())
+    chat = ChatFormat(llava_processor().tokenizer, images=images)
+    before = chat.facts()
+    images.batch([picture(), picture(40, 40)], [[0, 1]])
+    assert chat.facts() == before
+    assert (
+        ChatFormat(llava_processor().tokenizer, images=ImageFormat(llava_processor(), max_pixels=9)).facts() != before
+    )

@@ -98,3 +98,20 @@ def test_parts_start_from_folders(tmp_path: Path) -> None:
         build_model(VLMConfig(**paths, image_token_id=5, tokens_per_image=3))
     with pytest.raises(ValueError, match="language_path: .* holds a siglip"):
         build_model(VLMConfig(language_path=paths["vision_path"], vision_path=paths["vision_path"], image_token_id=5))
+
+
+def test_a_processor_that_takes_videos_too_is_read_without_torchvision(tmp_path: Path) -> None:
+    from transformers import Qwen2_5_VLConfig
+
+    from vision_data import PROCESSORS
+
+    made = PROCESSORS["qwen2_5_vl"]()
+    made.save_pretrained(tmp_path)
+    Qwen2_5_VLConfig().save_pretrained(tmp_path)
+    again = read_processor(tmp_path, made.tokenizer)
+    assert type(again).__name__ == "Qwen2_5_VLProcessor" and again.image_token == "<|image_pad|>"
+    image = Image.new("RGB", (30, 20), "red")
+    there, here = (one(text=["<|image_pad|>"], images=[image], return_tensors="pt") for one in (again, made))
+    assert torch.equal(there["pixel_values"], here["pixel_values"])
+    again.save_pretrained(tmp_path / "again")
+    assert "Qwen2_5_VLProcessor" in (tmp_path / "again" / "processor_config.json").read_text()

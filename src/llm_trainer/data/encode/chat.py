@@ -407,7 +407,10 @@ class ChatFormat:
 
     def facts(self) -> list[Any]:
         """Everything that the ids of a row and what is trained on depend on, but for the row: plain values."""
-        tokenizer = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        backend = self.tokenizer.backend_tokenizer
+        if self.images is not None:
+            backend = self._encoder.backend  # a processor leaves its padding in the other
+        tokenizer = hashlib.sha256(backend.to_str().encode()).hexdigest()
         try:
             templates = self._sources
         except ChatTemplateError:  # none: plain text needs none

@@ -139,8 +139,8 @@ def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _size(value: Any) -> int:
-    """About how many characters, or bytes of arrays, a row holds."""
-    if isinstance(value, str):
+    """About how many characters, or bytes of arrays and images, a row holds."""
+    if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
