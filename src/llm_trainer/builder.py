@@ -60,7 +60,7 @@ LAYOUT_KEY = "data_loader_config.packing: none"
 # Options of the data that hold for whatever data: the others name files or columns, or say in which order files come.
 OF_ANY_DATA = (
     *("data_loader_num_workers", "data_loader_pin_memory", "data_loader_shuffle", "micro_batch_tokens", "truncation"),
-    *("bad_rows", "image_columns", "max_left_out", "parse_special_tokens", "cache_dir"),
+    *("bad_rows", "bad_images", "max_pixels", "image_columns", "max_left_out", "parse_special_tokens", "cache_dir"),
 )
 
 

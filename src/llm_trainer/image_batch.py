@@ -15,7 +15,8 @@ OF_IMAGES = ("pixel_", "image", "video_")
 class ImageBatch:
     """The key `images` of a batch; absent where no row has an image.
 
-    Each distinct image is there once, whatever the number of rows that show it. `counts` and `lengths` stay on the host.
+    Each distinct image is there once, whatever the number of rows that show it. Only `inputs` go to a device: the host
+    reads the others.
 
     Attributes:
         inputs: what the model takes of the distinct images, `pixel_values` and whatever its processor puts beside it.
@@ -32,17 +33,17 @@ class ImageBatch:
     @property
     def num_placeholders(self) -> int:
         """Placeholder tokens of all uses."""
-        return int(self.lengths[self.order.to(self.lengths.device)].sum())
+        return int(self.lengths[self.order].sum())
 
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same images on a device."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, order=self.order.to(device, non_blocking=True))
+        return replace(self, inputs=inputs)
 
     def pin_memory(self) -> "ImageBatch":
         """The same images in page-locked memory; a loader calls this."""
         inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, order=self.order.pin_memory())
+        return replace(self, inputs=inputs)
 
 
 def moved(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ every length is known before a pixel is decoded, whatever a family of models doe
 
 import json
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -67,7 +68,10 @@ class ImageFormat:
             raise ConfigError(
                 f"processor: {type(processor).__name__} makes nothing of images; expected that of a vision-language model"
             )
-        self.processor, self.marker, self.max_pixels = processor, str(marker), max_pixels
+        # Its tokenizer is its own: it leaves its padding in it, and no other thread may use it meanwhile.
+        self.processor = copy(processor)
+        self.processor.tokenizer = deepcopy(processor.tokenizer)
+        self.marker, self.max_pixels = str(marker), max_pixels
         said = [getattr(part, "patch_size", None) for part in (processor, processor.image_processor)]
         self.patch_size: int = next(size for size in (patch_size, *said, _PATCH) if size)
         self.image_token_id = int(processor.image_token_ids[0])

@@ -1,5 +1,6 @@
 """A vision-language model put together of a tower, a projector and a language model, and the processor that goes with it."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -230,16 +231,27 @@ def _processor_class(folder: str | Path) -> Any:
     from importlib.util import find_spec
 
     import transformers
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers import AutoProcessor
 
     if find_spec("torchvision") is not None:
         return AutoProcessor
-    name = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(folder).model_type, "")
-    found = getattr(transformers, name, None)
+    found = getattr(transformers, _named_processor(Path(folder)), None)
     if found is None or VIDEOS not in found.get_attributes():
         return AutoProcessor
     return without_videos(found)
+
+
+def _named_processor(folder: Path) -> str:
+    """The name of the processor's class: as its files say, else that of the model's kind."""
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            said = json.loads((folder / name).read_text(encoding="utf-8")).get("processor_class")
+            if said:
+                return str(said)
+    return str(PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(folder).model_type, ""))
 
 
 def without_videos(processor_class: Any) -> Any:

@@ -221,10 +221,7 @@ class ChatFormat:
         enable_thinking: bool | None = None,
     ) -> list[list[int]]:
         """Many prompts, tokenised together."""
-        if self.images is not None:
-            return [one.input_ids for one in self.encode_pictured(conversations, tools, enable_thinking)]
-        rendered = self._rendered_prompts(conversations, tools, enable_thinking)
-        return self._encoder.encode_ids(rendered)
+        return [one.input_ids for one in self.encode_pictured(conversations, tools, enable_thinking)]
 
     def encode_pictured(
         self,
@@ -234,6 +231,9 @@ class ChatFormat:
     ) -> list[EncodedChat]:
         """Many prompts with the images that stand in them; nothing of a prompt is trained on."""
         rendered = self._rendered_prompts(conversations, tools, enable_thinking)
+        if self.images is None:
+            pairs = zip(rendered, self._encoder.encode_ids(rendered), strict=True)
+            return [EncodedChat(ids, [False] * len(ids), one.text) for one, ids in pairs]
         printed = [
             _Printed(one, [], [], 0, _images_of(given)) for one, given in zip(rendered, conversations, strict=True)
         ]
@@ -355,9 +355,11 @@ class ChatFormat:
         """Many prompts with their completions, tokenised together; `images` stand for the `<image>`s of each."""
         spans, texts = [], []
         for prompt, completion in pairs:
-            before = self._plain(prompt).text
             texts.append(self._plain(prompt + completion))
-            spans.append([(len(before), len(texts[-1].text))])
+            start = len(prompt)
+            if self.images is not None:  # a marker may be longer than `<image>`
+                start = len(self._plain(prompt).text)
+            spans.append([(start, len(texts[-1].text))])
         return self._encode_plain(texts, spans, images, is_completion=True)
 
     def encode_documents(
@@ -407,10 +409,7 @@ class ChatFormat:
 
     def facts(self) -> list[Any]:
         """Everything that the ids of a row and what is trained on depend on, but for the row: plain values."""
-        backend = self.tokenizer.backend_tokenizer
-        if self.images is not None:
-            backend = self._encoder.backend  # a processor leaves its padding in the other
-        tokenizer = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        tokenizer = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         try:
             templates = self._sources
         except ChatTemplateError:  # none: plain text needs none

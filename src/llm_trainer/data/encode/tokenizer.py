@@ -70,6 +70,9 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
             "characters of each token; convert it and save its tokenizer.json"
         )
     _complete(tokenizer, path_or_name)
+    beside = path / "chat_template.json"  # of a processor, as older ones of vision-language models were saved
+    if tokenizer.chat_template is None and beside.is_file():
+        tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8")).get("chat_template")
     return tokenizer
 
 

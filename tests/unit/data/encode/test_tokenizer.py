@@ -103,3 +103,12 @@ def test_real_tokenizers(shared_data: Path) -> None:
     gpt2 = load_tokenizer(shared_data / "tokenizer" / "gpt2")
     assert (len(gpt2), gpt2.eos_token_id) == (50257, 50256)
     assert gpt2("Hello, I'm a language model,")["input_ids"] == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+
+
+def test_the_template_of_a_processor_in_a_file_of_its_own_is_found(tmp_path: Path) -> None:
+    made = train_tokenizer(["a b"], 300)
+    made.chat_template = None
+    made.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert load_tokenizer(tmp_path).chat_template == "{{ messages }}"
