@@ -195,7 +195,7 @@ def _check_shape(image: "Image", height: int, width: int, location: Location) ->
         expected = f"sides of at least {SMALLEST_SIDE} pixels, the longer at most {MOST_ELONGATED} times the shorter"
         raise DataError(location, found, expected, REPAIR, "image_shape")
     frames = getattr(image, "n_frames", 1)  # formats without frames do not say
-    if frames > 1:
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG, with a preview or a second eye behind the picture
         found = f"an animated image, or one of several pages ({counted(frames, 'frame')})"
         raise DataError(location, found, "a single picture", "store one frame; or " + REPAIR, "image_animated")
     if image.mode in ("I", "F"):
@@ -210,7 +210,7 @@ def _check_whole(image: "Image", data: bytes, location: Location) -> None:
         DataError: it was.
     """
     is_whole = True
-    if image.format == "JPEG":
+    if image.format in ("JPEG", "MPO"):
         # Inside a scan the byte 255 is followed by 0, so the last mark of a scan is that of the last scan.
         is_whole = data.rfind(_END_OF_JPEG) > data.rfind(_SCAN_OF_JPEG)
     elif image.format == "PNG":

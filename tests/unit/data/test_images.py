@@ -152,6 +152,13 @@ def test_counting_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_image(file_of(SQUARE, "JPEG"), None, HERE)[1:3] == (8, 8)
 
 
+def test_a_cameras_jpeg_with_a_preview_behind_it_is_one_picture() -> None:
+    data = file_of(picture(), "MPO", save_all=True, append_images=[picture(seed=1)], quality=95)
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    ref = count_image(data, None, HERE)
+    assert open_image(ref, HERE).size == (30, 20) and (ref.height, ref.width) == (20, 30)
+
+
 def test_an_image_in_memory_is_a_file() -> None:
     ref = count_image(in_bytes(picture()), None, HERE)
     assert np.array_equal(np.asarray(open_image(ref, HERE)), np.asarray(picture()))

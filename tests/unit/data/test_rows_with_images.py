@@ -357,6 +357,10 @@ PAIRS = [
 def test_both_answers_of_a_pair_show_the_images_of_its_prompt(tmp_path: Path, chat: ChatFormat) -> None:
     data = loaded(write(tmp_path, PAIRS), chat, "pairs")
     assert data.ledgers[0].images.read == data.ledgers[0].images.used == 2 + 3
+    assert loaded(tmp_path / "rows.jsonl", chat, "pairs", packing="flat", share_prompts=True).lengths.tolist() == [
+        sum(len(side["input_ids"]) for side in (data[number]["chosen"], data[number]["rejected"]))
+        for number in range(3)
+    ]
     stream = open_stream(data, get_kind("pairs"), DataOptions(), 0, rows_per_step=3, batch_size=3, shuffle=False)
     [(batches, _)] = list(stream.steps(0))
     images = batches[0].batch["images"]

@@ -118,7 +118,7 @@ class PairRows(Rows):
         equal = _equal_after_cut(self.chosen, self.rejected)
         super().__init__(store, name, how, [self.chosen, self.rejected], (equal, EQUAL_AFTER_CUT))
         # as a token budget counts them: of both sides, or of two padded rows; what is run once for both counts once
-        if how.share_prompts:
+        if how.share_prompts and self.tower_tokens is None:  # rows with images are run by themselves
             self.lengths = self.lengths - _num_shared(self.chosen, self.rejected)
         elif how.packing != "flat":
             self.lengths = 2 * np.maximum(self.chosen.lengths, self.rejected.lengths)
