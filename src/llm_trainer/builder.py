@@ -38,7 +38,16 @@ from llm_trainer.engine.choose import engine_name
 from llm_trainer.engine.device import DTYPES, choose_precision, detect_device
 from llm_trainer.engine.score import Scoring
 from llm_trainer.engine.torch import TorchEngine
-from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, given_layout, is_open, takes_flat
+from llm_trainer.layout import (
+    AS_IT_CAME,
+    Layout,
+    Packing,
+    choose_layout,
+    given_layout,
+    is_open,
+    takes_flat,
+    takes_images,
+)
 from llm_trainer.models.adapter_folder import load_start
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.attention import knows_branches, resolve_attention
@@ -495,7 +504,7 @@ def make_streams(config: TrainConfig, build: Builder) -> tuple[SampleStream, dic
         )
 
     def sees(source: SampleStream) -> SampleStream:
-        if source.shows_images and not build.trainer_class.takes_images:
+        if source.shows_images and not takes_images(build.trainer_class):
             raise ValueError(
                 f"file_dataset: its rows show images, and {build.trainer_class.__name__} takes none yet, so that it would "
                 "learn without them; expected rows of text. SFTTrainer, Trainer, DPOTrainer and KTOTrainer take images"

@@ -122,10 +122,20 @@ def takes_flat(algorithm: type) -> bool:
     `Algorithm.takes_flat` speaks for the methods that its class writes or inherits. A subclass that overrides one of
     them says it again, or its micro-batches stay as they come.
     """
+    return _says(algorithm, "takes_flat", OF_MICRO_BATCHES)
+
+
+def takes_images(algorithm: type) -> bool:
+    """Whether an algorithm hands the images of its batches to the model: said as `takes_flat`, by who writes `_forward`."""
+    return _says(algorithm, "takes_images", ("_forward",))
+
+
+def _says(algorithm: type, what: str, of_methods: Sequence[str]) -> bool:
+    """What is said by the class that writes the methods, or by one derived from it."""
     for kind in algorithm.__mro__:
-        if "takes_flat" in vars(kind):
-            return bool(vars(kind)["takes_flat"])
-        if any(name in vars(kind) for name in OF_MICRO_BATCHES):
+        if what in vars(kind):
+            return bool(vars(kind)[what])
+        if any(name in vars(kind) for name in of_methods):
             return False
     return False
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.options import Settings
-from llm_trainer.layout import Packing
+from llm_trainer.layout import Packing, takes_images
 from llm_trainer.models.inside import is_kind_of
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, see_in_every_batch
@@ -136,7 +136,7 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
         )
         self._reads_rows(model)
         module = self._build_module(model)
-        if self.takes_images and self.machine.shows_images:
+        if takes_images(type(self)) and self.machine.shows_images:
             see_in_every_batch(module)
         self.model = self.run.prepare(module)
 
