@@ -9,12 +9,12 @@ import torch
 from llm_trainer.config.errors import require
 from llm_trainer.export.folder import moved_by_rounding, usual_dtype
 from llm_trainer.export.gate import Limits
+from llm_trainer.export.gguf_settings import settings_of
 from llm_trainer.export.gguf_writer import (
     declared_in,
     other_weights,
     read_gguf,
     round_as_written,
-    settings_of,
     write_gguf,
 )
 from llm_trainer.export.llama_cpp import LlamaCpp

@@ -93,6 +93,11 @@ class LlamaCpp:
         found: list[list[float]] = self._ask("distributions", list(row))
         return found
 
+    def drawing(self) -> dict[str, Any]:
+        """How the next token is drawn where nobody says anything, in llama.cpp's words."""
+        found: dict[str, Any] = self._ask("drawing")
+        return found
+
     def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Greedy]:
         return [Greedy(**self._ask("greedy", list(prompt), max_new_tokens)) for prompt in prompts]
 

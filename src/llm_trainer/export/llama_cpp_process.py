@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _FORCED = 1e6  # added to a logit: the token is taken whatever the others are
+_PLAIN = {"temperature": 0, "repeat_penalty": 1.0}  # whatever the file says of drawing
 _HOW_MANY = (64, 4096)  # best ids that are asked for, before all of them
 
 
@@ -65,6 +66,12 @@ class Server:
         found = self._complete([self._letter], ignore_eos=True)
         return [bias["token"] for bias in found["generation_settings"]["logit_bias"]]
 
+    def drawing(self) -> dict[str, Any]:
+        """How it draws where nobody says anything."""
+        body = {"prompt": [self._letter], "n_predict": 1}
+        found: dict[str, Any] = self._post("/completion", body)["generation_settings"]
+        return found
+
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         """Of each id but the first, after those before it."""
         return [self._logprob(ids[:t], ids[t]) for t in range(1, len(ids))]
@@ -113,7 +120,7 @@ class Server:
 
     def _complete(self, prompt: Sequence[int], **options: Any) -> dict[str, Any]:
         # Of a prompt that is one token longer than the last one, that token alone is computed.
-        body = {"prompt": list(prompt), "n_predict": 1, "temperature": 0, "cache_prompt": True, **options}
+        body = {"prompt": list(prompt), "n_predict": 1, "cache_prompt": True, **_PLAIN, **options}
         return self._post("/completion", body)
 
     def _get(self, address: str) -> dict[str, Any]:

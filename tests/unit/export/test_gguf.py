@@ -26,8 +26,9 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.export import gguf_writer
 from llm_trainer.export.door import export, pass_gate
 from llm_trainer.export.gate import Refused
+from llm_trainer.export.gguf_settings import settings_of
 from llm_trainer.export.gguf_tokenizer import GgufError, vocabulary_of
-from llm_trainer.export.gguf_writer import Declared, settings_of, write_gguf
+from llm_trainer.export.gguf_writer import Declared, declared_in, read_gguf, write_gguf
 from llm_trainer.export.llama_cpp import LlamaCpp
 
 
@@ -46,6 +47,17 @@ def test_every_type_of_weights(dtype: str, tmp_path: Path) -> None:
     others = write_and_ask(learned("llama", is_tied=False), dtype, tmp_path)
     tables = {"token_embd.weight": "Q8_0", "output.weight": "Q8_0"}
     assert others == (tables if dtype == "Q4_0" else {})
+
+
+def test_how_to_draw_goes_with_the_file_and_not_into_the_comparison(tmp_path: Path) -> None:
+    model = copy.deepcopy(learned("llama"))
+    how = {"temperature": 0.625, "top_k": 17, "top_p": 0.75, "min_p": 0.125, "repetition_penalty": 1.5}
+    model.generation_config.update(do_sample=True, **how)
+    write_and_ask(model, "F32", tmp_path)
+    path = tmp_path / "model.gguf"
+    found = LlamaCpp(path, declared_in(read_gguf(path)), []).drawing()
+    names = {"repetition_penalty": "repeat_penalty"}
+    assert {name: found[names.get(name, name)] for name in how} == how
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
