@@ -129,6 +129,12 @@ class Made:
                 adapted.base_model.set_adapter(["default", "second"])
             self.train(adapted, run)
 
+    def on_new_rows(self, run: Path) -> None:
+        tokenizer = self.tokenizer()
+        model = build_model(str(self.base()))
+        extend_rows(model, extend_tokenizer(tokenizer, ["<new>"], []), num_ids(tokenizer), None)
+        self.train(adapt(model, AdapterConfig(rank=4, target=PROJECTIONS)), run, tokenizer)
+
     def with_a_norm(self, run: Path) -> None:
         adapted = adapt(build_model(str(self.base())), AdapterConfig(rank=4, target=PROJECTIONS))
         adapted.get_base_model().model.norm.requires_grad_(True)
@@ -151,6 +157,7 @@ KINDS: dict[str, Callable[[Made, Path], None]] = {
     "lora on the head": lambda made, run: made.by_peft(run, target_modules=["q_proj", "lm_head"]),
     "lora on the embeddings": lambda made, run: made.by_peft(run, target_modules=["q_proj", "embed_tokens"]),
     "saved head": lambda made, run: made.by_peft(run, modules_to_save=["lm_head"]),
+    "lora on new rows": lambda made, run: made.on_new_rows(run),
     "a norm too": lambda made, run: made.with_a_norm(run),
     "two adapters": lambda made, run: made.by_peft(run, second=["o_proj", "q_proj"]),
     "lora of llama": lambda made, run: made.adapted(run, made.base(architecture="llama")),

@@ -201,6 +201,7 @@ def described(folder: Path, engine: str, **sections: Any) -> dict[str, Any]:
         "last": last,
         "curve": curve(folder) if dist.is_main() else [],
         "engine": vars(trainer.run.engine).get("stage"),
+        "probe": json.loads((folder / "model" / "probe.json").read_text()),
     }
 
 
@@ -211,12 +212,11 @@ def alone(folder: Path) -> dict[str, Any]:
     return described(folder, "auto", ds_config={"zero_config": offload, "activation_checkpointing": {}})
 
 
-def adapted(folder: Path, engine: str) -> list[tuple[float, float]]:
+def adapted(folder: Path, engine: str) -> dict[str, Any]:
     """Adapters whose B learns faster, in several parameter groups with a schedule."""
     rates = {"initial_lr": 1e-2, "lr_multipliers": {"lora_B": 4}, "enable_lr_scheduler": True, "warmup_iters": 2}
     changes = {"optim_config": rates, "adapter_config": {"rank": 4, "dora": True}, "vocabulary_config": {}}
-    found = described(folder, engine, eval_dataset=None, eval_prompts=[], **changes)
-    return found["curve"]
+    return described(folder, engine, eval_dataset=None, eval_prompts=[], **changes)
 
 
 def main(folder: Path) -> None:

@@ -30,6 +30,15 @@ def assert_same(found: list, expected: list, rel: float = 1e-5) -> None:
         assert one == pytest.approx(other, rel=rel)
 
 
+def assert_same_probe(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """What the model answered at the end, on another engine."""
+    for name in ("questions", "text_ids", "rendered", "stop_token_ids", "facts", "precision"):
+        assert found[name] == expected[name] and found[name]
+    for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert [answer[0] for answer in found["answers"]] == [answer[0] for answer in expected["answers"]]
+
+
 @pytest.mark.parametrize("name", ["sharded", "hybrid", "zero-2", "offload", "recomputed"])
 def test_every_option_has_the_curve_of_ddp_on_half_the_weights(played: dict[str, Any], name: str) -> None:
     assert_same(played[name][0]["curve"], played["plain"][0]["curve"])
@@ -83,14 +92,17 @@ def test_a_described_run(played: dict[str, Any], engine: str) -> None:
         [line for line in played["said"][f"described {e}"][0].splitlines() if "->" in line] for e in ("torch", engine)
     ]
     assert answers[0] == answers[1] and len(answers[0]) == 3
+    assert_same_probe(found["probe"], expected["probe"])
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_adapters_with_rates_of_their_own(played: dict[str, Any], engine: str) -> None:
     """The second rank of FSDP builds neither the model nor its adapters with weights."""
     pytest.importorskip("peft", reason="needs peft")
-    assert_same(played[f"adapted {engine}"][0], played["adapted torch"][0])
-    assert played["adapted torch"][0] != played["described torch"][0]["curve"]
+    expected, found = played["adapted torch"][0], played[f"adapted {engine}"][0]
+    assert_same(found["curve"], expected["curve"])
+    assert expected["curve"] != played["described torch"][0]["curve"]
+    assert_same_probe(found["probe"], expected["probe"])
 
 
 def test_a_section_for_deepspeed_is_used_in_one_process(played: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """What is asked of a model and a tokenizer of transformers, in training and of an export alike."""
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
+from typing import Any, Self
 
 from jinja2 import TemplateError
 from torch import Tensor
@@ -45,21 +48,48 @@ def stops_of(model: Any) -> list[int]:
     return [stops] if isinstance(stops, int) else list(stops)
 
 
+class _Day(datetime):
+    """Some templates print the day, which is another one when the export is asked."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(2026, 1, 31, tzinfo=tz)
+
+
+@contextmanager
+def _always_the_same_day() -> Iterator[None]:
+    """transformers gives templates a `strftime_now`, which cannot be passed from outside."""
+    from transformers.utils import chat_template_utils
+
+    theirs: Any = chat_template_utils
+    real, theirs.datetime = theirs.datetime, _Day
+    try:
+        yield
+    finally:
+        theirs.datetime = real
+
+
+def prints_the_day(tokenizer: Any) -> bool:
+    """Whether the chat template of a tokenizer asks for the time."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 def rendered(tokenizer: Any, conversation: Conversation) -> Rendered | None:
-    """A conversation in a tokenizer's chat template: see `probe.Asked.render`."""
+    """A conversation in a tokenizer's chat template, always on the same day: see `probe.Asked.render`."""
     if tokenizer is None or not tokenizer.chat_template:
         return None
     options: dict[str, Any] = {}
     if conversation.enable_thinking is not None:
         options["enable_thinking"] = conversation.enable_thinking
     try:
-        text = tokenizer.apply_chat_template(
-            conversation.messages,
-            tokenize=False,
-            add_generation_prompt=conversation.add_generation_prompt,
-            **options,
-        )
-    except TemplateError:  # some take no system message
+        with _always_the_same_day():
+            text = tokenizer.apply_chat_template(
+                conversation.messages,
+                tokenize=False,
+                add_generation_prompt=conversation.add_generation_prompt,
+                **options,
+            )
+    except (TemplateError, TypeError, ValueError, LookupError):  # a program: some take no system message
         return None
     return Rendered(text, list(tokenizer(text, add_special_tokens=False)["input_ids"]))
 

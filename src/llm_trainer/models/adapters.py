@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.checkpoint.adapters import BASE_FOLDER, Base, fingerprint_of, read_base
+from llm_trainer.checkpoint.adapters import BASE_FOLDER, Base, base_tensors, fingerprint_of, read_base
+from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.config.adapters import ALL_LINEAR, INITS, LORA, RANK, AdapterConfig
 from llm_trainer.config.errors import require
 from llm_trainer.models.inside import has_adapters, transformers_model
@@ -169,6 +170,7 @@ def plain_lora(
         raise CheckpointError(
             "adapters that changed their base become plain ones only from LoRA of one rank without DoRA"
         )
+    _check_rest(adapted, original)
     found, rank, scaling = dict(tensors), int(config["r"]), 1.0
     for name, layer in adapted.get_base_model().named_modules():  # type: ignore[operator]
         if not has_own_adapters(layer):
@@ -190,6 +192,22 @@ def plain_lora(
         "init_lora_weights": True,
     }
     return PlainLora(found, {**config, **changed})
+
+
+def _check_rest(adapted: "PeftModel", original: nn.Module) -> None:
+    """
+    Raises:
+        CheckpointError: a weight without adapters is another one than before.
+    """
+    inner = adapted.get_base_model()
+    with_adapters = {name for name, layer in inner.named_modules() if has_own_adapters(layer)}  # type: ignore[operator]
+    before = tensors_by_name(original)
+    for name, tensor in base_tensors(adapted).items():
+        if name.removesuffix(".weight") in with_adapters:
+            continue
+        other = before.get(name)
+        if other is None or not torch.equal(other, tensor):
+            raise CheckpointError(f"{name} of the base is another one than before, and has no adapters")
 
 
 def _product_of_rank(difference: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.device import DTYPES
-from llm_trainer.export.asking import facts_of, margin_of, rendered, special_tokens_of, stops_of
+from llm_trainer.export.asking import facts_of, margin_of, prints_the_day, rendered, special_tokens_of, stops_of
 from llm_trainer.export.probe import FILE, Conversation, Greedy, Rendered, questions_for, record
-from llm_trainer.generation.readers import all_logits, device_of
+from llm_trainer.generation.readers import all_logits
 from llm_trainer.generation.sampler import sampling
 from llm_trainer.model_group import MODEL
 from llm_trainer.models.inside import adapted_model, context_of, transformers_model, vocab_size_of
@@ -33,7 +33,7 @@ class Training:
         self._chat: ChatFormat = ChatFormat(self.tokenizer)
         self._module = adapted_model(algorithm.base_model)
         self._inside: Any = transformers_model(algorithm.base_model)
-        self._device = device_of(self._module)
+        self._device = engine.device
         self._printed: dict[str, Rendered | None] = {}
 
     @contextmanager
@@ -54,8 +54,8 @@ class Training:
 
     def _render(self, conversation: Conversation) -> Rendered | None:
         printed = rendered(self.tokenizer, conversation)
-        if printed is None:
-            return None
+        if printed is None or prints_the_day(self.tokenizer):
+            return printed
         try:
             if conversation.add_generation_prompt:
                 ids = self._chat.encode_prompt(conversation.messages, enable_thinking=conversation.enable_thinking)
@@ -103,14 +103,19 @@ class Training:
 
 
 def is_asked(algorithm: Algorithm) -> bool:
-    """Whether a probe of this model can be made: a language model of transformers, with a tokenizer."""
+    """Whether a probe of this model can be made: a language model of transformers, with a tokenizer all of whose ids it knows.
+
+    A run must not end with an error because of it.
+    """
     from transformers import PreTrainedTokenizerFast
 
     model = transformers_model(algorithm.base_model)
     if model is None or not isinstance(algorithm.tokenizer, PreTrainedTokenizerFast):
         return False
     has_images = "vision_config" in model.config.to_dict()
-    return model.can_generate() and model.get_output_embeddings() is not None and not has_images
+    knows_ids = max(algorithm.tokenizer.get_vocab().values()) < (vocab_size_of(model) or 0)
+    is_language_model = model.can_generate() and model.get_output_embeddings() is not None
+    return is_language_model and knows_ids and not has_images
 
 
 def precision_of(model: nn.Module, name: str) -> str:

@@ -7,10 +7,15 @@ from pathlib import Path
 import torch
 
 from described import describe, write_rows
+from exported import shape
 from llm_trainer import SFTTrainer
 from llm_trainer.checkpoint.valid import read_manifest
+from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.export.asking import rendered
 from llm_trainer.export.probe import ANSWER_TOKENS, CONVERSATIONS, TEXTS, drawn_ids, read_probe, write_probe
+from llm_trainer.models.build import build_model
 from llm_trainer.train import probing
+from llm_trainer.train.hooks import Hook
 
 CHAT = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3"}]
 
@@ -44,6 +49,37 @@ def test_the_end_of_training_records_what_the_model_answers(tmp_path: Path, refe
     # 3. it is read as it was written
     write_probe(probe, tmp_path)
     assert read_probe(tmp_path) == probe
+
+
+def test_only_the_last_and_the_best_model_are_asked(tmp_path: Path, reference_dir: Path) -> None:
+    """And none whose tokenizer has ids that it does not know: the run must not end with an error."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 512, (2, 8))
+    batches = [{"input_ids": ids, "labels": ids}] * 3
+    for name, vocab_size in (("all", 512), ("few", 500)):
+        model = build_model(shape(vocab_size=vocab_size))
+        trainer = SFTTrainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            [{key: value % vocab_size for key, value in batch.items()} for batch in batches],
+            tokenizer=load_tokenizer(reference_dir / "tokenizer"),
+            max_epochs=1,
+            device="cpu",
+            progress=False,
+            hooks=[Hook("best", lambda run: run.save(is_best=run.progress.step == 1), every_steps=1)],
+            save_dir=str(tmp_path / name),
+        )
+        trainer.train()
+    found = {path.parents[1].name for path in tmp_path.glob("*/checkpoint-*/model/probe.json")}
+    assert found == {"checkpoint-00000001", "checkpoint-00000003"}
+    assert {path.parents[2].name for path in tmp_path.glob("*/checkpoint-*/model/probe.json")} == {"all"}
+
+
+def test_a_template_that_prints_the_day_prints_the_same_one_later(reference_dir: Path) -> None:
+    tokenizer = load_tokenizer(reference_dir / "tokenizer")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    printed = rendered(tokenizer, CONVERSATIONS[0])
+    assert printed is not None and printed.text.startswith("31 Jan 2026: What")
 
 
 def test_drawn_ids_are_spread_over_the_vocabulary() -> None:
