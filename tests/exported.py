@@ -155,7 +155,6 @@ KINDS: dict[str, Callable[[Made, Path], None]] = {
     "olora": lambda made, run: made.adapted(run, init="olora"),
     "qlora": lambda made, run: made.quantized(run),
     "lora on the head": lambda made, run: made.by_peft(run, target_modules=["q_proj", "lm_head"]),
-    "lora on the embeddings": lambda made, run: made.by_peft(run, target_modules=["q_proj", "embed_tokens"]),
     "saved head": lambda made, run: made.by_peft(run, modules_to_save=["lm_head"]),
     "lora on new rows": lambda made, run: made.on_new_rows(run),
     "a norm too": lambda made, run: made.with_a_norm(run),
