@@ -105,7 +105,8 @@ def merge(adapted: Any) -> Any:
     inner = adapted.get_base_model()
     head, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
     is_shared = head is not None and head.weight is embeddings.weight
-    if is_shared and has_own_adapters(head) != has_own_adapters(embeddings):
+    is_adapted = is_shared and (has_own_adapters(head) or has_own_adapters(embeddings))
+    if is_adapted:
         # NOTE: peft adds to the weight in place, and that of the other one would change with it.
         layer = head.get_base_layer() if has_own_adapters(head) else head
         layer.weight = nn.Parameter(head.weight.detach().clone())
@@ -114,6 +115,11 @@ def merge(adapted: Any) -> Any:
         warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
         model = adapted.merge_and_unload()
     model.requires_grad_(True)  # adapters have frozen it
+    embeddings = model.get_input_embeddings()
+    if is_adapted and torch.equal(
+        model.get_output_embeddings().weight, embeddings.weight
+    ):  # by one and the same adapter
+        model.get_output_embeddings().weight = embeddings.weight
     if model.get_output_embeddings() is not None and not _is_tied(model):  # training took them apart
         language_config(model.config).tie_word_embeddings = False
     return model

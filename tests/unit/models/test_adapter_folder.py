@@ -173,10 +173,16 @@ def test_rounding_a_merged_model_leaves_its_positions_alone(base: Path, tmp_path
     assert torch.equal(merged.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
 
 
-def test_an_adapter_on_a_tied_head_is_not_merged_into_the_embeddings(base: Path, tmp_path: Path) -> None:
-    trained = train(build_model(str(base)), tmp_path / "run", target_modules=["q_proj", "lm_head"])
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=" and ".join)
+def test_an_adapter_on_one_of_two_tied_layers_is_merged_into_that_alone(
+    targets: list[str], base: Path, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what they are
+        trained = train(build_model(str(base)), tmp_path / "run", target_modules=["q_proj", *targets])
     merged = build_model(tmp_path / "run")
     torch.testing.assert_close(logits(merged), logits(trained), rtol=0, atol=1e-5)
     before = build_model(str(base)).get_input_embeddings().weight
-    assert torch.equal(merged.get_input_embeddings().weight, before)
-    assert not torch.equal(merged.get_output_embeddings().weight, before)
+    assert torch.equal(merged.get_input_embeddings().weight, before) == ("embed_tokens" not in targets)
+    assert torch.equal(merged.get_output_embeddings().weight, before) == ("lm_head" not in targets)
+    assert not merged.config.tie_word_embeddings
