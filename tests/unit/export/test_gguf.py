@@ -328,13 +328,13 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("dense", {}),
+        pytest.param("dense", {}, marks=pytest.mark.slow),
         ("untied", {"quantize": "q8_0"}),
         ("moe", {"quantize": "Q4_0"}),
         ("new tokens", {"dtype": torch.bfloat16}),
         ("lora", {"dtype": torch.float16}),
-        ("pissa", {}),
-        ("experts", {}),
+        pytest.param("pissa", {}, marks=pytest.mark.slow),
+        pytest.param("experts", {}, marks=pytest.mark.slow),
         ("qlora", {"dtype": torch.float16}),
     ],
     ids=lambda value: str(value),
