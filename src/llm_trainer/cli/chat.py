@@ -18,8 +18,7 @@ from llm_trainer.data.vision import ImageFormat
 from llm_trainer.engine.device import detect_device
 from llm_trainer.generation.sampler import stream
 from llm_trainer.models.adapter_folder import load_pretrained
-from llm_trainer.models.build import auto_class
-from llm_trainer.models.inside import model_context, sees_images
+from llm_trainer.models.inside import auto_class, model_context, sees_images
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.vision_build import read_processor
 from llm_trainer.terminal import printable

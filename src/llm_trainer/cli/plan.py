@@ -116,6 +116,8 @@ def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float |
     trained = ""
     if shape.frozen_parameters:
         trained = f" ({shape.trained_parameters:,} trained)"
+    if shape.image_parameters:
+        trained += f", {shape.image_parameters:,} of them beside the language model (what images cost is not counted)"
     length = "not known: give --tokens, or run_config.max_steps"
     if budget:
         length = f"{budget:,.0f} tokens"

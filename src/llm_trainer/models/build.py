@@ -12,10 +12,11 @@ from llm_trainer.config.schema import VLMConfig
 from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
 from llm_trainer.models.experts import expert_shape, fused_experts, set_experts
-from llm_trainer.models.inside import language_config, sees_images
+from llm_trainer.models.inside import auto_class, language_config, sees_images
 from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.quantize import num_values, stored_numbers
+from llm_trainer.models.vision import beside_language
 from llm_trainer.models.vision_build import language_part, put_parts, vision_language_config
 
 if TYPE_CHECKING:
@@ -147,13 +148,6 @@ def model_of_config(
         return auto_class(config).from_config(config, attn_implementation=attends, dtype=dtype)
 
 
-def auto_class(config: "PretrainedConfig") -> Any:
-    """The class of transformers that makes a model of a configuration."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
-
-
 def attention_of(attention: str, config: "PretrainedConfig") -> str | dict[str, str]:
     """`attention`, in place of which models that do not know the blocked one get sdpa, as do towers of images."""
     if attention != "blocked":
@@ -217,12 +211,15 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
 
     N counts the parameters that take part in matrix products for a token: the input embedding is left out (it is
     counted as the head where the two are tied), and of a mixture of experts only the chosen ones count. Of parameters that
-    are frozen, as beside adapters, 4 N: their gradients, one product of three, are not computed.
+    are frozen, as beside adapters, 4 N: their gradients, one product of three, are not computed. A tower, which reads images
+    and no tokens, is left out (`vision.flops_per_image`).
     """
     c = language_config(model.config)
     # 1. the parameters of matrix products
-    count = _in_products(model, num_parameters(model), is_frozen=False)
-    frozen = sum(num_values(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+    of_images = set(map(id, beside_language(model)))
+    parameters = [parameter for parameter in model.parameters() if id(parameter) not in of_images]
+    count = _in_products(model, sum(map(num_values, parameters)), is_frozen=False)
+    frozen = sum(num_values(parameter) for parameter in parameters if not parameter.requires_grad)
     if frozen:
         frozen = _in_products(model, frozen, is_frozen=True)
 

@@ -46,6 +46,13 @@ def sees_images(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes language models of such configurations, or models of images and language."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
 def context_of(config: Any) -> int | None:
     """The most tokens that a model of this configuration takes; None: it does not say, as where positions are relative."""
     return getattr(language_config(config), "max_position_embeddings", None)

@@ -8,12 +8,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from llm_trainer.models.inside import language_config
+from llm_trainer.models.inside import auto_class, language_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -407,10 +407,8 @@ def _check_read(
 
 
 def _empty(config: "PretrainedConfig") -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return cast("PreTrainedModel", auto_class(config).from_config(config))
 
 
 def _has_number(module: nn.Module, number: float) -> bool:

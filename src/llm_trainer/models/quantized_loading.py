@@ -9,6 +9,7 @@ import torch
 
 from llm_trainer.config.errors import ConfigError, require
 from llm_trainer.config.quantization import QuantizationConfig
+from llm_trainer.models.inside import auto_class
 from llm_trainer.models.quantize import is_quantized
 from llm_trainer.models.targets import ends_in
 
@@ -36,7 +37,7 @@ def loading_options(
         ConfigError: packages are missing, the model is quantized already, or a name is not in it.
     """
     _require("quantization_config", WITHOUT)
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
     from transformers.quantizers.base import get_keys_to_not_convert
 
     described = AutoConfig.from_pretrained(source)
@@ -45,7 +46,7 @@ def loading_options(
             f"quantization_config: {source} is quantized already, as its config.json says; leave the section out"
         )
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(described)
+        empty = auto_class(described).from_config(described)
     skipped = [*get_keys_to_not_convert(empty), *_found(empty, config.skip_modules)]
     if config.bits == 8:
         how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)

@@ -25,7 +25,6 @@ from llm_trainer.models.heads import logits_of, read_head, split_of
 from llm_trainer.models.inside import adapted_model, language_config, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
 from llm_trainer.models.vision import Features, Images, SeenOnce, Vision
-from llm_trainer.models.vision import rope_positions as positions_of
 
 
 class TokenScores(NamedTuple):
@@ -239,13 +238,8 @@ class ScoredModel(nn.Module):
             inputs |= document_bounds(self._language_config, input_ids, position_ids, document_lengths)
         features, zero = self._seen(images, brings_pixels=bool(of_images(model_inputs)))
         if self.vision.model is not None:
-            inputs |= self._positions(
-                input_ids, features, model_inputs.get("attention_mask"), position_ids, rope_positions
-            )
-        if features is not None:
-            inputs["mm_encoder_outputs"] = features.placed()
-            if self.vision.marks_images:
-                inputs["token_type_ids"] = (input_ids == self.vision.image_token_id).long()
+            mask = model_inputs.get("attention_mask")
+            inputs |= self.vision.inputs(input_ids, features, mask, position_ids, rope_positions)
         # 2. its states
         output = self._run(input_ids, **inputs)
         if self._split is None:
@@ -279,25 +273,6 @@ class ScoredModel(nn.Module):
         if images is not None or (self.with_images and not brings_pixels):
             return None, self.vision.zero(images)
         return None, None
-
-    def _positions(
-        self,
-        input_ids: Tensor,
-        features: Features | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        given: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """Positions of a model that has three of each token: `[4, B, T]`, those inside the document before them."""
-        if not self.vision.takes_rope_positions or (position_ids is None and features is None):
-            return {}
-        if given is None:
-            images = None if features is None else features.images
-            given = positions_of(self.vision, input_ids, images, attention_mask, position_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        plain = position_ids.expand(1, *input_ids.shape)
-        return {"position_ids": torch.cat([plain, given.to(plain.device)])}
 
     def _call(self, input_ids: Tensor, **inputs: Any) -> Any:
         """The part of the model that is called as a module: all of it, or all but the head."""

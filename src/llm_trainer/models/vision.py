@@ -139,10 +139,6 @@ class Vision(NamedTuple):
         Raises:
             ValueError: there is no tower, or they are not as many tokens as the placeholders that stand for them.
         """
-        if self.model is None:
-            raise ValueError(
-                "the model was given images, and makes no features of any; expected a vision-language model of transformers"
-            )
         levels, output = self._levels(images.inputs)
         lengths = images.lengths.tolist()
         if len(levels[0]) != sum(lengths):
@@ -152,6 +148,57 @@ class Vision(NamedTuple):
                 f"tokens per image"
             )
         return Features(images, [level.split(lengths) for level in levels], output)
+
+    def inputs(
+        self,
+        input_ids: Tensor,
+        features: Features | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        given_positions: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What the model is called with to see images, beside the ids: in training, and before the first token that is drawn.
+
+        Args:
+            input_ids: `[B, T]`, or `[1, N]` of documents laid flat.
+            features: of the images that their placeholders show; None: there are none.
+            attention_mask: `[B, T]`, 0 on padding.
+            position_ids: `[B, T]`, restarting at 0 in every document; None: a row is one document.
+            given_positions: `[3, B, T]`, as `rope_positions` makes them; None: they are made here if there is need.
+
+        Returns:
+            Keywords of transformers, among them `position_ids [4, B, T]` where the model has three positions of a token:
+            those inside the document come before them.
+        """
+        inputs: dict[str, Any] = {}
+        if features is not None:
+            inputs["mm_encoder_outputs"] = features.placed()
+            if self.marks_images:
+                inputs["token_type_ids"] = (input_ids == self.image_token_id).long()
+        if self.takes_rope_positions and (position_ids is not None or features is not None):
+            if given_positions is None:
+                images = None if features is None else features.images
+                given_positions = rope_positions(self, input_ids, images, attention_mask, position_ids)
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            inside = position_ids.expand(1, *input_ids.shape)
+            inputs["position_ids"] = torch.cat([inside, given_positions.to(inside.device)])
+        return inputs
+
+    def next_positions(
+        self, input_ids: Tensor, images: Images | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """`position_ids` of the token behind each row `[B, T]`, for a sampler: `[B, 1]`, or `[4, B, 1]` as in `inputs`.
+
+        One more for each further token, in all of them.
+        """
+        lengths = torch.full((len(input_ids), 1), input_ids.shape[1], device=input_ids.device)
+        if attention_mask is not None:
+            lengths = attention_mask.sum(1, keepdim=True)
+        if not self.takes_rope_positions:
+            return lengths
+        behind = rope_positions(self, input_ids, images, attention_mask).amax(dim=(0, 2)) + 1  # (B,)
+        return torch.cat([lengths[None], behind[None, :, None].expand(3, -1, 1)])
 
     def zero(self, images: Images | None = None) -> Tensor:
         """A scalar 0 that depends on all that the tower makes of images, by default of one that nobody took.
@@ -173,6 +220,10 @@ class Vision(NamedTuple):
 
     def _levels(self, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Any]:
         """`[all tokens, D]` per level, and what the model returned."""
+        if self.model is None:
+            raise ValueError(
+                "the model was given images, and makes no features of any; expected a vision-language model of transformers"
+            )
         device = next(self.model.parameters()).device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         output = self.model.get_image_features(**inputs, return_dict=True)
@@ -192,6 +243,15 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 # What is trained.
 
 
+def beside_language(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of what sees images, tower and projector; none of another model."""
+    vision = Vision.of(model)
+    if vision.model is None:
+        return []
+    language = set(map(id, vision.model.get_decoder().parameters()))
+    return [parameter for parameter in vision.model.parameters() if id(parameter) not in language]
+
+
 def unreached(model: nn.Module, with_images: bool) -> list[str]:
     """Names of the trained parameters of tower and projector that no loss depends on, as SigLIP's pooling head.
 
@@ -205,18 +265,14 @@ def unreached(model: nn.Module, with_images: bool) -> list[str]:
     vision = Vision.of(model)
     if vision.model is None:
         return []
-    beside_language = set(map(id, vision.model.parameters())) - set(map(id, vision.model.get_decoder().parameters()))
     reached = set[int]()
     if with_images:
         with evaluating(model), torch.enable_grad():
             levels, _ = vision._levels(plain_images(vision.model).inputs)
         for level in levels:
             reached |= _leaves(level)
-    found = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) in beside_language - reached:
-            found.append(name)
-    return found
+    lost = set(map(id, beside_language(model))) - reached
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) in lost]
 
 
 def _leaves(tensor: Tensor) -> set[int]:

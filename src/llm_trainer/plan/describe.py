@@ -7,6 +7,7 @@ import torch
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.registry import accumulation, options_of
+from llm_trainer.config.schema import VLMConfig
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.adapters import adapt
@@ -179,6 +180,8 @@ def _configuration(config: "TrainConfig") -> "PretrainedConfig":
     refuse_overrides(config.model_overrides)
     if wanted.vocab_size is None:
         wanted = replace(wanted, vocab_size=len(load_tokenizer(_tokenizer_of(config))))
+    if isinstance(wanted, VLMConfig) and wanted.image_token_id is None:
+        wanted = replace(wanted, image_token_id=0)  # whichever: nothing is read
     return build_config(wanted)
 
 

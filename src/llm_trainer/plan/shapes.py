@@ -10,6 +10,7 @@ from llm_trainer.config.errors import ConfigError
 from llm_trainer.models.experts import expert_shape
 from llm_trainer.models.inside import is_kind_of, language_config
 from llm_trainer.models.quantize import is_quantized_layer, num_values, stored_bytes
+from llm_trainer.models.vision import beside_language
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Shape:
         head_rank: of the adapters on it.
         adapters: on what layers they are; None: the layers themselves are trained.
         quantized: what of the weights is kept in few bits.
+        image_parameters: of all, those of a tower and its projector. What an image costs is not planned: nobody knows how many
+            there are.
     """
 
     num_parameters: int
@@ -90,6 +93,7 @@ class Shape:
     head_rank: int = 0
     adapters: Adapters | None = None
     quantized: Quantized = NOT_QUANTIZED
+    image_parameters: int = 0
 
     def beside(self, other: "Shape") -> "Shape":
         """This model and another one that is trained in the same steps, as one.
@@ -146,9 +150,8 @@ def shape_of(model: "PreTrainedModel", quantized: Quantized | None = None) -> Sh
     Raises:
         ConfigError: it has no stack of equal blocks, so that nothing is known about its activations.
     """
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(stacks, key=_count, default=None)
-    c = language_config(model.config)
+    of_images = set(map(id, beside_language(model)))
+    layers, c = _stack(model, of_images), language_config(model.config)
     if layers is None or len(layers) != c.num_hidden_layers:
         raise ConfigError(
             f"model_config: {type(model).__name__} has no single stack of layers; plan cannot describe it"
@@ -180,7 +183,17 @@ def shape_of(model: "PreTrainedModel", quantized: Quantized | None = None) -> Sh
         head_rank=head_rank,
         adapters=_adapters_of(layers, c.hidden_size, width),
         quantized=quantized or _quantized_of(model),
+        image_parameters=sum(num_values(p) for p in model.parameters() if id(p) in of_images),
     )
+
+
+def _stack(model: nn.Module, of_images: set[int]) -> nn.ModuleList | None:
+    """The layers of the language model: the largest list of modules, none of a tower."""
+    stacks = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and of_images.isdisjoint(map(id, module.parameters())):
+            stacks.append(module)
+    return max(stacks, key=_count, default=None)
 
 
 def _mean_width(values: Mapping[str, Any], per_token: int, dense_width: int) -> int:

@@ -14,7 +14,7 @@ from llm_trainer.models.heads import small_sibling
 from llm_trainer.models.inside import context_of, vocab_size_of
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
-from llm_trainer.models.vision import rope_positions, unreached
+from llm_trainer.models.vision import Vision, rope_positions, unreached
 
 CPU = torch.device("cpu")
 OURS = (
@@ -124,3 +124,29 @@ def test_positions_of_images_count_inside_each_document(name: str) -> None:
     cut["position_ids"][0, 3:] -= 3  # a document that begins inside an image
     with pytest.raises(ValueError, match="expected documents that are cut between images"):
         ours(**cut, images=shown)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_what_a_sampler_calls_the_model_with_gives_its_own_logits(name: str) -> None:
+    model = family_model(name).eval()
+    vision = Vision.of(model)
+    shown = vision.example(2)
+    each = int(shown.lengths[0])
+    ids = torch.tensor([[1, 2, *[vision.image_token_id] * each, 3, *[vision.image_token_id] * each, 4]])
+    is_image = (ids == vision.image_token_id).int()
+    more = {"token_type_ids": is_image.long()} if vision.marks_images else {}
+    if vision.takes_rope_positions:
+        more = {"mm_token_type_ids": is_image}
+    with torch.no_grad():
+        own = model(ids, **shown.inputs, **more)
+        ours = model(ids, **vision.inputs(ids, vision.encode(shown)), use_cache=True)
+        torch.testing.assert_close(ours.logits, own.logits)
+        # the next token: an image has moved the positions behind it
+        given = (
+            {} if not vision.takes_rope_positions else {"mm_token_type_ids": torch.cat([is_image, is_image[:, :1]], 1)}
+        )
+        given = given or {key: torch.nn.functional.pad(value, (0, 1)) for key, value in more.items()}
+        longer = model(torch.cat([ids, ids[:, :1]], 1), **shown.inputs, **given).logits[:, -1]
+        position = vision.next_positions(ids, shown)
+        following = model(ids[:, :1], past_key_values=ours.past_key_values, position_ids=position).logits[:, -1]
+        torch.testing.assert_close(following, longer, rtol=1e-4, atol=1e-4)

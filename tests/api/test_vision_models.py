@@ -1,0 +1,91 @@
+"""Vision-language models from a configuration: what a run saves opens elsewhere and here, and is planned."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llm_trainer import SFTTrainer
+from llm_trainer.builder import Builder
+from llm_trainer.checkpoint import CheckpointManager
+from llm_trainer.cli.main import main
+from llm_trainer.config.load import dump_config, parse
+from llm_trainer.models.build import flops_per_token, num_parameters
+from llm_trainer.models.vision import Vision, beside_language
+
+TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "vision": TOWER,
+}
+ROWS = [[{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3" + " 4" * n}] for n in range(4)]
+
+
+def config(folder: Path, model: Any, tokenizer: Path, **sections: Any) -> Any:
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run = {"save_dir": str(folder), "log_interval": 1, "progress": False, "precision": "fp32", "device": "cpu"}
+    values = {
+        "model_config": model,
+        "tokenizer": str(tokenizer),
+        "file_dataset": str(folder / "rows.jsonl"),
+        "batch_size": 2,
+        "run_config": run | {"max_steps": 2},
+        "sft_config": {},
+    }
+    return parse(values | sections, "test")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, reference_dir: Path) -> Path:
+    """The checkpoint of a run that began with nothing but a tokenizer."""
+    folder = tmp_path_factory.mktemp("first")
+    SFTTrainer(train_config=config(folder, SHAPE, reference_dir / "tokenizer")).train()
+    found = CheckpointManager(folder).latest()
+    assert found is not None
+    return found / "model"
+
+
+def test_the_folder_of_a_run_opens_in_transformers(first: Path) -> None:
+    model, processor = AutoModelForImageTextToText.from_pretrained(first), AutoProcessor.from_pretrained(first)
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert model.config.image_token_id == image_id == len(processor.tokenizer) - 1
+    assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer)
+    assert processor.chat_template == processor.tokenizer.chat_template is not None
+    assert model.generation_config.eos_token_id  # where an answer ends
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_run_goes_on_from_the_folder_of_another(first: Path, tmp_path: Path, adapters: bool) -> None:
+    more: dict[str, Any] = {"adapter_config": {"rank": 2}} if adapters else {}
+    if adapters:
+        pytest.importorskip("peft", reason="needs peft")
+    trainer = SFTTrainer(train_config=config(tmp_path, str(first), first, **more))
+    assert Vision.of(trainer.base_model).model is not None
+    assert type(trainer.processor).__name__ == "LlavaProcessor" and trainer.tokenizer is trainer.processor.tokenizer
+    trainer.train()
+    saved = CheckpointManager(tmp_path).latest()
+    assert saved is not None
+    opened = AutoProcessor.from_pretrained(saved / "model")
+    assert opened.image_processor.size == {"height": 16, "width": 16} and opened.patch_size == 8
+
+
+def test_the_plan_knows_the_tower(tmp_path: Path, reference_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = reference_dir / "tokenizer"
+    whole = config(tmp_path, SHAPE, tokenizer)
+    (tmp_path / "run.yaml").write_text(dump_config(whole))
+    text = {key: value for key, value in SHAPE.items() if key != "vision"}
+    model = Builder(whole, SFTTrainer).policy
+    plain = Builder(config(tmp_path, text, tokenizer), SFTTrainer).policy
+    tower = sum(parameter.numel() for parameter in beside_language(model))
+    row = 32  # of the placeholder
+    assert num_parameters(model) == num_parameters(plain) + tower + row
+    assert flops_per_token(model, 64) == flops_per_token(plain, 64) + 6 * row
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path / "run.yaml"), "--gpus", "1"])
+    assert f"{tower:,} of them beside the language model" in capsys.readouterr().out
