@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 BLOCKED_ARCHITECTURES = frozenset(
     {"glm4_moe", "llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
 )
+# The same, with three positions of a token, inside of models that see images. Samplers read those through a cache.
+KNOWN = BLOCKED_ARCHITECTURES | {"qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 BACKENDS = ("auto", "blocked", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 GPU = "cuda"
 OUR_DEVICES = ("cpu", GPU)
@@ -101,7 +103,7 @@ def knows_branches(config: "PretrainedConfig", device: torch.device) -> bool:
 def _is_ours(config: "PretrainedConfig") -> bool:
     """Whether the layers of a model of this configuration call `blocked_attention`."""
     config = language_config(config)
-    return config._attn_implementation == "blocked" and config.model_type in BLOCKED_ARCHITECTURES
+    return config._attn_implementation == "blocked" and config.model_type in KNOWN
 
 
 def blocked_mask(*, config: "PretrainedConfig", **asked: Any) -> Tensor | None:
@@ -114,7 +116,7 @@ def blocked_mask(*, config: "PretrainedConfig", **asked: Any) -> Tensor | None:
     is_plain = asked.get("attention_mask") is None and not asked.get("use_vmap")
     sees_all = window is None or window >= length
     without_cache = length == asked["kv_length"] and not asked.get("q_offset") and not asked.get("kv_offset")
-    is_known = config.model_type in BLOCKED_ARCHITECTURES and not config.to_dict().get("attention_dropout")
+    is_known = config.model_type in KNOWN and not config.to_dict().get("attention_dropout")
     runs_here = torch.device(asked.get("device", "cpu")).type in OUR_DEVICES
     if is_plain and sees_all and without_cache and is_known and runs_here:
         return None

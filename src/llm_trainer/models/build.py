@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.schema import VLMConfig
 from llm_trainer.models.adapter_folder import load_pretrained
-from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, resolve_attention
+from llm_trainer.models.attention import KNOWN, resolve_attention
 from llm_trainer.models.experts import expert_shape, fused_experts, set_experts
 from llm_trainer.models.inside import auto_class, language_config, sees_images
 from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
@@ -152,7 +152,7 @@ def attention_of(attention: str, config: "PretrainedConfig") -> str | dict[str, 
     """`attention`, in place of which models that do not know the blocked one get sdpa, as do towers of images."""
     if attention != "blocked":
         return attention
-    if language_config(config).model_type not in BLOCKED_ARCHITECTURES:
+    if language_config(config).model_type not in KNOWN:
         return "sdpa"
     if sees_images(config):
         return {"": "sdpa", "text_config": attention, "vision_config": "sdpa"}

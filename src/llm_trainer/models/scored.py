@@ -19,7 +19,7 @@ from llm_trainer.losses.chunked import HeadScores, LowRank, Objective, chunked_l
 from llm_trainer.losses.drawn_from import DrawnFrom, excluding
 from llm_trainer.losses.experts import Routing, count_chosen, count_routes
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses
-from llm_trainer.models.attention import BLOCKED_ARCHITECTURES, document_bounds, knows_branches
+from llm_trainer.models.attention import KNOWN, document_bounds, knows_branches
 from llm_trainer.models.experts import Routes, biased_routers, expert_shape, experts_of
 from llm_trainer.models.heads import logits_of, read_head, split_of
 from llm_trainer.models.inside import adapted_model, language_config, transformers_model
@@ -98,7 +98,7 @@ class ScoredModel(nn.Module):
         if routers and shape is not None:
             self._biased = Routes(list(routers.values())), shape.number
         self.vision = Vision.of(model)
-        self._causal = self._split is not None and self._language_config.model_type in BLOCKED_ARCHITECTURES
+        self._causal = self._split is not None and self._language_config.model_type in KNOWN
         self._accepted = accepted_inputs(model)
         inner = transformers_model(model)
         self._steady = None if inner is None else steady_context(inner.config)

@@ -317,57 +317,73 @@ def rope_positions(
     """
     ids = input_ids.cpu()
     found = torch.zeros(3, *ids.shape, dtype=torch.long)
-    grids = _Grids(images)
-    for row, place in _documents(ids, attention_mask, position_ids):
-        document = ids[row, place]
-        is_image = (document == vision.image_token_id).long()
-        inputs: dict[str, Any] = {"mm_token_type_ids": is_image[None].int()}
-        shown = grids.of_the_next(int(is_image.sum()))
-        if shown is not None:
-            inputs["image_grid_thw"] = shown
+    uses = _Uses(images, vision.image_token_id)
+    for row, place, shared in _documents(ids, attention_mask, position_ids):
+        here = ids[row, place]
+        document, shown = uses.of_the_next(here, shared)
+        inputs: dict[str, Any] = {"mm_token_type_ids": (document == vision.image_token_id).int()[None]}
+        if images is not None and shown:
+            inputs["image_grid_thw"] = images.inputs["image_grid_thw"].cpu()[shown]
         positions, _ = vision.model.get_rope_index(document[None], **inputs)
-        found[:, row, place] = positions[:, 0]
+        found[:, row, place] = positions[:, 0, -len(here) :]
     return found.to(input_ids.device)
 
 
 def _documents(
     ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> Iterator[tuple[int, slice | Tensor]]:
-    """Row and place of each document in `[B, T]`, in their order."""
+) -> Iterator[tuple[int, slice | Tensor, int]]:
+    """Row and place of each document in `[B, T]`, in their order; of a branch also how many tokens it goes on from."""
     for row in range(len(ids)):
         if attention_mask is not None:
             (place,) = attention_mask[row].cpu().nonzero(as_tuple=True)
-            yield row, place
+            yield row, place, 0
             continue
-        bounds = [0, ids.shape[1]]
+        bounds, inside = [0, ids.shape[1]], torch.zeros(1, dtype=torch.long)
         if position_ids is not None:
-            starts = (position_ids[row % len(position_ids)].cpu() == 0).nonzero().flatten().tolist()
-            bounds = sorted({0, *starts, ids.shape[1]})
+            inside = position_ids[row % len(position_ids)].cpu()
+            restarts = (inside.diff() != 1).nonzero().flatten() + 1
+            bounds = [0, *restarts.tolist(), ids.shape[1]]
         for start, stop in pairwise(bounds):
-            yield row, slice(start, stop)
+            yield row, slice(start, stop), int(inside[start])
 
 
-class _Grids:
-    """The grids of the images of a micro-batch, use after use."""
+class _Uses:
+    """The images that documents show, one document after the other."""
 
-    def __init__(self, images: Images | None) -> None:
-        self._next, self._order, self._lengths = 0, list[int](), list[int]()
+    def __init__(self, images: Images | None, image_token_id: int) -> None:
+        self._order, self._lengths, self._token = list[int](), list[int](), image_token_id
         if images is not None:
-            self._grids = images.inputs["image_grid_thw"].cpu()
             self._order, self._lengths = images.order.tolist(), images.lengths.tolist()
+        self._whole, self._shown = torch.empty(0, dtype=torch.long), list[int]()  # the last document that is no branch
 
-    def of_the_next(self, num_tokens: int) -> Tensor | None:
-        """`[images, 3]` of those that are `num_tokens` together; None: there are none."""
-        first, left = self._next, num_tokens
-        while left > 0 and self._next < len(self._order):
-            left -= self._lengths[self._order[self._next]]
-            self._next += 1
+    def of_the_next(self, here: Tensor, shared: int) -> tuple[Tensor, list[int]]:
+        """All tokens of a document of which `here [T]` are its own, and the distinct images that they show.
+
+        Args:
+            here: the tokens where it lies.
+            shared: of a branch, how many tokens of the last document that is none come before them.
+        """
+        shown = self._take(here, self._order)
+        del self._order[: len(shown)]
+        if not shared:
+            self._whole, self._shown = here, shown
+            return here, shown
+        before = self._whole[:shared]
+        return torch.cat([before, here]), [*self._take(before, self._shown), *shown]
+
+    def _take(self, ids: Tensor, order: list[int]) -> list[int]:
+        """The first of the images in `order`, as many as there are placeholders for in `ids`."""
+        num_tokens = int((ids == self._token).sum())
+        left, taken = num_tokens, 0
+        while left > 0 and taken < len(order):
+            left -= self._lengths[order[taken]]
+            taken += 1
         if left:
             raise ValueError(
                 f"a document has {num_tokens} placeholders of images, which are not those of its images; expected documents "
                 f"that are cut between images"
             )
-        return self._grids[self._order[first : self._next]] if num_tokens else None
+        return order[:taken]
 
 
 # Images that nobody took, to try a model out on.

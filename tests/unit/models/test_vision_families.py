@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 from vision_families import FAMILIES, family_model
-from vision_rows import flat, gradients, images, padded
+from vision_rows import documents, flat, gradients, images, padded
 
 from llm_trainer.checkpoint.weights import read_model, write_model
 from llm_trainer.models.attention import describe_attention, resolve_attention
@@ -17,13 +17,7 @@ from llm_trainer.models.scored import ScoredModel, scored
 from llm_trainer.models.vision import Vision, rope_positions, unreached
 
 CPU = torch.device("cpu")
-OURS = (
-    "llava",
-    "llava_next",
-    "idefics3",
-    "smolvlm",
-    "internvl",
-)  # of which the language model is one with our attention
+NOT_OURS = ("gemma3",)  # of which the language model has no attention of ours
 NOT_PACKED = ("gemma3",)  # its sliding mask looks images up by positions inside the document
 ONCE = ([1, 2, "a", 3, 4], ["b", 7, 8, 9], [9, 10, 11, 12])  # each image is shown once
 
@@ -35,7 +29,7 @@ def test_the_scores_are_the_models_own(name: str) -> None:
     model = family_model(name)
     ours = scored(model)
     assert ours.whole_logits == ""
-    assert describe_attention(model.config, CPU)[0] == ("blocked" if name in OURS else "sdpa")
+    assert describe_attention(model.config, CPU)[0] == ("sdpa" if name in NOT_OURS else "blocked")
     assert context_of(model.config) == 128 and vocab_size_of(model) == 61
 
     # 1. the same loss and the same gradients, through the head in chunks and features that were made before
@@ -150,3 +144,26 @@ def test_what_a_sampler_calls_the_model_with_gives_its_own_logits(name: str) -> 
         position = vision.next_positions(ids, shown)
         following = model(ids[:, :1], past_key_values=ours.past_key_values, position_ids=position).logits[:, -1]
         torch.testing.assert_close(following, longer, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_branches_go_on_from_a_prompt_with_an_image(name: str) -> None:
+    ours = scored(family_model(name))
+    assert ours.knows_branches(CPU)
+    each = int(ours.vision.example().lengths[0])
+    prompt: list[object] = [1, "a", 2]
+    ends: list[list[object]] = [[3, 4, 5], [6, "b", 7, 8]]
+    whole = (prompt + ends[0], prompt + ends[1])
+    plain = padded(each, whole)
+    shown = images(ours, whole)
+    alone = ours.per_token(plain["input_ids"], attention_mask=plain["attention_mask"], images=shown)
+
+    # the prompt and the first end, then the second end, whose positions go on from the prompt
+    first, second = documents(each, whole)
+    shared = each + 2
+    ids = torch.cat([first, second[shared:]])[None]
+    positions = torch.cat([torch.arange(len(first)), torch.arange(shared, len(second))])[None]
+    found = ours.per_token(ids, position_ids=positions, images=images(ours, (whole[0], ends[1])))
+    torch.testing.assert_close(found[0, : len(first)], alone[0, : len(first)], rtol=1e-4, atol=1e-4)
+    behind = found[0, len(first) + 1 :]  # its first token is predicted from the prompt's last, which stands elsewhere
+    torch.testing.assert_close(behind, alone[1, shared + 1 : len(second)], rtol=1e-4, atol=1e-4)
