@@ -152,7 +152,7 @@ def test_branches_go_on_from_a_prompt_with_an_image(name: str) -> None:
     assert ours.knows_branches(CPU)
     each = int(ours.vision.example().lengths[0])
     prompt: list[object] = [1, "a", 2]
-    ends: list[list[object]] = [[3, 4, 5], [6, "b", 7, 8]]
+    ends: list[list[object]] = [[3, 4, 9], [6, "b", 7, 8]]
     whole = (prompt + ends[0], prompt + ends[1])
     plain = padded(each, whole)
     shown = images(ours, whole)
