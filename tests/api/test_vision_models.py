@@ -13,7 +13,8 @@ from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import dump_config, parse
 from llm_trainer.models.build import flops_per_token, num_parameters
-from llm_trainer.models.vision import Vision, beside_language
+from llm_trainer.models.inside import beside_language
+from llm_trainer.models.vision import Vision
 
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 SHAPE: dict[str, Any] = {

@@ -12,11 +12,10 @@ from llm_trainer.config.schema import VLMConfig
 from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import KNOWN, resolve_attention
 from llm_trainer.models.experts import expert_shape, fused_experts, set_experts
-from llm_trainer.models.inside import auto_class, language_config, sees_images
+from llm_trainer.models.inside import auto_class, beside_language, language_config, sees_images
 from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.quantize import num_values, stored_numbers
-from llm_trainer.models.vision import beside_language
 from llm_trainer.models.vision_build import language_part, put_parts, vision_language_config
 
 if TYPE_CHECKING:

@@ -46,6 +46,15 @@ def sees_images(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 
+def beside_language(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of what sees images in a model, tower and projector; none of another model."""
+    model: Any = transformers_model(module)
+    if model is None or not sees_images(model.config):
+        return []
+    language = set(map(id, model.get_decoder().parameters()))
+    return [parameter for parameter in model.base_model.parameters() if id(parameter) not in language]
+
+
 def auto_class(config: Any) -> Any:
     """The class of transformers that makes language models of such configurations, or models of images and language."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

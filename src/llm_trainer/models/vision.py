@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.models.inside import evaluating, transformers_models
+from llm_trainer.models.inside import beside_language, evaluating, transformers_models
 
 
 class Images(Protocol):
@@ -241,15 +241,6 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 
 
 # What is trained.
-
-
-def beside_language(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of what sees images, tower and projector; none of another model."""
-    vision = Vision.of(model)
-    if vision.model is None:
-        return []
-    language = set(map(id, vision.model.get_decoder().parameters()))
-    return [parameter for parameter in vision.model.parameters() if id(parameter) not in language]
 
 
 def unreached(model: nn.Module, with_images: bool) -> list[str]:

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.models.experts import expert_shape
-from llm_trainer.models.inside import is_kind_of, language_config
+from llm_trainer.models.inside import beside_language, is_kind_of, language_config
 from llm_trainer.models.quantize import is_quantized_layer, num_values, stored_bytes
-from llm_trainer.models.vision import beside_language
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
 
 if TYPE_CHECKING:
