@@ -185,21 +185,6 @@ class Vision(NamedTuple):
             inputs["position_ids"] = torch.cat([inside, given_positions.to(inside.device)])
         return inputs
 
-    def next_positions(
-        self, input_ids: Tensor, images: Images | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """`position_ids` of the token behind each row `[B, T]`, for a sampler: `[B, 1]`, or `[4, B, 1]` as in `inputs`.
-
-        One more for each further token, in all of them.
-        """
-        lengths = torch.full((len(input_ids), 1), input_ids.shape[1], device=input_ids.device)
-        if attention_mask is not None:
-            lengths = attention_mask.sum(1, keepdim=True)
-        if not self.takes_rope_positions:
-            return lengths
-        behind = rope_positions(self, input_ids, images, attention_mask).amax(dim=(0, 2)) + 1  # (B,)
-        return torch.cat([lengths[None], behind[None, :, None].expand(3, -1, 1)])
-
     def zero(self, images: Images | None = None) -> Tensor:
         """A scalar 0 that depends on all that the tower makes of images, by default of one that nobody took.
 

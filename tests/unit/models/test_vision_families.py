@@ -133,17 +133,8 @@ def test_what_a_sampler_calls_the_model_with_gives_its_own_logits(name: str) -> 
         more = {"mm_token_type_ids": is_image}
     with torch.no_grad():
         own = model(ids, **shown.inputs, **more)
-        ours = model(ids, **vision.inputs(ids, vision.encode(shown)), use_cache=True)
+        ours = model(ids, **vision.inputs(ids, vision.encode(shown)))
         torch.testing.assert_close(ours.logits, own.logits)
-        # the next token: an image has moved the positions behind it
-        given = (
-            {} if not vision.takes_rope_positions else {"mm_token_type_ids": torch.cat([is_image, is_image[:, :1]], 1)}
-        )
-        given = given or {key: torch.nn.functional.pad(value, (0, 1)) for key, value in more.items()}
-        longer = model(torch.cat([ids, ids[:, :1]], 1), **shown.inputs, **given).logits[:, -1]
-        position = vision.next_positions(ids, shown)
-        following = model(ids[:, :1], past_key_values=ours.past_key_values, position_ids=position).logits[:, -1]
-        torch.testing.assert_close(following, longer, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
