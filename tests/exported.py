@@ -158,6 +158,7 @@ KINDS: dict[str, Callable[[Made, Path], None]] = {
     "saved head": lambda made, run: made.by_peft(run, modules_to_save=["lm_head"]),
     "lora on new rows": lambda made, run: made.on_new_rows(run),
     "a norm too": lambda made, run: made.with_a_norm(run),
+    "a few tokens": lambda made, run: made.by_peft(run, trainable_token_indices={"embed_tokens": [30, 40]}),
     "two adapters": lambda made, run: made.by_peft(run, second=["o_proj", "q_proj"]),
     "lora of llama": lambda made, run: made.adapted(run, made.base(architecture="llama")),
     "lora of an untied model": lambda made, run: made.adapted(

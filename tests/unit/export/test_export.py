@@ -178,6 +178,25 @@ def test_what_cannot_be_exported_is_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_models_that_see_are_refused_by_name(tmp_path: Path) -> None:
+    described = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(
+        ValueError, match="found LlavaForConditionalGeneration, a vision-language model, which is not exp"
+    ):
+        find_source(tmp_path, quiet)
+
+
+def test_rows_of_a_few_tokens_leave_head_and_embeddings_tied(made: Made, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    out = export(made.run("a few tokens"), "merged", tmp_path / "out", say=quiet)
+    there = TensorFolder(out)
+    before = TensorFolder(made.base()).read("model.embed_tokens.weight")
+    changed = (there.read("model.embed_tokens.weight") != before).any(dim=1).nonzero()[:, 0].tolist()
+    assert changed == [30, 40] and "lm_head.weight" not in there.shapes
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_a_folder_that_is_there_stays(made: Made, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(ValueError, match=r"--out: .* exists already"):
