@@ -54,6 +54,14 @@ def test_fifteen_kills_of_a_model_that_sees(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ten_kills_of_adapters_on_4_bits_with_moments_in_8(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    report = kill(tmp_path, 10, "qlora", "fp32", "behind")
+    assert report["kills"] == 10 and report["during_save"] >= 2 and report["different"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["plain", "qwen3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ten_kills(model: str, precision: str, tmp_path: Path) -> None:

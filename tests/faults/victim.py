@@ -70,9 +70,31 @@ def stream_of(rows: Rows, model_name: str, **options: Any) -> Any:
     return SampleStream(pictured, collate, flat=True, num_workers=2, **options)
 
 
-def make_model(name: str) -> nn.Module:
-    """The same weights at every call."""
+def in_four_bits(base: Path) -> nn.Module:
+    """A model whose weights are in 4 bits, with adapters that are large enough for moments in 8 bits.
+
+    Args:
+        base: where the model lies, or will.
+    """
+    from llm_trainer import AdapterConfig, adapt
+    from llm_trainer.models.build import build_model
+    from llm_trainer.models.quantized_loading import loading_options
+    from llm_trainer.train_configs import ModelConfig, QuantizationConfig
+
+    if not base.exists():
+        shape = ModelConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=512, num_hidden_layers=1, num_attention_heads=2
+        )
+        build_model(shape).save_pretrained(base)
+    how = loading_options(QuantizationConfig(), base, torch.device("cpu"), torch.float32)
+    return adapt(build_model(str(base), options=how), AdapterConfig(rank=8, dropout=0.1))
+
+
+def make_model(name: str, base: Path) -> nn.Module:
+    """The same weights at every call; `base`: where the model lies that 'qlora' reads."""
     torch.manual_seed(0)
+    if name == "qlora":
+        return in_four_bits(base)
     if name == "plain":
         return Plain()
     if name == "vision":
@@ -106,8 +128,9 @@ def make_trainer(folder: Path, model_name: str = "plain", precision: str = "fp32
     from llm_trainer.optim.optimizers import configure_optimizer
     from llm_trainer.optim.schedules import create_scheduler
 
-    model = make_model(model_name)
-    optimizer = configure_optimizer(model=model, lr=0.02)
+    model = make_model(model_name, folder.parent / "base")
+    kind = "adamw8bit" if model_name == "qlora" else "adamw"
+    optimizer = configure_optimizer(model, kind, lr=0.02)
     ranks, accumulation = {"rank": dist.rank(), "world_size": dist.world_size()}, 4 // dist.world_size()
     given: dict[str, Any] = {
         "train_loader": stream_of(Rows(62), model_name, rows_per_step=8, batch_size=2, **ranks),
