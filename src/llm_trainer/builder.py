@@ -15,7 +15,7 @@ from llm_trainer.checkpoint import load_checkpoint, load_weights
 from llm_trainer.config.adapters import LORA
 from llm_trainer.config.algorithms import SFTConfig
 from llm_trainer.config.env import environment
-from llm_trainer.config.errors import counted, fields_of
+from llm_trainer.config.errors import ConfigError, counted, fields_of
 from llm_trainer.config.options import Reading
 from llm_trainer.config.registry import accumulation, options_of
 from llm_trainer.config.schema import DataLoaderConfig, ModelConfig, TrainConfig, VLMConfig
@@ -48,6 +48,7 @@ from llm_trainer.layout import (
     takes_flat,
     takes_images,
 )
+from llm_trainer.models import qat
 from llm_trainer.models.adapter_folder import load_start
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.attention import knows_branches, resolve_attention
@@ -199,12 +200,26 @@ class Builder:
         with waiting("building the model", dist.is_main()):
             model = self.trainer_class._model_from_config(self.config, self)
             if adapters is None:
+                self._prepare_bits(model)
                 self._freeze(model)
                 return model
             if self.config.quantization_config is not None:
                 check_quantized(model)
             torch.manual_seed(self.config.run_config.seed)  # whether the weights before were drawn or read
             return adapt(model, adapters)
+
+    def _prepare_bits(self, model: Any) -> None:
+        """Have a model compute with weights as they will be rounded, if the configuration wants to."""
+        wanted = self.config.quantization_config
+        if wanted is None or wanted.qat is None:
+            qat.forget(model)
+            return
+        if self.engine != "torch" or dist.num_processes() > 1:
+            raise ConfigError(
+                f"quantization_config.qat: got engine {self.engine} on {counted(dist.num_processes(), 'process')}, and it was "
+                f"tried out on one process with engine torch only; expected that"
+            )
+        qat.prepare(model, wanted.qat)
 
     def _freeze(self, model: nn.Module) -> None:
         """Leave out of the training what the configuration says."""
@@ -232,7 +247,7 @@ class Builder:
     def _loading(self) -> dict[str, Any]:
         """How the weights of the model to train are read, beside plainly: keywords of `from_pretrained`."""
         wanted, source = self.config.quantization_config, self.config.model_config
-        if wanted is None or not isinstance(source, str):
+        if wanted is None or wanted.qat is not None or not isinstance(source, str):
             return {}
         if wanted.bits == 8 and self.engine == "fsdp":
             raise ValueError(

@@ -114,6 +114,14 @@ CASES = [
     Case("no such device", ("device: got 'gpu', but this machine has cpu",), config={"run_config": {"device": "gpu"}}),
     Case("fp16 on a CPU", ("fp16 needs a GPU", "use bf16 or fp32"), config={"run_config": {"precision": "fp16"}}),
     Case(
+        "float8",
+        (
+            "run_config.precision: got 'float8': products in 8 bits need a GPU of compute capability 8.9",
+            "expected auto",
+        ),
+        config={"run_config": {"precision": "float8"}},
+    ),
+    Case(
         "block too long",
         ("dataset_block_size: got 1000", "longest sequence is 64"),
         config={"dataset_block_size": 1000},

@@ -45,6 +45,7 @@ PREFIX = "base_model.model."  # of the names of the model in which PEFT has put 
 # Settings of a model that change no logits.
 OF_NO_NUMBER = {"architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits", "transformers_version"}
 OF_NO_NUMBER |= {"bos_token_id", "eos_token_id", "pad_token_id", "name_or_path", "problem_type"}
+OF_NO_NUMBER |= {"qat"}  # for what bits the weights were trained
 # Settings of bitsandbytes that change what weights become, beside the layers that are left out.
 OF_BITS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 INSIDE = ("base_layer", "original_module", "token_adapter")  # what a module of PEFT calls the one that it stands for

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import chain
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
-from pydantic import AfterValidator, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt
 
 from llm_trainer.config.engines import known_engine
 from llm_trainer.config.env import environment
@@ -239,6 +239,21 @@ class KDConfig:
             raise ConfigError("teacher_model: teacher_logits_provider already gives the teacher; give one of them")
 
 
+def not_in_eight_bits(precision: Any) -> Any:
+    """`precision` itself.
+
+    Raises:
+        ValueError: products in 8 bits are asked for.
+    """
+    if str(precision).lower() in ("float8", "fp8"):
+        raise ValueError(
+            f"got {precision!r}: products in 8 bits need a GPU of compute capability 8.9 or later (Ada, Hopper), and were "
+            f"tried out on none, so that they are offered on none; expected auto, which takes bf16 where a machine is fast "
+            f"in it, or bf16, fp16, fp32"
+        )
+    return precision
+
+
 @config_section
 class Execution:
     """How long a run goes on, what it runs on, and what it keeps."""
@@ -250,7 +265,7 @@ class Execution:
         default=None, ge=1, description="stop after this many steps; null: after all epochs"
     )
     seed: StrictInt = Field(default=0, ge=0, description="seed of weights, order and dropout")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(not_in_eight_bits)] = Field(
         default="auto", description="what matrices are multiplied in"
     )
     engine: Annotated[str, AfterValidator(known_engine)] = Field(

@@ -1,4 +1,4 @@
-"""The section of quantization: the weights under adapters in 4 or 8 bits."""
+"""The section of quantization: the weights under adapters in 4 or 8 bits, or all trained for such bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ BLOCK, BLOCK_OF_SCALES, SCALE_BYTES = 64, 256, 4
 
 @config_section
 class QuantizationConfig:
-    """The weights that adapters are put on, in few bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)."""
+    """The weights that adapters are put on, in few bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314); or, with `qat`,
+    weights that are trained as they will be rounded.
+    """
 
     bits: Literal[4, 8] = Field(default=4, description="bits of a weight")
     kind: Literal["nf4", "fp4"] = Field(default="nf4", description="4 bits: the 16 values that there are")
@@ -27,13 +29,23 @@ class QuantizationConfig:
         default_factory=list, description="ends of the names of layers that stay as they are; the head always does"
     )
 
+    qat: Literal["int4", "int8"] | None = Field(
+        default=None, description="in place of all that: train whole weights as they will be in so many bits (torchao)"
+    )
+
     def __post_init__(self) -> None:
-        if self.bits == 4:
-            return
-        for name in ("kind", "double", "storage"):
+        if self.qat is not None:
+            what = f"qat: {self.qat}, but it is an option of weights under adapters"
+            self._refuse(("bits", "kind", "double", "storage", "skip_modules"), what)
+        if self.bits == 8:
+            self._refuse(("kind", "double", "storage"), "bits: 8, but it is an option of 4 bits")
+
+    def _refuse(self, names: tuple[str, ...], beside: str) -> None:
+        """Refuse options that differ from their defaults."""
+        for name in names:
             value = getattr(self, name)
-            if value != fields_of(QuantizationConfig)[name].default:
-                raise ConfigError(f"{name}: got {value!r} beside bits: 8, but it is an option of 4 bits; remove it")
+            if value != fields_of(QuantizationConfig)[name].get_default(call_default_factory=True):
+                raise ConfigError(f"{name}: got {value!r} beside {beside}; remove it")
 
     def bytes_of(self, rows: int, columns: int) -> float:
         """What a matrix takes, with its scales: of 64 weights in 4 bits one, of a row in 8 bits one."""

@@ -444,7 +444,11 @@ class TrainConfig:
             self._refuse_another_base()
 
     def _check_quantization(self) -> None:
-        """Weights in few bits are read from a folder, stay as they are, and have adapters."""
+        """Weights in few bits are read from a folder, stay as they are, and have adapters; others are trained for bits."""
+        assert self.quantization_config is not None
+        if self.quantization_config.qat is not None:
+            self._check_qat()
+            return
         if self.adapter_config is None:
             raise ConfigError(
                 "quantization_config: weights in few bits cannot be trained; expected an adapter_config, such as "
@@ -465,6 +469,19 @@ class TrainConfig:
             raise ConfigError(
                 f"adapter_config.init: {self.adapter_config.init} takes what it begins with out of the weights, which are in 4 "
                 f"or 8 bits (quantization_config); expected default, gaussian or orthogonal"
+            )
+
+    def _check_qat(self) -> None:
+        """Weights are trained as they will be rounded where that was tried."""
+        if self.adapter_config is not None:
+            raise ConfigError(
+                "quantization_config.qat: got adapters beside it, under which weights are not trained, so that they learn "
+                "nothing of how they will be rounded; expected no adapter_config (QAT), or no qat (QLoRA)"
+            )
+        if self.sft_config is None and self.pretrain_config is None:
+            raise ConfigError(
+                "quantization_config.qat: tried out in pretraining and supervised fine-tuning only; expected "
+                "pretrain_config or sft_config"
             )
 
     def _refuse_another_base(self) -> None:

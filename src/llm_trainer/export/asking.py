@@ -13,7 +13,7 @@ from llm_trainer.export.probe import Conversation, Rendered
 
 # Settings of a config.json that change no number, or that stand under another name in `Probe.facts`.
 _NO_NUMBER = {"architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits", "transformers_version"}
-_NO_NUMBER |= {"bos_token_id", "eos_token_id", "pad_token_id", "name_or_path", "problem_type", "return_dict"}
+_NO_NUMBER |= {"bos_token_id", "eos_token_id", "pad_token_id", "name_or_path", "problem_type", "return_dict", "qat"}
 _NO_NUMBER |= {"quantization_config", "tie_word_embeddings", "initializer_range", "chunk_size_feed_forward"}
 _NO_NUMBER |= {"id2label", "label2id", "is_encoder_decoder", "output_hidden_states", "output_attentions"}
 

@@ -11,6 +11,7 @@ from llm_trainer.export.asking import special_tokens_of
 from llm_trainer.export.gate import FP32, ROUNDED, Comparison, Limits, Refused, compare
 from llm_trainer.export.opened import Opened, tokenizer_in
 from llm_trainer.export.probe import Probe, Questions, questions_for, read_probe, record
+from llm_trainer.models import qat
 from llm_trainer.models.adapter_folder import beside, in_dtype, load_pretrained, merge
 from llm_trainer.models.inside import context_of, language_config
 from llm_trainer.models.pretrained import Kind, Pretrained, find_pretrained
@@ -94,6 +95,10 @@ class Source:
         if self.found.base is None:
             model = load_pretrained(AutoModelForCausalLM, self.found)
             dtype = model.dtype
+            kind = qat.kind_of(model)
+            if kind is not None:
+                qat.round_weights(model)
+                self.say(f"trained for {kind}: the weights are the rounded numbers that it computed with")
             answers = self.check(model)
             in_dtype(model, dtype)
             return model, answers

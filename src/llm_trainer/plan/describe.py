@@ -64,6 +64,11 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
             model = reward_model(model)
     quantized = None
     if config.quantization_config is not None:
+        if config.quantization_config.qat is not None:
+            raise ConfigError(
+                "quantization_config.qat: plan does not know what rounded weights take in a step; expected none: the run takes "
+                "more than without it, by the weights of the layers at least"
+            )
         quantized = quantized_by(model, config.quantization_config)
     if adapters is not None:
         model = cast("PreTrainedModel", adapt(model, adapters).get_base_model())

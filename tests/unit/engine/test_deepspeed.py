@@ -79,8 +79,10 @@ def test_what_it_cannot_do_is_refused(config: dict[str, Any], precision: str, me
         DeepSpeedEngine(CPU, precision, config)
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("name", ["muon", "adafactor", "adamw8bit", "lion8bit"])
 def test_optimizers_of_whole_matrices_are_refused_where_matrices_are_cut(name: str) -> None:
+    if name.endswith("8bit"):
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3))
     optimizer = configure_optimizer(model=model, optimizer_type=name)
     with pytest.raises(DeepSpeedError, match=r"needs whole parameters, and ZeRO 2 gives it flat pieces"):

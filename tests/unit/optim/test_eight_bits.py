@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from llm_trainer import SFTTrainer, configure_optimizer
+from llm_trainer.config.options import Fsdp
+from llm_trainer.engine.fsdp import FsdpEngine
 from llm_trainer.optim.optimizers import create_optimizer, state_bytes
 from policies import tiny
 
@@ -91,3 +93,12 @@ def test_where_the_package_is_missing_it_is_named(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(ValueError, match=message):
         create_optimizer([nn.Parameter(torch.ones(1))], "adamw8bit")
+
+
+def test_shards_are_refused() -> None:
+    model = layer()
+    engine = FsdpEngine(torch.device("cpu"), "fp32", Fsdp())
+    with pytest.raises(
+        ValueError, match=r"AdamW8bit cannot update matrices that are sharded \(FSDP\); use one of adamw"
+    ):
+        engine.prepare(model, model, configure_optimizer(model, "adamw8bit"))
