@@ -60,7 +60,7 @@ def write(request: Request) -> Written:
     # 1. the file
     path = request.folder / f"model-{dtype}.gguf"
     others = write_gguf(model, source.tokenizer, path, dtype)
-    notes = [f"{path.name}: matrices in {dtype}, vectors in F32, {path.stat().st_size / 1e6:,.1f} MB"]
+    notes = [f"matrices in {dtype}, vectors in F32: {path.name}, {path.stat().st_size / 1e6:,.1f} MB"]
     for kind in sorted(set(others.values())):
         names = [name for name, other in others.items() if other == kind]
         notes.append(f"in {kind}: {len(names)} of the matrices, such as {names[0]}")
