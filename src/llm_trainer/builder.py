@@ -182,7 +182,12 @@ class Builder:
                 f"sft_config.image_tags_file_dataset: got {counted(len(tags), 'file')} for {counted(len(files), 'path')} of "
                 "file_dataset, expected one each"
             )
-        return dict(zip(files, tags, strict=True))
+        for file in files:
+            if not Path(file).is_file():
+                raise ValueError(
+                    f"sft_config.image_tags_file_dataset: {file} in file_dataset is no single file; expected one for each csv"
+                )
+        return {str(Path(file)): csv for file, csv in zip(files, tags, strict=True)}
 
     def tokenizer_of(self, source: str) -> Any:
         return load_tokenizer(source)

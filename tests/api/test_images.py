@@ -137,6 +137,9 @@ def test_images_for_a_model_that_reads_text_are_an_error(folder: Path, tmp_path:
     blind = {"model_config": ModelConfig(**TEXT)}
     with pytest.raises(ValueError, match="image_tags_file_dataset: found a model that reads text"):
         first_batch(config(folder, tmp_path / "run", **blind))
+    whole_folder = {"file_dataset": str(folder)}
+    with pytest.raises(ValueError, match="in file_dataset is no single file; expected one for each csv"):
+        first_batch(config(folder, tmp_path / "run", **whole_folder))
     two = SFTConfig(image_tags_file_dataset=[str(folder / "tags.csv")] * 2)
     with pytest.raises(ValueError, match="got 2 files for 1 path of file_dataset, expected one each"):
         first_batch(config(folder, tmp_path / "run", sft_config=two))

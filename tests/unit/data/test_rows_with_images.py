@@ -266,6 +266,14 @@ def test_text_and_images_in_turn_are_pretrained_on(tmp_path: Path, chat: ChatFor
             loaded(path, chat, "text", packing="wrapped", block_size=64)
 
 
+def test_documents_of_one_row_keep_their_own_images(tmp_path: Path, chat: ChatFormat) -> None:
+    text = "One <image>.<|endoftext|>None.<|endoftext|><image> and <image>."
+    path = write(tmp_path, [{"text": text, "images": ["2.png", "0.png", "1.png"]}])
+    data = loaded(path, chat, "text", packing="none", text_unit="endoftext")
+    heights = [[ref.height for ref in data[number].get("images", ())] for number in range(3)]
+    assert heights == [[22], [], [20, 21]]
+
+
 def test_images_come_as_bytes_beside_dead_paths(tmp_path: Path, chat: ChatFormat) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow

@@ -118,3 +118,34 @@ def test_a_processor_leaves_nothing_in_the_key_of_stores() -> None:
     assert (
         ChatFormat(llava_processor().tokenizer, images=ImageFormat(llava_processor(), max_pixels=9)).facts() != before
     )
+
+
+def test_the_placeholder_as_a_users_text_is_text() -> None:
+    processor = PROCESSORS["qwen2_5_vl"]()
+    images = ImageFormat(processor)
+    chat = ChatFormat(processor.tokenizer, images=images)
+    ref = images.count(file_of(picture()), None, Location("rows.jsonl", 1))
+    said = {"role": "user", "content": "<image>What does <|image_pad|> mean?", "images": [ref]}
+    ids = chat.encode_prompt([said])
+    assert ids.count(images.image_token_id) == images.num_placeholders(20, 30)
+    assert "What does <|image_pad|> mean?" in processor.tokenizer.decode(ids)
+
+
+def test_weights_of_messages_stay_with_their_words() -> None:
+    images = ImageFormat(llava_processor())
+    chat = ChatFormat(llava_processor().tokenizer, images=images)
+    ref = images.count(file_of(picture()), None, Location("rows.jsonl", 1))
+    talk = [
+        {"role": "user", "content": "<image>What?", "images": [ref]},
+        {"role": "assistant", "content": "A <image> cat.", "images": [ref], "loss_weight": 0.5},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    blind = [{**turn, "content": turn["content"].replace("<image>", "")} for turn in talk]
+    one, other = chat.encode(talk), ChatFormat(llava_processor().tokenizer).encode(blind)
+    is_text = np.array(one.input_ids) != images.image_token_id
+    weights = one.loss_weights()
+    assert not weights[~is_text].any() and set(weights.tolist()) == {0, 0.5, 1}
+    # the words around an image meet in a text without it, so only how much they weigh together is the same
+    assert (weights == 1).sum() == (other.loss_weights() == 1).sum()
+    assert (weights == 0.5).sum() >= (other.loss_weights() == 0.5).sum()

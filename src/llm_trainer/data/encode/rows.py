@@ -20,6 +20,7 @@ from llm_trainer.data.ids import check_ids
 from llm_trainer.data.kinds import HARDNESS, WEIGHT, Encoded, Kind, Sample
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.formats import split_documents
+from llm_trainer.data.read.messages import IMAGE
 from llm_trainer.data.read.renaming import Renaming, number_at
 from llm_trainer.data.read.schemas import Schema, get_schema
 from llm_trainer.data.unused import refuse_unused
@@ -101,7 +102,13 @@ class RowEncoder:
             return found
         documents = []
         for values in found:
-            documents += [{**values, "text": text} for text in split_documents(values["text"])]
+            shown = list(values.get("images", ()))
+            for text in split_documents(values["text"]):
+                document = {**values, "text": text}
+                if shown:
+                    number = text.count(IMAGE)
+                    document["images"], shown = shown[:number], shown[number:]
+                documents.append(document)
         return documents
 
     def _encode(self, samples: list[Sample], part: Part) -> list[Encoded]:
