@@ -59,7 +59,7 @@ class Features(NamedTuple):
     def placed(self) -> dict[str, Any]:
         """`mm_encoder_outputs` of transformers: every use of an image, in the order of the placeholders."""
         order = self.images.order.tolist()
-        levels = [tuple(level[index] for index in order) for level in self.levels]
+        levels = [tuple(map(level.__getitem__, order)) for level in self.levels]
         fields: dict[str, Any] = {"pooler_output": levels[0]}
         if isinstance(self.like.pooler_output, Tensor):  # it is put in place as it is, others are joined by the model
             fields["pooler_output"] = torch.cat(levels[0])

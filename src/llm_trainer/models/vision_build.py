@@ -75,7 +75,7 @@ def num_tokens(tower: Any, is_shuffled: bool) -> int:
 
 def _side(size: Any) -> int:
     """Of a square that is one number, or height and width."""
-    return int(size if isinstance(size, int) else size[0])
+    return size if isinstance(size, int) else int(size[0])
 
 
 def _tower_config(c: "VLMConfig", is_shuffled: bool) -> "PretrainedConfig":
@@ -180,10 +180,11 @@ def processor_for(model_config: "PretrainedConfig", tokenizer: Any, vision_path:
     side, patch = _side(c.vision_config.image_size), _side(c.vision_config.patch_size)
     is_shuffled = c.image_seq_length < (side // patch) ** 2
     # NOTE: this processor fits both models: it counts squares of pixels, of which a token of the second has four patches.
+    square = 2 * patch if is_shuffled else patch
     return LlavaProcessor(
         _image_processor(side, vision_path),
         tokenizer,
-        patch_size=2 * patch if is_shuffled else patch,
+        patch_size=square,
         vision_feature_select_strategy="full",
         image_token=tokenizer.convert_ids_to_tokens(c.image_token_id),
         chat_template=tokenizer.chat_template,
