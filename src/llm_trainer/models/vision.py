@@ -121,6 +121,7 @@ class Vision(NamedTuple):
                 found = model
         if found is None:
             return cls(None)
+        _capture_at_once(found)
         return cls(found, "token_type_ids" in _parameters(found.forward))
 
     @property
@@ -219,6 +220,23 @@ class Vision(NamedTuple):
 def _joined(pieces: Any) -> Tensor:
     """Of `[images, tokens, D]`, or of `[tokens, D]` per image: `[all tokens, D]`."""
     return pieces.flatten(0, -2) if isinstance(pieces, Tensor) else torch.cat(list(pieces))
+
+
+def _capture_at_once(model: Any) -> None:
+    """Have transformers hook into the layers of a tower now, which it does at the first forward otherwise.
+
+    Engines hook into them too, and the graph of a forward depends on who came first: so it must be the same on every rank,
+    whichever of them has tried the model out before.
+    """
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    decoder = model.get_decoder()
+    for child in model.children():
+        if child is decoder:
+            continue
+        for tower in transformers_models(child):
+            if tower._can_record_outputs:
+                maybe_install_capturing_hooks(tower)
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
