@@ -108,6 +108,11 @@ class RolloutOptions:
         description="above 0 the next rollout is made while one is learned from (asynchronous mode), by weights that are at "
         "most so many optimizer steps old when learning from it begins; 0: they take turns",
     )
+    replay_routes: StrictBool = Field(
+        default=False,
+        description="of a mixture of experts: completions are learned from on the experts that drew them; false: on those that "
+        "the weights choose now, which are the same but for rounding while nothing has been learned since",
+    )
     off_policy_correction: Literal["none", "truncate", "mask"] | None = Field(
         default=None,
         description="of what the sampler draws otherwise than the trainer scores it, w times as probable: its loss is "

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm_trainer.generation.decoding import Decoding, Draw, id_tensor, noise
 from llm_trainer.generation.readers import Reader
 from llm_trainer.generation.service import Completion, Request
+from llm_trainer.generation.slots import SlotReader
 
 # Rows that enter are a forward of their own, which takes about as long as one token of all rows: some are awaited.
 WAIT_FOR_SHARE = 8  # an eighth of all rows
@@ -28,6 +30,7 @@ class Group:
     budget: int
     waiting: deque[int] = field(default_factory=deque)  # numbers of samples
     logits: Tensor | None = None  # [V], after the prompt; None: not computed
+    routes: Tensor | None = None  # [P, R], of the prompt's tokens, where somebody sees them
 
 
 @dataclass(eq=False)
@@ -88,6 +91,9 @@ class Batch:
         self.budget = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.seen: Tensor | None = None  # [num_rows, V], for the repetition penalty
         self.scores: Tensor | None = None  # [num_rows, V], the logits of a token
+        self.routes: Tensor | None = (
+            None  # [num_rows, tokens, R], of new tokens that were read, where somebody sees them
+        )
         self.new = self.count[:0]
 
     @property
@@ -102,6 +108,7 @@ class Batch:
         logits = []
         if self.rows:
             logits.append(self.reader.read(self.new))
+            self._note_routes()
         if self._may_enter():
             logits.extend(self._enter())
         scores = self._together(logits)
@@ -134,6 +141,36 @@ class Batch:
         for done in self.done:
             found.append([done[sample] for sample in sorted(done)])
         return found
+
+    def _sees_routes(self) -> bool:
+        return isinstance(self.reader, SlotReader) and self.reader.routes is not None
+
+    def _taken_routes(self) -> Tensor:
+        """`[tokens, R]` of all tokens that were read since the last call."""
+        assert isinstance(self.reader, SlotReader)
+        found = torch.cat(self.reader.sent_to)
+        self.reader.sent_to = []
+        return found
+
+    def _note_routes(self) -> None:
+        """Keep where the tokens that were read last were sent to, each of which its row has written last."""
+        if not self._sees_routes():
+            return
+        found = self._taken_routes()
+        if self.routes is None:
+            self.routes = found.new_full((self.num_rows, self.ids.shape[1], found.shape[1]), -1)
+        num = len(self.rows)
+        self.routes[torch.arange(num, device=self.device), self.count[:num] - 1] = found
+
+    def _routes_of(self, number: int, count: int) -> np.ndarray | None:
+        """`[T, R]` of the prompt and the first `count` tokens of a row; those of the last one are not known."""
+        prompt = self.rows[number].group.routes
+        if prompt is None:
+            return None
+        own = prompt.new_full((count, prompt.shape[1]), -1)
+        if self.routes is not None:
+            own[:-1] = self.routes[number, : count - 1]
+        return torch.cat([prompt, own]).cpu().numpy()
 
     def _ended(self, draw: Draw) -> Tensor:
         """Whether each row was ended by its last token. `[B]`"""
@@ -183,6 +220,11 @@ class Batch:
             logits.append(read)
             for row, scores in zip(entering, read, strict=True):
                 row.group.logits = scores
+            if self._sees_routes():
+                lengths = [len(row.group.request.ids) for row in entering]
+                for row, routes in zip(entering, self._taken_routes().split(lengths), strict=True):
+                    if row.group.routes is None:  # else it is there: all its rows say the same of their prompt
+                        row.group.routes = routes
         if forked:
             lengths = [len(row.group.request.ids) for row in forked]
             self.reader.fork([places[row.group] for row in forked], lengths)
@@ -251,7 +293,7 @@ class Batch:
         if movers:
             to = torch.tensor(gaps, device=self.device)
             of = torch.tensor(movers, device=self.device)
-            for buffer in (self.noise, self.ids, self.logprobs, self.count, self.budget, self.seen):
+            for buffer in (self.noise, self.ids, self.logprobs, self.count, self.budget, self.seen, self.routes):
                 if buffer is not None:
                     buffer[to] = buffer[of]
 
@@ -266,4 +308,6 @@ class Batch:
             is_stop = self.decoding.says_stop(ids)
         finish = "stop" if is_stop else "length"
         kept = row.kept if self.keeps_cuts else None
-        self.done[group.place][row.sample] = Completion(ids, logprobs, finish, [(0, self.version)], kept)
+        self.done[group.place][row.sample] = Completion(
+            ids, logprobs, finish, [(0, self.version)], kept, routes=self._routes_of(number, count)
+        )

@@ -12,6 +12,7 @@ from llm_trainer.generation.sampler import make_batch, sampling
 from llm_trainer.generation.service import Completion, Interrupted, Request
 from llm_trainer.generation.verify import Hashes, hashes_of
 from llm_trainer.generation.weights import WeightsCopy
+from llm_trainer.models.experts import Routes, recorded_routers
 from llm_trainer.models.inside import adapted_model, unwrapped
 
 NOT_LOADED = -1
@@ -28,6 +29,7 @@ class InProcess:
         max_rows: How many completions are decoded together at most.
         max_cache_bytes: Of keys and values; there are fewer rows where longer ones would need more.
         around: The context in which trained weights compute in place; None: that of the call.
+        sees_routes: Whether completions say which experts their tokens were sent to; of a copy that is read from slots.
 
     Attributes:
         version: See `GenerationService`.
@@ -44,6 +46,7 @@ class InProcess:
         max_rows: int = 64,
         max_cache_bytes: int = 4 * 2**30,
         around: Callable[[], AbstractContextManager[object]] | None = None,
+        sees_routes: bool = False,
     ) -> None:
         if max_rows < 1 or max_cache_bytes < 1:
             raise ValueError(f"max_rows={max_rows}, max_cache_bytes={max_cache_bytes}: expected at least 1 of both")
@@ -53,6 +56,10 @@ class InProcess:
         self.model = adapted_model(decoding)
         self.max_rows, self.max_cache_bytes = max_rows, max_cache_bytes
         self._around = around or nullcontext
+        self._routes = None
+        if sees_routes:
+            assert self.copy is not None  # hooks on the modules that learn would see their forwards too
+            self._routes = Routes(list(recorded_routers(self.model).values()))
         self.version = NOT_LOADED
 
     @property
@@ -97,7 +104,9 @@ class InProcess:
         self._check_loaded()
         limits = {"max_rows": self.max_rows, "max_cache_bytes": self.max_cache_bytes}
         with sampling(self.model), self._precision():
-            batch = make_batch(self.model, requests, decoding, self.version, keeps_cuts=True, **limits)
+            batch = make_batch(
+                self.model, requests, decoding, self.version, keeps_cuts=True, routes=self._routes, **limits
+            )
             while batch.is_busy:
                 batch.step()
                 if stop():

@@ -16,7 +16,9 @@ from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.readers import Reader, cache_bytes, device_of, make_reader
 from llm_trainer.generation.seeing import SeeingReader
 from llm_trainer.generation.service import Request
+from llm_trainer.generation.slots import SlotReader
 from llm_trainer.image_batch import ImageBatch
+from llm_trainer.models.experts import Routes
 from llm_trainer.models.inside import adapted_model, evaluating, model_context
 
 # Samples per prompt from which on attention reads prompts by themselves: that costs a second call for every layer.
@@ -95,8 +97,12 @@ def make_batch(
     keeps_cuts: bool = False,
     max_rows: int | None = None,
     max_cache_bytes: int | None = None,
+    routes: Routes | None = None,
 ) -> Batch:
     """The completions of `requests`, yet to be written, at most `max_rows` at a time (None: all).
+
+    Args:
+        routes: sees whom the model's routers choose, which completions then say; a `SlotReader` reads it.
 
     Raises:
         ValueError: A prompt is empty or fills the context, or has images and the model makes nothing of them.
@@ -121,6 +127,9 @@ def make_batch(
         reader: Reader = SeeingReader(model, decoding.pad_token_id)
     else:
         reader = make_reader(model, num_rows, longest_prompt, longest_budget, decoding.pad_token_id, shares)
+    if routes is not None:
+        assert isinstance(reader, SlotReader)  # `trainers.routes.check_replay` has refused the others
+        reader.routes = routes
     return Batch(reader, requests, budgets, decoding, num_rows, device_of(model), version, keeps_cuts)
 
 

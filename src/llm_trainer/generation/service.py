@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,8 @@ class Completion:
         versions: Spans (first token, version of the weights), the first at 0.
         kept: For each token the ids that the distribution was cut to; None where it was not cut.
         trained: For each token whether the policy wrote it, where others have spoken in between; None: all of them.
+        routes: `[T, R]` of each token of prompt and completion, the experts of all layers that it was sent to; -1 for the last,
+            which was not read. None: nobody has asked, or there are none.
     """
 
     ids: list[int]
@@ -60,6 +63,7 @@ class Completion:
     versions: list[tuple[int, int]]
     kept: list[list[int]] | None = None
     trained: list[bool] | None = None
+    routes: np.ndarray | None = None
 
 
 class Interrupted(Exception):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_trainer.models.experts import Routes
+
 ATTENTION = "llm_trainer_slots"
 # Plain causal attention that gets the keyword arguments of the model's call; held equal to those of training by a test.
 ARCHITECTURES = frozenset(
@@ -137,6 +139,8 @@ class SlotReader:
         self.prefilled: list[tuple[int, int, int]] = []  # start, stop, slot of each of the flat prompts
         self.reading: Reading | None = None
         self.sharing: Sharing | None = None
+        self.routes: Routes | None = None  # sees whom the tokens that are read are sent to
+        self.sent_to: list[Tensor] = []  # [tokens, L * K] of each forward since somebody last took them
 
     def has_room(self) -> bool:
         return True
@@ -281,6 +285,8 @@ class SlotReader:
             output = self.model(
                 input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=logits_to_keep, slots=self
             )
+        if self.routes is not None:
+            self.sent_to.append(torch.cat(self.routes.chosen, dim=1).short())
         return output.logits
 
     def _arranged(self) -> Sharing:

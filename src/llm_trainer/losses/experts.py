@@ -30,13 +30,19 @@ class Routing(NamedTuple):
     tokens: Tensor
 
 
-def count_routes(router_logits: Sequence[Tensor], top_k: int, token_weights: Tensor | None = None) -> Routing:
+def count_routes(
+    router_logits: Sequence[Tensor],
+    top_k: int,
+    token_weights: Tensor | None = None,
+    chosen: Sequence[Tensor] | None = None,
+) -> Routing:
     """The sums of tokens that are sent to the `top_k` experts of highest probability.
 
     Args:
         router_logits: one `[B * T, E]` (or `[B, T, E]`) per layer.
         top_k: experts per token.
         token_weights: `[B, T]` how often each token counts: 0 for padding; None: each once.
+        chosen: one `[B * T, top_k]` of experts per layer, where tokens were sent to others.
     """
     num_experts = router_logits[0].shape[-1]
     first = at_least_float32(router_logits[0])
@@ -45,11 +51,11 @@ def count_routes(router_logits: Sequence[Tensor], top_k: int, token_weights: Ten
     else:
         weights = token_weights.reshape(-1).to(first.dtype)
     assigned, prob_sums, z_sum = [], [], first.new_zeros(())
-    for layer in router_logits:
+    for place, layer in enumerate(router_logits):
         logits = at_least_float32(layer).reshape(-1, num_experts)  # (n, E)
         probs = logits.softmax(-1)
-        chosen = probs.detach().topk(top_k, dim=-1).indices.flatten()  # (n * top_k,)
-        assigned.append(_counts(chosen, num_experts, weights.repeat_interleave(top_k)))
+        sent_to = probs.detach().topk(top_k, dim=-1).indices if chosen is None else chosen[place]  # (n, top_k)
+        assigned.append(_counts(sent_to.flatten(), num_experts, weights.repeat_interleave(top_k)))
         prob_sums.append(weights @ probs)
         z_sum = z_sum + weights @ logits.logsumexp(-1).square()
     return Routing(torch.stack(assigned), torch.stack(prob_sums), z_sum, weights.sum())

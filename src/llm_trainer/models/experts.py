@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from functools import partial
+from inspect import signature
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from llm_trainer.models.inside import language_config, transformers_model
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 # Of routers that are balanced by a bias on what they choose by, and not by a loss (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
 BALANCING_BIAS = "e_score_correction_bias"
@@ -138,19 +137,72 @@ def describe_experts(model: nn.Module) -> tuple[str, str] | None:
     return (found, whys[found]) if found in whys else None
 
 
+def replayed_routers(model: nn.Module) -> list[nn.Module]:
+    """The routers of `model`, in the order of the layers, whose weights can be told for experts that they did not choose.
+
+    Raises:
+        ValueError: they are not there, or their own weights are not those of `weights_of`, tried out on a few tokens.
+    """
+    routers = list(recorded_routers(model).values())
+    for router in routers:
+        weight = router._parameters.get("weight")
+        if weight is None or weight.dim() != 2 or len(signature(router.forward).parameters) != 1:
+            routers = []
+            break
+        if weight.is_meta:
+            continue
+        tokens = torch.linspace(-1, 1, 4 * weight.shape[1], device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            output = router(tokens.view(4, -1))
+        if len(output) != 3 or not torch.equal(weights_of(router, output[0], output[2]).to(output[1]), output[1]):
+            routers = []
+            break
+    if not routers:
+        raise ValueError(
+            f"replay_routes: the routers of a {type(model).__name__} are not of a kind whose routes can be told"
+        )
+    return routers
+
+
+def weights_of(router: nn.Module, logits: Tensor, chosen: Tensor) -> Tensor:
+    """`[N, K]` how much the experts `chosen [N, K]` count, by `logits [N, E]`, whoever has chosen them: as routers say it."""
+    if BALANCING_BIAS in router._buffers:
+        scores = logits.sigmoid()
+    else:
+        scores = logits.softmax(-1, dtype=torch.float32)
+    weights = scores.gather(1, chosen)
+    if vars(router).get("norm_topk_prob", True):
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * vars(router).get("routed_scaling_factor", 1.0)
+
+
 class Routes:
-    """Sees which experts the routers of a model choose.
+    """Sees which experts the routers of a model choose, and may tell them which ones to take.
+
+    Attributes:
+        chosen: `[N, K]` of each layer, of the last forward.
+        told: `[N, L * K]` or wider, the experts that each token takes in all layers; -1: those that it chooses. None: it
+            chooses all. The weights of experts that are told are those of the live logits, with gradients (R3, Ma et al.
+            2025, arXiv:2510.11370). It stays until the next forward is told something: recomputation asks again.
 
     Args:
         routers: in the order of the layers. Each returns logits `[N, E]`, weights `[N, K]` and the experts chosen, `[N, K]`.
     """
 
     def __init__(self, routers: list[nn.Module]) -> None:
-        self.chosen: list[Tensor] = [Tensor() for _ in routers]  # of the last forward, a layer each
-        self._handles: list[RemovableHandle] = []
+        self.chosen: list[Tensor] = [Tensor() for _ in routers]
+        self.told: Tensor | None = None
         for layer, router in enumerate(routers):
-            self._handles.append(router.register_forward_hook(partial(self._see, layer)))
+            router.register_forward_hook(partial(self._see, layer))
 
-    def _see(self, layer: int, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _see(self, layer: int, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
+        logits, weights, chosen = output
+        if self.told is not None:
+            own = chosen.shape[1]
+            told = self.told[:, layer * own : (layer + 1) * own]
+            is_told = told[:, :1] >= 0
+            chosen = torch.where(is_told, told, chosen)
+            weights = torch.where(is_told, weights_of(router, logits, chosen).to(weights.dtype), weights)
         # With recomputation it comes twice, with the same routes.
-        self.chosen[layer] = output[2].detach()
+        self.chosen[layer] = chosen.detach()
+        return logits, weights, chosen

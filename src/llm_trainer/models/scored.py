@@ -20,7 +20,7 @@ from llm_trainer.losses.drawn_from import DrawnFrom, excluding
 from llm_trainer.losses.experts import Routing, count_chosen, count_routes
 from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, flat_losses
 from llm_trainer.models.attention import KNOWN, document_bounds, knows_branches
-from llm_trainer.models.experts import Routes, biased_routers, expert_shape, experts_of
+from llm_trainer.models.experts import Routes, biased_routers, expert_shape, experts_of, recorded_routers
 from llm_trainer.models.heads import logits_of, read_head, split_of
 from llm_trainer.models.inside import adapted_model, language_config, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
@@ -93,10 +93,10 @@ class ScoredModel(nn.Module):
         self.with_entropy = with_entropy
         self._split, self.whole_logits = split_of(model)  # a tuple, so that no parameter gets a second name
         self._experts = experts_of(model)
-        self._biased: tuple[Routes, int] | None = None  # whom routers choose that a bias balances, of how many
-        routers, shape = biased_routers(model), expert_shape(model)
-        if routers and shape is not None:
-            self._biased = Routes(list(routers.values())), shape.number
+        routers = biased_routers(model)
+        self._routes: Routes | None = None  # whom routers choose that a bias balances, or that are told whom to take
+        if routers:
+            self._routes = Routes(list(routers.values()))
         self.vision = Vision.of(model)
         self._causal = self._split is not None and self._language_config.model_type in KNOWN
         self._accepted = accepted_inputs(model)
@@ -125,6 +125,7 @@ class ScoredModel(nn.Module):
         loss_weights: Tensor | None = None,
         objective: Objective | None = None,
         drawn_from: DrawnFrom | None = None,
+        routes: Tensor | None = None,
         images: Images | Features | SeenOnce | None = None,
         rope_positions: Tensor | None = None,
         **model_inputs: Any,
@@ -145,6 +146,7 @@ class ScoredModel(nn.Module):
             repeats: `[B, T]` how many tokens each one stands for in `routing`: those that branches share are several.
             objective: `loss_sum` is its sum over the supervised tokens, made in one run of the head; its columns `[B, T]`.
             drawn_from: the ids that the softmax is taken over, where not over all; its counts `[B, T]`.
+            routes: `[B, T, R]` the experts that each token takes in all layers (`models.experts.Routes.told`); None: its own.
             images: those of the batch, or what `vision.encode` has made of them; None: it has none. Images without a use are
                 encoded, and count for nothing.
             rope_positions: `[3, B, T]` of `models.vision.rope_positions`; made here where they are needed and not given.
@@ -166,6 +168,7 @@ class ScoredModel(nn.Module):
         how = _How(weights, differentiable_logprobs, temperature, objective, drawn_from)
 
         # 2. the model, up to what its head is given
+        self._tell(routes)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, **model_inputs}
         given |= {"images": images, "rope_positions": rope_positions}
         states, output = self.states(input_ids, supervised, document_lengths=document_lengths, **given)
@@ -335,12 +338,20 @@ class ScoredModel(nn.Module):
         return HeadScores(values.sum(), logprobs.detach(), correct, entropy)
 
     def _routing(self, output: Any, token_weights: Tensor | None) -> Routing | None:
-        if self._biased is not None:
-            routes, num_experts = self._biased
-            return count_chosen(routes.chosen, num_experts, token_weights)
-        if self._experts is None:
+        chosen = None if self._routes is None else self._routes.chosen
+        if self._experts is not None:
+            return count_routes(output.router_logits, self._experts.per_token, token_weights, chosen)
+        shape = expert_shape(self.base)
+        if chosen is None or shape is None:
             return None
-        return count_routes(output.router_logits, self._experts.per_token, token_weights)
+        return count_chosen(chosen, shape.number, token_weights)
+
+    def _tell(self, routes: Tensor | None) -> None:
+        """Tell routers whom to take in the forward to come, and in its recomputation; None: whom they choose."""
+        if routes is not None and self._routes is None:
+            self._routes = Routes(list(recorded_routers(self.base).values()))
+        if self._routes is not None:
+            self._routes.told = None if routes is None else routes.flatten(0, 1)
 
 
 def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> ScoredModel:

@@ -56,7 +56,9 @@ def service_of(how: RolloutOptions, given: GenerationService | None, model: nn.M
     return Servers(how.rollout_servers, transport)
 
 
-def drawing(service: GenerationService | None, model: nn.Module, machine: Machine) -> tuple[GenerationService, str]:
+def drawing(
+    service: GenerationService | None, model: nn.Module, machine: Machine, sees_routes: bool = False
+) -> tuple[GenerationService, str]:
     """The service of a run, which knows the processes of the run, and its name in messages."""
     if service is None and is_quantized(model):
         if is_sharded(model):
@@ -67,7 +69,7 @@ def drawing(service: GenerationService | None, model: nn.Module, machine: Machin
             )
         return InProcess(model, around=partial(_autocast, machine)), "the sampler of this process"
     if service is None:
-        return InProcess(model, machine.dtype), "the sampler of this process"
+        return InProcess(model, machine.dtype, sees_routes=sees_routes), "the sampler of this process"
     if isinstance(service, Servers):
         service.join(machine.process_number, machine.gather, config_of(model), machine.say)
         return service, "the rollout servers"

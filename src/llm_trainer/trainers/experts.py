@@ -14,6 +14,7 @@ from llm_trainer.models.experts import BALANCING_BIAS, Experts, biased_routers, 
 from llm_trainer.models.inside import has_adapters
 from llm_trainer.regulariser import Regulariser, SumOverRanks
 from llm_trainer.trainers.expert_loads import Loads, OfExperts
+from llm_trainer.trainers.routes import routes_of
 
 if TYPE_CHECKING:
     from llm_trainer.state import MicroBatch
@@ -130,6 +131,9 @@ class Balance(Loads):
                 break
         rows = prepare(batch)
         inputs = {name: rows[name] for name in _INPUTS if name in rows}
+        routes = routes_of(rows)
+        if routes is not None:
+            inputs["routes"] = routes
         outputs = self._trainer.model(**inputs, labels=torch.full_like(rows["input_ids"], IGNORE))
         routing: Routing = outputs.routing
         return routing

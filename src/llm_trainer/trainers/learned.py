@@ -6,6 +6,7 @@ import torch
 
 from llm_trainer.losses.drawn_from import DrawnFrom
 from llm_trainer.trainers.answers import OF_TOKENS, Batch
+from llm_trainer.trainers.routes import ROUTES
 
 # What a micro-batch is learned from; it may have more.
 _LAID = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "document_order", "repeats")
@@ -14,7 +15,8 @@ LEARNED = (*_LAID, *OF_TOKENS, "has_sums", "kept_counts", "kept")
 
 def of_learning(batch: Batch) -> Batch:
     """The tensors of a micro-batch that are learned from; `kept [M]`, what its rows have of it end to end."""
-    return {name: batch[name] for name in LEARNED if name in batch}
+    routes = [name for name in batch if name.startswith(ROUTES)]
+    return {name: batch[name] for name in (*LEARNED, *routes) if name in batch}
 
 
 def with_cuts(batch: Batch) -> Batch:

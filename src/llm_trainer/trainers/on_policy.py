@@ -42,6 +42,7 @@ from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
 from llm_trainer.trainers.ptx import PTX, ptx_of
 from llm_trainer.trainers.rollouts import RolloutMaker
+from llm_trainer.trainers.routes import ROUTES, check_replay, num_route_columns, routes_of
 from llm_trainer.trainers.said import RowsOfIds, check_ids, check_vocabulary, stop_tokens_of
 
 if TYPE_CHECKING:
@@ -130,6 +131,10 @@ class OnPolicyTrainer(BaseTrainer):
             if frozen is not None:
                 self._frozen_facts[name] = model_facts(frozen)
         self._service = service_of(how, generation_service, model)
+        self._route_columns = 0
+        if how.replay_routes:
+            check_replay(model, how, generation_service is not None, self.partners is not None)
+            self._route_columns = num_route_columns(model)
         self._stop_token_ids = stop_token_ids
         self._verified: Verified | None = None
         self._in_a_row: dict[str, int] = {}  # rollouts without anything to learn from, by what is said of them
@@ -281,7 +286,8 @@ class OnPolicyTrainer(BaseTrainer):
         Raises:
             RolloutError: a rollout of another run cannot be learned from as this one is set up.
         """
-        missing = [name for name in self._learned_columns() if name not in rollout.store.columns]
+        needed = [*self._learned_columns(), *(f"{ROUTES}{number}" for number in range(self._route_columns))]
+        missing = [name for name in needed if name not in rollout.store.columns]
         if missing:
             raise RolloutError(
                 f"rollouts: {rollout.store.folder} has no {' and no '.join(missing)}; expected rollouts of a run with the same "
@@ -330,6 +336,7 @@ class OnPolicyTrainer(BaseTrainer):
                 padding=pad_id_of(self.tokenizer, self.base_model),
                 evaluation=self._evaluation,
                 partners=self.partners,
+                route_columns=self._route_columns,
             )
         return self._maker
 
@@ -348,7 +355,7 @@ class OnPolicyTrainer(BaseTrainer):
         whose vocabulary has no known size.
         """
         if self._verified is None:
-            service, where = drawing(self._service, self.base_model, self.machine)
+            service, where = drawing(self._service, self.base_model, self.machine, sees_routes=self._route_columns > 0)
             vocab_size = vocab_size_of(self.base_model)
             if vocab_size is None:
                 self._verified = Verified(service, where=where)
@@ -458,6 +465,8 @@ class OnPolicyTrainer(BaseTrainer):
     def _score(self, model: Any, rows: Batch, **how: Any) -> TokenScores:
         """A model's scores of rows, as the distribution that completions are drawn from."""
         drawn_from = drawn_from_of(rows, self.how.gen_suppress_tokens)
+        if model is self.model and self._route_columns:
+            how["routes"] = routes_of(rows)
         return score(model, rows, temperature=self.how.gen_temperature, drawn_from=drawn_from, **how)
 
     # What must hold.

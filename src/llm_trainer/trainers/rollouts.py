@@ -35,6 +35,7 @@ from llm_trainer.trainers.completions import (
     shown_of,
 )
 from llm_trainer.trainers.played import Partners, played
+from llm_trainer.trainers.routes import route_columns
 
 ATTEMPT = 1 << 32  # what a prompt's number is raised by when its group is drawn again: other noise
 
@@ -68,6 +69,7 @@ class RolloutMaker:
         shown: completions of each rollout that are printed.
         evaluation: how completions are drawn in evaluation; they may be as long as in training.
         partners: who answers the policy, where it has several turns; None: nobody.
+        route_columns: of each row, the experts that drew its tokens (`trainers.routes`); 0: nobody asks.
     """
 
     machine: Machine
@@ -91,6 +93,7 @@ class RolloutMaker:
     shown: int = 0
     evaluation: Sampling = field(default_factory=Sampling)
     partners: Partners | None = None
+    route_columns: int = 0
 
     def __post_init__(self) -> None:
         self.names: tuple[str, ...] = ("given",)  # of the columns of `rewards`
@@ -114,6 +117,8 @@ class RolloutMaker:
         own: dict[str, Any] = {"max_resamplings": self.max_resamplings, **self.of_finished}
         if self.draws_greedy:
             own["greedy"] = True
+        if self.route_columns:
+            own["routes"] = self.route_columns
         if self.rewards is not None:
             own["code"] = self.rewards.codes
         if self.partners is not None:
@@ -306,6 +311,8 @@ class RolloutMaker:
             elif one.played is not None and one.played.reward is not None:
                 values[number, 0] = one.played.reward
             row = row_of(one, values[number], errors[number], keeps_cuts)
+            if self.route_columns:
+                row |= route_columns(one.completion.routes, len(row["input_ids"]), self.route_columns)
             if self.rewards is not None and self.partners is None:  # of an episode the sum alone counts
                 row |= earned(one, of_tokens.get(number, {}), self.names, self.weights)
             if counts_redrawn:
