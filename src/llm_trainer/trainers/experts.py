@@ -25,7 +25,7 @@ OF_A_BIAS = ("bias_update_speed",)
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "document_lengths", "repeats")
 COUNTED_AHEAD = (
     "aux_loss_scope: this step is cut (into micro-batches, or among processes), so its tokens are routed once before, without "
-    "gradients, and the balance of experts is that of the whole step. That forward takes about a third of the time of a "
+    "gradients, and the balance of experts is that of the whole step. That forward takes about a fifth of the time of a "
     "training step. previous_step balances by the step before and costs nothing; larger micro-batches (batch_size, "
     "micro_batch_tokens) may leave a step whole"
 )
