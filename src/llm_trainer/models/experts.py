@@ -183,7 +183,9 @@ class Routes:
         chosen: `[N, K]` of each layer, of the last forward.
         told: `[N, L * K]` or wider, the experts that each token takes in all layers; -1: those that it chooses. None: it
             chooses all. The weights of experts that are told are those of the live logits, with gradients (R3, Ma et al.
-            2025, arXiv:2510.11370). It stays until the next forward is told something: recomputation asks again.
+            2025, arXiv:2510.11370). It stays for the recomputation of the forward that was told, until the next one.
+        is_inside: whether that forward is under way. Else only routers in training are told, by their recomputation: who calls
+            the model itself, to sample or to evaluate, is not meant.
 
     Args:
         routers: in the order of the layers. Each returns logits `[N, E]`, weights `[N, K]` and the experts chosen, `[N, K]`.
@@ -192,12 +194,13 @@ class Routes:
     def __init__(self, routers: list[nn.Module]) -> None:
         self.chosen: list[Tensor] = [Tensor() for _ in routers]
         self.told: Tensor | None = None
+        self.is_inside = False
         for layer, router in enumerate(routers):
             router.register_forward_hook(partial(self._see, layer))
 
     def _see(self, layer: int, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
         logits, weights, chosen = output
-        if self.told is not None:
+        if self.told is not None and (self.is_inside or router.training):
             own = chosen.shape[1]
             told = self.told[:, layer * own : (layer + 1) * own]
             is_told = told[:, :1] >= 0

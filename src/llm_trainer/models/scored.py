@@ -172,6 +172,8 @@ class ScoredModel(nn.Module):
         given = {"attention_mask": attention_mask, "position_ids": position_ids, **model_inputs}
         given |= {"images": images, "rope_positions": rope_positions}
         states, output = self.states(input_ids, supervised, document_lengths=document_lengths, **given)
+        if self._routes is not None:
+            self._routes.is_inside = False
 
         # 3. the head and the scores
         if self._split is None:
@@ -351,6 +353,7 @@ class ScoredModel(nn.Module):
         if routes is not None and self._routes is None:
             self._routes = Routes(list(recorded_routers(self.base).values()))
         if self._routes is not None:
+            self._routes.is_inside = True
             self._routes.told = None if routes is None else routes.flatten(0, 1)
 
 

@@ -87,6 +87,9 @@ def test_routes_that_are_told_are_taken(architecture: str, recomputed: bool) -> 
         torch.testing.assert_close(output[1], weights_of(router, output[0], output[2]), rtol=0, atol=0)
         expected = torch.bincount(output[2].flatten(), minlength=4).float()
         assert torch.equal(other.routing.assigned[layer], expected)
+    with torch.no_grad():
+        untold = model.eval()(batch["input_ids"]).logits  # as where it samples: whoever calls it itself is told nothing
+        assert torch.equal(untold, tiny_model(architecture=architecture).eval()(batch["input_ids"]).logits)
     again, _ = learned(None)
     assert torch.equal(plain.loss_sum, again.loss_sum)
 
