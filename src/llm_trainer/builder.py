@@ -62,6 +62,7 @@ from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.quantized_loading import check_quantized, loading_options
 from llm_trainer.models.scored import ScoredModel
+from llm_trainer.models.vision import unreached
 from llm_trainer.models.vision_build import processor_for, read_processor
 from llm_trainer.models.vocabulary import Pieces, check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.terminal import waiting
@@ -233,6 +234,10 @@ class Builder:
             wanted += PROJECTOR_ALONE
         if wanted:
             freeze_parts(model, wanted)
+        # What no loss reaches of a tower. Other processes may have no weights to try it out on.
+        lost = unreached(model, with_images=True) if dist.is_main() else []
+        for name in dist.broadcast_object(lost):
+            model.get_parameter(name).requires_grad_(False)
 
     def model(self, source: str | None = None, in_half: bool = False) -> Any:
         if source is None:

@@ -13,6 +13,7 @@ from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import dump_config, parse
 from llm_trainer.models.build import flops_per_token, num_parameters
+from llm_trainer.models.freezing import describe_frozen
 from llm_trainer.models.inside import beside_language
 from llm_trainer.models.vision import Vision
 
@@ -69,6 +70,13 @@ def test_a_run_goes_on_from_the_folder_of_another(first: Path, tmp_path: Path, a
     trainer = SFTTrainer(train_config=config(tmp_path, str(first), first, **more))
     assert Vision.of(trainer.base_model).model is not None
     assert type(trainer.processor).__name__ == "LlavaProcessor" and trainer.tokenizer is trainer.processor.tokenizer
+    # no loss reaches the last norm of the tower, for LLaVA reads the states before it
+    frozen = [name for name, parameter in trainer.base_model.named_parameters() if not parameter.requires_grad]
+    if not adapters:
+        assert frozen == [f"model.vision_tower.post_layernorm.{name}" for name in ("weight", "bias")]
+        said = describe_frozen(trainer.base_model)
+        assert said.startswith("vision: 32 of ")
+        assert said.endswith("parameters (model.vision_tower.post_layernorm)")
     trainer.train()
     saved = CheckpointManager(tmp_path).latest()
     assert saved is not None

@@ -74,10 +74,27 @@ def describe_frozen(model: nn.Module) -> str:
         counts[part] = frozen + size * (not parameter.requires_grad), in_all + size
     said = []
     for part, (frozen, in_all) in counts.items():
-        share = "" if frozen == in_all else f" of {in_all:,}"
-        if frozen:
-            said.append(f"{part}: {frozen:,}{share} parameters")
+        if frozen == in_all:
+            said.append(f"{part}: {frozen:,} parameters")
+        elif frozen:
+            said.append(f"{part}: {frozen:,} of {in_all:,} parameters{_named(inner, part)}")
     return ", ".join(said)
+
+
+def _named(model: nn.Module, part: str) -> str:
+    """The outermost modules of a part that are frozen as a whole, the first few; empty: there are none."""
+    frozen = list[str]()
+    parts = dict(_parts_of(model))
+    for name, module in model.named_modules():
+        own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
+        is_inside = any(name.startswith(f"{outer}.") for outer in frozen)
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        if own and not trained and not is_inside and parts.get(own[0]) == part:
+            frozen.append(name)
+    if not frozen:
+        return ""
+    more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+    return f" ({', '.join(frozen[:3])}{more})"
 
 
 def see_alike(model: nn.Module, other: nn.Module) -> bool:
