@@ -1,5 +1,6 @@
 """The objects of one run, each made when it is first asked for. `trainers.building.Build` is what algorithms see of it."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
@@ -235,7 +236,10 @@ class Builder:
         if wanted:
             freeze_parts(model, wanted)
         # What no loss reaches of a tower. Other processes may have no weights to try it out on.
-        lost = unreached(model, with_images=True) if dist.is_main() else []
+        lost = list[str]()
+        if dist.is_main():
+            with contextlib.suppress(AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+                lost = unreached(model, with_images=True)  # of a family that nobody has tried it may not be known
         for name in dist.broadcast_object(lost):
             model.get_parameter(name).requires_grad_(False)
 

@@ -65,7 +65,8 @@ def test_what_is_frozen_is_said() -> None:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     tower = sum(size for name, size in sizes.items() if TOWER in name)
     language = sum(size for name, size in sizes.items() if LANGUAGE in name or HEAD in name)
-    expected = f"vision: {4 * 16:,} of {tower:,} parameters, language: {language:,} parameters"
+    named = "(model.vision_tower.embeddings.position_embedding)"
+    expected = f"vision: {4 * 16:,} of {tower:,} parameters {named}, language: {language:,} parameters"
     assert describe_frozen(model) == expected
 
 
