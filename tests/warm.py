@@ -7,6 +7,7 @@ tested elsewhere, with real ones.
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -63,8 +64,17 @@ def serve(address: str) -> None:
         import llm_trainer.cli.plots
         import llm_trainer.cli.score
         import llm_trainer.cli.training  # noqa: F401
+        from llm_trainer.engine.device import DTYPES, choose_precision
+        from llm_trainer.train import preflight
 
     torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    for precision in (
+        "fp32",
+        choose_precision("auto", cpu),
+    ):  # what every command that trains would measure for its MFU
+        preflight.measured_peak(cpu, DTYPES[precision])
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)

@@ -59,7 +59,7 @@ def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], bui
 
     # 2. The model, what the algorithm itself needs, the data.
     model = build.policy
-    check_vocabulary(build.tokenizer, model.get_input_embeddings().num_embeddings)
+    check_vocabulary(build.tokenizer, len(model.get_input_embeddings().weight))
     own = trainer_class._from_config(config, build)
     train, *_ = build.streams
 

@@ -213,7 +213,9 @@ class Builder:
             if self.config.quantization_config is not None:
                 check_quantized(model)
             torch.manual_seed(self.config.run_config.seed)  # whether the weights before were drawn or read
-            return adapt(model, adapters)
+            vocabulary = self.config.vocabulary_config
+            new_tokens = [*vocabulary.add_tokens, *vocabulary.add_special_tokens]
+            return adapt(model, adapters, self.tokenizer.convert_tokens_to_ids(new_tokens))
 
     def _prepare_bits(self, model: Any) -> None:
         """Have a model compute with weights as they will be rounded, if the configuration wants to."""

@@ -1,25 +1,31 @@
 """Adapters from a configuration: every algorithm through one door, both styles alike, resumed bit for bit."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from llm_trainer import AdapterConfig, SFTTrainer, adapt, configure_optimizer, get_trainer_class
 from llm_trainer.assemble import assemble
 from llm_trainer.config.load import parse
 from llm_trainer.config.options import Fsdp, Settings
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.models.build import build_model
+from llm_trainer.models.scored import ScoredModel
+from llm_trainer.models.vocabulary import extend_rows, extend_vocabulary
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.preflight import check_adapters
 from llm_trainer.train_configs import ConfigError, ModelConfig
 
-pytest.importorskip("peft", reason="needs peft")
+peft = pytest.importorskip("peft", reason="needs peft")
 
 SHAPE = {
     "vocab_size": 512,
@@ -229,11 +235,143 @@ def test_methods_that_were_not_tried_where_weights_are_sharded(tmp_path: Path, r
         check_adapters(trainer.base_model, split, sharding)
 
 
-def test_new_tokens_that_nothing_would_train(tmp_path: Path, reference_dir: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="vocabulary_config: beside adapter_config, .* rows of new tokens would be neither"
-    ):
-        config("sft", tmp_path / "run", reference_dir, vocabulary_config={"add_tokens": ["<new>"]})
+TOKENS: dict[str, Any] = {"add_tokens": ["count", "1 2"], "add_special_tokens": ["<|end|>"], "pad_to_multiple_of": 64}
+NEW = slice(512, 515)
+
+
+def with_tokens(folder: Path, base: Path, reference_dir: Path, **sections: Any) -> SFTTrainer:
+    """A run of six steps whose answers have new tokens."""
+    more = {"model_config": str(base), "vocabulary_config": TOKENS, "n_epochs": 3}
+    described = config("sft", folder, reference_dir, **(more | sections))
+    described.run_config.save_interval_steps = 2
+    return SFTTrainer(train_config=described)
+
+
+def tables(model: Any) -> list[torch.Tensor]:
+    """Embedding and head without adapters."""
+    inner = model.get_base_model()
+    return [layer.original_module.weight.detach() for layer in (inner.model.embed_tokens, inner.lm_head)]
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a model."""
+    torch.manual_seed(3)
+    build_model(ModelConfig(**SHAPE, tie_word_embeddings=request.param)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks transformers by its old name
+def test_of_new_tokens_the_rows_alone_are_learned_and_saved(base: Path, tmp_path: Path, reference_dir: Path) -> None:
+    trainer = with_tokens(tmp_path / "run", base, reference_dir)
+    model: Any = trainer.base_model
+    before = [table.clone() for table in tables(model)]
+    rows = {key: value for key, value in model.named_parameters() if "trainable_tokens_delta" in key}
+    is_tied = model.config.tie_word_embeddings
+    assert len(rows) == (1 if is_tied else 2) and {value.shape for value in rows.values()} == {(3, 16)}
+    assert all(torch.equal(value, before[0 if "embed" in key else 1][NEW]) for key, value in rows.items())
+    first = {key: value.detach().clone() for key, value in rows.items()}
+    trainer.train()
+    assert len(losses(tmp_path / "run")) == 6
+
+    # 1. what has learned
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(tables(model), before, strict=True))
+    assert all(not torch.isclose(rows[key], first[key]).any(1).all() for key in rows)
+    # 2. what is saved, and that others open it
+    folder = tmp_path / "run" / "model"
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert sorted(value.shape[0] for key, value in saved.items() if "lora" not in key) == [3] * len(rows)
+    ids = torch.tensor([[5, 512, 7, 513, 514, 9]])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        theirs = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(folder / "base"), str(folder)
+        ).eval()
+        assert torch.equal(theirs(ids).logits, expected)
+        merged = build_model(str(folder)).eval()
+        assert (merged(ids).logits - expected).abs().max() < 1e-5
+    assert type(merged).__name__ == "Qwen3ForCausalLM"
+    ends = [layer.weight.detach() for layer in (merged.model.embed_tokens, merged.lm_head)]
+    assert (ends[0] is ends[1] or torch.equal(*ends)) == is_tied
+    for table, old in zip(ends, before, strict=True):
+        moved = (table != old).any(1).nonzero().flatten().tolist()
+        assert set(moved) <= {512, 513, 514} and moved
+
+
+def test_new_rows_get_the_gradients_that_they_have_in_the_whole_table(base: Path, tmp_path: Path) -> None:
+    """Of a tied table those of embedding and head together; B is 0, so that both models are the same."""
+    ids = torch.tensor([[5, 512, 7, 513, 514, 9, 512, 1]])
+    model = build_model(str(base))
+    extend_rows(model, {512: [1, 2], 513: [3], 514: [4, 5]}, 515, 64)
+    whole = deepcopy(model)
+    whole(input_ids=ids, labels=ids).loss.backward()
+    adapted: Any = adapt(model, AdapterConfig(rank=2), [512, 513, 514])
+    scored = ScoredModel(adapted)
+    assert not scored.whole_logits  # the head runs in chunks
+    (-scored(ids, torch.ones_like(ids), labels=ids, differentiable_logprobs=True).logprobs[:, 1:].mean()).backward()
+    for key, value in adapted.named_parameters():
+        if "trainable_tokens_delta" in key:
+            table = whole.model.embed_tokens if "embed" in key else whole.lm_head
+            assert value.grad == pytest.approx(table.weight.grad[NEW], rel=1e-5, abs=1e-8)
+
+
+def test_a_run_with_new_rows_goes_on_bit_for_bit_and_is_that_of_objects(
+    base: Path, tmp_path: Path, reference_dir: Path
+) -> None:
+    with_tokens(tmp_path / "whole", base, reference_dir).train()
+    for steps in (3, 6):
+        with_tokens(tmp_path / "in two", base, reference_dir, run_config={"max_steps": steps}).train()
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "in two") == whole and len(set(whole)) == 6
+
+    model, tokenizer = build_model(str(base)), load_tokenizer(reference_dir / "tokenizer")
+    words = {"tokens": TOKENS["add_tokens"], "special_tokens": TOKENS["add_special_tokens"]}
+    new = extend_vocabulary(model, tokenizer, **words, pad_to_multiple_of=64)
+    torch.manual_seed(0)
+    adapted = adapt(model, AdapterConfig(rank=2), new)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    without = {"adapter_config": None, "tokenizer": str(tmp_path / "tokenizer"), "n_epochs": 3}
+    described = config("sft", tmp_path / "objects", reference_dir, **without)
+    described.run_config.save_interval_steps = 2
+    optimizer = configure_optimizer(adapted, lr=1e-2)
+    SFTTrainer(train_config=described, model=adapted, optimizer=optimizer).train()
+    assert losses(tmp_path / "objects") == whole
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"adapter_config": {"rank": None, "path": "somewhere"}},
+            "the adapter in adapter_config.path was trained on the rows",
+        ),
+        (
+            {"adapter_config": {"rank": None, "kind": "loha"}},
+            "kind: loha trains no rows of new tokens, which lora does",
+        ),
+        ({"quantization_config": {"bits": 4}}, "a base in few bits is not saved, nor would its new rows be"),
+    ],
+)
+def test_new_tokens_that_nothing_would_train(
+    sections: dict[str, Any], message: str, tmp_path: Path, reference_dir: Path
+) -> None:
+    more = {"model_config": str(tmp_path), "vocabulary_config": TOKENS}
+    with pytest.raises(ConfigError, match=f"vocabulary_config: .*{message}"):
+        config("sft", tmp_path / "run", reference_dir, **(more | sections))
+
+
+def test_tables_of_new_tokens_that_are_trained_otherwise_too(base: Path) -> None:
+    for values in ({"target": ["q_proj", "lm_head"]}, {"modules_to_save": ["embed_tokens"]}):
+        with pytest.raises(ValueError, match="of .*, which target or modules_to_save|, to which they are tied"):
+            adapt(build_model(str(base)), AdapterConfig(rank=2, **values), [5])
+    model = build_model(str(base))
+    model.config.tie_word_embeddings = not model.config.tie_word_embeddings
+    with pytest.raises(ValueError, match="are tied: (True|False), and its configuration says"):
+        adapt(model, AdapterConfig(rank=2), [5])
+    with_bias = build_model(str(base))
+    with_bias.lm_head.bias = nn.Parameter(torch.zeros(512))
+    with pytest.raises(ValueError, match="the head of this Qwen3ForCausalLM has a bias"):
+        adapt(with_bias, AdapterConfig(rank=2), [5])
 
 
 def test_tensor_parallelism_is_refused(tmp_path: Path, reference_dir: Path) -> None:

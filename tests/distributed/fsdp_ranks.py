@@ -213,9 +213,9 @@ def alone(folder: Path) -> dict[str, Any]:
 
 
 def adapted(folder: Path, engine: str) -> dict[str, Any]:
-    """Adapters whose B learns faster, in several parameter groups with a schedule."""
+    """Adapters whose B learns faster, in several parameter groups with a schedule, and the rows of new tokens."""
     rates = {"initial_lr": 1e-2, "lr_multipliers": {"lora_B": 4}, "enable_lr_scheduler": True, "warmup_iters": 2}
-    changes = {"optim_config": rates, "adapter_config": {"rank": 4, "dora": True}, "vocabulary_config": {}}
+    changes = {"optim_config": rates, "adapter_config": {"rank": 4, "dora": True}}
     return described(folder, engine, eval_dataset=None, eval_prompts=[], **changes)
 
 

@@ -282,12 +282,21 @@ def import_once() -> None:
     import torch.distributed.tensor.parallel
     from transformers import PreTrainedModel  # noqa: F401
 
+    import llm_trainer.engine.deepspeed
+    import llm_trainer.engine.fsdp
+    import llm_trainer.train.run
+    import llm_trainer.trainers.language  # noqa: F401
+    from llm_trainer.train import preflight
+
     torch.set_num_threads(1)
     if find_spec("deepspeed") is not None:
         # What it logs goes to stdout as it is now, and there is the report.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")  # of the parts of torch that it imports
-            import deepspeed  # noqa: F401
+            import deepspeed.module_inject
+            import deepspeed.runtime.zero.stage3
+            import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+    preflight.measured_peak(torch.device("cpu"), torch.float32)  # what every rank would measure for its MFU
     gc.freeze()  # DeepSpeed's stage 3 collects when it is made: half a second for what was imported here
 
 

@@ -294,12 +294,13 @@ def experts_model(seed: int = 0, **changes: Any) -> Any:
 @cache
 def quantized_model() -> Any:
     """The tiny model in 4 bits, as it is loaded from a folder."""
+    from llm_trainer.checkpoint import write_model
     from llm_trainer.config.quantization import QuantizationConfig
     from llm_trainer.models.build import build_model
     from llm_trainer.models.quantized_loading import loading_options
 
     with tempfile.TemporaryDirectory() as folder:
-        tiny_model().save_pretrained(folder)
+        write_model(tiny_model(), folder)  # on every rank
         how = loading_options(QuantizationConfig(), folder, torch.device("cpu"), torch.float32)
         return build_model(folder, attention="sdpa", options=how)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
-from llm_trainer.config.adapters import AdapterConfig, refuse_tensor_parallelism
+from llm_trainer.config.adapters import LORA, AdapterConfig, refuse_tensor_parallelism
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
 from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import environment
@@ -441,7 +441,7 @@ class TrainConfig:
         if self.quantization_config is not None:
             self._check_quantization()
         if self.adapter_config is not None:
-            self._refuse_another_base()
+            self._refuse_another_base(self.adapter_config)
 
     def _check_quantization(self) -> None:
         """Weights in few bits are read from a folder, stay as they are, and have adapters; others are trained for bits."""
@@ -484,21 +484,29 @@ class TrainConfig:
                 "pretrain_config or sft_config"
             )
 
-    def _refuse_another_base(self) -> None:
-        """Adapters are saved without the base, so that whoever opens them has it as it was loaded."""
+    def _refuse_another_base(self, adapters: AdapterConfig) -> None:
+        """Refuse what would not be in the folder of adapters, which are saved without a base that is elsewhere."""
         vocabulary = self.vocabulary_config
         positions = [name for name in self.model_overrides if "rope" in name or "position" in name]
-        key, what, how = "", "", ""
-        if vocabulary.add_tokens or vocabulary.add_special_tokens or vocabulary.pad_to_multiple_of:
-            key, what = "vocabulary_config", "rows of new tokens would be neither learned nor saved"
-            how = "models.vocabulary.extend_vocabulary"
-        elif positions:
-            key, what = f"model_overrides.{positions[0]}", "whoever opens the folder would have the old positions"
-            how = "build_model(..., overrides=...)"
-        if key:
+        if positions:
             raise ConfigError(
-                f"{key}: beside adapter_config, which saves adapters without their base, {what}; expected them in the folder "
-                f"that model_config names: one of a run without adapters, or made by {how} and save_pretrained"
+                f"model_overrides.{positions[0]}: beside adapter_config, which saves adapters without their base, whoever "
+                f"opens the folder would have the old positions; expected them in the folder that model_config names: one of "
+                f"a run without adapters, or made by build_model(..., overrides=...) and save_pretrained"
+            )
+        if not (vocabulary.add_tokens or vocabulary.add_special_tokens or vocabulary.pad_to_multiple_of):
+            return
+        why = ""
+        if adapters.path is not None:
+            why = "the adapter in adapter_config.path was trained on the rows that its base has"
+        elif adapters.kind != LORA:
+            why = f"adapter_config.kind: {adapters.kind} trains no rows of new tokens, which lora does"
+        elif self.quantization_config is not None:
+            why = "a base in few bits is not saved, nor would its new rows be (quantization_config)"
+        if why:
+            raise ConfigError(
+                f"vocabulary_config: {why}; expected the tokens in the folder that model_config names: one of a run without "
+                f"adapters, or made by models.vocabulary.extend_vocabulary and save_pretrained"
             )
 
     def _one_clipping(self, ds_config: DsConfig) -> None:

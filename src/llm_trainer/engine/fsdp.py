@@ -22,7 +22,6 @@ from llm_trainer.engine.tensor import split_layers
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.engine.unused import Unused
 from llm_trainer.model_group import ModelGroup, members_of
-from llm_trainer.models.inside import transformers_models
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
 
@@ -247,6 +246,13 @@ def _parameters_of(module: nn.Module) -> list[Any]:
 
 def _allocate(module: nn.Module) -> None:
     """Give a module on the meta device memory on the host, whose pages the system hands out only when they are written."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((inner, name))
     module.to_empty(device="cpu")
-    for model in transformers_models(module):
-        model.tie_weights()
+    # What was shared has become several: tied weights, which transformers would not find inside adapters.
+    for (first, first_name), *others in places.values():
+        for inner, name in others:
+            inner._parameters[name] = first._parameters[first_name]

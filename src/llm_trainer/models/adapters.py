@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from llm_trainer.config.adapters import ALL_LINEAR, INITS, LORA, RANK, AdapterCo
 from llm_trainer.config.errors import require
 from llm_trainer.models.inside import has_adapters, transformers_model
 from llm_trainer.models.pretrained import ENDINGS, Kind
-from llm_trainer.models.targets import Targets, find_targets
+from llm_trainer.models.targets import Targets, find_targets, tables_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -42,7 +42,7 @@ _NOT_OPTIONS |= {"alora_invocation_tokens", "layer_replication", "megatron_confi
 _NOT_OPTIONS |= {"trainable_token_indices", "ensure_weight_tying", "use_bdlora", "velora_config"}
 
 
-def adapt(model: nn.Module, config: AdapterConfig) -> "PeftModel":
+def adapt(model: nn.Module, config: AdapterConfig, new_tokens: Sequence[int] = ()) -> "PeftModel":
     """Put adapters into a model, in place; from then on they alone have gradients.
 
     New ones are drawn from torch's random state, as `peft.get_peft_model` draws them.
@@ -50,6 +50,8 @@ def adapt(model: nn.Module, config: AdapterConfig) -> "PeftModel":
     Args:
         model: any module; of transformers' models the parts are known. It may be on the meta device.
         config: which adapters.
+        new_tokens: ids whose rows of embedding and head are trained too, of these tables nothing else; of LoRA.
+            `models.vocabulary.extend_vocabulary` returns them.
 
     Returns:
         The `PeftModel` around it, which is what a trainer and an optimizer are to be given.
@@ -65,9 +67,14 @@ def adapt(model: nn.Module, config: AdapterConfig) -> "PeftModel":
             f"training that one, or merge it first (merge_and_unload)"
         )
     if config.path is not None:
+        if new_tokens:
+            raise ValueError(f"adapter_config.path: {config.path} says which rows are trained; expected no new tokens")
         return _continued(model, Path(config.path))
     targets = _without_namesakes(model, config, find_targets(model, config))
     described = _described(model, config, targets)
+    if new_tokens:
+        rows = {table: list(new_tokens) for table in tables_of(model, config, targets)}
+        described.trainable_token_indices = rows  # type: ignore[attr-defined]
     try:
         adapted = _inserted(model, described)
     except (ValueError, TypeError) as error:  # a layer or a combination that the method does not know

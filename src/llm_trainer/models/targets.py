@@ -74,6 +74,43 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> Targets:
     return found
 
 
+def tables_of(model: nn.Module, config: AdapterConfig, targets: Targets) -> list[str]:
+    """Names of embedding and head, of tied ones of the embedding, of which peft is to train some rows.
+
+    Raises:
+        ValueError: all of their rows are trained too, or peft would compute something else with such rows.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if config.kind != LORA:
+        raise ValueError(f"adapter_config.kind: {config.kind} trains no rows of new tokens; expected lora")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"new_tokens: got a {kind}, expected a language model of transformers")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
+    for name in names.values():
+        if any(ends_in(name, other) for other in (*targets.modules, *config.modules_to_save)):
+            raise ValueError(
+                f"adapter_config: rows of new tokens are trained of {name}, which target or modules_to_save names too; "
+                f"expected it in neither"
+            )
+    if head is None:
+        return [names[embedding]]
+    is_tied = head.weight is embedding.weight
+    if is_tied != bool(getattr(model.config, "tie_word_embeddings", False)):
+        raise ValueError(
+            f"new_tokens: embedding and head of this {kind} are tied: {is_tied}, and its configuration says "
+            f"tie_word_embeddings: {not is_tied}, by which peft goes; expected both to agree"
+        )
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"new_tokens: the head of this {kind} has a bias, which peft leaves out where rows of it are trained; add the "
+            f"tokens in a run without adapters"
+        )
+    return [names[embedding]] if is_tied else [names[embedding], names[head]]
+
+
 def _is_meant(
     target: str | list[str], name: str, module: nn.Module, routers: Mapping[str, nn.Module], with_experts: bool
 ) -> bool:

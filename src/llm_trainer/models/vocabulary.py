@@ -24,7 +24,7 @@ def extend_vocabulary(
     tokens: Sequence[str] = (),
     special_tokens: Sequence[str] = (),
     pad_to_multiple_of: int | None = None,
-) -> None:
+) -> list[int]:
     """Add tokens to a tokenizer, and the rows for them to its model, in place: before an optimizer or an engine is made.
 
     A new row of the embedding, of the head and of its bias is the mean of the rows of the pieces that the tokenizer cut the
@@ -38,12 +38,16 @@ def extend_vocabulary(
         special_tokens: control tokens, which `skip_special_tokens` hides and no user can write (`parse_special_tokens`).
         pad_to_multiple_of: the number of rows is raised to a multiple of it; None: as many as are needed.
 
+    Returns:
+        The new ids; beside adapters `adapt(..., new_tokens=)` has their rows trained.
+
     Raises:
         ValueError: a token exists already, or the model has fewer rows than the tokenizer has tokens, or cannot be extended.
     """
     check_rows(model, tokenizer)
     pieces = extend_tokenizer(tokenizer, tokens, special_tokens)
     extend_rows(model, pieces, num_ids(tokenizer), pad_to_multiple_of)
+    return list(pieces)
 
 
 def num_ids(tokenizer: "PreTrainedTokenizerFast") -> int:

@@ -71,7 +71,9 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
             )
         quantized = quantized_by(model, config.quantization_config)
     if adapters is not None:
-        model = cast("PreTrainedModel", adapt(model, adapters).get_base_model())
+        vocabulary = config.vocabulary_config
+        new_tokens = range(len(vocabulary.add_tokens) + len(vocabulary.add_special_tokens))  # how many count here
+        model = cast("PreTrainedModel", adapt(model, adapters, new_tokens).get_base_model())
     shape = shape_of(model, quantized)
     flops = _flops(model, costs["row_tokens"], costs["has_head"])
     optim = config.optim_config

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @lru_cache
-def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of five: the peak of a device that no table lists."""
     n = 2048 if device.type != "cpu" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -59,7 +59,7 @@ def peak_flops(engine: Engine) -> float:
         if known is not None and engine.precision_name != "fp32":
             return known
         dtype = torch.float16 if engine.precision_name == "fp16" else dtype
-    return _measured_peak(engine.device, dtype)
+    return measured_peak(engine.device, dtype)
 
 
 @dataclass(frozen=True)
