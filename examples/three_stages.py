@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from llm_trainer import configure_optimizer, create_trainer
-from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.plain import EncodedChat
 from llm_trainer.data.encode.tokenizer import train_tokenizer
 from llm_trainer.generation.sampler import generate
 from llm_trainer.models.build import build_model

@@ -17,7 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from llm_trainer.cli.reading import ColumnOption, RoleOption, SchemaOption, reading_options
 from llm_trainer.config.errors import counted
 from llm_trainer.config.options import Reading
-from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError, EncodedChat
+from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
+from llm_trainer.data.encode.plain import EncodedChat
 from llm_trainer.data.encode.tokenizer import check_vocabulary, load_tokenizer
 from llm_trainer.data.kinds.process import ProcessFormat
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm_trainer.config.errors import counted
-from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.plain import EncodedChat
 from llm_trainer.data.images import ImageRef
 from llm_trainer.data.read.errors import Location
 from llm_trainer.data.read.messages import IMAGE

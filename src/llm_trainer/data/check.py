@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
+from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.from_ids import spans_from_ids
+from llm_trainer.data.encode.plain import EncodedChat
 from llm_trainer.data.encode.printed import UNPRINTED, share_left_out
 from llm_trainer.data.encode.row_images import RowImages
 from llm_trainer.data.encode.rows import misfit

@@ -7,26 +7,19 @@ multi-byte character (tests/reference/README.md, point 27).
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, starmap
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llm_trainer.data.encode.continuing import rest_behind, rest_of
 from llm_trainer.data.encode.pictured import (
-    NO_IMAGE,
-    Pictured,
-    Place,
-    expanded,
-    grown,
-    joined,
     shown,
     taken_by,
     with_image_marks,
 )
+from llm_trainer.data.encode.plain import EncodedChat, PlainText, Printed
 from llm_trainer.data.encode.printed import Field, count_left_out, fields_of, is_assistant, shape_of, with_marks
 from llm_trainer.data.encode.spans import Span
 from llm_trainer.data.encode.templates import (
@@ -35,7 +28,6 @@ from llm_trainer.data.encode.templates import (
     ChatTemplateError,
     Message,
     Rendered,
-    adds_bos,
     default_template,
     describe,
     has_generation_tags,
@@ -43,10 +35,9 @@ from llm_trainer.data.encode.templates import (
     strip_marks,
 )
 from llm_trainer.data.encode.thinking import apply_thinking
-from llm_trainer.data.encode.tokenizer import TextEncoder, any_of, in_blocks
+from llm_trainer.data.encode.tokenizer import any_of, in_blocks
 from llm_trainer.data.encode.turns import TAG_FIX, Tools, Turns
 from llm_trainer.data.images import ImageRef
-from llm_trainer.data.read.messages import IMAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,45 +48,8 @@ TrainOn = Literal["assistant", "last", "all"]
 Thinking = Literal["template", "last", "all", "none"]
 
 
-@dataclass(frozen=True)
-class EncodedChat:
-    """Token ids, for each whether the loss counts it, and the text they were made from."""
-
-    input_ids: list[int]  # [T]
-    trained: list[bool]  # [T]
-    text: str  # as rendered; a BOS or eos that is not part of a template is only in the ids
-    weights: list[float] | None = None  # [T] how much each counts, 0 where it does not; None: all that do count 1
-    num_unprinted: int = 0  # answers of which the template prints nothing; their ends are not trained on
-    images: Sequence[ImageRef] = ()  # that stand among the tokens, in their order
-    places: Sequence[Place] = ()  # where each of them stands
-
-    def loss_weights(self, row_weight: float = 1.0) -> np.ndarray:
-        """`[T]` how much each token counts in the loss of a row of this weight.
-
-        uint8, unless any of them is neither 0 nor 1: then float32.
-        """
-        own: list[Any] = self.trained if self.weights is None else self.weights
-        dtype = weights_dtype([row_weight, *(self.weights or ())])
-        return np.asarray(own, dtype=dtype) * dtype(row_weight)
-
-
-class _Printed(NamedTuple):
-    """A conversation before it is tokenised."""
-
-    rendered: Rendered
-    spans: list[Span]  # that are trained on
-    weights: list[float]  # of the spans; none: all count 1
-    num_unprinted: int = 0
-    images: Sequence[ImageRef] = ()
-
-
-def weights_dtype(weights: Iterable[float]) -> type:
-    """uint8, unless any of the weights is neither 0 nor 1: then float32."""
-    return np.uint8 if all(weight in (0, 1) for weight in weights) else np.float32
-
-
 @dataclass(frozen=True, eq=False)
-class ChatFormat:
+class ChatFormat(PlainText):
     """How conversations become tokens, for training and for generation alike.
 
     The template alone decides about a BOS in a conversation, as in `transformers` and the servers that use it; the
@@ -168,34 +122,7 @@ class ChatFormat:
         for block in in_blocks(printed, lambda one: len(one.rendered.text)):
             yield from self._tokenise(block)
 
-    def _tokenise(self, block: Sequence["_Printed"]) -> Iterator[EncodedChat]:
-        """Rendered texts as tokens; in the place of each image stands what the processor writes for it."""
-        pictures = [self._pictured(one) for one in block]
-        texts = [one if picture is None else picture for one, picture in zip(block, pictures, strict=True)]
-        encoded = self._encoder.encode(
-            [t.rendered for t in texts], [t.spans for t in texts], [t.weights for t in texts]
-        )
-        for one, picture, (ids, counted) in zip(block, pictures, encoded, strict=True):
-            places: list[Place] = []
-            if picture is not None:
-                assert self.images is not None
-                ids, counted, places = grown(ids, counted, picture, self.images.image_token_id)
-            elif self.images is not None and self.images.image_token_id in ids:
-                raise ChatTemplateError(NO_IMAGE)
-            trained, weights = counted, None
-            if one.weights:
-                weights = counted
-            if one.weights or picture is not None:
-                trained = [weight != 0 for weight in counted]
-            yield EncodedChat(ids, trained, one.rendered.text, weights, one.num_unprinted, one.images, places)
-
-    def _pictured(self, one: "_Printed") -> Pictured | None:
-        """A rendered text with its images in it; None where there are none."""
-        if self.images is None or not (one.images or self.images.marker in one.rendered.text):
-            return None
-        return expanded(one.rendered, one.spans, one.weights, one.images, self.images)
-
-    def _print(self, given: Sequence[Message], tools: Tools | None) -> "_Printed":
+    def _print(self, given: Sequence[Message], tools: Tools | None) -> "Printed":
         """A conversation in the chat template, and where in it something is trained on."""
         messages, tools = self._prepare(given, tools)
         unprinted = self._unprinted(given, messages, tools)
@@ -206,7 +133,7 @@ class ChatFormat:
         weights = [weight for _, weight in found]
         if all(weight == 1 for weight in weights):
             weights = []
-        return _Printed(rendered, [span for span, _ in found], weights, len(unprinted), _images_of(given))
+        return Printed(rendered, [span for span, _ in found], weights, len(unprinted), _images_of(given))
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: Tools | None = None, enable_thinking: bool | None = None
@@ -235,7 +162,7 @@ class ChatFormat:
             pairs = zip(rendered, self._encoder.encode_ids(rendered), strict=True)
             return [EncodedChat(ids, [False] * len(ids), one.text) for one, ids in pairs]
         printed = [
-            _Printed(one, [], [], 0, _images_of(given)) for one, given in zip(rendered, conversations, strict=True)
+            Printed(one, [], [], 0, _images_of(given)) for one, given in zip(rendered, conversations, strict=True)
         ]
         return list(self._tokenise(printed))
 
@@ -344,68 +271,6 @@ class ChatFormat:
     def _missing(self) -> dict[tuple[Any, ...], list[int]]:
         """Of conversations of a shape, which fields are not printed."""
         return {}
-
-    def encode_completion(self, prompt: str, completion: str) -> EncodedChat:
-        """Plain strings: the completion and the eos after it are trained on, the prompt is not."""
-        return self.encode_completions([(prompt, completion)])[0]
-
-    def encode_completions(
-        self, pairs: Sequence[tuple[str, str]], images: Sequence[Sequence[ImageRef]] | None = None
-    ) -> list[EncodedChat]:
-        """Many prompts with their completions, tokenised together; `images` stand for the `<image>`s of each."""
-        spans, texts = [], []
-        for prompt, completion in pairs:
-            texts.append(self._plain(prompt + completion))
-            start = len(prompt)
-            if self.images is not None:  # a marker may be longer than `<image>`
-                start = len(self._plain(prompt).text)
-            spans.append([(start, len(texts[-1].text))])
-        return self._encode_plain(texts, spans, images, is_completion=True)
-
-    def encode_documents(
-        self, texts: Sequence[str], images: Sequence[Sequence[ImageRef]] | None = None
-    ) -> list[EncodedChat]:
-        """Documents to pretrain on: all but their images is trained on, the eos after it too."""
-        plain = [self._plain(text) for text in texts]
-        return self._encode_plain(plain, [[(0, len(one.text))] for one in plain], images)
-
-    def _encode_plain(
-        self,
-        texts: Sequence[Rendered],
-        spans: Sequence[list[Span]],
-        images: Sequence[Sequence[ImageRef]] | None,
-        is_completion: bool = False,
-    ) -> list[EncodedChat]:
-        """Texts outside of any template, with what stands before and after them."""
-        refs: Sequence[Sequence[ImageRef]] = images or [()] * len(texts)
-        printed = []
-        for text, span, shown_here in zip(texts, spans, refs, strict=True):
-            printed.append(_Printed(text, span, [], images=shown_here))
-        results = []
-        for one in self._tokenise(printed):
-            before, after = self._ends(one.input_ids)
-            trained = [not is_completion] * len(before) + one.trained + [True] * len(after)
-            places = [place.behind(len(before)) for place in one.places]
-            ids = before + one.input_ids + after
-            results.append(replace(one, input_ids=ids, trained=trained, places=places))
-        return results
-
-    def encode_text(self, text: str) -> EncodedChat:
-        """A document to pretrain on: everything is trained on, the eos after it too."""
-        ids = self.encode_texts([text])[0]
-        return EncodedChat(ids, [True] * len(ids), text)
-
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many documents, tokenised together."""
-        results = []
-        for ids in self.encode_pieces(texts):
-            before, after = self._ends(ids)
-            results.append(before + ids + after)
-        return results
-
-    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Plain strings, each tokenised by itself, with nothing before or after it."""
-        return self._encoder.encode_ids([self._plain(text) for text in texts])
 
     def facts(self) -> list[Any]:
         """Everything that the ids of a row and what is trained on depend on, but for the row: plain values."""
@@ -546,38 +411,9 @@ class ChatFormat:
         return self._encoder.backend.encode("".join(self._turns.end).lstrip(), add_special_tokens=False).ids
 
     @cached_property
-    def _encoder(self) -> TextEncoder:
-        return TextEncoder(self.tokenizer)
-
-    @cached_property
     def vocab_size(self) -> int:
         """Ids are below it."""
         return len(self.tokenizer)
-
-    @cached_property
-    def _bos_and_eos(self) -> tuple[list[int], list[int]]:
-        """What stands before a plain text (nothing, where the tokenizer adds no BOS) and after it."""
-        bos, eos = [], []
-        if adds_bos(self.tokenizer):
-            bos = [self.tokenizer.bos_token_id]
-        if self.tokenizer.eos_token_id is not None:
-            eos = [self.tokenizer.eos_token_id]
-        return bos, eos
-
-    def _ends(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Ids to put before and after those of a plain text, which may have a BOS or an eos of its own."""
-        bos, eos = self._bos_and_eos
-        before = [] if ids[:1] == bos else bos
-        after = [] if (before + ids)[-1:] == eos else eos
-        return before, after
-
-    def _plain(self, text: str) -> Rendered:
-        """Text outside of any template; what looks like a special token is only text unless they are parsed."""
-        if self.images is not None and IMAGE in text:
-            pieces = [self._plain(piece) for piece in text.split(IMAGE)]
-            return joined(pieces, self.images.marker)
-        matches = () if self.parse_special_tokens else self._encoder.special.finditer(text)
-        return Rendered(text, [], frozenset(match.start() for match in matches))
 
 
 def _weight(message: Message) -> float:

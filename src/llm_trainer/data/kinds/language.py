@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from llm_trainer.data.encode.chat import ChatFormat, EncodedChat
+from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.pictured import IMAGE_COLUMNS, PLACES, find_places, image_columns
+from llm_trainer.data.encode.plain import EncodedChat
 from llm_trainer.data.encode.printed import UNPRINTED
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.kinds import NO_WEIGHT, WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample

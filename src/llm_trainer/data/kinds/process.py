@@ -5,7 +5,8 @@ from typing import TypedDict
 
 import numpy as np
 
-from llm_trainer.data.encode.chat import ChatFormat, weights_dtype
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.encode.plain import weights_dtype
 from llm_trainer.data.encode.store import TokenStore, compact_ids
 from llm_trainer.data.encode.turns import Tools
 from llm_trainer.data.kinds import NO_WEIGHT, Batch, DataOptions, Encoded, Kind, LanguageSample, Lay, Sample
