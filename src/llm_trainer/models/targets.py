@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from llm_trainer.config.adapters import ALL_LINEAR, LANGUAGE_MODEL, LORA, RANK, AdapterConfig
+from llm_trainer.models.quantize import is_quantized
 from llm_trainer.models.experts import fused_experts, recorded_routers
 
 
@@ -87,6 +88,10 @@ def tables_of(model: nn.Module, config: AdapterConfig, targets: Targets) -> list
         raise ValueError(f"adapter_config.kind: {config.kind} trains no rows of new tokens; expected lora")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"new_tokens: got a {kind}, expected a language model of transformers")
+    if is_quantized(model):
+        raise ValueError(
+            "new_tokens: a base in few bits is not saved, nor would its new rows be; expected one in 16 or 32"
+        )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
     for name in names.values():
