@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import nn
 
 from llm_trainer.config.adapters import ALL_LINEAR, LANGUAGE_MODEL, LORA, RANK, AdapterConfig
-from llm_trainer.models.quantize import is_quantized
 from llm_trainer.models.experts import fused_experts, recorded_routers
+from llm_trainer.models.quantize import is_quantized
 
 
 class Targets(NamedTuple):
