@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("PIL")
 import torch
 
-from llm_trainer import DPOTrainer, SFTTrainer, Trainer
+from llm_trainer import DPOTrainer, KTOTrainer, SFTTrainer, Trainer
 from llm_trainer.cli.chat import Speaker
 from llm_trainer.data.encode.tokenizer import train_tokenizer
 from llm_trainer.models.build import build_model
@@ -21,6 +21,7 @@ from llm_trainer.train_configs import (
     DPOConfig,
     EvalConfig,
     GRPOConfig,
+    KTOConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
@@ -169,6 +170,7 @@ def test_the_projector_alone_learns_where_the_rest_is_frozen(folder: Path, train
     changed = [name for name, value in before.state_dict().items() if not torch.equal(value, after[name])]
     assert changed and all(name.startswith("model.multi_modal_projector.") for name in changed)
     assert "not trained  vision: " in screen and ", language: " in screen
+    assert "images  6 in an epoch, of 4 patches each on average" in screen
 
 
 def first_model(described: TrainConfig) -> Any:
@@ -260,3 +262,23 @@ def test_a_class_of_the_user_says_that_its_forward_hands_on_images(folder: Path,
 
     with pytest.raises(ValueError, match="its rows show images, and Own takes none yet"):
         Own(train_config=config(folder, tmp_path / "run"))
+
+
+def test_judged_answers_and_teachers_show_their_images(folder: Path, tmp_path: Path) -> None:
+    """KTO, whose mismatched rows show images too, and a teacher that sees what its student does."""
+    rows = []
+    for number, row in enumerate(PAIRS):
+        asked = row["prompt"] if row["images"] else [{"role": "user", "content": "Hm"}]
+        completion = {"completion": row["rejected"], "label": bool(number % 2), "images": row["images"]}
+        rows.append({"prompt": asked} | completion)
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loader = DataLoaderConfig(cache_dir=str(tmp_path / "cache"), image_root=str(folder))
+    changes: dict[str, Any] = {"sft_config": None, "kto_config": KTOConfig(), "data_loader_config": loader}
+    described = config(folder, tmp_path / "kto", file_dataset=str(tmp_path / "judged.jsonl"), **changes)
+    batch = first_batch(described, KTOTrainer)
+    assert {"images", "kl_images"} <= batch.keys()
+    assert KTOTrainer(train_config=described).train()["loss"] == pytest.approx(0.5, abs=1e-3)
+
+    teacher = first_model(config(folder, tmp_path / "teacher"))
+    trainer = SFTTrainer(train_config=config(folder, tmp_path / "student"), teacher_model=teacher)
+    assert trainer.train()["kd_loss"] == pytest.approx(0.0, abs=1e-5)

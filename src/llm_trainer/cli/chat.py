@@ -146,8 +146,12 @@ def chat(
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     found = find_pretrained(folder, (Kind.LANGUAGE_MODEL,), hub=False)
     speaker = Speaker(Path(found.source), raw, system, seed=seed, **settings)
+
+    def asked(text: str) -> Iterator[str]:
+        return speaker.answer(text, image) if image else speaker.answer(text)
+
     if prompt is not None:
-        _say(speaker.answer(prompt, image or []))
+        _say(asked(prompt))
         return
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
@@ -166,7 +170,7 @@ def chat(
             continue
         if not text.strip():
             continue
-        answer = speaker.answer(text, image or [])
+        answer = asked(text)
         image = None  # it was shown; the conversation remembers it
         try:
             _say(answer)

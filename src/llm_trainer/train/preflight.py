@@ -328,6 +328,7 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         "parameters": describe_size(size),
         **_adapters_of(size),
         **_frozen_of(size, model),
+        **_images_of(source),
         "batch": describe_batch(source, accumulation),
         "steps": "unknown" if steps is None else f"{steps:,}, from step {work.run.progress.step:,}",
         "learning rate": learning_rate,
@@ -362,6 +363,18 @@ def _adapters_of(size: Size) -> dict[str, str]:
     if size.adapters is None:
         return {}
     return {"adapters": f"\n{'':>16}".join(size.adapters.lines())}
+
+
+def _images_of(source: StepSource) -> dict[str, str]:
+    """How many images the rows of a stream show, and what a tower sees of each; nothing where there are none."""
+    if not isinstance(source, SampleStream) or not source.shows_images:
+        return {}
+    parts = getattr(source.dataset, "parts", ())  # a dataset of the user has none
+    counts = [part.ledger.images.used for part in parts if part.ledger.images is not None]
+    patches = [int(part.tower_tokens.sum()) for part in parts if part.tower_tokens is not None]
+    if not sum(counts):
+        return {}
+    return {"images": f"{sum(counts):,} in an epoch, of {sum(patches) / sum(counts):,.0f} patches each on average"}
 
 
 def _frozen_of(size: Size, model: nn.Module) -> dict[str, str]:
