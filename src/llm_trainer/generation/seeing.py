@@ -26,7 +26,7 @@ class SeeingReader(CachedReader):
                 f"a prompt has images, and {type(model).__name__} makes nothing of them; expected a vision-language model of "
                 "transformers, or prompts of text"
             )
-        self.rope = torch.empty(0)  # [3, B, 1], of the last token of each row, where the model counts so
+        self.rope = torch.empty(0)  # [3, B, 1], the largest so far of each row, where the model counts so
 
     def enter(self, prompts: Sequence[Sequence[int]], images: Sequence[ImageBatch | None] = ()) -> Tensor:
         ids, positions = self._padded(prompts)
@@ -62,5 +62,7 @@ class SeeingReader(CachedReader):
         if not self.vision.takes_rope_positions:
             return super()._forward(ids, positions, **inputs)
         logits = super()._forward(ids, torch.cat([positions[None], self.rope]), **inputs)
-        self.positions, self.rope = positions[:, -1:], self.rope[:, :, -1:]
+        self.positions = positions[:, -1:]
+        # Text goes on behind the largest position of an image, in all three directions.
+        self.rope = self.rope.amax((0, 2), keepdim=True).expand(3, -1, 1)
         return logits

@@ -49,10 +49,10 @@ def shown(family: str, number: int) -> ImageBatch:
 
 
 def requests(family: str, samples: int = 1) -> list[Request]:
-    """Of two lengths, the shorter one with the second image, and one without any."""
+    """Of two lengths, the shorter one with the second image at its end, and one without any."""
     images = [shown(family, 0), shown(family, 1)]
     each = [IMAGE] * int(images[0].lengths[0])
-    prompts = [[1, 9, *each, 10, 11, 12], [1, *each, 13], [1, 14, 15, 16, 17, 18]]
+    prompts = [[1, 9, *each, 10, 11, 12], [1, 13, *each], [1, 14, 15, 16, 17, 18]]
     every: list[ImageBatch | None] = [*images, None]
     return [Request(ids, row, samples, images=every[row]) for row, ids in enumerate(prompts)]
 
