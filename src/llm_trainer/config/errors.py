@@ -124,11 +124,18 @@ def _noun(annotation: Any) -> str:
     if origin is tuple:
         return f"a list of {len(arguments)} {_NOUNS_OF_MANY[_members(arguments[0])[0]]}"
     if origin is list:
-        (member,) = _members(arguments[0])
-        return f"a list of {_NOUNS_OF_MANY.get(member) or ' or '.join(typing.get_args(member))}"
+        return f"a list of {' or '.join(map(_noun_of_many, _members(arguments[0])))}"
     if _is_section(annotation):
         return "a section (mapping)"
     return _NOUNS.get(origin or annotation, "a value")
+
+
+def _noun_of_many(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        return f"lists of {' or '.join(map(_noun_of_many, _members(typing.get_args(annotation)[0])))}"
+    return _NOUNS_OF_MANY[annotation]
 
 
 def expectation(field: FieldInfo) -> str:
