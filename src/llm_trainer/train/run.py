@@ -515,9 +515,8 @@ class Run:
         best_loss = self.progress.best_loss if is_best else None
         best_file = is_best and self.settings.best_file
         beside: dict[str, bytes] = {}
-        is_last = (
-            self.finished() or self.progress.step == self.horizon.total()
-        )  # at its last step an epoch is not over yet
+        # At its last step an epoch is not over yet.
+        is_last = self.finished() or self.progress.step == self.horizon.total()
         if (is_best or is_last) and not self.stop_requested:  # what `model` in the folder may lead to
             beside = probe_file(self.trainer, self.engine, self.progress.step)
         wanted = Wanted(self.progress.step, is_best, best_loss, best_file, background, beside)
