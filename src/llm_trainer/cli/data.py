@@ -130,12 +130,12 @@ def _facts(report: FileReport) -> dict[str, str]:
     """The lines of the screen, by their labels."""
     if not report.schema:
         return {"schema": "not recognised"}
-    usable_as = ", ".join(report.usable_as) or "no training yet"
+    usable_as = ", ".join(report.usable_as) or "no training"
+    if report.kind == "vision" and not report.image_tokens:
+        usable_as = "models that see: --tokenizer FOLDER of one opens the images"
     facts = {"schema": f"{report.schema} (rows of kind '{report.kind}', for {usable_as})"}
     if report.image_tokens:
         facts |= _image_facts(report)
-    elif report.kind == "vision":
-        facts["images"] = "the text of these rows is checked, their images are not opened"
     if report.unread:
         facts["not read"] = f"the columns {', '.join(report.unread)}"
     facts["rows"] = f"{report.rows:,}, {len(report.lengths):,} samples, {report.duplicates:,} exact duplicates"
