@@ -206,8 +206,6 @@ def test_a_model_that_is_given_is_taken_as_it_is(base: Path, tmp_path: Path) -> 
 
 def test_adapters_are_saved_without_what_would_change_their_base(base: Path, tmp_path: Path) -> None:
     adapters: dict[str, Any] = {"adapter_config": {}}
-    with pytest.raises(ConfigError, match="vocabulary_config: beside adapter_config, .* neither learned nor saved"):
-        described(base, tmp_path / "run", **adapters)
     with pytest.raises(ConfigError, match="model_overrides.rope_parameters: beside adapter_config, .* old positions"):
         described(base, tmp_path / "run", vocabulary_config={}, **adapters)
     dropout = {"model_overrides": {"attention_dropout": 0.1}, "vocabulary_config": {}}

@@ -90,7 +90,7 @@ def in_four_bits(base: Path) -> nn.Module:
     return adapt(build_model(str(base), options=how), AdapterConfig(rank=8, dropout=0.1))
 
 
-def make_model(name: str, base: Path) -> nn.Module:
+def make_model(name: str, base: Path = Path()) -> nn.Module:
     """The same weights at every call; `base`: where the model lies that 'qlora' reads."""
     torch.manual_seed(0)
     if name == "qlora":

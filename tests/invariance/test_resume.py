@@ -19,6 +19,7 @@ TOLERANCE_OF = {
     "lora": 1e-5,  # as the critic
     "qlora": 1e-5,
     "vlm-dpo": 1e-5,
+    "bias": 5e-6,  # shared and chosen experts are added in another order where layers are compiled
 }
 IN_MANY_WAYS = ("sft", "dpo", "grpo")  # the last with further rows, which have a position of their own
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Qwen3Config
 
 from llm_trainer.config.schema import ModelConfig
 from llm_trainer.data.collate import IGNORE
@@ -15,7 +15,8 @@ from llm_trainer.models.document_attention import document_attention
 from llm_trainer.models.scored import scored
 
 LENGTHS = (5, 1, 9)
-OURS = SimpleNamespace(_attn_implementation="blocked", model_type="qwen3", to_dict=dict)
+OURS = Qwen3Config(num_hidden_layers=1, attn_implementation="blocked")
+OTHERS = Qwen3Config(num_hidden_layers=1, attn_implementation="sdpa")
 
 
 def positions() -> torch.Tensor:
@@ -69,7 +70,7 @@ def test_bounds_are_given_where_ours_runs_on_a_gpu() -> None:
     assert document_bounds(OURS, flat, positions(), lengths) == {}  # on the CPU positions tell
     on_gpu = SimpleNamespace(shape=flat.shape, device=SimpleNamespace(type="cuda"))
     assert document_bounds(OURS, on_gpu, positions(), None) == {}  # only the positions tell
-    assert document_bounds(SimpleNamespace(_attn_implementation="sdpa"), on_gpu, None, lengths) == {}
+    assert document_bounds(OTHERS, on_gpu, None, lengths) == {}
 
 
 def test_no_mask_is_made_on_either_device() -> None:

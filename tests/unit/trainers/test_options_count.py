@@ -87,6 +87,7 @@ ELSEWHERE = {
     **dict.fromkeys(("eval_samples", "pass_reward", "shown_completions"), "test_whole_runs.py"),
     "gen_stop_strings": "test_rollouts.py",
     "reference": "test_references.py",
+    "replay_routes": "test_routes.py",
     "reward_model_steps": "test_judged_steps.py",
     "max_staleness": "of rollouts made ahead",
     "max_logp_difference": "test_rollouts.py",
