@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_trainer import AdapterConfig, GRPOTrainer, SFTTrainer, adapt
 from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.checkpoint.adapters import find_base, fingerprint_of
+from llm_trainer.checkpoint.adapter_bases import find_base, fingerprint_of
 from llm_trainer.config.load import parse
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.models.adapter_folder import load_pretrained

@@ -1,448 +1,34 @@
 """Models with adapters (`peft`): a checkpoint holds what was trained, as a folder of PEFT's, and says where the base is.
 
-    model/
-      adapter_config.json, adapter_model.safetensors   as PEFT writes them: `PeftModel.from_pretrained(base, "model")`
-      base.json                                        where the base is, and what tells it from others (`Base`)
-      base/                                            the base itself, where it is nowhere else
-
-Nothing of PEFT is imported here. A model with adapters writes its own folder (`save_pretrained`), of numbers in place of its
-tensors: so it says under which key of which file each of them goes, whatever the kind of adapter.
+model/
+  adapter_config.json, adapter_model.safetensors   as PEFT writes them: `PeftModel.from_pretrained(base, "model")`
+  base.json                                        where the base is, and what tells it from others (`Base`)
+  base/                                            the base itself, where it is nowhere else
 """
 
-import hashlib
 import json
-import warnings
-from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llm_trainer.checkpoint.tensor_files import TensorFolder, bytes_of
-from llm_trainer.checkpoint.valid import THREADS, CheckpointError
+from llm_trainer.checkpoint.adapter_bases import BASE_FILE, BASE_FOLDER, Base, skeleton_of
+from llm_trainer.checkpoint.adapter_names import CONFIG_FILE, WEIGHTS_FILE, Layout, base_names, layout_of
+from llm_trainer.checkpoint.tensor_files import TensorFolder
+from llm_trainer.checkpoint.valid import CheckpointError
 from llm_trainer.checkpoint.weights import (
     ModelFiles,
     first_few,
-    is_pretrained,
     model_files,
     plain_name,
     read_weights,
     tensor_file,
     tensors_by_name,
 )
-from llm_trainer.models.inside import has_adapters, unwrapped
-from llm_trainer.models.quantize import is_in_few_bits, is_made_of
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-BASE_FILE, BASE_FOLDER = "base.json", "base"
-PREFIX = "base_model.model."  # of the names of the model in which PEFT has put adapters
-# Settings of a model that change no logits.
-OF_NO_NUMBER = {"architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits", "transformers_version"}
-OF_NO_NUMBER |= {"bos_token_id", "eos_token_id", "pad_token_id", "name_or_path", "problem_type"}
-OF_NO_NUMBER |= {"qat"}  # for what bits the weights were trained
-# Settings of bitsandbytes that change what weights become, beside the layers that are left out.
-OF_BITS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-INSIDE = ("base_layer", "original_module", "token_adapter")  # what a module of PEFT calls the one that it stands for
-
-
-@dataclass(frozen=True)
-class Base:
-    """What adapters stand on: the content of `base.json`.
-
-    Attributes:
-        source: the folder, or the name on the hub, that it was loaded from; None: it is in the folder `base` beside this.
-        revision: of a name on the hub.
-        fingerprint: see `fingerprint`; None: nobody knows, since it was not us who wrote the adapters.
-        architecture: transformers' class.
-        dtype: of its numbers, such as 'float32'.
-        quantization: how its weights are kept in fewer bits, as its configuration says.
-        kept_because: why it is in the folder `base`; empty where it is not.
-        began_as: where the base came from before an initialisation of adapters changed it, of one in the folder `base`.
-        active: names of the adapters that compute, where there are several; the first one is called 'default'.
-    """
-
-    source: str | None
-    revision: str | None = None
-    fingerprint: str | None = None
-    architecture: str = ""
-    dtype: str = ""
-    quantization: dict[str, Any] | None = None
-    kept_because: str = ""
-    began_as: str | None = None
-    active: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        place = "the folder 'base' beside the adapters"
-        if self.source is not None:
-            place = f"'{self.source}'"
-            if self.revision is not None:
-                place += f" (revision {self.revision})"
-        return f"{place} with the fingerprint {self.fingerprint}"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How PEFT writes a model.
-
-    Attributes:
-        configs: the content of each adapter_config.json, by file.
-        names: of the model's tensors, by file and key.
-    """
-
-    configs: Mapping[str, dict[str, Any]]
-    names: Mapping[str, Mapping[str, str]]
-
-    def files(self) -> dict[str, tuple[str, str]]:
-        """File and key by the name of a tensor."""
-        found = {}
-        for file, names in self.names.items():
-            found.update({name: (file, key) for key, name in names.items()})
-        return found
-
-
-def saves_adapters(model: nn.Module) -> bool:
-    """Whether a checkpoint of `model` is a PEFT folder: it has adapters, which are tensors of their own, in a transformers
-    model."""
-    if not has_adapters(model):
-        return False
-    theirs: Any = model
-    names = list(theirs.peft_config)
-    has_root = len(names) == 1 or "default" in names
-    is_prompt = any(config.is_prompt_learning for config in theirs.peft_config.values())
-    return has_root and not is_prompt and is_pretrained(theirs.get_base_model())
-
-
-# 1. What PEFT calls our tensors.
-
-
-def layout_of(model: nn.Module) -> Layout:
-    """How PEFT writes `model`, which may be sharded; its tensors are not looked at."""
-    theirs: Any = unwrapped(model)
-    names = list(theirs.state_dict(keep_vars=True))
-    numbers = {name: torch.tensor([number]) for number, name in enumerate(names)}
-    configs: dict[str, dict[str, Any]] = {}
-    found: dict[str, dict[str, str]] = {}
-    with TemporaryDirectory() as written, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of embeddings that it would or would not save: the base is not its business
-        theirs.save_pretrained(written, state_dict=numbers, save_embedding_layers=False)
-        root = _root(theirs, Path(written))
-        for path in sorted(root.rglob(WEIGHTS_FILE)):
-            keys: dict[str, str] = {}
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  # not a mapping
-                    (number,) = file.get_tensor(key).tolist()
-                    keys[plain_name(key)] = plain_name(names[number])
-            folder = path.parent.relative_to(root)
-            found[(folder / WEIGHTS_FILE).as_posix()] = keys
-            config = json.loads((path.parent / CONFIG_FILE).read_text(encoding="utf-8"))
-            configs[(folder / CONFIG_FILE).as_posix()] = config
-    return Layout(configs, found)
-
-
-def _root(model: Any, written: Path) -> Path:
-    """Where the first adapter is: PEFT writes each into a folder of its name, unless it is called 'default'."""
-    names = list(model.peft_config)
-    return written / names[0] if len(names) == 1 and names != ["default"] else written
-
-
-def base_names(model: nn.Module, layout: Layout | None = None) -> dict[str, str]:
-    """Names of what PEFT's folder leaves out, by the names that they have in the base without adapters.
-
-    Of tied tensors the first name, as `Engine.stream_weights` has it.
-
-    Args:
-        layout: that of the model, where it is known.
-    """
-    model = unwrapped(model)
-    adapters = (layout or layout_of(model)).files()
-    tensors = model.state_dict(keep_vars=True)
-    # What several layers share is saved under one of its names, as the rows of new tokens of tied embeddings are.
-    seen = {id(tensor) for raw_name, tensor in tensors.items() if plain_name(raw_name) in adapters}
-    found = {}
-    for raw_name, tensor in tensors.items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[_name_in_base(model, raw_name)] = plain_name(raw_name)
-    return found
-
-
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What PEFT's folder leaves out, by its names in the base."""
-    own = tensors_by_name(model)
-    return {original: own[name] for original, name in base_names(model).items()}
-
-
-def _name_in_base(model: nn.Module, name: str) -> str:
-    kept, module = [], model.get_submodule(PREFIX.rstrip("."))
-    for step in name.removeprefix(PREFIX).split("."):
-        is_theirs = type(module).__module__.startswith("peft.")
-        if not (is_theirs and step in INSIDE):
-            kept.append(step)
-        module = module._modules.get(step) or module
-    return plain_name(".".join(kept))
-
-
-# 2. The base.
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A short hash of names, types, shapes and bits; of tied tensors one is given."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        lines = sorted(pool.map(_line_of, tensors))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def fingerprint_of(model: nn.Module) -> str:
-    """That of the base of a model with adapters, which is not sharded."""
-    inner = unwrapped(model).get_base_model()  # type: ignore[operator]
-    if _quantization_of(inner) is not None:
-        base = find_base(model)
-        if base is not None and base.fingerprint is not None:
-            return base.fingerprint
-    return fingerprint(base_tensors(model).items())
-
-
-def _line_of(named: tuple[str, Tensor]) -> str:
-    name, tensor = named
-    return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(bytes_of(tensor)).hexdigest()}"
-
-
-def find_base(model: nn.Module) -> Base | None:
-    """What `model`, which is not sharded yet, stands on: looked for where it was loaded from, and compared bit for bit.
-
-    None: it has no adapters, or a checkpoint cannot hold these alone. Then it holds all of the model.
-    """
-    if not saves_adapters(model):
-        return None
-    theirs: Any = unwrapped(model)
-    inner = theirs.get_base_model()
-    tensors = base_tensors(theirs)
-    active: tuple[str, ...] = ()
-    if len(theirs.peft_config) > 1:
-        active = tuple(theirs.active_adapters)
-    base = Base(
-        source=inner.name_or_path or None,
-        revision=getattr(inner.config, "_commit_hash", None),
-        architecture=class_of(inner).__name__,
-        dtype=str(inner.dtype).removeprefix("torch."),
-        quantization=_quantization_of(inner),
-        active=active,
-    )
-    if base.quantization is None:
-        base = replace(base, fingerprint=fingerprint(tensors.items()))
-    folder = None if base.source is None else place_of(base.source, base.revision)
-    if base.source is None:
-        because = "it was made in memory, and loaded from nowhere"
-    elif folder is None:
-        because = f"there is no model at '{base.source}', where it says to come from"
-    else:
-        if Path(base.source).is_dir():
-            base = replace(base, source=str(Path(base.source).absolute()))
-        other = _first_difference(inner, tensors, folder)
-        if other is None and base.quantization is not None:
-            return replace(base, fingerprint=fingerprint_in_few_bits(inner, folder, tensors))
-        if other is None:
-            return base
-        because = f"it is not the model at '{base.source}' any more: {other} differs"
-    if base.quantization is not None:
-        return None
-    began_as = base.source if folder is not None else None
-    return replace(base, source=None, revision=None, kept_because=because, began_as=began_as)
-
-
-def _quantization_of(inner: Any) -> dict[str, Any] | None:
-    """How the weights of a model are kept in few bits; None: they are not."""
-    config = getattr(inner.config, "quantization_config", None)
-    return config if config is None or isinstance(config, dict) else config.to_dict()
-
-
-def fingerprint_in_few_bits(inner: Any, folder: Path, tensors: Mapping[str, Tensor]) -> str:
-    """That of a base whose weights are in few bits: of the weights that these were made of, and how.
-
-    NOTE: not of the bits. Their scales are scaled themselves, by a mean whose last bit depends on the number of threads and
-    on the device: on another machine the same base would look like another one.
-
-    Args:
-        inner: the base.
-        folder: that it was loaded from.
-        tensors: of the base; they are looked at where the folder holds the bits themselves.
-    """
-    if _holds_bits(inner, folder):
-        return fingerprint(tensors.items())
-    quantization = _quantization_of(inner) or {}
-    settings = {name: quantization.get(name) for name in OF_BITS}
-    settings["skipped"] = sorted(quantization.get("llm_int8_skip_modules") or ())
-    weights = _weights_in(inner, folder)
-    found = fingerprint((name, weight.to(inner.dtype)) for name, weight in weights.items())
-    return hashlib.sha256(f"{found} {json.dumps(settings)}".encode()).hexdigest()[:32]
-
-
-def _holds_bits(inner: Any, folder: Path) -> bool:
-    """Whether the weights in a folder are in few bits already."""
-    config = class_of(inner).config_class.from_pretrained(folder)
-    return getattr(config, "quantization_config", None) is not None
-
-
-def _weights_in(inner: Any, folder: Path) -> dict[str, Tensor]:
-    """The weights in a folder, of tied ones the first, by the names in a model like the base."""
-    if _quantization_of(inner) is not None and _holds_bits(inner, folder):
-        return TensorFolder(folder).read_all()
-    skeleton = _skeleton(inner)
-    with torch.random.fork_rng(devices=[]):  # what is missing there would be drawn
-        found = read_weights(skeleton, folder)
-    seen: dict[int, str] = {}
-    for name, tensor in tensors_by_name(skeleton).items():
-        seen.setdefault(id(tensor), name)
-    return {name: found[name] for name in seen.values() if name in found}
-
-
-def place_of(source: str, revision: str | None) -> Path | None:
-    """The folder of a model: a path, or what was downloaded of a name on the hub; None: it is not here."""
-    if Path(source).is_dir():
-        return Path(source)
-    if source.startswith((".", "/", "~")):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(source, "config.json", revision=revision)
-    except HFValidationError:  # no name that the hub could have
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def class_of(model: nn.Module) -> Any:
-    """The class of a model, also where sharding has made another one of it."""
-    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
-
-
-def _skeleton(inner: Any) -> nn.Module:
-    """A model like the base, without adapters and without weights."""
-    with torch.device("meta"):
-        skeleton = class_of(inner)(deepcopy(inner.config))
-    skeleton.generation_config = getattr(inner, "generation_config", None)
-    return skeleton
-
-
-def _first_difference(inner: Any, tensors: Mapping[str, Tensor], folder: Path) -> str | None:
-    """The first tensor of a base that is another one in a folder, or is not there."""
-    in_few_bits = _quantization_of(inner) is not None
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if dtypes != {inner.dtype} and not in_few_bits:
-        return f"the type of some weights ({', '.join(sorted(map(str, dtypes)))})"
-    try:
-        there = class_of(inner).config_class.from_pretrained(folder).to_dict()
-        own = inner.config.to_dict()
-        if in_few_bits:
-            own["quantization_config"] = there.get("quantization_config")
-        setting = _other_setting(own, there)
-        if setting is not None:
-            return f"{setting} of its configuration"
-        theirs = _weights_in(inner, folder)
-    except (CheckpointError, OSError, SafetensorError) as error:
-        return f"what lies there ({error})"
-    if in_few_bits and not _holds_bits(inner, folder):
-        tensors, changed = _not_in_few_bits(tensors, theirs, inner.dtype)
-        if changed is not None:
-            return changed
-    for name, tensor in tensors.items():
-        other = theirs.get(name)
-        if other is None or other.shape != tensor.shape:
-            return name
-        if not torch.equal(other.to(tensor.dtype), tensor.detach().cpu()):
-            return name
-    return None
-
-
-def _not_in_few_bits(
-    tensors: Mapping[str, Tensor], theirs: Mapping[str, Tensor], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors that are as they were loaded, and the first of the others that was not made of those in a folder.
-
-    Args:
-        tensors: of a base.
-        theirs: the weights in the folder.
-        dtype: that these were read in, before they were quantized.
-    """
-    scales: set[str] = set()
-    for name, tensor in tensors.items():
-        if not is_in_few_bits(tensor):
-            continue
-        layer = name.removesuffix("weight")
-        scales.update(other for other in tensors if other.startswith(layer) and other != f"{layer}bias")
-        weight = theirs.get(name)
-        if weight is None or not is_made_of(tensor, tensors.get(f"{layer}SCB"), weight.to(dtype)):
-            return {}, name
-    return {name: tensor for name, tensor in tensors.items() if name not in scales}, None
-
-
-def _other_setting(own: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
-    """The first setting by which two configurations compute something else, such as the type of RoPE."""
-    for name in sorted(own.keys() | there.keys(), key=str):  # labels go by number
-        if name in OF_NO_NUMBER or str(name).startswith("_") or "dropout" in str(name):
-            continue
-        ours, theirs = own.get(name), there.get(name)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            inside = _other_setting(ours, theirs)
-            if inside is not None:
-                return f"{name}.{inside}"
-        elif ours != theirs:
-            return name
-    return None
-
-
-def check_base(own: str | None, whose: str, there: Base, folder: Path, fix: str = "") -> None:
-    """Compare the base of a model with the one that adapters were trained on.
-
-    Args:
-        own: fingerprint of the former.
-        whose: it is, for the message.
-        there: the latter.
-        folder: of the adapters.
-        fix: what to do; empty: load the right one.
-
-    Raises:
-        CheckpointError: it is another one, and the right one is not in the folder.
-    """
-    if there.source is None or there.fingerprint is None or there.fingerprint == own:
-        return
-    fix = fix or f"load the base from '{there.source}' as {there.dtype}"
-    raise CheckpointError(
-        f"the adapters in '{folder}' were trained on {there}, and {whose} base has the fingerprint {own}: it is another "
-        f"model, or the same one in another dtype. Expected the same weights bit for bit: {fix}"
-    )
-
-
-def base_of(content: Mapping[str, Any]) -> Base:
-    """What `base.json` says."""
-    return Base(**(content | {"active": tuple(content.get("active", ()))}))  # type: ignore[operator]
-
-
-def read_base(folder: Path) -> Base | None:
-    """What the adapters in a folder stand on; None: there are none.
-
-    Raises:
-        CheckpointError: base.json is none of ours.
-    """
-    if not (folder / CONFIG_FILE).is_file():
-        return None
-    try:
-        if (folder / BASE_FILE).is_file():
-            return base_of(json.loads((folder / BASE_FILE).read_text(encoding="utf-8")))
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"'{folder}': {BASE_FILE} or {CONFIG_FILE} cannot be read ({error})") from None
-    return Base(config.get("base_model_name_or_path"), config.get("revision"))
-
-
-# 3. The folder.
+from llm_trainer.models.inside import unwrapped
 
 
 @dataclass(frozen=True)
@@ -520,7 +106,7 @@ class Saved:
         if not self.writes_base():
             return files
         originals = {original: weights[name] for original, name in base_names(model, self.layout).items()}
-        base = model_files(_skeleton(inner), None, originals)
+        base = model_files(skeleton_of(inner), None, originals)
         return files.joined(base.inside(BASE_FOLDER))
 
     def _config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -549,7 +135,7 @@ def read_adapters(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if (folder / BASE_FOLDER).is_dir():
         inner = unwrapped(model).get_base_model()  # type: ignore[operator]
-        base = read_weights(_skeleton(inner), folder / BASE_FOLDER)
+        base = read_weights(skeleton_of(inner), folder / BASE_FOLDER)
         names = base_names(model, layout)
         found = {name: base[original] for original, name in names.items() if original in base}
     own = {plain_name(name) for name in unwrapped(model).state_dict(keep_vars=True)}

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llm_trainer.checkpoint import adapters, weights
-from llm_trainer.checkpoint.adapters import Base, Saved
+from llm_trainer.checkpoint import adapter_bases, adapter_names, adapters, weights
+from llm_trainer.checkpoint.adapter_bases import Base
+from llm_trainer.checkpoint.adapters import Saved
 from llm_trainer.checkpoint.valid import CheckpointError
 from llm_trainer.checkpoint.weights import ModelFiles, load_weights, model_files, tensors_by_name
 from llm_trainer.model_group import MODEL, ModelGroup, members_of, weights_by_member, weights_of_group
@@ -78,7 +79,7 @@ def bases_in(model: nn.Module, folder: str | Path) -> dict[str, Base]:
     """What the adapters in a checkpoint stand on, by name; `folder` is that of the first model."""
     found = {}
     for name in members_of(unwrapped(model)):
-        base = adapters.read_base(Path(folder).with_name(name))
+        base = adapter_bases.read_base(Path(folder).with_name(name))
         if base is not None:
             found[name] = base
     return found
@@ -95,9 +96,9 @@ def check_bases(model: nn.Module, bases: Mapping[str, Base], source: str | Path)
         CheckpointError: one is another.
     """
     for name, member in members_of(unwrapped(model)).items():
-        if name in bases and adapters.saves_adapters(member):
-            own = adapters.fingerprint_of(member)
-            adapters.check_base(own, "this model's", bases[name], Path(source))
+        if name in bases and adapter_names.saves_adapters(member):
+            own = adapter_bases.fingerprint_of(member)
+            adapter_bases.check_base(own, "this model's", bases[name], Path(source))
 
 
 def left_out(model: nn.Module, bases: Collection[str]) -> Callable[[str], bool]:
@@ -113,8 +114,8 @@ def left_out(model: nn.Module, bases: Collection[str]) -> Callable[[str], bool]:
         if isinstance(model, ModelGroup):
             prefix = f"{name}."
         own = list(tensors_by_name(member))
-        if name in bases and adapters.saves_adapters(member):
-            own = list(adapters.layout_of(member).files())
+        if name in bases and adapter_names.saves_adapters(member):
+            own = list(adapter_names.layout_of(member).files())
         kept |= {f"{prefix}{inner}" for inner in own}
     return lambda name: name not in kept
 
@@ -124,8 +125,8 @@ def _is_of_adapters(model: nn.Module, folder: Path) -> bool:
     Raises:
         CheckpointError: the folder holds adapters, and the model has none.
     """
-    base = adapters.read_base(folder)
-    if base is not None and not adapters.saves_adapters(model):
+    base = adapter_bases.read_base(folder)
+    if base is not None and not adapter_names.saves_adapters(model):
         raise CheckpointError(
             f"'{folder}' holds the adapters of a model, and this {type(model).__name__} has none. Expected the model with its "
             f"adapters around it: peft.PeftModel.from_pretrained(base, '{folder}', is_trainable=True), of {base}; or, for all "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llm_trainer.checkpoint.adapters import base_of
+from llm_trainer.checkpoint.adapter_bases import base_of
 from llm_trainer.checkpoint.folders import bases_in, check_bases, left_out, read_model
 from llm_trainer.checkpoint.state import JSON_FILES, read_tensors, restore
 from llm_trainer.checkpoint.valid import (

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.checkpoint.adapters import BASE_FILE, BASE_FOLDER, CONFIG_FILE, WEIGHTS_FILE, Base
+from llm_trainer.checkpoint.adapter_bases import BASE_FILE, BASE_FOLDER, Base
+from llm_trainer.checkpoint.adapter_names import CONFIG_FILE, WEIGHTS_FILE
 from llm_trainer.checkpoint.tensor_files import TensorFolder, write_files
 from llm_trainer.checkpoint.weights import tensor_file, without_progress_bars
 from llm_trainer.export.gate import FP32, ROUNDED, SAME, Limits, Refused

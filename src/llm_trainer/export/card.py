@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_trainer.checkpoint.adapters import place_of
+from llm_trainer.checkpoint.adapter_bases import place_of
 from llm_trainer.export.gate import Comparison
 from llm_trainer.export.request import Written
 from llm_trainer.export.source import Source

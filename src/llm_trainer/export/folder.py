@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llm_trainer.checkpoint.adapters import place_of
+from llm_trainer.checkpoint.adapter_bases import place_of
 from llm_trainer.checkpoint.tensor_files import TensorFolder
 from llm_trainer.checkpoint.weights import write_model
 from llm_trainer.export.asking import is_tied

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.checkpoint.adapters import BASE_FOLDER, Base, base_tensors, fingerprint_of, read_base
+from llm_trainer.checkpoint.adapter_bases import BASE_FOLDER, Base, fingerprint_of, read_base
+from llm_trainer.checkpoint.adapter_names import base_tensors
 from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.config.adapters import ALL_LINEAR, INITS, LORA, RANK, AdapterConfig
 from llm_trainer.config.errors import require

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.checkpoint import valid_checkpoints
-from llm_trainer.checkpoint.adapters import BASE_FOLDER, Base, read_base
+from llm_trainer.checkpoint.adapter_bases import BASE_FOLDER, Base, read_base
 from llm_trainer.config.env import environment
 
 

@@ -8,17 +8,9 @@ from typing import Any
 from torch import nn
 
 from llm_trainer.checkpoint import CheckpointError
-from llm_trainer.checkpoint.adapters import (
-    BASE_FOLDER,
-    Base,
-    Saved,
-    base_names,
-    check_base,
-    find_base,
-    fingerprint,
-    read_base,
-    saves_adapters,
-)
+from llm_trainer.checkpoint.adapter_bases import BASE_FOLDER, Base, check_base, find_base, fingerprint, read_base
+from llm_trainer.checkpoint.adapter_names import base_names, saves_adapters
+from llm_trainer.checkpoint.adapters import Saved
 from llm_trainer.checkpoint.valid import valid_checkpoints
 from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.engine import dist

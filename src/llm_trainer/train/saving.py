@@ -21,7 +21,7 @@ from torch import Tensor
 from llm_trainer import checkpoint
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager
-from llm_trainer.checkpoint.adapters import Base
+from llm_trainer.checkpoint.adapter_bases import Base
 from llm_trainer.checkpoint.copies import HostMemory, fits
 from llm_trainer.checkpoint.folders import group_files
 from llm_trainer.checkpoint.state import StateFiles
