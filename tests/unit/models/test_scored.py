@@ -236,12 +236,18 @@ def test_nothing_supervised_is_zero_with_zero_gradients() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+OUTLIVES = []  # modules that stay until the process ends
+
+
 def test_inside_ddp(tmp_path: Path) -> None:
+    """NOTE: the module is kept. It holds the process group, whose threads end with it; one that is still about to free what
+    it reduced last needs Python's lock for that, and who waits for the thread has the lock: nobody would go on."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(scored(tiny_model()))
+        OUTLIVES.append(model)
         scores = model(**padded_batch())
         scores.loss_sum.backward()
         assert all(p.grad is not None for p in model.parameters())
