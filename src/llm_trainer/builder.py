@@ -64,7 +64,7 @@ from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.quantized_loading import check_quantized, loading_options
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.models.vision import unreached
-from llm_trainer.models.vision_build import processor_for, read_processor
+from llm_trainer.models.vision_build import processor_for, read_processor, side_of
 from llm_trainer.models.vocabulary import Pieces, check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.terminal import waiting
 
@@ -168,8 +168,8 @@ class Builder:
         model = transformers_model(self.policy)
         assert model is not None
         patch = getattr(model.config.vision_config, "patch_size", None)
-        if isinstance(patch, list | tuple):
-            patch = patch[0]
+        if patch is not None:
+            patch = side_of(patch)
         if of_tags.pixel_values_provider is not None:
             return ProvidedImages(self.processor, of_tags.pixel_values_provider, patch)
         return ImageFormat(self.processor, patch, self.config.data_loader_config.max_pixels)
@@ -237,6 +237,9 @@ class Builder:
             wanted += PROJECTOR_ALONE
         if wanted:
             freeze_parts(model, wanted)
+        inner = transformers_model(model)
+        if inner is None or not sees_images(inner.config):
+            return
         # What no loss reaches of a tower. Other processes may have no weights to try it out on.
         lost = list[str]()
         if dist.is_main():

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.chat import ChatFormat
-from llm_trainer.data.encode.plain import EncodedChat
 from llm_trainer.data.images import ImageRef
 from llm_trainer.data.read.errors import Location
 from llm_trainer.data.read.messages import IMAGE
@@ -39,7 +38,7 @@ def ask(chat: ChatFormat, messages: Sequence[Mapping[str, Any]], where: str) -> 
     if chat.images is None:
         return Asked(chat.encode_prompt(messages))
     (encoded,) = chat.encode_pictured([messages])
-    return Asked(encoded.input_ids, _opened(chat, encoded, where))
+    return Asked(encoded.input_ids, chat.images.opened([(encoded.images, where)]))
 
 
 def ask_text(chat: ChatFormat, text: str, images: Sequence[ImageRef], where: str) -> Asked:
@@ -47,7 +46,7 @@ def ask_text(chat: ChatFormat, text: str, images: Sequence[ImageRef], where: str
     if chat.images is None:
         return Asked(chat.encode_text(text).input_ids[:-1])  # without the end of the text
     (encoded,) = chat.encode_documents([text], [images])
-    return Asked(encoded.input_ids[:-1], _opened(chat, encoded, where))
+    return Asked(encoded.input_ids[:-1], chat.images.opened([(encoded.images, where)]))
 
 
 def counted_images(chat: ChatFormat, text: str, sources: Sequence[str], where: str) -> list[ImageRef]:
@@ -74,17 +73,3 @@ def counted_images(chat: ChatFormat, text: str, sources: Sequence[str], where: s
             f"marker per image, such as {IMAGE * len(sources) + text.replace(IMAGE, '')!r}"
         )
     return [chat.images.count(source, None, Location(where)) for source in sources]
-
-
-def _opened(chat: ChatFormat, encoded: EncodedChat, where: str) -> ImageBatch | None:
-    if not encoded.images:
-        return None
-    assert chat.images is not None
-    numbers: dict[str, int] = {}
-    opened, uses = [], []
-    for ref in encoded.images:
-        if ref.digest not in numbers:
-            numbers[ref.digest] = len(numbers)
-            opened.append(chat.images.open(ref, Location(where)))
-        uses.append(numbers[ref.digest])
-    return chat.images.batch(opened, [uses])

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from llm_trainer.data.kinds import LanguageSample
-from llm_trainer.data.read.errors import Location
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.image_batch import ImageBatch, of_images
 from llm_trainer.layout import Layout
@@ -109,21 +108,11 @@ def lay_with_images(
         ValueError: ids have other placeholders than images need.
     """
     batch = lay(samples)
-    numbers: dict[str, int] = {}  # digest -> which distinct image
-    opened: list[Any] = []
-    uses = []
-    for sample in samples:
-        shown = []
-        for ref in sample.get("images", ()):
-            if ref.digest not in numbers:
-                numbers[ref.digest] = len(numbers)
-                opened.append(images.open(ref, Location(sample.get("place", "a row"))))
-            shown.append(numbers[ref.digest])
-        uses.append(shown)
+    opened = images.opened([(sample.get("images", ()), sample.get("place", "a row")) for sample in samples])
     expected = 0
-    if opened:
-        batch["images"] = images.batch(opened, uses)
-        expected = batch["images"].num_placeholders
+    if opened is not None:
+        batch["images"] = opened
+        expected = opened.num_placeholders
     found = int((batch["input_ids"] == images.image_token_id).sum())
     if found != expected:
         raise ValueError(

@@ -169,6 +169,27 @@ class ImageFormat:
         counts = [len(row) for row in uses]
         return ImageBatch(self.numbers(images), torch.from_numpy(order), torch.tensor(counts), torch.tensor(lengths))
 
+    def opened(self, rows: Sequence[tuple[Sequence[ImageRef], str]]) -> "ImageBatch | None":
+        """The images of a micro-batch, each distinct one opened once; None: there are none.
+
+        Args:
+            rows: of each row the images that it shows, in the order of their placeholders, and where it comes from.
+
+        Raises:
+            DataError: an image is gone, damaged, or another one than when it was counted.
+        """
+        numbers: dict[str, int] = {}  # digest -> which distinct image
+        images, uses = [], []
+        for refs, where in rows:
+            shown = []
+            for ref in refs:
+                if ref.digest not in numbers:
+                    numbers[ref.digest] = len(numbers)
+                    images.append(self.open(ref, Location(where)))
+                shown.append(numbers[ref.digest])
+            uses.append(shown)
+        return self.batch(images, uses) if images else None
+
     def blank(self) -> "ImageBatch":
         """One white image, which no row shows: what a tower is run on where a micro-batch has none."""
         import torch

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from llm_trainer.export.probe import Conversation, Rendered
+from llm_trainer.models import inside
 
 # Settings of a config.json that change no number, or that stand under another name in `Probe.facts`.
 _NO_NUMBER = {"architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits", "transformers_version"}
@@ -37,7 +38,7 @@ def is_tied(model: Any) -> bool | None:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or any(type(one).__module__.startswith("peft.") for one in (head, embeddings)):
         return None
-    return head.weight is embeddings.weight
+    return inside.is_tied(model)
 
 
 def stops_of(model: Any) -> list[int]:

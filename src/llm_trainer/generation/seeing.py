@@ -30,16 +30,11 @@ class SeeingReader(CachedReader):
 
     def enter(self, prompts: Sequence[Sequence[int]], images: Sequence[ImageBatch | None] = ()) -> Tensor:
         ids, positions = self._padded(prompts)
-        inputs: dict[str, Any] = {}
         features = self._seen(images)
-        if features is not None:
-            inputs["mm_encoder_outputs"] = features.placed()
-            if self.vision.marks_images:
-                inputs["token_type_ids"] = (ids == self.vision.image_token_id).long()
         if self.vision.takes_rope_positions:
             shown = None if features is None else features.images
             self.rope = rope_positions(self.vision, ids, shown, self.mask)
-        return self._forward(ids, positions, **inputs)
+        return self._forward(ids, positions, **self.vision.shown(ids, features))
 
     def _seen(self, images: Sequence[ImageBatch | None]) -> Features | None:
         """What the tower makes of the images of some prompts, one prompt after the other; None: they show none."""

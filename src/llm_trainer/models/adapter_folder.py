@@ -12,7 +12,7 @@ from llm_trainer.checkpoint import CheckpointError, load_checkpoint, load_weight
 from llm_trainer.checkpoint.adapter_bases import check_base, fingerprint, fingerprint_in_few_bits, place_of
 from llm_trainer.checkpoint.weights import tensors_by_name, without_progress_bars
 from llm_trainer.models.adapters import has_own_adapters, opened, weigh
-from llm_trainer.models.inside import language_config
+from llm_trainer.models.inside import is_tied, language_config
 from llm_trainer.models.pretrained import Pretrained, find_pretrained
 from llm_trainer.models.quantize import is_quantized, keep_layout
 from llm_trainer.models.quantized_loading import loading_again
@@ -104,8 +104,7 @@ def merge(adapted: Any) -> Any:
     """The model inside of a `PeftModel`, its adapters added to its weights, all of them to be trained."""
     inner = adapted.get_base_model()
     head, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
-    is_shared = head is not None and head.weight is embeddings.weight
-    is_adapted = is_shared and (has_own_adapters(head) or has_own_adapters(embeddings))
+    is_adapted = is_tied(inner) and (has_own_adapters(head) or has_own_adapters(embeddings))
     if is_adapted:
         # NOTE: peft adds to the weight in place, and that of the other one would change with it.
         layer = head.get_base_layer() if has_own_adapters(head) else head
@@ -120,7 +119,7 @@ def merge(adapted: Any) -> Any:
         model.get_output_embeddings().weight, embeddings.weight
     ):  # by one and the same adapter
         model.get_output_embeddings().weight = embeddings.weight
-    if model.get_output_embeddings() is not None and not _is_tied(model):  # training took them apart
+    if model.get_output_embeddings() is not None and not is_tied(model):  # training took them apart
         language_config(model.config).tie_word_embeddings = False
     return model
 
@@ -155,12 +154,6 @@ def _in_full(model: Any, found: Pretrained) -> Any:
     return opened(model.float(), Path(found.source), found.base.active)
 
 
-def _is_tied(model: Any) -> bool:
-    """Whether head and embeddings are one matrix."""
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
 def fingerprint_of_base(model: nn.Module, folder: Path | None = None) -> str:
     """That of a model without adapters, in which it is the base of others; `folder`: of one in few bits, where it lies."""
     once: dict[int, tuple[str, Tensor]] = {}
@@ -183,7 +176,7 @@ def load_start(model: Any, path: str) -> None:
         load_checkpoint(path, model=model)
         return
     merged = load_pretrained(type(model), found, dtype=model.dtype)
-    if _is_tied(model) and not _is_tied(merged):
+    if is_tied(model) and not is_tied(merged):
         raise CheckpointError(
             f"'{path}' holds adapters that were trained with a head of their own, and this model ties its head to the "
             f"embeddings; expected one that does not (tie_word_embeddings: false)"

@@ -79,6 +79,12 @@ def vocab_size_of(module: nn.Module) -> int | None:
     return None if model is None else getattr(language_config(model.config), "vocab_size", None)
 
 
+def is_tied(model: Any) -> bool:
+    """Whether head and embeddings of a transformers model are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and `torch.compile`, whose names are those of a single process."""
     while isinstance(module, DistributedDataParallel) or "_orig_mod" in dict(module.named_children()):

@@ -171,11 +171,7 @@ class Vision(NamedTuple):
             Keywords of transformers, among them `position_ids [4, B, T]` where the model has three positions of a token:
             those inside the document come before them.
         """
-        inputs: dict[str, Any] = {}
-        if features is not None:
-            inputs["mm_encoder_outputs"] = features.placed()
-            if self.marks_images:
-                inputs["token_type_ids"] = (input_ids == self.image_token_id).long()
+        inputs = self.shown(input_ids, features)
         if self.takes_rope_positions and (position_ids is not None or features is not None):
             if given_positions is None:
                 images = None if features is None else features.images
@@ -185,6 +181,15 @@ class Vision(NamedTuple):
             inside = position_ids.expand(1, *input_ids.shape)
             inputs["position_ids"] = torch.cat([inside, given_positions.to(inside.device)])
         return inputs
+
+    def shown(self, input_ids: Tensor, features: Features | None) -> dict[str, Any]:
+        """Of `inputs` what is not positions."""
+        if features is None:
+            return {}
+        found: dict[str, Any] = {"mm_encoder_outputs": features.placed()}
+        if self.marks_images:
+            found["token_type_ids"] = (input_ids == self.image_token_id).long()
+        return found
 
     def zero(self, images: Images | None = None) -> Tensor:
         """A scalar 0 that depends on all that the tower makes of images, by default of one that nobody took.

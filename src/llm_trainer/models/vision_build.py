@@ -64,16 +64,16 @@ def _is_shuffled(c: "VLMConfig") -> bool:
     if c.vision is not None:
         return check_tokens(c.tokens_per_image, c.vision.image_size, c.vision.patch_size)
     found = _found_tower(c)
-    return check_tokens(c.tokens_per_image, _side(found.image_size), _side(found.patch_size))
+    return check_tokens(c.tokens_per_image, side_of(found.image_size), side_of(found.patch_size))
 
 
 def num_tokens(tower: Any, is_shuffled: bool) -> int:
     """Tokens of an image."""
-    patches = (_side(tower.image_size) // _side(tower.patch_size)) ** 2
+    patches = (side_of(tower.image_size) // side_of(tower.patch_size)) ** 2
     return patches // 4 if is_shuffled else patches
 
 
-def _side(size: Any) -> int:
+def side_of(size: Any) -> int:
     """Of a square that is one number, or height and width."""
     return size if isinstance(size, int) else int(size[0])
 
@@ -177,7 +177,7 @@ def processor_for(model_config: "PretrainedConfig", tokenizer: Any, vision_path:
     from transformers import LlavaProcessor
 
     c: Any = model_config
-    side, patch = _side(c.vision_config.image_size), _side(c.vision_config.patch_size)
+    side, patch = side_of(c.vision_config.image_size), side_of(c.vision_config.patch_size)
     is_shuffled = c.image_seq_length < (side // patch) ** 2
     # NOTE: this processor fits both models: it counts squares of pixels, of which a token of the second has four patches.
     square = 2 * patch if is_shuffled else patch

@@ -40,6 +40,8 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+QWEN_TOWER: dict[str, Any] = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
+QWEN_TOWER |= {"patch_size": 4, "out_hidden_size": 32}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 
 
@@ -70,29 +72,13 @@ def _llava_next() -> Any:
 
 
 def _qwen2_5_vl() -> Any:
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": 32,
-    }
-    vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    vision = QWEN_TOWER | {"window_size": 16, "fullatt_block_indexes": [1]}
     text = {**TEXT, "rope_parameters": MROPE}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, tie_word_embeddings=False)
 
 
 def _qwen3_vl(kind: Any = Qwen3VLConfig, **more: Any) -> Any:
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": 32,
-    }
-    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    vision = QWEN_TOWER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     text = {**TEXT, "head_dim": 8, "rope_parameters": MROPE, **more}
     return kind(text_config=text, vision_config=vision, image_token_id=IMAGE, tie_word_embeddings=False)
 
