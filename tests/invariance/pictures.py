@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from llm_trainer.data.vision import ImageFormat
+
 IMAGE, PER_IMAGE = 2, 4  # the id of a placeholder, and how many an image has
 SIDE, DISTINCT = 8, 5  # pixels, images
 
@@ -16,10 +18,11 @@ class Shown(NamedTuple):
     digest: str
 
 
-class Shades:
-    """Images that are noise, each by its number: what `data.vision.ImageFormat` is to collation."""
+class Shades(ImageFormat):
+    """Images that are noise, each by its number, without a processor."""
 
-    image_token_id = IMAGE
+    def __init__(self) -> None:
+        self.image_token_id = IMAGE
 
     def open(self, ref: Shown, _: Any) -> int:
         return int(ref.digest)
@@ -46,6 +49,7 @@ class Decoded(Shades):
         from llm_trainer.data.read.errors import Location
         from vision_data import file_of, picture
 
+        super().__init__()
         self.refs = [count_image(file_of(picture(SIDE, SIDE, n)), None, Location("here")) for n in range(DISTINCT)]
 
     def open(self, ref: Any, location: Any) -> Any:
