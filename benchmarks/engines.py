@@ -67,7 +67,7 @@ def run(case: str, how: dict[str, Any], out: Path) -> None:
     import torch
 
     from llm_trainer import SFTTrainer, configure_optimizer
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.model import ModelConfig
     from llm_trainer.data.collate import collate_padded
     from llm_trainer.data.stream import SampleStream
     from llm_trainer.engine import dist

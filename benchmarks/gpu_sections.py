@@ -145,7 +145,7 @@ def head(report: Report) -> None:
 
 def _small_model(report: Report, attention: str) -> Any:
     """Two layers with heads of 64, the same weights for every backend."""
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.model import ModelConfig
     from llm_trainer.models.attention import resolve_attention
     from llm_trainer.models.build import build_model
 
@@ -242,7 +242,7 @@ def packed_speed(report: Report, backend: str) -> None:
     """Forward and backward of four layers as wide as the 0.6 B model over 16,384 packed tokens."""
     from engines import SHAPES
 
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.model import ModelConfig
     from llm_trainer.models.attention import resolve_attention
     from llm_trainer.models.build import build_model
     from llm_trainer.models.scored import scored

@@ -19,7 +19,7 @@ from engines import SHAPES, SMALLEST_VOCABULARY, Rows
 from gpu_report import Report, peak_memory, wait_for
 
 from llm_trainer import DPOTrainer, SFTTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.kinds.pairs import collate_pairs
 from llm_trainer.data.stream import SampleStream

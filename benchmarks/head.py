@@ -92,7 +92,7 @@ def training_step(variant: str, options: argparse.Namespace) -> Callable[[], flo
     """One optimizer step of a Qwen3 of width 512 and 8 layers on 8 x 512 tokens; returns the loss."""
     import torch
 
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.model import ModelConfig
     from llm_trainer.models.build import build_model
     from llm_trainer.models.scored import scored
 

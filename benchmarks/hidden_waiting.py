@@ -44,7 +44,7 @@ def reward(prompts: Any, completions: Any, answers: Any, seconds: float) -> list
 def run(way: str, rollouts: int, wait: float) -> Outcome:
     """Train in one of the ways."""
     from llm_trainer import GRPOTrainer, configure_optimizer
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.model import ModelConfig
     from llm_trainer.models.build import build_model
     from llm_trainer.train.hooks import Hook
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llm_trainer import SFTTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.collate import LanguageSample, collate_flat, collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.models.attention import resolve_attention

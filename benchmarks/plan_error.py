@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from llm_trainer import AdapterConfig, DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, adapt, configure_optimizer
 from llm_trainer.config.env import environment
-from llm_trainer.config.schema import ModelConfig, MoeConfig
+from llm_trainer.config.model import ModelConfig, MoeConfig
 from llm_trainer.engine import dist
 from llm_trainer.engine.device import DTYPES
 from llm_trainer.models.build import build_model

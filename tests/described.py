@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.train_configs import DataLoaderConfig, OptimConfig, RunConfig, TrainConfig
 

@@ -9,8 +9,8 @@ import torch
 
 from llm_trainer import AdapterConfig, SFTTrainer, adapt
 from llm_trainer.checkpoint import write_model
+from llm_trainer.config.model import ModelConfig, MoeConfig
 from llm_trainer.config.quantization import QuantizationConfig
-from llm_trainer.config.schema import ModelConfig, MoeConfig
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.templates import default_template
 from llm_trainer.data.encode.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_trainer.config.errors import ConfigError, is_installed
-from llm_trainer.config.schema import ModelConfig, MoeConfig
+from llm_trainer.config.model import ModelConfig, MoeConfig
 from llm_trainer.data.encode.tokenizer import train_tokenizer
 from llm_trainer.export import gguf
 from llm_trainer.export.door import pass_gate

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from llm_trainer import configure_optimizer, get_trainer_class
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
 from llm_trainer.train.hooks import Hook

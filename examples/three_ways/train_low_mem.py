@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from llm_trainer.assemble import make_optimizer, make_scheduler
-from llm_trainer.builder import Builder
+from llm_trainer.builder.objects import Builder
 from llm_trainer.checkpoint import load_checkpoint, save_checkpoint
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config

@@ -28,7 +28,7 @@ import yaml
 from llamafactory_yaml import Translation, add_data, stage_of, translate
 from transformers.utils.logging import disable_progress_bar
 
-from llm_trainer.builder import Builder
+from llm_trainer.builder.objects import Builder
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.collate import collate_padded

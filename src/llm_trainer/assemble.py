@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_trainer.builder import Builder
+from llm_trainer.builder.objects import Builder
 from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.load import dump_config

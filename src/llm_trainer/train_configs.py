@@ -22,22 +22,12 @@ from llm_trainer.config.deepspeed import (
 )
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.files import FileDataset
+from llm_trainer.config.model import ModelConfig, MoeConfig, VLMConfig, VocabularyConfig
 from llm_trainer.config.options import FsdpConfig, KDConfig
 from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.config.quantization import QuantizationConfig
 from llm_trainer.config.reinforcement import GenerateConfig, GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig
-from llm_trainer.config.schema import (
-    DataLoaderConfig,
-    EvalConfig,
-    LossConfig,
-    ModelConfig,
-    MoeConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    VLMConfig,
-    VocabularyConfig,
-)
+from llm_trainer.config.schema import DataLoaderConfig, EvalConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from llm_trainer.config.vision import VisionConfig
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 
 from llm_trainer import Distillation, SFTTrainer, Trainer
 from llm_trainer.config.load import load_config
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
 from llm_trainer.models.build import build_model
 from llm_trainer.train_configs import ConfigError, KDConfig, PretrainConfig, RunConfig, SFTConfig, TrainConfig

@@ -10,7 +10,7 @@ import torch
 
 from described import SHAPE, curve, describe, logged, prompt_batches, write_rows
 from llm_trainer import GRPOTrainer, configure_optimizer
-from llm_trainer.builder import make_model
+from llm_trainer.builder.model import make_model
 from llm_trainer.checkpoint import write_model
 from llm_trainer.checkpoint.manager import CheckpointManager
 from llm_trainer.checkpoint.valid import read_manifest

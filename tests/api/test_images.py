@@ -77,7 +77,8 @@ def config(folder: Path, save_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def first_batch(described: TrainConfig, trainer_class: type = SFTTrainer) -> dict[str, Any]:
-    from llm_trainer.builder import Builder, make_streams
+    from llm_trainer.builder.objects import Builder
+    from llm_trainer.builder.streams import make_streams
 
     stream, _ = make_streams(described, Builder(described, trainer_class))
     [(batches, _)] = list(stream.steps(0))
@@ -175,7 +176,7 @@ def test_the_projector_alone_learns_where_the_rest_is_frozen(folder: Path, train
 
 def first_model(described: TrainConfig) -> Any:
     """The model that a run begins with."""
-    from llm_trainer.builder import Builder
+    from llm_trainer.builder.objects import Builder
 
     return Builder(described, SFTTrainer).policy
 

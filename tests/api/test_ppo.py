@@ -8,7 +8,7 @@ import torch
 
 from described import SHAPE, curve, describe, prompt_batches, write_rows
 from llm_trainer import PPOTrainer, configure_optimizer, create_trainer
-from llm_trainer.builder import make_model
+from llm_trainer.builder.model import make_model
 from llm_trainer.checkpoint import write_model
 from llm_trainer.config.load import load_config
 from llm_trainer.data.encode.chat import ChatFormat

@@ -10,7 +10,7 @@ import torch
 
 from described import SHAPE, curve, describe, write_rows
 from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, configure_optimizer, create_trainer, get_trainer_class
-from llm_trainer.builder import Builder
+from llm_trainer.builder.objects import Builder
 from llm_trainer.config.load import load_config
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import load_tokenizer

@@ -186,7 +186,7 @@ def test_a_run_goes_on_bit_for_bit_and_only_with_the_same_meaning_of_its_weights
 
 
 def test_a_template_replaces_the_tokenizers(base: Path, tmp_path: Path) -> None:
-    from llm_trainer.builder import Builder
+    from llm_trainer.builder.objects import Builder
 
     path = tmp_path / "talk.jinja"
     path.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")

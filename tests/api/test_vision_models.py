@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llm_trainer import SFTTrainer
-from llm_trainer.builder import Builder
+from llm_trainer.builder.objects import Builder
 from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import dump_config, parse

@@ -102,7 +102,7 @@ def make_model(name: str, base: Path = Path()) -> nn.Module:
         from pictures import vision_model
 
         return vision_model(attention_dropout=0.2)
-    from llm_trainer.config.schema import ModelConfig, MoeConfig
+    from llm_trainer.config.model import ModelConfig, MoeConfig
     from llm_trainer.models.build import build_model
 
     shape: dict[str, Any] = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -136,7 +136,7 @@ def make_teacher(folder: Path) -> None:
     """A teacher with the student's tokenizer."""
     import torch
 
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.model import ModelConfig
     from llm_trainer.models.build import build_model
 
     torch.manual_seed(9)

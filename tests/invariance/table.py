@@ -269,7 +269,7 @@ def data_of(cell: Cell) -> tuple[Any, Any]:
 
 def tiny_model(attention: str = "sdpa", seed: int = 0) -> Any:
     """A two-layer Qwen3-shaped model with 512 ids, the same at every call."""
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.model import ModelConfig
     from llm_trainer.models.build import build_model
 
     torch.manual_seed(seed)
@@ -281,7 +281,7 @@ def tiny_model(attention: str = "sdpa", seed: int = 0) -> Any:
 
 def experts_model(seed: int = 0, **changes: Any) -> Any:
     """A mixture of experts of the same size, whose routers prefer some; `changes` of its configuration."""
-    from llm_trainer.config.schema import ModelConfig, MoeConfig
+    from llm_trainer.config.model import ModelConfig, MoeConfig
     from llm_trainer.models.build import build_model
 
     torch.manual_seed(seed)

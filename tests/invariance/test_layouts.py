@@ -153,7 +153,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("attention", ["blocked", "sdpa"])
 @pytest.mark.parametrize("name", ["sft-padded", "dpo-padded", "kto", "reward", "distill"])
 def test_a_described_run(name: str, attention: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_trainer.builder.resolve_attention", lambda wanted, device: attention)
+    monkeypatch.setattr("llm_trainer.builder.model.resolve_attention", lambda wanted, device: attention)
     folder = files / attention
     for path in files.iterdir() if not folder.exists() else ():
         folder.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ import torch
 from reinforcement import Experiment, Ids, greedy_accuracy
 
 from llm_trainer import GRPOTrainer, PPOTrainer, RLOOTrainer, SFTTrainer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.train.hooks import Hook, RunView
 

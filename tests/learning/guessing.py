@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from llm_trainer import GRPOTrainer, SFTTrainer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 
 MOST, TURNS = 7, 3

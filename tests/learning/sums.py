@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llm_trainer import SFTTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import Rewarding
 from llm_trainer.models.scored import scored

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from llm_trainer.assemble import attention_choice, experts_choice, foreseen_kernel
-from llm_trainer.builder import LAYOUT_KEY
+from llm_trainer.builder.objects import LAYOUT_KEY
 from llm_trainer.config.registry import options_of
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.config.table import ALGORITHMS

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.config.schema import intermediate_size
+from llm_trainer.config.model import intermediate_size
 
 
 def _multiple(text: str) -> int:

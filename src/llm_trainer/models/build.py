@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.schema import VLMConfig
+from llm_trainer.config.model import VLMConfig
 from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import KNOWN, resolve_attention
 from llm_trainer.models.experts import expert_shape, fused_experts, set_experts
@@ -21,7 +21,7 @@ from llm_trainer.models.vision_build import language_part, put_parts, vision_lan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llm_trainer.config.schema import ModelConfig, MoeConfig
+    from llm_trainer.config.model import ModelConfig, MoeConfig
 
 ARCHITECTURES = {  # name -> transformers configuration class
     "qwen3": "Qwen3Config",

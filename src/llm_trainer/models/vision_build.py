@@ -14,7 +14,7 @@ from llm_trainer.models.pretrained import Kind, find_pretrained
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llm_trainer.config.schema import VLMConfig
+    from llm_trainer.config.model import VLMConfig
 
 VIDEOS = "video_processor"  # the part of a processor that takes videos
 # What a vision-language model may be put together of: kinds of transformers' models, and which class reads them.

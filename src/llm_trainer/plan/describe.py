@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.model import VLMConfig
 from llm_trainer.config.registry import accumulation, options_of
-from llm_trainer.config.schema import VLMConfig
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.adapters import adapt

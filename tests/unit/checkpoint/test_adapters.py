@@ -16,7 +16,7 @@ from llm_trainer import SFTTrainer
 from llm_trainer.checkpoint import CheckpointError, load_checkpoint, write_model
 from llm_trainer.checkpoint.adapter_bases import find_base, read_base
 from llm_trainer.checkpoint.adapter_names import saves_adapters
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.train import bases
 

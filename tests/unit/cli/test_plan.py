@@ -8,8 +8,8 @@ import torch
 
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import load_config
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.config.options import Fsdp
-from llm_trainer.config.schema import ModelConfig
 from llm_trainer.engine import dist
 from llm_trainer.engine.fsdp import FsdpEngine
 from llm_trainer.engine.torch import TorchEngine

@@ -8,7 +8,7 @@ import torch
 
 from llm_trainer import RewardTrainer
 from llm_trainer.cli.main import main
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import process_reward_model, reward_model

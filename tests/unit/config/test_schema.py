@@ -11,7 +11,7 @@ import pytest
 from llm_trainer import train_configs
 from llm_trainer.config import load
 from llm_trainer.config.errors import fields_of, has_choice
-from llm_trainer.config.schema import intermediate_size
+from llm_trainer.config.model import intermediate_size
 from llm_trainer.train_configs import (
     ConfigError,
     DataLoaderConfig,

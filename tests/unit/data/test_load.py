@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llm_trainer import Trainer
-from llm_trainer.builder import Builder
+from llm_trainer.builder.objects import Builder
 from llm_trainer.data import cache as cache_module
 from llm_trainer.data import ids as ids_module
 from llm_trainer.data.encode.chat import ChatFormat

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.generation.service import Request

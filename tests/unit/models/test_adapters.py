@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from llm_trainer.config.adapters import KINDS, AdapterConfig
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.config.schema import MoeConfig
+from llm_trainer.config.model import MoeConfig
 from llm_trainer.models.adapter_table import AdaptersTable
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.scored import ScoredModel

@@ -8,7 +8,7 @@ from tiny_models import VOCAB, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
 from llm_trainer.checkpoint import write_model
-from llm_trainer.config.schema import MoeConfig
+from llm_trainer.config.model import MoeConfig
 from llm_trainer.models.build import build_config, build_model, flops_per_token, num_parameters, set_stops
 
 

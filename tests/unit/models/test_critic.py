@@ -87,7 +87,7 @@ def test_a_family_without_classifiers_is_named() -> None:
 
 
 def test_what_is_no_critic() -> None:
-    from llm_trainer.config.schema import ModelConfig
+    from llm_trainer.config.model import ModelConfig
     from llm_trainer.models.build import build_model
 
     policy = tiny_model()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, Qwen3Config
 
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.collate import IGNORE
 from llm_trainer.models import attention, gpu_attention
 from llm_trainer.models.attention import blocked_mask, document_bounds

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from llm_trainer.checkpoint.weights import read_model, write_model
-from llm_trainer.config.schema import VLMConfig
+from llm_trainer.config.model import VLMConfig
 from llm_trainer.data.encode.tokenizer import train_tokenizer
 from llm_trainer.models.build import build_model
 from llm_trainer.models.scored import scored

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_trainer.config.schema import MIXTURES, ModelConfig, MoeConfig, VLMConfig
+from llm_trainer.config.model import MIXTURES, ModelConfig, MoeConfig, VLMConfig
 from llm_trainer.config.vision import VisionConfig
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.build import build_model

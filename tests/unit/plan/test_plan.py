@@ -10,8 +10,8 @@ import torch
 
 from llm_trainer import AdapterConfig, adapt
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.model import ModelConfig, MoeConfig
 from llm_trainer.config.quantization import QuantizationConfig
-from llm_trainer.config.schema import ModelConfig, MoeConfig
 from llm_trainer.models.build import build_model, num_parameters
 from llm_trainer.models.quantized_loading import loading_options
 from llm_trainer.optim.optimizers import configure_optimizer

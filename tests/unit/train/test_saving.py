@@ -15,7 +15,7 @@ import torch
 
 from llm_trainer import SFTTrainer
 from llm_trainer.checkpoint import CheckpointError, CheckpointManager, load_checkpoint
-from llm_trainer.config.schema import ModelConfig, MoeConfig
+from llm_trainer.config.model import ModelConfig, MoeConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.train import saving
 from llm_trainer.train.hooks import Hook

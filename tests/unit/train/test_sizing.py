@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llm_trainer import SFTTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.room import Room

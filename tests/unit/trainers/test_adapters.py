@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_trainer import create_trainer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import reward_model
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_trainer import Distillation, SFTTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.collate import collate_flat
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.losses.distill import divergence

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llm_trainer import RewardTrainer, SFTTrainer, configure_optimizer
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.config.schema import ModelConfig, MoeConfig
+from llm_trainer.config.model import ModelConfig, MoeConfig
 from llm_trainer.models.build import build_config, build_model
 from llm_trainer.models.rewarding import reward_model
 from llm_trainer.models.scored import scored

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_trainer import GRPOTrainer, configure_optimizer, create_trainer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.train.hooks import Hook
 from llm_trainer.trainers.given import gather, join_responses

@@ -16,7 +16,7 @@ from llm_trainer import GRPOTrainer, configure_optimizer
 from llm_trainer.checkpoint.reading import load_folder
 from llm_trainer.checkpoint.valid import CheckpointError
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.rollouts import Rollout
 from llm_trainer.models.build import build_model
 from llm_trainer.models.frozen import StartingPoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_trainer import DPOTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig, MoeConfig
+from llm_trainer.config.model import ModelConfig, MoeConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.frozen import same_weights
 from llm_trainer.trainers.answers import as_rows, join, share_prompts, supervised

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from llm_trainer import GRPOTrainer, PPOTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.train.hooks import Hook
 from llm_trainer.train.signals import TrainingInterrupted

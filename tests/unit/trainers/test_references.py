@@ -14,7 +14,7 @@ import torch
 
 from llm_trainer import create_trainer
 from llm_trainer.checkpoint.valid import CheckpointError
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.frozen import StartingPoint, frozen_copy
 from llm_trainer.models.scored import scored

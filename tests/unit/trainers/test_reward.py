@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from llm_trainer import RewardTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import Rewarding, load_reward_model, process_reward_model, reward_model
 from llm_trainer.trainers.answers import join, share_prompts

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.config.schema import MoeConfig
+from llm_trainer.config.model import MoeConfig
 from llm_trainer.trainers import rollouts as rollouts_file
 from llm_trainer.trainers.routes import route_columns, routes_of
 from policies import make, rollouts_of, tiny, train

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.layout import Layout
 from llm_trainer.losses.policy import PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences

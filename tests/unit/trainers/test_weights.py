@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_trainer import Distillation, DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, configure_optimizer
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.generation.in_process import InProcess
 from llm_trainer.losses.distill import divergence
 from llm_trainer.models.build import build_model

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llm_trainer import SFTTrainer, Trainer
-from llm_trainer.builder import Builder
+from llm_trainer.builder.objects import Builder
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.from_ids import spans_from_ids
 from llm_trainer.data.encode.templates import describe_default, has_default_template

@@ -1,0 +1,80 @@
+"""What a run makes of images: the processor of its model, their tokens, and the files that name them."""
+
+from pathlib import Path
+from typing import Any
+
+from llm_trainer.builder.streams import paths_of
+from llm_trainer.config.algorithms import SFTConfig
+from llm_trainer.config.errors import counted
+from llm_trainer.config.model import VLMConfig
+from llm_trainer.config.schema import TrainConfig
+from llm_trainer.data.provided import ProvidedImages
+from llm_trainer.data.vision import ImageFormat
+from llm_trainer.models.inside import sees_images, transformers_model
+from llm_trainer.models.pretrained import Kind as Found
+from llm_trainer.models.pretrained import find_pretrained
+from llm_trainer.models.vision_build import processor_for, read_processor, side_of
+
+
+def make_processor(config: TrainConfig, policy: Any, tokenizer: Any) -> Any:
+    """Of a vision-language model: the tokenizer, and what makes numbers of images; None: another model."""
+    model, wanted = transformers_model(policy), config.model_config
+    if model is None or not sees_images(model.config):
+        return None
+    if isinstance(wanted, VLMConfig):
+        return processor_for(model.config, tokenizer, wanted.vision_path)
+    source = find_pretrained(str(wanted), (Found.LANGUAGE_MODEL,), key="model_config").model_source
+    return read_processor(source, tokenizer)
+
+
+def make_image_format(config: TrainConfig, section: Any, policy: Any, processor: Any) -> ImageFormat:
+    """What an image is in tokens and in numbers.
+
+    Args:
+        config: the whole run.
+        section: the options of the algorithm, which may name a provider of pixels.
+        policy: a model that sees.
+        processor: of this model.
+    """
+    model = transformers_model(policy)
+    assert model is not None
+    patch = getattr(model.config.vision_config, "patch_size", None)
+    if patch is not None:
+        patch = side_of(patch)
+    if isinstance(section, SFTConfig) and section.pixel_values_provider is not None:
+        return ProvidedImages(processor, section.pixel_values_provider, patch)
+    return ImageFormat(processor, patch, config.data_loader_config.max_pixels)
+
+
+def image_tags(config: TrainConfig, section: Any) -> dict[str, str]:
+    """For each file of the training data the csv of its images; nothing where none is named.
+
+    Raises:
+        ValueError: there is not one csv for each file.
+    """
+    if not isinstance(section, SFTConfig) or section.image_tags_file_dataset is None:
+        return {}
+    files, tags = paths_of(config.file_dataset), paths_of(section.image_tags_file_dataset)
+    if len(files) != len(tags):
+        raise ValueError(
+            f"sft_config.image_tags_file_dataset: got {counted(len(tags), 'file')} for {counted(len(files), 'path')} of "
+            "file_dataset, expected one each"
+        )
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(
+                f"sft_config.image_tags_file_dataset: {file} in file_dataset is no single file; expected one for each csv"
+            )
+    return {str(Path(file)): csv for file, csv in zip(files, tags, strict=True)}
+
+
+def refuse_tags(section: Any) -> None:
+    """
+    Raises:
+        ValueError: files name images for a model that reads text.
+    """
+    if isinstance(section, SFTConfig) and section.image_tags_file_dataset is not None:
+        raise ValueError(
+            "sft_config.image_tags_file_dataset: found a model that reads text; expected one that sees, a VLMConfig or "
+            "the folder of a vision-language model"
+        )
