@@ -78,9 +78,8 @@ def config(folder: Path, save_dir: Path, **changes: Any) -> TrainConfig:
 
 def first_batch(described: TrainConfig, trainer_class: type = SFTTrainer) -> dict[str, Any]:
     from llm_trainer.builder.objects import Builder
-    from llm_trainer.builder.streams import make_streams
 
-    stream, _ = make_streams(described, Builder(described, trainer_class))
+    stream, *_ = Builder(described, trainer_class).streams
     [(batches, _)] = list(stream.steps(0))
     return batches[0].batch
 

@@ -215,7 +215,8 @@ class Builder:
 
     @cached_property
     def _streams(self) -> tuple[SampleStream, dict[str, SampleStream]]:
-        return make_streams(self.config, self)
+        options, chat = self.options()
+        return make_streams(self.config, self.trainer_class, self.kind, self.layout, options, chat)
 
     @cached_property
     def block_size(self) -> int:

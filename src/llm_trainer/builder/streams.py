@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,41 +14,52 @@ from llm_trainer.config.registry import accumulation
 from llm_trainer.config.schema import DataLoaderConfig, TrainConfig
 from llm_trainer.data.cache import default_folder
 from llm_trainer.data.duplicates import note_overlap
-from llm_trainer.data.kinds import DataOptions
+from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import load, open_stream
 from llm_trainer.data.read.files import files_of
 from llm_trainer.data.read.renaming import check_named_files
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine import dist
-from llm_trainer.layout import takes_images
+from llm_trainer.layout import Layout, takes_images
 from llm_trainer.terminal import waiting
 
-if TYPE_CHECKING:
-    from llm_trainer.builder.objects import Builder
 
+def make_streams(
+    config: TrainConfig, trainer_class: Any, kind: Kind, layout: Layout, options: DataOptions, chat: ChatFormat
+) -> tuple[SampleStream, dict[str, SampleStream]]:
+    """Training and validation data as streams of micro-batches for this rank; of several validation files, by name.
 
-def make_streams(config: TrainConfig, build: "Builder") -> tuple[SampleStream, dict[str, SampleStream]]:
-    """Training and validation data as streams of micro-batches for this rank; of several validation files, by name."""
+    Args:
+        config: the whole run.
+        trainer_class: the algorithm.
+        kind: what a row of the data is.
+        layout: how rows lie in a micro-batch.
+        options: how files become rows.
+        chat: how conversations become ids.
+
+    Raises:
+        ValueError: rows show images, which the algorithm does not take.
+    """
     loader, world = config.data_loader_config, dist.world_size()
-    options, chat = build.options()
     cache = Path(loader.cache_dir or default_folder())
 
     def stream(
         paths: list[str], batch_size: int, rows_per_step: int, how: DataOptions, order: Callable[[Any], Any]
     ) -> SampleStream:
         with dist.main_process_first(), waiting(f"reading and encoding {', '.join(paths)}", dist.is_main()):
-            dataset = load(paths, build.kind, chat, how, cache)
+            dataset = load(paths, kind, chat, how, cache)
         return open_stream(
             dataset,
-            build.kind,
+            kind,
             options,
-            build.tokenizer.pad_token_id,
+            chat.tokenizer.pad_token_id,
             rows_per_step=rows_per_step,
             batch_size=batch_size,
             rank=dist.rank(),
             world_size=world,
             micro_batch_tokens=loader.micro_batch_tokens,
-            layout=build.layout,
+            layout=layout,
             seed=config.run_config.seed,
             num_workers=loader.data_loader_num_workers,
             pin_memory=loader.data_loader_pin_memory,
@@ -56,16 +67,16 @@ def make_streams(config: TrainConfig, build: "Builder") -> tuple[SampleStream, d
         )
 
     def sees(source: SampleStream) -> SampleStream:
-        if source.shows_images and not takes_images(build.trainer_class):
+        if source.shows_images and not takes_images(trainer_class):
             raise ValueError(
-                f"file_dataset: its rows show images, and {build.trainer_class.__name__} takes none yet, so that it would "
+                f"file_dataset: its rows show images, and {trainer_class.__name__} takes none yet, so that it would "
                 "learn without them; expected rows of text. SFTTrainer, Trainer, DPOTrainer and KTOTrainer take images"
             )
         return source
 
     check_named_files(options, _all_files(config))
     # Training data, all files in one stream.
-    rows = config.batch_size * accumulation(config, build.trainer_class) * world
+    rows = config.batch_size * accumulation(config, trainer_class) * world
     order = partial(_order, config)
     train = sees(stream(paths_of(config.file_dataset), config.batch_size, rows, options, order))
 

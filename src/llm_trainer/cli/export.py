@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
 from llm_trainer.cli.errors import RunFailed
+from llm_trainer.engine.device import DTYPES
 from llm_trainer.export.door import export as export_model
 from llm_trainer.export.formats import FORMATS
 from llm_trainer.export.gate import Refused
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(
