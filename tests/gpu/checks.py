@@ -3,6 +3,7 @@
 A check takes the device, raises AssertionError where something is wrong, and returns the numbers it saw.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "invariance"))
+for _room in ("invariance", "unit/models"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / _room))
 import table
 from table import TRAINERS, Cell, cells, differences, run
 
 Numbers = dict[str, float]
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.05}  # of losses, and of gradient norms relative
 CPU_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # the same against the curve of the CPU in fp32
+PACKED_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # of a loss and its gradients, relative
+FLASH = "flash_attention_2"
 TIMEOUT_S = 120
 
 
@@ -130,6 +134,34 @@ def a_trial_sees_enough(device: str) -> Numbers:
     return {"bytes_per_token": per_token, "of_eight_rows": of_eight}
 
 
+def images_stay_apart(device: str, family: str, attention: str, precision: str) -> Numbers:
+    """Documents with images, laid flat in one row, have the loss and the gradients of the same documents padded."""
+    from vision_families import family_model
+    from vision_rows import flat, gradients, images, padded
+
+    from llm_trainer.image_batch import moved
+    from llm_trainer.models.attention import resolve_attention
+    from llm_trainer.models.scored import scored
+
+    model = family_model(family, resolve_attention(attention, device)).to(device)
+    ours = scored(model)
+    shown = images(ours).to(device)
+    each = int(shown.lengths[0])
+    is_half = precision == "bf16"
+    losses, norms = [], []
+    for batch in (padded(each), flat(each)):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=is_half):
+            scores = ours(**moved(batch, device), images=shown)
+        scores.loss_sum.backward()
+        losses.append(scores.loss_sum.item())
+        norms.append(gradients(model))
+    of_loss = abs(losses[1] - losses[0]) / losses[0]
+    of_gradients = float((norms[1] - norms[0]).norm() / norms[0].norm())
+    worst, tolerance = max(of_loss, of_gradients), PACKED_TOLERANCE[precision]
+    assert worst < tolerance, f"{family} on {attention} in {precision}: packed differs from padded by {worst:.2g}"
+    return {"loss": of_loss, "gradients": of_gradients, "tolerance": tolerance}
+
+
 def opens_on_the_cpu(device: str, precision: str = "bf16") -> Numbers:
     """A checkpoint saved on the device goes on on the CPU, from the same weights and the same optimizer state."""
     with tempfile.TemporaryDirectory() as folder:
@@ -211,6 +243,16 @@ def _ddp_steps(device_name: str) -> None:
     print(json.dumps({"difference": found, "tolerance": 1e-5}))
 
 
+def packed_images(device: str) -> list[tuple[str, str, str]]:
+    """Families that see, with the attention and the precision in which they are packed on a device."""
+    found = []
+    for family in ("llava", "qwen2_5_vl", "qwen3_vl"):
+        found += [(family, "auto", "fp32"), (family, "sdpa", "bf16")]
+        if device != "cpu" and importlib.util.find_spec("flash_attn"):
+            found.append((family, FLASH, "bf16"))
+    return found
+
+
 Check = tuple[str, Callable[[str], Numbers]]
 
 
@@ -225,6 +267,9 @@ def all_checks(device: str, trainers: tuple[str, ...] = tuple(TRAINERS)) -> list
             checks.append((name, partial(curve_of_the_cpu, trainer=trainer, precision=precision)))
     for precision in ("fp32", "bf16"):
         checks.append((f"{precision}: resuming is bit for bit", partial(resume_is_bit_for_bit, precision=precision)))
+    for family, attention, precision in packed_images(device):
+        check = partial(images_stay_apart, family=family, attention=attention, precision=precision)
+        checks.append((f"{family}: images of packed documents on {attention} in {precision}", check))
     checks.append(("a checkpoint of the device goes on on the CPU", opens_on_the_cpu))
     checks.append(("DDP of one process is the plain engine", ddp_of_one_process))
     if on_gpu:

@@ -71,3 +71,13 @@ def test_a_check_notices_another_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "tiny_model", other_weights_first)
     with pytest.raises(AssertionError, match="from the curve of the CPU"):
         checks.curve_of_the_cpu("cpu", "sft", "fp32")
+
+
+@pytest.mark.parametrize(("family", "attention", "precision"), checks.packed_images("cpu"))
+def test_images_stay_apart_without_a_gpu_too(family: str, attention: str, precision: str) -> None:
+    checks.images_stay_apart("cpu", family, attention, precision)
+
+
+def test_a_check_notices_images_of_another_document() -> None:
+    with pytest.raises(AssertionError, match="packed differs from padded"):
+        checks.images_stay_apart("cpu", "gemma3", "sdpa", "fp32")
