@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-for _room in ("invariance", "unit/models"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / _room))
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "models"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "invariance"))
 import table
 from table import TRAINERS, Cell, cells, differences, run
 
