@@ -30,6 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """The models of the tests are tiny: one thread is faster than several that wait for each other."""
     import torch
 
+    from quick_disk import never_wait
+
+    never_wait()
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that tests start
     os.environ["LLM_TRAINER_CACHE"] = tempfile.mkdtemp(prefix="llm-trainer-tests-")  # never the user's

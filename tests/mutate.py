@@ -350,6 +350,14 @@ MUTATIONS = (
         "",
         (f"{LOOP}::test_weights_that_are_broken_before_the_first_step_are_named",),
     ),
+    # Files.
+    Mutation(
+        "a checkpoint has its name before its tensors are on the disk",
+        "checkpoint/tensor_files.py",
+        "        os.fsync(file.fileno())\n",
+        "",
+        ("tests/unit/checkpoint/test_synced.py",),
+    ),
 )
 
 

@@ -55,6 +55,9 @@ def serve(address: str) -> None:
     """Import what commands need, and fork for each that comes."""
     import torch
 
+    from quick_disk import never_wait
+
+    never_wait()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import llm_trainer.cli.chat

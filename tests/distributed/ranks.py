@@ -33,6 +33,7 @@ from llm_trainer.engine import dist
 from llm_trainer.lock import LockedError, lock_of_run
 from llm_trainer.train.hooks import Hook
 from machine import free_port
+from quick_disk import never_wait
 
 QUIET = {"val_loader": None, "scheduler": None, "max_epochs": 1, "log_interval": 1, "save_interval_steps": None}
 
@@ -288,6 +289,7 @@ def import_once() -> None:
     import llm_trainer.trainers.language  # noqa: F401
     from llm_trainer.train import preflight
 
+    never_wait()
     torch.set_num_threads(1)
     if find_spec("deepspeed") is not None:
         # What it logs goes to stdout as it is now, and there is the report.
