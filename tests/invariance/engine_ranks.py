@@ -1,7 +1,7 @@
 """The cells of every engine with two processes: `python engine_ranks.py OUT` forks them all from one import.
 
 Writes, for each engine, how its processes ended and the curves of its cells; and beside OUT, in a folder called after the
-engine, leaves a run that ended early.
+engine, leaves a run that ended early. With a further argument `left-out`: the curves of the cells that are slow tests.
 """
 
 import gc
@@ -25,6 +25,7 @@ from table import (
     automatic_cells,
     cells,
     engine_cells,
+    left_out,
     model_of,
     run,
     weighed_cell,
@@ -40,14 +41,28 @@ def curves(folder: Path, engine: str, ended_early: Path) -> dict[str, Any]:
     wanted += [cell for trainer in TRAINERS for cell in automatic_cells(trainer, engine, RANKS)]
     chosen = Cell("sft", 2, 2, RANKS, flat=True, engine=engine, automatic=True)
     run(chosen, into=str(ended_early), last_step=STEPS - 1)
-    found: dict[str, Any] = {str(cell): run(cell) for cell in [*wanted, weighed_cell(engine, RANKS)]}
+    found = curves_of([*wanted, weighed_cell(engine, RANKS)])
     found |= {"served": served(engine, RANKS), "moved": moved(engine, RANKS)}
     if engine in GATHER:
         found["made ahead"] = made_ahead(engine, RANKS)
     return found
 
 
-def main(out: Path) -> None:
+def curves_of(wanted: list[Cell]) -> dict[str, Any]:
+    """Of cells. DeepSpeed keeps every engine that it has made, and collects garbage when it makes the next one."""
+    found: dict[str, Any] = {}
+    for cell in wanted:
+        found[str(cell)] = run(cell)
+        gc.freeze()
+    return found
+
+
+def curves_left_out(folder: Path, engine: str) -> dict[str, Any]:
+    """Those of the cells of an engine that are slow tests."""
+    return curves_of(left_out(engine, RANKS))
+
+
+def main(out: Path, only_left_out: bool = False) -> None:
     """Play everything."""
     import_once()
     import transformers.trainer  # noqa: F401  # of the engine 'hf'
@@ -59,12 +74,13 @@ def main(out: Path) -> None:
     report = {}
     with tempfile.TemporaryDirectory() as name:
         for engine in ENGINES:
-            done = fork_ranks(
-                partial(curves, engine=engine, ended_early=out.parent / engine), Path(name) / engine, RANKS
-            )
+            play = partial(curves, engine=engine, ended_early=out.parent / engine)
+            if only_left_out:
+                play = partial(curves_left_out, engine=engine)
+            done = fork_ranks(play, Path(name) / engine, RANKS)
             report[engine] = {"codes": done["codes"], "texts": done["texts"], "curves": done["results"][0]}
     out.write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), only_left_out="left-out" in sys.argv[2:])

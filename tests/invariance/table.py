@@ -101,14 +101,19 @@ class Cell:
         return f"{self.trainer}-{self.engine}-{self.batch_size}x{self.accumulation}x{self.ranks}-{layout}{budget}"
 
 
-def cells(trainer: str, ranks: int) -> list[Cell]:
-    """All ways to cut steps of eight rows in one process; among several, a row, all rows, and a budget at a time."""
+def cells(trainer: str, ranks: int, every: bool = False) -> list[Cell]:
+    """All ways to cut steps of eight rows in one process; among several, a row, all rows, and a budget at a time.
+
+    A row and all rows are laid out in one way each, unless `every`: the other is held in one process.
+    """
     per_rank = ROWS_PER_STEP // ranks
+    layouts = (False, True)
+    by_budget = [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in layouts]
+    if ranks > 1 and not every:
+        return few([Cell(trainer, 1, per_rank, ranks), Cell(trainer, per_rank, 1, ranks, True), *by_budget])
     sizes = (1, 2, 4, 8) if ranks == 1 else (1, per_rank)
     splits = [(n, per_rank // n) for n in sizes]
-    layouts = (False, True)
-    table = [Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in layouts]
-    return few(table + [Cell(trainer, 2, per_rank // 2, ranks, flat, 40) for flat in layouts])
+    return few([Cell(trainer, size, count, ranks, flat) for size, count in splits for flat in layouts] + by_budget)
 
 
 def few(found: list[Cell]) -> list[Cell]:
@@ -121,17 +126,29 @@ def few(found: list[Cell]) -> list[Cell]:
     return [found[0], found[-1]] if trainer in PACKAGES and ranks > 1 else found
 
 
-def engine_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:
-    """Ways to cut steps, on an engine: not at all, and by a token budget that gives ranks different numbers of batches.
+def engine_cells(trainer: str, engine: str, ranks: int, every: bool = False) -> list[Cell]:
+    """Ways to cut steps, on an engine: by a token budget that gives ranks different numbers of batches, rows laid flat.
 
-    Of 'sft' also into single rows. That other trainers may be cut so is held on DDP, and that the engine may go on to
-    further micro-batches is what the budget holds.
+    Of 'sft' and of images, or of `every` trainer, also padded and not at all; of 'sft' also into single rows. That other
+    trainers may be cut so is held on DDP; that an engine takes padded rows, one micro-batch and more, by 'sft'.
     """
     per_rank = ROWS_PER_STEP // ranks
-    found = [Cell(trainer, per_rank, 1, ranks, False, None, engine)]
+    found = [Cell(trainer, 2, per_rank // 2, ranks, True, 40, engine)]
+    if every or trainer in ("sft", "vlm"):
+        found.insert(0, Cell(trainer, per_rank, 1, ranks, False, None, engine))
     if trainer == "sft":
-        found.append(Cell(trainer, 1, per_rank, ranks, True, None, engine))
-    return few([*found, Cell(trainer, 2, per_rank // 2, ranks, True, 40, engine)])
+        found.insert(1, Cell(trainer, 1, per_rank, ranks, True, None, engine))
+    return few(found)
+
+
+def left_out(engine: str, ranks: int) -> list[Cell]:
+    """Cells of several processes that are slow tests."""
+    make = cells if engine == "torch" else partial(engine_cells, engine=engine)
+    found = []
+    for trainer in TRAINERS:
+        usual = make(trainer, ranks=ranks)
+        found += [cell for cell in make(trainer, ranks=ranks, every=True) if cell not in usual]
+    return found
 
 
 def automatic_cells(trainer: str, engine: str, ranks: int) -> list[Cell]:

@@ -24,6 +24,7 @@ from table import (
     cells,
     differences,
     engine_cells,
+    left_out,
     run,
     weighed_cell,
 )
@@ -56,9 +57,13 @@ def test_a_row_that_needs_packages_is_there(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes over gloo made of all cells of every engine."""
-    out = tmp_path_factory.mktemp("curves") / "curves.json"
-    command = [sys.executable, str(Path(__file__).parent / "engine_ranks.py"), str(out)]
+    """What two processes over gloo made of all cells of every engine, but those that are slow tests."""
+    return play(tmp_path_factory.mktemp("curves") / "curves.json")
+
+
+def play(out: Path, *which: str) -> dict[str, Any]:
+    """What `engine_ranks.py` writes."""
+    command = [sys.executable, str(Path(__file__).parent / "engine_ranks.py"), str(out), *which]
     done = subprocess.run(command, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text()) | {"folder": str(out.parent)}
@@ -86,6 +91,16 @@ def test_two_processes(cell: Cell, base: dict[str, list], played: dict[str, Any]
 )
 def test_two_processes_on_other_engines(cell: Cell, base: dict[str, list], played: dict[str, Any]) -> None:
     assert max(differences(curve_of(cell, played), base[cell.trainer])) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_cells_that_are_left_out(base: dict[str, list], tmp_path: Path) -> None:
+    """All other ways of two processes: padded rows of every trainer on every engine, both layouts of all cuts on DDP."""
+    played = play(tmp_path / "curves.json", "left-out")
+    wanted = [cell for engine in ENGINES for cell in left_out(engine, 2)]
+    assert len(wanted) > 60
+    for cell in wanted:
+        assert max(differences(curve_of(cell, played), base[cell.trainer])) < TOLERANCE, cell
 
 
 @pytest.mark.parametrize("cell", [cell for t in TRAINERS for cell in automatic_cells(t, "torch", 1)], ids=str)
