@@ -18,6 +18,7 @@ from served import made_ahead, moved, served
 from table import (
     ENGINES,
     GATHER,
+    OF_SEEING_REWARDS,
     PACKAGES,
     STEPS,
     TRAINERS,
@@ -28,6 +29,7 @@ from table import (
     left_out,
     model_of,
     run,
+    seeing_reward_cell,
     weighed_cell,
 )
 
@@ -39,6 +41,8 @@ def curves(folder: Path, engine: str, ended_early: Path) -> dict[str, Any]:
     make = cells if engine == "torch" else partial(engine_cells, engine=engine)
     wanted = [cell for trainer in TRAINERS for cell in make(trainer, ranks=RANKS)]
     wanted += [cell for trainer in TRAINERS for cell in automatic_cells(trainer, engine, RANKS)]
+    if engine in OF_SEEING_REWARDS:
+        wanted.append(seeing_reward_cell(engine, RANKS))
     chosen = Cell("sft", 2, 2, RANKS, flat=True, engine=engine, automatic=True)
     run(chosen, into=str(ended_early), last_step=STEPS - 1)
     found = curves_of([*wanted, weighed_cell(engine, RANKS)])

@@ -54,7 +54,9 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
     },
 }
 GATHER = ("torch", "fsdp", "zero2", "zero3")  # engines whose steps have other collectives each
-SEEING = {"vlm": "sft", "vlm-dpo": "dpo"}  # trainers of models that see, and what they are without images
+OF_SEEING_REWARDS = ("torch", "fsdp", "zero3")  # engines on which a reward model that sees is tried
+# trainers of models that see, and what they are without images
+SEEING = {"vlm": "sft", "vlm-dpo": "dpo", "vlm-reward": "reward"}
 MIXTURES = {"moe": "qwen3_moe", "bias": "glm4_moe"}  # trainers of mixtures of experts, and of which
 STEPS = 3
 ROWS_PER_STEP = 8
@@ -169,6 +171,11 @@ def weighed_cell(engine: str, ranks: int) -> Cell:
     """
     per_rank = ROWS_PER_STEP // ranks
     return Cell("weighed", 2, per_rank // 2, ranks, True, 40, engine)
+
+
+def seeing_reward_cell(engine: str, ranks: int) -> Cell:
+    """A reward model that sees, cut as unevenly as can be; it has all else in common with 'reward' and 'vlm-dpo'."""
+    return Cell("vlm-reward", 2, ROWS_PER_STEP // ranks // 2, ranks, True, 40, engine)
 
 
 def trainer_class_of(cell: Cell) -> Any:
@@ -426,7 +433,7 @@ def run(
         options.setdefault("ref_model", tiny_model(seed=1))
     elif cell.trainer == "vlm-dpo":
         options.setdefault("ref_model", vision_model(seed=1))
-    elif cell.trainer == "reward":
+    elif cell.trainer.endswith("reward"):
         model = reward_model(model)
     if cell.trainer in ("grpo", "ppo"):
         options.setdefault("ptx_loader", further_of(cell))
@@ -442,7 +449,7 @@ def run(
         folder = dist.broadcast_object(into or own_folder)  # into which all ranks write their shards
         trainer = trainer_class_of(cell)(
             model=model,
-            optimizer=configure_optimizer(model=model, lr=1e-3 if cell.trainer == "reward" else 1e-2),
+            optimizer=configure_optimizer(model=model, lr=1e-3 if cell.trainer.endswith("reward") else 1e-2),
             train_loader=loader_of(cell) if loader is None else loader,
             device=device,
             max_epochs=1,

@@ -15,6 +15,7 @@ from served import made_ahead, moved, served
 from table import (
     ENGINES,
     GATHER,
+    OF_SEEING_REWARDS,
     PACKAGES,
     ROWS_PER_STEP,
     STEPS,
@@ -26,6 +27,7 @@ from table import (
     engine_cells,
     left_out,
     run,
+    seeing_reward_cell,
     weighed_cell,
 )
 
@@ -142,6 +144,16 @@ def test_loss_weights_of_hundredths_in_one_process(engine: str, unclipped: list,
 @pytest.mark.parametrize("engine", ENGINES)
 def test_loss_weights_of_hundredths_in_two(engine: str, unclipped: list, played: dict[str, Any]) -> None:
     assert max(differences(curve_of(weighed_cell(engine, 2), played), unclipped)) < TOLERANCE
+
+
+def test_a_reward_model_that_sees(played: dict[str, Any]) -> None:
+    """Padded all at once, and cut into flat micro-batches, in one process and two, of which one may see nothing."""
+    base = run(Cell("vlm-reward", 8, 1))
+    found = {"alone": run(seeing_reward_cell("torch", 1))}
+    for engine in OF_SEEING_REWARDS:
+        found[engine] = curve_of(seeing_reward_cell(engine, 2), played)
+    for curve in found.values():
+        assert max(differences(curve, base)) < TOLERANCE
 
 
 # What a run serves to those who make rollouts (served.py).

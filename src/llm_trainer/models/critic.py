@@ -12,7 +12,8 @@ from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.heads import logits_of
 from llm_trainer.models.inside import adapted_model, has_adapters, transformers_model, vocab_size_of
 from llm_trainer.models.rewarding import Rewarding, process_reward_model
-from llm_trainer.models.scored import ScoredModel, TokenScores, accepted_inputs
+from llm_trainer.models.scored import ScoredModel, TokenScores
+from llm_trainer.models.seeing import accepted_inputs
 
 
 class Acted(NamedTuple):

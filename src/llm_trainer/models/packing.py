@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from llm_trainer.layout import Packing, couples_rows
 from llm_trainer.models.heads import small_sibling
 from llm_trainer.models.inside import adapted_model, evaluating, language_config, transformers_model
-from llm_trainer.models.scored import ScoredModel, restarting_positions
+from llm_trainer.models.scored import restarting_positions
+from llm_trainer.models.seeing import Seeing
 from llm_trainer.models.vision import ImageInputs
 
 # Two documents of ids that every vocabulary has. The second is compared after its first token, which nothing predicts.
@@ -68,10 +69,11 @@ def _fault(reader: Any, model: nn.Module) -> str:
     in_half = torch.is_autocast_enabled(parameter.device.type) or parameter.dtype.itemsize < torch.float32.itemsize
     share = ROUNDING_HALF if in_half else ROUNDING
     fault = _not_apart(reader, [torch.tensor([ids], device=parameter.device) for ids in (FIRST, SECOND)], share)
-    if fault or not isinstance(reader, ScoredModel) or reader.vision.model is None:
+    vision = reader.vision if isinstance(reader, Seeing) else None
+    if fault or vision is None or vision.model is None:
         return fault
-    images = reader.vision.example(2)
-    shown = [reader.vision.image_token_id] * int(images.lengths[0])
+    images = vision.example(2)
+    shown = [vision.image_token_id] * int(images.lengths[0])
     documents = []
     for ids, place in ((FIRST, 2), (SECOND, 1)):  # at other positions: some models look images up by these
         documents.append(torch.tensor([[*ids[:place], *shown, *ids[place:]]], device=parameter.device))

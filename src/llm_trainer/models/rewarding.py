@@ -2,17 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.image_batch import of_images
 from llm_trainer.models.adapter_folder import load_pretrained
 from llm_trainer.models.attention import knows_branches
 from llm_trainer.models.build import attention_of
-from llm_trainer.models.inside import adapted_model
+from llm_trainer.models.inside import adapted_model, auto_class, language_config, sees_images
 from llm_trainer.models.pretrained import ENDINGS, REWARD_MODELS, Kind, Pretrained, find_pretrained
+from llm_trainer.models.seeing import Seeing
+from llm_trainer.models.vision import Images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +27,7 @@ WRONG = ("wrong", "incorrect", "negative", "bad", "false", "no", "-", "0")
 OF_STEPS = next(ending for ending, kind in ENDINGS.items() if kind is Kind.STEP_REWARD_MODEL)
 
 
-class Rewarding(nn.Module):
+class Rewarding(Seeing, nn.Module):
     """A `transformers` classification model with one label, read at each row's last token or at every token.
 
     `transformers` itself looks for the last token that is not the padding id, which is another one where padding and
@@ -46,14 +50,15 @@ class Rewarding(nn.Module):
             raise ValueError(f"{type(model).__name__} has {labels} labels, expected 1: num_labels=1")
         self.body = cast("PreTrainedModel", inner.base_model)
         self.head = head
+        self._look(self.body)
 
-    def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+    def per_token(self, input_ids: Tensor, **layout: Any) -> Tensor:
         """A reward for each of `input_ids [B, T]` or `[1, N]`, of the same shape; `layout` as in `forward`."""
         return self(input_ids, **layout, every_token=True)
 
     def knows_branches(self, device: torch.device) -> bool:
         """Whether flat batches may have branches (see `models.attention`) when the model runs on `device`."""
-        return knows_branches(self.body.config, device)
+        return knows_branches(language_config(self.body.config), device)
 
     def forward(
         self,
@@ -62,14 +67,26 @@ class Rewarding(nn.Module):
         position_ids: Tensor | None = None,
         document_lengths: Tensor | None = None,
         every_token: bool = False,
+        images: Images | None = None,
+        rope_positions: Tensor | None = None,
+        **model_inputs: Any,
     ) -> Tensor:
-        """Rewards `[B]` of rows `[B, T]` or of B documents laid flat `[1, N]`; of `every_token`: like `input_ids`."""
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        """Rewards `[B]` of rows `[B, T]` or of B documents laid flat `[1, N]`; of `every_token`: like `input_ids`.
+
+        `images`, `rope_positions` and `model_inputs` as of `ScoredModel.forward`.
+        """
+        # 1. what the body is called with
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, **model_inputs}
         inputs = {name: value for name, value in given.items() if value is not None}
+        features, zero = self._seen(images, brings_pixels=bool(of_images(model_inputs)))
+        if self.vision.model is not None:
+            inputs |= self.vision.inputs(input_ids, features, attention_mask, position_ids, rope_positions)
+        # 2. its states, and what the head says of them
         hidden = self.body(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, D)
         if not every_token:
             hidden = _last_tokens(hidden, attention_mask, document_lengths)  # (B, D)
-        return self.head(hidden).squeeze(-1).float()
+        rewards = self.head(hidden).squeeze(-1).float()
+        return rewards if zero is None else rewards + zero
 
 
 def _last_tokens(hidden: Tensor, attention_mask: Tensor | None, document_lengths: Tensor | None) -> Tensor:
@@ -87,42 +104,79 @@ def reward_model(model: "PreTrainedModel", pad_token_id: int | None = None) -> "
     """A sequence-classification model with one label on the body of a language model; its head is drawn at random.
 
     Args:
-        model: the language model; the body is shared with it, not copied.
+        model: the language model, which may see images; the body is shared with it, not copied.
         pad_token_id: stored in the configuration, where `transformers` needs it to read batches.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    return _classifier(AutoModelForSequenceClassification, model, pad_token_id)
+    return _classifier(Kind.ANSWER_REWARD_MODEL, model, pad_token_id)
 
 
 def process_reward_model(model: "PreTrainedModel", pad_token_id: int | None = None) -> "PreTrainedModel":
     """A token-classification model with one label, the logit that a step is right; arguments of `reward_model`."""
-    from transformers import AutoModelForTokenClassification
-
-    return _classifier(AutoModelForTokenClassification, model, pad_token_id)
+    return _classifier(Kind.STEP_REWARD_MODEL, model, pad_token_id)
 
 
-def _classifier(auto_class: Any, model: "PreTrainedModel", pad_token_id: int | None) -> "PreTrainedModel":
+def _classifier(kind: Kind, model: "PreTrainedModel", pad_token_id: int | None) -> "PreTrainedModel":
     # 1. the class that fits the body, without weights
-    if type(model.config) not in auto_class._model_mapping:
-        raise ValueError(
-            f"transformers has no classifier on the body of a {type(model).__name__}, so that no reward model and no critic "
-            f"can be made of it; expected another family, such as qwen3_moe, or for a critic a value_model of its own"
-        )
     config = deepcopy(model.config)
-    config.num_labels, config.pad_token_id = 1, pad_token_id
+    made = classifier_class(kind, config)
+    config.num_labels = 1
+    for part in (config, language_config(config)):
+        part.pad_token_id = pad_token_id
     with torch.device("meta"):
-        classifier = auto_class.from_config(config)
+        classifier = made._from_config(config)
 
     # 2. a new head, and the body of `model`
     has_bias = classifier.score.bias is not None
-    head = nn.Linear(config.hidden_size, 1, bias=has_bias, dtype=model.dtype)
-    nn.init.normal_(head.weight, std=config.initializer_range)
+    text = language_config(config)
+    head = nn.Linear(text.hidden_size, 1, bias=has_bias, dtype=model.dtype)
+    nn.init.normal_(head.weight, std=text.initializer_range)
     if has_bias:
         nn.init.zeros_(head.bias)
     setattr(classifier, classifier.base_model_prefix, model.base_model)
     classifier.score = head
     return classifier
+
+
+def classifier_class(kind: Kind, config: Any) -> Any:
+    """The class of transformers that puts a head of labels on the body of a model of this configuration.
+
+    Of models that see, transformers has one for Gemma 3 alone. Those of other families are made here in the same way: by its
+    generic heads, with the names of weights and classes that it would give them (`LlavaForSequenceClassification`).
+
+    Args:
+        kind: a reward model's.
+        config: of transformers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+
+    auto: Any = AutoModelForSequenceClassification
+    generic: Any = GenericForSequenceClassification
+    if kind is Kind.STEP_REWARD_MODEL:
+        auto, generic = AutoModelForTokenClassification, GenericForTokenClassification
+    known = auto._model_mapping
+    if type(config) in known:
+        return known[type(config)]
+    seeing = auto_class(config)._model_mapping
+    if sees_images(config) and type(config) in seeing:
+        return _seeing_classifier(generic, seeing[type(config)])
+    raise ValueError(
+        f"transformers has no classifier on the body of a model of kind {config.model_type}, so that no reward model and no "
+        f"critic can be made of it; expected another family, such as qwen3_moe, or for a critic a value_model of its own"
+    )
+
+
+@cache
+def _seeing_classifier(generic: Any, language_class: Any) -> Any:
+    """A head of transformers' `generic` classifiers on the body of the models of a class that see."""
+    family = language_class.__name__.partition("For")[0]
+    ending = generic.__name__.removeprefix("Generic")
+    body = next(base for base in language_class.__mro__ if base.__name__ == f"{family}PreTrainedModel")
+    # NOTE: by its module transformers knows whether to read folders with older names of weights as those of the family.
+    return type(f"{family}{ending}", (generic, body), {"__module__": language_class.__module__})
 
 
 def load_reward_model(
@@ -165,13 +219,11 @@ def load_judge(source: str | Path, judges_steps: bool, attention: str = "sdpa") 
 
 
 def _loaded(found: Pretrained, attention: str, dtype: torch.dtype | str) -> "PreTrainedModel":
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import AutoConfig
 
-    model_class: Any = AutoModelForSequenceClassification
-    if found.kind is Kind.STEP_REWARD_MODEL:
-        model_class = AutoModelForTokenClassification
-    attends = attention_of(attention, AutoConfig.from_pretrained(found.model_source))
-    return load_pretrained(model_class, found, attends, dtype)
+    config = AutoConfig.from_pretrained(found.model_source)
+    made = classifier_class(found.kind, config)
+    return load_pretrained(made, found, attention_of(attention, config), dtype)
 
 
 def _labels_of(config: Mapping[str, Any]) -> list[str]:
@@ -238,13 +290,14 @@ class Judge(nn.Module):
             _check_judge(type(model).__name__, type(model).__name__.endswith(OF_STEPS), judges_steps=False)
         self.model = Rewarding(model) if isinstance(model, PreTrainedModel) else model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Rewards `[B]` of rows padded on the right.
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, images: Images | None = None) -> Tensor:
+        """Rewards `[B]` of rows padded on the right, which may show `images`.
 
         Raises:
             ValueError: the module gives something else.
         """
-        rewards = self.model(input_ids, attention_mask)
+        shown = {} if images is None else {"images": images}
+        rewards = self.model(input_ids, attention_mask, **shown)
         if not isinstance(rewards, Tensor) or rewards.numel() != len(input_ids):
             shape = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
             raise ValueError(

@@ -5,7 +5,6 @@ linear head, the head runs in chunks and `[B, T, V]` logits never exist; every o
 logits are scored. Both give the same numbers.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,9 +21,10 @@ from llm_trainer.losses.language import IGNORE, LanguageLoss, at_least_float32, 
 from llm_trainer.models.attention import KNOWN, document_bounds, knows_branches
 from llm_trainer.models.experts import Routes, biased_routers, expert_shape, experts_of, recorded_routers
 from llm_trainer.models.heads import logits_of, read_head, split_of
-from llm_trainer.models.inside import adapted_model, language_config, transformers_model
+from llm_trainer.models.inside import language_config, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
-from llm_trainer.models.vision import Features, Images, SeenOnce, Vision
+from llm_trainer.models.seeing import Seeing, accepted_inputs
+from llm_trainer.models.vision import Features, Images, SeenOnce
 
 
 class TokenScores(NamedTuple):
@@ -70,21 +70,15 @@ class _How(NamedTuple):
         return self.differentiable or self.drawn_from is not None or self.objective is not None
 
 
-class ScoredModel(nn.Module):
+class ScoredModel(Seeing, nn.Module):
     """Wraps a causal language model so that its forward returns `TokenScores`.
 
     Attributes:
         base: the user's module, untouched: its parameter names, its `generate`, its `save_pretrained`.
         loss: what a token contributes to `loss_sum`.
         with_entropy: whether entropies are computed.
-        vision: what of the model sees images.
         whole_logits: why the head does not run in chunks; empty where it does.
-        named_inputs: what its forward reads of a batch; None: nobody knows.
-        with_images: some micro-batches have images. Those that have none then run the tower too, on one image that counts
-            for nothing, so that every rank exchanges the same.
     """
-
-    with_images = False
 
     def __init__(self, model: nn.Module, loss: LanguageLoss | None = None, with_entropy: bool = True) -> None:
         super().__init__()
@@ -97,14 +91,11 @@ class ScoredModel(nn.Module):
         self._routes: Routes | None = None  # whom routers choose that a bias balances, or that are told whom to take
         if routers:
             self._routes = Routes(list(routers.values()))
-        self.vision = Vision.of(model)
+        self._look(model)
         self._causal = self._split is not None and self._language_config.model_type in KNOWN
         self._accepted = accepted_inputs(model)
         inner = transformers_model(model)
         self._steady = None if inner is None else steady_context(inner.config)
-        self.named_inputs = named_inputs(model)
-        if self.named_inputs is not None and self.vision.model is not None:
-            self.named_inputs |= {"images", "rope_positions"}
         self._run: Callable[..., Any] = self._call
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -256,29 +247,6 @@ class ScoredModel(nn.Module):
             states = states + zero.to(states.dtype)
         return states, output
 
-    def _seen(
-        self, images: Images | Features | SeenOnce | None, brings_pixels: bool
-    ) -> tuple[Features | None, Tensor | None]:
-        """What the tower makes of the images; where there are none, a 0 that depends on the tower, if others have some.
-
-        Args:
-            images: of the micro-batch.
-            brings_pixels: the model itself is given images, as a loader of the user has them.
-        """
-        if isinstance(images, SeenOnce):
-            if images.is_seen:
-                return images.features, None
-            images.features, zero = self._seen(images.images, brings_pixels)
-            images.is_seen = True
-            return images.features, zero
-        if isinstance(images, Features):
-            return images, None
-        if images is not None and len(images.order):
-            return self.vision.encode(images), None
-        if images is not None or (self.with_images and not brings_pixels):
-            return None, self.vision.zero(images)
-        return None, None
-
     def _call(self, input_ids: Tensor, **inputs: Any) -> Any:
         """The part of the model that is called as a module: all of it, or all but the head."""
         called = self.base if self._split is None else self._split.backbone
@@ -370,16 +338,6 @@ def scored(model: nn.Module, loss: LanguageLoss | None = None, with_entropy: boo
     return ScoredModel(model, loss, with_entropy)
 
 
-def see_in_every_batch(module: nn.Module) -> None:
-    """Run towers in micro-batches without images too (`ScoredModel.with_images`).
-
-    So ranks gather the same weights, and every step gives a tower a gradient.
-    """
-    for inner in module.modules():
-        if isinstance(inner, ScoredModel):
-            inner.with_images = inner.vision.model is not None
-
-
 def restarting_positions(document_lengths: Tensor) -> Tensor:
     """`document_lengths [K]` -> `[1, N]`: 0, 1, 2, ... in every document."""
     starts = document_lengths.cumsum(0) - document_lengths
@@ -398,23 +356,3 @@ def _padded_on_the_right(attention_mask: Tensor) -> bool:
     """Every row of `[B, T]` is ones, then zeros. The host waits for the device."""
     mask = attention_mask.bool()
     return bool(mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all())
-
-
-def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
-    """The names that `model.forward` takes, or None when it takes any."""
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return frozenset(parameters)
-
-
-def named_inputs(model: nn.Module) -> frozenset[str] | None:
-    """The names that `model.forward` reads, or None where nobody knows: it takes any and is no model of transformers.
-
-    Those of transformers take any name too, but drop what they do not name.
-    """
-    accepted = accepted_inputs(model)
-    inner = adapted_model(model)
-    if accepted is None and transformers_model(inner) is inner:
-        return frozenset(inspect.signature(inner.forward).parameters)
-    return accepted

@@ -18,8 +18,7 @@ from llm_trainer.image_batch import of_images
 from llm_trainer.layout import Layout
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
-from llm_trainer.models.inside import adapted_model
-from llm_trainer.models.scored import ScoredModel
+from llm_trainer.models.seeing import Seeing
 
 if TYPE_CHECKING:
     from llm_trainer.models.scored import TokenScores
@@ -284,21 +283,20 @@ def model_inputs(others: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
     Args:
         others: of a ready-made batch, by name.
-        model: a module that is or holds a `ScoredModel`.
+        model: a module that is or holds a `Seeing`: scores or rewards.
 
     Raises:
         ValueError: the model does not read one of them, so that it would be lost.
     """
     if not others:
         return {}
-    reader = next(module for module in model.modules() if isinstance(module, ScoredModel))
+    reader = next(module for module in model.modules() if isinstance(module, Seeing))
     unread = [] if reader.named_inputs is None else sorted(others.keys() - reader.named_inputs)
     if unread:
-        name = type(adapted_model(reader.base)).__name__
         raise ValueError(
-            f"a batch has {', '.join(unread)}, which {name}.forward does not take, so that nobody would read it; expected "
-            f"tokens and labels, and inputs of the model by its own names. Leave it out of what collate_fn returns, or train "
-            f"a model that takes it"
+            f"a batch has {', '.join(unread)}, which {reader.model_name}.forward does not take, so that nobody would read it; "
+            f"expected tokens and labels, and inputs of the model by its own names. Leave it out of what collate_fn returns, "
+            f"or train a model that takes it"
         )
     return dict(others)
 

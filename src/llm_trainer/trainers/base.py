@@ -12,7 +12,8 @@ from llm_trainer.config.options import Settings
 from llm_trainer.layout import Packing, takes_images
 from llm_trainer.models.inside import is_kind_of
 from llm_trainer.models.packing import packing_of
-from llm_trainer.models.scored import ScoredModel, see_in_every_batch
+from llm_trainer.models.scored import ScoredModel
+from llm_trainer.models.seeing import see_in_every_batch
 from llm_trainer.trainers.building import DataRequest
 from llm_trainer.trainers.experts import regulariser_for
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from llm_trainer.image_batch import moved, require_text
+from llm_trainer.image_batch import moved, of_images
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.reward import bradley_terry, process_reward
 from llm_trainer.models.attention import resolve_attention
@@ -16,6 +16,7 @@ from llm_trainer.trainers.answers import (
     join,
     lay_flat,
     mean_over_rows,
+    model_inputs,
     num_pairs,
     row_weights,
     share_prompts,
@@ -53,6 +54,7 @@ class RewardTrainer(BaseTrainer):
     rows = ("pairs", "process")
     sides = len(SIDES)
     takes_flat = True
+    takes_images = True
     reader = Rewarding
 
     def __init__(
@@ -116,16 +118,17 @@ class RewardTrainer(BaseTrainer):
         return count_tokens(batch)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
-        require_text(batch, "reward models read text alone")
         if "step_labels" in batch:
             return moved(lay_flat(batch, self.machine.layout), self.device)
         rows = join(batch, SIDES)
-        rows = share_prompts(rows) if self.shares_prompts else lay_flat(rows, self.machine.layout)
+        shares = self.shares_prompts and not of_images(rows)
+        rows = share_prompts(rows) if shares else lay_flat(rows, self.machine.layout)
         return moved(rows, self.device)
 
     def _forward(self, batch: Batch) -> Tensor:
         """`[2B]` rewards, the chosen answers' first; of judged steps one per token, like `input_ids`."""
         inputs = {name: batch[name] for name in _INPUTS if name in batch}
+        inputs |= model_inputs({name: batch[name] for name in of_images(batch)}, self.model)
         rewards = self.model(**inputs, every_token="step_labels" in batch)
         return rewards[batch["document_order"]] if "document_order" in batch else rewards
 

@@ -82,7 +82,9 @@ def test_adapters_are_shared() -> None:
 
 
 def test_a_family_without_classifiers_is_named() -> None:
-    with pytest.raises(ValueError, match="no classifier on the body of a Glm4MoeForCausalLM, so that no reward model"):
+    with pytest.raises(
+        ValueError, match="no classifier on the body of a model of kind glm4_moe, so that no reward model"
+    ):
         critic_of(experts_model(architecture="glm4_moe"))
 
 

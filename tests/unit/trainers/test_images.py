@@ -168,14 +168,32 @@ def test_a_teacher_without_eyes_is_refused(tmp_path: Path) -> None:
         made(SFTTrainer, llava(), language_batch(), tmp_path, kd=by_ids).train()
 
 
+def test_a_reward_model_sees_the_images_of_prompts(tmp_path: Path) -> None:
+    """Its numbers are those of the model that is called with pixels, and its loss that of these."""
+    from llm_trainer.models.rewarding import Rewarding, reward_model
+
+    batch, judge = preference_batch(), reward_model(llava(), pad_token_id=0)
+    trainer = made(RewardTrainer, judge, batch, tmp_path / "run")
+    rewards = []
+    with torch.no_grad():
+        for name in ("chosen", "rejected"):
+            ids = torch.cat([batch["prompt_input_ids"], batch[f"{name}_input_ids"]], 1)
+            rewards.append(judge(ids, pixel_values=batch["pixel_values"]).logits[:, 0])
+    expected = -(rewards[0] - rewards[1]).sigmoid().log().mean()
+    assert trainer.train()["loss"] == pytest.approx(float(expected), rel=1e-5)
+    with torch.no_grad():
+        prompts = batch["prompt_input_ids"], batch["prompt_attention_mask"]
+        shown = Rewarding(judge)(*prompts, pixel_values=batch["pixel_values"])
+        unlit = Rewarding(judge)(*prompts, pixel_values=batch["pixel_values"] * 0)
+    assert float((shown - unlit).abs().max()) > 1e-4
+
+    blind = reward_model(language_model(), pad_token_id=0)
+    with pytest.raises(ValueError, match="a batch has pixel_values, which Qwen3Model.forward does not take"):
+        made(RewardTrainer, blind, batch, tmp_path / "blind").train()
+
+
 def test_whoever_reads_text_alone_says_so(tmp_path: Path) -> None:
     """Nothing is trained on silently without its pixels."""
-    from llm_trainer.models.rewarding import reward_model
-
-    judge = reward_model(language_model(), pad_token_id=0)
-    with pytest.raises(ValueError, match="reward models read text alone; found a batch with pixel_values, expected"):
-        made(RewardTrainer, judge, preference_batch(), tmp_path / "reward").train()
-
     given = {
         "prompts": ids_with_images(2),
         "responses": torch.tensor([[3, 4], [5, 6]]),

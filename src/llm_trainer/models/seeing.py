@@ -1,0 +1,86 @@
+"""What modules have in common that read micro-batches whose rows may show images: scores and rewards."""
+
+import inspect
+
+from torch import Tensor, nn
+
+from llm_trainer.models.inside import adapted_model, transformers_model
+from llm_trainer.models.vision import Features, Images, SeenOnce, Vision
+
+
+class Seeing:
+    """A module whose model may see images.
+
+    Attributes:
+        vision: what of the model sees images.
+        named_inputs: what its forward reads of a batch; None: nobody knows.
+        model_name: the class of the model, for messages.
+        with_images: some micro-batches have images. Those that have none then run the tower too, on one image that counts
+            for nothing, so that every rank exchanges the same.
+    """
+
+    with_images = False
+    vision: Vision
+    named_inputs: frozenset[str] | None
+    model_name: str
+
+    def _look(self, model: nn.Module) -> None:
+        """Find out what of `model` sees, and what it reads."""
+        self.model_name = type(adapted_model(model)).__name__
+        self.vision = Vision.of(model)
+        self.named_inputs = named_inputs(model)
+        if self.named_inputs is not None and self.vision.model is not None:
+            self.named_inputs |= {"images", "rope_positions"}
+
+    def _seen(
+        self, images: Images | Features | SeenOnce | None, brings_pixels: bool
+    ) -> tuple[Features | None, Tensor | None]:
+        """What the tower makes of the images; where there are none, a 0 that depends on the tower, if others have some.
+
+        Args:
+            images: of the micro-batch.
+            brings_pixels: the model itself is given images, as a loader of the user has them.
+        """
+        if isinstance(images, SeenOnce):
+            if images.is_seen:
+                return images.features, None
+            images.features, zero = self._seen(images.images, brings_pixels)
+            images.is_seen = True
+            return images.features, zero
+        if isinstance(images, Features):
+            return images, None
+        if images is not None and len(images.order):
+            return self.vision.encode(images), None
+        if images is not None or (self.with_images and not brings_pixels):
+            return None, self.vision.zero(images)
+        return None, None
+
+
+def see_in_every_batch(module: nn.Module) -> None:
+    """Run towers in micro-batches without images too (`Seeing.with_images`).
+
+    So ranks gather the same weights, and every step gives a tower a gradient.
+    """
+    for inner in module.modules():
+        if isinstance(inner, Seeing):
+            inner.with_images = inner.vision.model is not None
+
+
+def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
+    """The names that `model.forward` takes, or None when it takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
+
+
+def named_inputs(model: nn.Module) -> frozenset[str] | None:
+    """The names that `model.forward` reads, or None where nobody knows: it takes any and is no model of transformers.
+
+    Those of transformers take any name too, but drop what they do not name.
+    """
+    accepted = accepted_inputs(model)
+    inner = adapted_model(model)
+    if accepted is None and transformers_model(inner) is inner:
+        return frozenset(inspect.signature(inner.forward).parameters)
+    return accepted
