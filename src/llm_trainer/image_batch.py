@@ -74,6 +74,6 @@ def require_text(batch: Mapping[str, Any], who: str) -> None:
     images = of_images(batch)
     if images:
         raise ValueError(
-            f"{who}; found a batch with {', '.join(images)}, expected batches of text. SFTTrainer, Trainer, DPOTrainer and "
-            "KTOTrainer take images"
+            f"{who}; found a batch with {', '.join(images)}, expected batches of text. SFTTrainer, Trainer, DPOTrainer, "
+            "KTOTrainer and RewardTrainer take images"
         )

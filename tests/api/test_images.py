@@ -12,10 +12,12 @@ import pytest
 pytest.importorskip("PIL")
 import torch
 
-from llm_trainer import DPOTrainer, KTOTrainer, SFTTrainer, Trainer
+from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, Trainer
 from llm_trainer.cli.chat import Speaker
-from llm_trainer.data.encode.tokenizer import train_tokenizer
+from llm_trainer.cli.main import main
+from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
 from llm_trainer.models.build import build_model
+from llm_trainer.models.rewarding import reward_model
 from llm_trainer.train_configs import (
     DataLoaderConfig,
     DPOConfig,
@@ -25,6 +27,7 @@ from llm_trainer.train_configs import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    RewardConfig,
     RunConfig,
     SFTConfig,
     TrainConfig,
@@ -241,6 +244,96 @@ def test_pairs_show_their_images_to_policy_and_reference(
     assert values["loss"] == pytest.approx(0.6931, abs=1e-4)
     expected = [6] if freeze else [6, 6]
     assert seen == expected  # of twelve answers with twelve uses: each image once
+
+
+def pairs_file(tmp_path: Path) -> Path:
+    """Pairs with two images, one and none, and an evaluation that is them."""
+    rows = [row | {"prompt": row["prompt"] if row["images"] else [{"role": "user", "content": "Hm"}]} for row in PAIRS]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def score(*arguments: Any) -> Any:
+    with pytest.raises(SystemExit) as end:
+        main(["score", *map(str, arguments)])
+    return end.value.code
+
+
+def test_a_reward_model_sees_and_scores_what_it_was_trained_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = pairs_file(tmp_path)
+    loader = DataLoaderConfig(cache_dir=str(tmp_path / "cache"), image_root=str(folder), max_pixels=36)
+    changes: dict[str, Any] = {"sft_config": None, "reward_config": RewardConfig(), "data_loader_config": loader}
+    changes |= {"file_dataset": str(file), "eval_dataset": str(file)}
+    trainer = RewardTrainer(train_config=config(folder, tmp_path / "run", **changes))
+    seen: list[int] = []
+    trainer.base_model.model.vision_tower.register_forward_hook(
+        lambda _, inputs, out: seen.append(len(out.last_hidden_state))
+    )
+    trainer.train()
+    assert seen == [6, 6]  # of twelve answers with twelve uses, in training and in evaluation
+    assert type(trainer.base_model).__name__ == "LlavaForSequenceClassification"
+    values = trainer.evaluate()
+
+    # its folder is scored with, is trained on, and is no language model
+    capsys.readouterr()
+    saved, out = tmp_path / "run" / "model", tmp_path / "scores.jsonl"
+    how = ["--image-root", folder, "--max-pixels", 36]
+    assert score(saved, file, "--out", out, "--batch-size", 5, *how) == 0
+    scores = [json.loads(line) for line in out.read_text().splitlines()]
+    margins = [one["chosen"] - one["rejected"] for one in scores]
+    assert len(margins) == 6
+    assert sum(margins) / 6 == pytest.approx(values["eval_margin"], abs=1e-5)
+    expected = [value for one in scores for value in (one["chosen"], one["rejected"])]
+    assert sum(expected) / 12 == pytest.approx(values["eval_mean_reward"], abs=1e-5)
+    again = config(
+        folder, tmp_path / "again", **changes | {"model_config": str(tmp_path / "run"), "tokenizer": str(saved)}
+    )
+    assert RewardTrainer(train_config=again).evaluate() == pytest.approx(values, abs=1e-5)
+    with pytest.raises(ValueError, match="found LlavaForSequenceClassification, expected a language model"):
+        Speaker(saved)
+
+    # single answers have the scores of the sides; another image has another score
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    turns = [{"messages": row["prompt"] + row["chosen"], "images": row["images"]} for row in rows]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    score(saved, tmp_path / "chat.jsonl", "--out", out, *how)
+    alone = [json.loads(line)["score"] for line in out.read_text().splitlines()]
+    assert alone == pytest.approx([one["chosen"] for one in scores], abs=1e-5)
+    turns[1]["images"] = ["5.png"]
+    (tmp_path / "other.jsonl").write_text(json.dumps(turns[1]) + "\n")
+    score(saved, tmp_path / "other.jsonl", "--out", out, *how)
+    assert abs(json.loads(out.read_text())["score"] - alone[1]) > 1e-6
+
+    # images that cannot be used stop it, or are counted
+    turns[2]["images"] = ["5.png", "9.png"]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    capsys.readouterr()
+    assert score(saved, tmp_path / "bad.jsonl", *how) == 2
+    assert "bad.jsonl:3: key 'images': found no file at" in capsys.readouterr().err
+    assert score(saved, tmp_path / "bad.jsonl", "--drop-bad-images", *how) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("5 answers: ") and "left out: 1 row (image" in said
+
+
+def test_a_reward_model_without_eyes_is_not_given_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    reward_model(build_model(ModelConfig(**TEXT, vocab_size=290)), 0).save_pretrained(tmp_path / "blind")
+    load_tokenizer(folder / "tokenizer").save_pretrained(tmp_path / "blind")
+    file = pairs_file(tmp_path)
+    assert score(tmp_path / "blind", file) == 2
+    said = capsys.readouterr().err
+    assert (
+        "found rows of kind 'vision'" in said and "a reward model that sees, or score the text alone with --ig" in said
+    )
+    assert score(tmp_path / "blind", file, "--schema", "preference") == 2
+    said = capsys.readouterr().err
+    assert "pairs.jsonl:2: key 'images': found" in said and "expected text alone, for pairs" in said
+    assert score(tmp_path / "blind", file, "--ignore-images") == 0
 
 
 def test_who_takes_no_images_says_so(folder: Path, tmp_path: Path) -> None:

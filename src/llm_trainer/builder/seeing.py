@@ -11,8 +11,8 @@ from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.provided import ProvidedImages
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.models.inside import sees_images, transformers_model
+from llm_trainer.models.pretrained import REWARD_MODELS, find_pretrained
 from llm_trainer.models.pretrained import Kind as Found
-from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.vision_build import processor_for, read_processor, side_of
 
 
@@ -23,8 +23,8 @@ def make_processor(config: TrainConfig, policy: Any, tokenizer: Any) -> Any:
         return None
     if isinstance(wanted, VLMConfig):
         return processor_for(model.config, tokenizer, wanted.vision_path)
-    source = find_pretrained(str(wanted), (Found.LANGUAGE_MODEL,), key="model_config").model_source
-    return read_processor(source, tokenizer)
+    found = find_pretrained(str(wanted), (Found.LANGUAGE_MODEL, *REWARD_MODELS), key="model_config")
+    return read_processor(found.model_source, tokenizer)
 
 
 def make_image_format(config: TrainConfig, section: Any, policy: Any, processor: Any) -> ImageFormat:
