@@ -95,8 +95,7 @@ class Pictured:
 
 def vision_model(seed: int = 0, **changes: Any) -> Any:
     """A LLaVA of a tower with one layer and the table's language model; `changes` of this one's shape."""
-    from llm_trainer.config.model import VLMConfig
-    from llm_trainer.config.schema import VisionConfig
+    from llm_trainer.config.model import VisionConfig, VLMConfig
     from llm_trainer.models.build import build_model
 
     tower = VisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, patch_size=4)

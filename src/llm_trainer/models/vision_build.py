@@ -1,6 +1,7 @@
 """A vision-language model put together of a tower, a projector and a language model, and the processor that goes with it."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -255,8 +256,20 @@ def _named_processor(folder: Path) -> str:
     return str(PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(folder).model_type, ""))
 
 
+@cache
 def without_videos(processor_class: Any) -> Any:
     """A class of processors without the part that takes videos, which needs torchvision; it is saved under the same name."""
     names = [name for name in processor_class.get_attributes() if name != VIDEOS]
-    changes = {"get_attributes": classmethod(lambda cls: names), "__module__": processor_class.__module__}
+    changes = {
+        "get_attributes": classmethod(lambda cls: names),
+        "__module__": processor_class.__module__,
+        # NOTE: by its name a pickle would find the class with videos; workers that are spawned get pickles.
+        "__reduce__": lambda self: (_empty_without_videos, (processor_class,), self.__dict__),
+    }
     return type(processor_class.__name__, (processor_class,), changes)
+
+
+def _empty_without_videos(processor_class: Any) -> Any:
+    """A processor without videos, which a pickle or a copy then fills."""
+    made = without_videos(processor_class)
+    return made.__new__(made)

@@ -1,5 +1,7 @@
 """What an image is in tokens and in numbers."""
 
+import pickle
+
 import pytest
 
 pytest.importorskip("PIL")
@@ -40,6 +42,17 @@ def test_each_distinct_image_of_a_micro_batch_is_there_once() -> None:
     assert there["images"].inputs["pixel_values"].is_meta
     assert there["images"].order is batch.order and there["images"].counts is batch.counts
     assert there["rows"] == ["a"]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_formats_travel_to_workers_that_are_spawned(name: str) -> None:
+    """These are given pickles; a processor without videos is not the class that its name says."""
+    images = ImageFormat(PROCESSORS[name](), max_pixels=900)
+    there = pickle.loads(pickle.dumps(images))
+    assert type(there.processor) is type(images.processor) and there.facts() == images.facts()
+    shown, expected = there.numbers([picture()]), images.numbers([picture()])
+    assert shown.keys() == expected.keys()
+    assert all(torch.equal(shown[key], value) for key, value in expected.items())
 
 
 def test_a_blank_image_is_shown_by_no_row() -> None:
