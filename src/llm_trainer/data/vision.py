@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from llm_trainer.image_batch import ImageBatch
 
-_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # what a processor makes of text
+OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # what a processor makes of text
 _ASKING = Lock()
 _PATCH = 14  # pixels of a patch's side where nobody says it: that of CLIP's and SigLIP's towers
 
@@ -211,7 +211,7 @@ class ImageFormat:
         """What the processor makes of some images, each in a text of its own."""
         how = {"return_tensors": "pt", "padding": True, "add_special_tokens": False}
         made = self.processor(text=[self.marker] * len(images), images=[[image] for image in images], **how)
-        return {name: value for name, value in made.items() if name not in _OF_TEXT}
+        return {name: value for name, value in made.items() if name not in OF_TEXT}
 
     def _ask(self, height: int, width: int) -> ImageTokens:
         from PIL import Image

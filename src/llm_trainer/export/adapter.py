@@ -13,7 +13,7 @@ from llm_trainer.checkpoint.adapter_names import CONFIG_FILE, WEIGHTS_FILE
 from llm_trainer.checkpoint.tensor_files import TensorFolder, write_files
 from llm_trainer.checkpoint.weights import tensor_file, without_progress_bars
 from llm_trainer.export.gate import FP32, ROUNDED, SAME, Limits, Refused
-from llm_trainer.export.opened import Opened, tokenizer_in
+from llm_trainer.export.opened import Opened, required_processor, tokenizer_in
 from llm_trainer.export.probe import FILE
 from llm_trainer.export.request import Request, Written
 from llm_trainer.models.adapter_folder import beside, fingerprint_of_base
@@ -28,15 +28,13 @@ def write(request: Request) -> Written:
         ValueError: there are no adapters, or their base is nowhere that the export could name.
         Refused: the checkpoint does not answer as the model did in training.
     """
-    from transformers import AutoModelForCausalLM
-
     source = request.source
     base = source.found.base
     if base is None:
         raise ValueError(
             f"--to adapter: {source.folder} is a whole model without adapters; expected --to hf, which is all of it"
         )
-    adapted = beside(AutoModelForCausalLM, source.found)
+    adapted = beside(source.found.auto_class, source.found)
     before = source.check(adapted.get_base_model())
     notes, limits = [], SAME
     if base.source is None:
@@ -62,17 +60,16 @@ def reopened(folder: Path) -> Opened:
     Raises:
         Refused: it does not open.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         found = find_pretrained(folder, (Kind.LANGUAGE_MODEL,), hub=False)
         named = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
         if found.base is None or found.base.source != named:
             raise Refused(f"{CONFIG_FILE} names the base {named!r}, and {BASE_FILE} another one")
-        model = beside(AutoModelForCausalLM, found).get_base_model()
+        model = beside(found.auto_class, found).get_base_model()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise Refused(f"peft does not open it: {str(error).strip()[:300]}") from error
-    return Opened(model, tokenizer_in(folder), with_weights=True)
+    processor = required_processor(folder) if found.sees_images else None
+    return Opened(model, tokenizer_in(folder), with_weights=True, processor=processor)
 
 
 def _copy(source: Path, folder: Path) -> None:
@@ -94,8 +91,6 @@ def _as_plain_lora(request: Request, adapted: Any, base: Base) -> Limits:
     Raises:
         ValueError: there is no base as it was, or these adapters have no such form.
     """
-    from transformers import AutoModelForCausalLM
-
     source = request.source
     if base.began_as is None:
         raise ValueError(
@@ -105,7 +100,7 @@ def _as_plain_lora(request: Request, adapted: Any, base: Base) -> Limits:
     dtype = getattr(torch, base.dtype)
     try:
         with without_progress_bars():
-            original = AutoModelForCausalLM.from_pretrained(base.began_as, dtype=dtype)
+            original = source.found.auto_class.from_pretrained(base.began_as, dtype=dtype)
     except OSError as error:
         raise ValueError(
             f"--to adapter: the base as it was before the adapters changed it cannot be loaded from '{base.began_as}' "

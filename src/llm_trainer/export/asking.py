@@ -1,7 +1,7 @@
 """What is asked of a model and a tokenizer of transformers, in training and of an export alike."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from typing import Any, Self
@@ -21,16 +21,25 @@ _NO_NUMBER |= {"id2label", "label2id", "is_encoder_decoder", "output_hidden_stat
 
 def facts_of(model: Any) -> dict[str, Any]:
     """What is compared of a transformers model besides its answers: see `Probe.facts`."""
-    settings = {}
-    for name, value in model.config.to_dict().items():
-        if name not in _NO_NUMBER and not name.startswith("_") and "dropout" not in name:
-            settings[name] = value
-    facts: dict[str, Any] = {"settings": json.loads(json.dumps(settings, default=str))}
+    described = model.config.to_dict()
+    facts: dict[str, Any] = {"settings": json.loads(json.dumps(_settings(described), default=str))}
     tied = is_tied(model)
     if tied is not None:  # the word of the configuration counts too: transformers sees what lies there, others read it
         facts["tied"] = tied
-        facts["settings"]["tie_word_embeddings"] = model.config.to_dict().get("tie_word_embeddings")
+        facts["settings"]["tie_word_embeddings"] = described.get("tie_word_embeddings")
     return facts
+
+
+def _settings(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that change a number, of the models inside too."""
+    found = {}
+    for name, value in described.items():
+        if name in _NO_NUMBER or name.startswith("_") or "dropout" in name:
+            continue
+        found[name] = value
+        if name.endswith("_config") and isinstance(value, dict):
+            found[name] = _settings(value)
+    return found
 
 
 def is_tied(model: Any) -> bool | None:

@@ -10,7 +10,7 @@ from llm_trainer.checkpoint.tensor_files import TensorFolder
 from llm_trainer.checkpoint.weights import write_model
 from llm_trainer.export.asking import is_tied
 from llm_trainer.export.gate import SAME, Refused
-from llm_trainer.export.opened import Opened, reopened
+from llm_trainer.export.opened import reopened
 from llm_trainer.export.probe import Probe
 from llm_trainer.export.request import Request, Written
 from llm_trainer.models.adapter_folder import in_dtype
@@ -34,9 +34,9 @@ def write_folder(request: Request, model: Any, answers: Probe) -> Written:
     in_dtype(model, dtype)
     if not is_tied(model):
         language_config(model.config).tie_word_embeddings = False
-    write_model(model, request.folder, source.tokenizer)
+    write_model(model, request.folder, source.processor or source.tokenizer)
     notes += _names(request, model)
-    facts = Opened(model, source.tokenizer, with_weights=True).facts()
+    facts = source.opened(model, with_weights=True).facts()
     expected = replace(answers, facts=facts)
     if is_rounded:
         expected = replace(source.ask(model), facts=facts)
@@ -59,9 +59,14 @@ def usual_dtype(request: Request, model: Any) -> torch.dtype:
 def moved_by_rounding(before: Probe, after: Probe) -> str:
     """How far log-probabilities are apart, in words."""
     apart = []
-    for one, other in zip(before.logprobs, after.logprobs, strict=True):
+    for one, other in zip(_all_logprobs(before), _all_logprobs(after), strict=True):
         apart += [abs(a - b) for a, b in zip(one, other, strict=True)]
     return f"{max(apart):.2g} nats at most, {sum(apart) / len(apart):.2g} in the mean"
+
+
+def _all_logprobs(probe: Probe) -> list[list[float]]:
+    """Of texts, and of what is shown."""
+    return [*probe.logprobs, *(look.logprobs for look in probe.looks or ())]
 
 
 def _names(request: Request, model: Any) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from llm_trainer.export.pictures import Look, other_numbers
 from llm_trainer.export.probe import Greedy, Probe, Rendered
 
 SHOWN = 60  # characters of a text around the place where it differs
@@ -46,15 +47,20 @@ class Comparison:
         differences: one line each; none: the gate is open.
         not_compared: what one side cannot be asked.
         tokens: whose log-probabilities were compared.
-        worst: of them, in nats.
-        mean: of them, in nats.
+        worst: of them, in nats: how far they are apart.
+        total: of them, in nats.
     """
 
     differences: list[str] = field(default_factory=list)
     not_compared: list[str] = field(default_factory=list)
     tokens: int = 0
     worst: float = 0.0
-    mean: float = 0.0
+    total: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Of the tokens, in nats."""
+        return self.total / max(1, self.tokens)
 
     def __str__(self) -> str:
         found = f"log-probabilities of {self.tokens} tokens at most {self.worst:.1e} nats apart, {self.mean:.1e} in the mean"
@@ -71,8 +77,9 @@ def compare(expected: Probe, found: Probe, limits: Limits) -> Comparison:
     _compare_conversations(result, expected, found)
     _compare_stops(result, expected, found)
     _compare_facts(result, expected.facts, found.facts)
-    _compare_logprobs(result, expected.logprobs, found.logprobs, limits)
+    _compare_logprobs(result, "log-probabilities", expected.logprobs, found.logprobs, limits)
     _compare_answers(result, expected, found, limits)
+    _compare_sight(result, expected, found, limits)
     return result
 
 
@@ -128,24 +135,29 @@ def _compare_facts(result: Comparison, expected: Mapping[str, Any], found: Mappi
 
 
 def _compare_logprobs(
-    result: Comparison, expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]], limits: Limits
+    result: Comparison,
+    name: str,
+    expected: Sequence[Sequence[float]],
+    found: Sequence[Sequence[float]],
+    limits: Limits,
 ) -> None:
-    total, beyond = 0.0, 0
+    here, beyond = Comparison(), 0
     for wanted, there in zip(expected, found, strict=True):
         for one, other in zip(wanted, there, strict=True):
             apart = abs(one - other)
             if not apart <= limits.worst + limits.relative * abs(one):  # NaN is beyond any limit
                 beyond += 1
-            result.worst = max(result.worst, apart)
-            total += apart
-            result.tokens += 1
-    if result.tokens:
-        result.mean = total / result.tokens
-    if beyond or not result.mean <= limits.mean:
+            here.worst = max(here.worst, apart)
+            here.total += apart
+            here.tokens += 1
+    if beyond or not here.mean <= limits.mean:
         result.differences.append(
-            f"log-probabilities: {result.worst:.2g} nats apart at worst and {result.mean:.2g} in the mean of {result.tokens} "
-            f"tokens, {beyond} of them beyond the limit; expected at most {limits.worst:.2g} and {limits.mean:.2g}"
+            f"{name}: {here.worst:.2g} nats apart at worst and {here.mean:.2g} in the mean of {here.tokens} tokens, {beyond} "
+            f"of them beyond the limit; expected at most {limits.worst:.2g} and {limits.mean:.2g}"
         )
+    result.worst = max(result.worst, here.worst)
+    result.total += here.total
+    result.tokens += here.tokens
 
 
 def _compare_answers(result: Comparison, expected: Probe, found: Probe, limits: Limits) -> None:
@@ -153,16 +165,49 @@ def _compare_answers(result: Comparison, expected: Probe, found: Probe, limits: 
         _leave_out(result, "greedy answers")
         return
     for number, (wanted, there) in enumerate(zip(expected.answers, found.answers, strict=True)):
-        place = _where_they_part(wanted, there)
-        if place is None:
-            continue
-        # A token whose runner-up is as near as the numbers may be apart is a matter of luck; where one side stops is not.
-        both = min(len(wanted.ids), len(there.ids))
-        if place < both and wanted.margins[place] <= 2 * limits.worst:
-            continue
-        result.differences.append(
-            f"greedy answer {number + 1}: expected {wanted.ids}, found {there.ids}, another from token {place + 1} on"
-        )
+        _compare_answer(result, f"greedy answer {number + 1}", wanted, there, limits)
+
+
+def _compare_answer(result: Comparison, name: str, wanted: Greedy, there: Greedy, limits: Limits) -> None:
+    place = _where_they_part(wanted, there)
+    if place is None:
+        return
+    # A token whose runner-up is as near as the numbers may be apart is a matter of luck; where one side stops is not.
+    both = min(len(wanted.ids), len(there.ids))
+    if place < both and wanted.margins[place] <= 2 * limits.worst:
+        return
+    result.differences.append(f"{name}: expected {wanted.ids}, found {there.ids}, another from token {place + 1} on")
+
+
+def _compare_sight(result: Comparison, expected: Probe, found: Probe, limits: Limits) -> None:
+    """What they make of pictures."""
+    if expected.numbers is None or found.numbers is None:
+        if expected.questions.pictures:
+            _leave_out(result, "pictures")
+        return
+    pictures = expected.questions.pictures
+    for (height, width), numbers, there in zip(pictures, expected.numbers, found.numbers, strict=True):
+        how = other_numbers(numbers, there)
+        if how:
+            result.differences.append(f"numbers of a picture of {height} x {width}: {how}")
+    for showing, wanted, look in zip(expected.questions.showings, expected.looks or (), found.looks or (), strict=True):
+        _compare_look(result, showing.described(pictures), wanted, look, limits)
+
+
+def _compare_look(result: Comparison, name: str, wanted: Look, there: Look, limits: Limits) -> None:
+    for side, look in {"the trained model": wanted, "the export": there}.items():
+        if look.problem:
+            result.differences.append(f"{name}: {side} cannot be shown it: {look.problem}")
+    if wanted.shown.text != there.shown.text:
+        result.differences.append(f"{name}: its text {_first_other(wanted.shown.text, there.shown.text)}")
+    elif wanted.shown.ids != there.shown.ids:
+        num, others = len(wanted.shown.ids), len(there.shown.ids)
+        how = _first_other(wanted.shown.ids, there.shown.ids)
+        result.differences.append(f"{name}: expected {num} ids, found {others}, which {how}")
+    elif not wanted.problem and not there.problem:
+        _compare_logprobs(result, f"log-probabilities of {name}", [wanted.logprobs], [there.logprobs], limits)
+        answers = Greedy(wanted.answer, wanted.margins), Greedy(there.answer, there.margins)
+        _compare_answer(result, f"greedy answer to {name}", *answers, limits)
 
 
 def _where_they_part(wanted: Greedy, there: Greedy) -> int | None:

@@ -42,12 +42,18 @@ def write(request: Request) -> Written:
 
     Raises:
         ConfigError: a package is missing.
-        ValueError: a type that there is not; GGUF has no such model or tokenizer (`GgufError`).
+        ValueError: a type that there is not; GGUF has no such model or tokenizer (`GgufError`), or the model sees images.
         Refused: the checkpoint does not answer as the model did in training.
     """
+    source = request.source
+    if source.found.sees_images:
+        raise ValueError(
+            f"--to gguf: {source.folder} is a vision-language model, of which llama.cpp wants two files, its tower in one of "
+            f"its own (mmproj); expected --to hf or merged, and on that folder llama.cpp's convert_hf_to_gguf.py, once as it "
+            f"is and once with --mmproj"
+        )
     for package in ("gguf", "xllamacpp"):  # said before a large model is loaded
         require(package, "--to gguf", "use --to hf or --to merged")
-    source = request.source
     wanted = _wanted(request)
     if source.tokenizer is None:
         raise ValueError(

@@ -61,6 +61,10 @@ class LlamaCpp:
         self.close = weakref.finalize(self, _end, self._process, self._log)
         self._answer()
 
+    @property
+    def sight(self) -> None:
+        """`gguf.py` takes no models that see."""
+
     def tokenise(self, text: str) -> list[int]:
         ids: list[int] = self._ask("tokenise", text, True)
         return ids

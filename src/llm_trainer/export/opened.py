@@ -15,7 +15,8 @@ from llm_trainer.checkpoint.weights import first_few, tensors_by_name, without_p
 from llm_trainer.export.asking import facts_of, margin_of, rendered, stops_of
 from llm_trainer.export.gate import Refused
 from llm_trainer.export.probe import Conversation, Greedy, Rendered
-from llm_trainer.models.inside import evaluating
+from llm_trainer.export.seeing import TransformersSight, facts_of_processor, processor_in
+from llm_trainer.models.inside import auto_class, evaluating, sees_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ class Opened:
         tokenizer: of it; None: there is none.
         with_weights: every tensor is compared too, bit for bit.
         precision: that products are computed in.
+        processor: of a model that sees; None: it is shown no pictures.
     """
 
     def __init__(
@@ -42,11 +44,16 @@ class Opened:
         tokenizer: "PreTrainedTokenizerBase | None",
         with_weights: bool = False,
         precision: str = "fp32",
+        processor: Any = None,
     ) -> None:
         self._facts = facts_of(model)
         if with_weights:
             self._facts["weights"] = {name: _hash(tensor) for name, tensor in tensors_by_name(model).items()}
         self.model, self.tokenizer, self._precision = model.float(), tokenizer, precision
+        self.sight: TransformersSight | None = None
+        if processor is not None:
+            self._facts |= facts_of_processor(processor)
+            self.sight = TransformersSight(self.model, processor, self._computing, _plain_generation)
 
     def tokenise(self, text: str) -> list[int]:
         if self.tokenizer is None:  # asked nevertheless: there was one
@@ -124,7 +131,8 @@ def _hash(tensor: Tensor) -> str:
 
 
 def reopened(folder: Path) -> Opened:
-    """A folder as any tool opens it: by `AutoModelForCausalLM` and `AutoTokenizer`, from itself alone.
+    """A folder as any tool opens it: by the class of transformers for such models and `AutoTokenizer`, from itself alone; one
+    of a model that sees by `AutoProcessor` too.
 
     Weights stay as they are written, and are compared so; what is computed with them is computed in fp32.
 
@@ -133,12 +141,13 @@ def reopened(folder: Path) -> Opened:
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     what_may_come = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
     try:
         with without_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            loaded: Any = auto_class(config).from_pretrained(
                 folder, dtype="auto", local_files_only=True, output_loading_info=True
             )
     except what_may_come as error:
@@ -149,7 +158,20 @@ def reopened(folder: Path) -> Opened:
         problems[kind] = sorted(map(str, report[kind]))
     if any(problems.values()):
         raise Refused(f"its weights are not those of its config.json: {first_few(problems)}")
-    return Opened(model, tokenizer_in(folder), with_weights=True)
+    processor = required_processor(folder) if sees_images(config) else None
+    return Opened(model, tokenizer_in(folder), with_weights=True, processor=processor)
+
+
+def required_processor(folder: Path) -> Any:
+    """The processor in the folder of a model that sees.
+
+    Raises:
+        Refused: there is none, or it does not open.
+    """
+    processor = processor_in(folder)
+    if processor is None:
+        raise Refused("there is no processor: without one nobody can show the model an image")
+    return processor
 
 
 def tokenizer_in(folder: Path) -> "PreTrainedTokenizerBase | None":

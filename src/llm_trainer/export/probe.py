@@ -6,15 +6,16 @@ export the same `record` is made, with the questions of the first one, and `expo
 
 A format whose exports transformers does not open brings an `Asked` of its own: six methods, in terms of ids and text.
 One that cannot be asked something (a runtime without chat templates) says None there, and the gate says what it did not
-compare. Images will be further questions, under a name of their own in `Questions` and in the file.
+compare. What is shown to models that see stands in `pictures.py`: who can be shown pictures has a `Sight`.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from llm_trainer.export.pictures import LONGEST_LOOK, PICTURES, SHOWINGS, Look, Numbers, Showing, Shown, golden_step
 
 FILE = "probe.json"
 VERSION = 1
@@ -78,8 +79,25 @@ class Greedy(NamedTuple):
     margins: list[float]
 
 
+class Sight(Protocol):
+    """What of an `Asked` can be shown pictures, each given by height and width (`pictures.draw`)."""
+
+    def numbers(self, height: int, width: int) -> Numbers:
+        """What its processor makes of a picture."""
+
+    def show(self, showing: Showing, pictures: Sequence[Sequence[int]]) -> Shown | None:
+        """What a model is given of a showing; None: there is no template, or this one refuses such a conversation."""
+
+    def look(self, showing: Showing, pictures: Sequence[Sequence[int]]) -> Look:
+        """What the model makes of it; an error is part of that, and not raised."""
+
+
 class Asked(Protocol):
     """Something that answers as a model would, whatever program has it open."""
+
+    @property
+    def sight(self) -> Sight | None:
+        """None: it cannot be shown pictures."""
 
     def tokenise(self, text: str) -> list[int] | None:
         """Ids of a plain text, as its tokenizer makes them when nobody says more: with a BOS if it adds one."""
@@ -109,12 +127,16 @@ class Questions:
         conversations: to be printed.
         rows: ids `[T]` whose log-probabilities are asked.
         prompts: ids that are to be answered.
+        pictures: height and width of each.
+        showings: texts and conversations with these in them.
     """
 
     texts: list[str]
     conversations: list[Conversation]
     rows: list[list[int]]
     prompts: list[list[int]]
+    pictures: list[list[int]] = field(default_factory=list)
+    showings: list[Showing] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,6 +150,8 @@ class Probe:
         stop_token_ids: in order; None: not known.
         logprobs: of each row, one fewer than its ids.
         answers: to each prompt.
+        numbers: that the processor makes of each picture; None: it cannot be shown any.
+        looks: at each showing.
         facts: `settings` (of its config.json, by which it computes), `tied` (head and embeddings are one matrix), and what
             else an `Asked` says; what both sides say is compared.
         precision: that products were computed in: 'fp32', 'bf16' or 'fp16'.
@@ -141,6 +165,8 @@ class Probe:
     logprobs: list[list[float]]
     answers: list[Greedy] | None
     facts: dict[str, Any]
+    numbers: list[Numbers] | None = None
+    looks: list[Look] | None = None
     precision: str = "fp32"
     made: dict[str, Any] = field(default_factory=dict)
 
@@ -155,9 +181,7 @@ class Probe:
 
 def drawn_ids(num_ids: int) -> list[int]:
     """Ids below `num_ids`, spread over all of them; the same for the same number."""
-    step = 1 + int(num_ids * 0.618)  # a golden section apart, so that any number of them is spread evenly
-    while math.gcd(step, num_ids) != 1:
-        step += 1
+    step = golden_step(num_ids)
     return [number * step % num_ids for number in range(min(NUM_DRAWN, num_ids))]
 
 
@@ -192,7 +216,24 @@ def questions_for(
         prompts.append(printed[0].ids[-room:])
     elif joined:
         prompts.append(joined[: min(16, room)])
-    return Questions(texts, conversations, rows, prompts)
+    found = Questions(texts, conversations, rows, prompts)
+    return found if asked.sight is None else with_pictures(found, asked.sight, context)
+
+
+def with_pictures(questions: Questions, sight: Sight, context: int | None) -> Questions:
+    """The same questions, and what is asked of pictures."""
+    pictures = [list(size) for size in PICTURES]
+    limit = min(LONGEST_LOOK, context or LONGEST_LOOK) - ANSWER_TOKENS
+    showings, lengths = list[Showing](), list[tuple[bool, int]]()
+    for showing in SHOWINGS:
+        shown = sight.show(showing, pictures)
+        if shown is not None and len(shown.ids) <= limit:
+            showings.append(showing)
+            lengths.append((not showing.add_generation_prompt, len(shown.ids)))
+    if showings:  # an answer takes a forward for every token of it
+        place = lengths.index(min(lengths))
+        showings[place] = showings[place]._replace(num_answered=ANSWER_TOKENS)
+    return replace(questions, pictures=pictures, showings=showings)
 
 
 def record(asked: Asked, questions: Questions, precision: str = "fp32", made: Mapping[str, Any] | None = None) -> Probe:
@@ -203,6 +244,12 @@ def record(asked: Asked, questions: Questions, precision: str = "fp32", made: Ma
     stops = asked.stop_token_ids()
     if stops is not None:
         stops = sorted(set(stops))
+    numbers: list[Numbers] | None = None
+    looks: list[Look] | None = None
+    if asked.sight is not None:
+        pictures = questions.pictures
+        numbers = [asked.sight.numbers(*size) for size in pictures]
+        looks = [asked.sight.look(showing, pictures) for showing in questions.showings]
     return Probe(
         questions=questions,
         text_ids=[asked.tokenise(text) for text in questions.texts],
@@ -211,6 +258,8 @@ def record(asked: Asked, questions: Questions, precision: str = "fp32", made: Ma
         logprobs=asked.logprobs(questions.rows),
         answers=answers,
         facts=asked.facts(),
+        numbers=numbers,
+        looks=looks,
         precision=precision,
         made=dict(made or {}),
     )
@@ -245,8 +294,13 @@ def read_probe(folder: Path) -> Probe | None:
 def _of_json(content: dict[str, Any]) -> Probe:
     asked = content.pop("questions")
     conversations = [Conversation(*one) for one in asked.pop("conversations")]
+    showings = [Showing(*one) for one in asked.pop("showings", ())]
     rendered = [None if one is None else Rendered(*one) for one in content.pop("rendered")]
     answers = content.pop("answers")
     if answers is not None:
         answers = [Greedy(*one) for one in answers]
-    return Probe(Questions(conversations=conversations, **asked), rendered=rendered, answers=answers, **content)
+    looks = content.pop("looks", None)
+    if looks is not None:
+        looks = [Look(Shown(*shown), *rest) for shown, *rest in looks]
+    questions = Questions(conversations=conversations, showings=showings, **asked)
+    return Probe(questions, rendered=rendered, answers=answers, looks=looks, **content)

@@ -10,7 +10,8 @@ from typing import Any
 from llm_trainer.export.asking import special_tokens_of
 from llm_trainer.export.gate import FP32, ROUNDED, Comparison, Limits, Refused, compare
 from llm_trainer.export.opened import Opened, tokenizer_in
-from llm_trainer.export.probe import Probe, Questions, questions_for, read_probe, record
+from llm_trainer.export.probe import Probe, Questions, questions_for, read_probe, record, with_pictures
+from llm_trainer.export.seeing import PROCESSOR_FILES, processor_in
 from llm_trainer.models import qat
 from llm_trainer.models.adapter_folder import beside, in_dtype, load_pretrained, merge
 from llm_trainer.models.inside import context_of, language_config
@@ -58,27 +59,42 @@ class Source:
         return tokenizer_in(self.folder)
 
     @cached_property
+    def processor(self) -> Any:
+        """Of a model that sees; None: it reads text alone."""
+        return processor_in(self.folder) if self.found.sees_images else None
+
+    @cached_property
     def recorded(self) -> Probe | None:
         """What the model answered in training; None: nobody asked, or the adapters are to be weighed otherwise."""
         return None if self.weights else read_probe(self.folder)
 
-    def ask(self, model: Any, with_weights: bool = False, precision: str = "fp32") -> Probe:
-        """Ask a model in memory; its weights are widened to fp32, in place.
+    def opened(self, model: Any, with_weights: bool = False, precision: str = "fp32") -> Opened:
+        """A model in memory with what the folder has beside it; its weights are widened to fp32, in place.
 
         Args:
             model: of transformers.
             with_weights: note them, as they are before they are widened.
             precision: that products are computed in.
         """
-        asked = Opened(model, self.tokenizer, with_weights, precision)
-        return record(asked, self._questions(asked), precision, {"from": "the reopened checkpoint"})
+        return Opened(model, self.tokenizer, with_weights, precision, self.processor)
+
+    def ask(
+        self, model: Any, with_weights: bool = False, precision: str = "fp32", questions: Questions | None = None
+    ) -> Probe:
+        """Ask a model in memory, as `opened` makes it; by default everything."""
+        asked = self.opened(model, with_weights, precision)
+        return record(asked, questions or self._questions(asked), precision, {"from": "the reopened checkpoint"})
 
     def _questions(self, asked: Opened) -> Questions:
-        if self.recorded is not None:
-            return self.recorded.questions
+        """Those of training; where nobody had a processor then, also those about pictures."""
         config = asked.model.config
-        vocab_size = language_config(config).vocab_size
-        return questions_for(asked, special_tokens_of(self.tokenizer), vocab_size, context_of(config))
+        if self.recorded is None:
+            vocab_size = language_config(config).vocab_size
+            return questions_for(asked, special_tokens_of(self.tokenizer), vocab_size, context_of(config))
+        found = self.recorded.questions
+        if asked.sight is None or found.pictures:
+            return found
+        return with_pictures(found, asked.sight, context_of(config))
 
     def whole(self) -> Any:
         """The model as one, in the type that it is saved in; adapters are merged, in fp32: see `whole_with_answers`."""
@@ -90,10 +106,8 @@ class Source:
         Raises:
             Refused: it does not answer as the model did in training, or merged otherwise than before.
         """
-        from transformers import AutoModelForCausalLM
-
         if self.found.base is None:
-            model = load_pretrained(AutoModelForCausalLM, self.found)
+            model = load_pretrained(self.found.auto_class, self.found)
             dtype = model.dtype
             kind = qat.kind_of(model)
             if kind is not None:
@@ -102,7 +116,7 @@ class Source:
             answers = self.check(model)
             in_dtype(model, dtype)
             return model, answers
-        adapted = beside(AutoModelForCausalLM, self.found, weights=self.weights)
+        adapted = beside(self.found.auto_class, self.found, weights=self.weights)
         before = self.check(adapted.get_base_model())
         model = merge(adapted)
         answers = self.ask(model)
@@ -124,11 +138,16 @@ class Source:
             )
             return self.ask(model)
         precision = self.recorded.precision
-        answers = self.ask(model, precision=precision)
+        answers = self.ask(model, precision=precision, questions=self.recorded.questions)
         limits: Limits = ROUNDED.get(precision, FP32)
         result = compare(self.recorded, answers, limits)
         _refuse(result, f"the reopened checkpoint '{self.folder}' does not answer as the model did in training")
         self.say(f"reopened, compared with training in {precision}: {result}")
+        if self.processor is not None and not self.recorded.questions.pictures:
+            self.say(
+                "training had no processor: what the export makes of pictures is compared with the reopened checkpoint"
+            )
+            return self.ask(model)
         return answers if precision == "fp32" else self.ask(model)
 
 
@@ -139,12 +158,13 @@ def find_source(path: str | Path, say: Callable[[str], None], weights: Mapping[s
         ValueError: there is no language model, or one that is not exported.
     """
     found = find_pretrained(path, (Kind.LANGUAGE_MODEL,), hub=False)
-    if "vision_config" in found.config:
+    source = Source(found, say, weights or {})
+    if found.sees_images and source.processor is None:
         raise ValueError(
-            f"{path}: found {found}, a vision-language model, which is not exported; its folder {found.source} is one of "
-            f"transformers already"
+            f"{path}: found {found} without its processor in {found.source}, so nobody could show it an image; expected "
+            f"{' or '.join(PROCESSOR_FILES)}: copy the files of the processor from the folder that the model came from"
         )
-    return Source(found, say, weights or {})
+    return source
 
 
 def _without_facts(probe: Probe) -> Probe:

@@ -5,11 +5,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llm_trainer.checkpoint import valid_checkpoints
 from llm_trainer.checkpoint.adapter_bases import BASE_FOLDER, Base, read_base
 from llm_trainer.config.env import environment
+from llm_trainer.models import inside
 
 
 class Kind(Enum):
@@ -50,6 +52,16 @@ class Pretrained:
     def model_source(self) -> Path | str:
         """What loads the model's configuration, and its weights unless there are adapters on them."""
         return self.source if self.base is None else self.place
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether it is a vision-language model."""
+        return inside.sees_images(SimpleNamespace(**self.config))
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that opens it: see `inside.auto_class`."""
+        return inside.auto_class(SimpleNamespace(**self.config))
 
     def __str__(self) -> str:
         return ", ".join(self.config.get("architectures") or [self.kind.value])

@@ -211,7 +211,7 @@ def read_processor(folder: str | Path, tokenizer: Any) -> Any:
         ValueError: it has one that cannot be made here.
     """
     try:
-        processor = _processor_class(folder).from_pretrained(folder)
+        processor = processor_class(folder).from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         said = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -228,8 +228,8 @@ def read_processor(folder: str | Path, tokenizer: Any) -> Any:
     return processor
 
 
-def _processor_class(folder: str | Path) -> Any:
-    """The class of the processor in a folder."""
+def processor_class(folder: str | Path) -> Any:
+    """The class of the processor in a folder: `AutoProcessor`; without torchvision its own, without what needs that."""
     from importlib.util import find_spec
 
     import transformers

@@ -13,11 +13,13 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.device import DTYPES
 from llm_trainer.export.asking import facts_of, margin_of, prints_the_day, rendered, special_tokens_of, stops_of
 from llm_trainer.export.probe import FILE, Conversation, Greedy, Rendered, questions_for, record
+from llm_trainer.export.seeing import facts_of_processor
 from llm_trainer.generation.readers import all_logits
 from llm_trainer.generation.sampler import sampling
 from llm_trainer.model_group import MODEL
 from llm_trainer.models.inside import adapted_model, context_of, transformers_model, vocab_size_of
 from llm_trainer.models.quantize import stored_numbers
+from llm_trainer.train.probing_sight import sight_of
 
 
 class Training:
@@ -35,6 +37,8 @@ class Training:
         self._inside: Any = transformers_model(algorithm.base_model)
         self._device = engine.device
         self._printed: dict[str, Rendered | None] = {}
+        self.sight = sight_of(algorithm, self._module, engine.device)
+        self._processor = algorithm.processor
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -94,7 +98,10 @@ class Training:
         return answers
 
     def facts(self) -> dict[str, Any]:
-        return facts_of(self._inside)
+        found = facts_of(self._inside)
+        if self.sight is not None:
+            found |= facts_of_processor(self._processor)
+        return found
 
     def _logits(self, ids: Sequence[int]) -> torch.Tensor:
         """`[T, V]` in fp32 of one row."""
@@ -112,10 +119,9 @@ def is_asked(algorithm: Algorithm) -> bool:
     model = transformers_model(algorithm.base_model)
     if model is None or not isinstance(algorithm.tokenizer, PreTrainedTokenizerFast):
         return False
-    has_images = "vision_config" in model.config.to_dict()
     knows_ids = max(algorithm.tokenizer.get_vocab().values()) < (vocab_size_of(model) or 0)
     is_language_model = model.can_generate() and model.get_output_embeddings() is not None
-    return is_language_model and knows_ids and not has_images
+    return is_language_model and knows_ids
 
 
 def precision_of(model: nn.Module, name: str) -> str:
