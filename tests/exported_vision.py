@@ -31,6 +31,7 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '[assistant]' }}{%- endif -%}
 """
+PARTS = ["language_model", "vision_tower", "multi_modal_projector"]
 AROUND = {"qwen2_5_vl": "<|vision_start|>{}<|vision_end|>", "qwen3_vl": "<|vision_start|>{}<|vision_end|>"}
 
 
@@ -108,6 +109,16 @@ class Seen(Made):
             warnings.simplefilter("ignore")
             self.learn(adapt(model, AdapterConfig(rank=4, **of)), processor_of(family), run)
 
+    def by_peft_of(self, run: Path, **options: Any) -> None:
+        """As peft makes them, which puts adapters on tied heads too."""
+        import peft
+
+        model: Any = build_model(str(self.base_of("llava", tie_word_embeddings=True)))
+        values = {"r": 2, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | options
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.learn(peft.get_peft_model(model, peft.LoraConfig(**values)), processor_of("llava"), run)
+
     def learn(self, model: Any, processor: Any, run: Path) -> None:
         self.train(model, run, processor, train_loader=batches_of(processor))
 
@@ -126,8 +137,9 @@ VISION_KINDS: dict[str, Callable[[Seen, Path], None]] = {
     "llava without a template": lambda seen, run: seen.whole_of(run, "llava", ""),
     "lora": lambda seen, run: seen.adapted_of(run, "llava"),
     "lora of qwen3_vl": lambda seen, run: seen.adapted_of(run, "qwen3_vl"),
-    "lora everywhere": lambda seen, run: seen.adapted_of(run, "llava", parts=["language", "vision", "projector"]),
+    "lora everywhere": lambda seen, run: seen.adapted_of(run, "llava", parts=PARTS),
     "lora in bf16": lambda seen, run: seen.adapted_of(run, "llava", dtype=torch.bfloat16),
+    "lora on a tied head": lambda seen, run: seen.by_peft_of(run, target_modules=["q_proj", "lm_head"]),
     "dora": lambda seen, run: seen.adapted_of(run, "llava", dora=True),
     "pissa": lambda seen, run: seen.adapted_of(run, "llava", init="pissa"),
     "qlora": lambda seen, run: seen.adapted_of(run, "llava", few_bits=True),

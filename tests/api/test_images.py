@@ -16,6 +16,7 @@ from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, Train
 from llm_trainer.cli.chat import Speaker
 from llm_trainer.cli.main import main
 from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
+from llm_trainer.export.door import export
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import reward_model
 from llm_trainer.train_configs import (
@@ -88,13 +89,21 @@ def first_batch(described: TrainConfig, trainer_class: type = SFTTrainer) -> dic
 
 
 def test_a_model_that_sees_is_trained_on_the_images_of_a_csv(folder: Path, tmp_path: Path) -> None:
-    values = SFTTrainer(train_config=config(folder, tmp_path / "run")).train()
+    loader = {"cache_dir": str(tmp_path / "cache"), "data_loader_shuffle": False, "max_pixels": 1000}
+    how: dict[str, Any] = {"data_loader_config": DataLoaderConfig(**loader), "freeze": ["vision"]}
+    values = SFTTrainer(train_config=config(folder, tmp_path / "run", **how)).train()
     assert values["loss"] > 0
     state = json.loads(next((tmp_path / "run").rglob("trainer_state.json")).read_text())
     assert '"images": {"read": 6, "used": 6, "cut": 0' in json.dumps(state)
     batch = first_batch(config(folder, tmp_path / "run"))
     assert batch["images"].counts.tolist() == [0, 1, 2, 0, 1, 2]
     assert len(batch["images"].lengths) == 5 and set(batch["images"].lengths.tolist()) == {NUM}
+    # what is made of it says what it was trained on
+    card = (export(tmp_path / "run", "hf", tmp_path / "out") / "README.md").read_text()
+    assert (
+        "| read | images | used | cut off | left out |\n|---|---|---|---|---|\n| rows.jsonl | 6 | 6 | 0 | 0 |" in card
+    )
+    assert "made smaller, to 1,000 pixels, before" in card and "Frozen: `vision`." in card
 
 
 def test_ids_and_pixels_of_a_function_give_the_same_tokens(folder: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def facts_of(model: Any) -> dict[str, Any]:
     if tied is not None:  # the word of the configuration counts too: transformers sees what lies there, others read it
         facts["tied"] = tied
         facts["settings"]["tie_word_embeddings"] = described.get("tie_word_embeddings")
+        if model.config.get_text_config() is not model.config:  # others read the inner one
+            facts["inner tie_word_embeddings"] = model.config.get_text_config().tie_word_embeddings
     return facts
 
 

@@ -9,12 +9,17 @@ from llm_trainer.checkpoint.adapter_bases import place_of
 from llm_trainer.export.gate import Comparison
 from llm_trainer.export.request import Written
 from llm_trainer.export.source import Source
+from llm_trainer.models.freezing import PROJECTOR_ALONE
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 OPENED = {
     "transformers": "`AutoModelForCausalLM.from_pretrained(folder)`, and whatever reads such folders",
     "peft": "`peft.AutoPeftModelForCausalLM.from_pretrained(folder)`, on its base",
     "gguf": "llama.cpp (`llama-cli --model FILE`), and whatever is built on it",
+}
+OPENED_SEEING = {
+    "transformers": "`AutoModelForImageTextToText.from_pretrained(folder)` with `AutoProcessor.from_pretrained(folder)`",
+    "peft": "`peft.PeftModel.from_pretrained(base, folder)`, the base by `AutoModelForImageTextToText`",
 }
 
 
@@ -50,7 +55,7 @@ def write_card(source: Source, to: str, written: Written, result: Comparison, fo
     facts = ModelCardData(
         base_model=base_name,
         library_name=written.library,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if source.found.sees_images else "text-generation",
         tags=["llm-trainer", to],
         **named,
     )
@@ -61,6 +66,7 @@ def write_card(source: Source, to: str, written: Written, result: Comparison, fo
         _how_it_was_checked(source, to, written, result),
         _results(source.state),
         _data(source.state),
+        _images(source),
         _config(source.state),
     ]
     text = "\n\n".join(section for section in sections if section)
@@ -122,7 +128,8 @@ def _origin(base: str | None, licence: Licence) -> str:
 
 
 def _how_it_was_checked(source: Source, to: str, written: Written, result: Comparison) -> str:
-    lines = [f"Exported by `llm-trainer export --to {to}`; opened by {OPENED.get(written.library, written.library)}."]
+    openers = OPENED_SEEING if source.found.sees_images else OPENED
+    lines = [f"Exported by `llm-trainer export --to {to}`; opened by {openers.get(written.library, written.library)}."]
     probe = source.recorded
     if probe is None:
         lines.append("What it is compared with was asked of the reopened checkpoint: nobody had asked it in training.")
@@ -163,10 +170,51 @@ def _data(state: Mapping[str, Any]) -> str:
     ]
     for ledger in ledgers:
         left_out = ", ".join(f"{tokens:,} ({reason})" for reason, tokens in ledger["dropped"].items()) or "0"
-        name = Path(ledger["name"]).name if ledger["name"] else "the data"
+        name = _name_of_data(ledger)
         numbers = " | ".join(f"{ledger[key]:,}" for key in ("rows", "read", "trained", "context", "truncated"))
         lines.append(f"| {name} | {numbers} | {left_out} |")
     return "\n".join(lines)
+
+
+def _images(source: Source) -> str:
+    """What images a model that sees was trained on, and which of its parts learned."""
+    if not source.found.sees_images:
+        return ""
+    lines = ["## Images", ""]
+    # 1. where they went
+    counted = [ledger for ledger in source.state.get("ledger") or [] if ledger.get("images")]
+    if counted:
+        lines += ["| read | images | used | cut off | left out |", "|---|---|---|---|---|"]
+    for ledger in counted:
+        images = ledger["images"]
+        numbers = " | ".join(f"{images[key]:,}" for key in ("read", "used", "cut"))
+        left_out = ", ".join(f"{number:,} ({reason})" for reason, number in images["dropped"].items()) or "0"
+        lines.append(f"| {_name_of_data(ledger)} | {numbers} | {left_out} |")
+    if not counted:
+        lines.append("No ledger of images: the rows showed none, or came from a loader that does not count them.")
+    # 2. what of the configuration says how they were seen
+    config = _configured(source.state)
+    max_pixels = (config.get("data_loader_config") or {}).get("max_pixels")
+    if max_pixels is not None:
+        lines += ["", f"Larger images were made smaller, to {max_pixels:,} pixels, before the processor saw them."]
+    frozen = _frozen(config)
+    if frozen:
+        lines += ["", f"Frozen: {', '.join(frozen)}."]
+    return "\n".join(lines)
+
+
+def _frozen(config: Mapping[str, Any]) -> list[str]:
+    """What did not learn, in the words of the configuration."""
+    if config.get("adapter_config"):
+        return ["all but the adapters"]
+    found = list(config.get("freeze") or ())
+    if (config.get("sft_config") or {}).get("freeze_llm_model"):
+        found += PROJECTOR_ALONE
+    return [f"`{part}`" for part in found]
+
+
+def _name_of_data(ledger: Mapping[str, Any]) -> str:
+    return Path(ledger["name"]).name if ledger["name"] else "the data"
 
 
 def _config(state: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from llm_trainer.export.opened import reopened
 from llm_trainer.export.probe import Probe
 from llm_trainer.export.request import Request, Written
 from llm_trainer.models.adapter_folder import in_dtype
-from llm_trainer.models.inside import language_config
+from llm_trainer.models.inside import untie
 
 
 def write_folder(request: Request, model: Any, answers: Probe) -> Written:
@@ -33,7 +33,7 @@ def write_folder(request: Request, model: Any, answers: Probe) -> Written:
     is_rounded = dtype != model.dtype
     in_dtype(model, dtype)
     if not is_tied(model):
-        language_config(model.config).tie_word_embeddings = False
+        untie(model.config)
     write_model(model, request.folder, source.processor or source.tokenizer)
     notes += _names(request, model)
     facts = source.opened(model, with_weights=True).facts()

@@ -137,9 +137,11 @@ def other_numbers(wanted: Numbers, there: Numbers) -> str:
         if list(shape) != list(other_shape):
             return f"{name}: expected {list(shape)} numbers, found {list(other_shape)}"
         apart = [abs(one - other) for one, other in zip(numbers, others, strict=True)]
-        if apart and not max(apart) <= SAME_NUMBERS:
+        if not all(distance <= SAME_NUMBERS for distance in apart):  # NaN is beyond any limit
             place = apart.index(max(apart))
-            return f"{name}: {max(apart):.3g} apart at worst, expected {numbers[place]:.4f}, found {others[place]:.4f}"
+            return (
+                f"{name}: {apart[place]:.3g} apart at worst, expected {numbers[place]:.4f}, found {others[place]:.4f}"
+            )
     return ""
 
 

@@ -12,7 +12,7 @@ from llm_trainer.checkpoint import CheckpointError, load_checkpoint, load_weight
 from llm_trainer.checkpoint.adapter_bases import check_base, fingerprint, fingerprint_in_few_bits, place_of
 from llm_trainer.checkpoint.weights import tensors_by_name, without_progress_bars
 from llm_trainer.models.adapters import has_own_adapters, opened, weigh
-from llm_trainer.models.inside import is_tied, language_config
+from llm_trainer.models.inside import is_tied, untie
 from llm_trainer.models.pretrained import Pretrained, find_pretrained
 from llm_trainer.models.quantize import is_quantized, keep_layout
 from llm_trainer.models.quantized_loading import loading_again
@@ -120,7 +120,7 @@ def merge(adapted: Any) -> Any:
     ):  # by one and the same adapter
         model.get_output_embeddings().weight = embeddings.weight
     if model.get_output_embeddings() is not None and not is_tied(model):  # training took them apart
-        language_config(model.config).tie_word_embeddings = False
+        untie(model.config)
     return model
 
 

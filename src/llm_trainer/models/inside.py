@@ -85,6 +85,15 @@ def is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
+def untie(config: Any) -> None:
+    """Note in a transformers configuration that head and embeddings are two matrices.
+
+    NOTE: of a vision-language model transformers reads the outer word, and other programs that of its language model.
+    """
+    for one in (config, language_config(config)):
+        one.tie_word_embeddings = False
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and `torch.compile`, whose names are those of a single process."""
     while isinstance(module, DistributedDataParallel) or "_orig_mod" in dict(module.named_children()):

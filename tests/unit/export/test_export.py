@@ -178,13 +178,21 @@ def test_what_cannot_be_exported_is_refused_by_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_that_see_are_refused_by_name(tmp_path: Path) -> None:
+def test_models_that_see_are_not_exported_without_their_processor(tmp_path: Path) -> None:
     described = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(
-        ValueError, match="found LlavaForConditionalGeneration, a vision-language model, which is not exp"
+        ValueError, match="found LlavaForConditionalGeneration without its processor.*expected processor_con"
     ):
         find_source(tmp_path, quiet)
+
+
+def test_models_that_see_are_no_file_for_llama_cpp(seen: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"--to gguf: .* is a vision-language model.*expected --to hf or merged.*--mmproj"
+    ):
+        export(seen.run("llava"), "gguf", tmp_path / "out", say=quiet)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_of_a_few_tokens_leave_head_and_embeddings_tied(made: Made, tmp_path: Path) -> None:
