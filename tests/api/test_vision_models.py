@@ -12,6 +12,7 @@ from llm_trainer.builder.objects import Builder
 from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import dump_config, parse
+from llm_trainer.data.encode.templates import has_default_template
 from llm_trainer.models.build import flops_per_token, num_parameters
 from llm_trainer.models.freezing import describe_frozen
 from llm_trainer.models.inside import beside_language
@@ -60,6 +61,9 @@ def test_the_folder_of_a_run_opens_in_transformers(first: Path) -> None:
     assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer)
     assert processor.chat_template == processor.tokenizer.chat_template is not None
     assert model.generation_config.eos_token_id  # where an answer ends
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]  # as other tools say it
+    printed = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    assert "<image>What?" in printed and has_default_template(processor.tokenizer)
 
 
 @pytest.mark.parametrize("adapters", [False, True])

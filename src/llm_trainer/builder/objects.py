@@ -22,7 +22,7 @@ from llm_trainer.config.registry import options_of
 from llm_trainer.config.schema import DataLoaderConfig, TrainConfig
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import save_array
-from llm_trainer.data.encode.templates import default_template, template_of
+from llm_trainer.data.encode.templates import default_template, has_default_template, template_of
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import choose_kind
@@ -107,9 +107,13 @@ class Builder:
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer, _ = self._extended_tokenizer
-        if self.trainer_class.prompt_format == "chat" and not tokenizer.chat_template:
-            # It is saved with the model: whoever opens the folder then talks to it as it was trained.
-            tokenizer.chat_template = default_template(tokenizer)
+        wanted, image = self.config.model_config, ""
+        if isinstance(wanted, VLMConfig):
+            image = wanted.image_token
+        is_ours = not tokenizer.chat_template or (image and has_default_template(tokenizer))
+        if self.trainer_class.prompt_format == "chat" and is_ours:
+            # It is saved with the model: whoever opens the folder then talks to it as it was trained, in parts too.
+            tokenizer.chat_template = default_template(tokenizer, image)
         return tokenizer
 
     @cached_property

@@ -17,6 +17,7 @@ OPENED = {
     "peft": "`peft.AutoPeftModelForCausalLM.from_pretrained(folder)`, on its base",
     "gguf": "llama.cpp (`llama-cli --model FILE`), and whatever is built on it",
 }
+TASKS = {False: "text-generation", True: "image-text-to-text"}
 OPENED_SEEING = {
     "transformers": "`AutoModelForImageTextToText.from_pretrained(folder)` with `AutoProcessor.from_pretrained(folder)`",
     "peft": "`peft.PeftModel.from_pretrained(base, folder)`, the base by `AutoModelForImageTextToText`",
@@ -55,7 +56,7 @@ def write_card(source: Source, to: str, written: Written, result: Comparison, fo
     facts = ModelCardData(
         base_model=base_name,
         library_name=written.library,
-        pipeline_tag="image-text-to-text" if source.found.sees_images else "text-generation",
+        pipeline_tag=TASKS[source.found.sees_images],
         tags=["llm-trainer", to],
         **named,
     )

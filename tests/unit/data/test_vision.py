@@ -1,6 +1,7 @@
 """What an image is in tokens and in numbers."""
 
 import pickle
+from copy import deepcopy
 
 import pytest
 
@@ -11,6 +12,7 @@ import torch
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.pictured import find_places
+from llm_trainer.data.encode.templates import default_template, has_default_template
 from llm_trainer.data.read.errors import Location
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.image_batch import moved
@@ -131,6 +133,25 @@ def test_a_processor_leaves_nothing_in_the_key_of_stores() -> None:
     assert (
         ChatFormat(llava_processor().tokenizer, images=ImageFormat(llava_processor(), max_pixels=9)).facts() != before
     )
+
+
+def test_the_default_template_prints_parts_as_it_prints_text() -> None:
+    processor = llava_processor()
+    images = ImageFormat(processor)
+    ref = images.count(file_of(picture()), None, Location("rows.jsonl", 1))
+    talk = [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": "One <image>, two\n<image>", "images": [ref, ref]},
+        {"role": "assistant", "content": "Two."},
+    ]
+    found = []
+    for marker in ("", "<image>"):
+        tokenizer = deepcopy(processor.tokenizer)
+        tokenizer.chat_template = default_template(tokenizer, marker)
+        assert has_default_template(tokenizer)
+        chat = ChatFormat(tokenizer, images=images)
+        found.append((chat._takes_images, chat.encode(talk).input_ids, chat.encode(talk).trained))
+    assert [how for how, *_ in found] == ["text", "some"] and found[0][1:] == found[1][1:]
 
 
 def test_the_placeholder_as_a_users_text_is_text() -> None:

@@ -42,7 +42,7 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 _DEFAULT = """\
 {%- macro body(content) -%}
     {%- if content is string -%}{{ content }}
-    {%- else -%}{%- for part in content or [] -%}{{ part.text }}{%- endfor -%}
+    {%- else -%}{%- for part in content or [] -%}PART{%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- macro head(role) -%}{{ OPEN + role + TITLE }}{%- endmacro -%}
@@ -93,6 +93,7 @@ _DEFAULT = """\
 {%- endif -%}
 """
 _COMMON = {
+    "PART": "{{ part.text }}",
     "OPEN": "'<|im_start|>'",
     "TITLE": r"'\n'",
     "CLOSE": "'<|im_end|>'",
@@ -104,6 +105,8 @@ _COMMON = {
     "ANSWER": "''",
     "ANSWERED": "''",
 }
+_IMAGE_PART = "{{%- if part.type == 'image' -%}}{{{{ {} }}}}{{%- else -%}}{{{{ part.text }}}}{{%- endif -%}}"
+_IMAGE_OF_DEFAULT = re.compile(r"""\{%- if part\.type == 'image' -%\}\{\{ ("(?:[^"\\]|\\.)*") \}\}""")
 _CHATML: dict[str, str] = {}
 _PLAIN = {"OPEN": "'### '", "TITLE": r"':\n'", "CLOSE": "''", "END": "eos_token", "GAP": r"'\n\n'"}
 _TAGS = {"OPEN": "'<'", "TITLE": "'>'", "CLOSE": "'</s>'", "END": "'</s>'", "GAP": "''", "EARLIEST": "-1"}
@@ -153,7 +156,7 @@ def template_of(given: str) -> str:
         ) from None
 
 
-def default_template(tokenizer: "PreTrainedTokenizerFast") -> str:
+def default_template(tokenizer: "PreTrainedTokenizerFast", image: str = "") -> str:
     """A chat template for a tokenizer without one: system, tools, calls and their results, thinking, generation tags.
 
     ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) where the vocabulary has its two tokens,
@@ -161,11 +164,17 @@ def default_template(tokenizer: "PreTrainedTokenizerFast") -> str:
     those of project_llm_trainer, whose files then read as they were written. Otherwise plain `### role:` headers, and
     the assistant's turns end with the eos token.
 
+    Args:
+        tokenizer: a fast one.
+        image: what is printed for a content part that is an image; empty: the model reads text.
+
     Raises:
         ChatTemplateError: nothing in the vocabulary can end a turn.
     """
     words = _COMMON | _family(tokenizer)[1]
     words["FIRST"] = "bos_token" if adds_bos(tokenizer) else "''"
+    if image:
+        words["PART"] = _IMAGE_PART.format(json.dumps(image, ensure_ascii=False))
     return re.sub(rf"\b({'|'.join(words)})\b", lambda word: words[word[0]], _DEFAULT)
 
 
@@ -175,7 +184,11 @@ def has_default_template(tokenizer: Any) -> bool:
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token is None:
         return False
-    return not tokenizer.chat_template or tokenizer.chat_template == default_template(tokenizer)
+    if not tokenizer.chat_template:
+        return True
+    image = _IMAGE_OF_DEFAULT.search(str(tokenizer.chat_template))
+    marker = json.loads(image[1]) if image else ""
+    return bool(tokenizer.chat_template == default_template(tokenizer, marker))
 
 
 def describe_default(tokenizer: "PreTrainedTokenizerFast") -> str:
