@@ -1,6 +1,7 @@
 """Tiny trained vision-language models that are exported, each a run's folder with what it answered in training."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,10 +14,15 @@ from exported import Made
 from llm_trainer import AdapterConfig, adapt
 from llm_trainer.checkpoint import write_model
 from llm_trainer.config.quantization import QuantizationConfig
+from llm_trainer.data.encode.templates import default_template
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.models.build import build_model, model_of_config
 from llm_trainer.models.quantized_loading import loading_options
+from llm_trainer.models.vision_build import processor_for
+from llm_trainer.train_configs import VisionConfig, VLMConfig
 from vision_data import PATCH, PROCESSORS, SIDE, picture
+
+sys.path.insert(0, str(Path(__file__).parent / "unit" / "models"))
 from vision_families import FAMILIES
 
 # How published templates print images: content parts, the marker and what is around it.
@@ -109,6 +115,21 @@ class Seen(Made):
             warnings.simplefilter("ignore")
             self.learn(adapt(model, AdapterConfig(rank=4, **of)), processor_of(family), run)
 
+    def of_shape(self, run: Path, tokens_per_image: int) -> None:
+        """As a configuration describes it; of a quarter of the patches an InternVL, with the processor of a LLaVA."""
+        tokenizer = deepcopy(PROCESSORS["llava"]().tokenizer)
+        tokenizer.chat_template = default_template(tokenizer, "<image>")
+        tower = VisionConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, patch_size=PATCH
+        )
+        text: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        token = tokenizer.convert_tokens_to_ids("<image>")
+        of_images: dict[str, Any] = {"tokens_per_image": tokens_per_image, "image_token_id": token}
+        shape = VLMConfig(vocab_size=len(tokenizer), vision=tower, max_position_embeddings=256, **text, **of_images)
+        torch.manual_seed(2)
+        model = build_model(shape)
+        self.learn(model, processor_for(model.config, tokenizer), run)
+
     def by_peft_of(self, run: Path, **options: Any) -> None:
         """As peft makes them, which puts adapters on tied heads too."""
         import peft
@@ -135,6 +156,8 @@ VISION_KINDS: dict[str, Callable[[Seen, Path], None]] = {
     "llava tied": lambda seen, run: seen.whole_of(run, "llava", tie_word_embeddings=True),
     "llava, markers in text": lambda seen, run: seen.whole_of(run, "llava", DEFAULT),
     "llava without a template": lambda seen, run: seen.whole_of(run, "llava", ""),
+    "llava of a shape": lambda seen, run: seen.of_shape(run, 16),
+    "internvl of a shape": lambda seen, run: seen.of_shape(run, 4),
     "lora": lambda seen, run: seen.adapted_of(run, "llava"),
     "lora of qwen3_vl": lambda seen, run: seen.adapted_of(run, "qwen3_vl"),
     "lora everywhere": lambda seen, run: seen.adapted_of(run, "llava", parts=PARTS),

@@ -139,7 +139,6 @@ LICENSED = {
     ("train/probing.py", "data"): "the chat format that training uses",
     ("train/probing.py", "export"): "what a model is asked, and how the answers are written down",
     ("train/probing_sight.py", "models"): "what a model is shown, by which towers are known",
-    ("train/probing_sight.py", "generation"): "asks a model as it is",
     ("train/probing_sight.py", "data"): "pictures go the way of rows",
     ("train/probing_sight.py", "image_batch"): "pictures go the way of rows",
     ("train/probing_sight.py", "export"): "what a model is shown, and how what it sees is written down",

@@ -79,7 +79,7 @@ class Look(NamedTuple):
 
     Attributes:
         shown: what it is given.
-        logprobs: of every token but the first, in nats.
+        logprobs: of every token but the first and the placeholders, in nats.
         answer: ids of the likeliest tokens, with the stop token that ended them, if one did.
         margins: of each, in nats: how far the second likeliest token was behind.
         problem: why there is no more than this; empty: there is.
@@ -96,6 +96,14 @@ class Look(NamedTuple):
         """One that ended with an error."""
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         return cls(shown or Shown("", []), [], [], [], lines[0][:300])
+
+
+def scored_places(ids: Sequence[int], placeholder: int) -> list[int]:
+    """The places before tokens whose log-probabilities are asked.
+
+    NOTE: a picture may be thousands of placeholders, and the logits of all of them gigabytes.
+    """
+    return [place for place, after in enumerate(ids[1:]) if after != placeholder]
 
 
 # Of a tensor that a processor makes of a picture: its shape, and numbers spread over it, the mean of all before them.

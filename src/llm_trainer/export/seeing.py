@@ -12,10 +12,11 @@ from torch import Tensor
 
 from llm_trainer.data.encode.pictured import shown, taken_by, with_image_marks
 from llm_trainer.data.encode.templates import ChatTemplateError, Message
+from llm_trainer.data.read.messages import IMAGE
 from llm_trainer.data.vision import OF_TEXT
 from llm_trainer.export.asking import margin_of, stops_of
 from llm_trainer.export.gate import Refused
-from llm_trainer.export.pictures import Look, Numbers, Showing, Shown, draw, sampled
+from llm_trainer.export.pictures import Look, Numbers, Showing, Shown, draw, sampled, scored_places
 from llm_trainer.models.vision_build import processor_class
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -76,9 +77,10 @@ class TransformersSight:
             inputs = self._inputs(text, showing, pictures)
             ids = inputs["input_ids"][0]
             given = Shown(text, ids.tolist())
+            places = torch.tensor(scored_places(given.ids, self._model.config.image_token_id), device=ids.device)
             with self._computing():
-                logits = self._model(**inputs).logits[0, :-1].float()  # (T - 1, V)
-            chosen = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0].tolist()
+                logits = self._model(**inputs, logits_to_keep=places).logits[0].float()  # (places, V)
+            chosen = logits.log_softmax(-1).gather(-1, ids[places + 1, None])[:, 0].tolist()
             answer, margins = self._answer(inputs, showing.num_answered)
         except _WHAT_MAY_COME as error:
             return Look.failed(error, given)
@@ -88,7 +90,7 @@ class TransformersSight:
         """With one marker per picture."""
         marker = self._processor.image_token
         if isinstance(showing.said, str):
-            return showing.said.replace("<image>", marker)
+            return showing.said.replace(IMAGE, marker)
         return printed(self._processor, self._how, marker, showing)
 
     def _inputs(self, text: str, showing: Showing, pictures: Sequence[Sequence[int]]) -> dict[str, Tensor]:

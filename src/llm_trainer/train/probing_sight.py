@@ -1,5 +1,6 @@
 """The model as it trains, shown pictures, on whatever engine: see `probe.Sight`."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,14 +10,14 @@ from torch import Tensor, nn
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.data.encode.chat import ChatFormat, ChatTemplateError
+from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.plain import EncodedChat
 from llm_trainer.data.images import ImageRef
+from llm_trainer.data.read.messages import IMAGE
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.export.asking import margin_of, prints_the_day, stops_of
-from llm_trainer.export.pictures import PICTURES, Look, Numbers, Showing, Shown, draw, sampled
+from llm_trainer.export.pictures import PICTURES, Look, Numbers, Showing, Shown, draw, sampled, scored_places
 from llm_trainer.export.seeing import without
-from llm_trainer.generation.readers import knows_cache
 from llm_trainer.image_batch import ImageBatch
 from llm_trainer.models.inside import transformers_model
 from llm_trainer.models.vision import Features, Vision
@@ -46,7 +47,7 @@ class TrainingSight:
             refs.append(ImageRef(b"", height, width, f"{height} x {width}"))
         try:
             encoded = self._encoded(showing, refs)
-        except (ChatTemplateError, ValueError):  # what templates and processors raise
+        except ValueError:  # as `ChatTemplateError`, and what processors raise
             return None
         if encoded is None:
             return None
@@ -65,7 +66,7 @@ class TrainingSight:
         # Each message shows the next ones of the pictures.
         messages, left = list[dict[str, Any]](), list(refs)
         for message in showing.messages:
-            num_images = message["content"].count("<image>")
+            num_images = message["content"].count(IMAGE)
             messages.append({**message, "images": left[:num_images]})
             del left[:num_images]
         if not showing.add_generation_prompt:
@@ -81,8 +82,9 @@ class TrainingSight:
             features = self._vision.encode(images)
         except ValueError as error:  # processor and model disagree, on every rank alike; rows may have shown no image
             return Look.failed(error, shown)
-        logits = self._logits(shown.ids, features)[:-1]  # (T - 1, V)
-        labels = torch.tensor(shown.ids[1:], device=logits.device)
+        places = scored_places(shown.ids, self._images.image_token_id)
+        logits = self._logits(shown.ids, features, places)  # (places, V)
+        labels = torch.tensor([shown.ids[place + 1] for place in places], device=logits.device)
         chosen = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0].tolist()
         answer, margins = self._answer(shown.ids, features, showing.num_answered)
         return Look(shown, chosen, answer, margins)
@@ -97,7 +99,7 @@ class TrainingSight:
         stops = stops_of(transformers_model(self._module))
         ids, margins = list(prompt), list[float]()
         for _ in range(num_tokens):
-            logits = without(self._logits(ids, features)[-1], self._images.image_token_id)
+            logits = without(self._logits(ids, features, [len(ids) - 1])[0], self._images.image_token_id)
             ids.append(int(logits.argmax()))
             margins.append(margin_of(logits))
         written = ids[len(prompt) :]
@@ -105,10 +107,11 @@ class TrainingSight:
         length = min([*ends, num_tokens])
         return written[:length], margins[:length]
 
-    def _logits(self, ids: Sequence[int], features: Features) -> Tensor:
-        """`[T, V]` in fp32 of one row."""
-        row = torch.tensor([list(ids)], device=self._device)
-        output = self._module(row, **self._vision.inputs(row, features), use_cache=False)
+    def _logits(self, ids: Sequence[int], features: Features, places: Sequence[int]) -> Tensor:
+        """`[places, V]` in fp32 of one row."""
+        row, kept = torch.tensor([list(ids)], device=self._device), torch.tensor(list(places), device=self._device)
+        inputs = self._vision.inputs(row, features)
+        output = self._module(row, **inputs, use_cache=False, logits_to_keep=kept)
         logits: Tensor = output.logits[0].float()
         return logits
 
@@ -123,7 +126,8 @@ def sight_of(algorithm: Algorithm, module: nn.Module, device: torch.device) -> T
         module: its base model without wrappers.
         device: where it computes.
     """
-    if algorithm.processor is None or Vision.of(module).model is None or not knows_cache(module):
+    keeps = "logits_to_keep" in inspect.signature(module.forward).parameters
+    if algorithm.processor is None or Vision.of(module).model is None or not keeps:
         return None
     try:
         # As the folder will say it: without what the run alone knows, such as a limit of pixels.

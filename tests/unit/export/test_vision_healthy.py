@@ -30,6 +30,7 @@ QUICK: list[tuple[str, str, dict[str, Any]]] = [
 SLOW: list[tuple[str, str, dict[str, Any]]] = [
     *((family, "hf", {}) for family in PROCESSORS if family != "llava"),
     *((kind, "hf", {}) for kind in ("llava tied", "llava, markers in text", "llava without a template")),
+    *((kind, "hf", {}) for kind in ("llava of a shape", "internvl of a shape")),
     *(
         (kind, to, {})
         for kind in ("lora everywhere", "lora of qwen3_vl", "dora", "pissa")

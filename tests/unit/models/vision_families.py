@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tiny_models import IMAGE, VOCAB
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -24,7 +25,6 @@ from transformers import (
 
 from llm_trainer.models.build import model_of_config
 
-IMAGE, VOCAB = 5, 61  # as in tests/unit/models/tiny_models.py
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
