@@ -23,13 +23,16 @@ from torch.distributed.tensor import DTensor
 
 from llm_trainer import AdapterConfig, DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, adapt, configure_optimizer
 from llm_trainer.config.env import environment
-from llm_trainer.config.model import ModelConfig, MoeConfig
+from llm_trainer.config.model import ModelConfig, MoeConfig, VLMConfig
+from llm_trainer.config.vision import VisionConfig
 from llm_trainer.engine import dist
 from llm_trainer.engine.device import DTYPES
 from llm_trainer.models.build import build_model
+from llm_trainer.models.freezing import freeze_parts
 from llm_trainer.models.quantize import stored_bytes
 from llm_trainer.models.quantized_loading import loading_options
 from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.vision import unreached
 from llm_trainer.plan.describe import quantized_by
 from llm_trainer.plan.memory import DDP, FSDP2, ONE, Step, Strategy, peak
 from llm_trainer.plan.shapes import Job, Shape, optimizer_bytes, shape_of, update_bytes
@@ -37,6 +40,7 @@ from llm_trainer.train.hooks import Hook
 from llm_trainer.train_configs import QuantizationConfig
 from llm_trainer.trainers.distill import CHUNK_ELEMENTS
 
+IMAGE, SIDE, PATCH, PATCHES = 3, 64, 8, 64
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STRATEGIES = {"one": ONE, "ddp": DDP, "fsdp": FSDP2}
 
@@ -45,7 +49,8 @@ STRATEGIES = {"one": ONE, "ddp": DDP, "fsdp": FSDP2}
 class Case:
     """A model, a batch and a way to train; `whole` makes all logits at once in a plain loop.
 
-    `adapters` are on "layers", or on "layers and head"; `bits` of the weights below them, 0: all.
+    `adapters` are on "layers", or on "layers and head"; `bits` of the weights below them, 0: all. `images` are in a row, for a
+    LLaVA with a tower of width `tower` over 64 patches; `frozen` are parts of it.
     """
 
     hidden: int = 256
@@ -67,6 +72,9 @@ class Case:
     whole: bool = False
     adapters: str = ""
     bits: int = 0
+    images: int = 0
+    tower: int = 256
+    frozen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -75,20 +83,27 @@ class Case:
 
 def config_of(case: Case) -> ModelConfig:
     """The shape of the model of a case."""
-    return ModelConfig(
-        architecture="qwen3_moe" if case.experts else case.architecture,  # type: ignore[arg-type]
-        vocab_size=case.vocab,
-        hidden_size=case.hidden,
-        intermediate_size=case.width,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.kv_heads,
-        max_position_embeddings=case.length,
-        tie_word_embeddings=case.tied,
-        moe=MoeConfig(num_experts=case.experts, num_experts_per_tok=2, moe_intermediate_size=case.width or 256)
-        if case.experts
-        else None,
+    moe = None
+    if case.experts:
+        moe = MoeConfig(num_experts=case.experts, num_experts_per_tok=2, moe_intermediate_size=case.width or 256)
+    values: dict[str, Any] = {
+        "architecture": "qwen3_moe" if case.experts else case.architecture,
+        "vocab_size": case.vocab,
+        "hidden_size": case.hidden,
+        "intermediate_size": case.width,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_heads,
+        "max_position_embeddings": case.length,
+        "tie_word_embeddings": case.tied,
+        "moe": moe,
+    }
+    if not case.images:
+        return ModelConfig(**values)
+    tower = VisionConfig(
+        hidden_size=case.tower, num_hidden_layers=case.layers, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
     )
+    return VLMConfig(**values, vision=tower, image_token_id=IMAGE)
 
 
 def model_of(case: Case) -> Any:
@@ -102,6 +117,10 @@ def model_of(case: Case) -> Any:
             model = build_model(folder, options=loading_options(how, folder, device, dtype))
     if case.adapters:
         return adapted(model, case)
+    if case.images:
+        freeze_parts(model, case.frozen)
+        for name in unreached(model, with_images=True):
+            model.get_parameter(name).requires_grad_(False)
     return reward_model(model, 0) if case.algorithm == "reward" else model
 
 
@@ -138,7 +157,14 @@ def predicted(case: Case, model: Any, strategy: Strategy = ONE) -> float:
         teacher_chunk=CHUNK_ELEMENTS if case.algorithm == "kd" else 0,
         has_head=case.algorithm != "reward",
     )
-    step = Step(case.rows * job.sample_tokens, case.checkpointing, not case.whole, case.accumulation > 1, on_gpu=False)
+    step = Step(
+        case.rows * job.sample_tokens,
+        case.checkpointing,
+        not case.whole,
+        case.accumulation > 1,
+        on_gpu=False,
+        patches=case.rows * case.images * PATCHES,
+    )
     return peak(shape, job, strategy, environment().world_size, step).total
 
 
@@ -170,7 +196,11 @@ def peak_of(profiled: torch.profiler.profile) -> int:
 
 def batch_of(case: Case) -> dict[str, Tensor]:
     """Random tokens `[B, T]`, every one of them supervised as far as the algorithm allows."""
-    ids = torch.randint(0, case.vocab, (case.rows, case.length))
+    ids = torch.randint(IMAGE + 1, case.vocab, (case.rows, case.length))
+    if case.images:
+        ids[:, : case.images * PATCHES] = IMAGE
+        pixels = torch.randn(case.rows * case.images, 3, SIDE, SIDE)
+        return {"input_ids": ids, "labels": ids, "pixel_values": pixels}
     if case.algorithm in ("sft", "kd"):
         return {"input_ids": ids, "labels": ids}
     prompt, answer = ids[:, :2], ids[:, 2:]
@@ -256,6 +286,14 @@ def hand_step(
 
 
 PLAIN = Case()
+SEEING: list[dict[str, Any]] = [
+    {"images": 2},
+    {"images": 2, "hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4, "tower": 384, "rows": 2},
+    {"images": 3, "tower": 640, "layers": 6, "rows": 6, "vocab": 2000},
+    {"images": 2, "frozen": ("vision",)},
+    {"images": 2, "frozen": ("language", "vision")},
+    {"images": 2, "frozen": ("language",), "tower": 512},
+]
 CASES = [
     replace(PLAIN, precision=precision, checkpointing=checkpointing, **changes)
     for changes in (
@@ -285,6 +323,7 @@ CASES = [
         {"adapters": "layers", "bits": 8, "vocab": 512, "length": 512},
         {"adapters": "layers and head", "bits": 4, "tied": False},
         {"optimizer": "adamw8bit"},
+        *SEEING,
     )
     for precision in ("fp32", "bf16")
     for checkpointing in (False, True)
@@ -297,6 +336,7 @@ QUICK = [
     replace(SMALL, layers=2, checkpointing=True, accumulation=2),
     replace(SMALL, adapters="layers and head", tied=False),
     replace(SMALL, adapters="layers", precision="bf16", rows=4),
+    replace(SMALL, images=1, tower=128, precision="bf16"),
 ]
 FEW_BITS = [  # need bitsandbytes
     replace(SMALL, adapters="layers", bits=4),

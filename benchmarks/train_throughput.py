@@ -31,6 +31,9 @@ Runs = dict[tuple[str, int], dict]  # (peer, round) -> what its runner printed
 ENVIRONMENTS: dict[str, list[list[str]]] = {
     "transformers": [["transformers==5.23.0", "accelerate==1.15.0"]],
     "trl": [["transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0", "peft==0.21.2", "datasets>=5,<6"]],
+    "trl-images": [
+        ["transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0", "peft==0.21.2", "datasets>=5,<6", "pillow"]
+    ],
     # Its requirement deepspeed is optional in its code, so dependencies are named here.
     "pypi": [
         ["numpy", "packaging", "safetensors"],

@@ -62,6 +62,17 @@ def of_images(batch: Mapping[str, Any]) -> list[str]:
     return [name for name in batch if name.startswith(OF_IMAGES)]
 
 
+def num_pixels(batch: Any) -> int:
+    """Numbers that the pixels of a batch are, each distinct image once; 0 where it shows none."""
+    if not isinstance(batch, Mapping):
+        return 0
+    images = batch.get("images")
+    pixels = batch.get("pixel_values")
+    if isinstance(images, ImageBatch):
+        pixels = images.inputs.get("pixel_values")
+    return pixels.numel() if isinstance(pixels, torch.Tensor) else 0
+
+
 def require_text(batch: Mapping[str, Any], who: str) -> None:
     """
     Args:

@@ -17,7 +17,7 @@ from llm_trainer.config.registry import algorithm
 from llm_trainer.config.table import key_of
 from llm_trainer.engine.room import checkpoint_copy
 from llm_trainer.plan.choices import RESERVE, Choice, choices, recommend, usable
-from llm_trainer.plan.describe import describe
+from llm_trainer.plan.describe import Shown, describe
 from llm_trainer.plan.gpus import GB, find_gpu
 from llm_trainer.plan.shapes import Job, Shape
 from llm_trainer.plan.speed import Cluster, Speed
@@ -39,6 +39,11 @@ def plan(
     ] = None,
     tokens: Annotated[float | None, typer.Option(min=1, help="tokens to train on, such as 15e9")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="fraction of the peak FLOP/s while nothing waits")] = 0.4,
+    images: Annotated[float, typer.Option(min=0, help="different images in a row of data, on average")] = 1.0,
+    patches: Annotated[
+        int | None,
+        typer.Option(min=1, help="that the tower sees of an image; default: as its configuration says, where it does"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable; sizes in bytes, times in seconds")] = False,
 ) -> None:
     """Plan a run on GPUs that are not here: memory, largest micro-batch, step time, days, and what to choose."""
@@ -49,7 +54,7 @@ def plan(
     cluster = Cluster(kind, gpus, min(gpus, gpus_per_node))
     config = load_config(run, overrides or ())
     name = algorithm(config, str(run))
-    shape, job = describe(config, name, kind.has_bf16)
+    shape, job = describe(config, name, kind.has_bf16, Shown(images, patches))
 
     # 2. all ways to train it, and the best one
     automatic = Automatic(config, name)
@@ -116,19 +121,38 @@ def _facts(shape: Shape, job: Job, cluster: Cluster, mfu: float, budget: float |
     trained = ""
     if shape.frozen_parameters:
         trained = f" ({shape.trained_parameters:,} trained)"
-    if shape.image_parameters:
-        trained += f", {shape.image_parameters:,} of them beside the language model (what images cost is not counted)"
     length = "not known: give --tokens, or run_config.max_steps"
     if budget:
         length = f"{budget:,.0f} tokens"
     return [
         f"model  {shape.num_parameters:,} parameters{trained}, {shape.num_layers} layers of width {shape.hidden_size:,}",
+        *_of_images(shape, job),
         f"step   {counted(job.rows, 'row')} x {counted(cluster.devices, 'GPU')} x {sequences} tokens "
         f"= {rows * job.sample_tokens:,} tokens (padding counts as tokens), in {job.precision}",
         f"GPUs   {cluster.devices:,} x {gpu.chip}: {usable(cluster) / 1e9:.1f} GB each ({RESERVE:.0%} are left free), "
         f"{peak / 1e12:.0f} TFLOP/s at {mfu:.0%}, {cluster.bandwidth / 1e9:.0f} GB/s between them",
         f"length {length}",
     ]
+
+
+def _of_images(shape: Shape, job: Job) -> list[str]:
+    """The parts of a model that sees, and what rows show; nothing of another model."""
+    tower = shape.tower
+    if tower is None:
+        return []
+    sizes = {"language model": shape.language, "tower": tower.tower, "projector": tower.projector}
+    said = []
+    for name, size in sizes.items():
+        trained = "frozen"
+        if size.trained:
+            trained = "trained" if size.trained == size.number else f"{size.trained:,} trained"
+        said.append(f"{name} {size.number:,} ({trained})")
+    shows = "what images cost is not counted: how many patches they are depends on their size; give --patches"
+    if job.patches:
+        share = job.image_flops / (job.flops_with_images * job.sample_tokens)
+        each = job.patches / job.images
+        shows = f"{job.images:.3g} a row, of {each:,.0f} patches each: {share:.0%} of the FLOPs [--images, --patches]"
+    return [f"parts  {', '.join(said)}", f"images {shows}"]
 
 
 def _table(found: list[Choice], chosen: Choice | None, budget: float | None) -> list[str]:

@@ -27,7 +27,7 @@ def freeze_parts(model: nn.Module, wanted: Sequence[str]) -> None:
     Raises:
         ValueError: one names no parameter, or nothing is left that learns.
     """
-    parts = dict(_parts_of(model))
+    parts = dict(parts_of(model))
     for text in wanted:
         found = [name for name, part in parts.items() if _is_meant(text, name, part)]
         if not found:
@@ -50,7 +50,7 @@ def _is_meant(text: str, name: str, part: str) -> bool:
         raise ValueError(f"freeze: {text!r} is no regular expression: {error}") from error
 
 
-def _parts_of(model: nn.Module) -> Iterator[tuple[str, str]]:
+def parts_of(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Each parameter's name and the part it belongs to."""
     parts = Parts(model)
     for name, _ in model.named_parameters():
@@ -67,7 +67,7 @@ def describe_frozen(model: nn.Module) -> str:
     """How many parameters of which parts are not trained; empty: all are."""
     inner = adapted_model(model)
     counts: dict[str, tuple[int, int]] = {}
-    for name, part in _parts_of(inner):
+    for name, part in parts_of(inner):
         parameter = inner.get_parameter(name)
         frozen, in_all = counts.get(part, (0, 0))
         size = num_values(parameter)
@@ -84,7 +84,7 @@ def describe_frozen(model: nn.Module) -> str:
 def _named(model: nn.Module, part: str) -> str:
     """The outermost modules of a part that are frozen as a whole, the first few; empty: there are none."""
     frozen = list[str]()
-    parts = dict(_parts_of(model))
+    parts = dict(parts_of(model))
     for name, module in model.named_modules():
         own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
         is_inside = any(name.startswith(f"{outer}.") for outer in frozen)
@@ -114,4 +114,4 @@ def see_alike(model: nn.Module, other: nn.Module) -> bool:
 def _eyes_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of tower and projector, by name."""
     inner = adapted_model(model)
-    return {name: inner.get_parameter(name) for name, part in _parts_of(inner) if part != LANGUAGE}
+    return {name: inner.get_parameter(name) for name, part in parts_of(inner) if part != LANGUAGE}

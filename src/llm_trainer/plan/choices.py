@@ -80,7 +80,8 @@ def _choice(
     shape: Shape, job: Job, cluster: Cluster, strategy: Strategy, given: Step, micro_tokens: int | Finding, share: float
 ) -> Choice:
     def needs(tokens: int, accumulates: bool) -> Memory:
-        step = Step(tokens, given.checkpointing, given.chunked, accumulates)
+        patches = tokens / job.sample_tokens * job.patches
+        step = Step(tokens, given.checkpointing, given.chunked, accumulates, patches=patches)
         return peak(shape, job, strategy, cluster.devices, step)
 
     def fits(rows: int) -> bool:
@@ -94,8 +95,10 @@ def _choice(
         micro_rows = next((rows for rows in range(min(largest, job.rows), 0, -1) if job.rows % rows == 0), 1)
     else:
         fixed = needs(0, True).total
-        tokens, why = micro_tokens(lambda n: needs(n, True).total - fixed, usable(cluster) - fixed)
-        tokens = max(min(tokens, step_tokens), job.sample_tokens)  # a row is not cut
+        # A budget counts patches too: of so much there are fewer positions.
+        positions = job.sample_tokens / job.sample_cost
+        budget, why = micro_tokens(lambda n: needs(round(n * positions), True).total - fixed, usable(cluster) - fixed)
+        tokens = max(min(round(budget * positions), step_tokens), job.sample_tokens)  # a row is not cut
         micro_rows = tokens // job.sample_tokens
 
     # 2. the time that they take
@@ -156,7 +159,7 @@ def _reasons(
 
 
 def _what_would_fit(shape: Shape, job: Job, cluster: Cluster) -> str:
-    step = Step(job.sample_tokens, checkpointing=True)
+    step = Step(job.sample_tokens, checkpointing=True, patches=job.patches)
     leanest = ONE if cluster.devices == 1 else FSDP2
     needed = peak(shape, job, leanest, cluster.devices, step).total
     message = (

@@ -1,10 +1,12 @@
 """The model and the work of a run as arithmetic sees them, from its configuration alone; no weights are made."""
 
+import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from llm_trainer.config.algorithms import SFTConfig
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import VLMConfig
 from llm_trainer.config.registry import accumulation, options_of
@@ -12,11 +14,13 @@ from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.build import build_config, flops_per_token, model_of_config, refuse_overrides
-from llm_trainer.models.inside import model_context
+from llm_trainer.models.freezing import PROJECTOR_ALONE, freeze_parts
+from llm_trainer.models.inside import model_context, sees_images
 from llm_trainer.models.overrides import overridden
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.rewarding import REWARD_MODELS, reward_model
 from llm_trainer.models.targets import ends_in
+from llm_trainer.models.vision import unreached
 from llm_trainer.models.vocabulary import check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.plan.shapes import Job, Quantized, Shape, optimizer_bytes, shape_of, update_bytes
 
@@ -31,13 +35,29 @@ MAX_ROWS, MAX_CACHE_BYTES = 64, 4 * 2**30  # of `generation.in_process.InProcess
 ON_DISK = 9  # bytes of a token of a rollout: id, whether it is trained on, log-probability that it was drawn with
 
 
-def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[Shape, Job]:
+class Shown(NamedTuple):
+    """What rows of data show.
+
+    Attributes:
+        images: different ones in a row, on average.
+        patches: that the tower sees of each; None: as many as its configuration says.
+    """
+
+    images: float = 1.0
+    patches: int | None = None
+
+
+ONE_IMAGE = Shown()
+
+
+def describe(config: "TrainConfig", name: str, has_bf16: bool = True, shown: Shown = ONE_IMAGE) -> tuple[Shape, Job]:
     """The model and the work of a step on one device, for the algorithm called `name`.
 
     Args:
         config: the whole run.
         name: of the algorithm.
         has_bf16: what 16 bit means on the device.
+        shown: to a model that sees.
 
     Raises:
         ConfigError: the configuration does not say what the model looks like.
@@ -55,7 +75,8 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
         precision = "bf16" if has_bf16 else "fp16"
     rows = config.batch_size * accumulation(config, trainer_class)
     adapters = config.adapter_config
-    sketch = Sketch(options_of(config, trainer_class), model, length, rows, precision, adapters is not None)
+    section = options_of(config, trainer_class)
+    sketch = Sketch(section, model, length, rows, precision, adapters is not None)
     costs: dict[str, Any] = {"rows_per_sample": 1, "has_head": True, "row_tokens": length, "rows": rows}
     costs |= trainer_class._plan_costs(config, sketch)
     critic, further_share = costs.pop("critic", None), costs.pop("further_share", 0.0)
@@ -74,6 +95,8 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
         vocabulary = config.vocabulary_config
         new_tokens = range(len(vocabulary.add_tokens) + len(vocabulary.add_special_tokens))  # how many count here
         model = cast("PreTrainedModel", adapt(model, adapters, new_tokens).get_base_model())
+    else:
+        _freeze(model, config, section)
     shape = shape_of(model, quantized)
     flops = _flops(model, costs["row_tokens"], costs["has_head"])
     optim = config.optim_config
@@ -84,7 +107,42 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True) -> tuple[S
         state += optimizer_bytes(optim.optimizer, optim.momentum, critic)
         shape = shape.beside(shape_of(critic))
     flops *= 1 + further_share
-    return shape, Job(flops_per_token=flops, state_bytes=state, precision=precision, **costs)
+    job = Job(flops_per_token=flops, state_bytes=state, precision=precision, **costs)
+    return shape, _with_images(shape, job, shown)
+
+
+def _freeze(model: "PreTrainedModel", config: "TrainConfig", section: Any) -> None:
+    """Leave out of the training what the run will leave out."""
+    wanted = list(config.freeze)
+    if isinstance(section, SFTConfig) and section.freeze_llm_model:
+        wanted += PROJECTOR_ALONE
+    if wanted:
+        freeze_parts(model, wanted)
+    if sees_images(model.config):
+        with contextlib.suppress(AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            for name in unreached(model, with_images=True):  # of a family that nobody has tried it may not be known
+                model.get_parameter(name).requires_grad_(False)
+
+
+def _with_images(shape: Shape, job: Job, shown: Shown) -> Job:
+    """The same work with what rows of data show."""
+    tower = shape.tower
+    if tower is None:
+        return job
+    each = shown.patches or tower.patches
+    if each is None or not shown.images:
+        return job  # nobody knows what an image is
+    images = shown.images / job.completions  # those of a group are the same
+    reference = 0.0
+    if job.frozen_flops_per_token and tower.learns:  # one that sees alike takes what the model has made
+        reference = images * each * tower.forward_flops_per_patch(each)
+    return replace(
+        job,
+        images=images,
+        patches=images * each,
+        image_flops=images * each * tower.flops_per_patch(each),
+        frozen_image_flops=reference,
+    )
 
 
 def quantized_by(model: "PreTrainedModel", config: "QuantizationConfig") -> Quantized:

@@ -54,6 +54,7 @@ class Memory:
         gradients: of all weights that are trained.
         optimizer: state.
         activations: kept for the backward, and what the layer at work needs besides.
+        images: the same of what sees images.
         head: logits, which become their gradient, and the gradient of the vocabulary matrix.
         buffers: what is gathered from other devices or on its way to them.
         frozen: a reference or a teacher.
@@ -64,6 +65,7 @@ class Memory:
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
+    images: float = 0.0
     head: float = 0.0
     buffers: float = 0.0
     frozen: float = 0.0
@@ -177,6 +179,7 @@ class Step:
         chunked: the head takes a few rows at a time; otherwise all logits exist at once, as in a plain loop.
         accumulates: gradients of earlier micro-batches are there already.
         on_gpu: the head takes chunks of the size that suits GPUs.
+        patches: that the tower sees in it.
     """
 
     tokens: int
@@ -184,6 +187,7 @@ class Step:
     chunked: bool = True
     accumulates: bool = False
     on_gpu: bool = True
+    patches: float = 0.0
 
 
 def _head(shape: Shape, job: Job, w: Widths, step: Step) -> tuple[float, float]:
@@ -235,10 +239,18 @@ def autocast_copies(shape: Shape, checkpointing: bool) -> float:
     Those of trained weights are cached until the end of the backward. Of frozen ones every product keeps one of its own,
     in a layer that is computed again only meanwhile; of those in few bits there is none.
     """
+    of_images = 2.0 * _trained_of_images(shape)
     if shape.adapters is None:
-        return 2.0 * shape.product_parameters
+        return 2.0 * shape.product_parameters + of_images
     frozen = 2.0 * (shape.product_parameters - shape.quantized.parameters)
-    return frozen / shape.num_layers if checkpointing else frozen
+    return of_images + (frozen / shape.num_layers if checkpointing else frozen)
+
+
+def _trained_of_images(shape: Shape) -> int:
+    """Parameters of the products of what sees images that are trained."""
+    if shape.tower is None:
+        return 0
+    return shape.tower.tower_products.trained + shape.tower.projector_products.trained
 
 
 def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulates: bool) -> tuple[float, float, float]:
@@ -252,7 +264,7 @@ def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulat
     """
     if devices == 1 or not strategy.gradients:
         return 0.0, 0.0, 0.0
-    n, e = shape.num_parameters, 4 if job.precision == "fp32" else 2
+    n, e = shape.language.number, 4 if job.precision == "fp32" else 2
     if strategy.is_zero:
         buckets = 2 * e * min(shape.trained_parameters, ZERO_BUCKET)
         if strategy.weights:
@@ -286,16 +298,20 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
         copies = autocast_copies(shape, step.checkpointing)
     head, after_head = _head(shape, job, w, step)
     there = gradients if step.accumulates or strategy.is_zero or strategy is DDP else 0.0  # DDP's buckets stay
+    seen, in_tower = _images(shape, w, step)
 
     def at(activations: float, head: float, gradients: float, buffers: float) -> Memory:
         fixed = (states.frozen, job.copy_bytes)
-        return Memory(states.weights + copies, gradients, states.optimizer, activations, head, buffers, *fixed)
+        return Memory(states.weights + copies, gradients, states.optimizer, activations, seen, head, buffers, *fixed)
 
     yield at(kept + outer, head, there, in_head)
     yield at(kept + at_work, after_head, there, in_layers)
     first = (computed_again if step.checkpointing else layer) + at_work
     shared = shape.tied and job.has_head  # the head's gradient waits for the embedding's
-    missing = (shape.layer_parameters + table * (not shared)) / shape.num_parameters  # of the gradients, so far
+    missing = (shape.layer_parameters + table * (not shared)) * shape.language.trained / shape.language.number
+    if shape.tower is not None:
+        missing += shape.tower.parameters.trained
+    missing /= max(1, shape.trained_parameters)  # of the gradients, so far
     twice = 4.0 * table if there or shared else 0.0  # the embedding's, before it is added
     held = 0.0
     if strategy is FSDP2:  # the head's is sharded together with the embedding's
@@ -303,6 +319,12 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
         twice = held if shared else 0.0
     yield at(first, held, there or gradients * (1 - missing), in_layers)
     yield at(r * d * step.tokens, twice, gradients, in_embedding)
+    if shape.tower is not None and in_tower:  # whose backward is the last
+        missing = shape.tower.parameters.trained / shape.trained_parameters
+        yield replace(at(0.0, 0.0, there or gradients * (1 - missing), in_embedding), images=seen + in_tower)
+        first_layer = seen / shape.tower.num_layers
+        yield replace(at(0.0, 0.0, gradients, in_embedding), images=first_layer + in_tower)
+    seen = 0.0
     update = 4 * shape.trained_parameters / devices if strategy.is_zero and job.precision != "fp32" else 0.0
     if not step.on_gpu:
         update += job.update_bytes
@@ -311,6 +333,16 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
     if job.cache_bytes:
         between = gradients if strategy.is_zero or strategy is DDP else 0.0  # what keeps its buckets between steps
         yield replace(at(0.0, 0.0, between, 0.0), sampler=job.copy_bytes + job.cache_bytes)
+
+
+def _images(shape: Shape, w: Widths, step: Step) -> tuple[float, float]:
+    """Bytes that are kept of the images of a micro-batch until the backward of their tower, and those that it needs besides."""
+    tower = shape.tower
+    if tower is None or not step.patches:
+        return 0.0, 0.0
+    kept = tower.activations(w.product, w.residual, step.checkpointing) * step.patches
+    at_work = tower.at_work(w.product, w.residual, step.checkpointing) * step.patches
+    return kept, at_work * (tower.tower.trained > 0)
 
 
 def peak(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step) -> Memory:

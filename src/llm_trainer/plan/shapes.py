@@ -11,6 +11,7 @@ from llm_trainer.models.experts import expert_shape
 from llm_trainer.models.inside import beside_language, is_kind_of, language_config
 from llm_trainer.models.quantize import is_quantized_layer, num_values, stored_bytes
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, state_bytes
+from llm_trainer.plan.tower import Size, Tower, tower_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,9 @@ class Adapters:
     on_attention: float
     on_product: float
     ranks: float
+
+
+NO_ADAPTERS = Adapters(0, 0, 0, 0)  # of layers that are frozen, while something before them learns
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,9 @@ class Shape:
         frozen_parameters: of all, those that are not trained.
         frozen_head: the head is among them.
         head_rank: of the adapters on it.
-        adapters: on what layers they are; None: the layers themselves are trained.
+        adapters: on what layers they are, none perhaps; None: the layers themselves are trained.
         quantized: what of the weights is kept in few bits.
-        image_parameters: of all, those of a tower and its projector. What an image costs is not planned: nobody knows how many
-            there are.
+        tower: what sees images; None: nothing does.
     """
 
     num_parameters: int
@@ -92,7 +95,7 @@ class Shape:
     head_rank: int = 0
     adapters: Adapters | None = None
     quantized: Quantized = NOT_QUANTIZED
-    image_parameters: int = 0
+    tower: Tower | None = None
 
     def beside(self, other: "Shape") -> "Shape":
         """This model and another one that is trained in the same steps, as one.
@@ -113,6 +116,12 @@ class Shape:
     def trained_parameters(self) -> int:
         """Those that have gradients."""
         return self.num_parameters - self.frozen_parameters
+
+    @property
+    def language(self) -> Size:
+        """Parameters of the language model."""
+        beside = Size() if self.tower is None else self.tower.parameters
+        return Size(self.num_parameters - beside.number, self.trained_parameters - beside.trained)
 
     @property
     def trained_share(self) -> float:
@@ -163,6 +172,9 @@ def shape_of(model: "PreTrainedModel", quantized: Quantized | None = None) -> Sh
     if per_token and values.get("moe_intermediate_size"):
         width = _mean_width(values, per_token, width)
     head_rank, is_frozen = _head_of(model)
+    adapters = _adapters_of(layers, c.hidden_size, width)
+    if adapters is None and not any(parameter.requires_grad for parameter in layers.parameters()):
+        adapters = NO_ADAPTERS
     return Shape(
         num_parameters=_count(model),
         layer_parameters=max(map(_count, layers)),
@@ -180,9 +192,9 @@ def shape_of(model: "PreTrainedModel", quantized: Quantized | None = None) -> Sh
         frozen_parameters=sum(num_values(p) for p in model.parameters() if not p.requires_grad),
         frozen_head=is_frozen,
         head_rank=head_rank,
-        adapters=_adapters_of(layers, c.hidden_size, width),
+        adapters=adapters,
         quantized=quantized or _quantized_of(model),
-        image_parameters=sum(num_values(p) for p in model.parameters() if id(p) in of_images),
+        tower=tower_of(model),
     )
 
 
@@ -275,6 +287,9 @@ class Job:
         copy_bytes: of the weights that completions are sampled with, beside the trained ones; every device has all of them.
         cache_bytes: of keys and values, while completions are sampled.
         disk_bytes: of a rollout, the share of one device.
+        images, patches: that a row of data shows, the same image once, and the tower sees; means.
+        image_flops: of training, for these.
+        frozen_image_flops: of the forward of reference or teacher, for these.
     """
 
     row_tokens: int
@@ -293,11 +308,30 @@ class Job:
     copy_bytes: float = 0.0
     cache_bytes: float = 0.0
     disk_bytes: float = 0.0
+    images: float = 0.0
+    patches: float = 0.0
+    image_flops: float = 0.0
+    frozen_image_flops: float = 0.0
 
     @property
     def sample_tokens(self) -> int:
         """Positions of one row of data with all its sequences."""
         return self.row_tokens * self.rows_per_sample
+
+    @property
+    def sample_cost(self) -> float:
+        """What a row of data takes of a budget in tokens: its positions, and the patches of its images."""
+        return self.sample_tokens + self.patches
+
+    @property
+    def flops_with_images(self) -> float:
+        """Of training, per position."""
+        return self.flops_per_token + self.image_flops / self.sample_tokens
+
+    @property
+    def frozen_flops_with_images(self) -> float:
+        """Of the forward of reference or teacher, per position."""
+        return self.frozen_flops_per_token + self.frozen_image_flops / self.sample_tokens
 
 
 def optimizer_bytes(name: str, momentum: float | None, model: "PreTrainedModel") -> float:

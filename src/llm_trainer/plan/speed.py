@@ -75,6 +75,13 @@ def _sent(shape: Shape, job: Job, strategy: Strategy) -> tuple[float, float, flo
     return (0.0, e * learned, e * learned) if strategy.is_zero else (0.0, 8.0 * learned, 0.0)
 
 
+def forward_image_flops(shape: Shape, job: Job) -> float:
+    """Of the forward of the trained model, for the images of a row of data."""
+    if shape.tower is None or not job.patches:
+        return 0.0
+    return job.patches * shape.tower.forward_flops_per_patch(job.patches / job.images)
+
+
 def estimate(
     shape: Shape, job: Job, strategy: Strategy, cluster: Cluster, *, checkpointing: bool, micro_rows: int, share: float
 ) -> Speed:
@@ -93,13 +100,15 @@ def estimate(
     tokens, micros = job.rows * job.sample_tokens, -(-job.rows // micro_rows)
     peak_flops = gpu.half_flops if e == 2 else gpu.single_flops
     # A step is three products for each weight that is trained, and two for one that is frozen.
-    forward = (job.flops_per_token + 2 * shape.frozen_parameters) / 3
-    work = job.flops_per_token + forward * checkpointing + job.frozen_flops_per_token
+    language = shape.language
+    forward = (job.flops_per_token + 2 * (language.number - language.trained)) / 3
+    forward += forward_image_flops(shape, job) / job.sample_tokens
+    work = job.flops_with_images + forward * checkpointing + job.frozen_flops_with_images
     compute = tokens * work / (peak_flops * share)
     per_micro, with_last, after = (
         sent * (devices - 1) / devices / cluster.bandwidth for sent in _sent(shape, job, strategy)
     )
-    backward = compute / micros * (work - forward - job.frozen_flops_per_token) / work
+    backward = compute / micros * (work - forward - job.frozen_flops_with_images) / work
     # A layer's transfer hides behind its neighbours' computing; the first or the last one has none.
     exposed = micros * max(per_micro - compute / micros, per_micro / shape.num_layers)
     exposed += max(with_last - backward, with_last / shape.num_layers) + after
@@ -112,5 +121,5 @@ def estimate(
         exposed_s=exposed,
         update_s=update,
         tokens_per_second=tokens * devices / seconds,
-        mfu=tokens * job.flops_per_token / (seconds * peak_flops),
+        mfu=tokens * job.flops_with_images / (seconds * peak_flops),
     )

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,24 +161,41 @@ def _decode(row: Sequence[float]) -> str | None:
     return raw.decode() if zlib.crc32(raw) * presence == checksum else None
 
 
+class Shares(NamedTuple):
+    """Of the peak of all devices.
+
+    Attributes:
+        token: that is reached by training on one token per second.
+        pixel: by a tower that is shown one number of pixels per second.
+    """
+
+    token: float
+    pixel: float
+
+
 @dataclass
 class Clock:
-    """Tokens and seconds of the steps since the last log line. Evaluating, sampling and saving are no part of a step."""
+    """Tokens, pixels and seconds of the steps since the last log line.
+
+    Evaluating, sampling and saving are no part of a step.
+    """
 
     tokens: float = 0.0
+    pixels: float = 0.0
     seconds: float = 0.0
 
-    def add(self, tokens: float, seconds: float) -> None:
+    def add(self, tokens: float, seconds: float, pixels: float = 0.0) -> None:
         """Count a step."""
         self.tokens += tokens
+        self.pixels += pixels
         self.seconds += seconds
 
-    def read(self, progress: Progress, epoch_size: int | None, mfu_per_rate: float | None) -> dict[str, float]:
+    def read(self, progress: Progress, epoch_size: int | None, shares: Shares | None) -> dict[str, float]:
         """Learning rate, epoch, tokens, tokens/s and MFU for a log line; begins anew.
 
         Args:
             epoch_size: position at the end of an epoch; None: not known.
-            mfu_per_rate: MFU at one token per second; None: not known.
+            shares: of the peak; None: not known.
         """
         epoch_share = progress.position / epoch_size if epoch_size else 0.0
         values = {
@@ -190,7 +207,8 @@ class Clock:
             values["skipped_steps"] = float(progress.skipped_steps)
         if self.seconds:
             values["tokens_per_second"] = self.tokens / self.seconds
-            if mfu_per_rate is not None:
-                values["mfu"] = values["tokens_per_second"] * mfu_per_rate
-        self.tokens = self.seconds = 0.0
+            if shares is not None:
+                of_images = self.pixels / self.seconds * shares.pixel
+                values["mfu"] = values["tokens_per_second"] * shares.token + of_images
+        self.tokens = self.pixels = self.seconds = 0.0
         return values

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
 from llm_trainer.model_group import MODEL, members_of
 from llm_trainer.models.adapter_table import AdaptersTable
-from llm_trainer.models.inside import adapted_model, has_adapters
+from llm_trainer.models.inside import adapted_model, has_adapters, language_config
 from llm_trainer.models.quantize import num_values
 from llm_trainer.optim.multipliers import describe_multiples, rate_of_run
 from llm_trainer.optim.optimizers import state_bytes
@@ -30,6 +30,7 @@ from llm_trainer.optim.schedules import Scheduler
 from llm_trainer.plan.gpus import half_peak
 from llm_trainer.plan.shapes import Shape
 from llm_trainer.state import Choice
+from llm_trainer.train.metrics import Shares
 from llm_trainer.train.work import Work
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Size:
         saved_bytes: of those that a checkpoint writes.
         optimizer_bytes: that the optimizer will keep as its state.
         flops_per_token: of a training step; None for modules that are no transformers language model.
+        flops_per_pixel: of the towers, for each number of pixels.
         shape: as `plan` sees it; None for other models than those whose memory it knows.
         adapters: of a model with adapters, what they train; None: it has none.
     """
@@ -87,16 +89,23 @@ class Size:
     flops_per_token: float | None
     shape: Shape | None
     adapters: AdaptersTable | None = None
+    flops_per_pixel: float = 0.0
 
     @classmethod
     def of(
-        cls, model: nn.Module, optimizer: torch.optim.Optimizer, row_length: int | None, saved_bytes: int | None = None
+        cls,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        row_length: int | None,
+        saved_bytes: int | None = None,
+        patches: float | None = None,
     ) -> Self:
         """The size of a model or group of models.
 
         Args:
             row_length: mean number of tokens, for FLOPs; None: not known.
             saved_bytes: what a checkpoint writes of the weights; None: all.
+            patches: mean number in an image, for FLOPs; None: not known.
         """
         policy = members_of(model)[MODEL]
         table = AdaptersTable.of(policy) if has_adapters(policy) else None
@@ -115,6 +124,7 @@ class Size:
             flops_per_token=_flops_per_token(model, row_length or 1),
             shape=_shape_of(model),
             adapters=table,
+            flops_per_pixel=_flops_per_pixel(model, patches),
         )
 
 
@@ -138,10 +148,11 @@ def _shape_of(model: nn.Module) -> Shape | None:
     """Of all that learn, as one; None: their memory is not known."""
     from llm_trainer.models.build import ARCHITECTURES
     from llm_trainer.plan.shapes import shape_of
+    from llm_trainer.plan.tower import is_known
 
     shape = None
     for member in _learning(model) or []:
-        if member.config.model_type not in ARCHITECTURES:
+        if language_config(member.config).model_type not in ARCHITECTURES or not is_known(member.config):
             return None
         own = shape_of(member)
         shape = own if shape is None else shape.beside(own)
@@ -156,6 +167,18 @@ def _flops_per_token(model: nn.Module, row_length: int) -> float | None:
     if learning is None:
         return None
     return sum((flops_per_token(member, row_length) for member in learning), 0.0)
+
+
+def _flops_per_pixel(model: nn.Module, patches: float | None) -> float:
+    """Of training the towers of all that learn, for each number of pixels."""
+    from llm_trainer.plan.tower import tower_of
+
+    flops = 0.0
+    for member in _learning(model) or []:
+        tower = tower_of(member)
+        if tower is not None:
+            flops += tower.flops_per_patch(patches or tower.patches or 0.0) / tower.values_per_patch
+    return flops
 
 
 def check_numbers(max_grad_norm: float | None, **counts: Any) -> None:
@@ -217,11 +240,14 @@ def check_adapters(model: nn.Module, settings: "Settings", engine: Engine) -> No
             )
 
 
-def mfu_per_rate(size: Size, engine: Engine) -> float | None:
-    """MFU at one token per second over all processes; None for modules whose FLOPs are not known."""
+def shares_of_peak(size: Size, engine: Engine) -> Shares | None:
+    """What of the peak of all processes is reached at one token or pixel per second; None for modules whose FLOPs are not
+    known.
+    """
     if size.flops_per_token is None:
         return None
-    return size.flops_per_token / (peak_flops(engine) * dist.num_processes())
+    peak = peak_flops(engine) * dist.num_processes()
+    return Shares(size.flops_per_token / peak, size.flops_per_pixel / peak)
 
 
 def mean_row_length(source: StepSource) -> int | None:
@@ -230,6 +256,36 @@ def mean_row_length(source: StepSource) -> int | None:
     if not isinstance(source, SampleStream):
         return None
     return round(float(source.dataset.lengths.mean()))
+
+
+class Pictured(NamedTuple):
+    """What rows show, per row.
+
+    Attributes:
+        images: on average.
+        patches: that towers see of them.
+    """
+
+    images: float
+    patches: float
+
+
+def pictured(source: StepSource) -> Pictured | None:
+    """What the rows of a source show, on average; None where they show nothing, or nobody knows."""
+    source = innermost(source)
+    if not isinstance(source, SampleStream) or not source.shows_images:
+        return None
+    parts = getattr(source.dataset, "parts", ())  # a dataset of the user has none
+    images = sum(part.ledger.images.used for part in parts if part.ledger.images is not None)
+    patches = sum(int(part.tower_tokens.sum()) for part in parts if getattr(part, "tower_tokens", None) is not None)
+    num_rows = len(source.dataset.lengths)
+    return Pictured(images / num_rows, patches / num_rows) if images else None
+
+
+def mean_patches(source: StepSource) -> float | None:
+    """Of an image; None where the data does not say."""
+    found = pictured(source)
+    return None if found is None else found.patches / found.images
 
 
 def human(count: float, unit: str = "") -> str:
@@ -254,25 +310,31 @@ def expected_memory(size: Size, engine: Engine, source: StepSource, settings: "S
         "gradients": size.trained_bytes * gradients,
         "optimizer": size.optimizer_bytes * states,
     }
-    activations = _expected_activations(size.shape, engine, source, settings)
-    return memory if activations is None else memory | {"activations": activations}
+    return memory | _expected_activations(size.shape, engine, source, settings)
 
 
 def _expected_activations(
     shape: Shape | None, engine: Engine, source: StepSource, settings: "Settings"
-) -> float | None:
-    """What the layers keep of a micro-batch for the backward, in bytes; None for other layers than those of `plan`."""
+) -> dict[str, float]:
+    """What the layers, and those of a tower, keep of a micro-batch for the backward, in bytes; empty for other layers than
+    those of `plan`.
+    """
     from llm_trainer.plan.memory import Widths, layer_activations
 
     tokens = _tokens_of_micro_batch(source)
     if shape is None or tokens is None:
-        return None
+        return {}
     product_bytes = 4 if engine.precision_name == "fp32" else 2
     widths = Widths(product_bytes, 4)
     per_layer = layer_activations(shape, widths)
     if settings.gradient_checkpointing:
         per_layer = widths.residual * shape.hidden_size
-    return tokens * shape.num_layers * per_layer
+    found = {"activations": tokens * shape.num_layers * per_layer}
+    seen, length = pictured(source), mean_row_length(source)
+    if shape.tower is not None and seen is not None and length:
+        per_patch = shape.tower.activations(widths.product, widths.residual, settings.gradient_checkpointing)
+        found["images"] = tokens / length * seen.patches * per_patch
+    return found
 
 
 def _tokens_of_micro_batch(source: StepSource) -> float | None:
@@ -281,6 +343,9 @@ def _tokens_of_micro_batch(source: StepSource) -> float | None:
     tokens = float(budget) if isinstance(budget, int) else None
     if isinstance(source, SampleStream) and length is not None:
         rows = source.batch_size if tokens is None else math.ceil(source.rows_per_step / source.world_size)
+        seen = pictured(source)
+        if tokens is not None and seen is not None:  # a budget counts what the tower sees, too
+            tokens *= length / (length + seen.patches)
         tokens = min(tokens or math.inf, rows * length)
     return tokens
 
@@ -366,15 +431,17 @@ def _adapters_of(size: Size) -> dict[str, str]:
 
 
 def _images_of(source: StepSource) -> dict[str, str]:
-    """How many images the rows of a stream show, and what a tower sees of each; nothing where there are none."""
-    if not isinstance(source, SampleStream) or not source.shows_images:
+    """How many images a step shows, and what a tower sees of them; nothing where there are none."""
+    found = pictured(source)
+    if found is None or not isinstance(source, SampleStream):
         return {}
-    parts = getattr(source.dataset, "parts", ())  # a dataset of the user has none
-    counts = [part.ledger.images.used for part in parts if part.ledger.images is not None]
-    patches = [int(part.tower_tokens.sum()) for part in parts if part.tower_tokens is not None]
-    if not sum(counts):
-        return {}
-    return {"images": f"{sum(counts):,} in an epoch, of {sum(patches) / sum(counts):,.0f} patches each on average"}
+    images, patches = (source.rows_per_step * mean for mean in found)
+    in_all = found.images * len(source)
+    each = found.patches / found.images
+    return {
+        "images": f"{images:,.3g} with {patches:,.0f} patches per step on average ({each:,.0f} each), "
+        f"{in_all:,.0f} in an epoch; one that a micro-batch shows twice is encoded once"
+    }
 
 
 def _frozen_of(size: Size, model: nn.Module) -> dict[str, str]:

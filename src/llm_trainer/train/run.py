@@ -155,8 +155,8 @@ class Run:
         # Now: an engine may leave nothing to count in the parameters themselves.
         with self._on_duty():
             saved_bytes = self.checkpoints.bases.look_at(model)
-        row_length = preflight.mean_row_length(self.source)
-        self.size = preflight.Size.of(model, self.trainer.optimizer, row_length, saved_bytes)
+        lengths = preflight.mean_row_length(self.source), preflight.mean_patches(self.source)
+        self.size = preflight.Size.of(model, self.trainer.optimizer, lengths[0], saved_bytes, lengths[1])
         with self._on_duty():
             prepared = self.engine.prepare(module, model, self.trainer.optimizer)
         self._configured = ConfiguredOptimizer(self.trainer)
@@ -268,7 +268,7 @@ class Run:
         progress.train_seconds += done.seconds + done.waited
         progress.learning_rate = rate_of_run(self.trainer.optimizer)  # the one that the step was taken with
         progress.lines, progress.words = [], ""
-        self._clock.add(done.tokens, done.seconds + done.waited)
+        self._clock.add(done.tokens, done.seconds + done.waited, done.pixels)
         if isinstance(innermost(self.source), RolloutSource):
             self._metrics.add("seconds/learn", done.seconds)
             self._metrics.add("tokens_per_second/learn", done.tokens, done.seconds)
@@ -401,8 +401,8 @@ class Run:
         values = self._metrics.reduce(dist.all_reduce)
         if not values:
             return
-        mfu_per_rate = preflight.mfu_per_rate(self.size, self.engine)
-        self.write(values | self._clock.read(self.progress, self.source.size(), mfu_per_rate))
+        shares = preflight.shares_of_peak(self.size, self.engine)
+        self.write(values | self._clock.read(self.progress, self.source.size(), shares))
         words = "" if self._last_batch is None else self.trainer._get_extra_log_info(self._last_batch)
         if words:
             self._reporter.note_words(words)

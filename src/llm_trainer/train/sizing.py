@@ -125,7 +125,9 @@ def bytes_by_formula(engine: Engine, size: Size, settings: "Settings") -> BytesO
     from llm_trainer.plan.shapes import Job
 
     shape = size.shape
-    if shape is None:
+    if (
+        shape is None or shape.tower is not None
+    ):  # of what a budget counts as one, a token and a patch take different amounts
         return None
     job = Job(0, 0, 1, flops_per_token=0.0, state_bytes=0.0, precision=engine.precision_name)
     copies = 0.0

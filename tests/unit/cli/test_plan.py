@@ -8,13 +8,15 @@ import torch
 
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import load_config
-from llm_trainer.config.model import ModelConfig
+from llm_trainer.config.model import ModelConfig, VLMConfig
 from llm_trainer.config.options import Fsdp
+from llm_trainer.config.vision import VisionConfig
 from llm_trainer.engine import dist
 from llm_trainer.engine.fsdp import FsdpEngine
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.models.build import build_model, flops_per_token, num_parameters
 from llm_trainer.models.rewarding import reward_model
+from llm_trainer.optim.optimizers import configure_optimizer, state_bytes
 from llm_trainer.plan.describe import Sketch, describe, without_weights
 from llm_trainer.plan.memory import ONE, Step, moments
 from llm_trainer.plan.shapes import shape_of
@@ -68,6 +70,54 @@ def test_a_folder_of_a_model_is_read_without_its_weights(run, tmp_path):
     model.config.save_pretrained(tmp_path / "model")
     shape, _ = describe(load_config(run(model=str(tmp_path / "model"))), "sft")
     assert shape.num_parameters == num_parameters(model)
+
+
+SEEING = {
+    "vision": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+}
+
+
+def test_what_sees_is_counted_by_its_parts(run, tmp_path):
+    """Weights and optimizer of what is trained, to the byte as the run's own model and optimizer have them."""
+    from llm_trainer.models.freezing import freeze_parts
+    from llm_trainer.models.vision import unreached
+
+    model = build_model(VLMConfig(**MODEL, **{"vision": VisionConfig(**SEEING["vision"])}, image_token_id=3))
+    model.save_pretrained(tmp_path / "model")
+    for frozen in ([], ["vision"], ["language", "vision"]):
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        freeze_parts(model, frozen)
+        for name in unreached(model, with_images=True):
+            model.get_parameter(name).requires_grad_(False)
+        learned = configure_optimizer(model, "adamw", lr=0.1)
+        for described in (json.dumps(MODEL | SEEING), str(tmp_path / "model")):
+            shape, job = describe(load_config(run(model=described), [f"freeze={json.dumps(frozen)}"]), "sft")
+            assert shape.num_parameters == num_parameters(model) and job.state_bytes == state_bytes(learned)
+            assert shape.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+            assert (
+                shape.language.number + shape.tower.tower.number + shape.tower.projector.number == shape.num_parameters
+            )
+    alone = describe(load_config(run(model=described), ["sft_config.freeze_llm_model=true"]), "sft")[0]
+    assert alone.trained_parameters == shape.trained_parameters == shape.tower.projector.number
+
+
+def test_what_rows_show_takes_memory_and_time(run, capsys):
+    """A row has so many images: twice as many, twice as much, and both answers of a pair show the same."""
+    seeing = json.dumps(MODEL | SEEING)
+    path = run(model=seeing)
+    one, two, none = (planned(capsys, path, "--images", number) for number in ("1", "2", "0"))
+    assert (one["job"]["images"], one["job"]["patches"]) == (1, 16)
+    assert two["job"]["image_flops"] == 2 * one["job"]["image_flops"] > 0 == none["job"]["image_flops"]
+    images = [found["choices"][0]["memory"]["images"] for found in (none, one, two)]
+    assert images[0] == 0 < images[1] < images[2]
+    assert planned(capsys, path, "--patches", "64")["job"]["patches"] == 64
+    assert "1 a row, of 16 patches each" in said(capsys, path)
+    assert "tower 7,600 (trained)" in said(capsys, path)
+    pairs = job_of(run("dpo_config", model=seeing), "dpo")
+    assert pairs.patches == 16 and 0 < pairs.frozen_image_flops < pairs.image_flops
+    blind = job_of(run("dpo_config", model=seeing), "dpo", 'freeze=["vision", "projector"]')
+    assert blind.frozen_image_flops == 0  # the reference takes what the model has made
 
 
 def test_pairs_and_references(run):

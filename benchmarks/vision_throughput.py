@@ -1,0 +1,444 @@
+"""DPO on pairs that show images, against TRL: the same weights, pairs, optimizer and precision, in alternating rounds.
+
+`python benchmarks/vision_throughput.py` runs every peer once per round, each in a process of its own, and prints real tokens
+per second, ratios within a round, and how many images the towers were run on. The model is a LLaVA of 20 M parameters, the
+images are easy-VQA's where the data lies beside the checkout, else noise; answers differ in length. That both sides
+train the same tokens is checked: TRL's batches are compared with the rows of ours.
+"""
+
+import argparse
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from peers.steady import LONG, Pace
+from train_throughput import (
+    BENCH,
+    SHARED,
+    TIMEOUT_S,
+    add_machine_options,
+    environment_of,
+    print_goal,
+    python_of,
+    spread,
+)
+
+PAIRS_PER_STEP, PAIRS_PER_MICRO_BATCH, NUM_PAIRS = 8, 4, 80
+CONTEXT, VOCABULARY, SIDE = 512, 6400, 64
+LEARNING_RATE, BETA = 5e-5, 0.1
+GOAL = 1.5  # of TRL's real tokens per second
+# TRL recomputes activations by default; `stored` does not. Of `frozen` the tower is not trained, here and there.
+PEERS = {"ours": "", "trl": "trl-images", "trl-stored": "trl-images", "ours-frozen": "", "trl-frozen": "trl-images"}
+BASELINES = {"ours": ("trl", "trl-stored"), "ours-frozen": ("trl-frozen",)}
+IMAGE, END, FROZEN = "<image>", "<|im_end|>", ("vision",)
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+# --- what all read
+
+
+def prepare() -> Path:
+    """Images, pairs and weights, made once."""
+    work = BENCH / "work-images"
+    ready = work / "ready"
+    if ready.is_file() and ready.read_text(encoding="utf-8") == Path(__file__).read_text(encoding="utf-8"):
+        return work
+    work.mkdir(parents=True, exist_ok=True)
+    pairs = write_pairs(work)
+    write_model(work, pairs)
+    measure_rows(work)
+    ready.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return work
+
+
+def write_pairs(work: Path) -> list[dict[str, Any]]:
+    """Rows with an image, and two answers of different lengths, of which the second is wrong."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    images, asked = questions(work)
+    words = sorted({answer for found in asked for _, answer in found})
+
+    def said(found: list[tuple[str, str]], is_right: bool) -> str:
+        number = int(np.clip(rng.lognormal(np.log(6), 0.8), 1, 40))
+        sentences = []
+        for question, answer in (found * 40)[:number]:
+            word = answer if is_right else str(rng.choice(words))
+            sentences.append(f"To the question {question} I say {word}.")
+        return " ".join(sentences)
+
+    pairs = []
+    for number in range(NUM_PAIRS):
+        which = number % len(images)
+        found = asked[which]
+        question = found[number % len(found)][0]
+        pairs.append(
+            {
+                "prompt": [{"role": "user", "content": IMAGE + question}],
+                "chosen": [{"role": "assistant", "content": said(found, True)}],
+                "rejected": [{"role": "assistant", "content": said(found, False)}],
+                "images": [str(images[which])],
+            }
+        )
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    (work / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    return pairs
+
+
+def questions(work: Path) -> tuple[list[Path], list[list[tuple[str, str]]]]:
+    """Images, and of each the questions about it with their answers."""
+    folder = SHARED / "vlm" / "easy_vqa_train"
+    if not folder.is_dir():
+        return noise(work)
+    by_image: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        by_image.setdefault(image, []).append((question, answer))
+    numbers = sorted(by_image)
+    # Beside the rows, as paths may not lead out of their folder.
+    images = []
+    for number in numbers:
+        path = work / f"{number}.png"
+        path.write_bytes((folder / "images" / f"{number}.png").read_bytes())
+        images.append(path)
+    return images, [by_image[number] for number in numbers]
+
+
+def noise(work: Path) -> tuple[list[Path], list[list[tuple[str, str]]]]:
+    """The same without the data: noise, and questions that nobody can answer."""
+    import numpy as np
+    from PIL import Image
+
+    images = []
+    for number in range(NUM_PAIRS):
+        path = work / f"{number}.png"
+        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        images.append(path)
+    return images, [[("what color is the shape?", "blue"), ("is there a circle?", "no")]] * NUM_PAIRS
+
+
+def write_model(work: Path, pairs: list[dict[str, Any]]) -> None:
+    """The folder of a LLaVA with its processor, as a user would have it."""
+    import torch
+
+    from llm_trainer.config.vision import VisionConfig
+    from llm_trainer.data.encode.tokenizer import train_tokenizer
+    from llm_trainer.models.build import build_model, num_parameters
+    from llm_trainer.models.vision_build import processor_for
+    from llm_trainer.train_configs import VLMConfig
+
+    texts = [turn["content"] for pair in pairs for turn in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
+    tokenizer = train_tokenizer(texts, 400, [IMAGE])
+    tokenizer.chat_template = TEMPLATE
+    tower = VisionConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, image_size=SIDE, patch_size=8)
+    shape = VLMConfig(
+        hidden_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        vision=tower,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+    )
+    torch.manual_seed(0)
+    model = build_model(shape)
+    print(f"a LLaVA of {num_parameters(model):,} parameters", flush=True)
+    model.save_pretrained(work / "model")
+    processor_for(model.config, tokenizer).save_pretrained(work / "model")
+
+
+def measure_rows(work: Path) -> None:
+    """Of every row the tokens of both sides together, those that are trained on, and the sum of their ids."""
+    from transformers import AutoProcessor
+
+    from llm_trainer.data.encode.chat import ChatFormat
+    from llm_trainer.data.kinds import DataOptions, get_kind
+    from llm_trainer.data.load import load
+    from llm_trainer.data.vision import ImageFormat
+
+    processor = AutoProcessor.from_pretrained(work / "model", use_fast=False)
+    chat = ChatFormat(processor.tokenizer, images=ImageFormat(processor))
+    rows = load([str(work / "pairs.jsonl")], get_kind("pairs"), chat, DataOptions(block_size=CONTEXT), work / "cache")
+    found = []
+    for number in range(NUM_PAIRS):
+        sides = [rows[number][side] for side in ("chosen", "rejected")]
+        tokens = sum(len(side["input_ids"]) for side in sides)
+        trained = sum(int(side["trained"].sum()) for side in sides)
+        ids = sum(int(side["input_ids"][side["trained"]].sum()) for side in sides)
+        found.append([tokens, trained, ids])
+    (work / "rows.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+# --- one run, in a process of its own
+
+
+class Job:
+    """One timed run: `warmup` optimizer steps, then `steps` timed ones.
+
+    Attributes:
+        ticks: after each step: by the clock, processor time, and images that towers have been run on.
+    """
+
+    def __init__(self, peer: str, precision: str, warmup: int, steps: int, work: str) -> None:
+        self.peer, self.precision, self.warmup, self.steps = peer, precision, warmup, steps
+        self.work, self.is_frozen = Path(work), peer.endswith("frozen")
+        self.ticks: list[tuple[float, float, int]] = []
+        self.num_seen, self.first, self.pace = 0, 0, Pace()
+
+    def count_images(self) -> None:
+        """Note every image that a tower is run on."""
+        from transformers import SiglipVisionModel
+
+        original = SiglipVisionModel.forward
+
+        @functools.wraps(original)
+        def counting(tower: Any, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+            self.num_seen += len(pixel_values)
+            return original(tower, pixel_values, *args, **kwargs)
+
+        SiglipVisionModel.forward = counting
+
+    def tick(self) -> None:
+        """An optimizer step is done."""
+        self.ticks.append((time.perf_counter(), time.process_time(), self.num_seen))
+
+    def tick_and_stop(self, run: Any) -> None:
+        """A step of ours is done; the run ends with the last timed one, which are of the same pairs as TRL's.
+
+        Timing begins when the run goes as it will go on.
+        """
+        self.tick()
+        step, per_epoch = len(self.ticks), NUM_PAIRS // PAIRS_PER_STEP
+        at_the_place = step >= self.warmup and (step - self.warmup) % per_epoch == 0
+        is_steady = self.pace.is_steady(run)
+        if not self.first and at_the_place and is_steady:
+            self.first = step
+        if self.first and step == self.first + self.steps:
+            run.stop("measured")
+
+    def report(self, losses: list[float], **more: Any) -> None:
+        """Print the line that the driver reads."""
+        start = self.first or self.warmup
+        first, last = self.ticks[start - 1], self.ticks[start + self.steps - 1]
+        seconds, cpu_seconds, images = (b - a for a, b in zip(first, last, strict=True))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "images": images, "peak": peak, "losses": losses[:4]}
+        print(json.dumps({"peer": self.peer, **found, **more}), flush=True)
+
+
+def run_trl(job: Job) -> None:
+    """TRL's `DPOTrainer` with its collator for images."""
+    from datasets import Dataset, Image, List
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    job.count_images()
+    seen = []  # of every step tokens, those trained on, and the sum of their ids
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            job.tick()
+
+    class Looked(DPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: Any) -> Any:
+            is_trained = inputs["completion_mask"].bool()
+            ids = inputs["input_ids"][is_trained]
+            seen.append([int(inputs["attention_mask"].sum()), int(is_trained.sum()), int(ids.sum())])
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    def model() -> Any:
+        made = AutoModelForImageTextToText.from_pretrained(job.work / "model", dtype="float32")
+        if job.is_frozen:
+            made.model.vision_tower.requires_grad_(False)
+        return made
+
+    rows = [json.loads(line) for line in (job.work / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:  # it puts the marker there itself
+        row["prompt"][0]["content"] = row["prompt"][0]["content"].removeprefix(IMAGE)
+    total_steps = job.warmup + job.steps + 1
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Looked(
+            model=model(),
+            ref_model=model(),
+            args=DPOConfig(
+                output_dir=folder,
+                beta=BETA,
+                max_length=CONTEXT,
+                max_steps=total_steps,
+                per_device_train_batch_size=PAIRS_PER_MICRO_BATCH,
+                gradient_accumulation_steps=PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH,
+                gradient_checkpointing=job.peer == "trl",
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                optim="adamw_torch_fused",
+                bf16=job.precision == "bf16",
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                train_sampling_strategy="sequential",
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(rows).cast_column("images", List(Image())),
+            processing_class=AutoProcessor.from_pretrained(job.work / "model", use_fast=False),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    per_step, rows_seen = PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH, []
+    for start in range(0, len(seen), per_step):
+        columns = zip(*seen[start : start + per_step], strict=True)
+        rows_seen.append([sum(column) for column in columns])
+    job.report([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], rows=rows_seen)
+
+
+def run_ours(job: Job) -> None:
+    """Files and a model in a configuration, with what is learned and how; nothing about the machine."""
+    from llm_trainer import DPOTrainer
+    from llm_trainer.train.hooks import Hook
+    from llm_trainer.train_configs import DataLoaderConfig, DPOConfig, OptimConfig, RunConfig, TrainConfig
+
+    job.count_images()
+    freeze = list(FROZEN) if job.is_frozen else []
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(
+            model_config=str(job.work / "model"),
+            file_dataset=[str(job.work / "pairs.jsonl")],
+            dataset_block_size=CONTEXT,
+            batch_size=PAIRS_PER_MICRO_BATCH,
+            n_epochs=LONG,
+            freeze=freeze,
+            data_loader_config=DataLoaderConfig(data_loader_shuffle=False, cache_dir=f"{folder}/cache"),
+            optim_config=OptimConfig(initial_lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=1.0),
+            dpo_config=DPOConfig(loss_beta=BETA, gradient_accumulation_steps=PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH),
+            run_config=RunConfig(
+                save_dir=folder,
+                save_interval_steps=LONG,  # nobody saves while it is timed
+                save_in_background=False,
+                log_interval=1,
+                progress=False,
+                precision=job.precision,
+            ),
+        )
+        DPOTrainer(train_config=config, hooks=[Hook("clock", job.tick_and_stop, every_steps=1)]).train()
+        lines = (Path(folder) / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [values for values in map(json.loads, lines) if "loss" in values]
+    tokens = [values["num_tokens"] for values in found]
+    job.report([values["loss"] for values in found], tokens=tokens[:4])
+
+
+# --- the rounds
+
+
+def run_job(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """What a run printed.
+
+    Raises:
+        RuntimeError: it failed; the message is the end of its errors.
+    """
+    done = subprocess.run(
+        [python_of(PEERS[job["peer"]]), str(Path(__file__).resolve()), "--job", json.dumps(job)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"peer"')]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{job['peer']} failed (exit code {done.returncode}):\n{done.stderr[-3000:]}")
+    return json.loads(lines[-1])
+
+
+def by_step(work: Path) -> list[list[int]]:
+    """Tokens, trained tokens and the sum of their ids of every step of an epoch, as ours are."""
+    rows = json.loads((work / "rows.json").read_text(encoding="utf-8"))
+    steps = []
+    for start in range(0, NUM_PAIRS, PAIRS_PER_STEP):
+        columns = zip(*rows[start : start + PAIRS_PER_STEP], strict=True)
+        steps.append([sum(column) for column in columns])
+    return steps
+
+
+def check(found: dict[str, Any], steps: list[list[int]]) -> None:
+    """See that a run has trained on the rows that are counted.
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    if "rows" in found:
+        same = found["rows"] == steps[: len(found["rows"])]
+    else:
+        total, expected = 0, []
+        for tokens, *_ in steps[: len(found["tokens"])]:
+            total += tokens
+            expected.append(total)
+        same = found["tokens"] == expected
+    if not same:
+        raise RuntimeError(f"{found['peer']} has trained on other tokens: {found}, expected {steps[:4]}")
+
+
+def print_table(runs: dict[str, list[dict[str, Any]]], tokens: int, images: int, clock: str) -> None:
+    """Medians with lowest and highest, ratios within a round, and the goal."""
+    heads = ["peer", "real tokens/s", "per second of processor time", "images of towers", "peak GiB", "first losses"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for peer, mine in runs.items():
+        speeds = " | ".join(spread([tokens / run[name] for run in mine], 0) for name in ("seconds", "cpu_seconds"))
+        peak = max(run["peak"] for run in mine) / 2**30
+        losses = " ".join(f"{loss:.4f}" for loss in mine[0]["losses"])
+        print(f"| {peer} | {speeds} | {mine[0]['images']} for {images} shown | {peak:.2f} | {losses} |")
+    print()
+    for peer, baselines in BASELINES.items():
+        for baseline in baselines:
+            pairs = zip(runs.get(peer, []), runs.get(baseline, []), strict=False)
+            found = [theirs[clock] / own[clock] for own, theirs in pairs]
+            if found:
+                print_goal(f"{peer} / {baseline}", statistics.median(found), GOAL)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--peers", default=list(PEERS), type=lambda text: text.split(","))
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help=f"timed optimizer steps of {PAIRS_PER_STEP} pairs")
+    parser.add_argument("--warmup", type=int, default=2)
+    add_machine_options(parser)
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # what the driver gives to the processes it starts
+    options = parser.parse_args()
+    if options.job:
+        job = Job(**json.loads(options.job))
+        return (run_trl if job.peer.startswith("trl") else run_ours)(job)
+    if unknown := set(options.peers) - set(PEERS):
+        parser.error(f"--peers: {', '.join(sorted(unknown))} is unknown; known: {', '.join(PEERS)}")
+    work = prepare()
+    steps = by_step(work)
+    plan = {"precision": options.precision, "warmup": options.warmup, "steps": options.steps, "work": str(work)}
+    runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in options.peers}
+    with (BENCH / "vision.jsonl").open("a", encoding="utf-8", buffering=1) as kept:
+        for _ in range(options.rounds):
+            for peer in options.peers:
+                found = run_job({"peer": peer, **plan}, environment_of(options))
+                check(found, steps)
+                runs[peer].append(found)
+                kept.write(json.dumps({**plan, **found}) + "\n")
+    timed = steps[options.warmup : options.warmup + options.steps]
+    print_table(runs, sum(tokens for tokens, *_ in timed), options.steps * PAIRS_PER_STEP, options.clock)
+
+
+if __name__ == "__main__":
+    main()
