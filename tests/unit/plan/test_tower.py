@@ -34,4 +34,4 @@ def test_flops_are_those_that_pytorch_counts(frozen: tuple[str, ...], tokens: in
     of_images = patches * tower.flops_per_patch(64)
     expected = ROWS * LENGTH * flops_per_token(model, LENGTH) + of_images
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.03)
-    assert of_images > 0.1 * expected
+    assert of_images > 0.05 * expected  # more than what is tolerated
