@@ -1,12 +1,11 @@
 """The model and the work of a run as arithmetic sees them, from its configuration alone; no weights are made."""
 
-import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
-from llm_trainer.config.algorithms import SFTConfig
+from llm_trainer.builder.model import leave_out
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import VLMConfig
 from llm_trainer.config.registry import accumulation, options_of
@@ -14,13 +13,11 @@ from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.build import build_config, flops_per_token, model_of_config, refuse_overrides
-from llm_trainer.models.freezing import PROJECTOR_ALONE, freeze_parts
-from llm_trainer.models.inside import model_context, sees_images
+from llm_trainer.models.inside import model_context
 from llm_trainer.models.overrides import overridden
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.rewarding import REWARD_MODELS, reward_model
 from llm_trainer.models.targets import ends_in
-from llm_trainer.models.vision import unreached
 from llm_trainer.models.vocabulary import check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.plan.shapes import Job, Quantized, Shape, optimizer_bytes, shape_of, update_bytes
 
@@ -96,7 +93,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True, shown: Sho
         new_tokens = range(len(vocabulary.add_tokens) + len(vocabulary.add_special_tokens))  # how many count here
         model = cast("PreTrainedModel", adapt(model, adapters, new_tokens).get_base_model())
     else:
-        _freeze(model, config, section)
+        leave_out(model, config.freeze, section)
     shape = shape_of(model, quantized)
     flops = _flops(model, costs["row_tokens"], costs["has_head"])
     optim = config.optim_config
@@ -109,19 +106,6 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True, shown: Sho
     flops *= 1 + further_share
     job = Job(flops_per_token=flops, state_bytes=state, precision=precision, **costs)
     return shape, _with_images(shape, job, shown)
-
-
-def _freeze(model: "PreTrainedModel", config: "TrainConfig", section: Any) -> None:
-    """Leave out of the training what the run will leave out."""
-    wanted = list(config.freeze)
-    if isinstance(section, SFTConfig) and section.freeze_llm_model:
-        wanted += PROJECTOR_ALONE
-    if wanted:
-        freeze_parts(model, wanted)
-    if sees_images(model.config):
-        with contextlib.suppress(AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            for name in unreached(model, with_images=True):  # of a family that nobody has tried it may not be known
-                model.get_parameter(name).requires_grad_(False)
 
 
 def _with_images(shape: Shape, job: Job, shown: Shown) -> Job:

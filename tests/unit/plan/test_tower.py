@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm_trainer.config.schema import VisionConfig, VLMConfig
+from llm_trainer.config.model import VLMConfig
+from llm_trainer.config.vision import VisionConfig
 from llm_trainer.image_batch import num_pixels
 from llm_trainer.models.build import build_model, flops_per_token
 from llm_trainer.models.freezing import freeze_parts
