@@ -7,15 +7,18 @@ key that differs from its default and is not in `TRANSLATED` is listed to the us
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from llamafactory_images import arguments_of, family_of, files_shown, images_beside
 
 from llm_trainer.config.adapters import ALL_LINEAR, LORA, RANK, AdapterConfig
 from llm_trainer.config.algorithms import DPOConfig, PretrainConfig, SFTConfig
 from llm_trainer.config.errors import ConfigError, fields_of
 from llm_trainer.config.options import Reading
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.data.encode.row_images import ImageError, RowImages
 from llm_trainer.data.kinds import DataOptions, get_kind
 from llm_trainer.data.load import find_schema
 from llm_trainer.data.read.errors import DataError, DroppedRow
@@ -23,6 +26,7 @@ from llm_trainer.data.read.files import files_of, read_rows
 from llm_trainer.data.read.messages import Message
 from llm_trainer.data.read.recognise import head_of
 from llm_trainer.data.read.schemas import Schema
+from llm_trainer.data.vision import ImageFormat
 from llm_trainer.optim import optimizers
 
 RENAMED = {  # ours -> theirs, the value as it is
@@ -80,6 +84,8 @@ TRANSLATED = {  # besides: by the functions below, or with the model and the dat
     ),
     *("dpo_config.ref_model_checkpoint", "dpo_config.precompute_ref_log_probs", "dpo_config.share_prompts"),
     *("adapter_config", "optim_config.lr_multipliers"),
+    *("freeze", "sft_config.freeze_llm_model", "sft_config.image_tags_file_dataset"),  # by llamafactory_images.py
+    *("data_loader_config.image_root", "data_loader_config.max_pixels", "data_loader_config.bad_images"),
 }
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
 PREFERENCE_LOSSES = {"dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -197,6 +203,13 @@ def translate(
     _optimizer(config, total_steps, result)
     _packing(config, stage, result)
     _adapters(config, result)
+    family = family_of(model)
+    if family is not None:
+        of_images, untold = arguments_of(config, section, family)
+        result.arguments |= of_images
+        result.untold += untold
+    elif config.freeze:
+        result.untold.append(f"freeze: {config.freeze}; it freezes parts of models that see")
     if isinstance(section, SFTConfig):
         result.arguments |= {"mask_history": section.train_on == "last", "train_on_prompt": section.train_on == "all"}
     if isinstance(section, DPOConfig):
@@ -319,8 +332,15 @@ def _preference(section: DPOConfig, result: Translation) -> None:
     }
 
 
-def add_data(config: TrainConfig, folder: Path, result: Translation) -> None:
-    """Name every data file in `datasets`; files that LLaMA-Factory cannot read are written anew into `folder`."""
+def add_data(config: TrainConfig, folder: Path, result: Translation, images: ImageFormat | None = None) -> None:
+    """Name every data file in `datasets`; files that LLaMA-Factory cannot read are written anew into `folder`.
+
+    Args:
+        config: the whole run.
+        folder: that LLaMA-Factory reads.
+        result: that the names are added to.
+        images: what an image is to the model; None: it reads text. Rows that show some are all written anew.
+    """
     stage, _ = stage_of(config)
     wanted = get_kind({"pt": "text", "sft": "conversations", "dpo": "pairs"}[stage])
     options = DataOptions(**{name: getattr(config.data_loader_config, name) for name in fields_of(Reading)})
@@ -330,8 +350,10 @@ def add_data(config: TrainConfig, folder: Path, result: Translation) -> None:
         paths = [given[i] for i in range(len(given))] if given is not None else []
         for path in (file for one in paths for file in files_of(Path(one))):
             name = f"{use}_{len(names[use])}_{path.stem}".replace(",", "_")
-            schema = find_schema(path, wanted, options)
-            result.datasets[name] = _entry(schema, path, options, folder / f"{name}.jsonl", result)
+            shows = None if images is None else images_beside(config, path, images)
+            accepts = wanted.accepts if shows is None else (*wanted.accepts, "vision")
+            schema = find_schema(path, wanted, options, accepts, takes_images=shows is not None)
+            result.datasets[name] = _entry(schema, path, options, folder / f"{name}.jsonl", result, shows)
             names[use].append(name)
             kinds[path.name] = schema.kind
     result.arguments |= {"dataset": ",".join(names["train"]), "dataset_dir": str(folder)}
@@ -348,22 +370,32 @@ def ignore(error: DataError) -> None:
     """Pass over a row that cannot be read."""
 
 
-def _entry(schema: Schema, path: Path, options: DataOptions, copy: Path, result: Translation) -> dict[str, Any]:
+def _entry(
+    schema: Schema, path: Path, options: DataOptions, copy: Path, result: Translation, shows: RowImages | None
+) -> dict[str, Any]:
     first = [row for _, row in head_of(path, options)]
     entry = None
-    if path.suffix in READ_BY_THEM and schema.renaming is None:
+    if path.suffix in READ_BY_THEM and schema.renaming is None and shows is None:
         entry = direct_entry(schema.name, first)
     if entry is not None:
         return {"file_name": str(path.resolve())} | entry
-    result.untold.append(
-        f"{path.name}: written anew as {copy.name}, as it has no name for rows of schema {schema.name!r}"
-    )
+    why = "with the paths of its images"
+    if shows is None:
+        why = f"as it has no name for rows of schema {schema.name!r}"
+    result.untold.append(f"{path.name}: written anew as {copy.name}, {why}")
     strict = options.bad_rows == "error"
     dropped = weighted = beside_calls = 0
     with copy.open("w", encoding="utf-8") as file:
         for location, row in read_rows(path, options.text_unit, on_error=None if strict else ignore):
+            location = replace(location, takes_images=shows is not None)
             try:
                 samples = schema.samples(row, location)
+                if shows is not None:
+                    samples = [shows.counted(sample, row, location) for sample in samples]
+            except ImageError:
+                if shows is None or shows.bad == "error":
+                    raise
+                samples, dropped = [], dropped + 1
             except DataError as error:
                 if strict and not isinstance(error, DroppedRow):
                     raise
@@ -372,7 +404,10 @@ def _entry(schema: Schema, path: Path, options: DataOptions, copy: Path, result:
                 turns = sample.get("messages", ())
                 weighted += any("loss_weight" in turn for turn in turns)
                 beside_calls += any(turn.get("tool_calls") and turn.get("content") for turn in turns)
-                file.write(json.dumps(_as_openai(schema.kind, sample), ensure_ascii=False) + "\n")
+                written = dict(_as_openai(schema.kind, sample))
+                if shows is not None:
+                    written["images"] = files_shown(sample, copy.parent)
+                file.write(json.dumps(written, ensure_ascii=False) + "\n")
     losses = {
         "that teach nothing are left out": dropped,
         "have a loss_weight, which it ignores": weighted,
@@ -381,7 +416,10 @@ def _entry(schema: Schema, path: Path, options: DataOptions, copy: Path, result:
     for what, number in losses.items():
         if number:
             result.untold.append(f"{path.name}: {number} rows {what}")
-    return {"file_name": copy.name} | _written(schema.kind)
+    entry = _written(schema.kind)
+    if shows is not None:
+        entry = entry | {"columns": entry["columns"] | {"images": "images"}}
+    return {"file_name": copy.name} | entry
 
 
 def direct_entry(schema: str, rows: Iterable[Any]) -> dict[str, Any] | None:
@@ -422,7 +460,7 @@ def _as_openai(kind: str, sample: Mapping[str, Any]) -> Mapping[str, Any]:
     if kind == "preference":
         pair = {side: _turns(sample[side])[-1] for side in ("chosen", "rejected")}
         return {"messages": _turns([*sample["prompt"], *sample["chosen"][:-1]]), **pair}
-    tools = json.dumps(sample["tools"], ensure_ascii=False) if sample["tools"] else ""
+    tools = json.dumps(sample["tools"], ensure_ascii=False) if sample.get("tools") else ""
     return {"messages": _turns(sample["messages"]), "tools": tools}
 
 

@@ -29,12 +29,14 @@ from llamafactory_yaml import Translation, add_data, stage_of, translate
 from transformers.utils.logging import disable_progress_bar
 
 from llm_trainer.builder.objects import Builder
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.encode.templates import default_template
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.device import choose_precision, detect_device
+from llm_trainer.models.inside import model_context
 from llm_trainer.train.writers import JsonLines
 from llm_trainer.trainers import get_trainer_class
 
@@ -76,18 +78,22 @@ def write_run(config: TrainConfig, folder: Path, our_tokens: bool) -> Translatio
     tokenizer, model = build.tokenizer, build.policy  # with what the run changes in them
     stream, *_ = build.streams
     tokenizer.chat_template = tokenizer.chat_template or default_template(tokenizer)  # it reads its template from here
-    for part in (model, tokenizer):
+    for part in (model, tokenizer if build.images is None else build.processor):
         part.save_pretrained(folder / "model")
     device = detect_device(config.run_config.device)
     result = translate(
         config,
         folder / "model",
-        cutoff_len=config.dataset_block_size or model.config.max_position_embeddings,
+        cutoff_len=config.dataset_block_size or model_context(model),
         precision=choose_precision(config.run_config.precision, device),
         on_cpu=device.type == "cpu",
         total_steps=config.run_config.max_steps or stream.num_steps() * config.n_epochs,
     )
-    add_data(config, folder, result)
+    add_data(config, folder, result, build.images)
+    if our_tokens and stage != "dpo" and stream.shows_images:
+        raise ConfigError(
+            "--tokens ours: rows that show images, and ready-made tokens have no pixels; expected --tokens theirs"
+        )
     if our_tokens and stage != "dpo":
         result.arguments |= {"tokenized_path": str(folder / "tokens"), "packing": False, "neat_packing": False}
         write_tokens(stream, folder / "tokens")

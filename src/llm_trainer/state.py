@@ -202,7 +202,6 @@ class StepDone:
         grad_norm: of the whole gradient, before clipping.
         finite: whether it is finite; otherwise nothing was updated.
         tokens: of all ranks.
-        pixels: numbers that the images of all ranks are, each distinct one of a micro-batch once.
         seconds, cpu_seconds: that the step took by the clock, and of the processor for this process (0: nobody has looked).
         waited: seconds before it, in which its data were awaited; of a rollout's first update, until it was made.
         stop: whether any rank has been asked to stop.
@@ -220,4 +219,3 @@ class StepDone:
     position: Position
     cpu_seconds: float = 0.0
     waited: float = 0.0
-    pixels: int = 0

@@ -19,6 +19,7 @@ from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
 from llm_trainer.export.door import export
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import reward_model
+from llm_trainer.train.metrics import Clock, Shares
 from llm_trainer.train_configs import (
     DataLoaderConfig,
     DPOConfig,
@@ -144,6 +145,69 @@ def test_text_and_images_in_turn_are_pretrained_on_without_being_cut_through(fol
     batch = first_batch(described, Trainer)
     assert batch["images"].counts.sum() == 6
     assert int((batch["labels"] == batch["input_ids"]).sum()) > 0
+
+
+def packed_config(folder: Path, save_dir: Path, packing: str, **loader: Any) -> TrainConfig:
+    cache = str(save_dir.parent / "cache")
+    how = {"packing": packing, "cache_dir": cache, "data_loader_shuffle": False}
+    return config(folder, save_dir, data_loader_config=DataLoaderConfig(**how | loader))
+
+
+def test_packed_rows_with_images_learn_what_padded_ones_do(folder: Path, tmp_path: Path) -> None:
+    """A step of all rows: several in one of 96 tokens, one each, or laid flat. Nothing is cut."""
+    losses, norms = {}, {}
+    for packing in ("none", "flat", "bfd", "bfd_split"):
+        values = SFTTrainer(train_config=packed_config(folder, tmp_path / packing, packing)).train()
+        losses[packing], norms[packing] = values["loss"], values["grad_norm"]
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["none"]), abs=1e-5)
+    assert norms == pytest.approx(dict.fromkeys(norms, norms["none"]), rel=1e-4)
+
+
+def test_split_rows_are_cut_between_images_and_budgets_count_what_the_tower_sees(folder: Path, tmp_path: Path) -> None:
+    from llm_trainer.builder.objects import Builder
+
+    block, budget = 12, 24
+    described = packed_config(folder, tmp_path / "run", "bfd_split", micro_batch_tokens=budget)
+    described.dataset_block_size = block
+    stream, *_ = Builder(described, SFTTrainer).streams
+    [ledger] = [part.ledger.check() for part in stream.dataset.parts]
+    assert (ledger.images.read, ledger.images.used, ledger.images.cut) == (6, 6, 0)
+    whole, *_ = Builder(packed_config(folder, tmp_path / "run", "none"), SFTTrainer).streams
+    assert int(stream.dataset.lengths.sum()) == int(whole.dataset.lengths.sum()) > block * 6
+    shown, trained = 0, 0
+    for micro_batches, _ in stream.steps(0):
+        for micro_batch in micro_batches:
+            batch = micro_batch.batch
+            images = batch.get("images")
+            uses = 0 if images is None else len(images.order)
+            assert int((batch["input_ids"] == 289).sum()) == NUM * uses  # whole ones alone
+            assert batch["input_ids"].numel() + NUM * uses <= budget  # a patch for each of their tokens
+            shown, trained = shown + uses, trained + int((batch["labels"] != -100).sum())
+    assert (shown, trained) == (6, ledger.trained)
+    assert SFTTrainer(train_config=described).train()["loss"] > 0
+
+
+def tower_parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.model.vision_tower.parameters())
+
+
+def test_the_screen_says_what_a_step_shows_and_what_it_takes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MFU is of the whole step: with what the tower does, counted as it is shown."""
+    trainer = SFTTrainer(train_config=config(folder, tmp_path / "run"))
+    trainer.train()
+    told = capsys.readouterr().out
+    assert "6 with 24 patches per step on average (4 each), 6 in an epoch" in told
+    assert "6 images read = 6 used" in told
+    assert f"parts  vision {tower_parameters(trainer.base_model):,}, projector " in told
+    size, tower = trainer.run.size, trainer.run.size.shape.tower
+    assert size.flops_per_pixel == tower.flops_per_patch(4) / tower.values_per_patch > 0
+    clock = Clock()
+    clock.add(100, 2.0, pixels=5 * 3 * 8 * 8)  # of five images
+    found = clock.read(trainer.run.progress, None, Shares(size.flops_per_token, size.flops_per_pixel))
+    expected = (100 * size.flops_per_token + 5 * 4 * tower.flops_per_patch(4)) / 2
+    assert found["mfu"] == pytest.approx(expected)
 
 
 def test_images_for_a_model_that_reads_text_are_an_error(folder: Path, tmp_path: Path) -> None:

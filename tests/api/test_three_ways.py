@@ -16,6 +16,7 @@ from llm_trainer.cli.main import main
 from llm_trainer.cli.plots import read_curves
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import parse
+from vision_data import file_of, picture
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "three_ways"
@@ -261,6 +262,115 @@ def test_adapters_in_its_words(load: Callable[[str], ModuleType]) -> None:
         translation(load, **SFT, adapter_config={"kind": "loha"})
 
 
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+SEES = {
+    "architecture": "qwen3",
+    "vision": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+}
+
+
+@pytest.fixture
+def pictured(tmp_path: Path) -> Path:
+    """Conversations about images, the last of text alone."""
+    pytest.importorskip("PIL")
+    lines = []
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(file_of(picture(8, 8, seed=number)))
+        shown = {"images": [f"{number}.png"]} if number < 7 else {}
+        turns = [USER | {"content": "<image>what?" if shown else "and?"}, ANSWER | {"content": f"it is {number}"}]
+        lines.append(json.dumps({"messages": turns} | shown) + "\n")
+    path = tmp_path / "pictured.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sections", "arguments", "untold"),
+    [
+        ({}, {"freeze_vision_tower": False, "freeze_multi_modal_projector": False, "freeze_language_model": False}, ""),
+        ({"freeze": ["vision"]}, {"freeze_vision_tower": True, "freeze_language_model": False}, ""),
+        (
+            {"sft_config": {"freeze_llm_model": True}},
+            {"freeze_vision_tower": True, "freeze_multi_modal_projector": False, "freeze_language_model": True},
+            "",
+        ),
+        ({"freeze": ["embed"]}, {"freeze_language_model": False}, "freeze: 'embed'; it freezes whole parts"),
+        ({"adapter_config": {}}, {"freeze_vision_tower": True, "freeze_multi_modal_projector": True}, "adapter_config"),
+        ({"data_loader_config": {"max_pixels": 900}}, {"image_max_pixels": 900, "image_min_pixels": 1}, ""),
+        ({"eval_prompts": ["<image>?"], "eval_image_tags": ["a.png"]}, {}, "eval_image_tags: ['a.png']"),
+        ({"sft_config": {"pixel_values_provider": print}}, {}, "sft_config.pixel_values_provider"),
+    ],
+)  # fmt: skip
+def test_images_in_its_words(
+    sections: dict[str, Any],
+    arguments: dict[str, Any],
+    untold: str,
+    tmp_path: Path,
+    load: Callable[[str], ModuleType],
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "vision_config": {"hidden_size": 16}}))
+    how = {"cutoff_len": 32, "precision": "bf16", "on_cpu": True, "total_steps": 100}
+    module = load("llamafactory_yaml")
+    result = module.translate(parse(BASE | SFT | sections, "test"), tmp_path, **how)
+    assert {name: result.arguments[name] for name in arguments} == arguments and result.arguments["template"] == "llava"
+    told = "\n".join(result.untold)
+    assert untold in told and "its own template 'llava'" in told
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics3", "vision_config": {"hidden_size": 16}}))
+    with pytest.raises(ConfigError, match="a idefics3, which LLaMA-Factory shows no images"):
+        module.translate(parse(BASE | SFT, "test"), tmp_path, **how)
+
+
+def test_rows_with_images_name_their_files(
+    pictured: Path, tmp_path: Path, load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And tokens of ours, which have no pixels, are refused; what is written is the folder of a model that sees."""
+    script = load("train_with_real_llamafactory")
+    values = BASE | SFT | {"model_config": SHAPE | SEES, "file_dataset": [str(pictured)]}
+    config = parse(values | {"run_config": {"save_dir": str(tmp_path / "out"), "device": "cpu"}}, "test")
+    folder = tmp_path / "for"
+    folder.mkdir()
+    result = script.write_run(config, folder, our_tokens=False)
+    assert result.datasets["train_0_pictured"]["columns"]["images"] == "images"
+    rows = [json.loads(line) for line in (folder / "train_0_pictured.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == [[str(tmp_path / f"{n}.png")] for n in range(7)] + [[]]
+    assert [row["messages"][0]["content"].count("<image>") for row in rows] == [1] * 7 + [0]
+    assert (folder / "model" / "processor_config.json").is_file() and result.arguments["template"] == "llava"
+    with pytest.raises(ConfigError, match="--tokens ours: rows that show images"):
+        script.write_run(config, folder, our_tokens=True)
+
+
+def test_rows_with_images_are_trained_alike(
+    pictured: Path, tmp_path: Path, load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By our loop, by transformers' and by the one that is written by hand."""
+    from accelerate.state import AcceleratorState
+
+    from llm_trainer import create_trainer
+    from llm_trainer.config.load import load_config
+
+    values = BASE | SFT | {"model_config": SHAPE | SEES, "file_dataset": [str(pictured)], "batch_size": 4}
+    values |= {
+        "optim_config": {"initial_lr": 1e-2},
+        "run_config": {"device": "cpu", "precision": "fp32", "log_interval": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    losses = {}
+    for way in ("torch", "hf", "lowmem"):
+        changes = [f"run_config.save_dir={tmp_path / way}", "run_config.progress=false"]
+        if way == "lowmem":
+            monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+            script = load("train_low_mem")
+            monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "run.yaml"), *changes, "--state", "host"])
+            script.main()
+        else:
+            config = load_config(tmp_path / "run.yaml", [*changes, f"run_config.engine={way}"])
+            create_trainer("sft", train_config=config).train()
+        losses[way] = read_curves(tmp_path / way / "log" / "metrics.jsonl")["loss"][1]
+    assert len(losses["torch"]) == 2 and losses["torch"][0] != losses["torch"][1]
+    for way in ("hf", "lowmem"):
+        assert losses[way] == pytest.approx(losses["torch"], rel=2e-5), way
+
+
 def test_only_three_stages(load: Callable[[str], ModuleType]) -> None:
     with pytest.raises(ConfigError, match="expected a pretrain_config, an sft_config or a dpo_config"):
         translation(load, kto_config={})
@@ -268,7 +378,6 @@ def test_only_three_stages(load: Callable[[str], ModuleType]) -> None:
         translation(load, dpo_config={"loss_type": "robust"})
 
 
-USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 HUMAN, GPT = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
 

@@ -1,6 +1,5 @@
 """The model that a run begins with: its shape, its first weights, and what of it is trained."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 from torch import nn
 
 from llm_trainer.checkpoint import load_weights
-from llm_trainer.config.algorithms import SFTConfig
 from llm_trainer.config.errors import ConfigError, counted
 from llm_trainer.config.model import ModelConfig, VLMConfig
 from llm_trainer.config.quantization import QuantizationConfig
@@ -21,12 +19,12 @@ from llm_trainer.models import qat
 from llm_trainer.models.adapter_folder import load_start
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.build import build_model, set_stops
-from llm_trainer.models.freezing import PROJECTOR_ALONE, freeze_parts
+from llm_trainer.models.freezing import freeze_parts, parts_to_freeze
 from llm_trainer.models.inside import model_context, sees_images, transformers_model
 from llm_trainer.models.pretrained import Kind as Found
 from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.quantized_loading import loading_options
-from llm_trainer.models.vision import unreached
+from llm_trainer.models.vision import unreached_if_known
 from llm_trainer.models.vocabulary import Pieces, check_rows, extend_rows, num_ids
 
 
@@ -147,18 +145,14 @@ def leave_out(model: nn.Module, frozen: Sequence[str], section: Any) -> None:
         frozen: names of parts, or patterns of parameters.
         section: the options of the algorithm, which may train the projector alone.
     """
-    wanted = list(frozen)
-    if isinstance(section, SFTConfig) and section.freeze_llm_model:
-        wanted += PROJECTOR_ALONE
+    wanted = parts_to_freeze(frozen, section)
     if wanted:
         freeze_parts(model, wanted)
     inner = transformers_model(model)
     if inner is None or not sees_images(inner.config):
         return
-    # Other processes may have no weights to try it out on.
     lost = list[str]()
-    if dist.is_main():
-        with contextlib.suppress(AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            lost = unreached(model, with_images=True)  # of a family that nobody has tried it may not be known
+    if dist.is_main():  # other processes may have no weights to try it out on
+        lost = unreached_if_known(model)
     for name in dist.broadcast_object(lost):
         model.get_parameter(name).requires_grad_(False)

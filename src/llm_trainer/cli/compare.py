@@ -72,7 +72,7 @@ WAYS = {
     "lowmem": Way("accelerate", ("train_low_mem.py", "--state", "host")),
     "llamafactory": Way(
         script=("train_with_real_llamafactory.py", "--tokens", "ours", "--installed-only"),
-        modules=("llamafactory_yaml.py",),
+        modules=("llamafactory_yaml.py", "llamafactory_images.py"),
         launches_itself=True,
         must_agree=False,
         hint="what it is not told is listed in its output.txt; the transformers that it uses divide a pretraining loss by T "

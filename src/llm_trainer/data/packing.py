@@ -259,7 +259,7 @@ class Pieces(Protocol):
         """Tokens `[start, stop)` of a document."""
 
     def blocks(self, index: int) -> np.ndarray:
-        """`[images, 2]` tokens of a document that stay together."""
+        """`[images, 3]` tokens of a document that stay together, from one to another, and their patches."""
 
     @property
     def tower_tokens(self) -> np.ndarray | None:
@@ -276,7 +276,7 @@ class Packed:
         self.documents = documents
         has_images = documents.tower_tokens is not None
         if strategy == "bfd_split" and has_images:
-            self.rows = pack_bfd_split(documents.lengths, capacity, documents.blocks)
+            self.rows = pack_bfd_split(documents.lengths, capacity, lambda index: documents.blocks(index)[:, :2])
         else:
             self.rows = PACKERS[strategy](documents.lengths, capacity)
         self.lengths = np.zeros(len(self.rows), dtype=np.int64)
@@ -306,15 +306,20 @@ class Packed:
         return sample
 
     def _tower_tokens(self, of_documents: np.ndarray | None) -> np.ndarray | None:
-        """`[rows]` patches that the tower sees of a row's images; of a document in pieces, as much as their share of it."""
+        """`[rows]` patches that the tower sees of a row's images; of a document in pieces, those of the images in each."""
         if of_documents is None:
             return None
-        total = np.zeros(len(self.rows))
+        total = np.zeros(len(self.rows), dtype=np.int64)
         lengths = self.documents.lengths
         for number, row in enumerate(self.rows):
             for document, start, stop in row:
-                total[number] += of_documents[document] * (stop - start) / lengths[document]
-        return np.ceil(total).astype(np.int64)
+                if stop - start == lengths[document]:
+                    total[number] += of_documents[document]
+                    continue
+                blocks = self.documents.blocks(document)
+                is_inside = (blocks[:, 0] >= start) & (blocks[:, 1] <= stop)
+                total[number] += blocks[is_inside, 2].sum()
+        return total
 
     def place(self, index: int) -> str:
         """Where the documents of a row come from, for messages."""

@@ -76,9 +76,9 @@ class Images:
         return counts.astype(np.int64)
 
     def blocks(self, row: int) -> np.ndarray:
-        """`[images, 2]` tokens `[start, stop)` of the images in a row of the store."""
+        """`[images, 3]` tokens `[start, stop)` of the images in a row of the store, and their patches."""
         here = slice(self._bounds[row], self._bounds[row + 1])
-        return np.stack([self.starts[here], self.stops[here]], axis=1)
+        return np.stack([self.starts[here], self.stops[here], self.towers[here]], axis=1)
 
     def shown(self, row: int, start: int, stop: int) -> Shown | None:
         """The images in the tokens `[start, stop)` of a row of the store; None: there are none."""

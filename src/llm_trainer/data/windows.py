@@ -149,11 +149,11 @@ class Column:
         return sample
 
     def blocks(self, row: int) -> np.ndarray:
-        """`[images, 2]` tokens `[start, stop)` of the images in a window, none of which may be cut."""
+        """`[images, 3]` tokens `[start, stop)` of the images in a window, none of which may be cut, and their patches."""
         if self.images is None:
-            return np.zeros((0, 2), dtype=np.int64)
+            return np.zeros((0, 3), dtype=np.int64)
         first = int(self.starts[row] - self._firsts[row])
-        blocks = self.images.blocks(int(self._stored[row])) - first
+        blocks = self.images.blocks(int(self._stored[row])) - np.array([first, first, 0])
         return blocks[(blocks[:, 0] >= 0) & (blocks[:, 1] <= self.lengths[row])]
 
     def weights(self) -> np.ndarray:

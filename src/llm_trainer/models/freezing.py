@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from llm_trainer.config.adapters import LANGUAGE_MODEL
+from llm_trainer.config.algorithms import SFTConfig
 from llm_trainer.models.inside import adapted_model
 from llm_trainer.models.quantize import num_values
 from llm_trainer.models.targets import Parts
@@ -15,6 +16,14 @@ LANGUAGE, VISION, PROJECTOR = "language", "vision", "projector"
 # What transformers calls what makes tokens of a tower's features; in some models it is a part of the tower.
 PROJECTORS = ("projector", "connector", "merger", "image_newline")
 PROJECTOR_ALONE = (LANGUAGE, VISION)  # what `freeze_llm_model` means
+
+
+def parts_to_freeze(frozen: Sequence[str], section: object) -> list[str]:
+    """What a run freezes: as configured, and all but the projector where `section`, its algorithm's options, says so."""
+    wanted = list(frozen)
+    if isinstance(section, SFTConfig) and section.freeze_llm_model:
+        wanted += PROJECTOR_ALONE
+    return wanted
 
 
 def freeze_parts(model: nn.Module, wanted: Sequence[str]) -> None:
@@ -66,19 +75,32 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, str]]:
 def describe_frozen(model: nn.Module) -> str:
     """How many parameters of which parts are not trained; empty: all are."""
     inner = adapted_model(model)
-    counts: dict[str, tuple[int, int]] = {}
-    for name, part in parts_of(inner):
-        parameter = inner.get_parameter(name)
-        frozen, in_all = counts.get(part, (0, 0))
-        size = num_values(parameter)
-        counts[part] = frozen + size * (not parameter.requires_grad), in_all + size
     said = []
-    for part, (frozen, in_all) in counts.items():
+    for part, (frozen, in_all) in _counts(inner).items():
         if frozen == in_all:
             said.append(f"{part}: {frozen:,} parameters")
         elif frozen:
             said.append(f"{part}: {frozen:,} of {in_all:,} parameters{_named(inner, part)}")
     return ", ".join(said)
+
+
+def describe_parts(model: nn.Module) -> str:
+    """How many parameters language model, tower and projector have; empty: it sees nothing."""
+    counts = _counts(adapted_model(model))
+    if len(counts) < 2:
+        return ""
+    return ", ".join(f"{part} {in_all:,}" for part, (_, in_all) in counts.items())
+
+
+def _counts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Of each part how many parameters are frozen, and how many there are."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, part in parts_of(model):
+        parameter = model.get_parameter(name)
+        frozen, in_all = counts.get(part, (0, 0))
+        size = num_values(parameter)
+        counts[part] = frozen + size * (not parameter.requires_grad), in_all + size
+    return counts
 
 
 def _named(model: nn.Module, part: str) -> str:

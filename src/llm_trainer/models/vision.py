@@ -6,6 +6,7 @@ architectures here.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -272,6 +273,13 @@ def unreached(model: nn.Module, with_images: bool) -> list[str]:
             reached |= _leaves(level)
     lost = set(map(id, beside_language(model))) - reached
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) in lost]
+
+
+def unreached_if_known(model: nn.Module) -> list[str]:
+    """The same where images are trained on; of a family that nobody has tried it may not be known, and is empty."""
+    with suppress(AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return unreached(model, with_images=True)
+    return []
 
 
 def _leaves(tensor: Tensor) -> set[int]:

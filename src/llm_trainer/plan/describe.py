@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
-from llm_trainer.builder.model import leave_out
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import VLMConfig
 from llm_trainer.config.registry import accumulation, options_of
@@ -13,11 +12,13 @@ from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.encode.tokenizer import load_tokenizer
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.build import build_config, flops_per_token, model_of_config, refuse_overrides
+from llm_trainer.models.freezing import freeze_parts, parts_to_freeze
 from llm_trainer.models.inside import model_context
 from llm_trainer.models.overrides import overridden
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.rewarding import REWARD_MODELS, reward_model
 from llm_trainer.models.targets import ends_in
+from llm_trainer.models.vision import unreached_if_known
 from llm_trainer.models.vocabulary import check_rows, extend_rows, extend_tokenizer, num_ids
 from llm_trainer.plan.shapes import Job, Quantized, Shape, optimizer_bytes, shape_of, update_bytes
 
@@ -93,7 +94,9 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True, shown: Sho
         new_tokens = range(len(vocabulary.add_tokens) + len(vocabulary.add_special_tokens))  # how many count here
         model = cast("PreTrainedModel", adapt(model, adapters, new_tokens).get_base_model())
     else:
-        leave_out(model, config.freeze, section)
+        freeze_parts(model, parts_to_freeze(config.freeze, section))
+        for name in unreached_if_known(model):
+            model.get_parameter(name).requires_grad_(False)
     shape = shape_of(model, quantized)
     flops = _flops(model, costs["row_tokens"], costs["has_head"])
     optim = config.optim_config

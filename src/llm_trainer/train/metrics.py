@@ -185,7 +185,7 @@ class Clock:
     seconds: float = 0.0
 
     def add(self, tokens: float, seconds: float, pixels: float = 0.0) -> None:
-        """Count a step."""
+        """Count a step; pixels are those of this rank."""
         self.tokens += tokens
         self.pixels += pixels
         self.seconds += seconds

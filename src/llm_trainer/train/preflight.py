@@ -445,11 +445,12 @@ def _images_of(source: StepSource) -> dict[str, str]:
 
 
 def _frozen_of(size: Size, model: nn.Module) -> dict[str, str]:
-    """What of a model is not trained, but for models with adapters, whose table says it."""
-    from llm_trainer.models.freezing import describe_frozen
+    """The parts of a model that sees, and what of a model is not trained, but where a table of adapters says it."""
+    from llm_trainer.models.freezing import describe_frozen, describe_parts
 
     frozen = "" if size.adapters is not None else describe_frozen(model)
-    return {"not trained": frozen} if frozen else {}
+    found = {"parts": describe_parts(model), "not trained": frozen}
+    return {name: text for name, text in found.items() if text}
 
 
 def describe_choices(choices: Sequence[Choice]) -> list[str]:

@@ -19,6 +19,7 @@ from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, j
 from llm_trainer.engine.device import detect_device
 from llm_trainer.engine.out_of_memory import release
 from llm_trainer.engine.threads import settle_threads
+from llm_trainer.image_batch import num_pixels
 from llm_trainer.kernels import compile_after
 from llm_trainer.model_group import members_of
 from llm_trainer.models.inside import transformers_model
@@ -268,7 +269,8 @@ class Run:
         progress.train_seconds += done.seconds + done.waited
         progress.learning_rate = rate_of_run(self.trainer.optimizer)  # the one that the step was taken with
         progress.lines, progress.words = [], ""
-        self._clock.add(done.tokens, done.seconds + done.waited, done.pixels)
+        pixels = sum(num_pixels(micro_batch.batch) for micro_batch in done.batches if micro_batch.counts)
+        self._clock.add(done.tokens, done.seconds + done.waited, pixels)
         if isinstance(innermost(self.source), RolloutSource):
             self._metrics.add("seconds/learn", done.seconds)
             self._metrics.add("tokens_per_second/learn", done.tokens, done.seconds)
@@ -401,6 +403,8 @@ class Run:
         values = self._metrics.reduce(dist.all_reduce)
         if not values:
             return
+        if self.size.flops_per_pixel:
+            (self._clock.pixels,) = dist.sum_numbers([self._clock.pixels], self.engine.device)  # of all ranks
         shares = preflight.shares_of_peak(self.size, self.engine)
         self.write(values | self._clock.read(self.progress, self.source.size(), shares))
         words = "" if self._last_batch is None else self.trainer._get_extra_log_info(self._last_batch)

@@ -9,7 +9,6 @@ from llm_trainer.algorithm import Algorithm, SumOverRanks
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.lockstep import zero_loss
-from llm_trainer.image_batch import num_pixels
 from llm_trainer.state import MicroBatch
 
 Totals = Mapping[str, float]  # terms of each loss of a step, and of what is added to it, over all ranks
@@ -46,28 +45,26 @@ def weigh(algorithm: Algorithm, batch: MicroBatch) -> None:
 
 def count_terms(
     algorithm: Algorithm, engine: Engine, batches: list[MicroBatch], stop_requested: bool
-) -> tuple[Totals, int, int, bool]:
-    """Weigh every micro-batch; terms, tokens and pixels of the step on all ranks, and whether any of them is to stop."""
-    tokens = pixels = 0
+) -> tuple[Totals, int, bool]:
+    """Weigh every micro-batch; terms and tokens of the step on all ranks, and whether any of them is to stop."""
+    tokens = 0
     for batch in batches:
         if batch.counts:
             weigh(algorithm, batch)
             tokens += algorithm.loss_of(batch)._count_tokens(batch.batch)
-            pixels += num_pixels(batch.batch)
     names, terms = ["", *algorithm._further_losses()], []
     for name in names:
         terms.append(float(sum(batch.weight for batch in batches if batch.loss == name)))
     names.append(ADDED)
     terms.append(float(sum(batch.added_weight for batch in batches)))
-    counts = [float(tokens), float(pixels), float(stop_requested)]
-    *totals, all_tokens, all_pixels, stops = dist.sum_numbers([*terms, *counts], engine.device)
+    *totals, all_tokens, stops = dist.sum_numbers([*terms, float(tokens), float(stop_requested)], engine.device)
     stop = stops > 0
     if dist.shares_data():  # a signal may come between the reads of neighbours, who count among different processes
         stop = dist.largest(int(stop), engine.device) > 0
     found = {
         name: total or 1.0 for name, total in zip(names, totals, strict=True)
     }  # fractions too: 1 only in place of 0
-    return found, int(all_tokens), int(all_pixels), stop
+    return found, int(all_tokens), stop
 
 
 @torch.no_grad()

@@ -214,8 +214,7 @@ class Driver(transformers.Trainer):
         dist.reached(f"step {self.progress.step + 1}, beginning")
         torch.manual_seed(mix_seeds(self.work.seed, self.progress.step, dist.rank()))
         self.micro_batches = fill_up(engine, micro_batches)
-        counted = count_terms(algorithm, engine, self.micro_batches, self.work.stop_requested())
-        self.totals, tokens, pixels, stop = counted
+        self.totals, tokens, stop = count_terms(algorithm, engine, self.micro_batches, self.work.stop_requested())
         self._unused.in_step()  # forget what an attempt before has used
         attempt = Attempt(self.work, partial(self._give_up, model))
         attempt.begin(self.micro_batches)
@@ -245,10 +244,7 @@ class Driver(transformers.Trainer):
         grad_norm = norm.item()  # the one place in a step where the host waits for the device
         finite = math.isfinite(grad_norm)
         seconds = 0.0  # transformers' update is still to come, see `RunCallback.on_step_end`
-        micro_batches = self.micro_batches
-        self.done = StepDone(
-            self.loss_sum, grad_norm, finite, tokens, seconds, stop, micro_batches, position, pixels=pixels
-        )
+        self.done = StepDone(self.loss_sum, grad_norm, finite, tokens, seconds, stop, self.micro_batches, position)
         return self.loss_sum * dist.world_size()
 
     def _give_up(self, model: nn.Module) -> None:

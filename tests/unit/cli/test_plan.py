@@ -113,7 +113,7 @@ def test_what_rows_show_takes_memory_and_time(run, capsys):
     assert images[0] == 0 < images[1] < images[2]
     assert planned(capsys, path, "--patches", "64")["job"]["patches"] == 64
     assert "1 a row, of 16 patches each" in said(capsys, path)
-    assert "tower 7,600 (trained)" in said(capsys, path)
+    assert "tower 7,632 (7,600 trained), projector " in said(capsys, path)
     pairs = job_of(run("dpo_config", model=seeing), "dpo")
     assert pairs.patches == 16 and 0 < pairs.frozen_image_flops < pairs.image_flops
     blind = job_of(run("dpo_config", model=seeing), "dpo", 'freeze=["vision", "projector"]')

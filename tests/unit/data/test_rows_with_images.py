@@ -180,6 +180,7 @@ def test_long_rows_are_split_between_images(tmp_path: Path, chat: ChatFormat) ->
                     edges, place + NUM - 1, side="right"
                 )
             total += len(row["input_ids"])
+            assert data.costs[number] == len(row["input_ids"]) + NUM * len(images)  # a patch each
         assert total == whole.lengths.sum()
 
 

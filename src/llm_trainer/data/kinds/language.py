@@ -50,7 +50,7 @@ class Documents(Rows):
         return sample
 
     def blocks(self, index: int) -> np.ndarray:
-        """`[images, 2]` tokens of a row that stay together."""
+        """`[images, 3]` tokens of a row that stay together, from one to another, and their patches."""
         return self.tokens.blocks(index)
 
 

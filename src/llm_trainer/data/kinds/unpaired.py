@@ -107,7 +107,8 @@ class UnpairedRows(Rows):
             ids, trained = ids[start:stop], trained[start:stop]
             return LanguageSample(input_ids=ids, trained=trained, document_lengths=[len(ids)])
         # Images are cut off whole: of the prompt and of the answer those that lie inside are taken.
-        blocks = [self.answers.blocks(row), self.answers.blocks(partner) - len(self._halves(partner)[0]) + len(prompt)]
+        moved = len(prompt) - len(self._halves(partner)[0])
+        blocks = [self.answers.blocks(row)[:, :2], self.answers.blocks(partner)[:, :2] + moved]
         mine = (blocks[0][:, 1] <= len(prompt), blocks[1][:, 0] >= len(prompt))
         for first, last in np.concatenate([block[which] for block, which in zip(blocks, mine, strict=True)]).tolist():
             start = last if first < start < last else start
