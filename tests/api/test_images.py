@@ -248,7 +248,7 @@ def test_the_projector_alone_learns_where_the_rest_is_frozen(folder: Path, train
     changed = [name for name, value in before.state_dict().items() if not torch.equal(value, after[name])]
     assert changed and all(name.startswith("model.multi_modal_projector.") for name in changed)
     assert "not trained  vision: " in screen and ", language: " in screen
-    assert "images  6 in an epoch, of 4 patches each on average" in screen
+    assert "images  6 with 24 patches per step on average (4 each), 6 in an epoch" in screen
 
 
 def first_model(described: TrainConfig) -> Any:

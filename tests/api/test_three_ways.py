@@ -298,7 +298,11 @@ def pictured(tmp_path: Path) -> Path:
         ({"adapter_config": {}}, {"freeze_vision_tower": True, "freeze_multi_modal_projector": True}, "adapter_config"),
         ({"data_loader_config": {"max_pixels": 900}}, {"image_max_pixels": 900, "image_min_pixels": 1}, ""),
         ({"eval_prompts": ["<image>?"], "eval_image_tags": ["a.png"]}, {}, "eval_image_tags: ['a.png']"),
-        ({"sft_config": {"pixel_values_provider": print}}, {}, "sft_config.pixel_values_provider"),
+        (
+            {"sft_config": {"pixel_values_provider": print, "image_tags_file_dataset": "a.csv"}},
+            {},
+            "sft_config.pixel_values_provider",
+        ),
     ],
 )  # fmt: skip
 def test_images_in_its_words(
@@ -339,6 +343,7 @@ def test_rows_with_images_name_their_files(
         script.write_run(config, folder, our_tokens=True)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_rows_with_images_are_trained_alike(
     pictured: Path, tmp_path: Path, load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:

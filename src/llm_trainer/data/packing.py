@@ -261,6 +261,9 @@ class Pieces(Protocol):
     def blocks(self, index: int) -> np.ndarray:
         """`[images, 3]` tokens of a document that stay together, from one to another, and their patches."""
 
+    def is_trained(self, index: int, token: int) -> bool:
+        """Whether a token of a document is trained on."""
+
     @property
     def tower_tokens(self) -> np.ndarray | None:
         """`[documents]` patches that the tower sees of their images; None: there are no images."""
@@ -280,10 +283,13 @@ class Packed:
         else:
             self.rows = PACKERS[strategy](documents.lengths, capacity)
         self.lengths = np.zeros(len(self.rows), dtype=np.int64)
-        num_continued = 0  # pieces that begin inside a document: their first token is context
+        num_continued = (
+            0  # pieces that begin inside a document, where their first token would be trained on: it is context
+        )
         for number, row in enumerate(self.rows):
             self.lengths[number] = sum(piece.stop - piece.start for piece in row)
-            num_continued += sum(piece.start > 0 for piece in row)
+            continued = [piece for piece in row if piece.start > 0]
+            num_continued += sum(documents.is_trained(piece.document, piece.start) for piece in continued)
         self.tower_tokens = self._tower_tokens(documents.tower_tokens)
         self.file_sizes = [len(self.rows)]
         self.ledger = documents.ledger

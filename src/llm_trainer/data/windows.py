@@ -133,6 +133,10 @@ class Column:
         trained = np.ones(len(ids), dtype=bool) if self.trained is None else self.trained[where] != 0
         return ids, trained
 
+    def is_trained(self, row: int, token: int) -> bool:
+        """Whether a token of a row's window is trained on."""
+        return self.trained is None or bool(self.trained[int(self.starts[row]) + token] != 0)
+
     def sample(self, row: int, start: int = 0, stop: int | None = None) -> LanguageSample:
         """A row, or a part of it, as language data."""
         ids, trained = self.tokens(row, start, stop)

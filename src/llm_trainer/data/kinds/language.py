@@ -49,6 +49,10 @@ class Documents(Rows):
             sample["place"] = self.place(index)
         return sample
 
+    def is_trained(self, index: int, token: int) -> bool:
+        """Whether a token of a row is trained on."""
+        return self.tokens.is_trained(index, token)
+
     def blocks(self, index: int) -> np.ndarray:
         """`[images, 3]` tokens of a row that stay together, from one to another, and their patches."""
         return self.tokens.blocks(index)
