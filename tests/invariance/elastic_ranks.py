@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from table import Cell, run
 
-SCOPES: dict[str, dict[str, Any]] = {"moe": {"aux_loss_scope": "previous_step"}, "bias": {}}
+# trainers of the table, and their options
+SCOPES: dict[str, dict[str, Any]] = {"moe": {"aux_loss_scope": "previous_step"}, "bias": {}, "vlm": {}, "vlm-dpo": {}}
 
 
 def main(folder: str, trainer: str, last_step: int, out: str) -> None:

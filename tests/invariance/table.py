@@ -480,7 +480,7 @@ def run(
 
 
 def number_of(batch: dict[str, torch.Tensor]) -> int:
-    """A sum over the rows of a batch, padded, flat or in parts, which is another one for other rows."""
+    """A sum over the rows of a batch, padded, flat or in parts, and over the images that they show: another for others."""
     from llm_trainer.trainers.answers import join
 
     if "prompt_input_ids" in batch:
@@ -491,7 +491,12 @@ def number_of(batch: dict[str, torch.Tensor]) -> int:
         documents = ids[0].split(batch["document_lengths"].tolist())
     else:
         documents = [row[:length] for row, length in zip(ids, batch["attention_mask"].sum(1).tolist(), strict=True)]
-    return sum(zlib.crc32(document.numpy().astype(np.int64).tobytes()) for document in documents)
+    found = sum(zlib.crc32(document.numpy().astype(np.int64).tobytes()) for document in documents)
+    if "images" in batch:
+        images: Any = batch["images"]
+        numbers = [zlib.crc32(image.cpu().numpy().tobytes()) for image in images.inputs["pixel_values"]]
+        found += sum(numbers[which] for which in images.order.tolist())
+    return found
 
 
 def differences(a: Curve, b: Curve) -> tuple[float, float]:

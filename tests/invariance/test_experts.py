@@ -78,7 +78,7 @@ def wholes() -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", SCOPES)
 def test_two_processes_one_and_two_again_are_one_run(trainer: str, tmp_path: Path) -> None:
-    """No row is lost or repeated (`differences` compares them too), and what is remembered of experts comes along."""
+    """No row and no image is lost or repeated (`differences` compares them), and what is remembered of experts comes along."""
     curve: list[Any] = []
     for step, ranks in enumerate((2, 1, 2), start=1):
         out = tmp_path / f"{step}.json"
