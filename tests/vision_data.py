@@ -1,13 +1,18 @@
 """Processors of vision-language models, made small without any download, and images, for tests."""
 
 import io
+import json
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.tokenizer import train_tokenizer
+from llm_trainer.data.kinds import DataOptions, get_kind
+from llm_trainer.data.load import Joined, load
 from llm_trainer.models.vision_build import without_videos
 
 PATCH, SIDE = 4, 16  # of the tower: 16 placeholders per image
@@ -113,3 +118,22 @@ def file_of(image: Any, kind: str = "PNG", **how: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format=kind, **how)
     return file.getvalue()
+
+
+def asked(question: str, answer: str = "A cat.") -> list[dict[str, Any]]:
+    """A question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def write(folder: Path, rows: list[Any], images: int = 4) -> Path:
+    """A file of rows in a folder of images, 0.png and so on, each of another height."""
+    for number in range(images):
+        (folder / f"{number}.png").write_bytes(file_of(picture(20 + number, 30, seed=number)))
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def loaded(path: Path, chat: ChatFormat, kind: str = "conversations", **how: Any) -> Joined:
+    """The rows of such a file as training reads them."""
+    return load([str(path)], get_kind(kind), chat, DataOptions(**how), path.parent / "cache")

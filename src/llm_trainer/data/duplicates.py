@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_trainer.data.encode.pictured import IMAGE_COLUMNS, PLACES, REFS
+from llm_trainer.data.encode.pictured import IMAGE_COLUMNS, PLACE_SIZE, PLACES, REFS
 from llm_trainer.data.encode.store import Part, Ragged, TokenStore
 from llm_trainer.data.encode.workers import build_store, found_store
 from llm_trainer.data.kinds import HARDNESS
@@ -71,11 +71,15 @@ def num_repeated(stores: Sequence[TokenStore], earlier: Sequence[TokenStore]) ->
 
 def _smaller(store: TokenStore, folder: Path, reasons: np.ndarray) -> TokenStore:
     """The rows of a store that have no reason to be left out, as a store at `folder`."""
-    dropped = Counter(store.meta["dropped"])
+    dropped, images = Counter(store.meta["dropped"]), Counter(store.meta.get("dropped_images", {}))
     for reason in (EXACT, NEAR):
         dropped[reason] += int((reasons == reason).sum())
+        if PLACES in store.columns:
+            images[reason] += int(np.diff(store[PLACES].offsets)[reasons == reason].sum()) // PLACE_SIZE
     kept = (reasons == "").nonzero()[0].tolist()
     facts = {name: value for name, value in store.meta.items() if name not in ("columns", "rows", "dropped")}
+    if +images:
+        facts["dropped_images"] = +images
     return build_store(folder, kept, partial(_copy, store), list(store.columns), meta=facts, unreadable=+dropped)
 
 

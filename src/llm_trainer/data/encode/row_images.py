@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llm_trainer.config.errors import counted
 from llm_trainer.data.images import ImageRef
 from llm_trainer.data.read.errors import DataError, Location
-from llm_trainer.data.read.pictures import all_images, images_of, resolved, with_images
+from llm_trainer.data.read.pictures import images_of, num_named, num_shown, resolved, with_images
 
 if TYPE_CHECKING:
     from llm_trainer.data.vision import ImageFormat
@@ -78,7 +79,7 @@ class RowImages:
         """
         listed: list[Any] = self._tags_of(location) if self.tags is not None else images_of(row, location)
         sample = with_images(sample, listed, location)
-        num_images = len(all_images(sample))
+        num_images = num_shown(sample)
 
         def look(source: Any) -> ImageRef:
             return self._count(source, location.at("images"), num_images)
@@ -89,6 +90,14 @@ class RowImages:
         """The images of a row of token ids, which only a csv can name."""
         tags = self._tags_of(location) if self.tags is not None else []
         return [self._count(tag, location, len(tags)) for tag in tags]
+
+    def named(self, row: Any, location: Location) -> int:
+        """How many images belong to a row that nothing was made of."""
+        if self.tags is None:
+            return num_named(row, location)
+        with suppress(DataError):
+            return len(self._tags_of(location))
+        return 0
 
     def _tags_of(self, location: Location) -> list[str]:
         assert self.tags is not None and location.row is not None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_trainer.data.encode.chat import ChatFormat
-from llm_trainer.data.encode.pictured import no_images
+from llm_trainer.data.encode.pictured import PLACE_SIZE, PLACES, no_images
 from llm_trainer.data.encode.row_images import ImageError, RowImages
 from llm_trainer.data.encode.store import Part
 from llm_trainer.data.encode.templates import ChatTemplateError
@@ -21,6 +21,7 @@ from llm_trainer.data.kinds import HARDNESS, WEIGHT, Encoded, Kind, Sample
 from llm_trainer.data.read.errors import DataError, DroppedRow, Location
 from llm_trainer.data.read.formats import split_documents
 from llm_trainer.data.read.messages import IMAGE
+from llm_trainer.data.read.pictures import num_shown
 from llm_trainer.data.read.renaming import Renaming, number_at
 from llm_trainer.data.read.schemas import Schema, get_schema
 from llm_trainer.data.unused import refuse_unused
@@ -74,7 +75,7 @@ class RowEncoder:
                     if self.images is not None:
                         values["images"] = self.images.of_ids(location)
                 except DataError as error:
-                    self._drop(error, part)
+                    self._drop(error, part, self._num_named(columns, location))
                 else:
                     samples.append(Sample("tokens", values, columns, location))
             return samples
@@ -88,9 +89,9 @@ class RowEncoder:
                 if self.images is not None:
                     found = [self.images.counted(values, row, location) for values in found]
             except DroppedRow as nothing_to_teach:
-                part.dropped[nothing_to_teach.reason] += 1
+                self._note_dropped(nothing_to_teach.reason, part, self._num_named(row, location))
             except DataError as error:
-                self._drop(error, part)
+                self._drop(error, part, self._num_named(row, location))
             else:
                 for values in self._documents(schema, found):
                     samples.append(Sample(schema.kind, values, row, location, hardness))
@@ -112,7 +113,7 @@ class RowEncoder:
         return documents
 
     def _encode(self, samples: list[Sample], part: Part) -> list[Encoded]:
-        """The rows of all samples; a sample that does not fit the chat template is dropped, or an error."""
+        """The rows of all samples, and reasons; a sample that does not fit the chat template is dropped, or an error."""
         if not samples:
             return []
         noted = Counter(part.notes)
@@ -121,31 +122,59 @@ class RowEncoder:
             assert self.kind.encode_ids is not None
             encode = self.kind.encode_ids
         try:
-            return list(encode(self.chat, samples))
+            rows = list(encode(self.chat, samples))
         except (ChatTemplateError, DataError):
             pass  # one among these does not fit: find it, and name its row
+        else:
+            reasons = {one for one in rows if isinstance(one, str)}
+            if self.images is None or len(reasons) < 2:
+                self._count_images(samples, rows, part)
+                return rows
+            # which images were left out for which reason is found one by one
         part.notes.clear()  # and note everything once
         part.notes.update(noted)
         encoded: list[Encoded] = []
         for sample in samples:
+            num_images = 0 if self.images is None else num_shown(sample.values)
             try:
-                encoded += encode(self.chat, [sample])
+                rows = list(encode(self.chat, [sample]))
             except ChatTemplateError as error:
-                self._drop(misfit(sample.location, error, in_ids=self.schema is None), part)
+                self._drop(misfit(sample.location, error, in_ids=self.schema is None), part, num_images)
             except DataError as error:
-                self._drop(error, part)
+                self._drop(error, part, num_images)
+            else:
+                self._count_images([sample], rows, part)
+                encoded += rows
         return encoded
 
-    def _drop(self, error: DataError, part: Part) -> None:
+    def _num_named(self, row: Any, location: Location) -> int:
+        """Images of a row that nothing was made of."""
+        return 0 if self.images is None else self.images.named(row, location)
+
+    def _count_images(self, samples: list[Sample], rows: list[Encoded], part: Part) -> None:
+        """Note the images of samples that are in none of their rows, for the reason why some have none."""
+        reason = next((one for one in rows if isinstance(one, str)), None)
+        if self.images is None or reason is None:
+            return
+        number = sum(num_shown(sample.values) for sample in samples)
+        for row in rows:
+            if not isinstance(row, str):
+                number -= len(row.get(PLACES, ())) // PLACE_SIZE
+        part.dropped_images += Counter({reason: number})
+
+    def _note_dropped(self, reason: str, part: Part, num_images: int) -> None:
+        part.dropped[reason] += 1
+        part.dropped_images += Counter({reason: num_images})
+
+    def _drop(self, error: DataError, part: Part, num_images: int) -> None:
         policy = self.bad_rows
         if isinstance(error, ImageError):
             assert self.images is not None
             policy = self.images.bad
+            num_images = error.num_images
         if policy == "error":
             raise error
-        part.dropped[error.reason] += 1
-        if isinstance(error, ImageError):
-            part.dropped_images[error.reason] += error.num_images
+        self._note_dropped(error.reason, part, num_images)
 
 
 def misfit(location: Location, error: ChatTemplateError, in_ids: bool) -> DataError:

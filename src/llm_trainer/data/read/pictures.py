@@ -1,12 +1,13 @@
 """Which image stands where in a sample: those of its turns' parts, and those that the row lists beside its text."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from llm_trainer.config.errors import counted
 from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.json_text import parse_json
-from llm_trainer.data.read.messages import IMAGE, Message, image_source
+from llm_trainer.data.read.messages import IMAGE, Message, image_source, own_source
 
 IMAGE_KEYS = ("images", "image")  # columns of a row
 _TURNS = ("messages", "prompt", "completion", "chosen", "rejected")  # of a sample, in the order in which they are read
@@ -15,17 +16,46 @@ _TEXTS = ("text", "prompt", "completion")
 
 def images_of(row: Any, location: Location) -> list[str | bytes]:
     """Sources of the images that a row lists in a column: paths, bytes, `{"bytes", "path"}` or images in memory."""
-    if not isinstance(row, dict):
-        return []
-    key = next((name for name in IMAGE_KEYS if row.get(name)), None)
+    key = _column_of(row)
     if key is None:
         return []
-    listed, here = row[key], location.at(key)
-    if isinstance(listed, str) and listed.lstrip().startswith("["):  # tables hold text
-        listed = parse_json(listed, here)
-    if not isinstance(listed, list | tuple):
-        listed = [listed]
-    return [image_source(image, here.at(i)) for i, image in enumerate(listed)]
+    here = location.at(key)
+    return [image_source(image, here.at(i)) for i, image in enumerate(_listed(row[key], here))]
+
+
+def _column_of(row: Any) -> str | None:
+    """The column that lists the images of a row; None: it has none, or nothing in it."""
+    if not isinstance(row, dict):
+        return None
+    return next((name for name in IMAGE_KEYS if row.get(name)), None)
+
+
+def _listed(value: Any, location: Location) -> Sequence[Any]:
+    """The images in such a column, as they are."""
+    if isinstance(value, str) and value.lstrip().startswith("["):  # tables hold text
+        value = parse_json(value, location)
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def num_named(row: Any, location: Location) -> int:
+    """How many images a row names that nothing was made of: in its column, and in parts of its turns."""
+    number, key = 0, _column_of(row)
+    if key is not None:
+        with suppress(DataError):
+            number = len(_listed(row[key], location))
+        row = {name: value for name, value in row.items() if name not in IMAGE_KEYS}
+    return number + _num_in_parts(row)
+
+
+def _num_in_parts(value: Any) -> int:
+    """How many parts of contents, anywhere in a value, bring an image."""
+    if isinstance(value, list | tuple):
+        return sum(map(_num_in_parts, value))
+    if not isinstance(value, dict):
+        return 0
+    if own_source(value) is not None:
+        return 1
+    return sum(map(_num_in_parts, value.values()))
 
 
 def with_images(sample: dict[str, Any], listed: Sequence[str | bytes], location: Location) -> dict[str, Any]:
@@ -80,6 +110,14 @@ def all_images(sample: dict[str, Any]) -> list[Any]:
             for turn in sample[key]:
                 found += turn.get("images", ())
     return found
+
+
+def num_shown(sample: dict[str, Any]) -> int:
+    """How many images the conversations of a sample show; both answers to a prompt show its images."""
+    number = len(all_images(sample))
+    if "chosen" in sample:
+        number += sum(len(turn.get("images", ())) for turn in sample["prompt"])
+    return number
 
 
 def resolved(sample: dict[str, Any], look: Callable[[Any], Any]) -> dict[str, Any]:
