@@ -131,7 +131,10 @@ def test_ids_and_pixels_of_a_function_give_the_same_tokens(folder: Path, tmp_pat
     batch = first_batch(config(folder, tmp_path / "run", file_dataset=str(tmp_path / "rows.pkl"), **how))
     assert torch.equal(batch["input_ids"], text["input_ids"]) and torch.equal(batch["labels"], text["labels"])
     assert batch["images"].inputs["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2, 4, 5]
-    assert asked == [["0.png", "1.png", "2.png", "4.png", "5.png"]]
+    assert asked == [["0.png", "1.png", "2.png", "4.png", "5.png"]] * 2  # the first time twice, to compare
+    # what a run writes down of itself has no place for a function
+    described = config(folder, tmp_path / "run", file_dataset=str(tmp_path / "rows.pkl"), **how)
+    assert SFTTrainer(train_config=described).train()["loss"] > 0
 
 
 def test_text_and_images_in_turn_are_pretrained_on_without_being_cut_through(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
@@ -48,7 +49,7 @@ class SFTConfig:
         description="for each path of file_dataset a csv of its images: a line per row, a column per image, empty: none; null: "
         "the rows name their images",
     )
-    pixel_values_provider: Any = Field(
+    pixel_values_provider: Callable[..., Any] | None = Field(
         default=None,
         description="a function of the tags in these files, tags -> pixel_values (Python only); null: they are paths of images",
     )

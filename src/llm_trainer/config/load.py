@@ -121,7 +121,8 @@ def parse(values: Any, where: str) -> TrainConfig:
         raise explain(error, TrainConfig, where) from None
 
 
-PYTHON_ONLY = {"init_state_dict", "teacher_logits_provider"}  # objects that have no place in a text file
+# Objects that have no place in a text file.
+PYTHON_ONLY = {"init_state_dict", "teacher_logits_provider", "pixel_values_provider"}
 
 PATH_OR_OBJECT = {"ref_model_checkpoint", "teacher_model"}  # which has a place there where it is a path
 

@@ -7,6 +7,7 @@ pixels are decoded where a micro-batch is collated, of the same bytes or not at 
 import hashlib
 import io
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,24 @@ _UPRIGHT_BY = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> Pillo
 _ON_THEIR_SIDE = (5, 6, 7, 8)  # orientations that swap height and width
 _SCHEME = re.compile(r"(?i)(data:|[a-z][a-z0-9+.-]*://)")
 _END_OF_JPEG, _SCAN_OF_JPEG = b"\xff\xd9", b"\xff\xda"
+# Counting asks this; what only decoding finds is found in the middle of a run, where no row can be left out any more.
 REPAIR = "repair or remove the row, or set data_loader_config.bad_images: drop"
+REPAIR_OPENED = (
+    "repair or remove the row; `llm-trainer data check FILE --tokenizer FOLDER` opens every image and names all such rows, "
+    "where bad_images looks at headers alone"
+)
+# What Pillow's readers raise of damaged files, each its own.
+_FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    struct.error,
+)
 
 
 class ImageRef(NamedTuple):
@@ -63,11 +81,18 @@ def image_file(source: str, root: Path | None, location: Location) -> Path:
         fix = "fetch the images first and name files; nothing is downloaded in training"
         raise DataError(location, found, "a path, or bytes", fix, "image_address")
     path = Path(source) if root is None else root / source
-    if root is not None and not path.resolve().is_relative_to(root.resolve()):
-        found = f"the path {source!r}, which leads to {path.resolve()}"
+    try:
+        target, is_file = path.resolve(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # longer than names are, a circle of links, a zero in it
+        why = getattr(error, "strerror", None) or error
+        found = f"{source[:60]!r} ({counted(len(source), 'character')}), which names no file ({why})"
+        fix = 'name files, or store their bytes as {"bytes": ...}'
+        raise DataError(location, found, "a path", fix, "image_missing") from error
+    if root is not None and not target.is_relative_to(root.resolve()):
+        found = f"the path {source!r}, which leads to {target}"
         fix = "set data_loader_config.image_root to a folder above all images"
         raise DataError(location, found, f"a file in {root.resolve()}", fix, "image_outside")
-    if not path.is_file():
+    if not is_file:
         found = f"no file at {path}"
         fix = "set data_loader_config.image_root to the folder that paths begin in; or " + REPAIR
         raise DataError(location, found, "an image", fix, "image_missing")
@@ -90,13 +115,14 @@ def count_image(source: str | bytes, root: Path | None, location: Location) -> I
     """
     if isinstance(source, str):
         source = str(image_file(source, root, location).absolute())
-    data = _bytes_of(source, location)
-    with _opened(data, location) as image:
-        width, height = image.size
-        if _orientation(image) in _ON_THEIR_SIDE:
-            width, height = height, width
-        _check_shape(image, height, width, location)
-        _check_whole(image, data, location)
+    with _about(source):
+        data = _bytes_of(source, location)
+        with _opened(data, location) as image:
+            width, height = image.size
+            if _orientation(image) in _ON_THEIR_SIDE:
+                width, height = height, width
+            _check_shape(image, height, width, location)
+            _check_whole(image, data, location)
     return ImageRef(source, height, width, _digest(data))
 
 
@@ -106,38 +132,55 @@ def open_image(ref: ImageRef, location: Location) -> "Image":
     Raises:
         DataError: it is gone, has changed since it was counted, or cannot be decoded.
     """
-    data = _bytes_of(ref.source, location)
+    with _about(ref.source, REPAIR_OPENED):
+        data = _bytes_of(ref.source, location)
     if _digest(data) != ref.digest:
         found = f"another image than the one that was counted ({ref.height} x {ref.width} pixels)"
         fix = "put it back, or count again: `llm-trainer data cache` shows the folder to remove"
-        raise DataError(location, found, "the same bytes as then", fix, "image_changed")
-    with _opened(data, location) as image:
-        orientation = _orientation(image)
-        with _decoding(location):
-            image.load()
-        upright = _as_rgb(image, location)
-    if orientation in _UPRIGHT_BY:
-        upright = upright.transpose(_UPRIGHT_BY[orientation])  # type: ignore[arg-type]
-    return upright
+        with _about(ref.source):
+            raise DataError(location, found, "the same bytes as then", fix, "image_changed")
+    with _about(ref.source, REPAIR_OPENED), _opened(data, location) as image:
+        return _upright(image)
 
 
-def in_bytes(value: Any) -> Any:
-    """An image in memory (Pillow's), as `datasets` makes of a column of images, as a file's bytes; other values as they are."""
+def in_bytes(value: Any, location: Location) -> Any:
+    """An image in memory (Pillow's), as `datasets` makes of a column of images, as a file's bytes; other values as they are.
+
+    Raises:
+        DataError: it cannot be decoded, or is no single picture of a size that can be used.
+    """
     if type(value).__module__.partition(".")[0] != "PIL":
         return value
     file = io.BytesIO()
-    value.save(file, format="PNG")
+    with _decoding(location):
+        _check_shape(value, value.height, value.width, location)
+        _upright(value).save(file, format="PNG")
     return file.getvalue()
 
 
 def _bytes_of(source: str | bytes, location: Location) -> bytes:
-    if isinstance(source, bytes):
-        data, where = source, "the bytes of an image"
-    else:
-        data, where = image_file(source, None, location).read_bytes(), source
+    data = source
+    if isinstance(data, str):
+        try:
+            data = image_file(data, None, location).read_bytes()
+        except OSError as error:
+            found = f"what cannot be read ({error.strerror})"
+            raise DataError(location, found, "an image", REPAIR, "image_missing") from error
     if not data:
-        raise DataError(location, f"{where}: nothing, it is empty", "an image", REPAIR, "image_empty")
+        raise DataError(location, "an empty file", "an image", REPAIR, "image_empty")
     return data
+
+
+@contextmanager
+def _about(source: str | bytes, fix: str | None = None) -> Iterator[None]:
+    """Errors about an image also name its file, and perhaps another fix: of several images a row does not tell which."""
+    try:
+        yield
+    except DataError as error:
+        location, found, expected, usual_fix, reason = error.said
+        if isinstance(source, str) and source not in found:
+            found += f", in {source}"
+        raise DataError(location, found, expected, fix or usual_fix, reason) from error.__cause__
 
 
 def _digest(data: bytes) -> str:
@@ -146,35 +189,32 @@ def _digest(data: bytes) -> str:
 
 @contextmanager
 def _opened(data: bytes, location: Location) -> "Iterator[Image]":
-    """An image of which the header is read."""
+    """An image of which the header is read; what its readers raise is an error that says where it is."""
     from PIL import Image, UnidentifiedImageError
 
-    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        begin = data[:16]
-        raise DataError(
-            location, f"no image (it begins with {begin!r})", "an image", REPAIR, "image_unknown"
-        ) from error
-    except bombs as error:
-        raise _too_large(str(error), location) from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's readers raise all of these
-        raise _damaged(error, location) from error
-    with image:
-        yield image
+    with _decoding(location):
+        try:
+            image = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError as error:
+            found = f"no image (it begins with {data[:16]!r})"
+            raise DataError(location, found, "an image", REPAIR, "image_unknown") from error
+        with image:
+            yield image
 
 
 @contextmanager
 def _decoding(location: Location) -> Iterator[None]:
+    from PIL import Image
+
     try:
         yield
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _damaged(error, location) from error
-
-
-def _damaged(error: Exception, location: Location) -> DataError:
-    return DataError(location, f"a damaged image ({error})", "one that can be decoded", REPAIR, "image_damaged")
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(str(error), location) from error
+    except _FAULTS as error:
+        found = f"a damaged image ({error})"
+        raise DataError(location, found, "one that can be decoded", REPAIR, "image_damaged") from error
 
 
 def _too_large(found: str, location: Location) -> DataError:
@@ -227,16 +267,25 @@ def _orientation(image: "Image") -> int:
     return int(image.getexif().get(_ORIENTATION, 1))
 
 
-def _as_rgb(image: "Image", location: Location) -> "Image":
+def _upright(image: "Image") -> "Image":
+    """The pixels of an opened image, as its camera was held, three channels of 8 bits."""
+    orientation = _orientation(image)
+    image.load()
+    upright = _as_rgb(image)
+    if orientation in _UPRIGHT_BY:
+        upright = upright.transpose(_UPRIGHT_BY[orientation])  # type: ignore[arg-type]
+    return upright
+
+
+def _as_rgb(image: "Image") -> "Image":
     """Three channels of 8 bits; what is transparent shows white behind it, as on a page."""
     from PIL import Image
 
     if image.mode.startswith("I;16"):
         wide = np.asarray(image, dtype=np.uint32)
         image = Image.fromarray((wide * 255 // 65535).astype(np.uint8))  # Pillow would clip at 255
-    with _decoding(location):
-        if image.has_transparency_data:
-            pixels = image.convert("RGBA")
-            page = Image.new("RGBA", pixels.size, "white")
-            image = Image.alpha_composite(page, pixels)
-        return image.convert("RGB")
+    if image.has_transparency_data:
+        pixels = image.convert("RGBA")
+        page = Image.new("RGBA", pixels.size, "white")
+        image = Image.alpha_composite(page, pixels)
+    return image.convert("RGB")

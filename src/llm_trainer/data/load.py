@@ -270,12 +270,18 @@ def find_schema(
         DataError: no known schema, or one whose samples cannot become rows of this kind.
     """
     wanted = kind.accepts if accepts is None else accepts
-    schema = schema_of(path, options, wanted, takes_images)
+    # Images that are left out on purpose decide as little about the format as those that are learned from.
+    schema = schema_of(path, options, wanted, takes_images or options.image_columns == "ignore")
     if schema.kind not in wanted:
-        sections = [get_kind(name).section for name in kinds_that_accept(schema.kind)]
+        shows_images = schema.kind == "vision"
+        sections = [get_kind(name).section for name in kinds_that_accept("chat" if shows_images else schema.kind)]
         fix = "name another format in data_loader_config.schema (--schema)"
         if sections:
             fix = f"train on it with {' or '.join(sections)}"
+        if shows_images and not takes_images:
+            fix = "train a model that sees (model_config.vision, or the folder of one)"
+            if options.image_columns != "ignore":
+                fix += ", or set data_loader_config.image_columns: ignore to train on the text alone"
         found = f"rows of kind '{schema.kind}' (format '{schema.name}')"
         expected = f"rows of kind {' or '.join(kind.accepts)} for {kind.name}"
         location, row = next(iter(head_of(path, options)), (Location(path), None))

@@ -31,7 +31,8 @@ class ProvidedImages(ImageFormat):
 
     Args:
         processor: of a model that sees every image in one size.
-        provider: called in the workers of loaders, once per micro-batch, with each distinct tag once.
+        provider: called in the workers of loaders, once per micro-batch, with each distinct tag once; for the first one of
+            every worker twice, to see whether it gives the same again.
         patch_size: as for `ImageFormat`.
 
     Raises:
@@ -80,8 +81,17 @@ class ProvidedImages(ImageFormat):
         tags = [image.tag for image in images if isinstance(image, Tagged)]
         if len(tags) < len(images):
             return super().numbers(images)
-        values = self.provider(tags)
+        is_first = not self._digests  # of this process: every epoch has workers of its own, which would forget
+        values = self._asked(tags)
+        if is_first:
+            self._asked(tags)
+        return {"pixel_values": values}
+
+    def _asked(self, tags: Sequence[str]) -> "torch.Tensor":
+        """What the function makes of some tags, which is what it made of them before."""
+        values = self.provider(list(tags))
         self._check(values, tags)
+        values = values.detach()  # nothing is learned behind a worker
         for tag, value in zip(tags, values, strict=True):
             digest = hashlib.blake2b(value.float().contiguous().numpy().tobytes(), digest_size=8).digest()
             if self._digests.setdefault(tag, digest) != digest:
@@ -89,7 +99,7 @@ class ProvidedImages(ImageFormat):
                     f"{_NAME}: other pixels for the tag {tag!r} than when it was asked before; expected the same at every "
                     "call, or a run that goes on is another run; draw nothing in it"
                 )
-        return {"pixel_values": values}
+        return values
 
     def _check(self, values: Any, tags: Sequence[str]) -> None:
         import torch

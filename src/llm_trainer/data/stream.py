@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from llm_trainer.data.loader_workers import WorkerLife, signals_held
 from llm_trainer.data.packing import SharedPrompts, cut_by_length, cut_by_tokens, cut_groups
+from llm_trainer.data.read.errors import DataError
 from llm_trainer.layout import Layout
 from llm_trainer.position import Position
 from llm_trainer.state import MicroBatch
@@ -181,8 +182,16 @@ class _Groups(torch.utils.data.Dataset):
     def __init__(self, dataset: SampleDataset, collate: Callable[[list], Batch]) -> None:
         self.dataset, self.collate = dataset, collate
 
-    def __getitem__(self, group: Sequence[int]) -> Batch:
-        return self.collate([self.dataset[int(i)] for i in group])
+    def __getitem__(self, group: Sequence[int]) -> Batch | ValueError:
+        """A micro-batch; of a worker also the error that its rows raised, which whoever waits for it raises in its words."""
+        try:
+            return self.collate([self.dataset[int(i)] for i in group])
+        except ValueError as error:
+            # NOTE: an exception of a user's own class may not survive the way out of a worker; torch prints it there.
+            is_ours = isinstance(error, DataError) or type(error) is ValueError
+            if get_worker_info() is None or not is_ours:
+                raise
+            return error
 
 
 @dataclass(eq=False, repr=False)
@@ -348,7 +357,13 @@ class SampleStream:
         with signals_held():
             batches = iter(loader)
         for step, is_filler, stop in self._plan(epoch, position):
-            yield [MicroBatch(next(batches), counts=not is_filler) for _ in step], stop
+            micro_batches = []
+            for _ in step:
+                batch = next(batches)
+                if isinstance(batch, ValueError):
+                    raise batch
+                micro_batches.append(MicroBatch(batch, counts=not is_filler))
+            yield micro_batches, stop
 
     def rows_of_step(self, epoch: int, position: int, micro_batches: list[MicroBatch]) -> list[list[RowOfStep]]:
         groups, _, _ = next(self._plan(epoch, position))

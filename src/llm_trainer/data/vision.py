@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # what a processor makes of text
 _ASKING = Lock()
+_BLANK = (64, 64)  # height and width of an image that every processor takes
+_FIX = "use the tokenizer in the folder of the model (tokenizer: null takes it)"
 _PATCH = 14  # pixels of a patch's side where nobody says it: that of CLIP's and SigLIP's towers
 
 
@@ -75,8 +77,8 @@ class ImageFormat:
         said = [getattr(part, "patch_size", None) for part in (processor, processor.image_processor)]
         self.patch_size: int = next(size for size in (patch_size, *said, _PATCH) if size)
         self.image_token_id = int(processor.image_token_ids[0])
-        self._check_tokens()
         self._of_size: dict[tuple[int, int], ImageTokens] = {}
+        self._check_tokens()
 
     def _check_tokens(self) -> None:
         tokenizer = self.processor.tokenizer
@@ -84,9 +86,18 @@ class ImageFormat:
             ids = tokenizer.encode(token, add_special_tokens=False)
             if len(ids) != 1 or tokenizer.convert_tokens_to_ids(token) == tokenizer.unk_token_id is not None:
                 raise ConfigError(
-                    f"{name} {token!r}: the tokenizer writes it as {len(ids)} tokens; expected one, which no text is; "
-                    f"add it: vocabulary_config.special_tokens: [{token!r}]"
+                    f"{name} {token!r}: the tokenizer writes it as {len(ids)} tokens; expected one, which no text is; {_FIX}"
                 )
+        try:
+            is_known = bool(self.tokens(*_BLANK).runs)
+        except ValueError:  # a processor that counts its placeholders
+            is_known = False
+        if not is_known:
+            raise ConfigError(
+                f"image_token {self.marker!r}: the tokenizer has it as id {tokenizer.convert_tokens_to_ids(self.marker)}, and "
+                f"{type(self.processor).__name__} makes placeholders of id {self.image_token_id}; expected the ids of the "
+                f"model; {_FIX}"
+            )
 
     @cached_property
     def placeholder(self) -> str:
@@ -197,8 +208,8 @@ class ImageFormat:
 
         from llm_trainer.image_batch import ImageBatch
 
-        image = Image.new("RGB", (64, 64), "white")
-        lengths = torch.tensor([self.num_placeholders(64, 64)])
+        image = Image.new("RGB", _BLANK[::-1], "white")
+        lengths = torch.tensor([self.num_placeholders(*_BLANK)])
         nothing = torch.zeros(0, dtype=torch.long)
         return ImageBatch(self.numbers([image]), nothing, torch.zeros(0, dtype=torch.long), lengths)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.config.errors import counted
 from llm_trainer.models.inside import beside_language, evaluating, transformers_models
 
 
@@ -145,9 +146,9 @@ class Vision(NamedTuple):
         lengths = images.lengths.tolist()
         if len(levels[0]) != sum(lengths):
             raise ValueError(
-                f"{type(self.model).__name__} makes {len(levels[0])} tokens of {len(lengths)} images, for which the processor "
-                f"has put {sum(lengths)} placeholders; expected the processor of this model: the same image size, patches and "
-                f"tokens per image"
+                f"{type(self.model).__name__} makes {len(levels[0])} tokens of {counted(len(lengths), 'image')}, for which the "
+                f"processor has put {sum(lengths)} placeholders; expected the processor of this model: the same image size, "
+                f"patches and tokens per image"
             )
         return Features(images, [level.split(lengths) for level in levels], output)
 

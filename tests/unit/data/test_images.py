@@ -30,13 +30,18 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def animated() -> bytes:
+def animated(kind: str = "GIF") -> bytes:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
-    return file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    return file_of(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+def icon(picture: bytes) -> bytes:
+    """An ICO of 8 x 8 pixels that holds this file, as it says."""
+    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 8, 8, 0, 0, 1, 32, len(picture), 22) + picture
 
 
 BAD = {
-    "empty": (b"", "the bytes of an image: nothing, it is empty", "image_empty"),
+    "empty": (b"", "rows.jsonl:3: found an empty file; expected an image", "image_empty"),
     "text": (b"this is no image at all", "no image \\(it begins with b'this is no image", "image_unknown"),
     "cut jpeg": (file_of(picture(64, 64), "JPEG")[:900], "a JPEG file that was cut off", "image_damaged"),
     "cut png": (file_of(picture(64, 64))[:900], "a PNG file that was cut off", "image_damaged"),
@@ -44,7 +49,10 @@ BAD = {
     "a line": (file_of(Image.new("RGB", (20_000, 1))), r"an image of 1 x 20,000 pixels", "image_shape"),
     "bomb": (png_of(20_000, 20_000), "an image that would fill the memory", "image_too_large"),
     "large": (png_of(10_000, 9_000), "an image that would fill the memory", "image_too_large"),
+    "bomb in an icon": (icon(png_of(20_000, 20_000)), "an image that would fill the memory", "image_too_large"),
     "animated": (animated(), r"an animated image, or one of several pages \(3 frames\)", "image_animated"),
+    "animated png": (animated("PNG"), r"an animated image, or one of several pages \(3 frames\)", "image_animated"),
+    "strange pixels": (b"DDS " + struct.pack("<7I", 124, 0, 8, 8, 0, 0, 0) + bytes(200), "a damaged", "image_damaged"),
     "floats": (file_of(Image.new("F", (8, 8)), "TIFF"), "numbers without a largest one", "image_mode"),
 }
 
@@ -62,6 +70,7 @@ def test_a_path_stays_in_its_folder_and_nothing_is_downloaded(tmp_path: Path) ->
     inside.mkdir()
     outside.write_bytes(file_of(SQUARE))
     (inside / "link.png").symlink_to(outside)
+    (inside / "circle.png").symlink_to(inside / "circle.png")
     (inside / "good.png").write_bytes(file_of(SQUARE))
     (inside / "text.png").write_text("not a picture")
     assert count_image("good.png", inside, HERE) == count_image(str(inside / "good.png"), inside, HERE)
@@ -72,8 +81,11 @@ def test_a_path_stays_in_its_folder_and_nothing_is_downloaded(tmp_path: Path) ->
         "https://example.org/a.png": "the address 'https://example.org/a.png'; expected a path, or bytes",
         "file:///etc/a.png": "the address",
         "data:image/png;base64,AAAA": "the address 'data:image/png",
-        "none.png": "no file at .*none.png",
-        "text.png": "no image",
+        "none.png": "no file at .*none.png; .* fix: set data_loader_config.image_root",
+        "circle.png": "names no file|no file at",
+        "a\0.png": r"'a\\x00.png' \(6 characters\), which names no file .*embedded null",
+        "iVBORw0KGgo" * 400: r"\(4,400 characters\), which names no file .*; fix: name files, or store their bytes",
+        "text.png": r"no image \(it begins with b'not a picture'\), in .*text.png",
     }.items():
         with pytest.raises(DataError, match=message):
             count_image(source, inside, HERE)
@@ -140,8 +152,22 @@ def test_damage_behind_the_header_is_found_when_it_is_decoded() -> None:
     middle = len(data) // 2
     data[middle : middle + 64] = bytes(64)
     ref = count_image(bytes(data), None, HERE)
-    with pytest.raises(DataError, match="a damaged image"):
+    # where it is opened no row is dropped any more, and the fix is another one
+    with pytest.raises(
+        DataError, match="a damaged image .*; fix: .*`llm-trainer data check FILE .*` opens every image"
+    ):
         open_image(ref, HERE)
+
+
+def test_a_file_that_may_not_be_read_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(file_of(SQUARE))
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"found what cannot be read \(Permission denied\), in .*a.png"):
+        count_image("a.png", tmp_path, HERE)
 
 
 def test_counting_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +185,32 @@ def test_a_cameras_jpeg_with_a_preview_behind_it_is_one_picture() -> None:
     assert open_image(ref, HERE).size == (30, 20) and (ref.height, ref.width) == (20, 30)
 
 
+def in_memory(image: Image.Image) -> np.ndarray:
+    return np.asarray(open_image(count_image(in_bytes(image, HERE), None, HERE), HERE))
+
+
 def test_an_image_in_memory_is_a_file() -> None:
-    ref = count_image(in_bytes(picture()), None, HERE)
-    assert np.array_equal(np.asarray(open_image(ref, HERE)), np.asarray(picture()))
-    assert in_bytes("a.png") == "a.png"
+    assert np.array_equal(in_memory(picture()), np.asarray(picture()))
+    assert in_bytes("a.png", HERE) == "a.png"
+    # a format may have no place for what is in memory: inks, how the camera was held
+    assert (in_memory(Image.new("CMYK", (8, 8), (0, 255, 255, 0))) == [255, 0, 0]).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    held = Image.open(io.BytesIO(file_of(picture(16, 24), "JPEG", exif=exif.tobytes())))
+    assert in_memory(held).shape == (24, 16, 3)
+
+
+IN_MEMORY = {
+    "animated": (lambda: Image.open(io.BytesIO(animated())), "image_animated"),
+    "numbers": (lambda: Image.fromarray(np.full((8, 8), 70_000, dtype=np.int32)), "image_mode"),
+    "1 x 1": (lambda: Image.new("RGB", (1, 1)), "image_shape"),
+    "cut off": (lambda: Image.open(io.BytesIO(file_of(picture(64, 64))[:900])), "image_damaged"),
+}
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_what_cannot_be_used_in_memory_is_found_too(name: str) -> None:
+    make, reason = IN_MEMORY[name]
+    with pytest.raises(DataError) as found:
+        in_bytes(make(), HERE)
+    assert found.value.reason == reason

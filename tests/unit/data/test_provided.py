@@ -59,18 +59,27 @@ def test_what_a_provider_may_not_return(name: str) -> None:
         numbers(provider)
 
 
-def test_other_pixels_at_the_second_call_are_an_error() -> None:
+@pytest.mark.parametrize("calls_before", [0, 2])
+def test_other_pixels_at_the_second_call_are_an_error(calls_before: int) -> None:
+    """Found at the first micro-batch already: a worker of the next epoch would know nothing of this one's."""
     calls: list[int] = []
 
     def drifting(tags: list[str]) -> torch.Tensor:
         calls.append(1)
-        return provide(tags) + len(calls)
+        return provide(tags) + max(len(calls) - calls_before, 0)
 
     images = ProvidedImages(llava_processor(), drifting)
     shown = [images.open(images.count("a", None, HERE), HERE)]
-    images.numbers(shown)
+    for _ in range(calls_before // 2):
+        images.numbers(shown)
     with pytest.raises(ValueError, match="other pixels for the tag 'a' than when it was asked before"):
         images.numbers(shown)
+
+
+def test_what_a_model_of_the_users_makes_teaches_it_nothing() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    batch = numbers(lambda tags: weight * provide(tags))
+    assert not batch.inputs["pixel_values"].requires_grad
 
 
 def test_tokens_that_depend_on_a_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.kinds import DataOptions, get_kind
-from llm_trainer.data.load import Joined, load, open_stream
+from llm_trainer.data.load import load, open_stream
 from llm_trainer.data.read.errors import DataError
 from llm_trainer.data.vision import ImageFormat
-from vision_data import PATCH, SIDE, file_of, llava_processor, picture
+from vision_data import PATCH, SIDE, asked, file_of, llava_processor, loaded, picture, write
 
 NUM = (SIDE // PATCH) ** 2  # placeholders of an image
 PARTS_TEMPLATE = (
@@ -33,22 +33,6 @@ LISTS_ONLY = PARTS_TEMPLATE.replace("{% if m.content is string %}{{ m.content }}
 def chat() -> ChatFormat:
     processor = llava_processor()
     return ChatFormat(processor.tokenizer, images=ImageFormat(processor))
-
-
-def asked(question: str, answer: str = "A cat.") -> list[dict[str, Any]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def write(folder: Path, rows: list[Any], images: int = 4) -> Path:
-    for number in range(images):
-        (folder / f"{number}.png").write_bytes(file_of(picture(20 + number, 30, seed=number)))
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def loaded(path: Path, chat: ChatFormat, kind: str = "conversations", **how: Any) -> Joined:
-    return load([str(path)], get_kind(kind), chat, DataOptions(**how), path.parent / "cache")
 
 
 ROWS = [
@@ -120,6 +104,21 @@ def test_rows_become_batches_in_which_each_distinct_image_is_opened_once(
         assert (batch["labels"] != chat.images.image_token_id).all()
         assert int((batch["input_ids"] == chat.images.image_token_id).sum()) == 5 * NUM
     assert len(opened) == 2 * 4
+
+
+def test_files_with_and_without_images_are_trained_on_together(tmp_path: Path, chat: ChatFormat) -> None:
+    (tmp_path / "text").mkdir()
+    with_images, text = write(tmp_path, ROWS[:2]), write(tmp_path / "text", [ROWS[2]] * 2)
+    for paths in ([with_images, text], [text, with_images]):
+        data = load(list(map(str, paths)), get_kind("conversations"), chat, DataOptions(), tmp_path / "cache")
+        read = [0 if ledger.images is None else ledger.images.read for ledger in data.ledgers]
+        assert sorted(read) == [0, 4]
+        how: dict[str, Any] = {"rows_per_step": 4, "batch_size": 1, "interleave": True}
+        stream = open_stream(data, get_kind("conversations"), DataOptions(), 0, **how)
+        assert stream.shows_images
+        [(batches, _)] = list(stream.steps(0))
+        counts = [int(one.batch["images"].counts.sum()) if "images" in one.batch else 0 for one in batches]
+        assert sorted(counts) == [0, 0, 1, 3]
 
 
 def test_a_step_without_images_says_nothing_of_them(tmp_path: Path, chat: ChatFormat) -> None:
@@ -233,8 +232,14 @@ def test_for_a_model_that_reads_text_nothing_has_changed(tmp_path: Path, chat: C
     assert "<image>" in blind.tokenizer.decode(data[0]["input_ids"])
     assert blind.images is None and not (data[0]["input_ids"] == chat.images.image_token_id).any()
     assert not [name for name in data.stores[0].columns if name.startswith("image")]
-    with pytest.raises(DataError, match="rows of kind 'vision'"):
-        loaded(write(tmp_path, ROWS[:1]), blind)
+    path = write(tmp_path, ROWS[:1])
+    with pytest.raises(
+        DataError, match="rows of kind 'vision' .*; fix: train a model that sees .*image_columns: ignore"
+    ):
+        loaded(path, blind)
+    # on purpose its text alone is learned, counted
+    data = loaded(path, blind, image_columns="ignore")
+    assert data.ledgers[0].notes["row: its column 'images' is left out, rows of conversations are text"] == 1
 
 
 def test_an_image_that_changed_since_it_was_counted_names_its_row(tmp_path: Path, chat: ChatFormat) -> None:
@@ -453,6 +458,7 @@ def test_a_token_budget_counts_what_the_tower_sees(tmp_path: Path, chat: ChatFor
 
 
 def test_workers_open_the_same_images(tmp_path: Path, chat: ChatFormat) -> None:
+    """And what is wrong with one is said as without them, not as the last words of a worker."""
     data = loaded(write(tmp_path, ROWS), chat, packing="flat")
     found = []
     for workers in (0, 1):
@@ -462,6 +468,12 @@ def test_workers_open_the_same_images(tmp_path: Path, chat: ChatFormat) -> None:
     for here, there in zip(*found, strict=True):
         assert torch.equal(here.inputs["pixel_values"], there.inputs["pixel_values"])
         assert torch.equal(here.order, there.order) and torch.equal(here.counts, there.counts)
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(
+        DataError, match=r"^\S*rows.jsonl:2: found no file at .*2.png; .* `llm-trainer data check FILE"
+    ) as found:
+        list(stream.steps(0))
+    assert "Traceback" not in str(found.value)
 
 
 def test_the_report_of_a_file_says_sizes_tokens_and_problems(tmp_path: Path, chat: ChatFormat) -> None:
@@ -516,3 +528,13 @@ def test_real_files(
         for ref in sample.get("images", ())[:1]:
             assert chat.images.open(ref, None).size == (ref.width, ref.height)
     assert total
+
+
+def test_a_size_that_a_row_states_wrongly_is_not_believed(shared_data: Path, tmp_path: Path, chat: ChatFormat) -> None:
+    path = shared_data / "vlm" / "coco_two_images" / "sft_multi_image.jsonl"
+    row = json.loads(path.read_text().splitlines()[5])
+    parts = [part for turn in row["messages"] for part in turn["content"] if isinstance(part, dict)]
+    stated = [tuple(part["image"]["image_wh"]) for part in parts if part["type"] == "image"]
+    data = load([str(path)], get_kind("conversations"), chat, DataOptions(packing="none"), tmp_path)
+    found = [(ref.width, ref.height) for ref in data[5]["images"]]
+    assert found == [(640, 480)] * 2 != stated

@@ -83,6 +83,19 @@ def test_a_tokenizer_that_lacks_the_placeholder_is_named() -> None:
         ImageFormat(processor)
 
 
+def test_a_tokenizer_that_calls_the_placeholder_by_another_number_is_named() -> None:
+    from copy import copy
+
+    from llm_trainer.data.encode.tokenizer import train_tokenizer
+
+    processor = copy(llava_processor())
+    processor.tokenizer = train_tokenizer(["What is in the picture?"], 300, ["<other>", "<image>"])
+    before, now = (one.convert_tokens_to_ids("<image>") for one in (llava_processor().tokenizer, processor.tokenizer))
+    assert before != now
+    with pytest.raises(ConfigError, match=f"has it as id {now}, and LlavaProcessor makes placeholders of id {before}"):
+        ImageFormat(processor)
+
+
 def without_filling(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     is_there = inputs["pixel_attention_mask"].flatten(2).any(2)
     return {name: values[is_there] for name, values in inputs.items()}

@@ -217,8 +217,8 @@ def _part(part: Any, location: Location) -> tuple[str, list[Any]]:
         said = text_field(part, key, location)
         return said, [None] * said.count(IMAGE)
     if kind in _IMAGE_PARTS and location.takes_images:
-        keys = [key for key in ("image", "image_url", "url", "path", "value") if part.get(key)]
-        source = image_source(part[keys[0]], location.at(keys[0])) if keys else None
+        own = own_source(part)
+        source = None if own is None else image_source(part[own], location.at(own))
         return IMAGE, [source]
     expected, fix = "a text, image, reasoning or tool_call part", "remove the part"
     if kind in _IMAGE_PARTS:
@@ -230,12 +230,19 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url")
 
 
+def own_source(part: dict[str, Any]) -> str | None:
+    """The key of a part of a content that brings its own image; None: it is none, or the next one of the row's list."""
+    if part.get("type") not in _IMAGE_PARTS:
+        return None
+    return next((key for key in ("image", "image_url", "url", "path", "value") if part.get(key)), None)
+
+
 def image_source(value: Any, location: Location) -> str | bytes:
     """Path, URL or bytes of an image, from itself or from `{"url" | "path" | "bytes": ...}`; bytes come first."""
     if isinstance(value, dict):
         given = [value[key] for key in ("bytes", "url", "path") if value.get(key)]
         value = given[0] if given else value
-    value = in_bytes(value)
+    value = in_bytes(value, location)
     if not isinstance(value, str | bytes):
         raise DataError(location, show(value), "a path, a URL or bytes", "repair the image reference", "wrong_type")
     return value
