@@ -274,7 +274,8 @@ def find_schema(
     schema = schema_of(path, options, wanted, takes_images or options.image_columns == "ignore")
     if schema.kind not in wanted:
         shows_images = schema.kind == "vision"
-        sections = [get_kind(name).section for name in kinds_that_accept("chat" if shows_images else schema.kind)]
+        read_as = "chat" if shows_images else schema.kind
+        sections = [get_kind(name).section for name in kinds_that_accept(read_as)]
         fix = "name another format in data_loader_config.schema (--schema)"
         if sections:
             fix = f"train on it with {' or '.join(sections)}"
