@@ -15,6 +15,7 @@ from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.encode.tokenizer import check_vocabulary
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import check_precision, join_processes
+from llm_trainer.engine.recompute import check_offload
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.lock import lock_of_run
 from llm_trainer.models.attention import describe_attention
@@ -40,6 +41,7 @@ def assemble(config: TrainConfig, trainer_class: Any, given: dict[str, Any]) -> 
     # 1. What can go wrong at once, goes wrong now and not after an hour of tokenizing.
     deepspeed = None if config.ds_config is None else config.ds_config.to_json()
     check_precision(build.engine, run.precision, deepspeed, build.device, given.get("use_amp", True))
+    check_offload(run, build.device, deepspeed if build.engine == "deepspeed" else None)
     join_processes(build.device, build.engine, config.fsdp_config, run.ddp_timeout_s)
     settle_threads(dist.num_processes() > 1)  # before the first product; the run says it
     with dist.main_process_first():

@@ -18,10 +18,11 @@ from ranks import fork_ranks, import_once
 from table import tiny_model
 
 from failing_memory import FailingMemory, num_rows
+from later_copies import LaterCopies
 from llm_trainer import DPOTrainer, SFTTrainer, create_trainer
 from llm_trainer.config.errors import is_installed
 from llm_trainer.config.options import Fsdp
-from llm_trainer.engine import dist
+from llm_trainer.engine import dist, recompute
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.trainers.base import BaseTrainer
 
@@ -55,6 +56,25 @@ def train(folder: Path, **options: Any) -> dict[str, Any]:
         "dtype": str(parameters[0].dtype),
         "precision": trainer.run.engine.precision_name,
     }
+
+
+def offloaded(folder: Path) -> dict[str, Any]:
+    """Layers that are computed again, what enters them kept on the host: for each engine the curve with and without."""
+    made: list[LaterCopies] = []
+
+    def make(device: torch.device) -> LaterCopies:
+        made.append(LaterCopies(device))
+        return made[-1]
+
+    recompute.COPIES["cpu"] = make
+    found: dict[str, Any] = {}
+    for name, how in ADAPTED.items():
+        for offload in (False, True):
+            options = {"gradient_checkpointing": True, "activation_offload": offload, **how}
+            into = folder / f"{name} {offload}"
+            make_trainer(into, STEPS, use_amp=False, **options).train()
+            found.setdefault(name, []).append(curve(into) if dist.is_main() else [])
+    return {"curves": found, "copies": [len(copies.begun) for copies in made]}
 
 
 def short_of_memory(folder: Path) -> str:
@@ -236,6 +256,7 @@ def main(folder: Path) -> None:
         "tensor sharded": (4, partial(train, fsdp=Fsdp(tensor_parallel_size=2))),
         "offload": (2, partial(train, fsdp=Fsdp(cpu_offload=True))),
         "recomputed": (2, partial(train, gradient_checkpointing=True)),
+        "offloaded": (2, offloaded),
         "bf16": (2, partial(train, use_amp=True, precision="bf16")),
         "bf16 plain": (2, partial(train, engine="torch", use_amp=True, precision="bf16")),
         "own torch": (1, partial(own, engine="torch")),

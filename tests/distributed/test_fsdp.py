@@ -46,6 +46,15 @@ def test_every_option_has_the_curve_of_ddp_on_half_the_weights(played: dict[str,
     assert played["plain"][0]["share"] == 1.0
 
 
+@pytest.mark.parametrize("engine", ["torch", "fsdp", "zero-3"])
+def test_what_recomputed_layers_keep_may_wait_on_the_host(played: dict[str, Any], engine: str) -> None:
+    """DDP, FSDP2 and ZeRO-3: the same bits as kept where it was."""
+    ours = played["offloaded"][0]
+    kept, offloaded = ours["curves"][engine]
+    assert offloaded == kept and len(kept) == 3
+    assert len(ours["copies"]) == 3 and min(ours["copies"]) > 0
+
+
 def test_tensor_parallel_layers_have_the_curve_of_ddp(played: dict[str, Any]) -> None:
     """Two by two processes: the matrices of layers are cut twice, the rest once."""
     results = played["tensor sharded"]

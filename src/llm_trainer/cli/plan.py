@@ -19,6 +19,7 @@ from llm_trainer.engine.room import checkpoint_copy
 from llm_trainer.plan.choices import RESERVE, Choice, choices, recommend, usable
 from llm_trainer.plan.describe import Shown, describe
 from llm_trainer.plan.gpus import GB, find_gpu
+from llm_trainer.plan.memory import on_the_host
 from llm_trainer.plan.shapes import Job, Shape
 from llm_trainer.plan.speed import Cluster, Speed
 from llm_trainer.train.preflight import describe_choices
@@ -80,6 +81,12 @@ def plan(
     if host:
         copy = f"{host / 1e9:.1f} GB of the first machine's host memory, for the copy that checkpoints are written from"
         advice.append(f"host  {copy} [run_config.save_in_background=false]")
+    if chosen is not None and chosen.checkpointing and job.offloads:
+        inputs = on_the_host(shape, job, chosen.strategy, chosen.micro_tokens) * cluster.per_node / 1e9
+        advice.append(
+            f"host  {inputs:.2g} GB of each machine's host memory, for what enters the layers of a micro-batch and comes back "
+            "in its backward [run_config.activation_offload=false]"
+        )
     if job.disk_bytes:
         rollouts = f"{job.disk_bytes * gpus / 1e9:.2g} GB for each rollout, kept until the oldest checkpoint is younger"
         advice.append(f"disk  {rollouts}; times leave out what it takes to sample and reward one")
@@ -88,7 +95,7 @@ def plan(
     advice.append(f"take  {why}")
     if chosen is not None:
         advice.append(f"      {' '.join(_changes(key_of(name), job, chosen, config.batch_size))}")
-    for line in [*_facts(shape, job, cluster, mfu, budget), "", *_table(found, chosen, budget), "", *advice]:
+    for line in [*_facts(shape, job, cluster, mfu, budget), "", *_table(found, chosen, job, budget), "", *advice]:
         typer.echo(line)
 
 
@@ -155,7 +162,14 @@ def _of_images(shape: Shape, job: Job) -> list[str]:
     return [f"parts  {', '.join(said)}", f"images {shows}"]
 
 
-def _table(found: list[Choice], chosen: Choice | None, budget: float | None) -> list[str]:
+def _recomputed(choice: Choice, job: Job) -> str:
+    """Whether layers are computed again, and where what enters them waits."""
+    if not choice.checkpointing:
+        return "no"
+    return "yes, host" if job.offloads else "yes"
+
+
+def _table(found: list[Choice], chosen: Choice | None, job: Job, budget: float | None) -> list[str]:
     """One line per choice: GB by purpose with the run's own micro-batch, then the fastest way that fits."""
     memories = [asdict(choice.memory) for choice in found]
     purposes = []
@@ -170,7 +184,7 @@ def _table(found: list[Choice], chosen: Choice | None, budget: float | None) -> 
             [
                 "*" if choice is chosen else "",
                 choice.strategy.name,
-                "yes" if choice.checkpointing else "no",
+                _recomputed(choice, job),
                 "chunked" if choice.chunked else "whole",
                 *(f"{memory[purpose] / 1e9:.1f}" for purpose in purposes),
                 f"{choice.memory.total / 1e9:.1f}",
@@ -228,6 +242,8 @@ def _changes(section: str, job: Job, chosen: Choice, batch_size: int) -> list[st
     else:
         changes.append("run_config.engine=torch")
     changes.append(f"run_config.gradient_checkpointing={str(chosen.checkpointing).lower()}")
+    if job.offloads and not chosen.checkpointing:
+        changes.append("run_config.activation_offload=false")
     micro_rows = chosen.micro_rows
     if chosen.why_tokens or job.completions > 1:  # the run cuts its steps itself
         micro_rows = batch_size

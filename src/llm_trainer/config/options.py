@@ -284,6 +284,10 @@ class Execution:
     gradient_checkpointing: StrictBool = Field(
         default=False, description="recompute activations: less memory, more time"
     )
+    activation_offload: StrictBool = Field(
+        default=False,
+        description="with gradient_checkpointing, on GPUs: what enters the layers waits in host memory for the backward",
+    )
     save_interval_steps: StrictInt | None = Field(
         default=None, ge=1, description="steps between checkpoints; null: each epoch"
     )

@@ -12,6 +12,7 @@ from llm_trainer.config.errors import is_installed, require
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine, EngineOptions
 from llm_trainer.engine.device import choose_precision
+from llm_trainer.engine.recompute import check_offload
 from llm_trainer.engine.zero import complete, describe
 
 if TYPE_CHECKING:
@@ -108,10 +109,12 @@ def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, tog
         use_amp: whether mixed precision may be used.
         together: whether this process trains with others.
     """
+    name = engine_of(settings)
+    check_offload(settings, device, settings.deepspeed if name == "deepspeed" else None)
     precision = choose_precision(settings.precision, device) if use_amp else "fp32"
     several = together and dist.num_processes() > 1
     options = EngineOptions(device, precision, several, settings.fsdp, settings.deepspeed)
-    return _load(ENGINES[engine_of(settings)].make)(options)
+    return _load(ENGINES[name].make)(options)
 
 
 def choose_driver(settings: "Settings") -> Callable[..., None]:

@@ -107,6 +107,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True, shown: Sho
         state += optimizer_bytes(optim.optimizer, optim.momentum, critic)
         shape = shape.beside(shape_of(critic))
     flops *= 1 + further_share
+    costs["offloads"] = config.run_config.activation_offload
     job = Job(flops_per_token=flops, state_bytes=state, precision=precision, **costs)
     return shape, _with_images(shape, job, shown)
 

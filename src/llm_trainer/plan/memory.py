@@ -10,6 +10,7 @@ strategies follow Rajbhandari et al. 2020 (arXiv:1910.02054, section 3 and figur
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+from llm_trainer.config.options import ON_THEIR_WAY
 from llm_trainer.losses.chunked import CHUNK_BYTES, CHUNK_BYTES_GPU, PRODUCT_BYTES, PRODUCT_BYTES_GPU
 from llm_trainer.plan.shapes import Adapters, Job, Shape
 
@@ -289,6 +290,8 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
     layer = layer_activations(shape, w, step.on_gpu) * step.tokens
     computed_again = (r * d + _kept_by_eight_bits(shape, w)) * step.tokens
     kept = (computed_again if step.checkpointing else layer) * shape.num_layers
+    if step.checkpointing and job.offloads:
+        kept -= r * d * step.tokens * max(0, shape.num_layers - ON_THEIR_WAY)
     outer = (4 + 2 * r) * d * step.tokens + 24.0 * step.tokens  # around the last norm; token ids, labels, mask
     wide = _returned(shape, w, step.on_gpu)
     at_work = (2 * wide * shape.intermediate_size + 2 * r * d) * step.tokens + layer * step.checkpointing
@@ -343,6 +346,13 @@ def _images(shape: Shape, w: Widths, step: Step) -> tuple[float, float]:
     kept = tower.activations(w.product, w.residual, step.checkpointing) * step.patches
     at_work = tower.at_work(w.product, w.residual, step.checkpointing) * step.patches
     return kept, at_work * (tower.tower.trained > 0)
+
+
+def on_the_host(shape: Shape, job: Job, strategy: Strategy, tokens: int) -> float:
+    """Bytes of what enters the layers, of a micro-batch of so many tokens, where that waits in host memory."""
+    if not job.offloads:
+        return 0.0
+    return float(Widths.of(strategy, job.precision).residual * shape.hidden_size * tokens * shape.num_layers)
 
 
 def peak(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step) -> Memory:

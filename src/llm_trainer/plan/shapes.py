@@ -290,6 +290,7 @@ class Job:
         images, patches: that a row of data shows, the same image once, and the tower sees; means.
         image_flops: of training, for these.
         frozen_image_flops: of the forward of reference or teacher, for these.
+        offloads: what enters layers that are computed again waits in host memory.
     """
 
     row_tokens: int
@@ -312,6 +313,7 @@ class Job:
     patches: float = 0.0
     image_flops: float = 0.0
     frozen_image_flops: float = 0.0
+    offloads: bool = False
 
     @property
     def sample_tokens(self) -> int:

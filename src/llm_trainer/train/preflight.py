@@ -20,6 +20,7 @@ from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
+from llm_trainer.engine.recompute import AT_ONCE
 from llm_trainer.model_group import MODEL, members_of
 from llm_trainer.models.adapter_table import AdaptersTable
 from llm_trainer.models.inside import adapted_model, has_adapters, language_config
@@ -329,7 +330,8 @@ def _expected_activations(
     per_layer = layer_activations(shape, widths)
     if settings.gradient_checkpointing:
         per_layer = widths.residual * shape.hidden_size
-    found = {"activations": tokens * shape.num_layers * per_layer}
+    num_layers = min(shape.num_layers, AT_ONCE) if settings.activation_offload else shape.num_layers
+    found = {"activations": tokens * num_layers * per_layer}
     seen, length = pictured(source), mean_row_length(source)
     if shape.tower is not None and seen is not None and length:
         per_patch = shape.tower.activations(widths.product, widths.residual, settings.gradient_checkpointing)

@@ -1,6 +1,5 @@
 """A run: the conductor of everything around the loop. What lies below takes values, or a protocol of `algorithm` or `hooks`."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,11 +17,11 @@ from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import detect_device
 from llm_trainer.engine.out_of_memory import release
+from llm_trainer.engine.recompute import recompute_activations
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.image_batch import num_pixels
 from llm_trainer.kernels import compile_after
 from llm_trainer.model_group import members_of
-from llm_trainer.models.inside import transformers_model
 from llm_trainer.models.quantize import keep_layout
 from llm_trainer.optim import schedules
 from llm_trainer.optim.multipliers import rate_of_run
@@ -150,8 +149,7 @@ class Run:
         preflight.check_adapters(model, self.settings, self.engine)
         keep_layout(module)
         if self.settings.gradient_checkpointing:
-            for member in members_of(model).values():
-                _recompute_activations(member)
+            recompute_activations(members_of(model).values(), self.engine.device, self.settings)
         self.compiling.add(module)
         # Now: an engine may leave nothing to count in the parameters themselves.
         with self._on_duty():
@@ -540,13 +538,3 @@ class Run:
         """Restore everything from a checkpoint folder or `.pt` file, on every rank."""
         parts = snapshot.parts_of(self.work, self.progress, self._configured)
         self.checkpoints.load(path, self.trainer.saved_model, parts)
-
-
-def _recompute_activations(model: nn.Module) -> None:
-    """Let a transformers model forget what its layers keep for the backward, and compute it again there."""
-    found = transformers_model(model)
-    if found is None:
-        raise ValueError(f"gradient_checkpointing needs a transformers model, this is {type(model).__name__}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of a new name, which older versions do not have
-        found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -129,7 +129,8 @@ def bytes_by_formula(engine: Engine, size: Size, settings: "Settings") -> BytesO
         shape is None or shape.tower is not None
     ):  # of what a budget counts as one, a token and a patch take different amounts
         return None
-    job = Job(0, 0, 1, flops_per_token=0.0, state_bytes=0.0, precision=engine.precision_name)
+    offloads = settings.activation_offload
+    job = Job(0, 0, 1, flops_per_token=0.0, state_bytes=0.0, precision=engine.precision_name, offloads=offloads)
     copies = 0.0
     if engine.precision_name != "fp32":
         copies = autocast_copies(shape, settings.gradient_checkpointing)

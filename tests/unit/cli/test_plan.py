@@ -9,7 +9,7 @@ import torch
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import load_config
 from llm_trainer.config.model import ModelConfig, VLMConfig
-from llm_trainer.config.options import Fsdp
+from llm_trainer.config.options import ON_THEIR_WAY, Fsdp
 from llm_trainer.config.vision import VisionConfig
 from llm_trainer.engine import dist
 from llm_trainer.engine.fsdp import FsdpEngine
@@ -271,6 +271,26 @@ def test_the_copy_of_a_checkpoint_in_host_memory_is_what_engines_take(run, capsy
     of_each = engine.bytes_to_copy(4 * sharded["model"]["num_parameters"], int(sharded["job"]["state_bytes"]))
     assert sharded["host_copy_bytes"] == 8 * of_each
     assert "host  " in said(capsys, run(), *cluster)
+
+
+def test_what_enters_recomputed_layers_may_wait_on_the_host(run, capsys):
+    shape = json.dumps({"vocab_size": 5000, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32})
+    path = run(model=shape)
+    plain, offloaded = "run_config.activation_offload=false", "run_config.activation_offload=true"
+    big = ("batch_size=8", "dataset_block_size=1024", "data_loader_config.micro_batch_tokens=null")
+    found = []
+    for how in (plain, offloaded):
+        answer = planned(capsys, path, *big, how, "--gpus", "1")
+        found.append(next(c for c in answer["choices"] if c["checkpointing"] and c["chunked"]))
+    layers_left = 24 - ON_THEIR_WAY
+    kept, waiting = (choice["memory"]["activations"] for choice in found)
+    assert kept - waiting >= layers_left * 4 * 2048 * found[0]["micro_tokens"]
+    assert found[0]["largest_rows"] < found[1]["largest_rows"]
+    text = said(capsys, path, *big, offloaded, "--gpus", "1")
+    host = 24 * 4 * 2048 * found[1]["micro_tokens"] / 1e9
+    assert (
+        f"host  {host:.2g} GB of each machine's host memory, for what enters the layers" in text and "yes, host" in text
+    )
 
 
 def test_what_is_left_open_is_what_the_run_would_find(run, capsys):
