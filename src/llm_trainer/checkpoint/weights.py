@@ -323,6 +323,7 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, saved: 
     for group in groups:
         members.append({_name_of(parameter, names): parameter for parameter in group["params"]})
     check_groups(members, old_groups)
+    by_row: tuple[str, ...] = getattr(optimizer, "of_rows", ())
     for group, own, old in zip(groups, members, old_groups, strict=True):
         group.update({key: value for key, value in old.items() if key != "params"})
         step_on_host = not (group.get("fused") or group.get("capturable"))  # where torch's kernels read it
@@ -330,7 +331,7 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Optimizer, saved: 
             optimizer.state.pop(parameter, None)
             for key, value in saved["state"].get(name, {}).items():
                 on_host = step_on_host and key == "step"
-                optimizer.state[parameter][key] = _to_device(value, parameter, on_host)
+                optimizer.state[parameter][key] = _to_device(value, parameter, on_host, key in by_row)
 
 
 def check_groups(members: Sequence[Collection[str]], saved: Sequence[Mapping[str, Any]]) -> None:
@@ -369,11 +370,18 @@ def _name_of(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]) -> str:
     return names[parameter]
 
 
-def _to_device(value: Any, parameter: nn.Parameter, on_host: bool) -> Any:
-    """A copy of a state tensor on its parameter's device, or on the host, and sharded as its parameter is."""
+def _to_device(value: Any, parameter: nn.Parameter, on_host: bool, by_row: bool) -> Any:
+    """A copy of a state tensor on its parameter's device, or on the host, and sharded as its parameter is.
+
+    Args:
+        value: of the state.
+        parameter: whose state it is.
+        on_host: it stays on the host.
+        by_row: it has a row for each row of the parameter, if not its shape.
+    """
     if not isinstance(value, Tensor):
         return value
-    if value.shape == parameter.shape and not on_host:
+    if (by_row or value.shape == parameter.shape) and not on_host:
         value = shard_like(value, parameter)
     device = torch.device("cpu") if on_host else parameter.device
     return value.detach().to(device, copy=True)

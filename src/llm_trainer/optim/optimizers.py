@@ -4,6 +4,7 @@
 engines' checks ask the line.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.optim.multipliers import multiplied
+from llm_trainer.optim.shards import block_of
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 Closure: TypeAlias = Callable[[], float]
@@ -181,21 +183,26 @@ def _in_eight_bits(moments: int) -> Callable[[Tensor, Group], float]:
     return state
 
 
+def _rows_in_eight_bits(parameter: Tensor, group: Group) -> float:
+    """Both moments of `AdamW8bitOfShards`, in values of the parameter."""
+    count, block = parameter.numel(), block_of(parameter)
+    num_bytes = 4 * count if block is None else count + _SCALE_BYTES * count // block
+    return 2 * num_bytes / parameter.element_size()
+
+
 @dataclass(frozen=True)
 class InPackage:
-    """A class of a package that need not be installed.
+    """A class that needs a package that may not be installed.
 
     Attributes:
         module: where it stands.
         name: of the class.
+        package: that it needs.
     """
 
     module: str
     name: str
-
-    @property
-    def package(self) -> str:
-        return self.module.partition(".")[0]
+    package: str
 
     def load(self, optimizer_type: str) -> type[torch.optim.Optimizer]:
         """The class.
@@ -204,7 +211,10 @@ class InPackage:
             ValueError: the package is not installed.
         """
         try:
-            module = import_module(self.module)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what torchao deprecates in itself
+                import_module(self.package)
+                module = import_module(self.module)
         except ImportError as error:
             without = ", ".join(name for name, recipe in OPTIMIZERS.items() if isinstance(recipe.build, type))
             raise ValueError(
@@ -216,7 +226,7 @@ class InPackage:
 
     def is_class_of(self, optimizer: torch.optim.Optimizer) -> bool:
         return any(
-            kind.__name__ == self.name and kind.__module__.partition(".")[0] == self.package
+            kind.__name__ == self.name and kind.__module__.partition(".")[0] == self.module.partition(".")[0]
             for kind in type(optimizer).__mro__
         )
 
@@ -235,6 +245,7 @@ class Recipe:
         takes_pieces: it may be given flat pieces of matrices, as ZeRO 1 to 3 hand them out.
         takes_shards: it may be given matrices whose rows lie on several devices, as FSDP2 does (`DTensor`).
         also: further classes that are known by this line.
+        of_shards: the line that does the same where FSDP2 shards matrices; empty: this one.
     """
 
     build: type[torch.optim.Optimizer] | InPackage
@@ -248,6 +259,7 @@ class Recipe:
     takes_pieces: bool = True
     takes_shards: bool = True
     also: tuple[type[torch.optim.Optimizer], ...] = ()
+    of_shards: str = ""
 
     def is_of(self, optimizer: torch.optim.Optimizer, derived: bool) -> bool:
         """Whether it is of one of these classes, or, if `derived`, of one made of them."""
@@ -283,15 +295,23 @@ OPTIMIZERS: dict[str, Recipe] = {
     ),
     # Their scales are of blocks of a whole parameter: a piece of one has others.
     "adamw8bit": Recipe(
-        InPackage("bitsandbytes.optim", "AdamW8bit"),
+        InPackage("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
         ("betas", "eps"),
         state=_in_eight_bits(2),
         scratch=5,  # gradient, both moments, and the root of one before and after its correction
         takes_pieces=False,
         takes_shards=False,
+        of_shards="adamw8bit_fsdp",
+    ),
+    "adamw8bit_fsdp": Recipe(
+        InPackage("llm_trainer.optim.shards", "AdamW8bitOfShards", "torchao"),
+        ("betas", "eps"),
+        state=_rows_in_eight_bits,
+        scratch=7,  # weight and gradient in fp32, both moments, the root of one, and what is divided
+        takes_pieces=False,
     ),
     "lion8bit": Recipe(
-        InPackage("bitsandbytes.optim", "Lion8bit"),
+        InPackage("bitsandbytes.optim", "Lion8bit", "bitsandbytes"),
         ("betas",),
         weight_decay=0.1,
         betas=(0.9, 0.99),
@@ -386,7 +406,8 @@ def create_optimizer(
         params: parameters, or parameter groups such as `get_parameter_groups` returns.
         optimizer_type: `adamw`, `adam` (the decay is added to the gradient), `sgd`, `lion`, `muon`, or `adafactor` (row
             and column statistics in place of the second moment: least memory; Shazeer & Stern, arXiv 1804.04235).
-            `adamw8bit` and `lion8bit` keep their moments in 8 bits (bitsandbytes).
+            `adamw8bit` and `lion8bit` keep their moments in 8 bits (bitsandbytes); `adamw8bit_fsdp` does so for matrices that
+            FSDP2 shards (torchao).
         lr: learning rate.
         betas: decay rates of the moments; `None`: (0.9, 0.999), and (0.9, 0.99) for lion.
         eps: added to the denominator of Adam's update; `None`: 1e-8.

@@ -106,7 +106,8 @@ def test_defaults_belong_to_the_optimizer() -> None:
     [
         (
             {"optimizer_type": "adamx"},
-            "unknown optimizer 'adamx'; known optimizers: adafactor, adam, adamw, adamw8bit, lion, lion8bit, muon, sgd",
+            "unknown optimizer 'adamx'; known optimizers: adafactor, adam, adamw, adamw8bit, adamw8bit_fsdp, lion, lion8bit, "
+            "muon, sgd",
         ),
         ({"lr": -1.0}, "lr is -1.0, expected a number >= 0"),
         ({"lr": math.nan}, "lr is nan"),
