@@ -53,6 +53,7 @@ SECTIONS: dict[str, Section] = {  # in their order: what matters most comes firs
     "attention": Section("Attention backends: packed against unpacked documents", 110),
     "dpo-0.6b": Section("Training, DPO, 0.6 B", 120),
     "sft-1.7b": Section("Training, SFT, 1.7 B", 130),
+    "bits": Section("Recomputed layers with inputs on the host, and products in 8 bits", 120),
     "decoding": Section("Decoding, 0.6 B", 45),
     "dpo-1.7b": Section("Training, DPO, 1.7 B", 90),
 }

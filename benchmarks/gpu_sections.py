@@ -307,6 +307,13 @@ def training(report: Report, name: str) -> None:
     training(report, *name.split("-", 1))
 
 
+def bits(report: Report) -> None:
+    """Inputs of layers on the host, and float8."""
+    from gpu_bits import bits
+
+    bits(report)
+
+
 OTHERS: dict[str, Callable[[Report], None]] = {
     "machine": machine,
     "checks": checks,
@@ -314,6 +321,7 @@ OTHERS: dict[str, Callable[[Report], None]] = {
     "head": head,
     "attention": attention,
     "decoding": decoding,
+    "bits": bits,
 }
 
 

@@ -15,12 +15,13 @@ from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.encode.tokenizer import check_vocabulary
 from llm_trainer.engine import dist
 from llm_trainer.engine.choose import check_precision, join_processes
+from llm_trainer.engine.device import check_float8, choose_precision
 from llm_trainer.engine.recompute import check_offload
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.lock import lock_of_run
 from llm_trainer.models.attention import describe_attention
 from llm_trainer.models.experts import describe_experts
-from llm_trainer.optim.optimizers import configure_optimizer, describe_kernel, kernel_on
+from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, describe_kernel, kernel_on
 from llm_trainer.optim.schedules import create_scheduler
 from llm_trainer.state import Choice
 
@@ -42,6 +43,9 @@ def assemble(config: TrainConfig, trainer_class: Any, given: dict[str, Any]) -> 
     deepspeed = None if config.ds_config is None else config.ds_config.to_json()
     check_precision(build.engine, run.precision, deepspeed, build.device, given.get("use_amp", True))
     check_offload(run, build.device, deepspeed if build.engine == "deepspeed" else None)
+    bits = config.quantization_config
+    if bits is not None and bits.float8 is not None:
+        check_float8(bits.float8, build.device, choose_precision(run.precision, build.device))
     join_processes(build.device, build.engine, config.fsdp_config, run.ddp_timeout_s)
     settle_threads(dist.num_processes() > 1)  # before the first product; the run says it
     with dist.main_process_first():
@@ -68,7 +72,7 @@ def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], bui
     # 3. What changes the model.
     if build.engine in ("torch", "hf"):  # the others shard it on the way there: it may be too big for one device
         model.to(build.device)
-    optimizer = given["optimizer"] if "optimizer" in given else make_optimizer(config, model)
+    optimizer = given["optimizer"] if "optimizer" in given else make_optimizer(config, model, build.engine)
     trainer_class._extend_optimizer(optimizer, own, build.section)
     steps = trainer_class._steps_per_epoch(train, build.section) * config.n_epochs
     return {
@@ -154,13 +158,16 @@ def _settings(config: TrainConfig, engine: str, ledgers: list[Any]) -> dict[str,
     return shared | stopping | balancing | own
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the configuration; matrices decay, norms and biases do not."""
+def make_optimizer(config: TrainConfig, model: nn.Module, engine: str = "torch") -> torch.optim.Optimizer:
+    """The optimizer of the configuration as an engine needs it; matrices decay, norms and biases do not."""
     options = config.optim_config
+    name = options.optimizer
+    if engine == "fsdp" and name in OPTIMIZERS:
+        name = OPTIMIZERS[name].of_shards or name
     fused = None if options.fused == "auto" else options.fused
     return configure_optimizer(
         model,
-        options.optimizer,
+        name,
         lr=options.initial_lr,
         weight_decay=options.weight_decay,
         betas=options.betas,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_trainer import SFTTrainer
+from llm_trainer.builder.model import prepare_bits
 from llm_trainer.config import errors
 from llm_trainer.config.load import parse
 from llm_trainer.config.schema import TrainConfig
@@ -112,15 +113,23 @@ def test_plan_does_not_guess(tmp_path: Path, reference_dir: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "adapters": (
         {"adapter_config": {}},
-        "quantization_config.qat: got adapters beside it, under which weights are not",
+        "quantization_config.qat: got adapters beside it, under which weights are not trained",
     ),
     "bits": (
         {"quantization_config": {"qat": "int4", "bits": 8}},
         "bits: got 8 beside qat: int4, but it is an option of",
     ),
-    "pairs": (
-        {"sft_config": None, "dpo_config": {}},
-        "quantization_config.qat: tried out in pretraining and supervised",
+    "judged rows": (
+        {"sft_config": None, "kto_config": {}},
+        "quantization_config.qat: tried out with pretrain_config, sft_config, dpo_config only",
+    ),
+    "float8 of pairs": (
+        {"quantization_config": {"float8": "rowwise"}, "sft_config": None, "dpo_config": {}},
+        "quantization_config.float8: tried out with pretrain_config, sft_config only",
+    ),
+    "both": (
+        {"quantization_config": {"float8": "rowwise", "qat": "int4"}},
+        "float8: got 'rowwise' beside qat: int4, but whole weights",
     ),
     "kind": (
         {"quantization_config": {"qat": "int2"}},
@@ -142,11 +151,13 @@ def test_the_package_is_named_and_engines_that_were_not_tried(
     monkeypatch.setattr(errors, "is_installed", lambda package: package != "torchao")
     with pytest.raises(ConfigError, match="quantization_config.qat needs the package torchao, .*: pip install torchao"):
         SFTTrainer(train_config=config(tmp_path, reference_dir))
-    sharded = config(tmp_path, reference_dir, fsdp_config={})
-    with pytest.raises(
-        ConfigError, match="quantization_config.qat: got engine fsdp on 1 process, and it was tried out on"
-    ):
-        SFTTrainer(train_config=sharded)
+    driven = config(tmp_path, reference_dir)
+    driven.run_config.engine = "hf"
+    with pytest.raises(ConfigError, match="quantization_config.qat: got engine hf, and it was tried out with torch"):
+        SFTTrainer(train_config=driven)
+    split = config(tmp_path, reference_dir, fsdp_config={"tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match="size: got 2, which splits layers, beside quantization_config.qat"):
+        prepare_bits(None, split, "fsdp")
     narrow = config(tmp_path, reference_dir, model_config=SHAPE | {"hidden_size": 48})
     monkeypatch.setattr(errors, "is_installed", lambda package: True)
     with pytest.raises(ConfigError, match="has 48 inputs, and weights are rounded in groups of 32 along them"):

@@ -1,5 +1,6 @@
 """Sharded runs with every option, and runs that a YAML describes. Started by test_fsdp.py."""
 
+import hashlib
 import json
 import os
 import sys
@@ -19,12 +20,14 @@ from table import tiny_model
 
 from failing_memory import FailingMemory, num_rows
 from later_copies import LaterCopies
-from llm_trainer import DPOTrainer, SFTTrainer, create_trainer
+from llm_trainer import DPOTrainer, configure_optimizer, create_trainer
+from llm_trainer.checkpoint import full_tensor, optimizer_state_by_name
 from llm_trainer.config.errors import is_installed
 from llm_trainer.config.options import Fsdp
 from llm_trainer.engine import dist, recompute
 from llm_trainer.models.scored import ScoredModel
 from llm_trainer.trainers.base import BaseTrainer
+from policies import tiny
 
 STEPS = 3
 ADAPTED: dict[str, dict[str, Any]] = {
@@ -59,7 +62,7 @@ def train(folder: Path, **options: Any) -> dict[str, Any]:
 
 
 def offloaded(folder: Path) -> dict[str, Any]:
-    """Layers that are computed again, what enters them kept on the host: for each engine the curve with and without."""
+    """Layers that are computed again, what enters them kept on the host, on three engines."""
     made: list[LaterCopies] = []
 
     def make(device: torch.device) -> LaterCopies:
@@ -67,14 +70,14 @@ def offloaded(folder: Path) -> dict[str, Any]:
         return made[-1]
 
     recompute.COPIES["cpu"] = make
+    recompute.ON_THEIR_WAY = 1  # of two layers, so that one comes back
     found: dict[str, Any] = {}
     for name, how in ADAPTED.items():
-        for offload in (False, True):
-            options = {"gradient_checkpointing": True, "activation_offload": offload, **how}
-            into = folder / f"{name} {offload}"
-            make_trainer(into, STEPS, use_amp=False, **options).train()
-            found.setdefault(name, []).append(curve(into) if dist.is_main() else [])
-    return {"curves": found, "copies": [len(copies.begun) for copies in made]}
+        options = {"gradient_checkpointing": True, "activation_offload": True, "use_amp": False, **how}
+        make_trainer(folder / name, STEPS, **options).train()
+        found[name] = curve(folder / name) if dist.is_main() else []
+    inward = [sum(not copy.outward for copy in copies.begun) for copies in made]
+    return {"curves": found, "inward": inward}
 
 
 def short_of_memory(folder: Path) -> str:
@@ -184,7 +187,7 @@ def on_policy(folder: Path, engine: str) -> list[tuple[float, float]]:
     return curve(folder) if dist.is_main() else []
 
 
-def described(folder: Path, engine: str, **sections: Any) -> dict[str, Any]:
+def described(folder: Path, engine: str, name: str = "sft", **sections: Any) -> dict[str, Any]:
     """A run from a configuration: on the second rank of a sharded one the model is built without memory."""
     from llm_trainer.config.load import parse
 
@@ -214,8 +217,7 @@ def described(folder: Path, engine: str, **sections: Any) -> dict[str, Any]:
         },
         "this test",
     )
-    trainer = create_trainer("sft", train_config=config)
-    assert isinstance(trainer, SFTTrainer)
+    trainer = create_trainer(name, train_config=config)
     last = trainer.train()
     return {
         "last": last,
@@ -237,6 +239,60 @@ def adapted(folder: Path, engine: str) -> dict[str, Any]:
     rates = {"initial_lr": 1e-2, "lr_multipliers": {"lora_B": 4}, "enable_lr_scheduler": True, "warmup_iters": 2}
     changes = {"optim_config": rates, "adapter_config": {"rank": 4, "dora": True}}
     return described(folder, engine, eval_dataset=None, eval_prompts=[], **changes)
+
+
+FEW_BITS: dict[str, dict[str, Any]] = {  # whole weights that are trained for few bits, or multiplied in few
+    "qat": {"quantization_config": {"qat": "int4"}},
+    "qat dpo": {"quantization_config": {"qat": "int8"}, "sft_config": None, "dpo_config": {}},
+    "float8": {"quantization_config": {"float8": "rowwise"}},
+}
+
+
+def in_few_bits(folder: Path, engine: str) -> dict[str, Any]:
+    """As many rows a step on one process as on two."""
+    from llm_trainer.engine import device
+    from llm_trainer.models import float8
+
+    float8.EMULATES, device.compute_capability = True, lambda device: (9, 0)
+    quiet = {"eval_dataset": None, "eval_prompts": []}
+    accumulation = {"gradient_accumulation_steps": 2 // dist.world_size()}
+    found = {}
+    for kind, sections in FEW_BITS.items():
+        name = "dpo" if "dpo" in kind else "sft"
+        sections = {"sft_config": {}, **sections, **quiet}
+        sections[f"{name}_config"] = sections[f"{name}_config"] | accumulation
+        rows = "pairs.jsonl" if name == "dpo" else "chat.jsonl"
+        sections["file_dataset"] = str(folder.parent / rows)
+        precision = "bf16" if kind == "float8" else "fp32"
+        run = {"save_dir": str(folder / kind), "engine": engine, "precision": precision, "log_interval": 1}
+        sections["run_config"] = run | {"progress": False, "max_steps": 3}
+        found[kind] = described(folder / kind, engine, name, **sections)["curve"]
+    return found
+
+
+EIGHT_BITS = {"alone": [(2, 7)], "relay": [(2, 3), (1, 4), (3, 5), (2, 7)]}  # processes, and the step they end at
+
+
+def eight_bits(folder: Path, last_step: int) -> dict[str, Any]:
+    """Moments in 8 bits of shards: the curve, and a hash of the state as it is loaded and as it is left."""
+    model = tiny(vocab_size=512, hidden_size=64)
+    optimizer = configure_optimizer(model, "adamw8bit_fsdp", lr=1e-2)
+    options = {"engine": "fsdp", "use_amp": False, "val_loader": None, "checkpoints_to_keep": 9}
+    trainer = make_trainer(folder, last_step, model=model, optimizer=optimizer, **options)
+
+    def state() -> str:
+        hashed = hashlib.sha256()
+        for name, values in optimizer_state_by_name(trainer.base_model, optimizer)["state"].items():
+            for key, value in values.items():
+                hashed.update(f"{name} {key}".encode())
+                hashed.update(full_tensor(value).numpy().tobytes())
+        return hashed.hexdigest()
+
+    trainer.run._resume()
+    loaded = state()
+    trainer.train()
+    types = {str(value.dtype) for values in optimizer.state.values() for value in values.values()}
+    return {"curve": curve(folder) if dist.is_main() else [], "loaded": loaded, "left": state(), "types": sorted(types)}
 
 
 def main(folder: Path) -> None:
@@ -267,6 +323,11 @@ def main(folder: Path) -> None:
         "described alone": (1, alone),
         **{f"described {engine}": (2, partial(described, engine=engine)) for engine in ("torch", "fsdp", "deepspeed")},
     }
+    pairs = [{"prompt": row[:1], "chosen": row[1:], "rejected": [row[1] | {"content": "none"}]} for row in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    if is_installed("torchao"):
+        for ranks, engine in ((1, "torch"), (2, "torch"), (2, "fsdp")):
+            scenarios[f"few bits {engine} {ranks}"] = (ranks, partial(in_few_bits, engine=engine))
     if is_installed("peft"):
         for engine in ("torch", "fsdp", "deepspeed"):
             scenarios[f"adapted {engine}"] = (2, partial(adapted, engine=engine))
@@ -276,6 +337,10 @@ def main(folder: Path) -> None:
     }
     for name, scenario in (("short of memory", short_of_memory), ("started again", started_again)):
         report[name] = fork_ranks(scenario, folder / "short", 2)
+    for name, legs in (EIGHT_BITS if is_installed("torchao") else {}).items():
+        for number, (ranks, last_step) in enumerate(legs):
+            scenario = partial(eight_bits, last_step=last_step)
+            report[f"8 bits {name} {number}"] = fork_ranks(scenario, folder / f"8-bits-{name}", ranks)
     print(json.dumps(report))
 
 

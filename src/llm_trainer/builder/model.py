@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from llm_trainer.checkpoint import load_weights
-from llm_trainer.config.errors import ConfigError, counted
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import ModelConfig, VLMConfig
-from llm_trainer.config.quantization import QuantizationConfig
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.engine import dist
 from llm_trainer.engine.device import DTYPES
-from llm_trainer.models import qat
+from llm_trainer.models import float8, qat
 from llm_trainer.models.adapter_folder import load_start
 from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.build import build_model, set_stops
@@ -87,7 +86,7 @@ def refuse_changes(config: TrainConfig) -> None:
         ("freeze", "models.freezing.freeze_parts(model, ...)", bool(config.freeze)),
         (
             "quantization_config",
-            "from_pretrained(..., quantization_config=BitsAndBytesConfig(...))",
+            "from_pretrained(..., quantization_config=BitsAndBytesConfig(...)), models.qat.prepare or models.float8.prepare",
             config.quantization_config is not None,
         ),
         (
@@ -109,7 +108,7 @@ def bits_to_read(config: TrainConfig, engine: str, device: torch.device, precisi
         ValueError: the engine cannot shard such weights.
     """
     wanted, source = config.quantization_config, config.model_config
-    if wanted is None or wanted.qat is not None or not isinstance(source, str):
+    if wanted is None or wanted.of_whole_weights or not isinstance(source, str):
         return {}
     if wanted.bits == 8 and engine == "fsdp":
         raise ValueError(
@@ -120,21 +119,32 @@ def bits_to_read(config: TrainConfig, engine: str, device: torch.device, precisi
     return loading_options(wanted, found.source, device, DTYPES[precision])
 
 
-def prepare_bits(model: Any, wanted: QuantizationConfig | None, engine: str) -> None:
-    """Have a model compute with weights as they will be rounded, if the configuration wants to.
+def prepare_bits(model: Any, config: TrainConfig, engine: str) -> None:
+    """Have a model whose whole weights are trained compute in few bits, if the configuration wants to.
 
     Raises:
-        ConfigError: this was not tried out with the engine, or on several processes.
+        ConfigError: this was not tried out with the engine, or there is no such hardware.
     """
+    wanted = config.quantization_config
+    name = "" if wanted is None else wanted.of_whole_weights
     if wanted is None or wanted.qat is None:
         qat.forget(model)
+    if wanted is None or not name:
         return
-    if engine != "torch" or dist.num_processes() > 1:
+    if engine not in ("torch", "fsdp"):
         raise ConfigError(
-            f"quantization_config.qat: got engine {engine} on {counted(dist.num_processes(), 'process')}, and it was "
-            f"tried out on one process with engine torch only; expected that"
+            f"quantization_config.{name}: got engine {engine}, and it was tried out with torch (one process and DDP) and fsdp; "
+            f"expected one of them"
         )
-    qat.prepare(model, wanted.qat)
+    if engine == "fsdp" and config.fsdp_config is not None and config.fsdp_config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"fsdp_config.tensor_parallel_size: got {config.fsdp_config.tensor_parallel_size}, which splits layers, beside "
+            f"quantization_config.{name}, which was tried out on whole ones; expected 1"
+        )
+    if wanted.qat is not None:
+        qat.prepare(model, wanted.qat)
+    if wanted.float8 is not None:
+        float8.prepare(model, wanted.float8)
 
 
 def leave_out(model: nn.Module, frozen: Sequence[str], section: Any) -> None:

@@ -167,7 +167,7 @@ class Builder:
         with waiting("building the model", dist.is_main()):
             model = self.trainer_class._model_from_config(self.config, self)
             if adapters is None:
-                prepare_bits(model, self.config.quantization_config, self.engine)
+                prepare_bits(model, self.config, self.engine)
                 leave_out(model, self.config.freeze, self.section)
                 return model
             if self.config.quantization_config is not None:
@@ -179,7 +179,9 @@ class Builder:
 
     def model(self, source: str | None = None, in_half: bool = False) -> Any:
         if source is None:
-            sharded = self.engine == "fsdp" and dist.num_processes() > 1 and self.config.quantization_config is None
+            bits = self.config.quantization_config
+            in_numbers = bits is None or bool(bits.of_whole_weights)
+            sharded = self.engine == "fsdp" and dist.num_processes() > 1 and in_numbers
             adapters = self.config.adapter_config
             may_be_empty = adapters is None or adapters.kind == LORA  # others are made of the weights
             shards_first = self.trainer_class.shards_first_weights and may_be_empty

@@ -247,11 +247,14 @@ def not_in_eight_bits(precision: Any) -> Any:
     """
     if str(precision).lower() in ("float8", "fp8"):
         raise ValueError(
-            f"got {precision!r}: products in 8 bits need a GPU of compute capability 8.9 or later (Ada, Hopper), and were "
-            f"tried out on none, so that they are offered on none; expected auto, which takes bf16 where a machine is fast "
-            f"in it, or bf16, fp16, fp32"
+            f"got {precision!r}: products in 8 bits need a GPU of compute capability 8.9 or later (Ada, Hopper), and are "
+            f"quantization_config: {{float8: tensorwise}} beside precision: bf16; expected auto, which takes bf16 where a "
+            f"machine is fast in it, or bf16, fp16, fp32"
         )
     return precision
+
+
+ON_THEIR_WAY = 2  # layers whose input is still, or again, on the device where inputs wait in host memory
 
 
 @config_section

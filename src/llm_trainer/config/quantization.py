@@ -15,8 +15,8 @@ BLOCK, BLOCK_OF_SCALES, SCALE_BYTES = 64, 256, 4
 
 @config_section
 class QuantizationConfig:
-    """The weights that adapters are put on, in few bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314); or, with `qat`,
-    weights that are trained as they will be rounded.
+    """The weights that adapters are put on, in few bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314); or whole weights,
+    with `qat` trained as they will be rounded, with `float8` multiplied in 8 bits.
     """
 
     bits: Literal[4, 8] = Field(default=4, description="bits of a weight")
@@ -33,10 +33,26 @@ class QuantizationConfig:
         default=None, description="in place of all that: train whole weights as they will be in so many bits (torchao)"
     )
 
-    def __post_init__(self) -> None:
+    float8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = Field(
+        default=None,
+        description="or: multiply in 8-bit floating point while whole weights are trained, with a scale for each tensor or row "
+        "(torchao; GPUs from Ada and Hopper on)",
+    )
+
+    @property
+    def of_whole_weights(self) -> str:
+        """The option by which whole weights are trained; empty: they are in few bits, under adapters."""
         if self.qat is not None:
-            what = f"qat: {self.qat}, but it is an option of weights under adapters"
+            return "qat"
+        return "" if self.float8 is None else "float8"
+
+    def __post_init__(self) -> None:
+        name = self.of_whole_weights
+        if name:
+            what = f"{name}: {getattr(self, name)}, but it is an option of weights under adapters"
             self._refuse(("bits", "kind", "double", "storage", "skip_modules"), what)
+        if name == "qat":
+            self._refuse(("float8",), f"qat: {self.qat}, but whole weights are trained for the one or with the other")
         if self.bits == 8:
             self._refuse(("kind", "double", "storage"), "bits: 8, but it is an option of 4 bits")
 

@@ -230,8 +230,8 @@ class TrainConfig:
     def _check_quantization(self) -> None:
         """Weights in few bits are read from a folder, stay as they are, and have adapters; others are trained for bits."""
         assert self.quantization_config is not None
-        if self.quantization_config.qat is not None:
-            self._check_qat()
+        if self.quantization_config.of_whole_weights:
+            self._check_whole_weights(self.quantization_config.of_whole_weights)
             return
         if self.adapter_config is None:
             raise ConfigError(
@@ -255,18 +255,18 @@ class TrainConfig:
                 f"or 8 bits (quantization_config); expected default, gaussian or orthogonal"
             )
 
-    def _check_qat(self) -> None:
-        """Weights are trained as they will be rounded where that was tried."""
+    def _check_whole_weights(self, name: str) -> None:
+        """Whole weights are trained for few bits, or multiplied in few, where that was tried."""
+        key, tried = f"quantization_config.{name}", ["pretrain_config", "sft_config"]
+        if name == "qat":
+            tried.append("dpo_config")
         if self.adapter_config is not None:
             raise ConfigError(
-                "quantization_config.qat: got adapters beside it, under which weights are not trained, so that they learn "
-                "nothing of how they will be rounded; expected no adapter_config (QAT), or no qat (QLoRA)"
+                f"{key}: got adapters beside it, under which weights are not trained; expected no adapter_config, or no {name} "
+                f"(weights in few bits under adapters are bits: 4 or 8)"
             )
-        if self.sft_config is None and self.pretrain_config is None:
-            raise ConfigError(
-                "quantization_config.qat: tried out in pretraining and supervised fine-tuning only; expected "
-                "pretrain_config or sft_config"
-            )
+        if all(getattr(self, section) is None for section in tried):
+            raise ConfigError(f"{key}: tried out with {', '.join(tried)} only; expected one of them")
 
     def _refuse_another_base(self, adapters: AdapterConfig) -> None:
         """Refuse what would not be in the folder of adapters, which are saved without a base that is elsewhere."""

@@ -3,8 +3,12 @@
 import torch
 
 from llm_trainer.config.env import CPU_ISAS_WITHOUT_BF16, environment, set_default
+from llm_trainer.config.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# The compute capability from which on GPUs multiply in 8-bit floating point, by how factors are scaled.
+FLOAT8 = {"tensorwise": (8, 9), "rowwise": (9, 0), "rowwise_with_gw_hp": (9, 0)}
 
 
 def detect_device(name: str | None) -> torch.device:
@@ -64,3 +68,36 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"precision: fp16 needs a GPU, this run is on {device}; use bf16 or fp32")
     return name
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU of NVIDIA's; (0, 0) of anything else."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def check_float8(scaling: str, device: torch.device, precision: str) -> None:
+    """
+    Args:
+        scaling: a key of `FLOAT8`.
+        device: where the run computes.
+        precision: 'fp32', 'bf16' or 'fp16'.
+
+    Raises:
+        ConfigError: this device has no such products, or what is not in 8 bits would be in something else than bf16.
+    """
+    key, found = "quantization_config.float8", compute_capability(device)
+    if found < FLOAT8[scaling]:
+        nearest = "leave it out: precision: bf16 is the nearest that works here"
+        if found >= FLOAT8["tensorwise"]:
+            nearest = "expected tensorwise, which works here"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        needed = ".".join(map(str, FLOAT8[scaling]))
+        raise ConfigError(
+            f"{key}: got {scaling}, which needs a GPU of compute capability {needed} or later (Ada has 8.9, Hopper 9.0), and "
+            f"this run is on {name}; {nearest}"
+        )
+    if precision != "bf16":
+        raise ConfigError(
+            f"{key}: got it beside precision: {precision}, and what is not in 8 bits is in bf16 then; expected "
+            f"run_config.precision: bf16"
+        )

@@ -83,10 +83,11 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True, shown: Sho
             model = reward_model(model)
     quantized = None
     if config.quantization_config is not None:
-        if config.quantization_config.qat is not None:
+        name = config.quantization_config.of_whole_weights
+        if name:
             raise ConfigError(
-                "quantization_config.qat: plan does not know what rounded weights take in a step; expected none: the run takes "
-                "more than without it, by the weights of the layers at least"
+                f"quantization_config.{name}: plan does not know what rounded weights take in a step; expected none: the run "
+                f"takes more than without it, by the weights of the layers at the most"
             )
         quantized = quantized_by(model, config.quantization_config)
     if adapters is not None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from llm_trainer.config.adapters import LORA, refuse_tensor_parallelism
 from llm_trainer.config.errors import ConfigError, counted
+from llm_trainer.config.options import ON_THEIR_WAY
 from llm_trainer.data.encode.templates import describe_default, has_default_template
 from llm_trainer.data.ledger import Ledger
 from llm_trainer.data.rollout_source import RolloutSource
@@ -20,9 +21,9 @@ from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
-from llm_trainer.engine.recompute import AT_ONCE
 from llm_trainer.model_group import MODEL, members_of
 from llm_trainer.models.adapter_table import AdaptersTable
+from llm_trainer.models.float8 import describe_rounded
 from llm_trainer.models.inside import adapted_model, has_adapters, language_config
 from llm_trainer.models.quantize import num_values
 from llm_trainer.optim.multipliers import describe_multiples, rate_of_run
@@ -330,7 +331,7 @@ def _expected_activations(
     per_layer = layer_activations(shape, widths)
     if settings.gradient_checkpointing:
         per_layer = widths.residual * shape.hidden_size
-    num_layers = min(shape.num_layers, AT_ONCE) if settings.activation_offload else shape.num_layers
+    num_layers = min(shape.num_layers, ON_THEIR_WAY) if settings.activation_offload else shape.num_layers
     found = {"activations": tokens * num_layers * per_layer}
     seen, length = pictured(source), mean_row_length(source)
     if shape.tower is not None and seen is not None and length:
@@ -403,6 +404,8 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),
     }
+    if rounded := describe_rounded(model):
+        found["float8"] = rounded
     if balance := trainer.regulariser.describe():
         found["experts"] = balance
     if why := _whole_logits(trainer.model):

@@ -63,4 +63,6 @@ def test_head_attention_and_decoding(capsys: pytest.CaptureFixture[str]) -> None
     packed = rows_of("attention", capsys)
     assert packed["blocked, bf16: packed"]["numbers"]["passed"]
     assert packed["sdpa, fp32: packed"]["numbers"]["gradient"] < 1e-4
+    bits = rows_of("bits", capsys)
+    assert bits.pop("inputs on the host")["left_out"] == "the device has no memory of its own" and bits
     assert rows_of("decoding", capsys)["batch 2"]["numbers"]["tokens/s"] > 0
