@@ -42,7 +42,7 @@ def assemble(config: TrainConfig, trainer_class: Any, given: dict[str, Any]) -> 
     # 1. What can go wrong at once, goes wrong now and not after an hour of tokenizing.
     deepspeed = None if config.ds_config is None else config.ds_config.to_json()
     check_precision(build.engine, run.precision, deepspeed, build.device, given.get("use_amp", True))
-    check_offload(run, build.device, deepspeed if build.engine == "deepspeed" else None)
+    check_offload(run, build.device, build.engine, deepspeed)
     bits = config.quantization_config
     if bits is not None and bits.float8 is not None:
         check_float8(bits.float8, build.device, choose_precision(run.precision, build.device))

@@ -110,7 +110,7 @@ def choose_engine(settings: "Settings", device: torch.device, use_amp: bool, tog
         together: whether this process trains with others.
     """
     name = engine_of(settings)
-    check_offload(settings, device, settings.deepspeed if name == "deepspeed" else None)
+    check_offload(settings, device, name, settings.deepspeed)
     precision = choose_precision(settings.precision, device) if use_amp else "fp32"
     several = together and dist.num_processes() > 1
     options = EngineOptions(device, precision, several, settings.fsdp, settings.deepspeed)

@@ -165,12 +165,13 @@ def _nothing() -> None:
     return None
 
 
-def check_offload(options: "Execution", device: torch.device, deepspeed: Mapping[str, Any] | None) -> None:
+def check_offload(options: "Execution", device: torch.device, engine: str, deepspeed: Mapping[str, Any] | None) -> None:
     """
     Args:
         options: of the run.
         device: where this process computes.
-        deepspeed: DeepSpeed's JSON, where it executes the steps.
+        engine: its name, never 'auto'.
+        deepspeed: DeepSpeed's JSON, if any.
 
     Raises:
         ConfigError: what layers keep shall wait in host memory, and there is nothing, or it is there already.
@@ -188,7 +189,7 @@ def check_offload(options: "Execution", device: torch.device, deepspeed: Mapping
             f"activation_offload: this run is on {device.type}, whose memory is the host's, so that there is nothing to gain; "
             f"expected a run on a GPU (cuda), or activation_offload: false"
         )
-    if deepspeed is not None and "activation_checkpointing" in deepspeed:
+    if engine == "deepspeed" and "activation_checkpointing" in (deepspeed or {}):
         raise ConfigError(
             "activation_offload: got true, and DeepSpeed recomputes the layers in its own way (activation_checkpointing); "
             "expected cpu_checkpointing: true there, which keeps their inputs in host memory, or no such section"

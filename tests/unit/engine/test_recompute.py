@@ -227,7 +227,7 @@ def test_it_goes_on_bit_for_bit_and_where_memory_ran_out(tmp_path: Path, referen
 def test_where_it_is_of_no_use_it_is_refused(options: dict[str, Any], device: str, message: str) -> None:
     settings = Settings(**({"gradient_checkpointing": True, "activation_offload": True} | options))
     with pytest.raises(ConfigError, match=f"activation_offload: .*{message}"):
-        check_offload(settings, torch.device(device), settings.deepspeed)
+        check_offload(settings, torch.device(device), "deepspeed", settings.deepspeed)
 
 
 def test_it_is_refused_before_anything_is_read(tmp_path: Path, reference_dir: Path) -> None:
