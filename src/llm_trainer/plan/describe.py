@@ -87,7 +87,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True, shown: Sho
         if name:
             raise ConfigError(
                 f"quantization_config.{name}: plan does not know what rounded weights take in a step; expected none: the run "
-                f"takes more than without it, by the weights of the layers at the most"
+                f"takes more than without it"
             )
         quantized = quantized_by(model, config.quantization_config)
     if adapters is not None:
