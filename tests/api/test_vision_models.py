@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForImageTextToText, AutoProcessor
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from llm_trainer import SFTTrainer
 from llm_trainer.builder.objects import Builder
@@ -86,6 +88,28 @@ def test_a_run_goes_on_from_the_folder_of_another(first: Path, tmp_path: Path, a
     assert saved is not None
     opened = AutoProcessor.from_pretrained(saved / "model")
     assert opened.image_processor.size == {"height": 16, "width": 16} and opened.patch_size == 8
+
+
+def test_a_run_gives_eyes_to_the_language_model_of_another(tmp_path: Path, reference_dir: Path) -> None:
+    """`language_path` from a configuration: the placeholder is a new row, and the projector alone has learned."""
+    shape = {key: value for key, value in SHAPE.items() if key != "vision"}
+    SFTTrainer(train_config=config(tmp_path / "words", shape, reference_dir / "tokenizer")).train()
+    words = CheckpointManager(tmp_path / "words").latest()
+    assert words is not None
+    model = {"language_path": str(words / "model"), "vision": TOWER}
+    (tmp_path / "eyes").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "eyes" / "a.png")
+    frozen = {"freeze_llm_model": True}
+    described = config(tmp_path / "eyes", model, words / "model", sft_config=frozen)
+    row = {"prompt": "<image> is", "completion": " black", "images": ["a.png"]}
+    (tmp_path / "eyes" / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    SFTTrainer(train_config=described).train()
+    saved = CheckpointManager(tmp_path / "eyes").latest()
+    assert saved is not None
+    read = AutoModelForCausalLM.from_pretrained(words / "model").model.state_dict()
+    seen = AutoModelForImageTextToText.from_pretrained(saved / "model").model.language_model.state_dict()
+    for name, value in read.items():
+        assert torch.equal(seen[name][: len(value)], value), name
 
 
 def test_the_plan_knows_the_tower(tmp_path: Path, reference_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,8 @@ def make_model(
     torch.manual_seed(config.run_config.seed)
     attention = resolve_attention(config.run_config.attention, device)
     wanted, pieces = config.model_config, pieces or {}
-    if isinstance(wanted, ModelConfig) and wanted.vocab_size is None:
+    has_its_own = isinstance(wanted, VLMConfig) and wanted.language_path is not None  # vocabulary
+    if isinstance(wanted, ModelConfig) and wanted.vocab_size is None and not has_its_own:
         wanted = replace(wanted, vocab_size=min(pieces, default=len(tokenizer)))
     if isinstance(wanted, VLMConfig) and wanted.image_token_id is None:
         wanted = replace(wanted, image_token_id=tokenizer.convert_tokens_to_ids(wanted.image_token))
