@@ -71,6 +71,15 @@ def warm_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The path of a `python` that has imported what scripts need that fork ranks."""
+    from warm import commands
+
+    with commands(tmp_path_factory.mktemp("warm-ranks"), of="ranks") as folder:
+        yield str(folder / "python")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """`small_disk(bytes)` is a folder with a disk of its own of that size; tests skip where nothing may be mounted."""

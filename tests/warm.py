@@ -3,7 +3,7 @@
 A command of a guide or an example takes a second of its own and several to import torch and transformers. `commands(...)`
 makes a folder with `llm-trainer` and `python` to put first on PATH: small programs that hand their arguments, folder,
 environment and streams to the warm process, wait, and end with its exit code. What a new process does when it starts is
-tested elsewhere, with real ones.
+tested elsewhere, with real ones. A script that forks ranks is warmer still: DeepSpeed takes most of five seconds.
 """
 
 import atexit
@@ -18,7 +18,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,15 @@ sys.exit(int(connection.recv(16) or b"1"))
 
 
 @contextmanager
-def commands(folder: Path) -> Iterator[Path]:
-    """A folder of warm commands, while the block runs."""
+def commands(folder: Path, of: str = "commands") -> Iterator[Path]:
+    """A folder of warm commands, while the block runs; `of` says what is imported: see `WARM`."""
     address, shims = folder / "socket", folder / "bin"
     shims.mkdir(parents=True)
     for name in ("llm-trainer", "python"):
         shim = shims / name
         shim.write_text(CLIENT.format(python=sys.executable, address=str(address), name=name))
         shim.chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, str(address)], stdout=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, __file__, str(address), of], stdout=subprocess.PIPE)
     assert server.stdout is not None and server.stdout.readline() == b"warm\n"
     try:
         yield shims
@@ -51,13 +51,10 @@ def commands(folder: Path) -> Iterator[Path]:
         server.communicate()
 
 
-def serve(address: str) -> None:
-    """Import what commands need, and fork for each that comes."""
+def import_commands() -> None:
+    """What commands need."""
     import torch
 
-    from quick_disk import never_wait
-
-    never_wait()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import llm_trainer.cli.chat
@@ -70,13 +67,43 @@ def serve(address: str) -> None:
         from llm_trainer.engine.device import DTYPES, choose_precision
         from llm_trainer.train import preflight
 
-    torch.set_num_threads(1)
     cpu = torch.device("cpu")
     for precision in (
         "fp32",
         choose_precision("auto", cpu),
     ):  # what every command that trains would measure for its MFU
         preflight.measured_peak(cpu, DTYPES[precision])
+
+
+def import_ranks() -> None:
+    """What the scripts of tests/distributed and tests/invariance need."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    sys.path.append(str(Path(__file__).parent / "distributed"))
+    ranks = import_module("ranks")
+    ranks.import_once()
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        import transformers.trainer  # noqa: F401  # of the engine 'hf'
+
+        for package in ("peft", "bitsandbytes"):
+            if find_spec(package) is not None:
+                import_module(package)
+
+
+WARM = {"commands": import_commands, "ranks": import_ranks}
+
+
+def serve(address: str, of: str) -> None:
+    """Import what is needed, and fork for each command that comes."""
+    import torch
+
+    from quick_disk import never_wait
+
+    never_wait()
+    torch.set_num_threads(1)
+    WARM[of]()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
@@ -162,4 +189,4 @@ def _python(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

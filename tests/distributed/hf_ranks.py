@@ -1,4 +1,4 @@
-"""Two processes under `transformers.Trainer`: `torchrun hf_ranks.py FOLDER` plays all and writes FOLDER/report.json."""
+"""Two processes under `transformers.Trainer`: `python hf_ranks.py FOLDER` plays all and prints what the ranks saw as JSON."""
 
 import json
 import signal
@@ -9,7 +9,20 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import INF, NONE, ONE, Rows, mean_trainer, metric_lines, send, stream, weights_of, without_dropout
+from ranks import (
+    INF,
+    NONE,
+    ONE,
+    Rows,
+    fork_ranks,
+    import_once,
+    mean_trainer,
+    metric_lines,
+    send,
+    stream,
+    weights_of,
+    without_dropout,
+)
 
 from llm_trainer.data.collate import collate_padded
 from llm_trainer.data.stream import SampleStream
@@ -49,19 +62,21 @@ def means(folder: Path, batches: list[torch.Tensor]) -> dict[str, Any]:
     return {"weights": weights, "step": trainer.run.progress.step, "skipped": trainer.run.progress.skipped_steps}
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.start(torch.device("cpu"), 60)
-    seen = {
+def every_scenario(folder: Path) -> dict[str, Any]:
+    return {
         "uneven": {engine: uneven(folder / engine, engine) for engine in ("torch", "hf")},
         "signalled": signalled(folder / "signalled"),
         "no_terms": means(folder / "no_terms", [ONE, NONE, ONE, NONE]),
         "inf_on_one": means(folder / "inf", [ONE, ONE, ONE, INF, ONE, ONE]),
     }
-    reports = dist.gather_objects(seen)
-    if dist.is_main():
-        (folder / "report.json").write_text(json.dumps(reports))
-    dist.stop()
+
+
+def main(folder: Path) -> None:
+    """Play everything, in two processes."""
+    import_once()
+    import transformers.trainer  # noqa: F401
+
+    print(json.dumps(fork_ranks(every_scenario, folder / "all", 2)))
 
 
 if __name__ == "__main__":

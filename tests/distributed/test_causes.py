@@ -48,18 +48,18 @@ FAST_DEEPSPEED = {"zero3/odd_rows": "equal", "zero1/unused": "named"}
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
-def play(folder: Path, *cells: str) -> dict[str, Cell]:
-    command = [sys.executable, str(SCRIPT), str(folder), *cells]
+def play(python: str, folder: Path, *cells: str) -> dict[str, Cell]:
+    command = [python, str(SCRIPT), str(folder), *cells]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cell]:
+def played(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, Cell]:
     """The most telling cells."""
     deepspeed = FAST_DEEPSPEED if HAS_DEEPSPEED else ()
-    return play(tmp_path_factory.mktemp("causes"), *FAST, *deepspeed)
+    return play(warm_python, tmp_path_factory.mktemp("causes"), *FAST, *deepspeed)
 
 
 def check(name: str, found: dict[str, Cell]) -> str:
@@ -121,8 +121,8 @@ def test_a_cell_of_deepspeed(played: dict[str, Cell], name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
-def test_all_cells(tmp_path: Path) -> None:
-    found = play(tmp_path)
+def test_all_cells(tmp_path: Path, warm_python: str) -> None:
+    found = play(warm_python, tmp_path)
     rows = ["| engine | " + " | ".join(CASES) + " |", "|---" * (1 + len(CASES)) + "|"]
     for engine in ENGINES:
         ends = [f"{check(f'{engine}/{case}', found)}, {found[f'{engine}/{case}']['seconds']:.1f} s" for case in CASES]

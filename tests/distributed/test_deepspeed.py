@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ Curve = list[list[float]]
 @pytest.fixture(
     scope="module", params=["fast", pytest.param("slow", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
-def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def played(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, warm_python: str
+) -> dict[str, Any]:
     """What the main process of every scenario in zero_ranks.py saw."""
     script, folder = Path(__file__).parent / "zero_ranks.py", tmp_path_factory.mktemp("zero")
-    command = [sys.executable, str(script), str(folder), request.param]
+    command = [warm_python, str(script), str(folder), request.param]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = {}

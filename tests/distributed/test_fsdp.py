@@ -4,7 +4,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def played(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, Any]:
     """What the ranks of every scenario in fsdp_ranks.py returned."""
     script, folder = Path(__file__).parent / "fsdp_ranks.py", tmp_path_factory.mktemp("fsdp")
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([warm_python, str(script), str(folder)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     for name, scenario in report.items():

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ TOLERANCE = 1e-5  # sums over ranks are added in another order
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def played(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, Any]:
     """The curves of all layouts, uninterrupted and in two legs."""
     script, folder = Path(__file__).parent / "layouts.py", tmp_path_factory.mktemp("layouts")
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=400)
+    done = subprocess.run([warm_python, str(script), str(folder)], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,20 @@ RANKS = Path(__file__).parent / "loader_ranks.py"
 FEW = ["distributed_or_shuffle", "deals_itself"]
 
 
-def play(folder: Path, *loaders: str) -> dict[str, Any]:
+def play(python: str, folder: Path, *loaders: str) -> dict[str, Any]:
     """The report of loader_ranks.py."""
-    command = [sys.executable, str(RANKS), str(folder), *loaders]
+    command = [python, str(RANKS), str(folder), *loaders]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-def test_every_sample_comes_as_often_as_without_the_stop(tmp_path: Path) -> None:
-    assert play(tmp_path, *FEW) == {"cells": 20, "wrong": {}}
+def test_every_sample_comes_as_often_as_without_the_stop(tmp_path: Path, warm_python: str) -> None:
+    assert play(warm_python, tmp_path, *FEW) == {"cells": 20, "wrong": {}}
 
 
 @pytest.mark.slow
-def test_all_loaders(tmp_path: Path) -> None:
-    report = play(tmp_path)
+def test_all_loaders(tmp_path: Path, warm_python: str) -> None:
+    report = play(warm_python, tmp_path)
     print(report["cells"])
     assert report["cells"] > 200 and report["wrong"] == {}

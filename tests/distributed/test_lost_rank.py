@@ -12,16 +12,16 @@ import pytest
 SIGKILLED = -9
 
 
-def play(number: int) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).parent / "lost_rank.py"), str(number)]
+def play(python: str, number: int) -> dict[str, Any]:
+    command = [python, str(Path(__file__).parent / "lost_rank.py"), str(number)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def played() -> dict[str, Any]:
-    return play(2)
+def played(warm_python: str) -> dict[str, Any]:
+    return play(warm_python, 2)
 
 
 def check(trial: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ def test_torchrun_starts_everybody_again_and_the_run_goes_on(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_ten_kills() -> None:
-    for trial in play(10)["kills"]:
+def test_ten_kills(warm_python: str) -> None:
+    for trial in play(warm_python, 10)["kills"]:
         check(trial)
         print(f"rank {trial['rank']} killed after step {trial['step']}: the other ended in {trial['seconds']:.1f} s")

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ SCRIPT = Path(__file__).parent / "preference_ranks.py"
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory, reference_dir: Path) -> dict[str, Any]:
+def played(tmp_path_factory: pytest.TempPathFactory, reference_dir: Path, warm_python: str) -> dict[str, Any]:
     """What the ranks of both scenarios saw."""
-    command = [sys.executable, str(SCRIPT), str(tmp_path_factory.mktemp("pairs")), str(reference_dir / "tokenizer")]
+    command = [warm_python, str(SCRIPT), str(tmp_path_factory.mktemp("pairs")), str(reference_dir / "tokenizer")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -18,10 +18,10 @@ RANKS = Path(__file__).parent / "ranks.py"
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def played(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, Any]:
     """What the ranks of every scenario in ranks.py saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, str(RANKS), str(folder)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([warm_python, str(RANKS), str(folder)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

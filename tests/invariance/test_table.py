@@ -58,14 +58,14 @@ def test_a_row_that_needs_packages_is_there(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def played(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, Any]:
     """What two processes over gloo made of all cells of every engine, but those that are slow tests."""
-    return play(tmp_path_factory.mktemp("curves") / "curves.json")
+    return play(warm_python, tmp_path_factory.mktemp("curves") / "curves.json")
 
 
-def play(out: Path, *which: str) -> dict[str, Any]:
+def play(python: str, out: Path, *which: str) -> dict[str, Any]:
     """What `engine_ranks.py` writes."""
-    command = [sys.executable, str(Path(__file__).parent / "engine_ranks.py"), str(out), *which]
+    command = [python, str(Path(__file__).parent / "engine_ranks.py"), str(out), *which]
     done = subprocess.run(command, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text()) | {"folder": str(out.parent)}
@@ -96,9 +96,9 @@ def test_two_processes_on_other_engines(cell: Cell, base: dict[str, list], playe
 
 
 @pytest.mark.slow
-def test_cells_that_are_left_out(base: dict[str, list], tmp_path: Path) -> None:
+def test_cells_that_are_left_out(base: dict[str, list], tmp_path: Path, warm_python: str) -> None:
     """All other ways of two processes: padded rows of every trainer on every engine, both layouts of all cuts on DDP."""
-    played = play(tmp_path / "curves.json", "left-out")
+    played = play(warm_python, tmp_path / "curves.json", "left-out")
     wanted = [cell for engine in ENGINES for cell in left_out(engine, 2)]
     assert len(wanted) > 60
     for cell in wanted:
