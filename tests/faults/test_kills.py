@@ -16,17 +16,17 @@ AIMED = Path(__file__).parent / "aimed.py"
 AIMS = ("store", "save", "publish", "best_model", "rotate")
 
 
-def kill(folder: Path, kills: int, *options: str) -> dict[str, Any]:
+def kill(folder: Path, kills: int, *options: str, python: str = sys.executable) -> dict[str, Any]:
     """The report of victim.py; its comparison covers weights, optimizer, schedule, best checkpoint and metrics.jsonl."""
-    command = [sys.executable, str(VICTIM), str(folder), str(kills), *options]
+    command = [python, str(VICTIM), str(folder), str(kills), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     print(f"{' '.join(options)}: {done.stdout}")
     return json.loads(done.stdout.splitlines()[-1])  # libraries may have spoken before
 
 
-def test_three_kills(tmp_path: Path) -> None:
-    report = kill(tmp_path, 3, "plain", "fp32", "behind")
+def test_three_kills(tmp_path: Path, warm_python: str) -> None:
+    report = kill(tmp_path, 3, "plain", "fp32", "behind", python=warm_python)
     assert report["kills"] == 3 and report["different"] == [] and report["lines"] == 18
 
 
@@ -76,9 +76,9 @@ def test_twenty_kills_while_checkpoints_are_written_behind_the_training(model: s
     assert report["kills"] == 20 and report["during_save"] >= 8 and report["different"] == []
 
 
-def aimed_kills(folder: Path, kills: int) -> None:
+def aimed_kills(folder: Path, kills: int, python: str) -> None:
     """The report of aimed.py: `save_dir/model` opened after every kill, and every run ended as the one left alone."""
-    command = [sys.executable, str(AIMED), str(folder), str(kills), *AIMS]
+    command = [python, str(AIMED), str(folder), str(kills), *AIMS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
@@ -87,13 +87,13 @@ def aimed_kills(folder: Path, kills: int) -> None:
     assert all(report["operations"][aim] > 0 for aim in AIMS)
 
 
-def test_a_kill_between_two_operations_on_every_kind_of_file(tmp_path: Path) -> None:
-    aimed_kills(tmp_path, 1)
+def test_a_kill_between_two_operations_on_every_kind_of_file(tmp_path: Path, warm_python: str) -> None:
+    aimed_kills(tmp_path, 1, warm_python)
 
 
 @pytest.mark.slow
 def test_fifty_kills_between_two_operations(tmp_path: Path) -> None:
-    aimed_kills(tmp_path, 10)
+    aimed_kills(tmp_path, 10, sys.executable)
 
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "step"), (signal.SIGINT, "evaluation")])

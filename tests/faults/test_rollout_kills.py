@@ -13,9 +13,11 @@ LIVES = Path(__file__).parent / "rollout_lives.py"
 AIMS = ("generating", "rewarding", "scoring", "updating", "syncing", "rollouts", "saving")
 
 
-def lives(folder: Path, *options: str, script: str = "rollout_lives.py") -> dict[str, Any]:
+def lives(
+    folder: Path, *options: str, script: str = "rollout_lives.py", python: str = sys.executable
+) -> dict[str, Any]:
     """The report of rollout_lives.py, or of another one."""
-    command = [sys.executable, str(LIVES.with_name(script)), str(folder), *options]
+    command = [python, str(LIVES.with_name(script)), str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
@@ -35,8 +37,8 @@ def check_episodes(report: dict[str, Any]) -> None:
     assert report["different"] == [] and report["on_two"] == []
 
 
-def test_a_kill_in_every_phase(tmp_path: Path) -> None:
-    report = lives(tmp_path, "1", "--episodes")
+def test_a_kill_in_every_phase(tmp_path: Path, warm_python: str) -> None:
+    report = lives(tmp_path, "1", "--episodes", python=warm_python)
     assert report["kills"] == dict.fromkeys(AIMS, 1) and report["different"] == []
     check_two_ranks(report["two_ranks"])
     check_episodes(report["episodes"])
@@ -72,8 +74,9 @@ def check_two_ranks_ahead(report: dict[str, Any]) -> None:
     assert report["failed"] == [1, 1] and report["named"] == [True, True]
 
 
-def test_two_ranks_make_rollouts_ahead(tmp_path: Path) -> None:
-    check_two_ranks_ahead(lives(tmp_path, "0", script="ahead_lives.py")["two_ranks"])
+def test_two_ranks_make_rollouts_ahead(tmp_path: Path, warm_python: str) -> None:
+    report = lives(tmp_path, "0", script="ahead_lives.py", python=warm_python)
+    check_two_ranks_ahead(report["two_ranks"])
 
 
 @pytest.mark.slow
