@@ -1,6 +1,6 @@
 """The images of a micro-batch: what the collation of rows makes, models read and every device gets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,12 @@ class ImageBatch:
     def num_placeholders(self) -> int:
         """Placeholder tokens of all uses."""
         return int(self.lengths[self.order].sum())
+
+    def of_rows(self, rows: Sequence[int]) -> "ImageBatch":
+        """The uses of some rows, in that order; the images are all there still."""
+        uses = self.order.split(self.counts.tolist())
+        order = torch.cat([self.order[:0], *(uses[row] for row in rows)])
+        return replace(self, order=order, counts=self.counts[torch.tensor(list(rows), dtype=torch.long)])
 
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same images on a device."""
@@ -86,5 +92,5 @@ def require_text(batch: Mapping[str, Any], who: str) -> None:
     if images:
         raise ValueError(
             f"{who}; found a batch with {', '.join(images)}, expected batches of text. SFTTrainer, Trainer, DPOTrainer, "
-            "KTOTrainer and RewardTrainer take images"
+            "KTOTrainer, RewardTrainer and GRPOTrainer take images"
         )

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("PIL")
 import torch
 
-from llm_trainer import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, Trainer
+from llm_trainer import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer, Trainer
 from llm_trainer.cli.chat import Speaker
 from llm_trainer.cli.main import main
 from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
@@ -28,6 +28,7 @@ from llm_trainer.train_configs import (
     KTOConfig,
     ModelConfig,
     OptimConfig,
+    PPOConfig,
     PretrainConfig,
     RewardConfig,
     RunConfig,
@@ -416,14 +417,53 @@ def test_a_reward_model_without_eyes_is_not_given_images(
 
 
 def test_who_takes_no_images_says_so(folder: Path, tmp_path: Path) -> None:
-    from llm_trainer import GRPOTrainer
+    described = asked(folder, tmp_path, ppo_config=PPOConfig(), grpo_config=None)
+    how: dict[str, Any] = {"train_config": described, "reward_func": lambda completions, **_: [0.0] * len(completions)}
+    with pytest.raises(ValueError, match="its rows show images, and PPOTrainer takes none yet"):
+        PPOTrainer(**how)
 
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    loader = DataLoaderConfig(cache_dir=str(tmp_path / "cache"), image_root=str(folder))
-    changes: dict[str, Any] = {"sft_config": None, "data_loader_config": loader, "grpo_config": GRPOConfig()}
-    described = config(folder, tmp_path / "run", file_dataset=str(tmp_path / "rows.jsonl"), **changes)
-    with pytest.raises(ValueError, match="its rows show images, and GRPOTrainer takes none yet"):
-        GRPOTrainer(train_config=described, reward_func=lambda completions, **_: [0.0] * len(completions))
+
+def asked(folder: Path, tmp_path: Path, **changes: Any) -> TrainConfig:
+    """Prompts of text, with an image in a column, and with two as parts; the last is longer than the context."""
+    parts = [{"type": "image", "image": "3.png"}, {"type": "text", "text": "or"}, {"type": "image", "image": "4.png"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": [{"role": "user", "content": "Which?"}], "answer": "0"},
+        {"prompt": [{"role": "user", "content": "<image>Which?"}], "images": ["1.png"], "answer": "1", "level": 5},
+        {"prompt": [{"role": "user", "content": parts}], "answer": "7"},
+        {"prompt": [{"role": "user", "content": "<image>?" + 80 * "x"}], "images": ["2.png"], "answer": "2"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loader = DataLoaderConfig(cache_dir=str(tmp_path / "cache"), image_root=str(folder), data_loader_shuffle=False)
+    section = GRPOConfig(group_size=2, gen_max_seq_len=4, share_prompts=True)
+    given: dict[str, Any] = {"sft_config": None, "data_loader_config": loader, "grpo_config": section, "batch_size": 3}
+    return config(folder, tmp_path / "run", file_dataset=str(tmp_path / "rows.jsonl"), **(given | changes))
+
+
+def test_prompts_of_files_show_their_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: float = 1e-5
+) -> None:
+    """In a column or as parts; what is too long is left out whole, and rewards see the other columns and the images."""
+    seen: list[Any] = []
+
+    def reward(completions: list[str], answers: list[str], images: Any, level: list[Any], **_: Any) -> list[float]:
+        seen.append((answers, images, level))
+        return [float(len(text)) for text in completions]
+
+    trainer = GRPOTrainer(train_config=asked(folder, tmp_path), reward_func=reward, reward_in_process=True)
+    values = trainer.train()
+    (answers, images, level) = seen[0]
+    assert answers == ["0", "0", "1", "1", "7", "7"] and level == [None, None, 5, 5, None, None]
+    names = [[Path(source).name for source in listed] for listed in images]
+    assert names == [[], [], ["1.png"], ["1.png"], ["3.png", "4.png"], ["3.png", "4.png"]]
+    assert values["sampling/sampling_logp_difference/max"] < reference
+    screen = capsys.readouterr().out
+    assert "4 images read = 3 used + 0 cut off + 1 dropped" in screen
+    assert "images  3 in an epoch, of 4 patches each on average" in screen
+
+
+def test_prompts_with_images_need_a_model_that_sees(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="found an image|images"):
+        GRPOTrainer(train_config=asked(folder, tmp_path, model_config=ModelConfig(**TEXT)), reward_func=len)
 
 
 def test_a_class_of_the_user_says_that_its_forward_hands_on_images(folder: Path, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ LICENSED = {
     ("plan/describe.py", "models"): "counts the parameters of a model without weights",
     ("plan/tower.py", "models"): "tells a tower from its projector",
     ("trainers/rollouts.py", "data"): "implements what makes a rollout",
+    ("trainers/prompt_images.py", "data"): "keeps the images of prompts in the rows of a rollout",
     ("trainers/played.py", "data"): "episodes become rows of a rollout, and messages ids",
     ("trainers/completions.py", "data"): "completions become rows of a rollout",
     ("trainers/ahead.py", "data"): "says whether rollouts can be made ahead",

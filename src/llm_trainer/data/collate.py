@@ -40,11 +40,16 @@ def collate_cheaper(
     return collate_flat(samples) if pays(lengths) else collate_padded(samples, pad_id)
 
 
-def laying(layout: Layout, pad_id: int) -> tuple[bool, Callable[[Sequence[LanguageSample]], LanguageBatch]]:
-    """Whether a token budget need not count padding, and what lays out rows as `layout` says."""
+def laying(
+    layout: Layout, pad_id: int, images: ImageFormat | None = None
+) -> tuple[bool, Callable[[Sequence[LanguageSample]], LanguageBatch]]:
+    """Whether a token budget need not count padding, and what lays out rows as `layout` says, with what they show."""
+    need_not_count, lay = layout.flat, collate_flat if layout.flat else partial(collate_padded, pad_id=pad_id)
     if layout.flat and layout.dense_width:
-        return False, partial(collate_cheaper, pad_id=pad_id, pays=layout.pays)
-    return layout.flat, collate_flat if layout.flat else partial(collate_padded, pad_id=pad_id)
+        need_not_count, lay = False, partial(collate_cheaper, pad_id=pad_id, pays=layout.pays)
+    if images is not None:
+        lay = partial(lay_with_images, lay=lay, images=images)
+    return need_not_count, lay
 
 
 def pad_right(rows: Sequence[np.ndarray], value: int, dtype: type = np.int64) -> torch.Tensor:

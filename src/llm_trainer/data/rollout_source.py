@@ -12,6 +12,7 @@ from llm_trainer.data.rollout_making import staleness
 from llm_trainer.data.rollout_supply import RolloutSupply
 from llm_trainer.data.rollouts import Rollout, Used, collate_rollout
 from llm_trainer.data.stream import RowOfStep, SampleStream, StepSource, mix_seeds
+from llm_trainer.data.vision import ImageFormat
 from llm_trainer.layout import Layout
 from llm_trainer.position import InRollout, Position
 from llm_trainer.state import MicroBatch
@@ -34,6 +35,7 @@ class RolloutSource:
         pad_id: token that pads rows.
         shares_prompts: says, when a rollout is there, whether the trainer runs the prompt of a group once per micro-batch, so
             that a token budget counts it once; None: it does not.
+        images: what opens those that prompts show; None: rows show none.
     """
 
     supply: RolloutSupply
@@ -43,6 +45,7 @@ class RolloutSource:
     batch_size: int | None = None
     pad_id: int = 0
     shares_prompts: Callable[[], bool] | None = None
+    images: ImageFormat | None = None
 
     def __post_init__(self) -> None:
         prompts = self.supply.prompts
@@ -61,6 +64,11 @@ class RolloutSource:
     def layout(self) -> Layout:
         """How rows are laid out."""
         return self.machine.layout
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether prompts may show images; of a user's loader nobody knows, so they may."""
+        return self.source.shows_images if isinstance(self.source, SampleStream) else True
 
     def describe(self) -> str:
         """What is learned from one step of prompts, for the screen before training."""
@@ -153,7 +161,7 @@ class RolloutSource:
 
     def _stream(self, number: int, rollout: Rollout, rows_per_update: int | None) -> SampleStream:
         """The rows of a rollout that are learned from, in steps."""
-        flat, lay = laying(self.layout, self.pad_id)
+        flat, lay = laying(self.layout, self.pad_id, self.images)
         rows = Used(rollout)
         are_shared = self.shares_prompts is not None and self.shares_prompts()
         shared = rows.shared() if are_shared else None

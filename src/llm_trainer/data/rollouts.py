@@ -17,11 +17,14 @@ import numpy as np
 import torch
 
 from llm_trainer.data.collate import pad_right
+from llm_trainer.data.encode.pictured import BYTES, IMAGE_COLUMNS, PLACE_SIZE, PLACES, REFS, refs_of
 from llm_trainer.data.encode.store import TokenStore
+from llm_trainer.data.images import ImageRef
 from llm_trainer.data.kinds import Batch, LanguageSample, Lay
 from llm_trainer.data.packing import SharedPrompts, shared_prompts
 from llm_trainer.data.rollout_prompts import Prompt
 from llm_trainer.data.rollout_store import Row
+from llm_trainer.data.shown import Images
 
 FINISHES = ("stop", "length", "aborted", "error")  # how a completion ended: it is done, was cut, given up, has failed
 # Columns of every rollout. One number per token of prompt AND completion where it says `[T]`, aligned like labels: the
@@ -81,9 +84,13 @@ class RolloutRow(dict[str, np.ndarray]):
 
     Attributes:
         per_token: names of the columns that have a number per token in every row of the rollout.
+        images: that its prompt shows, in the order of their placeholders.
+        place: where it comes from, for messages about these.
     """
 
     per_token: frozenset[str]
+    images: Sequence[ImageRef] = ()
+    place = "a completion"
 
 
 class Rollout:
@@ -95,6 +102,8 @@ class Rollout:
 
     Attributes:
         lengths: `[rows]` tokens of prompt and completion.
+        tower_tokens: `[rows]` patches that the tower sees of the images of each; None: nothing is shown.
+        costs: `[rows]` what each row takes of a token budget.
         used: `[rows that are learned from]` their numbers.
         after: position of the prompts behind it.
     """
@@ -102,6 +111,13 @@ class Rollout:
     def __init__(self, folder: Path, meta: dict[str, Any] | None = None) -> None:
         self.store = TokenStore(folder, meta)
         self.lengths: np.ndarray = np.diff(self.store["input_ids"].offsets)
+        shown = Images.of(self.store, 0)
+        self.tower_tokens = None if shown is None else shown.per_row(weights=shown.towers)
+        self.costs = self.lengths if self.tower_tokens is None else self.lengths + self.tower_tokens
+        if shown is not None:
+            groups = self.column("group")
+            _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+            self._first_of_group = first[group]
         self.file_sizes = [len(self.lengths)]
         self.after: int = self.store.meta.get("after", 0)
         reasons = self.store.meta.get("reasons", [])
@@ -120,8 +136,11 @@ class Rollout:
 
     def __getitem__(self, index: int) -> RolloutRow:
         """Row `index`, counted over all rows, as its arrays by column; `trained` without what is masked."""
-        row = RolloutRow((name, column[index]) for name, column in self.store.columns.items())
+        columns = [name for name in self.store.columns if name not in IMAGE_COLUMNS]
+        row = RolloutRow((name, self.store[name][index]) for name in columns)
         row.per_token = self._per_token
+        if self.tower_tokens is not None:
+            row.images, row.place = self.images(index), self.place(index)
         row["row_index"] = np.array([index])
         if self.is_masked[index]:
             row["trained"] = np.zeros_like(row["trained"])
@@ -194,6 +213,17 @@ class Rollout:
         """Whether it is learned from; else it is an evaluation's."""
         return bool(self.store.meta.get("made_of", {}).get("training", True))
 
+    def images(self, index: int) -> list[ImageRef]:
+        """What the prompt of a row shows, in the order of its placeholders.
+
+        Bytes that are in no file are kept once, by the first row of a group.
+        """
+        if self.tower_tokens is None:
+            return []
+        known = refs_of(self.store[REFS][index], self.store[BYTES][self._first_of_group[index]])
+        uses = self.store[PLACES][index].reshape(-1, PLACE_SIZE)[:, 1]
+        return [known[which] for which in uses.tolist()]
+
     def facts(self, index: int) -> dict[str, Any]:
         """What else is known of a row: `answer`, the prompt's other columns, errors by reward function."""
         return json.loads(self.store["facts"][index].tobytes())
@@ -213,7 +243,7 @@ class Used:
 
     def __init__(self, rollout: Rollout) -> None:
         self._rollout = rollout
-        self.lengths = rollout.lengths[rollout.used]
+        self.lengths, self.costs = rollout.lengths[rollout.used], rollout.costs[rollout.used]
         self.file_sizes = [len(self.lengths)]
 
     def __getitem__(self, index: int) -> RolloutRow:
@@ -227,7 +257,11 @@ class Used:
             ids.append(rollout.store["input_ids"][row])
             labels.append(rollout.store["trained"][row] & ~rollout.is_masked[row])
         groups = rollout.column("group")[rollout.used]
-        return shared_prompts(np.concatenate(ids), np.concatenate(labels), self.lengths, groups)
+        found = shared_prompts(np.concatenate(ids), np.concatenate(labels), self.lengths, groups)
+        if rollout.tower_tokens is None:
+            return found
+        of_images = np.where(found.tokens > 0, rollout.tower_tokens[rollout.used], 0)  # the same in all of a group
+        return found._replace(tokens=found.tokens + of_images)
 
     def place(self, index: int) -> str:
         return self._rollout.place(int(self._rollout.used[index]))
@@ -238,7 +272,7 @@ def collate_rollout(rows: Sequence[RolloutRow], lay: Lay) -> Batch:
 
     Args:
         rows: as `Rollout` gives them.
-        lay: `collate_flat`, or `collate_padded` with its pad_id.
+        lay: `collate_flat`, or `collate_padded` with its pad_id; around it `lay_with_images` where rows show some.
 
     Returns:
         `input_ids`, `labels` (the ids where trained, else -100) and what else `lay` gives, padded `[B, T]` or flat
@@ -249,7 +283,10 @@ def collate_rollout(rows: Sequence[RolloutRow], lay: Lay) -> Batch:
     samples = []
     for row in rows:
         ids = row["input_ids"]
-        samples.append(LanguageSample(input_ids=ids, trained=row["trained"], document_lengths=[len(ids)]))
+        sample = LanguageSample(input_ids=ids, trained=row["trained"], document_lengths=[len(ids)])
+        if row.images:
+            sample["images"], sample["place"] = row.images, row.place
+        samples.append(sample)
     batch: Batch = dict(lay(samples))
     is_flat = "document_lengths" in batch
     for name in rows[0]:

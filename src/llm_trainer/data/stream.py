@@ -239,6 +239,11 @@ class SampleStream:
     size = __len__
 
     @property
+    def knows_images(self) -> bool:
+        """Whether its dataset says whether rows show images."""
+        return getattr(self.dataset, "parts", None) is not None
+
+    @property
     def shows_images(self) -> bool:
         """Whether rows may show images; of a dataset of the user nobody knows, so they may."""
         parts = getattr(self.dataset, "parts", None)
@@ -367,11 +372,15 @@ class SampleStream:
 
     def rows_of_step(self, epoch: int, position: int, micro_batches: list[MicroBatch]) -> list[list[RowOfStep]]:
         groups, _, _ = next(self._plan(epoch, position))
-        place = getattr(self.dataset, "place", "sample {} of the dataset".format)  # a dataset need not know
         rows = []
         for group in groups:
-            rows.append([RowOfStep(int(self.costs[sample]), place(sample)) for sample in group])
+            rows.append([RowOfStep(int(self.costs[sample]), self.place_of(sample)) for sample in group])
         return rows
+
+    def place_of(self, sample: int) -> str:
+        """Where a sample comes from, for messages."""
+        place = getattr(self.dataset, "place", "sample {} of the dataset".format)  # a dataset need not know
+        return str(place(sample))
 
     def recut(self, micro_batches: list[MicroBatch]) -> None:
         return None  # a seek is exact

@@ -104,6 +104,13 @@ class ImageFormat:
         """The text of the placeholder."""
         return str(self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
+    def for_a_thread(self) -> "ImageFormat":
+        """The same for a thread beside others: no two may use a tokenizer at once."""
+        found = copy(self)
+        found.processor = copy(self.processor)
+        found.processor.tokenizer = deepcopy(self.processor.tokenizer)
+        return found
+
     def tokens(self, height: int, width: int) -> ImageTokens:
         """All that is known of images of a size; a processor that refuses it raises what it raises."""
         size = self.limited(height, width)

@@ -24,7 +24,7 @@ Function = Callable[[Any], Mapping[str, Tensor]]  # batch -> numbers by name
 class RowsOfKnownLengths(Protocol):
     """A map from index to row."""
 
-    lengths: Any  # [rows], tokens
+    lengths: Any  # [rows], tokens; and `costs`, what a budget counts, where that is more
 
     def __getitem__(self, index: int) -> Any: ...
 
@@ -74,7 +74,8 @@ class Scoring:
             return {}
         with in_evaluation(self._module):
             while True:
-                groups = cut_by_tokens(lengths.tolist(), self._tokens, flat=False)
+                costs = getattr(dataset, "costs", lengths)  # images are seen too
+                groups = cut_by_tokens(costs.tolist(), self._tokens, flat=False)
                 found, failure = self._own_share(groups, dataset, collate, function)
                 if not self._is_cut_smaller(failure):
                     return _joined(dist.gather_patiently(found), groups, len(lengths))

@@ -26,6 +26,8 @@ class SeeingReader(CachedReader):
                 f"a prompt has images, and {type(model).__name__} makes nothing of them; expected a vision-language model of "
                 "transformers, or prompts of text"
             )
+        if pad == self.vision.image_token_id:  # what fills a row would ask for an image
+            self.pad = 0 if pad else 1
         self.rope = torch.empty(0)  # [3, B, 1], the largest so far of each row, where the model counts so
 
     def enter(self, prompts: Sequence[Sequence[int]], images: Sequence[ImageBatch | None] = ()) -> Tensor:

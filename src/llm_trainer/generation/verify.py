@@ -100,17 +100,19 @@ def check_hashes(sent: Mapping[str, int], held: Mapping[str, int], version: int,
         )
 
 
-def probe_ids(vocab_size: int, context: int | None = None) -> list[list[int]]:
+def probe_ids(vocab_size: int, context: int | None = None, without: Sequence[int] = ()) -> list[list[int]]:
     """A sequence of ids that is the same at every call, with ids of the whole vocabulary, as a list of one.
 
     Args:
         vocab_size: how many ids there are.
         context: most tokens that the model takes: servers score a prompt only where it leaves room for a token. None: no limit.
+        without: ids that are no text, such as placeholders of images.
     """
     length = PROBE_TOKENS
     if context is not None:
         length = max(2, min(PROBE_TOKENS, context - 1))
-    return [[(place * place * 7919 + place * 104729) % vocab_size for place in range(length)]]
+    ids = [(place * place * 7919 + place * 104729) % vocab_size for place in range(length)]
+    return [[(token + (token in without)) % vocab_size for token in ids]]
 
 
 def check_probe(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from llm_trainer.losses.experts import Routing
 from llm_trainer.losses.language import IGNORE
 from llm_trainer.models.heads import logits_of
-from llm_trainer.models.inside import adapted_model, has_adapters, transformers_model, vocab_size_of
+from llm_trainer.models.inside import adapted_model, has_adapters, language_config, transformers_model, vocab_size_of
 from llm_trainer.models.rewarding import Rewarding, process_reward_model
 from llm_trainer.models.scored import ScoredModel, TokenScores
 from llm_trainer.models.seeing import accepted_inputs
@@ -177,7 +177,7 @@ def _made_of(policy: nn.Module, shares_body: bool) -> nn.Module:
             f"value_model: none given, and a {type(policy).__name__} is no transformers model of which a critic could be made; "
             f"expected a module that gives a number for each token"
         )
-    critic = process_reward_model(model, model.config.pad_token_id)
+    critic = process_reward_model(model, language_config(model.config).pad_token_id)
     if not shares_body:
         setattr(critic, critic.base_model_prefix, deepcopy(model.base_model))
     return critic

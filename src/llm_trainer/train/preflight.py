@@ -437,6 +437,8 @@ def _adapters_of(size: Size) -> dict[str, str]:
 
 def _images_of(source: StepSource) -> dict[str, str]:
     """How many images a step shows, and what a tower sees of them; nothing where there are none."""
+    if isinstance(source, RolloutSource):
+        source = source.source
     found = pictured(source)
     if found is None or not isinstance(source, SampleStream):
         return {}

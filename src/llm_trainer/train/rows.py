@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.data.loaders import LoaderSteps
+from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
@@ -35,7 +36,9 @@ class LaidOut:
         self._source, self._engine, self._together = source, engine, together
         self._trainer, self._takes_flat = type(trainer).__name__, takes_flat(type(trainer))
         self._packings: list[Packing] = []
-        self.shows_images = source.shows_images if isinstance(source, SampleStream) else True
+        self.shows_images = True
+        if isinstance(source, SampleStream | RolloutSource):
+            self.shows_images = source.shows_images
         self.layout: Layout = AS_IT_CAME
         self._is_known = False  # whether the trained model, which comes first, has been tried out before
         self._wanted = wanted

@@ -99,7 +99,7 @@ def _require_answers(rows: Batch, answers: Sequence[str]) -> None:
         )
 
 
-def share_prompts(rows: Batch, groups: Tensor | None = None) -> Batch:
+def share_prompts(rows: Batch, groups: Tensor | None = None, image_ids: Sequence[int] = ()) -> Batch:
     """Answers laid flat with the prompts of pairs, or of groups, once: each further answer is a branch of the first one.
 
     A branch (`models.attention`) begins with the last token before the first label, so that every label is still predicted by
@@ -109,6 +109,7 @@ def share_prompts(rows: Batch, groups: Tensor | None = None) -> Batch:
         rows: a joined batch, padded or flat, with numbers per token, like `completion`, further labels.
         groups: `[rows]`, equal for answers to one prompt, wherever they stand; None: pairs, all chosen rows before all
             rejected.
+        image_ids: placeholders of images, of which rows of a group show the same: each is run with the first of these rows.
 
     Returns:
         `input_ids`, `labels` and the like `[1, N]`, `position_ids [1, N]`, `document_lengths [rows]` (of a group together:
@@ -125,6 +126,9 @@ def share_prompts(rows: Batch, groups: Tensor | None = None) -> Batch:
         groups = torch.arange(len(documents)) % (len(documents) // 2)
     trunks = _first_of_group(groups.cpu())
     shared = _shared_with(trunks, documents, columns["labels"])
+    for row, number in enumerate(shared):
+        if int(documents[row][number]) in image_ids:  # a prompt that ends in an image: no branch may begin inside of it
+            shared[row] = 0
     pieces: dict[str, list[Tensor]] = {name: [] for name in (*columns, "position_ids", "repeats")}
     # A row that shares nothing begins anew, so that no branch may come behind it.
     order = sorted(range(len(documents)), key=lambda row: (trunks[row], row != trunks[row] and not shared[row], row))
@@ -145,6 +149,9 @@ def share_prompts(rows: Batch, groups: Tensor | None = None) -> Batch:
     others = {name: value for name, value in rows.items() if name not in ("attention_mask", *laid)}
     if "kept" in rows:
         others["kept"] = _kept_of(rows["kept"], columns["kept_counts"], order, shared)
+    if "images" in rows:
+        images: Any = rows["images"]
+        others["images"] = images.of_rows([row for row in order if not shared[row]])
     place = torch.tensor(order).argsort()  # the document of each row
     return others | laid | {"document_lengths": lengths, "document_order": place}
 

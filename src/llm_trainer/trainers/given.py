@@ -40,7 +40,7 @@ def join_responses(batch: Batch, pad_id: int | None, pad_ends: bool = False) -> 
     Raises:
         ValueError: a key is missing, or a shape is not what it should be.
     """
-    require_text(batch, "reinforcement learning takes no images yet")
+    require_text(batch, "completions that come with their rewards are learned from as text")
     prompts, responses = _tokens(batch)
     prompt_mask = _mask_of(batch, "prompt_attention_mask", prompts)
     response_mask = mask_of_responses(batch, responses, pad_id, pad_ends)

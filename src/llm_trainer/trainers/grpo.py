@@ -25,6 +25,7 @@ from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
+from llm_trainer.models.freezing import see_alike
 from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts
@@ -82,6 +83,7 @@ class GRPOTrainer(OnPolicyTrainer):
 
     section = "grpo_config"
     takes_flat = True
+    takes_images = True
     how: GRPOConfig
     options: ClassVar[type[GRPOConfig]] = GRPOConfig
     default_samples: ClassVar[int] = 4  # where objects are given
@@ -109,6 +111,7 @@ class GRPOTrainer(OnPolicyTrainer):
         reference = None
         if how.loss_beta:
             reference, self.starts_at_reference = choose_reference(model, ref_model, how.reference)
+            self._sees_once = see_alike(model, reference)
         self._moving: MovingReference | None = None
         if reference is not None and how.ref_sync_steps is not None:
             self._moving = MovingReference(reference, model, how.reference, how.ref_sync_steps, how.mixup_alpha)
@@ -129,6 +132,9 @@ class GRPOTrainer(OnPolicyTrainer):
         self.reference = None if reference is None else reference_of(reference, self, self._policy, how.reference)
         models = [self._policy, *([] if self.reference is None else [self.reference])]
         self.shares_prompts = how.share_prompts and all(model.knows_branches(self.device) for model in models)
+        # Branches are flat rows, and that a model keeps the images of such rows apart has to have been tried out.
+        sees = self._policy.vision.model is not None and self.machine.shows_images
+        self.shares_prompts = self.shares_prompts and (self.machine.layout.flat or not sees)
 
     @classmethod
     def _from_config(cls, config: "TrainConfig", build: "Build") -> dict[str, Any]:
@@ -256,7 +262,7 @@ class GRPOTrainer(OnPolicyTrainer):
         rows = self._joined(batch)
         groups = rows.get("group", rows.get("prompt_keys"))
         if self.shares_prompts and groups is not None:
-            rows = share_prompts(rows, groups)
+            rows = share_prompts(rows, groups, self._never_drawn)
         elif is_given(batch):
             rows = lay_flat(rows, self.machine.layout)
         return moved(of_learning(rows), self.device)

@@ -9,7 +9,16 @@ from llm_trainer.trainers.answers import OF_TOKENS, Batch
 from llm_trainer.trainers.routes import ROUTES
 
 # What a micro-batch is learned from; it may have more.
-_LAID = ("input_ids", "labels", "attention_mask", "position_ids", "document_lengths", "document_order", "repeats")
+_LAID = (
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "position_ids",
+    "document_lengths",
+    "document_order",
+    "repeats",
+    "images",
+)
 LEARNED = (*_LAID, *OF_TOKENS, "has_sums", "kept_counts", "kept")
 
 

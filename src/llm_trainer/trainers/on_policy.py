@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,9 +20,13 @@ from llm_trainer.data.rollout_source import RolloutSource, num_updates
 from llm_trainer.data.rollout_store import RolloutError
 from llm_trainer.data.rollout_supply import RolloutSupply
 from llm_trainer.data.rollouts import FINISHES, Finished, Maker, Rollout, collate_rollout
+from llm_trainer.data.stream import SampleStream
+from llm_trainer.data.vision import ImageFormat
+from llm_trainer.generation.servers import Servers
 from llm_trainer.generation.service import GenerationService
 from llm_trainer.generation.verify import LIMITS, Verified, probe_ids
 from llm_trainer.image_batch import moved
+from llm_trainer.layout import takes_images
 from llm_trainer.losses.correction import Correction
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.attention import resolve_attention
@@ -40,7 +44,9 @@ from llm_trainer.trainers.given import pad_id_of
 from llm_trainer.trainers.judging import judge_of, judged_columns, model_facts, step_ends_of
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
+from llm_trainer.trainers.prompt_images import PromptImages, format_of, never_drawn
 from llm_trainer.trainers.ptx import PTX, ptx_of
+from llm_trainer.trainers.references import seen_once
 from llm_trainer.trainers.rollouts import RolloutMaker
 from llm_trainer.trainers.routes import ROUTES, check_replay, num_route_columns, routes_of
 from llm_trainer.trainers.said import RowsOfIds, check_ids, check_vocabulary, stop_tokens_of
@@ -88,6 +94,7 @@ class OnPolicyTrainer(BaseTrainer):
         "the rewards of every group were equal, so that nothing was learned: look at the completions (llm-trainer rollouts), "
         "take easier or harder prompts, a larger group_size or a higher gen_temperature, or a reward with more steps"
     )
+    _sees_once = False  # whether policy and reference make the same of every image
     starts_at_reference = False  # whether the policy and what it is held to are the same model at the start
 
     def __init__(
@@ -131,6 +138,7 @@ class OnPolicyTrainer(BaseTrainer):
             if frozen is not None:
                 self._frozen_facts[name] = model_facts(frozen)
         self._service = service_of(how, generation_service, model)
+        self._never_drawn = never_drawn(model)
         self._route_columns = 0
         if how.replay_routes:
             check_replay(model, how, generation_service is not None, self.partners is not None)
@@ -256,12 +264,34 @@ class OnPolicyTrainer(BaseTrainer):
         """Whether completions are made here: something judges them, or speaks with the policy."""
         return self._judges_texts or self.partners is not None
 
+    @cached_property
+    def _images(self) -> ImageFormat | None:
+        """What makes tokens and numbers of images; None: the policy sees none, or nobody says how."""
+        return format_of(self.image_format, self.processor, self.base_model)
+
+    def _takes_no_images(self) -> str:
+        """Who of a run takes none, and what to do; empty: everybody does."""
+        if not takes_images(type(self)):
+            return f"{type(self).__name__} takes none; expected GRPOTrainer, or prompts of text"
+        if isinstance(self._service, Servers):
+            return "rollout_servers are sent ids alone; expected none of them: the process that trains then draws"
+        if self.partners is not None:
+            return "environments, tools and agents speak in text alone; expected reward functions, or prompts of text"
+        if self.judge is not None:
+            return "the reward model reads text alone; expected reward functions, or prompts of text"
+        if self._route_columns:
+            return "replay_routes knows the routes of text alone; expected replay_routes: false, or prompts of text"
+        return ""
+
     def _build_source(self, source: Any, training: bool) -> Any:
         """Rollouts around a source of prompts; batches that carry completions and rewards are steps as they are."""
         if not self._judges and self.how.rollouts is None:
             return source
+        if isinstance(source, SampleStream) and source.knows_images and source.shows_images:
+            assert self._images is not None  # the rows were encoded with it
+            PromptImages(self._images, self._takes_no_images()).check()
         supply = RolloutSupply(
-            PromptSource(source, self.machine, needs_ids=self.partners is None),
+            PromptSource(source, self.machine, needs_ids=self.partners is None, images=self._images),
             self._maker_of(training),
             self.machine,
             training=training,
@@ -279,6 +309,7 @@ class OnPolicyTrainer(BaseTrainer):
             rows_per_update=self.rows_per_update,
             pad_id=self._pad_id,
             shares_prompts=lambda: self.shares_prompts,  # known when the model is where it will train
+            images=self._images,
         )
 
     def _check_stored(self, rollout: Rollout) -> None:
@@ -293,6 +324,12 @@ class OnPolicyTrainer(BaseTrainer):
                 f"rollouts: {rollout.store.folder} has no {' and no '.join(missing)}; expected rollouts of a run with the same "
                 f"algorithm, and with several updates on each if this one takes several (grpo_steps, rows_per_update): let "
                 f"that run make them so, or set these to 1 and null"
+            )
+        sees = self._images is not None and self.machine.shows_images and takes_images(type(self))
+        if rollout.tower_tokens is not None and not sees:
+            raise RolloutError(
+                f"rollouts: {rollout.store.folder} has prompts that show images, and this run sees none; expected "
+                f"GRPOTrainer of a vision-language model with its processor, and a file_dataset whose prompts show images"
             )
         largest, vocab_size = int(rollout.store["input_ids"].values.max(initial=0)), vocab_size_of(self.base_model)
         if vocab_size is not None and largest >= vocab_size:
@@ -315,6 +352,9 @@ class OnPolicyTrainer(BaseTrainer):
     def _rollout_maker(self) -> RolloutMaker:
         if self._maker is None:
             self._try_episodes()
+            images = None
+            if self._images is not None:  # a thread may draw beside the training, which opens images too
+                images = PromptImages(self._images.for_a_thread(), self._takes_no_images())
             self._maker = RolloutMaker(
                 self.machine,
                 self.how,
@@ -337,6 +377,8 @@ class OnPolicyTrainer(BaseTrainer):
                 evaluation=self._evaluation,
                 partners=self.partners,
                 route_columns=self._route_columns,
+                images=images,
+                never_drawn=self._never_drawn,
             )
         return self._maker
 
@@ -361,7 +403,7 @@ class OnPolicyTrainer(BaseTrainer):
                 self._verified = Verified(service, where=where)
             else:
                 limit = max(LIMITS[self.machine.dtype], LIMITS[service.dtype or self.machine.dtype])
-                probe = probe_ids(vocab_size, model_context(self.base_model))
+                probe = probe_ids(vocab_size, model_context(self.base_model), without=self._never_drawn)
                 self._verified = Verified(service, self._probe_logprobs, probe, limit, where)
         return self._verified
 
@@ -453,18 +495,20 @@ class OnPolicyTrainer(BaseTrainer):
 
         def logprobs(batch: Batch) -> dict[str, Tensor]:
             rows, found = moved(of_learning(with_cuts(batch)), self.device), {}
+            if self._sees_once:
+                rows = seen_once(rows)
             if old:
                 found["old_logprobs"] = self._score(self.model, rows).logprobs
             if reference is not None:
                 found["ref_logprobs"] = self._score(reference, rows).logprobs
             return found
 
-        _, lay = laying(self.machine.layout, self._pad_id)
+        _, lay = laying(self.machine.layout, self._pad_id, self._images)
         return self.machine.score(rollout, partial(collate_rollout, lay=lay), logprobs)
 
     def _score(self, model: Any, rows: Batch, **how: Any) -> TokenScores:
         """A model's scores of rows, as the distribution that completions are drawn from."""
-        drawn_from = drawn_from_of(rows, self.how.gen_suppress_tokens)
+        drawn_from = drawn_from_of(rows, (*self.how.gen_suppress_tokens, *self._never_drawn))
         if model is self.model and self._route_columns:
             how["routes"] = routes_of(rows)
         return score(model, rows, temperature=self.how.gen_temperature, drawn_from=drawn_from, **how)

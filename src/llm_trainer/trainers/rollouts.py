@@ -6,6 +6,7 @@ prompts alone: the noise of a completion is that of its prompt's number in the r
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from llm_trainer.config.options import Sampling
 from llm_trainer.config.reinforcement import GenerateConfig
 from llm_trainer.data.encode.chat import ChatFormat
+from llm_trainer.data.rollout_prompts import IMAGES
 from llm_trainer.data.rollouts import JUDGED, REDRAWN, TOKEN_REWARDS, Finished, Plan, Prompt, Rollout
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion, Interrupted, Request
@@ -35,6 +37,7 @@ from llm_trainer.trainers.completions import (
     shown_of,
 )
 from llm_trainer.trainers.played import Partners, played
+from llm_trainer.trainers.prompt_images import PromptImages
 from llm_trainer.trainers.routes import route_columns
 
 ATTEMPT = 1 << 32  # what a prompt's number is raised by when its group is drawn again: other noise
@@ -70,6 +73,8 @@ class RolloutMaker:
         evaluation: how completions are drawn in evaluation; they may be as long as in training.
         partners: who answers the policy, where it has several turns; None: nobody.
         route_columns: of each row, the experts that drew its tokens (`trainers.routes`); 0: nobody asks.
+        images: what becomes of those that prompts show; None: nobody makes anything of them.
+        never_drawn: ids beside those that the section suppresses.
     """
 
     machine: Machine
@@ -94,6 +99,8 @@ class RolloutMaker:
     evaluation: Sampling = field(default_factory=Sampling)
     partners: Partners | None = None
     route_columns: int = 0
+    images: PromptImages | None = None
+    never_drawn: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self.names: tuple[str, ...] = ("given",)  # of the columns of `rewards`
@@ -189,6 +196,7 @@ class RolloutMaker:
 
     def _decoding(self, seed: int, training: bool) -> Decoding:
         decoding = decoding_of(self.how, seed, self.stop_token_ids, self.tokenizer)
+        decoding = replace(decoding, suppress_tokens=(*decoding.suppress_tokens, *self.never_drawn))
         if training:
             return decoding
         sampling = self.evaluation
@@ -215,6 +223,9 @@ class RolloutMaker:
         groups: dict[int, list[Row]] = {prompt.number: [] for prompt in prompts}
         for row in rows:
             groups[int(row["group"][0])].append(row)
+        if self.images is not None:
+            for prompt in prompts:
+                self.images.keep(prompt, groups[prompt.number])
         return groups
 
     def _drawn(self, plan: Plan, prompts: Sequence[Prompt], attempt: int, greedy: bool = False) -> list[Written]:
@@ -231,15 +242,16 @@ class RolloutMaker:
                 return self.service().generate(requests, decoding, plan.stop)
 
         written: list[Written] = []
+        shown = [None if self.images is None else self.images.opened(prompt) for prompt in prompts]
         if self.partners is not None:
             gives_rewards = self.partners.gives_rewards
             for rows in played(self._episodes, plan, prompts, numbers, samples, generate, gives_rewards):
                 written += [row._replace(attempt=attempt) for row in rows]
             return written
         requests = []
-        for prompt, number in zip(prompts, numbers, strict=True):
+        for prompt, number, images in zip(prompts, numbers, shown, strict=True):
             self._check_prompt(prompt)
-            requests.append(Request(prompt.ids.tolist(), number, samples))
+            requests.append(Request(prompt.ids.tolist(), number, samples, images=images))
         drawn = generate(requests)
         for prompt, completions in zip(prompts, drawn, strict=True):
             written += [Written(prompt, completion, attempt=attempt) for completion in completions]
@@ -345,6 +357,8 @@ class RolloutMaker:
         columns = {}
         for name in names:
             columns[name] = [one.prompt.columns.get(name) for one in written]
+        if any(one.prompt.images for one in written):
+            columns[IMAGES] = [list(map(attrgetter("source"), one.prompt.images)) for one in written]
         return self.rewards(
             [self._text(one.prompt.ids.tolist()) for one in written],
             [self._text(one.completion.ids) if one.played is None else one.played.text for one in written],

@@ -199,12 +199,12 @@ def test_whoever_reads_text_alone_says_so(tmp_path: Path) -> None:
         "responses": torch.tensor([[3, 4], [5, 6]]),
         "rewards": torch.tensor([1.0, 0.0]),
     }
-    with pytest.raises(ValueError, match="reinforcement learning takes no images yet; found a batch with pixel_values"):
+    with pytest.raises(ValueError, match="completions that come with their rewards are learned from as text; found"):
         made(GRPOTrainer, llava(), given | {"pixel_values": pixels(2)}, tmp_path / "given").train()
     prompts = {"prompts": ids_with_images(2), "pixel_values": pixels(2)}
     options: dict[str, Any] = {
         "reward_func": lambda prompts, completions, **_: [0.0] * len(prompts),
         "stop_token_ids": [1],
     }
-    with pytest.raises(ValueError, match="completions are written to text alone; found a batch with pixel_values"):
+    with pytest.raises(ValueError, match="a batch of prompts with pixel_values, which no rollout can keep"):
         made(GRPOTrainer, llava(), prompts, tmp_path / "prompts", **options).train()
