@@ -1,7 +1,7 @@
-"""Kills GRPO or PPO with a real policy: `python policy_lives.py FOLDER KILLS {grpo,ppo,episodes}` prints what happened as JSON.
+"""Kills GRPO or PPO with a real policy, and prints what happened: `policy_lives.py FOLDER KILLS {grpo,ppo,episodes,images}`.
 
 As rollout_lives.py, whose fakes it does without: completions are drawn by the sampler, judged in a process of their own.
-'episodes' is GRPO with an environment of several turns, which draws random numbers.
+'episodes' is GRPO with an environment of several turns, which draws random numbers; 'images' with prompts that show pictures.
 """
 
 import importlib
@@ -25,6 +25,7 @@ from rollout_lives import FILES, codes_of, kill_in_turns, rollouts_of, start_ran
 from victim import flat, fork_life
 
 import policies
+import seeing_policies
 import talks
 from llm_trainer import GRPOTrainer
 from llm_trainer.checkpoint import CheckpointManager
@@ -82,6 +83,10 @@ def make(name: str, folder: Path, **options: Any) -> Any:
     shape: dict[str, Any] = {"hidden_size": 16}
     if name == "ppo":
         own = {"ppo_batch_size": None, "normalize_rewards": True}
+    if name == "images":
+        own |= {"train_loader": seeing_policies.prompts(6, 2), "tokenizer": seeing_policies.processor()}
+        given["reward_func"] = seeing_policies.even_share
+        return policies.make("grpo", folder, seeing_policies.tiny(), **(given | own | options))
     if name == "episodes":
         name, shape = "grpo", shape | {"vocab_size": talks.VOCABULARY, "max_position_embeddings": 128}
         own |= of_episodes()

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
+sys.path += [str(Path(__file__).parents[1] / inner) for inner in ("invariance", "distributed", "")]
 from ranks import fork_ranks, import_once
-from served import made_ahead, moved, served
+from served import made_ahead, moved, seen, served
 from table import (
     ENGINES,
     GATHER,
@@ -48,7 +48,7 @@ def curves(folder: Path, engine: str, ended_early: Path) -> dict[str, Any]:
     found = curves_of([*wanted, weighed_cell(engine, RANKS)])
     found |= {"served": served(engine, RANKS), "moved": moved(engine, RANKS)}
     if engine in GATHER:
-        found["made ahead"] = made_ahead(engine, RANKS)
+        found |= {"made ahead": made_ahead(engine, RANKS), "seen": seen(engine, RANKS)}
     return found
 
 

@@ -180,6 +180,40 @@ def moved(engine: str, ranks: int) -> dict[str, Any]:
     return report
 
 
+def seen(engine: str, ranks: int) -> dict[str, Any]:
+    """Two rollouts of prompts that show none, one and two pictures, in small micro-batches: the steps, and what was made."""
+    import seeing_policies
+
+    report: dict[str, Any] = {"steps": [], "rollouts": []}
+
+    def note(view: Any) -> None:
+        report["steps"].append([view.values[name] for name in ("loss", "grad_norm", "kl")])
+        report["rollouts"].append(stored(view.save_dir / "rollouts" / f"{view.progress.step - 1:08d}"))
+
+    def watch(trainer: Any) -> None:
+        trainer.run._user_hooks.append(Hook("note", note, every_steps=1))
+
+    options: dict[str, Any] = {
+        "reward_func": by_length,
+        "reward_in_process": True,
+        "tokenizer": seeing_policies.processor(),
+    }
+    options |= {"num_samples_per_prompt": 2, "gen_max_seq_len": 6, "stop_token_ids": [*range(0, 290, 20)]}
+    options |= {
+        "ref_model": seeing_policies.tiny(seed=1),
+        "ptx_loader": None,
+        "ptx_coef": 0.0,
+        "micro_batch_tokens": 40,
+    }
+    loader, model = seeing_policies.prompts(8, 4 // ranks), seeing_policies.tiny()
+    run(Cell("grpo", 4 // ranks, 1, ranks, engine=engine), model=model, loader=loader, ready=watch, **options)
+    return report
+
+
+def by_length(prompts: Any, completions: list[str], answers: Any) -> list[float]:
+    return [len(text) + sum(text.encode()) % 5 for text in completions]
+
+
 class Judge(torch.nn.Module):
     """The share of even tokens, by a module: functions would be asked in processes of their own."""
 

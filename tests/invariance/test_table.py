@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from served import made_ahead, moved, served
+from served import made_ahead, moved, seen, served
 from table import (
     ENGINES,
     GATHER,
@@ -177,6 +177,12 @@ def made_alone() -> dict[str, Any]:
     return made_ahead("torch", 1)
 
 
+@pytest.fixture(scope="module")
+def seen_alone() -> dict[str, Any]:
+    """By one process."""
+    return seen("torch", 1)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_rank_is_served_the_weights_that_are_saved(
     engine: str, served_alone: dict[str, Any], played: dict[str, Any]
@@ -264,6 +270,19 @@ def test_rollouts_are_the_same_on_every_engine(
     finishes = {row[0] for rollout in alone for row in rollout["columns"]["finish"]}
     lengths = {len(row) for row in alone[0]["columns"]["input_ids"]}
     assert finishes == {0, 1} and len(lengths) > 2
+
+
+@pytest.mark.parametrize("engine", GATHER)
+def test_prompts_that_show_images_are_answered_and_learned_from_alike_on_every_engine(
+    engine: str, seen_alone: dict[str, Any], played: dict[str, Any]
+) -> None:
+    """Token for token; in micro-batches of text and of images, of which ranks have different numbers."""
+    report = ended_well(engine, played)["seen"]
+    check_rollouts(report["rollouts"], seen_alone["rollouts"])
+    shown = [{len(row) for row in rollout["columns"]["image_places"]} for rollout in seen_alone["rollouts"]]
+    assert shown == [{0, 6, 12}, {0, 6, 12}]
+    for found, expected in zip(report["steps"], seen_alone["steps"], strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
 def test_the_table_would_notice_a_mean_of_means(base: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:
