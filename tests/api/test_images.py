@@ -458,7 +458,7 @@ def test_prompts_of_files_show_their_images(
     assert values["sampling/sampling_logp_difference/max"] < reference
     screen = capsys.readouterr().out
     assert "4 images read = 3 used + 0 cut off + 1 dropped" in screen
-    assert "images  3 in an epoch, of 4 patches each on average" in screen
+    assert "images  3 with 12 patches per step on average (4 each), 3 in an epoch" in screen
 
 
 def test_prompts_with_images_need_a_model_that_sees(folder: Path, tmp_path: Path) -> None:
