@@ -132,6 +132,8 @@ LICENSED = {
     ("train/sizing.py", "plan"): "what a micro-batch takes",
     ("train/trial.py", "data"): "the longest rows of a stream",
     ("train/loop.py", "data"): "seeds a step",
+    ("train/first_rows.py", "data"): "the first rows of a source, whatever this rank's share of them",
+    ("train/first_rows.py", "models"): "adapters begin with what these rows say",
     ("train/retry.py", "data"): "the rows of a step, for messages",
     ("train/work.py", "data"): "the protocol of a step source",
     ("train/evaluate.py", "data"): "the same, and the chat format of prompts",

@@ -114,6 +114,7 @@ class Saved:
         config = config | {"base_model_name_or_path": self.base.source, "revision": self.base.revision}
         if isinstance(config.get("init_lora_weights"), str):
             config["init_lora_weights"] = True  # PiSSA, OLoRA and their like take out of the base what they begin with
+            config |= {"eva_config": None, "lora_ga_config": None}
         return config
 
 

@@ -42,9 +42,11 @@ INITS: dict[str, bool | str] = {  # our name -> peft's `init_lora_weights`
     "orthogonal": "orthogonal",
     "pissa": "pissa",
     "olora": "olora",
+    "eva": "eva",
+    "lora_ga": "lora_ga",
 }
-CHANGE_THE_BASE = ("pissa", "olora")  # they take out of the weights what they put into the adapters
-NEED_DATA = ("eva", "lora_ga", "corda")
+CHANGE_THE_BASE = ("pissa", "olora", "lora_ga")  # they take out of the weights what they put into the adapters
+OF_FIRST_ROWS = ("eva", "lora_ga")  # a run makes them of its first rows, before its first step
 OF_LORA = ("rank", "alpha", "dropout", "init", "rslora", "dora", "experts")
 
 
@@ -89,6 +91,14 @@ class AdapterConfig:
         if self.experts:
             wrong = "adapters of fused experts are multiplied into the weights; remove it, or experts"
             self._refuse(("dropout", "init", "dora"), "experts", wrong)
+        if self.init in OF_FIRST_ROWS:
+            self._refuse(
+                ("parts",), "init", "it was tried out on layers that see the tokens of a row; remove one of the two"
+            )
+        if self.init == "lora_ga":
+            self._refuse(
+                ("dora",), "init", "lengths are those of the weights before it changes them; remove one of the two"
+            )
         if not self.target:
             raise ConfigError(f"target: got an empty list, expected ends of names such as [q_proj], or {ALL_LINEAR}")
         if not self.parts:
@@ -99,9 +109,10 @@ class AdapterConfig:
             raise ConfigError(f"kind: {self.kind} {NOT_HERE[self.kind]}; expected one of {', '.join(KINDS)}")
         if self.kind not in KINDS:
             raise ConfigError(f"kind: got {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if self.init in NEED_DATA:
+        if self.init == "corda":
             raise ConfigError(
-                f"init: {self.init} looks at training data before there are adapters; expected {', '.join(INITS)}"
+                f"init: corda needs the covariance of every layer's inputs, as large as the layer, and was not tried; "
+                f"expected {', '.join(INITS)}: eva looks at those inputs too"
             )
         is_fast_pissa = self.init.startswith("pissa_niter_") and self.init.removeprefix("pissa_niter_").isdigit()
         if self.init not in INITS and not is_fast_pissa:
@@ -113,6 +124,11 @@ class AdapterConfig:
             value = getattr(self, name)
             if value != fields_of(AdapterConfig)[name].get_default(call_default_factory=True):
                 raise ConfigError(f"{name}: got {value!r} beside {beside}: {getattr(self, beside)}: {why}")
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the adapters begin with what a run's first rows say."""
+        return self.init in OF_FIRST_ROWS
 
     @property
     def changes_the_base(self) -> bool:

@@ -17,7 +17,7 @@ from llm_trainer.export.opened import Opened, required_processor, tokenizer_in
 from llm_trainer.export.probe import FILE
 from llm_trainer.export.request import Request, Written
 from llm_trainer.models.adapter_folder import beside, fingerprint_of_base
-from llm_trainer.models.adapters import PlainLora, plain_lora
+from llm_trainer.models.adapter_sums import PlainLora, plain_lora
 from llm_trainer.models.pretrained import Kind, find_pretrained
 
 

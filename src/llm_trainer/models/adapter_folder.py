@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from llm_trainer.checkpoint import CheckpointError, load_checkpoint, load_weights
 from llm_trainer.checkpoint.adapter_bases import check_base, fingerprint, fingerprint_in_few_bits, place_of
 from llm_trainer.checkpoint.weights import tensors_by_name, without_progress_bars
-from llm_trainer.models.adapters import has_own_adapters, opened, weigh
+from llm_trainer.models.adapter_sums import weigh
+from llm_trainer.models.adapters import has_own_adapters, opened
 from llm_trainer.models.inside import is_tied, untie
 from llm_trainer.models.pretrained import Pretrained, find_pretrained
 from llm_trainer.models.quantize import is_quantized, keep_layout

@@ -2,22 +2,19 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.checkpoint.adapter_bases import BASE_FOLDER, Base, fingerprint_of, read_base
-from llm_trainer.checkpoint.adapter_names import base_tensors
-from llm_trainer.checkpoint.weights import tensors_by_name
-from llm_trainer.config.adapters import ALL_LINEAR, INITS, LORA, RANK, AdapterConfig
+from llm_trainer.config.adapters import ALL_LINEAR, INITS, LORA, OF_FIRST_ROWS, RANK, AdapterConfig
 from llm_trainer.config.errors import require
-from llm_trainer.models.inside import has_adapters, transformers_model
+from llm_trainer.models.inside import has_adapters, sees_images, transformers_model
 from llm_trainer.models.pretrained import ENDINGS, Kind
+from llm_trainer.models.quantize import is_quantized
 from llm_trainer.models.targets import Targets, find_targets, tables_of
 
 if TYPE_CHECKING:
@@ -42,11 +39,14 @@ _NOT_OPTIONS |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config",
 _NOT_OPTIONS |= {"alora_invocation_tokens", "layer_replication", "megatron_config", "megatron_core", "kasa_config"}
 _NOT_OPTIONS |= {"trainable_token_indices", "ensure_weight_tying", "use_bdlora", "velora_config"}
 
+WAITS = "_awaited_init"  # an attribute of a model whose adapters are to begin with what rows say
+
 
 def adapt(model: nn.Module, config: AdapterConfig, new_tokens: Sequence[int] = ()) -> "PeftModel":
     """Put adapters into a model, in place; from then on they alone have gradients.
 
-    New ones are drawn from torch's random state, as `peft.get_peft_model` draws them.
+    New ones are drawn from torch's random state, as `peft.get_peft_model` draws them. Those of `init: eva` and `lora_ga` are
+    made by the trainer that gets the model, of the first rows of its data.
 
     Args:
         model: any module; of transformers' models the parts are known. It may be on the meta device.
@@ -71,6 +71,7 @@ def adapt(model: nn.Module, config: AdapterConfig, new_tokens: Sequence[int] = (
         if new_tokens:
             raise ValueError(f"adapter_config.path: {config.path} says which rows are trained; expected no new tokens")
         return _continued(model, Path(config.path))
+    _check_first_rows(model, config)
     targets = _without_namesakes(model, config, find_targets(model, config))
     described = _described(model, config, targets)
     if new_tokens:
@@ -81,6 +82,8 @@ def adapt(model: nn.Module, config: AdapterConfig, new_tokens: Sequence[int] = (
     except (ValueError, TypeError) as error:  # a layer or a combination that the method does not know
         raise ValueError(f"adapter_config: peft's {config.kind} refuses: {error}") from error
     _check_adapted(adapted, targets)
+    if config.needs_rows:
+        setattr(adapted, WAITS, config.init)
     return adapted
 
 
@@ -94,7 +97,7 @@ def opened(model: nn.Module, folder: Path, active: tuple[str, ...] = ()) -> "Pef
     Raises:
         ValueError: they do not fit the model.
     """
-    peft = _library()
+    peft = library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a name of transformers that peft still uses
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # as it was trained
@@ -114,126 +117,34 @@ def opened(model: nn.Module, folder: Path, active: tuple[str, ...] = ()) -> "Pef
 
 def has_own_adapters(layer: nn.Module) -> bool:
     """Whether peft has put adapters around a layer, which are added to its weight when they are merged."""
-    _library()
+    library()
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(layer, BaseTunerLayer)
 
 
-def weigh(adapted: "PeftModel", weights: Mapping[str, float]) -> None:
-    """Let adapters compute together, each multiplied by its weight; those that are not named do not.
-
-    The sum of W + w1 B1 A1 + w2 B2 A2 is exact: the ranks are not made one.
-
-    Raises:
-        ValueError: there is no adapter of such a name, or one is no sum with its layer.
+def _check_first_rows(model: nn.Module, config: AdapterConfig) -> None:
     """
-    known = adapted.peft_config
-    for name in weights:
-        if name not in known:
-            raise ValueError(f"adapters: found no {name!r}; expected some of {', '.join(known)}")
-        config: Any = known[name]
-        is_sum = config.peft_type == "LORA" and not config.use_dora and not config.target_parameters
-        if not is_sum or config.modules_to_save or config.trainable_token_indices:
-            raise ValueError(
-                f"adapters: {name!r} is not only a sum with its layers (DoRA, experts, saved modules, or another method than "
-                f"LoRA), so it cannot be multiplied by a weight; expected plain LoRA. Merge it by itself"
-            )
-    adapted.base_model.set_adapter(list(weights))  # type: ignore[operator]
-    for layer in adapted.modules():
-        if has_own_adapters(layer):
-            for name, weight in weights.items():
-                layer.set_scale(name, weight)  # type: ignore[operator]
-
-
-class PlainLora(NamedTuple):
-    """The content of a PEFT folder."""
-
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
-
-
-def plain_lora(
-    adapted: "PeftModel", original: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> PlainLora:
-    """Adapters whose initialisation has changed their base (PiSSA, OLoRA), as plain ones on the base as it was.
-
-    The base W became W - s B0 A0, and W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]. B0 A0 is what the two bases differ in.
-
-    Args:
-        adapted: the adapters on the changed base, in fp32.
-        original: the base as it was, in fp32.
-        tensors: of the adapters' file, by key.
-        config: their adapter_config.json.
-
     Raises:
-        CheckpointError: the bases differ in something else, or the adapters are no sums with their layers.
+        ValueError: an initialisation that looks at rows was not tried with such a model.
     """
-    if (
-        config["peft_type"] != "LORA"
-        or config.get("use_dora")
-        or config.get("rank_pattern")
-        or config.get("alpha_pattern")
-    ):
-        raise CheckpointError(
-            "adapters that changed their base become plain ones only from LoRA of one rank without DoRA"
+    if not config.needs_rows:
+        return
+    found = transformers_model(model)
+    why = ""
+    if found is not None and sees_images(found.config):
+        why = "it sees images, with which this was not tried"
+    elif config.init == "lora_ga" and is_quantized(model):
+        why = "its weights are in few bits and have no gradients"
+    if why:
+        kept = [name for name in INITS if name not in OF_FIRST_ROWS]
+        raise ValueError(
+            f"adapter_config.init: got {config.init}, and found a {type(model).__name__}: {why}; expected {', '.join(kept)}"
         )
-    _check_rest(adapted, original)
-    found, rank, scaling = dict(tensors), int(config["r"]), 1.0
-    for name, layer in adapted.get_base_model().named_modules():  # type: ignore[operator]
-        if not has_own_adapters(layer):
-            continue
-        scaling = layer.scaling["default"]
-        key = f"base_model.model.{name}"
-        key_a, key_b = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
-        if key_a not in found:
-            raise CheckpointError(f"the adapters of {name} are no plain product of two matrices")
-        difference = original.get_submodule(name).weight - layer.get_base_layer().weight
-        up, down = _product_of_rank(difference.detach(), rank, name)
-        own_a, own_b = found[key_a], found[key_b]
-        found[key_a] = torch.cat([own_a, (down / scaling).to(own_a.dtype)]).contiguous()
-        found[key_b] = torch.cat([own_b, -up.to(own_b.dtype)], dim=1).contiguous()
-    changed = {
-        "r": 2 * rank,
-        "lora_alpha": scaling * 2 * rank,
-        "use_rslora": False,
-        "init_lora_weights": True,
-    }
-    return PlainLora(found, {**config, **changed})
 
 
-def _check_rest(adapted: "PeftModel", original: nn.Module) -> None:
-    """
-    Raises:
-        CheckpointError: a weight without adapters is another one than before.
-    """
-    inner = adapted.get_base_model()
-    with_adapters = {name for name, layer in inner.named_modules() if has_own_adapters(layer)}  # type: ignore[operator]
-    before = tensors_by_name(original)
-    for name, tensor in base_tensors(adapted).items():
-        if name.removesuffix(".weight") in with_adapters:
-            continue
-        other = before.get(name)
-        if other is None or not torch.equal(other, tensor):
-            raise CheckpointError(f"{name} of the base is another one than before, and has no adapters")
-
-
-def _product_of_rank(difference: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
-    """Two matrices `[O, R]`, `[R, I]` whose product is `difference [O, I]`.
-
-    Raises:
-        CheckpointError: there are none, by more than what 16 bits round.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        left, sizes, right = torch.svd_lowrank(difference, q=min(rank + 8, *difference.shape), niter=4)
-    up, down = left[:, :rank] * sizes[:rank].sqrt(), sizes[:rank, None].sqrt() * right[:, :rank].T
-    if torch.linalg.norm(difference - up @ down) > 0.1 * torch.linalg.norm(difference):
-        raise CheckpointError(f"the base differs from the one that it came from in more than the adapters of {name}")
-    return up, down
-
-
-def _library() -> Any:
+def library() -> Any:
+    """`peft`, without what it warns of while it is imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports
         import peft
@@ -241,9 +152,10 @@ def _library() -> Any:
 
 
 def _inserted(model: nn.Module, described: "PeftConfig") -> "PeftModel":
-    peft = _library()
+    peft = library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a name of transformers that peft still uses
+        warnings.filterwarnings("ignore", message="lora with eva initialization used")  # of how to save memory
         adapted: PeftModel = peft.get_peft_model(model, described)
     return adapted
 
@@ -258,7 +170,7 @@ def _without_namesakes(model: nn.Module, config: AdapterConfig, targets: Targets
     """
     if config.kind != LORA or transformers_model(model) is None:
         return targets
-    peft = _library()
+    peft = library()
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     def is_read_as_it_is(leaf: str) -> bool:
@@ -288,7 +200,7 @@ def _described(model: nn.Module, config: AdapterConfig, targets: Targets) -> "Pe
     Raises:
         ValueError: an option is none of the method's.
     """
-    _library()
+    peft = library()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[config.kind.upper()]  # type: ignore[index]
@@ -308,6 +220,10 @@ def _described(model: nn.Module, config: AdapterConfig, targets: Targets) -> "Pe
             "init_lora_weights": True if is_empty else INITS.get(config.init, config.init),
             "target_parameters": targets.parameters or None,
         }
+        if config.init == "eva" and not is_empty:
+            values["eva_config"] = peft.EvaConfig(rho=1.0)  # all layers keep their rank
+        if config.init == "lora_ga" and not is_empty:
+            values["lora_ga_config"] = peft.LoraGAConfig()
     if config.modules_to_save:
         values["modules_to_save"] = list(config.modules_to_save)
     also = _also_named(model, targets.modules)
@@ -373,7 +289,7 @@ def _continued(model: nn.Module, folder: Path) -> "PeftModel":
     Raises:
         ValueError: there is none, it is of a method that is not trained here, or its base is another model.
     """
-    peft = _library()
+    peft = library()
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     places = [place for place in (folder, folder / "model") if (place / "adapter_config.json").is_file()]
@@ -384,7 +300,7 @@ def _continued(model: nn.Module, folder: Path) -> "PeftModel":
     described.base_model_name_or_path, described.inference_mode = None, False
     stands_on = read_base(places[0])
     is_known = stands_on is not None and stands_on.fingerprint is not None
-    if is_known and described.peft_type == "LORA":
+    if described.peft_type == "LORA" and (is_known or described.init_lora_weights in OF_FIRST_ROWS):
         described.init_lora_weights = True  # that base is what an initialisation has left of it
     base = type(model).__name__
     try:

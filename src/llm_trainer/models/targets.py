@@ -243,6 +243,11 @@ def _check_rank(model: nn.Module, targets: Targets, config: AdapterConfig) -> No
             raise ValueError(
                 f"adapter_config.rank: got {rank}, but {name} is {list(shape)}; expected at most {min(shape[-2:])}"
             )
+        if config.needs_rows and 2 * rank > min(shape[-2:]):
+            raise ValueError(
+                f"adapter_config.rank: got {rank}, and init: {config.init} looks for twice as many directions, but {name} is "
+                f"{list(shape)}; expected at most {min(shape[-2:]) // 2}"
+            )
 
 
 def _check_ties(model: nn.Module, endings: Iterable[str]) -> None:

@@ -32,6 +32,7 @@ from llm_trainer.train.budget import Budget, may_cut
 from llm_trainer.train.compiling import Compiling, steps_left
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, chat_of, evaluate, prompts_of, unmeasured
+from llm_trainer.train.first_rows import begin_adapters
 from llm_trainer.train.hooks import Hook, with_names_of_their_own
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
@@ -147,6 +148,8 @@ class Run:
         model = self.trainer.saved_model
         preflight.check_optimizer(self.trainer.optimizer, model, module)
         preflight.check_adapters(model, self.settings, self.engine)
+        with self._on_duty():
+            begin_adapters(self.work, module, self._is_together)
         keep_layout(module)
         if self.settings.gradient_checkpointing:
             recompute_activations(members_of(model).values(), self.engine.device, self.settings)

@@ -75,6 +75,9 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
     balances_experts: ClassVar[bool] = False
     # Whether its batches may have images: `_forward` hands `images` and what else belongs to them to the model.
     takes_images: ClassVar[bool] = False
+    # Whether its rows are there before the first step, and its methods work on the model as `_build_module` gave it, before
+    # an engine prepares it: adapters may then begin with what such rows say.
+    learns_from_rows_alone: bool = False
     reader: ClassVar[Callable[..., Any]] = (
         ScoredModel  # what makes a model's numbers per token (`models.packing.Reader`)
     )

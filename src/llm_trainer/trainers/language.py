@@ -106,6 +106,7 @@ class Trainer(BaseTrainer):
     ) -> None:
         self.loss = loss or LanguageLoss()
         self.kd = kd if teacher_model is None else with_teacher(kd, teacher_model)
+        self.learns_from_rows_alone = self.kd is None
         super().__init__(*args, **kwargs)
         self.teacher = None if self.kd is None else make_teacher(self.kd, self.base_model, self.device)
         if self.kd is not None and isinstance(self.kd.teacher_model, nn.Module):

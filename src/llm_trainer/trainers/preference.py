@@ -12,8 +12,8 @@ from llm_trainer.image_batch import moved, of_images
 from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
 from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
 from llm_trainer.models.freezing import see_alike
-from llm_trainer.models.frozen import check_base, choose_reference
-from llm_trainer.models.scored import TokenScores, scored
+from llm_trainer.models.frozen import StartingPoint, check_base, choose_reference
+from llm_trainer.models.scored import ScoredModel, TokenScores, scored
 from llm_trainer.trainers.answers import (
     Batch,
     as_rows,
@@ -77,6 +77,8 @@ class DPOTrainer(BaseTrainer):
     takes_flat = True
     takes_images = True
     balances_experts = True
+    learns_from_rows_alone = True
+    reference: ScoredModel | StartingPoint | None
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class DPOTrainer(BaseTrainer):
         if self.loss.needs_reference and not ref_log_probs_given:
             compared_with, starts_equal = choose_reference(model, ref_model, reference)
         self._sees_once = compared_with is not None and see_alike(model, compared_with)
+        self._has_reference, self.shares_prompts = compared_with is not None, False
         if starts_at_reference is None:
             starts_at_reference = starts_equal
         self._at_start = starts_at_reference and self.loss.needs_reference
@@ -112,7 +115,6 @@ class DPOTrainer(BaseTrainer):
         ] = []  # micro-batches that `_begin_step` has joined, and their rows
         super().__init__(model, *args, **options)
         self._new_rewards = self._new_rewards.to(self.device)
-        self.reference = None
         if compared_with is not None:
             self.reference = reference_of(compared_with, self, self._policy, reference)
         models = [self._policy, *([] if self.reference is None else [self.reference])]
@@ -170,6 +172,8 @@ class DPOTrainer(BaseTrainer):
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)
+        # Until the policy is prepared: adapters that begin with what rows say are made where it is what it is compared with.
+        self.reference = self._policy if self._has_reference else None
         return self._policy
 
     def _loss_weight(self, batch: Batch) -> float:

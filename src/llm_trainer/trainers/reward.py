@@ -56,11 +56,13 @@ class RewardTrainer(BaseTrainer):
     takes_flat = True
     takes_images = True
     reader = Rewarding
+    learns_from_rows_alone = True
 
     def __init__(
         self, *args: Any, center_coef: float = 0.0, use_margin: bool = True, share_prompts: bool = True, **kwargs: Any
     ) -> None:
         self.center_coef, self.use_margin = center_coef, use_margin
+        self.shares_prompts = False
         super().__init__(*args, **kwargs)
         self.shares_prompts = share_prompts and self._rewarding.knows_branches(self.device)
 

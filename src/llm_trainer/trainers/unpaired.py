@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from llm_trainer.image_batch import moved, of_images
 from llm_trainer.losses.unpaired import UnpairedLoss, kto_kl, mismatched_order
 from llm_trainer.models.freezing import see_alike
-from llm_trainer.models.frozen import choose_reference
-from llm_trainer.models.scored import TokenScores, scored
+from llm_trainer.models.frozen import StartingPoint, choose_reference
+from llm_trainer.models.scored import ScoredModel, TokenScores, scored
 from llm_trainer.trainers.answers import (
     Batch,
     as_rows,
@@ -59,6 +59,8 @@ class KTOTrainer(BaseTrainer):
     takes_flat = True
     takes_images = True
     balances_experts = True
+    learns_from_rows_alone = True
+    reference: ScoredModel | StartingPoint
 
     def __init__(
         self,
@@ -103,6 +105,9 @@ class KTOTrainer(BaseTrainer):
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)
+        self.reference = (
+            self._policy
+        )  # until the policy is prepared: adapters that begin with what rows say are made here
         return self._policy
 
     def _loss_weight(self, batch: Batch) -> float:

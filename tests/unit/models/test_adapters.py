@@ -316,11 +316,18 @@ def test_the_table_has_a_row_for_each_part() -> None:
         ),
         ({"experts": True, "dora": True}, "dora: got True beside experts"),
         ({"experts": True, "init": "pissa"}, "init: got 'pissa' beside experts"),
-        ({"init": "eva"}, "init: eva looks at training data before there are adapters; expected default, gaussian"),
-        ({"init": "lora_ga"}, "init: lora_ga looks at training data"),
+        (
+            {"init": "corda"},
+            "init: corda needs the covariance of every layer's inputs.*expected default, gaussian.*eva",
+        ),
+        ({"init": "eva", "parts": ["visual"]}, r"parts: got \['visual'\] beside init: eva: it was tried out on layers"),
+        (
+            {"init": "lora_ga", "dora": True},
+            "dora: got True beside init: lora_ga: lengths are those of the weights before",
+        ),
         (
             {"init": "zeros"},
-            "init: got 'zeros', expected default, gaussian, orthogonal, pissa, olora, or pissa_niter_N",
+            "init: got 'zeros', expected default, gaussian, orthogonal, pissa, olora, eva, lora_ga, or pissa_niter_N",
         ),
         ({"target": []}, r"target: got an empty list, expected ends of names such as \[q_proj\], or all-linear"),
         ({"parts": []}, "parts: got an empty list"),
@@ -341,6 +348,10 @@ def test_a_section_that_cannot_be_meant(options: dict[str, Any], message: str) -
         ({"target": ["xyz"]}, "matches no layer.*expected ends of names: q_proj, k_proj"),
         ({"experts": True}, "experts: found no experts in language_model; expected false"),
         ({"parts": ["visual"]}, "parts: got 'visual', and this model has language_model"),
+        (
+            {"rank": 17, "init": "eva"},
+            "rank: got 17, and init: eva looks for twice as many directions.*expected at most 16",
+        ),
         ({"rank": 33}, r"rank: got 33, but model.layers.0.self_attn.q_proj.weight is \[32, 32\]; expected at most 32"),
         ({"kind": "vera", "options": {"rr": 1}}, "vera has no 'rr'; did you mean r\\? known: .*vera_dropout"),
         ({"kind": "oft", "options": {"r": 8, "oft_block_size": 4}}, "peft's oft refuses: "),
