@@ -12,7 +12,8 @@ MODEL = (
 class ModelGroup(nn.Module):
     """The model that a run is about and others beside it, by name; a checkpoint writes each as a folder of its name.
 
-    Members may share parameters, such as a critic on the policy's body: every member's folder is whole nevertheless.
+    Members may share parameters, such as a critic on the policy's body: every member's folder is whole nevertheless, unless
+    the parameters are those of a model of which the adapters alone are saved.
 
     Args:
         model: the first of them.

@@ -1,5 +1,10 @@
-"""The folders of the models that a run saves: each under its name, and of models with adapters what these are."""
+"""The folders of the models that a run saves: each under its name, and of models with adapters what these are.
 
+A model that shares weights with one of which the adapters alone are saved, such as a critic on its body, is saved without
+these: its folder holds what it has alone, and in shared.json where the rest is.
+"""
+
+import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +14,30 @@ from torch import Tensor, nn
 from llm_trainer.checkpoint import adapter_bases, adapter_names, adapters, weights
 from llm_trainer.checkpoint.adapter_bases import Base
 from llm_trainer.checkpoint.adapters import Saved
+from llm_trainer.checkpoint.tensor_files import TensorFolder
 from llm_trainer.checkpoint.valid import CheckpointError
-from llm_trainer.checkpoint.weights import ModelFiles, load_weights, model_files, tensors_by_name
+from llm_trainer.checkpoint.weights import ModelFiles, load_weights, model_files, tensor_file, tensors_by_name
 from llm_trainer.model_group import MODEL, ModelGroup, members_of, weights_by_member, weights_of_group
 from llm_trainer.models.inside import unwrapped
+
+SHARED_FILE = "shared.json"
+
+
+def names_alone(model: nn.Module, name: str, others: Collection[str]) -> set[str] | None:
+    """Names of the tensors of a model in a group that are none of some others'; None: it shares none with these.
+
+    Args:
+        model: the group.
+        name: of the one.
+        others: names of the others, and perhaps its own.
+    """
+    members = members_of(unwrapped(model))
+    theirs: set[int] = set()
+    for other in set(others) - {name}:
+        theirs |= set(map(id, tensors_by_name(members[other]).values()))
+    own = tensors_by_name(members[name])
+    alone = {inner for inner, tensor in own.items() if id(tensor) not in theirs}
+    return alone if len(alone) < len(own) else None
 
 
 def group_files(
@@ -29,8 +54,13 @@ def group_files(
     by_member = weights_by_member(unwrapped(model), tensors)
     for name, member in members_of(unwrapped(model)).items():
         of_member = tokenizer if name == MODEL else None
+        alone = names_alone(model, name, with_adapters)
         if name in with_adapters:
             found = with_adapters[name].files(member, of_member, by_member[name])
+        elif alone is not None:
+            rest = {"class": type(member).__name__, "the rest is in": sorted(with_adapters)}
+            large = {"model.safetensors": tensor_file({inner: by_member[name][inner] for inner in sorted(alone)})}
+            found = ModelFiles({SHARED_FILE: json.dumps(rest, indent=2).encode()}, large)
         else:
             found = model_files(member, of_member, by_member[name])
         files = files.joined(found.inside(name))
@@ -51,7 +81,11 @@ def read_model(model: nn.Module, folder: str | Path) -> None:
     model, folder = unwrapped(model), Path(folder)
     if isinstance(model, ModelGroup):
         for name, member in members_of(model).items():
-            read_model(member, _folder_of_member(folder, name))
+            place = _folder_of_member(folder, name)
+            if (place / SHARED_FILE).is_file():
+                _read_rest(model, name, place)
+            else:
+                read_model(member, place)
     elif _is_of_adapters(model, folder):
         load_weights(model, adapters.read_adapters(model, folder), folder, left_out(model, [MODEL]))
     else:
@@ -68,7 +102,11 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     """
     folder, model = Path(folder), unwrapped(model)
     if isinstance(model, ModelGroup):
-        found = {n: read_weights(member, _folder_of_member(folder, n)) for n, member in members_of(model).items()}
+        found = {}
+        for name, member in members_of(model).items():
+            place = _folder_of_member(folder, name)
+            is_rest = (place / SHARED_FILE).is_file()
+            found[name] = TensorFolder(place).read_all() if is_rest else read_weights(member, place)
         return weights_of_group(model, found)
     if _is_of_adapters(model, folder):
         return adapters.read_adapters(model, folder)
@@ -116,8 +154,20 @@ def left_out(model: nn.Module, bases: Collection[str]) -> Callable[[str], bool]:
         own = list(tensors_by_name(member))
         if name in bases and adapter_names.saves_adapters(member):
             own = list(adapter_names.layout_of(member).files())
+        elif bases:
+            own = list(names_alone(model, name, bases) or own)
         kept |= {f"{prefix}{inner}" for inner in own}
     return lambda name: name not in kept
+
+
+def _read_rest(model: ModelGroup, name: str, folder: Path) -> None:
+    """Load what a model of a group has alone; the others have the rest.
+
+    Raises:
+        CheckpointError: it is something else here.
+    """
+    alone = names_alone(model, name, list(members_of(model))) or set()
+    load_weights(members_of(model)[name], TensorFolder(folder).read_all(), folder, lambda inner: inner not in alone)
 
 
 def _is_of_adapters(model: nn.Module, folder: Path) -> bool:

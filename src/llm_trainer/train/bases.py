@@ -11,6 +11,7 @@ from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.checkpoint.adapter_bases import BASE_FOLDER, Base, check_base, find_base, fingerprint, read_base
 from llm_trainer.checkpoint.adapter_names import base_names, saves_adapters
 from llm_trainer.checkpoint.adapters import Saved
+from llm_trainer.checkpoint.folders import names_alone
 from llm_trainer.checkpoint.valid import valid_checkpoints
 from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.engine import dist
@@ -58,12 +59,15 @@ class Bases:
                 )
         if not self._found:
             return None
-        return sum(self._bytes_of(name, member) for name, member in members.items())
+        return sum(self._bytes_of(name, member, model) for name, member in members.items())
 
-    def _bytes_of(self, name: str, member: nn.Module) -> int:
+    def _bytes_of(self, name: str, member: nn.Module, model: nn.Module) -> int:
         base = self._found.get(name)
         is_whole = base is None or base.source is None
-        tensors = {id(tensor): tensor for tensor in tensors_by_name(member).values()}
+        named = tensors_by_name(member)
+        if base is None:
+            named = {inner: named[inner] for inner in names_alone(model, name, self._found) or named}
+        tensors = {id(tensor): tensor for tensor in named.values()}
         return sum(tensor.nbytes for tensor in tensors.values() if is_whole or tensor.requires_grad)
 
     # Saving.
@@ -102,7 +106,7 @@ class Bases:
                 prefix = f"{name}."
             base = self._found.get(name)
             if base is None:
-                wanted = list(tensors_by_name(member))
+                wanted = list(names_alone(model, name, self._found) or tensors_by_name(member))
             else:
                 own = {other.removeprefix(prefix) for other in stepped if other.startswith(prefix)}
                 saved[name] = Saved.of(member, base, own, self._earlier(name, base))

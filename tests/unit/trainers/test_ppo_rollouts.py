@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_trainer.data.rollouts import Rollout
-from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.rewarding import load_reward_model, reward_model
 from llm_trainer.trainers.ppo import PPOTrainer
 from policies import even_share, prompts, rollouts_of, tiny, train
 from policies import make as run_of
@@ -128,18 +128,30 @@ def test_adapters_are_their_own_reference_and_critic(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     import warnings
 
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, about transformers
-        model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, about transformers
+            return peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+    model = adapted()
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     trainer = make(tmp_path, model, max_steps=8)
     values = trainer.train()
     now = dict(model.named_parameters())
     assert all(torch.equal(value, now[name]) for name, value in frozen.items())
     assert trainer._acting.shares_body and values["objective/kl"] > 0
-    rest = make(tmp_path, model, max_steps=9, resume="auto")
+
+    # A checkpoint holds of the critic what it has alone, and goes on in other objects.
+    folder = tmp_path / "checkpoint-00000008" / "critic"
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "shared.json"]
+    assert (folder / "model.safetensors").stat().st_size < 1000
+    rest = make(tmp_path, adapted(), max_steps=8, resume="auto")
     rest.train()
+    assert_equal(state_of(rest), state_of(trainer))
+    make(tmp_path, adapted(), max_steps=9, resume="auto").train()
+    with pytest.raises(ValueError, match=r"critic: no model in it \(found model.safetensors, shared.json\)"):
+        load_reward_model(folder)
 
 
 def test_nothing_judges(tmp_path: Path) -> None:
