@@ -217,9 +217,9 @@ def test_a_model_of_the_users_and_a_section_are_one_too_many(tmp_path: Path, ref
         assemble(described, SFTTrainer, {"model": build_model(ModelConfig(**SHAPE))})
 
 
-def test_methods_that_were_not_tried_where_weights_are_sharded(tmp_path: Path, reference_dir: Path) -> None:
+def test_methods_that_do_not_stand_sharding(tmp_path: Path, reference_dir: Path) -> None:
     described = config("sft", tmp_path / "run", reference_dir)
-    described.adapter_config = AdapterConfig(kind="loha")
+    described.adapter_config = AdapterConfig(kind="deft")
     trainer = SFTTrainer(train_config=described)
 
     class Sharding(TorchEngine):
@@ -227,7 +227,7 @@ def test_methods_that_were_not_tried_where_weights_are_sharded(tmp_path: Path, r
 
     sharding = Sharding(torch.device("cpu"), "fp32")
     with pytest.raises(
-        ConfigError, match="kind: got loha with engine: fsdp, which shards weights; expected lora, or eng"
+        ConfigError, match="kind: got deft on fsdp, where its curve is 2e-5 and more from .*; expected lora or another"
     ):
         check_adapters(trainer.base_model, Settings(), sharding)
     split = Settings(fsdp=Fsdp(tensor_parallel_size=2))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch import nn
 
-from llm_trainer.config.adapters import LORA, refuse_tensor_parallelism
+from llm_trainer.config.adapters import LORA, SHARDED_NOT, refuse_tensor_parallelism
 from llm_trainer.config.errors import ConfigError, counted
 from llm_trainer.config.options import ON_THEIR_WAY
 from llm_trainer.data.encode.templates import describe_default, has_default_template
@@ -227,7 +227,7 @@ def check_adapters(model: nn.Module, settings: "Settings", engine: Engine) -> No
     """Look whether the engine can train a model, or group of models, with adapters.
 
     Raises:
-        ConfigError: it splits their layers, or shards them and they are of a method that was not tried so.
+        ConfigError: it splits their layers, or shards them and they are of a method that does not stand that.
     """
     for member in members_of(model).values():
         if not has_adapters(member):
@@ -235,11 +235,16 @@ def check_adapters(model: nn.Module, settings: "Settings", engine: Engine) -> No
         if settings.fsdp is not None:
             refuse_tensor_parallelism(settings.fsdp.tensor_parallel_size)
         kinds = {str(config.peft_type.value).lower() for config in member.peft_config.values()}  # type: ignore[operator, union-attr]
-        if engine.in_lockstep and kinds != {LORA}:
-            raise ConfigError(
-                f"adapter_config.kind: got {', '.join(kinds)} with engine: {engine.name}, which shards weights; expected "
-                f"{LORA}, or engine: torch: the other methods were not proved there"
-            )
+        place = engine.name
+        if getattr(engine, "stage", 0):
+            place = f"zero-{engine.stage}"  # type: ignore[attr-defined]
+        for kind in sorted(kinds):
+            why = SHARDED_NOT.get((kind, place))
+            if why is not None:
+                raise ConfigError(
+                    f"adapter_config.kind: got {kind} on {place}, where {why}; expected {LORA} or another method, or engine: "
+                    f"torch"
+                )
 
 
 def shares_of_peak(size: Size, engine: Engine) -> Shares | None:
