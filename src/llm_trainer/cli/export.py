@@ -11,6 +11,7 @@ from llm_trainer.engine.device import DTYPES
 from llm_trainer.export.door import export as export_model
 from llm_trainer.export.formats import FORMATS
 from llm_trainer.export.gate import Refused
+from llm_trainer.models.adapter_sums import COMBINATIONS, SUM
 
 
 def export(
@@ -22,6 +23,13 @@ def export(
     weights: Annotated[
         str | None, typer.Option(help="of several adapters, by name: default=0.7,second=0.3", metavar="NAME=W,...")
     ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="add the adapters of another run on the same base too", metavar="DIR:W"),
+    ] = None,
+    combine: Annotated[
+        str, typer.Option(help=f"several adapters become one by: {', '.join(COMBINATIONS)}; sum is exact")
+    ] = SUM,
 ) -> None:
     """Write a trained model for other tools. It is opened again and compared before it is there; exit code 1: it differs."""
     disable_progress_bar()
@@ -42,11 +50,29 @@ def export(
             dtype=wanted,
             quantize=quantize,
             weights=_weights(weights),
+            others=_others(others or []),
+            combine=combine,
             say=typer.echo,
         )
     except Refused as refused:
         raise RunFailed(f"{refused}\nNothing was left at {target}") from refused
     typer.echo(f"exported: {made}")
+
+
+def _others(given: list[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for item in given:
+        folder, _, number = item.rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            folder = ""
+        if not folder:
+            raise typer.BadParameter(
+                f"got {item!r}, expected DIR:WEIGHT, such as runs/other:0.5", param_hint="--with"
+            ) from None
+        found[folder] = weight
+    return found
 
 
 def _weights(given: str | None) -> dict[str, float]:

@@ -13,6 +13,7 @@ from llm_trainer.export.gate import Comparison, Refused, compare
 from llm_trainer.export.probe import record
 from llm_trainer.export.request import Request, Written
 from llm_trainer.export.source import find_source
+from llm_trainer.models.adapter_sums import COMBINATIONS, SUM
 
 
 def export(
@@ -22,6 +23,8 @@ def export(
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
     weights: Mapping[str, float] | None = None,
+    others: Mapping[str, float] | None = None,
+    combine: str = SUM,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write a model in one of the `FORMATS` and prove it; the folder is there when it answers as the model in training did.
@@ -33,6 +36,8 @@ def export(
         dtype: that weights are written in; None: the one that the format finds usual.
         quantize: in how few bits, in the words of the format.
         weights: of several adapters by name.
+        others: weights of the adapters of other runs on the same base, by their folders.
+        combine: how several adapters become one, of `COMBINATIONS`.
         say: called with a line for people, as things are found out.
 
     Raises:
@@ -44,7 +49,9 @@ def export(
     wanted = FORMATS.get(to)
     if wanted is None:
         raise ValueError(f"--to: got {to!r}, expected one of {', '.join(FORMATS)}")
-    given = {"dtype": dtype, "quantize": quantize, "weights": weights}
+    if combine not in COMBINATIONS:
+        raise ValueError(f"--combine: got {combine!r}, expected one of {', '.join(COMBINATIONS)}")
+    given = {"dtype": dtype, "quantize": quantize, "weights": weights, "with": others, "combine": combine != SUM}
     for name, value in given.items():
         if value and name not in wanted.options:
             takes = ", ".join(f"--{option}" for option in sorted(wanted.options)) or "none"
@@ -52,7 +59,7 @@ def export(
     out = Path(out)
     if out.exists():
         raise ValueError(f"--out: {out} exists already; expected a new folder. Name another one, or remove it")
-    source = find_source(path, say, weights)
+    source = find_source(path, say, weights, others, combine)
 
     # 2. write, ask again, and give it its name
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")

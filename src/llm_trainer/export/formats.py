@@ -13,9 +13,18 @@ cannot be asked it answers with None, and the gate says that it was not compared
 from llm_trainer.export import adapter, gguf, hf, merged
 from llm_trainer.export.request import Format
 
+OF_ADAPTERS = {"weights", "with", "combine"}
 FORMATS: dict[str, Format] = {
     "hf": Format(hf.write, frozenset({"dtype"}), "a trained model as a folder of transformers"),
-    "merged": Format(merged.write, frozenset({"dtype", "weights"}), "adapters added to their base, as such a folder"),
+    "merged": Format(
+        merged.write,
+        frozenset({"dtype", *OF_ADAPTERS}),
+        "adapters added to their base, as such a folder",
+    ),
     "adapter": Format(adapter.write, frozenset(), "adapters beside their base, as a folder of peft"),
-    "gguf": Format(gguf.write, frozenset({"dtype", "quantize", "weights"}), "one file for llama.cpp, run by it here"),
+    "gguf": Format(
+        gguf.write,
+        frozenset({"dtype", "quantize", *OF_ADAPTERS}),
+        "one file for llama.cpp, run by it here",
+    ),
 }

@@ -56,7 +56,7 @@ class Format(NamedTuple):
 
     Attributes:
         write: fills the folder.
-        options: those of the command that it knows, of 'dtype', 'quantize' and 'weights'.
+        options: those of the command that it knows, of 'dtype', 'quantize', 'weights', 'with' and 'combine'.
         help: what it makes, in a few words.
     """
 

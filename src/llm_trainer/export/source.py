@@ -14,6 +14,7 @@ from llm_trainer.export.probe import Probe, Questions, questions_for, read_probe
 from llm_trainer.export.seeing import PROCESSOR_FILES, processor_in
 from llm_trainer.models import qat
 from llm_trainer.models.adapter_folder import beside, in_dtype, load_pretrained, merge
+from llm_trainer.models.adapter_sums import SUM, combine
 from llm_trainer.models.inside import context_of, language_config
 from llm_trainer.models.pretrained import Kind, Pretrained, find_pretrained
 
@@ -28,11 +29,15 @@ class Source:
         found: what it is, and where.
         say: called with a line for people.
         weights: of adapters by name, with which they are added; empty: all that compute, as they are.
+        others: weights of the adapters of other runs, by folder.
+        combine: how several become one, of `COMBINATIONS`.
     """
 
     found: Pretrained
     say: Callable[[str], None]
     weights: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, float] = field(default_factory=dict)
+    combine: str = SUM
 
     @property
     def folder(self) -> Path:
@@ -66,7 +71,7 @@ class Source:
     @cached_property
     def recorded(self) -> Probe | None:
         """What the model answered in training; None: nobody asked, or the adapters are to be weighed otherwise."""
-        return None if self.weights else read_probe(self.folder)
+        return None if self.weights or self.others else read_probe(self.folder)
 
     def opened(self, model: Any, with_weights: bool = False, precision: str = "fp32") -> Opened:
         """A model in memory with what the folder has beside it; its weights are widened to fp32, in place.
@@ -116,8 +121,13 @@ class Source:
             answers = self.check(model)
             in_dtype(model, dtype)
             return model, answers
-        adapted = beside(self.found.auto_class, self.found, weights=self.weights)
+        adapted = beside(self.found.auto_class, self.found, self.weights, self.others)
         before = self.check(adapted.get_base_model())
+        if self.combine != SUM:
+            combine(adapted, self.combine)
+            of_sum, before = before, self.ask(adapted.get_base_model())
+            apart = compare(_without_facts(of_sum), _without_facts(before), FP32)
+            self.say(f"{self.combine}: from the sum of the adapters {apart}")
         model = merge(adapted)
         answers = self.ask(model)
         result = compare(_without_facts(before), _without_facts(answers), FP32)
@@ -151,14 +161,20 @@ class Source:
         return answers if precision == "fp32" else self.ask(model)
 
 
-def find_source(path: str | Path, say: Callable[[str], None], weights: Mapping[str, float] | None = None) -> Source:
+def find_source(
+    path: str | Path,
+    say: Callable[[str], None],
+    weights: Mapping[str, float] | None = None,
+    others: Mapping[str, float] | None = None,
+    combine: str = SUM,
+) -> Source:
     """What is at a path: a run, a checkpoint, a model's folder.
 
     Raises:
         ValueError: there is no language model, or one that is not exported.
     """
     found = find_pretrained(path, (Kind.LANGUAGE_MODEL,), hub=False)
-    source = Source(found, say, weights or {})
+    source = Source(found, say, weights or {}, others or {}, combine)
     if found.sees_images and source.processor is None:
         raise ValueError(
             f"{path}: found {found} without its processor in {found.source}, so nobody could show it an image; expected "

@@ -12,7 +12,7 @@ from llm_trainer.checkpoint import CheckpointError, load_checkpoint, load_weight
 from llm_trainer.checkpoint.adapter_bases import check_base, fingerprint, fingerprint_in_few_bits, place_of
 from llm_trainer.checkpoint.weights import tensors_by_name, without_progress_bars
 from llm_trainer.models.adapter_sums import weigh
-from llm_trainer.models.adapters import has_own_adapters, opened
+from llm_trainer.models.adapters import add_opened, has_own_adapters, opened
 from llm_trainer.models.inside import is_tied, untie
 from llm_trainer.models.pretrained import Pretrained, find_pretrained
 from llm_trainer.models.quantize import is_quantized, keep_layout
@@ -82,23 +82,63 @@ def in_dtype(model: nn.Module, dtype: torch.dtype | str) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def beside(auto_class: Any, found: Pretrained, weights: Mapping[str, float] | None = None) -> Any:
+def beside(
+    auto_class: Any,
+    found: Pretrained,
+    weights: Mapping[str, float] | None = None,
+    others: Mapping[str, float] | None = None,
+) -> Any:
     """A base with its adapters around it (a `PeftModel`), both in fp32; of one in few bits the numbers that these stand for.
 
     Args:
         auto_class: of transformers, or a class of its models.
         found: a folder of adapters.
         weights: of adapters by name, by which they are multiplied; those that are not named do not compute.
+        others: weights of the adapters of other runs, by their folders; beside these the own ones count 1, or `weights`.
 
     Raises:
         CheckpointError: the base is another than that of the adapters.
-        ValueError: there is no adapter of such a name, or of a kind that cannot be weighed.
+        ValueError: there is no adapter of such a name, or of a kind that cannot be weighed, or one of another base.
     """
+    base = found.base
+    assert base is not None
+    theirs: dict[str, tuple[Path, float]] = {}
+    for number, (folder, weight) in enumerate((others or {}).items(), start=1):
+        theirs[f"other{number}"] = _on_the_same_base(folder, found), weight
     model, _ = _base(auto_class, found, "auto", {})
     adapted = _in_full(model, found)
-    if weights:
-        weigh(adapted, weights)
+    wanted = dict(weights or {})
+    if theirs and not wanted:
+        wanted = dict.fromkeys(base.active or ("default",), 1.0)
+    for name, (place, weight) in theirs.items():
+        add_opened(adapted, place, name)
+        wanted[name] = weight
+    if wanted:
+        weigh(adapted, wanted)
     return adapted
+
+
+def _on_the_same_base(folder: str, found: Pretrained) -> Path:
+    """Where the adapters of another run are.
+
+    Raises:
+        ValueError: there are none, several, or they stand on another base.
+    """
+    other = find_pretrained(folder, hub=False)
+    if other.base is None:
+        raise ValueError(f"--with: {folder} is a whole model without adapters; expected adapters on the same base")
+    if other.base.active:
+        names = ", ".join(other.base.active)
+        raise ValueError(f"--with: {folder} has several adapters ({names}); expected one")
+    base = found.base
+    assert base is not None
+    if base.fingerprint is None or base.fingerprint != other.base.fingerprint:
+        raise ValueError(
+            f"--with: the adapters in {folder} were trained on {other.base}, and those in {found.source} on {base}; expected "
+            f"the same weights bit for bit. Adapters that have changed their base (PiSSA, OLoRA, LoRA-GA) stand on the one "
+            f"before once they are exported by themselves: --to adapter"
+        )
+    return Path(other.source)
 
 
 def merge(adapted: Any) -> Any:

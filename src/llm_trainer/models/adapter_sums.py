@@ -1,6 +1,6 @@
 """Adapters as sums: of several with weights, and of those that have changed their base."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,11 @@ from llm_trainer.checkpoint.adapter_names import base_tensors
 from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.models.adapters import has_own_adapters
 
+# How several adapters become one: their sum, which is exact, or as peft combines them (`add_weighted_adapter`).
+SUM = "sum"
+COMBINATIONS = (SUM, "linear", "svd", "ties")
+KEPT = 0.2  # share of the numbers of each adapter that TIES keeps (Yadav et al. 2023, arXiv:2306.01708)
+
 
 def weigh(adapted: Any, weights: Mapping[str, float]) -> None:
     """Let adapters compute together, each multiplied by its weight; those that are not named do not.
@@ -20,8 +25,50 @@ def weigh(adapted: Any, weights: Mapping[str, float]) -> None:
     Raises:
         ValueError: there is no adapter of such a name, or one is no sum with its layer.
     """
+    _check_sums(adapted, weights)
+    adapted.base_model.set_adapter(list(weights))
+    for layer in adapted.modules():
+        if has_own_adapters(layer):
+            for name, weight in weights.items():
+                layer.set_scale(name, weight)
+
+
+def combine(adapted: Any, how: str) -> None:
+    """Let one adapter compute that peft makes of several that were weighed; as a rule it is not their sum.
+
+    Args:
+        adapted: has them.
+        how: one of `COMBINATIONS`, but the sum.
+
+    Raises:
+        ValueError: they cannot be combined so.
+    """
+    names = list(adapted.active_adapters)
+    if len(names) < 2:
+        raise ValueError(f"--combine {how}: found one adapter; expected several: --with DIR:WEIGHT, or --weights")
+    density = None
+    if how == "ties":
+        density = KEPT
+    try:
+        adapted.base_model.add_weighted_adapter(
+            names,
+            [1.0] * len(names),
+            "combined",
+            combination_type=how,
+            density=density,  # they are weighed already
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"--combine {how}: peft refuses: {error}; expected --combine sum, which is exact") from error
+    adapted.base_model.set_adapter(["combined"])
+
+
+def _check_sums(adapted: Any, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: there is no adapter of such a name, or one is no sum with its layer.
+    """
     known = adapted.peft_config
-    for name in weights:
+    for name in names:
         if name not in known:
             raise ValueError(f"adapters: found no {name!r}; expected some of {', '.join(known)}")
         config: Any = known[name]
@@ -31,11 +78,6 @@ def weigh(adapted: Any, weights: Mapping[str, float]) -> None:
                 f"adapters: {name!r} is not only a sum with its layers (DoRA, experts, saved modules, or another method than "
                 f"LoRA), so it cannot be multiplied by a weight; expected plain LoRA. Merge it by itself"
             )
-    adapted.base_model.set_adapter(list(weights))  # type: ignore[operator]
-    for layer in adapted.modules():
-        if has_own_adapters(layer):
-            for name, weight in weights.items():
-                layer.set_scale(name, weight)  # type: ignore[operator]
 
 
 class PlainLora(NamedTuple):

@@ -20,6 +20,8 @@ from llm_trainer.export.probe import read_probe, write_probe
 from llm_trainer.export.source import find_source
 from llm_trainer.models.pretrained import find_pretrained
 
+PROJECTION = "model.layers.0.self_attn.q_proj.weight"
+
 
 def quiet(line: str) -> None:
     pass
@@ -135,11 +137,73 @@ def test_adapters_are_merged_with_weights(made: Made) -> None:
     by_weight = find_source(run, quiet, {"default": 0.5, "second": -1.0}).whole()
     one, other = (find_source(run, quiet, {name: 1.0}).whole() for name in ("default", "second"))
     base = AutoModelForCausalLM.from_pretrained(made.base())
-    name = "model.layers.0.self_attn.q_proj.weight"
-    start = base.get_parameter(name)
-    first, second = one.get_parameter(name) - start, other.get_parameter(name) - start
+    start = base.get_parameter(PROJECTION)
+    first, second = one.get_parameter(PROJECTION) - start, other.get_parameter(PROJECTION) - start
     assert first.abs().max() > 1e-3 and second.abs().max() > 1e-3
-    torch.testing.assert_close(by_weight.get_parameter(name) - start, 0.5 * first - second, atol=1e-6, rtol=0)
+    torch.testing.assert_close(by_weight.get_parameter(PROJECTION) - start, 0.5 * first - second, atol=1e-6, rtol=0)
+
+
+def test_adapters_of_several_runs_are_merged_with_weights(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    one, other, out = made.run("lora"), made.run("rslora"), tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(one), "--to", "merged", "--with", f"{other}:0.5", "--out", str(out)])
+    assert ended.value.code == 0 and "merged: log-probabilities" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    alone = [find_source(run, quiet).whole() for run in (one, other)]
+    start = AutoModelForCausalLM.from_pretrained(made.base()).get_parameter(PROJECTION)
+    first, second = (model.get_parameter(PROJECTION) - start for model in alone)
+    assert first.abs().max() > 1e-3 and (first - second).abs().max() > 1e-3
+    found = merged.get_parameter(PROJECTION) - start
+    torch.testing.assert_close(found, first + 0.5 * second, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["linear", "svd", "ties"])
+def test_adapters_are_combined_as_peft_does(how: str, made: Made, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    said: list[str] = []
+    one, other, out = made.run("lora"), made.run("rslora"), tmp_path / "out"
+    export(one, "merged", out, weights={"default": 0.5}, others={str(other): 0.5}, combine=how, say=said.append)
+    assert any(line.startswith(f"{how}: from the sum of the adapters log-probabilities of ") for line in said)
+
+    base = AutoModelForCausalLM.from_pretrained(made.base())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a name of transformers that peft still uses
+        theirs = peft.PeftModel.from_pretrained(base, one / "model")
+        theirs.load_adapter(other / "model", "other")
+    density = 0.2 if how == "ties" else None
+    theirs.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type=how, density=density)
+    theirs.set_adapter("both")
+    expected = theirs.merge_and_unload().get_parameter(PROJECTION)
+    found = AutoModelForCausalLM.from_pretrained(out).get_parameter(PROJECTION)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("others", "combine", "message"),
+    [
+        ("dense", "sum", "--with: .* is a whole model without adapters; expected adapters on the same base"),
+        ("two adapters", "sum", r"--with: .* has several adapters \(default, second\); expected one"),
+        (
+            "pissa",
+            "sum",
+            "--with: the adapters in .* were trained on the folder 'base' .* expected the same weights bit",
+        ),
+        ("dora", "sum", "'other1' is not only a sum with its layers"),
+        ("rslora", "cat", "--combine: got 'cat', expected one of sum, linear, svd, ties"),
+        (None, "svd", "--combine svd: found one adapter; expected several: --with DIR:WEIGHT"),
+    ],
+)
+def test_adapters_that_do_not_belong_together(
+    others: str | None, combine: str, message: str, made: Made, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    given = {} if others is None else {str(made.run(others)): 0.5}
+    with pytest.raises(ValueError, match=message):
+        export(made.run("lora"), "merged", tmp_path / "out", others=given, combine=combine, say=quiet)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_card_says_where_a_model_comes_from_and_what_was_measured(made: Made, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from llm_trainer.export.probe import read_probe
 pytest.importorskip("peft", reason="needs peft")
 
 WHOLE = ["dense", "untied", "llama", "moe", "new tokens"]
-MERGED = ["lora", "rslora", "dora", "pissa", "lora on the head", "saved head", "a norm too", "a few tokens"]
+MERGED = ["lora", "rslora", "dora", "pissa", "lora-ga", "lora on the head", "saved head", "a norm too", "a few tokens"]
 MERGED += ["lora of llama", "lora of an untied model", "lora in bf16", "experts", "qlora"]
-BESIDE = ["lora", "dora", "rs-pissa", "olora", "a few tokens", "two adapters", "experts", "qlora"]
+BESIDE = ["lora", "dora", "rs-pissa", "olora", "lora-ga", "a few tokens", "two adapters", "experts", "qlora"]
 CASES = [
     *((kind, "hf", {}) for kind in WHOLE),
     *((kind, "merged", {}) for kind in MERGED),
