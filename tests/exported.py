@@ -153,6 +153,7 @@ KINDS: dict[str, Callable[[Made, Path], None]] = {
     "pissa": lambda made, run: made.adapted(run, init="pissa"),
     "rs-pissa": lambda made, run: made.adapted(run, init="pissa", rslora=True),
     "olora": lambda made, run: made.adapted(run, init="olora"),
+    "lora-ga": lambda made, run: made.adapted(run, init="lora_ga"),
     "qlora": lambda made, run: made.quantized(run),
     "lora on the head": lambda made, run: made.by_peft(run, target_modules=["q_proj", "lm_head"]),
     "saved head": lambda made, run: made.by_peft(run, modules_to_save=["lm_head"]),

@@ -295,6 +295,19 @@ def eight_bits(folder: Path, last_step: int) -> dict[str, Any]:
     return {"curve": curve(folder) if dist.is_main() else [], "loaded": loaded, "left": state(), "types": sorted(types)}
 
 
+def begun(folder: Path, engine: str) -> dict[str, Any]:
+    """Adapters that begin with what the first rows say, whoever has them; two steps of each initialisation."""
+    found = {}
+    for init in ("eva", "lora_ga"):
+        run = folder.with_name(f"{folder.name}-{init}")
+        how = {"save_dir": str(run), "engine": engine, "precision": "fp32", "max_steps": 2, "log_interval": 1}
+        adapters = {"rank": 4, "target": ["q_proj", "down_proj"], "init": init}
+        sections: dict[str, Any] = {"adapter_config": adapters, "run_config": how, "vocabulary_config": {}}
+        sections |= {"batch_size": 4 // dist.world_size(), "eval_dataset": None, "eval_prompts": []}
+        found[init] = described(run, engine, **sections)["curve"]
+    return found
+
+
 def main(folder: Path) -> None:
     import_once()
     make_trainer(folder / "unused", 1)  # imports the rest
@@ -331,6 +344,8 @@ def main(folder: Path) -> None:
     if is_installed("peft"):
         for engine in ("torch", "fsdp", "deepspeed"):
             scenarios[f"adapted {engine}"] = (2, partial(adapted, engine=engine))
+            scenarios[f"begun {engine}"] = (2, partial(begun, engine=engine))
+        scenarios["begun alone"] = (1, partial(begun, engine="torch"))
     report = {
         name: fork_ranks(scenario, folder / name.replace(" ", "-"), ranks)
         for name, (ranks, scenario) in scenarios.items()

@@ -142,6 +142,16 @@ def test_adapters_with_rates_of_their_own(played: dict[str, Any], engine: str) -
     assert_same_probe(found["probe"], expected["probe"])
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+@pytest.mark.parametrize("engine", ["torch", "fsdp", "deepspeed"])
+def test_adapters_that_begin_with_what_rows_say(played: dict[str, Any], engine: str, init: str) -> None:
+    """The same rows on every rank, and as many as one process has."""
+    pytest.importorskip("peft", reason="needs peft")
+    expected, found = played["begun alone"][0][init], played[f"begun {engine}"][0][init]
+    assert len(found) == 2
+    assert_same(found, expected)
+
+
 def test_a_section_for_deepspeed_is_used_in_one_process(played: dict[str, Any]) -> None:
     """ZeRO-3 with its optimizer on the host and recomputed activations, where smart_train finds one device."""
     (found,) = played["described alone"]

@@ -183,7 +183,8 @@ class Builder:
             in_numbers = bits is None or bool(bits.of_whole_weights)
             sharded = self.engine == "fsdp" and dist.num_processes() > 1 and in_numbers
             adapters = self.config.adapter_config
-            may_be_empty = adapters is None or adapters.kind == LORA  # others are made of the weights
+            # Others are made of the weights, or of what these make of rows.
+            may_be_empty = adapters is None or (adapters.kind == LORA and not adapters.needs_rows)
             shards_first = self.trainer_class.shards_first_weights and may_be_empty
             empty = sharded and shards_first and not dist.is_main()
             _, pieces = self._extended_tokenizer

@@ -16,7 +16,7 @@ ALL_LINEAR = "all-linear"
 # Methods of peft that do all they do in the layers that they replace, and need nothing from the loop.
 KINDS = (
     *(LORA, "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "ia3", "loha", "lokr", "miss"),
-    *("oft", "psoft", "randlora", "road", "shira", "vera", "waveft"),
+    *("oft", "psoft", "randlora", "road", "vera", "waveft"),
 )
 _PROMPTS = "adds to the prompt in peft's own forward, which the chunked head and flat batches do not go through"
 _LOST = "does not come back whole from its own folder, in the version of peft that was tried (0.21)"
@@ -32,9 +32,18 @@ NOT_HERE = {  # method of peft -> why not
     "xlora": "mixes adapters that were trained before",
     "poly": "wants the number of a task with every batch",
     "boft": "compiles an extension for CUDA when it is made, or warns that it cannot",
+    "shira": "writes positions into its file that are no tensors of the model, so that a checkpoint cannot hold them",
     "tinylora": _LOST,
     "unilora": _LOST,
     "vblora": _LOST,
+}
+# Methods of `KINDS` that do not stand sharding, and where: FSDP2 and stages of ZeRO. What was tried stands in docs/results.md.
+_ROUNDED = "its curve is 2e-5 and more from that of one process, which is more than rounding"
+SHARDED_NOT = {
+    ("deft", "fsdp"): _ROUNDED,
+    ("deft", "zero-2"): _ROUNDED,
+    ("deft", "zero-3"): _ROUNDED,
+    ("delora", "zero-3"): "its single numbers are not finite before the first step",
 }
 INITS: dict[str, bool | str] = {  # our name -> peft's `init_lora_weights`
     "default": True,

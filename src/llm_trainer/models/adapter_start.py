@@ -1,15 +1,12 @@
 """Initialisations of adapters that look at rows: EVA at what enters the layers, LoRA-GA at the gradient of the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_trainer.models.adapters import WAITS, has_own_adapters, library
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 _MOST_PASSES = 50  # over the rows
 
@@ -20,7 +17,7 @@ def awaited_init(model: nn.Module) -> str | None:
 
 
 def begin_with_inputs(
-    model: "PeftModel", batches: Sequence[Mapping[str, Any]], forward: Callable[[Mapping[str, Any]], object]
+    model: Any, batches: Sequence[Mapping[str, Any]], forward: Callable[[Mapping[str, Any]], object]
 ) -> None:
     """EVA (Paischer et al. 2024, arXiv:2410.07170): A begins with the main directions of what enters each layer.
 
@@ -75,7 +72,7 @@ def begin_with_inputs(
     delattr(model, WAITS)
 
 
-def begin_with_gradients(model: "PeftModel", add_gradients: Callable[[], None]) -> None:
+def begin_with_gradients(model: Any, add_gradients: Callable[[], None]) -> None:
     """LoRA-GA (Wang et al. 2024, arXiv:2407.05000): B A begins along the gradient of the loss, and the base loses it.
 
     So nothing changes yet. No random number of the caller is consumed.
@@ -127,7 +124,7 @@ def _begin_along(layer: Any, gradient: Tensor, described: Any) -> None:
         matrix.weight.data = matrix.weight.data.to(dtype)
 
 
-def values_at_start(model: "PeftModel") -> list[Tensor]:
+def values_at_start(model: Any) -> list[Tensor]:
     """What an initialisation by rows may have changed: of each layer A, B and the weight below them."""
     found = []
     for layer in layers_with_adapters(model).values():
@@ -136,5 +133,5 @@ def values_at_start(model: "PeftModel") -> list[Tensor]:
     return found
 
 
-def layers_with_adapters(model: "PeftModel") -> dict[str, Any]:
+def layers_with_adapters(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if has_own_adapters(module)}

@@ -71,7 +71,7 @@ def adapt(model: nn.Module, config: AdapterConfig, new_tokens: Sequence[int] = (
         if new_tokens:
             raise ValueError(f"adapter_config.path: {config.path} says which rows are trained; expected no new tokens")
         return _continued(model, Path(config.path))
-    _check_first_rows(model, config)
+    _check_first_rows(model, config, new_tokens)
     targets = _without_namesakes(model, config, find_targets(model, config))
     described = _described(model, config, targets)
     if new_tokens:
@@ -108,11 +108,28 @@ def opened(model: nn.Module, folder: Path, active: tuple[str, ...] = ()) -> "Pef
             raise ValueError(
                 f"{folder}: the adapters do not fit their base, a {type(model).__name__}: {str(error)[:300]}"
             ) from error
-        for config in sorted(folder.glob("*/adapter_config.json")):
-            adapted.load_adapter(str(config.parent), config.parent.name, torch_device="cpu")
+    for config in sorted(folder.glob("*/adapter_config.json")):
+        add_opened(adapted, config.parent, config.parent.name)
     if active:
         adapted.base_model.set_adapter(list(active))  # type: ignore[operator]
     return adapted
+
+
+def add_opened(adapted: "PeftModel", folder: Path, name: str) -> None:
+    """Put the adapters of one more PEFT folder into a model that has some, to read from; they do not compute yet.
+
+    Raises:
+        ValueError: they do not fit the model.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            adapted.load_adapter(str(folder), name, torch_device="cpu")
+        except (ValueError, RuntimeError, UserWarning) as error:
+            base = type(adapted.get_base_model()).__name__  # type: ignore[operator]
+            raise ValueError(f"{folder}: the adapters do not fit their base, a {base}: {str(error)[:300]}") from error
 
 
 def has_own_adapters(layer: nn.Module) -> bool:
@@ -123,7 +140,7 @@ def has_own_adapters(layer: nn.Module) -> bool:
     return isinstance(layer, BaseTunerLayer)
 
 
-def _check_first_rows(model: nn.Module, config: AdapterConfig) -> None:
+def _check_first_rows(model: nn.Module, config: AdapterConfig, new_tokens: Sequence[int]) -> None:
     """
     Raises:
         ValueError: an initialisation that looks at rows was not tried with such a model.
@@ -134,6 +151,8 @@ def _check_first_rows(model: nn.Module, config: AdapterConfig) -> None:
     why = ""
     if found is not None and sees_images(found.config):
         why = "it sees images, with which this was not tried"
+    elif new_tokens:
+        why = "it gets rows of new tokens (vocabulary_config), with which this was not tried"
     elif config.init == "lora_ga" and is_quantized(model):
         why = "its weights are in few bits and have no gradients"
     if why:

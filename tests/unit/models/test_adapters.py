@@ -130,14 +130,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "oft": {"oft_block_size": 4, "r": 0},
     "psoft": {"r": 4},
     "road": {"group_size": 16},
-    "shira": {"r": 2, "random_seed": 0},
     "waveft": {"n_frequency": 20},
 }
 FEW = ("ia3", "loha", "oft", "vera")
 EVERY = [pytest.param(kind, marks=[] if kind in FEW else [pytest.mark.slow]) for kind in KINDS if kind != "lora"]
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch, where shira makes a sparse matrix
 @pytest.mark.parametrize("kind", EVERY)
 def test_other_methods_learn_and_come_back(kind: str, tmp_path: Path) -> None:
     """Through the chunked head and rows laid flat; written, read, and merged they are what they were."""

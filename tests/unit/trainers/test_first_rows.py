@@ -12,7 +12,7 @@ from torch import nn
 
 from llm_trainer import AdapterConfig, adapt, create_trainer
 from llm_trainer.checkpoint import write_model
-from llm_trainer.config.schema import ModelConfig
+from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -203,7 +203,31 @@ def test_rewards_begin_too(tmp_path: Path) -> None:
     assert all(value.abs().sum() > 0 for value in matrices(model, "lora_B").values())
 
 
+def test_a_base_in_four_bits_is_seen_and_has_no_gradients(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    from llm_trainer.config.quantization import QuantizationConfig
+    from llm_trainer.models.quantized_loading import loading_options
+
+    how = loading_options(QuantizationConfig(), base, torch.device("cpu"), torch.float32)
+    model = build_model(str(base), options=how)
+    before = logits(model)
+    adapted = adapt(model, AdapterConfig(rank=4, target=["q_proj"], init="eva"))
+    drawn = matrices(adapted, "lora_A")
+    trainer_of(adapted, tmp_path)
+    torch.testing.assert_close(logits(adapted), before, rtol=0, atol=0)
+    assert all(not torch.equal(value, drawn[name]) for name, value in matrices(adapted, "lora_A").items())
+    with pytest.raises(
+        ValueError, match="init: got lora_ga, and found a Qwen3ForCausalLM: its weights are in few bits and"
+    ):
+        adapt(build_model(str(base), options=how), AdapterConfig(rank=4, init="lora_ga"))
+
+
 # What is refused.
+
+
+def test_new_tokens_beside_it_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"init: got eva, and found a Qwen3ForCausalLM: it gets rows of new tokens"):
+        adapt(base_model(), AdapterConfig(rank=4, init="eva"), [3])
 
 
 def test_what_has_no_rows_before_its_first_step_is_refused(tmp_path: Path) -> None:
