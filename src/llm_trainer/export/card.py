@@ -64,6 +64,7 @@ def write_card(source: Source, to: str, written: Written, result: Comparison, fo
         f"---\n{facts.to_yaml()}\n---",
         f"# {_title(source)}",
         _origin(base, licence),
+        _other_adapters(source),
         _how_it_was_checked(source, to, written, result),
         _results(source.state),
         _data(source.state),
@@ -72,6 +73,14 @@ def write_card(source: Source, to: str, written: Written, result: Comparison, fo
     ]
     text = "\n\n".join(section for section in sections if section)
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _other_adapters(source: Source) -> str:
+    if not source.others:
+        return ""
+    named = ", ".join(f"{Path(folder).name} ({weight:g})" for folder, weight in source.others.items())
+    own = ", ".join(f"{name} ({weight:g})" for name, weight in source.weights.items()) or "1"
+    return f"The adapters of other runs on the same base are in it too, by weight: {named}; its own: {own}. How: {source.combine}."
 
 
 def base_of(source: Source) -> str | None:

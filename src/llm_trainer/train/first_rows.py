@@ -97,7 +97,7 @@ def _first_batches(work: Work) -> Iterator[MicroBatch]:
 
 def _batches_of(source: StepSource) -> Iterator[Any]:
     if isinstance(source, SampleStream):
-        rows = source.order(0, 0, len(source))
+        rows = source.order(0, 0, min(len(source), TOKENS))  # each has a token at least
         group, size = list[Any](), 0
         for row in rows.tolist():
             cost = int(source.costs[row])

@@ -158,6 +158,7 @@ def test_adapters_of_several_runs_are_merged_with_weights(
     assert first.abs().max() > 1e-3 and (first - second).abs().max() > 1e-3
     found = merged.get_parameter(PROJECTION) - start
     torch.testing.assert_close(found, first + 0.5 * second, atol=1e-6, rtol=0)
+    assert "by weight: rslora (0.5); its own: 1. How: sum." in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["linear", "svd", "ties"])
