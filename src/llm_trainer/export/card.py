@@ -80,7 +80,8 @@ def _other_adapters(source: Source) -> str:
         return ""
     named = ", ".join(f"{Path(folder).name} ({weight:g})" for folder, weight in source.others.items())
     own = ", ".join(f"{name} ({weight:g})" for name, weight in source.weights.items()) or "1"
-    return f"The adapters of other runs on the same base are in it too, by weight: {named}; its own: {own}. How: {source.combine}."
+    what = "The adapters of other runs on the same base are in it too, by weight"
+    return f"{what}: {named}; its own: {own}. How: {source.combine}."
 
 
 def base_of(source: Source) -> str | None:
