@@ -16,6 +16,7 @@ from llm_trainer.engine.follow import follow, mix
 from llm_trainer.engine.held import Shards
 from llm_trainer.engine.room import checkpoint_copy
 from llm_trainer.model_group import MODEL, members_of
+from llm_trainer.models.experts import dtype_when_sent
 
 if TYPE_CHECKING:
     from llm_trainer.config.options import Fsdp
@@ -149,7 +150,7 @@ class Engine(Shards):
         copied.
 
         Args:
-            dtype: of the tensors of floating-point numbers; None: the one that the model has.
+            dtype: of the tensors of floating-point numbers but biases that balance routers; None: that of the model.
             every_model: all models of a group, by their names in it.
             names: only these, the same ones on every rank; None: all.
         """
@@ -171,10 +172,7 @@ class Engine(Shards):
             if key not in wanted_ids:
                 continue
             tensor = tensors[name]
-            wanted = tensor.dtype
-            if dtype is not None and tensor.is_floating_point():
-                wanted = dtype
-            yield name, self._full_tensor(tensor, wanted)
+            yield name, self._full_tensor(tensor, dtype_when_sent(name, tensor, dtype))
 
     def _full_tensor(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """All of a tensor of `base`, of which this process may hold a shard, in `dtype` and detached."""

@@ -12,7 +12,7 @@ from llm_trainer.generation.sampler import make_batch, sampling
 from llm_trainer.generation.service import Completion, Interrupted, Request
 from llm_trainer.generation.verify import Hashes, hashes_of
 from llm_trainer.generation.weights import WeightsCopy
-from llm_trainer.models.experts import Routes, recorded_routers
+from llm_trainer.models.experts import Routes, dtype_when_sent, recorded_routers
 from llm_trainer.models.inside import adapted_model, unwrapped
 
 NOT_LOADED = -1
@@ -93,7 +93,7 @@ class InProcess:
             return hashes_of(self._trained)
         hashes = Hashes()
         for name, tensor in self.copy.held():
-            wanted = self.copy.dtype if tensor.is_floating_point() else tensor.dtype
+            wanted = dtype_when_sent(name, tensor, self.copy.dtype)
             hashes.note(name, tensor.to(wanted))  # as it was sent: a model may keep a few tensors in another dtype
         return hashes.read()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion, GenerationService, Request
 from llm_trainer.generation.worker.llm_trainer_wire import Hashes
+from llm_trainer.models.experts import dtype_when_sent
 
 # Mean difference of log-probabilities, per token of the probe, from which on sampler and trainer do not agree. Measured: 5e-6
 # in fp32, 0.004 where one of them keeps weights in bf16; a head that was left old is off by nats.
@@ -245,10 +246,7 @@ class Verified:
     def _cast(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The weights as the service keeps them, so that their bits can be compared."""
         for name, tensor in weights:
-            wanted = tensor.dtype
-            if self.dtype is not None and tensor.is_floating_point():
-                wanted = self.dtype
-            yield name, tensor.to(wanted)
+            yield name, tensor.to(dtype_when_sent(name, tensor, self.dtype))
 
     def _check_loaded(self) -> None:
         if self.version < 0:

@@ -15,6 +15,22 @@ from llm_trainer.models.inside import language_config, transformers_model
 BALANCING_BIAS = "e_score_correction_bias"
 
 
+def dtype_when_sent(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type in which a sampler gets a tensor of a model.
+
+    Biases that balance routers stay as they are: they move in steps smaller than what 16 bits tell apart, and which expert is
+    chosen turns on them.
+
+    Args:
+        name: of the tensor.
+        tensor: as the model has it.
+        dtype: that the sampler decodes in; None: as the model.
+    """
+    if dtype is None or not tensor.is_floating_point() or name.endswith(BALANCING_BIAS):
+        return tensor.dtype
+    return dtype
+
+
 class Experts(NamedTuple):
     """The experts of each layer of a model, and how many of them a token is sent to."""
 

@@ -9,6 +9,10 @@ import torch
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import MoeConfig
+from llm_trainer.engine.torch import TorchEngine
+from llm_trainer.generation.in_process import InProcess
+from llm_trainer.generation.verify import Verified
+from llm_trainer.models.experts import BALANCING_BIAS, biased_routers
 from llm_trainer.trainers import rollouts as rollouts_file
 from llm_trainer.trainers.routes import route_columns, routes_of
 from policies import make, rollouts_of, tiny, train
@@ -66,6 +70,24 @@ def test_a_rollout_has_the_routes_that_the_trainer_would_take(architecture: str,
         assert torch.equal(found[0, :-1, :6], chosen[:-1]) and (found[0, -1] == -1).all()
         lengths.add(ids.shape[1])
     assert len(lengths) > 1
+
+
+def test_biases_that_balance_are_sent_as_they_are() -> None:
+    """A thousandth, by which they move, is less than bf16 tells apart beside 1; the sampler keeps them in fp32 as it is."""
+    model = policy("glm4_moe")
+    for router in biased_routers(model).values():
+        router.e_score_correction_bias.copy_(1 + 0.001 * torch.arange(8))
+    engine = TorchEngine(torch.device("cpu"))
+    engine.prepare(model, model, torch.optim.SGD(model.parameters()))
+    sampler = InProcess(model, torch.bfloat16)
+    Verified(sampler).load(engine.stream_weights(torch.bfloat16), 0)  # their bits are compared
+    assert sampler.copy is not None
+    held = sampler.copy.model.state_dict()
+    for name, value in model.state_dict().items():
+        is_bias = name.endswith(BALANCING_BIAS)
+        assert held[name].dtype == (torch.float32 if is_bias else torch.bfloat16)
+        assert not is_bias or torch.equal(held[name], value)
+    assert sum(name.endswith(BALANCING_BIAS) for name in held) == 2
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
