@@ -82,7 +82,7 @@ def test_biases_that_balance_are_sent_as_they_are() -> None:
     sampler = InProcess(model, torch.bfloat16)
     Verified(sampler).load(engine.stream_weights(torch.bfloat16), 0)  # their bits are compared
     assert sampler.copy is not None
-    held = sampler.copy.model.state_dict()
+    held = dict(sampler.copy.held())
     for name, value in model.state_dict().items():
         is_bias = name.endswith(BALANCING_BIAS)
         assert held[name].dtype == (torch.float32 if is_bias else torch.bfloat16)
