@@ -192,6 +192,11 @@ def _compare_sight(result: Comparison, expected: Probe, found: Probe, limits: Li
             result.differences.append(f"numbers of a picture of {height} x {width}: {how}")
     for showing, wanted, look in zip(expected.questions.showings, expected.looks or (), found.looks or (), strict=True):
         _compare_look(result, showing.described(pictures), wanted, look, limits)
+    if not result.mean <= limits.mean:
+        result.differences.append(
+            f"log-probabilities of texts and pictures: {result.mean:.2g} nats apart in the mean of {result.tokens} tokens; "
+            f"expected at most {limits.mean:.2g}"
+        )
 
 
 def _compare_look(result: Comparison, name: str, wanted: Look, there: Look, limits: Limits) -> None:
@@ -205,7 +210,9 @@ def _compare_look(result: Comparison, name: str, wanted: Look, there: Look, limi
         how = _first_other(wanted.shown.ids, there.shown.ids)
         result.differences.append(f"{name}: expected {num} ids, found {others}, which {how}")
     elif not wanted.problem and not there.problem:
-        _compare_logprobs(result, f"log-probabilities of {name}", [wanted.logprobs], [there.logprobs], limits)
+        # NOTE: of so few tokens the mean of a healthy run in 16 bits may be beyond what it may be of all.
+        alone = limits._replace(mean=limits.worst)
+        _compare_logprobs(result, f"log-probabilities of {name}", [wanted.logprobs], [there.logprobs], alone)
         answers = Greedy(wanted.answer, wanted.margins), Greedy(there.answer, there.margins)
         _compare_answer(result, f"greedy answer to {name}", *answers, limits)
 

@@ -1,6 +1,7 @@
 """Healthy exports of models that see pass the gate; what is written is opened and asked by transformers alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from exported_vision import Seen
 from llm_trainer.checkpoint.tensor_files import TensorFolder
 from llm_trainer.export.door import export
+from llm_trainer.export.gate import Limits, compare
 from llm_trainer.export.pictures import PICTURES, SHOWINGS, draw, other_numbers, sampled
 from llm_trainer.export.probe import ANSWER_TOKENS, read_probe, write_probe
 from llm_trainer.models.pretrained import find_pretrained
@@ -119,6 +121,22 @@ def test_a_model_that_was_shown_nothing_in_training_is_shown_pictures_now(seen: 
         "training had no processor: what the export makes of pictures is compared with the reopened"
     )
     assert int(said[0].split()[8]) < int(said[-1].split()[3])  # tokens: the gate has shown pictures too
+
+
+def test_a_mean_is_of_all_tokens_and_not_of_one_showing(seen: Seen) -> None:
+    """Of a few tokens the mean of a healthy run in 16 bits is beyond what it may be of all."""
+    probe = read_probe(seen.run("llava") / "model")
+    assert probe is not None and probe.looks is not None
+    limits = Limits(worst=1.0, mean=0.04)
+
+    def moved(by: float, which: int) -> list[str]:
+        looks = [*probe.looks]
+        looks[which] = looks[which]._replace(logprobs=[number + by for number in looks[which].logprobs])
+        return compare(probe, replace(probe, looks=looks), limits).differences
+
+    assert moved(0.05, 1) == []
+    assert [line[:39] for line in moved(0.9, 1)] == ["log-probabilities of texts and pictures"]
+    assert moved(1.1, 1)[0].startswith("log-probabilities of the conversation with pictures of 48 x 80: 1.1 nats apart")
 
 
 def test_the_record_is_read_as_it_was_written(seen: Seen, tmp_path: Path) -> None:
