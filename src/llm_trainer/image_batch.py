@@ -1,10 +1,11 @@
 """The images of a micro-batch: what the collation of rows makes, models read and every device gets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils import _pytree
 
 ON_HOST = ("document_lengths",)  # what the host reads of a batch
 # How the keys of what belongs to images begin: a model says itself which images are whose.
@@ -50,6 +51,18 @@ class ImageBatch:
         """The same images in page-locked memory; a loader calls this."""
         inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
         return replace(self, inputs=inputs)
+
+
+def _taken_apart(batch: ImageBatch) -> tuple[list[Any], None]:
+    return [batch.inputs, batch.order, batch.counts, batch.lengths], None
+
+
+def _put_together(parts: Iterable[Any], _: None) -> ImageBatch:
+    return ImageBatch(*parts)
+
+
+# Whoever walks through the inputs of a forward, to bring them to another process, finds the tensors inside.
+_pytree.register_pytree_node(ImageBatch, _taken_apart, _put_together)
 
 
 def moved(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path += [str(Path(__file__).parents[1] / inner) for inner in ("invariance", "distributed", "")]
 from ranks import fork_ranks, import_once
+from sees import asked, make_files
 from served import made_ahead, moved, seen, served
 from table import (
     ENGINES,
@@ -47,6 +48,8 @@ def curves(folder: Path, engine: str, ended_early: Path) -> dict[str, Any]:
     run(chosen, into=str(ended_early), last_step=STEPS - 1)
     found = curves_of([*wanted, weighed_cell(engine, RANKS)])
     found |= {"served": served(engine, RANKS), "moved": moved(engine, RANKS)}
+    if engine in OF_SEEING_REWARDS:
+        found["asked"] = asked(engine, RANKS, ended_early.parent / "files", ended_early.parent / f"asked-{engine}")
     if engine in GATHER:
         found |= {"made ahead": made_ahead(engine, RANKS), "seen": seen(engine, RANKS)}
     return found
@@ -75,6 +78,7 @@ def main(out: Path, only_left_out: bool = False) -> None:
         model_of(Cell(trainer, 8, 1))  # imports what makes it
     gc.freeze()
 
+    make_files(out.parent / "files")
     report = {}
     with tempfile.TemporaryDirectory() as name:
         for engine in ENGINES:

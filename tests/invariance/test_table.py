@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from sees import PROMPTS, asked
 from served import made_ahead, moved, seen, served
 from table import (
     ENGINES,
@@ -35,6 +36,7 @@ TOLERANCE = 1e-5
 AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the last digit of fp32 is 5e-7
 # The gradients of a new critic and of A are small at first, and Adam divides them by themselves: rounding is amplified.
 AUTOMATIC_OF = {"ppo": TOLERANCE, "lora": TOLERANCE, "qlora": TOLERANCE, "vlm-dpo": TOLERANCE}
+IN_BF16: dict[str, Any] = {"use_amp": True, "precision": "bf16"}
 ROUNDED = ("sampled_logprobs", "old_logprobs", "ref_logprobs", "advantages")  # columns of a rollout that a forward made
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
@@ -48,6 +50,19 @@ def base() -> dict[str, list]:
 @pytest.mark.parametrize("cell", [cell for t in TRAINERS for cell in cells(t, 1)], ids=str)
 def test_one_process(cell: Cell, base: dict[str, list]) -> None:
     assert max(differences(run(cell), base[cell.trainer])) < TOLERANCE
+
+
+@pytest.mark.parametrize("cell", [Cell("vlm", 2, 4), Cell("vlm", 2, 4, 1, True, 40)], ids=str)
+def test_images_in_bf16(cell: Cell, in_bf16: list) -> None:
+    """Autocast: bf16 has three digits. In fp32 the curve is as far away as these are from each other."""
+    losses, norms = differences(run(cell, **IN_BF16), in_bf16)
+    assert losses < 3e-3 and norms < 3e-2
+
+
+@pytest.fixture(scope="module")
+def in_bf16() -> list:
+    """The curve of 'vlm' in bf16, eight rows at once, padded."""
+    return run(Cell("vlm", 8, 1), **IN_BF16)
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -154,6 +169,18 @@ def test_a_reward_model_that_sees(played: dict[str, Any]) -> None:
         found[engine] = curve_of(seeing_reward_cell(engine, 2), played)
     for curve in found.values():
         assert max(differences(curve, base)) < TOLERANCE
+
+
+def test_prompts_show_their_images_on_engines_that_shard(played: dict[str, Any], tmp_path: Path) -> None:
+    """A LLaVA-Next, of which a parameter is read before the forward of the module that has it (sees.py)."""
+    alone = asked("torch", 1, Path(played["folder"]) / "files", tmp_path / "run")
+    assert len(alone["answers"]) == len(PROMPTS) and max(map(abs, alone["moved"])) > 1e-3
+    for engine in OF_SEEING_REWARDS:
+        report = ended_well(engine, played)["asked"]
+        assert report["answers"] == alone["answers"]
+        for found, expected in zip(report["curve"], alone["curve"], strict=True):
+            assert found == pytest.approx(expected, rel=TOLERANCE)
+        assert report["moved"] == pytest.approx(alone["moved"], abs=TOLERANCE)
 
 
 # What a run serves to those who make rollouts (served.py).

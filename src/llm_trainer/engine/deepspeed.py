@@ -29,7 +29,15 @@ from llm_trainer.engine.follow import follow, mix
 from llm_trainer.engine.lockstep import Lockstep
 from llm_trainer.engine.torch import clip
 from llm_trainer.engine.unused import Unused, reached_by, used_differently
-from llm_trainer.engine.zero import BATCH, DeepSpeedError, complete, recompute_layers, stage_of, tied_together
+from llm_trainer.engine.zero import (
+    BATCH,
+    DeepSpeedError,
+    complete,
+    gather_with_callers,
+    recompute_layers,
+    stage_of,
+    tied_together,
+)
 from llm_trainer.model_group import MODEL, members_of
 from llm_trainer.optim.optimizers import OPTIMIZERS, recipe_of
 
@@ -161,6 +169,8 @@ class DeepSpeedEngine(Engine):
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
+            if self.stage == 3:
+                gather_with_callers(module, deepspeed.zero.register_external_parameter)
             if "activation_checkpointing" in config:
                 deepspeed.checkpointing.configure(None, deepspeed_config=config)
                 recompute_layers(module, deepspeed.checkpointing.checkpoint)

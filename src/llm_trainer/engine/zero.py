@@ -101,6 +101,28 @@ def recompute_layers(module: nn.Module, recompute: Callable[..., Any]) -> None:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
 
 
+def gather_with_callers(module: nn.Module, register: Callable[[nn.Module, nn.Parameter], None]) -> None:
+    """Have ZeRO-3 gather the parameters that vision-language models themselves have, such as what LLaVA-Next puts between
+    the rows of an image, in the forwards of the modules around them too.
+
+    These call the method that makes features of images, before the forward in which ZeRO-3 would gather them.
+
+    Args:
+        module: with all models inside.
+        register: DeepSpeed's `register_external_parameter`.
+    """
+    models = list(transformers_models(module))
+    for model in models:
+        own = list(model.parameters(recurse=False))
+        if not own or getattr(model, "get_image_features", None) is None:
+            continue
+        for caller in module.modules():
+            is_around = any(inner is model for inner in caller.modules())
+            if is_around and not any(caller is inner for inner in models):
+                for parameter in own:
+                    register(caller, parameter)
+
+
 class _TiedTogether(torch.autograd.Function):
     """The tensors it is given; in the backward each has a gradient as soon as one of them has."""
 

@@ -52,6 +52,9 @@ class Rewarding(Seeing, nn.Module):
         self.head = head
         self._look(self.body)
 
+    def _call(self, input_ids: Tensor, **inputs: Any) -> Any:
+        return self.body(input_ids=input_ids, use_cache=False, **inputs)
+
     def per_token(self, input_ids: Tensor, **layout: Any) -> Tensor:
         """A reward for each of `input_ids [B, T]` or `[1, N]`, of the same shape; `layout` as in `forward`."""
         return self(input_ids, **layout, every_token=True)
@@ -82,7 +85,7 @@ class Rewarding(Seeing, nn.Module):
         if self.vision.model is not None:
             inputs |= self.vision.inputs(input_ids, features, attention_mask, position_ids, rope_positions)
         # 2. its states, and what the head says of them
-        hidden = self.body(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, D)
+        hidden = self._run(input_ids, **inputs).last_hidden_state  # (B, T, D)
         if not every_token:
             hidden = _last_tokens(hidden, attention_mask, document_lengths)  # (B, D)
         rewards = self.head(hidden).squeeze(-1).float()

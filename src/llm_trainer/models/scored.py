@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_trainer.compiler import compiled
 from llm_trainer.image_batch import of_images
 from llm_trainer.losses.chunked import HeadScores, LowRank, Objective, chunked_logprobs, chunked_loss, chunked_objective
 from llm_trainer.losses.drawn_from import DrawnFrom, excluding
@@ -96,11 +95,6 @@ class ScoredModel(Seeing, nn.Module):
         self._accepted = accepted_inputs(model)
         inner = transformers_model(model)
         self._steady = None if inner is None else steady_context(inner.config)
-        self._run: Callable[..., Any] = self._call
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile everything but the head, whose kernels compile themselves. `base` itself stays as it is."""
-        self._run = compiled(self._call, **options)
 
     def forward(
         self,

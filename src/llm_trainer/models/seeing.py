@@ -1,9 +1,13 @@
 """What modules have in common that read micro-batches whose rows may show images: scores and rewards."""
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
+from llm_trainer.compiler import compiled
 from llm_trainer.models.inside import adapted_model, transformers_model
 from llm_trainer.models.vision import Features, Images, SeenOnce, Vision
 
@@ -23,6 +27,8 @@ class Seeing:
     vision: Vision
     named_inputs: frozenset[str] | None
     model_name: str
+    _call: Callable[..., Any]  # the part of the model that is called as a module
+    _run: Callable[..., Any]  # the same, perhaps compiled
 
     def _look(self, model: nn.Module) -> None:
         """Find out what of `model` sees, and what it reads."""
@@ -31,6 +37,24 @@ class Seeing:
         self.named_inputs = named_inputs(model)
         if self.named_inputs is not None and self.vision.model is not None:
             self.named_inputs |= {"images", "rope_positions"}
+        self._run = self._call
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile what `_call` calls, and of a model that sees its language model alone. The model itself stays as it is.
+
+        What puts images among the tokens would be compiled anew for every number of them.
+        """
+        if self.vision.model is None:
+            self._run = compiled(self._call, **options)
+            return
+        decoder = self.vision.model.get_decoder()
+        call = compiled(decoder._call_impl, **options)
+
+        def run(input_ids: Tensor, **inputs: Any) -> Any:
+            with _called_by(decoder, call):
+                return self._call(input_ids, **inputs)
+
+        self._run = run
 
     def _seen(
         self, images: Images | Features | SeenOnce | None, brings_pixels: bool
@@ -54,6 +78,16 @@ class Seeing:
         if images is not None or (self.with_images and not brings_pixels):
             return None, self.vision.zero(images)
         return None, None
+
+
+@contextmanager
+def _called_by(module: Any, call: Callable[..., Any]) -> Iterator[None]:
+    """The context in which a module is called by `call`; samplers, with caches that grow, call it as it is."""
+    module._compiled_call_impl = call  # what `nn.Module.compile` sets and `nn.Module.__call__` asks
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = None
 
 
 def see_in_every_batch(module: nn.Module) -> None:

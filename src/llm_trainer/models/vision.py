@@ -5,13 +5,14 @@ architectures here.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from llm_trainer.config.errors import counted
 from llm_trainer.models.inside import beside_language, evaluating, transformers_models
@@ -61,12 +62,16 @@ class Features(NamedTuple):
     def placed(self) -> dict[str, Any]:
         """`mm_encoder_outputs` of transformers: every use of an image, in the order of the placeholders."""
         order = self.images.order.tolist()
-        levels = [tuple(map(level.__getitem__, order)) for level in self.levels]
+        # Joined here, so that compiled models are given one tensor, however many images there are.
+        levels = list[Tensor]()
+        for level in self.levels:
+            shown = [level[which] for which in order]
+            levels.append(torch.cat(shown))
         fields: dict[str, Any] = {"pooler_output": levels[0]}
-        if isinstance(self.like.pooler_output, Tensor):  # it is put in place as it is, others are joined by the model
-            fields["pooler_output"] = torch.cat(levels[0])
+        if not isinstance(self.like.pooler_output, Tensor):  # where the model joins them itself
+            fields["pooler_output"] = (levels[0],)
         if len(levels) > 1:
-            fields["deepstack_features"] = levels[1:]
+            fields["deepstack_features"] = [(level,) for level in levels[1:]]
         return {"image": type(self.like)(**fields)}
 
 
@@ -82,6 +87,20 @@ class SeenOnce:
     def __init__(self, images: Images | None) -> None:
         self.images, self.is_seen = images, False
         self.features: Features | None = None
+
+
+def _taken_apart(seen: SeenOnce) -> tuple[list[Any], bool]:
+    return [seen.images, seen.features], seen.is_seen
+
+
+def _put_together(parts: Iterable[Any], is_seen: bool) -> SeenOnce:
+    images, features = parts
+    found = SeenOnce(images)
+    found.features, found.is_seen = features, is_seen
+    return found
+
+
+_pytree.register_pytree_node(SeenOnce, _taken_apart, _put_together)  # as `ImageBatch`
 
 
 def joined_features(parts: Sequence[Features]) -> Features:

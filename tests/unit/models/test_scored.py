@@ -260,7 +260,7 @@ def test_inside_ddp(tmp_path: Path) -> None:
 def test_compiled_backbone_gives_the_same_scores_on_every_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     compiler = partial(torch.compile, backend=backend)
-    monkeypatch.setattr("llm_trainer.models.scored.compiled", compiler)
+    monkeypatch.setattr("llm_trainer.models.seeing.compiled", compiler)
     ours, compiled = scored(tiny_model()), scored(tiny_model())
     names = list(compiled.state_dict())
     compiled.compile()

@@ -7,13 +7,16 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_vlm
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from transformers import LlavaForConditionalGeneration
 from vision_rows import flat, gradients, images, padded
 
+from llm_trainer.engine.lockstep import _on_device, _on_host
+from llm_trainer.image_batch import ImageBatch
 from llm_trainer.models.heads import small_sibling
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import ScoredModel, scored
-from llm_trainer.models.vision import unreached
+from llm_trainer.models.vision import SeenOnce, unreached
 
 
 @pytest.mark.parametrize("tokens", [4, 1])
@@ -152,3 +155,28 @@ def test_a_model_whose_images_are_seen_from_other_documents_is_not_packed() -> N
     assert fault.startswith(
         "LlavaForConditionalGeneration: with images, a document laid behind another is scored otherwise"
     )
+
+
+def test_who_brings_inputs_to_another_process_finds_the_tensors_of_images() -> None:
+    """A rank that makes up for a forward of another one gets its inputs on its own device; what the host reads stays there."""
+    ours = scored(tiny_vlm())
+    shown = images(ours)
+    seen = SeenOnce(shown)
+    seen.features, seen.is_seen = ours.vision.encode(shown), True
+    inputs = {"input_ids": torch.ones(1, 2), "images": shown, "seen": seen}
+    leaves, _ = tree_flatten(inputs)
+    assert sum(leaf is shown.inputs["pixel_values"] for leaf in leaves) == 3
+    assert not any(isinstance(leaf, ImageBatch | SeenOnce) for leaf in leaves)
+
+    sent, places, with_gradients = _on_host(inputs)
+    assert set(places) == {"cpu", None} and with_gradients
+    elsewhere = []  # on a device what is beside a model, on the host what is counted
+    for leaf in tree_flatten(sent)[0]:
+        is_tensor = isinstance(leaf, Tensor)
+        assert not (is_tensor and leaf.requires_grad)  # not what a tower would have learned from
+        elsewhere.append("meta" if is_tensor and leaf.is_floating_point() else "cpu")
+    there, _ = _on_device((sent, elsewhere, True), torch.device("meta"))
+    assert isinstance(there["images"], ImageBatch) and isinstance(there["seen"], SeenOnce)
+    assert there["images"].inputs["pixel_values"].is_meta and not there["images"].order.is_meta
+    assert there["seen"].is_seen and all(value.is_meta for level in there["seen"].features.levels for value in level)
+    assert there["seen"].features.images.inputs["pixel_values"].is_meta

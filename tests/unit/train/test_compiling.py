@@ -19,7 +19,7 @@ from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.collate import collate_flat, collate_padded
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.torch import TorchEngine
-from llm_trainer.models import scored
+from llm_trainer.models import seeing
 from llm_trainer.models.build import build_model
 from llm_trainer.state import MicroBatch, StepDone
 from llm_trainer.train import compiling
@@ -243,7 +243,7 @@ def test_layers_compile_once_for_rows_of_all_lengths(flat: bool, losses: Losses)
 def test_a_whole_model_compiles_once_too(losses: Losses, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled in the first step serves all lengths of rows."""
     compiled = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(scored, "compiled", lambda function, **options: compiled(function, **options))
+    monkeypatch.setattr(seeing, "compiled", lambda function, **options: compiled(function, **options))
     graphs: list[int] = []
     found = losses(compile=True, hooks=[Hook("count", lambda run: graphs.append(num_graphs()), every_steps=1)])
     assert len(graphs) > 10 and graphs[0] > 0 and graphs[6] == graphs[0], graphs
