@@ -1,6 +1,7 @@
 """Vision-language models from a configuration: what a run saves opens elsewhere and here, and is planned."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,4 +126,7 @@ def test_the_plan_knows_the_tower(tmp_path: Path, reference_dir: Path, capsys: p
     assert flops_per_token(model, 64) == flops_per_token(plain, 64) + 6 * row
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path / "run.yaml"), "--gpus", "1"])
-    assert f"{tower:,} of them beside the language model" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    [parts] = [line for line in shown.splitlines() if line.startswith("parts ")]
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"(?:tower|projector) ([\d,]+)", parts)]
+    assert len(numbers) == 2 and sum(numbers) == tower
