@@ -112,7 +112,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 renamed = {theirs: ours for ours, theirs in KEYWORDS.items()}
                 named = {renamed.get(option, option): value for option, value in options.items()}
             folder = tmp_path_factory.mktemp(name)
-            _, seen = train(name, folder, train_loader=prompts(4), keep_rollouts=False, **named)
+            named |= {"reward_in_process": True, "keep_rollouts": False}  # a process for each function takes a third
+            _, seen = train(name, folder, train_loader=prompts(4), **named)
             found[key] = [(step["loss"], step["grad_norm"], step.get("reward")) for step in seen]
         return found[key]
 

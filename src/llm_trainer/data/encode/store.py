@@ -191,8 +191,9 @@ def _join_column(folder: Path, name: str, parts: Sequence[Path], flushed: bool) 
     for path in parts:
         with np.load(path) as part:
             lengths.append(part[f"{name}.lengths"])
-            if len(part[f"{name}.values"]):
-                dtypes.append(part[f"{name}.values"].dtype)
+            values = part[f"{name}.values"]  # which reads the file each time
+            if len(values):
+                dtypes.append(values.dtype)
     dtype = np.result_type(*dtypes or [np.uint16])  # weights may be fractions in one part and 0 or 1 in the others
     offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
     save_array(folder / f"{name}.offsets.npy", offsets.shape, offsets.dtype, [offsets], flushed)
