@@ -170,7 +170,8 @@ class DeepSpeedEngine(Engine):
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
             if self.stage == 3:
-                gather_with_callers(module, deepspeed.zero.register_external_parameter)
+                zero = deepspeed.zero
+                gather_with_callers(module, zero.register_external_parameter, zero.GatheredParameters)
             if "activation_checkpointing" in config:
                 deepspeed.checkpointing.configure(None, deepspeed_config=config)
                 recompute_layers(module, deepspeed.checkpointing.checkpoint)

@@ -1,6 +1,8 @@
 """The configuration that DeepSpeed is given, and how a model is made ready for it."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -101,15 +103,20 @@ def recompute_layers(module: nn.Module, recompute: Callable[..., Any]) -> None:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
 
 
-def gather_with_callers(module: nn.Module, register: Callable[[nn.Module, nn.Parameter], None]) -> None:
+def gather_with_callers(
+    module: nn.Module,
+    register: Callable[[nn.Module, nn.Parameter], None],
+    gathered: Callable[[list[nn.Parameter]], AbstractContextManager[Any]],
+) -> None:
     """Have ZeRO-3 gather the parameters that vision-language models themselves have, such as what LLaVA-Next puts between
-    the rows of an image, in the forwards of the modules around them too.
+    the rows of an image, also where features of images are made before the forward in which it would gather them.
 
-    These call the method that makes features of images, before the forward in which ZeRO-3 would gather them.
+    That is in the forwards of the modules around them, and, without gradients, wherever else all ranks ask for features.
 
     Args:
         module: with all models inside.
         register: DeepSpeed's `register_external_parameter`.
+        gathered: its `GatheredParameters`.
     """
     models = list(transformers_models(module))
     for model in models:
@@ -121,6 +128,22 @@ def gather_with_callers(module: nn.Module, register: Callable[[nn.Module, nn.Par
             if is_around and not any(caller is inner for inner in models):
                 for parameter in own:
                     register(caller, parameter)
+        _gather_for_features(model, own, gathered)
+
+
+def _gather_for_features(
+    model: Any, own: list[nn.Parameter], gathered: Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+) -> None:
+    make_features = model.get_image_features
+
+    @wraps(make_features)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or all(parameter.numel() for parameter in own):  # they are gathered already
+            return make_features(*args, **kwargs)
+        with gathered(own):
+            return make_features(*args, **kwargs)
+
+    model.get_image_features = call
 
 
 class _TiedTogether(torch.autograd.Function):
