@@ -420,7 +420,7 @@ def test_who_takes_no_images_says_so(folder: Path, tmp_path: Path) -> None:
     described = asked(folder, tmp_path, ppo_config=PPOConfig(), grpo_config=None)
     how: dict[str, Any] = {"train_config": described, "reward_func": lambda completions, **_: [0.0] * len(completions)}
     with pytest.raises(ValueError, match="its rows show images, and PPOTrainer takes none yet"):
-        PPOTrainer(**how, value_model=torch.nn.Linear(1, 1))
+        PPOTrainer(**how)
 
 
 def asked(folder: Path, tmp_path: Path, **changes: Any) -> TrainConfig:
@@ -458,6 +458,7 @@ def test_prompts_of_files_show_their_images(
     assert values["sampling/sampling_logp_difference/max"] < reference
     screen = capsys.readouterr().out
     assert "4 images read = 3 used + 0 cut off + 1 dropped" in screen
+    assert "images  3 with 12 patches per step on average (4 each), 3 in an epoch" in screen
 
 
 def test_prompts_with_images_need_a_model_that_sees(folder: Path, tmp_path: Path) -> None:
