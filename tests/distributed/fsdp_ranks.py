@@ -296,11 +296,11 @@ def eight_bits(folder: Path, last_step: int) -> dict[str, Any]:
 
 
 def begun(folder: Path, engine: str) -> dict[str, Any]:
-    """Adapters that begin with what the first rows say, whoever has them; two steps of each initialisation."""
+    """Adapters that begin with what the first rows say, whoever has them; three steps of each initialisation."""
     found = {}
     for init in ("eva", "lora_ga"):
         run = folder.with_name(f"{folder.name}-{init}")
-        how = {"save_dir": str(run), "engine": engine, "precision": "fp32", "max_steps": 2, "log_interval": 1}
+        how = {"save_dir": str(run), "engine": engine, "precision": "fp32", "max_steps": 3, "log_interval": 1}
         adapters = {"rank": 4, "target": ["q_proj", "down_proj"], "init": init}
         sections: dict[str, Any] = {"adapter_config": adapters, "run_config": how, "vocabulary_config": {}}
         sections |= {"batch_size": 4 // dist.world_size(), "eval_dataset": None, "eval_prompts": []}

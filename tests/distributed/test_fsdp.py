@@ -148,7 +148,6 @@ def test_adapters_that_begin_with_what_rows_say(played: dict[str, Any], engine: 
     """The same rows on every rank, and as many as one process has."""
     pytest.importorskip("peft", reason="needs peft")
     expected, found = played["begun alone"][0][init], played[f"begun {engine}"][0][init]
-    assert len(found) == 2
     assert_same(found, expected)
 
 
