@@ -5,17 +5,16 @@ digit is it, what is the sum of two, is it even. First a language model learns t
 stood, and first the projector alone learns, then the tower too, then everything. The controls show the right model the wrong
 images, or blank ones: what it still knows then it does not know from images.
 
+Each stage is a run of a configuration, as a YAML file holds it, that begins from the folder of the one before.
 `python tests/learning/digits.py` rewrites the table of docs/results.md. What a seed has finished lies in `--folder`, so that a
 run that was stopped goes on.
 """
 
 import argparse
-import contextlib
-import io
 import json
+import random
 import statistics
 import sys
-import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -23,173 +22,178 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llm_trainer import SFTTrainer, configure_optimizer
-from llm_trainer.optim.schedules import create_scheduler
+from llm_trainer.data.encode.tokenizer import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from learning_table import write
+from seeing import Eyes, described, percent, rows_file, train, trainer_of
 
 MARKERS = "<!-- digits: begin -->", "<!-- digits: end -->"
 SEEDS = (0, 1, 2)
 HELD_OUT = 360
 TASKS = ("which", "sum", "even")
-
-# Ids: the words of the ten digits, the sums 0 to 18, no and yes, and what stands around them.
-SUMS, NO = 10, 29
-QUESTIONS = (31, 32, 33)  # the last token of a prompt, by task
-IMAGE, BEGIN, AND, PAD, VOCABULARY = 34, 35, 36, 37, 40
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE, PATCH = 8, 4
-PER_IMAGE = (SIDE // PATCH) ** 2  # tokens
+ROWS = 32  # of each task in a step
+TURNS = 4  # times that each image stands in the rows of each task, in a sum beside other ones
+LANGUAGE = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.05,
+}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
 
 
 class Stage(NamedTuple):
     """A part of the training.
 
     Attributes:
-        learns: the beginnings of the names of what is trained.
+        before: the stage whose folder it begins from; '': none.
+        how: what its configuration says beside the model and the data.
         goals: least held-out accuracy in each task, in percent.
     """
 
     steps: int
     lr: float
-    learns: tuple[str, ...]
+    before: str
+    how: dict[str, Any]
     goals: tuple[float, float, float]
-    shows_images: bool = True
 
 
-TOWER, PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 STAGES = {
-    "words": Stage(400, 3e-3, ("model.language_model", "lm_head"), (99, 99, 99), shows_images=False),
-    "projector alone": Stage(700, 3e-3, (PROJECTOR,), (35, 0, 0)),
-    "language model frozen": Stage(1300, 1e-3, (PROJECTOR, TOWER), (75, 40, 95)),
-    "everything": Stage(300, 5e-4, ("",), (95, 85, 97)),
+    "words": Stage(400, 3e-3, "", {"sft_config": {}}, (99, 99, 99)),
+    "projector alone": Stage(700, 3e-3, "words", {"sft_config": {"freeze_llm_model": True}}, (35, 0, 0)),
+    "language model frozen": Stage(
+        1300, 1e-3, "projector alone", {"sft_config": {}, "freeze": ["language"]}, (75, 40, 95)
+    ),
+    "everything": Stage(300, 5e-4, "language model frozen", {"sft_config": {}}, (95, 85, 97)),
 }
 CONTROLS = {"images shuffled": (15, 15, 58), "images blank": (15, 15, 58)}  # most
-ROWS = 32  # of each task in a step
+
+
+class Question(NamedTuple):
+    """A question about one or two digits, in words and in images."""
+
+    task: str
+    digits: tuple[int, ...]  # what is shown
+    images: tuple[int, ...]  # numbers of images that show them
+
+    def prompt(self, shows_images: bool) -> str:
+        """As a text, in which words or images stand for the digits."""
+        shown = ["<image>" if shows_images else f" {WORDS[digit]}" for digit in self.digits]
+        return f"Say{' and'.join(shown)} {self.task}"
+
+    @property
+    def answer(self) -> str:
+        """One token."""
+        if self.task == "even":
+            return "no" if self.digits[0] % 2 else "yes"
+        return str(sum(self.digits))
+
+    def row(self, shows_images: bool) -> dict[str, Any]:
+        """As data files have it."""
+        row: dict[str, Any] = {"prompt": self.prompt(shows_images), "completion": f" {self.answer}"}
+        return row | {"images": [file_of(number) for number in self.images]} if shows_images else row
+
+
+def file_of(number: int) -> str:
+    """The name of an image."""
+    return f"images/{number}.png"
 
 
 @cache
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `[1797, 3, 8, 8]` from -1 to 1, alike in the three colours, and what they show `[1797]`."""
+def digits() -> tuple[list[Any], list[int]]:
+    """Images of 8 x 8 pixels, grey, and what they show."""
+    import numpy as np
+    from PIL import Image
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    grey = torch.tensor(found.images, dtype=torch.float32) / 8 - 1  # 0 to 16 in the package
-    return grey[:, None].expand(-1, 3, -1, -1), torch.tensor(found.target)
+    shades = np.round(found.images * 255 / 16).astype(np.uint8)  # 0 to 16 in the package
+    return [Image.fromarray(one) for one in shades], found.target.tolist()
 
 
-def split(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the images to train on `[1437]`, and of the held-out ones `[360]`."""
-    numbers = torch.randperm(len(digits()[1]), generator=torch.Generator().manual_seed(seed))
+def split(seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the images to train on (1,437), and of the held-out ones (360)."""
+    numbers = torch.randperm(len(digits()[1]), generator=torch.Generator().manual_seed(seed)).tolist()
     return numbers[HELD_OUT:], numbers[:HELD_OUT]
 
 
-def model_of(seed: int) -> Any:
-    """LLaVA: SigLIP's tower and Qwen3's language model, two layers each, nothing trained."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig
-
-    torch.manual_seed(seed)
-    layers: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    size = {"image_size": SIDE, "patch_size": PATCH}
-    tower = SiglipVisionConfig(**layers, **size, intermediate_size=128, vision_use_head=False)
-    ids = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "max_position_embeddings": 64}
-    attention = {"num_key_value_heads": 4, "head_dim": 16, "initializer_range": 0.05}
-    text = Qwen3Config(**layers, **ids, **attention, intermediate_size=192)
-    of_images = {"image_token_id": IMAGE, "image_seq_length": PER_IMAGE}
-    features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, **of_images, **features))
-
-
-def rows(task: int, first: torch.Tensor, second: torch.Tensor, shows_images: bool) -> torch.Tensor:
-    """Questions about digits `first [B]`, and in a sum `second [B]`, with their answers as ids `[B, T]`."""
-
-    def shown(digit: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(digit), PER_IMAGE), IMAGE) if shows_images else digit[:, None]
-
-    def always(token: int) -> torch.Tensor:
-        return torch.full((len(first), 1), token)
-
-    parts = [always(BEGIN), shown(first)]
-    answer = [SUMS + first, SUMS + first + second, NO + (first % 2 == 0)][task]
-    if task == TASKS.index("sum"):
-        parts += [always(AND), shown(second)]
-    return torch.cat([*parts, always(QUESTIONS[task]), answer[:, None]], dim=1)
-
-
-def pixels(task: int, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """`[uses, 3, 8, 8]` the images of `rows`, by their numbers, in the order in which they stand there."""
-    images, _ = digits()
-    if task != TASKS.index("sum"):
-        return images[first]
-    return images[torch.stack([first, second], dim=1).flatten()]
-
-
-def batch(numbers: torch.Tensor, shows_images: bool) -> dict[str, torch.Tensor]:
-    """A step: `ROWS` questions of each task about images of `numbers`, the answer alone learned."""
-    _, targets = digits()
-    ids, seen = [], []
-    for task in range(len(TASKS)):
-        first, second = numbers[torch.randint(len(numbers), (2, ROWS))]
-        ids.append(rows(task, targets[first], targets[second], shows_images))
-        seen.append(pixels(task, first, second))
-    width = max(part.shape[1] for part in ids)
-    padded = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=PAD) for part in ids]
-    labels = [torch.full_like(part, -100) for part in padded]
-    for of_task, part in zip(labels, ids, strict=True):
-        of_task[:, part.shape[1] - 1] = part[:, -1]
-    input_ids = torch.cat(padded)
-    made = {"input_ids": input_ids, "labels": torch.cat(labels), "attention_mask": (input_ids != PAD).long()}
-    return made | {"pixel_values": torch.cat(seen)} if shows_images else made
-
-
-def train(model: Any, stage: Stage, seed: int) -> None:
-    """One stage, in place."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(stage.learns))
-    numbers, _ = split(seed)
-    torch.manual_seed(seed + stage.steps)
-    batches = [batch(numbers, stage.shows_images) for _ in range(stage.steps)]
-    optimizer = configure_optimizer(model=model, lr=stage.lr, weight_decay=0.0)
-    schedule = {"warmup_steps": 20, "total_steps": stage.steps, "min_lr": stage.lr / 10}
-    scheduler = create_scheduler(optimizer, "cosine", **schedule)
-    options: dict[str, Any] = {"use_amp": False, "progress": False, "save_interval": 0, "log_interval": stage.steps}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = SFTTrainer(
-            model=model,
-            optimizer=optimizer,
-            train_loader=batches,
-            scheduler=scheduler,
-            device="cpu",
-            max_epochs=1,
-            save_dir=folder,
-            seed=seed,
-            **options,
-        )
-        trainer.train()
-
-
-@torch.no_grad()
-def accuracy(model: Any, seed: int, shows_images: bool, control: str = "") -> list[float]:
-    """Percent of the held-out questions that are answered rightly, by task."""
-    _, held_out = split(seed)
-    _, targets = digits()
-    noise = torch.Generator().manual_seed(seed)
+def questions(numbers: list[int], seed: int, turns: int = 1) -> list[Question]:
+    """Each task about each image, `turns` times; in a sum beside another image, drawn anew each time."""
+    draw = random.Random(seed)
+    targets = digits()[1]
     found = []
-    model.eval()
-    for task in range(len(TASKS)):
-        first, second = held_out, held_out[torch.randperm(HELD_OUT, generator=noise)]
-        ids = rows(task, targets[first], targets[second], shows_images)
-        inputs = {"input_ids": ids[:, :-1]}
+    for _ in range(turns):
+        others = draw.sample(numbers, len(numbers))
+        for number, other in zip(numbers, others, strict=True):
+            for task in TASKS:
+                images = (number, other) if task == "sum" else (number,)
+                found.append(Question(task, tuple(targets[one] for one in images), images))
+    return found
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """The images, the rows and the tokenizer of a seed."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(digits()[0]):
+        image.save(folder / file_of(number))
+    asked = questions(split(seed)[0], seed, TURNS)
+    for name, shows_images in (("words", False), ("images", True)):
+        rows_file(folder / f"{name}.jsonl", [question.row(shows_images) for question in asked])
+    texts = [question.prompt(False) + f" {question.answer}" for question in asked]
+    train_tokenizer(texts, 420).save_pretrained(folder / "tokenizer")
+
+
+def folder_of(folder: Path, name: str) -> Path:
+    """Of the run of a stage."""
+    return folder / name.replace(" ", "_")
+
+
+def config_of(name: str, folder: Path, seed: int) -> dict[str, Any]:
+    """The configuration of a stage, as YAML has it."""
+    stage = STAGES[name]
+    shows_images = name != "words"
+    model: Any = LANGUAGE
+    if stage.before == "words":
+        model = {"language_path": str(folder_of(folder, "words") / "model"), "vision": VISION}
+    elif stage.before:
+        model = str(folder_of(folder, stage.before) / "model")
+    tokenizer = str(folder / "tokenizer") if stage.before in ("", "words") else None
+    data = str(folder / ("images.jsonl" if shows_images else "words.jsonl"))
+    common = described(folder_of(folder, name), data, stage.steps, stage.lr, ROWS * len(TASKS), seed)
+    return common | stage.how | {"model_config": model, "tokenizer": tokenizer}
+
+
+def accuracy(eyes: Eyes, seed: int, shows_images: bool, control: str = "") -> list[float]:
+    """Percent of the held-out questions that are answered rightly, by task."""
+    draw = random.Random(seed)
+    pictures = [image.convert("RGB") for image in digits()[0]]
+    asked = questions(split(seed)[1], seed)
+    found = []
+    for task in TASKS:
+        of_task = [question for question in asked if question.task == task]
+        shown = None
         if shows_images:
-            seen = pixels(task, first, second)
+            shown = [[pictures[number] for number in question.images] for question in of_task]
             if control == "images shuffled":
-                seen = seen[torch.randperm(len(seen), generator=noise)]
+                draw.shuffle(shown)
             if control == "images blank":
-                seen = torch.full_like(seen, -1.0)
-            inputs["pixel_values"] = seen
-        answers = model(**inputs).logits[:, -1].argmax(-1)
-        found.append(100 * float((answers == ids[:, -1]).float().mean()))
-    model.train()
+                blank = pictures[0].point(lambda value: 0)
+                shown = [[blank] * len(question.images) for question in of_task]
+        said = eyes.answers([question.prompt(shows_images) for question in of_task], shown)
+        found.append(percent(said, [question.answer for question in of_task]))
     return found
 
 
@@ -199,39 +203,24 @@ SHOWN = 4  # held-out images that are shown with their answers
 
 def pictures(seed: int) -> list[str]:
     """Some held-out images side by side, in characters."""
-    images, _ = digits()
-    _, held_out = split(seed)
     found = []
     for height in range(SIDE):
         line = "    "
-        for number in held_out[:SHOWN].tolist():
-            for shade in images[number, 0, height].tolist():
-                place = round((shade + 1) / 2 * (len(SHADES) - 1))
-                line += 2 * SHADES[place]
+        for number in split(seed)[1][:SHOWN]:
+            for width in range(SIDE):
+                shade = digits()[0][number].getpixel((width, height))
+                line += 2 * SHADES[round(shade / 255 * (len(SHADES) - 1))]
             line += "    "
         found.append(line)
     return found
 
 
-@torch.no_grad()
-def answers(model: Any, seed: int) -> str:
+def answers(eyes: Eyes, seed: int) -> str:
     """What a model says of these images, and of the sum of the first two."""
-    _, held_out = split(seed)
-    first, second = held_out[:SHOWN], held_out[1 : SHOWN + 1]
-    said = []
-    model.eval()
-    for task in (0, 1):
-        ids = rows(task, first, second, shows_images=True)
-        logits = model(input_ids=ids[:, :-1], pixel_values=pixels(task, first, second)).logits[:, -1]
-        said.append((logits.argmax(-1) - SUMS).tolist())
-    model.train()
-    words = list(map(_number, said[0]))
-    return f"which: {', '.join(words)}; the first two together: {_number(said[1][0])}"
-
-
-def _number(answer: int) -> str:
-    """In digits, if it is a number."""
-    return str(answer) if 0 <= answer < NO - SUMS else "?"
+    images = [digits()[0][number].convert("RGB") for number in split(seed)[1][:SHOWN]]
+    which = eyes.answers(["Say<image> which"] * SHOWN, [[image] for image in images])
+    (together,) = eyes.answers(["Say<image> and<image> sum"], [images[:2]])
+    return f"which: {', '.join(which)}; the first two together: {together}"
 
 
 class Measured(NamedTuple):
@@ -248,42 +237,41 @@ def run(seed: int, folder: Path, shows: bool = False) -> dict[str, Measured]:
     Args:
         shows: print some images, and what the model says of them after each stage.
     """
+    folder = folder / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    known = folder / f"{seed}.json"
+    known = folder / "measured.json"
     found: dict[str, Measured] = {}
     if known.exists():
         found = {name: Measured(*values) for name, values in json.loads(known.read_text()).items()}
-    model = model_of(seed)
+    else:
+        prepare(folder, seed)
 
-    def measure(seconds: float, control: str = "") -> Measured:
-        images = accuracy(model, seed, True, control)
-        return Measured(images, accuracy(model, seed, False), seconds)
-
-    def note(name: str, measured: Measured) -> None:
-        found[name] = measured
+    def note(name: str, eyes: Eyes, seconds: float = 0.0, control: str = "") -> None:
+        sees = eyes.processor is not getattr(eyes.processor, "tokenizer", eyes.processor)
+        images = accuracy(eyes, seed, True, control) if sees else [0.0] * len(TASKS)
+        reader = Eyes(eyes.model, eyes.processor.tokenizer) if sees else eyes
+        found[name] = Measured(images, accuracy(reader, seed, False), seconds)
         known.write_text(json.dumps(found))
 
     if shows:
-        print("\n".join(pictures(seed)))
-        print("    nothing trained:", answers(model, seed), flush=True)
+        print("\n".join(pictures(seed)), flush=True)
     for name, stage in STAGES.items():
-        weights = folder / f"{seed}_{name.replace(' ', '_')}.pt"
-        if name in found:
-            model.load_state_dict(torch.load(weights, weights_only=True))
+        if stage.before == "words":
+            untrained = trainer_of(config_of(name, folder, seed), name)
+            eyes = Eyes(untrained.base_model.eval(), untrained.processor)
             if shows:
-                print(f"    {name}:", answers(model, seed), flush=True)
-            continue
-        started = time.perf_counter()
-        train(model, stage, seed)
-        seconds = time.perf_counter() - started
-        torch.save(model.state_dict(), weights)
-        note(name, measure(seconds))
-        if shows:
-            print(f"    {name}:", answers(model, seed), flush=True)
-        if name == "words":
-            note("nothing trained on images", measure(0.0))
+                print("    nothing trained on images:", answers(eyes, seed), flush=True)
+            if "nothing trained on images" not in found:
+                note("nothing trained on images", eyes)
+        if name not in found:
+            started = time.perf_counter()
+            train(config_of(name, folder, seed), name)
+            note(name, Eyes.of(folder_of(folder, name)), time.perf_counter() - started)
+        if shows and name != "words":
+            print(f"    {name}:", answers(Eyes.of(folder_of(folder, name)), seed), flush=True)
     for control in CONTROLS:
-        note(control, measure(0.0, control))
+        if control not in found:
+            note(control, Eyes.of(folder_of(folder, "everything")), control=control)
     return found
 
 
@@ -293,9 +281,9 @@ def reached(name: str, measured: Measured) -> bool:
         return all(value <= most for value, most in zip(measured.images, CONTROLS[name], strict=True))
     if name not in STAGES:
         return True
-    stage = STAGES[name]
-    shown = measured.images if stage.shows_images else measured.words
-    return all(value >= least for value, least in zip(shown, stage.goals, strict=True)) and min(measured.words) >= 99
+    shown = _shown(name, measured)
+    goals = STAGES[name].goals
+    return all(value >= least for value, least in zip(shown, goals, strict=True)) and min(measured.words) >= 99
 
 
 def median_of(outcomes: list[dict[str, Measured]], name: str) -> Measured:
