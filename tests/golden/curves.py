@@ -136,8 +136,8 @@ def make_teacher(folder: Path) -> None:
     """A teacher with the student's tokenizer."""
     import torch
 
-    from llm_trainer.config.model import ModelConfig
     from llm_trainer.models.build import build_model
+    from llm_trainer.train_configs import ModelConfig  # where every revision has it
 
     torch.manual_seed(9)
     build_model(ModelConfig(**SHAPE, initializer_range=0.5)).save_pretrained(folder / "teacher")
