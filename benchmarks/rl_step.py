@@ -14,7 +14,6 @@ learn the same thing. The environment and the weights are those of `train_throug
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -23,11 +22,11 @@ from typing import Any
 from train_throughput import (
     BENCH,
     RUNNERS,
-    TIMEOUT_S,
     add_machine_options,
     environment_of,
     prepare_work,
     print_goal,
+    printed_or_none,
     python_of,
     spread,
 )
@@ -43,17 +42,10 @@ CLOCKS = ("seconds", "cpu_seconds")  # in the order of each part's numbers
 
 
 def run_job(peer: str, job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any] | None:
-    """One timed run in a fresh process; None (and the end of its errors on the screen) when it fails."""
+    """One timed run in a fresh process; None when it fails."""
     script, where = PEERS[peer]
     command = [python_of(where), str(RUNNERS / script), json.dumps(job)]
-    done = subprocess.run(
-        command, env=environment, cwd=BENCH / "work", capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"peer"')]
-    if done.returncode or not lines:
-        print(f"{peer} failed (exit code {done.returncode}):\n{done.stderr[-1500:]}", flush=True)
-        return None
-    return json.loads(lines[-1])
+    return printed_or_none(peer, command, environment, BENCH / "work")
 
 
 def seconds(run: dict[str, Any], clock: str, part: str | None = None) -> float:

@@ -17,6 +17,7 @@ import venv
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 BENCH, RUNNERS = REPO / ".bench", REPO / "benchmarks" / "peers"
@@ -127,22 +128,33 @@ def environment_of(options: argparse.Namespace) -> dict[str, str]:
     return {**os.environ, **quiet, **poor, "OMP_NUM_THREADS": str(options.threads)}
 
 
-def run_job(peer: str, job: dict[str, object], environment: dict[str, str]) -> dict | None:
-    """One timed run in a fresh process; None (and the end of its errors on the screen) when it fails."""
-    command = [python_of(PEERS[peer].environment), str(RUNNERS / PEERS[peer].script), json.dumps(job)]
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=BENCH / "work",
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+def printed(peer: str, command: list[str], environment: dict[str, str], cwd: Path | None = None) -> dict[str, Any]:
+    """The line of numbers that a run printed, in a fresh process.
+
+    Raises:
+        RuntimeError: it failed; the message is the end of its errors.
+    """
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"peer"')]
     if done.returncode or not lines:
-        print(f"{peer} failed (exit code {done.returncode}):\n{done.stderr[-1500:]}", flush=True)
+        raise RuntimeError(f"{peer} failed (exit code {done.returncode}):\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def printed_or_none(peer: str, command: list[str], environment: dict[str, str], cwd: Path) -> dict[str, Any] | None:
+    """The same; None (and the end of its errors on the screen) when it fails, so that the others go on."""
+    try:
+        return printed(peer, command, environment, cwd)
+    except RuntimeError as error:
+        print(error, flush=True)
         return None
-    return json.loads(lines[-1])
+
+
+def run_job(peer: str, job: dict[str, object], environment: dict[str, str]) -> dict | None:
+    """One timed run in a fresh process; None when it fails."""
+    command = [python_of(PEERS[peer].environment), str(RUNNERS / PEERS[peer].script), json.dumps(job)]
+    return printed_or_none(peer, command, environment, BENCH / "work")
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -11,7 +11,6 @@ import functools
 import json
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -21,10 +20,10 @@ from peers.steady import LONG, Pace
 from train_throughput import (
     BENCH,
     SHARED,
-    TIMEOUT_S,
     add_machine_options,
     environment_of,
     print_goal,
+    printed,
     python_of,
     spread,
 )
@@ -350,17 +349,8 @@ def run_job(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; the message is the end of its errors.
     """
-    done = subprocess.run(
-        [python_of(PEERS[job["peer"]]), str(Path(__file__).resolve()), "--job", json.dumps(job)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"peer"')]
-    if done.returncode or not lines:
-        raise RuntimeError(f"{job['peer']} failed (exit code {done.returncode}):\n{done.stderr[-3000:]}")
-    return json.loads(lines[-1])
+    command = [python_of(PEERS[job["peer"]]), str(Path(__file__).resolve()), "--job", json.dumps(job)]
+    return printed(job["peer"], command, environment)
 
 
 def by_step(work: Path) -> list[list[int]]:

@@ -118,11 +118,8 @@ def every_weight(trainer: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.run.engine.stream_weights(every_model=True)}
 
 
-OF_A_LAYOUT = (
-    "weights",
-    "scored",
-    "position",
-)  # hashes of weights, which differ in the last bits, and a place in a loader
+# Hashes of weights, which differ in the last bits, and a place in a loader.
+OF_A_LAYOUT = ("weights", "scored", "position")
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -137,16 +134,25 @@ def stored(folder: Path) -> dict[str, Any]:
     return {"facts": facts, "columns": columns}
 
 
-def moved(engine: str, ranks: int) -> dict[str, Any]:
-    """Two rollouts; before the second one the reference moves by a quarter: how, the steps that were taken, the rollouts."""
-    report: dict[str, Any] = {"steps": [], "rollouts": []}
+def note_steps(trainer: Any, report: dict[str, Any], *metrics: str) -> None:
+    """Has a run write into `report` what each of its steps measured, and the rollout it learned from."""
+    steps = report["steps"] = []
+    rollouts = report["rollouts"] = []
 
     def note(view: Any) -> None:
-        report["steps"].append([view.values[name] for name in ("loss", "grad_norm", "kl")])
-        report["rollouts"].append(stored(view.save_dir / "rollouts" / f"{view.progress.step - 1:08d}"))
+        steps.append([view.values[name] for name in ("loss", "grad_norm", *metrics)])
+        rollouts.append(stored(view.save_dir / "rollouts" / f"{view.progress.step - 1:08d}"))
+        dist.gather_objects(None)  # the main rank goes on to remove what no checkpoint needs
+
+    trainer.run._user_hooks.append(Hook("note", note, every_steps=1))
+
+
+def moved(engine: str, ranks: int) -> dict[str, Any]:
+    """Two rollouts; before the second one the reference moves by a quarter: how, the steps that were taken, the rollouts."""
+    report: dict[str, Any] = {}
 
     def watch(trainer: Any) -> None:
-        trainer.run._user_hooks.append(Hook("note", note, every_steps=1))
+        note_steps(trainer, report, "kl")
         follow = trainer.machine.follow
 
         def noting(*args: Any) -> None:
@@ -172,10 +178,8 @@ def moved(engine: str, ranks: int) -> dict[str, Any]:
     }
     options |= {"num_samples_per_prompt": 2, "gen_max_seq_len": 6, "kl_coef": 0.5}
     options |= {"ref_model": None, "ref_sync_steps": 1, "mixup_alpha": 0.25}
-    cell, loader = (
-        Cell("grpo", 4 // ranks, 1, ranks, engine=engine),
-        [{"prompts": p} for p in prompts.split(4 // ranks)],
-    )
+    loader = [{"prompts": some} for some in prompts.split(4 // ranks)]
+    cell = Cell("grpo", 4 // ranks, 1, ranks, engine=engine)
     run(cell, model=model_with_everything(), loader=loader, ready=watch, **options)
     return report
 
@@ -184,14 +188,10 @@ def seen(engine: str, ranks: int) -> dict[str, Any]:
     """Two rollouts of prompts that show none, one and two pictures, in small micro-batches: the steps, and what was made."""
     import seeing_policies
 
-    report: dict[str, Any] = {"steps": [], "rollouts": []}
-
-    def note(view: Any) -> None:
-        report["steps"].append([view.values[name] for name in ("loss", "grad_norm", "kl")])
-        report["rollouts"].append(stored(view.save_dir / "rollouts" / f"{view.progress.step - 1:08d}"))
+    report: dict[str, Any] = {}
 
     def watch(trainer: Any) -> None:
-        trainer.run._user_hooks.append(Hook("note", note, every_steps=1))
+        note_steps(trainer, report, "kl")
 
     options: dict[str, Any] = {
         "reward_func": by_length,
@@ -223,14 +223,10 @@ class Judge(torch.nn.Module):
 
 def made_ahead(engine: str, ranks: int) -> dict[str, Any]:
     """Three rollouts, of which the last two are made while the one before is learned from: steps, and what was made."""
-    report: dict[str, Any] = {"steps": [], "rollouts": []}
-
-    def note(view: Any) -> None:
-        report["steps"].append([view.values[name] for name in ("loss", "grad_norm", "staleness/max")])
-        report["rollouts"].append(stored(view.save_dir / "rollouts" / f"{view.progress.step - 1:08d}"))
+    report: dict[str, Any] = {}
 
     def watch(trainer: Any) -> None:
-        trainer.run._user_hooks.append(Hook("note", note, every_steps=1))
+        note_steps(trainer, report, "staleness/max")
 
     prompts = torch.randint(3, 512, (12, 4), generator=torch.Generator().manual_seed(2))
     loader = [{"prompts": some} for some in prompts.split(4 // ranks)]

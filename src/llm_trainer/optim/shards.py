@@ -52,6 +52,7 @@ class AdamW8bitOfShards(torch.optim.Optimizer):
         """
         self._quantized = import_module(f"{PACKAGE}.optim.subclass_8bit")
         self._update = import_module(f"{PACKAGE}.optim.adam").single_param_adam
+        self._values: dict[tuple[bool, torch.device], Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -117,10 +118,17 @@ class AdamW8bitOfShards(torch.optim.Optimizer):
         if scale is None:
             return codes
         signed = MOMENTS[name]
-        values = self._quantized.get_qmap_signed() if signed else self._quantized.get_qmap_unsigned()
-        values = torch.tensor(values, dtype=torch.float32, device=codes.device)
+        values = self._values_of_codes(signed, codes.device)
         found: Tensor = self._quantized.OptimState8bit(codes, _local(scale).view(-1), values, signed, torch.float32)
         return found
+
+    def _values_of_codes(self, signed: bool, device: torch.device) -> Tensor:
+        """`[256]`, brought to each device once: a copy for each moment in each step would be waited for."""
+        key = signed, device
+        if key not in self._values:
+            values = self._quantized.get_qmap_signed() if signed else self._quantized.get_qmap_unsigned()
+            self._values[key] = torch.tensor(values, dtype=torch.float32, device=device)
+        return self._values[key]
 
 
 def _local(tensor: Any) -> Tensor:
