@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
 from llm_trainer.export.door import export
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.vision_build import processor_for
 from llm_trainer.train.metrics import Clock, Shares
 from llm_trainer.train_configs import (
     DataLoaderConfig,
@@ -459,6 +461,39 @@ def test_prompts_of_files_show_their_images(
     screen = capsys.readouterr().out
     assert "4 images read = 3 used + 0 cut off + 1 dropped" in screen
     assert "images  3 with 12 patches per step on average (4 each), 3 in an epoch" in screen
+
+
+def test_the_folder_of_a_reward_model_that_sees_judges_prompts_with_images(folder: Path, tmp_path: Path) -> None:
+    """With the processor of the policy; another one, and a model that reads text, are refused before any step."""
+    sizes: dict[str, Any] = {**TEXT, "vocab_size": 291, "vision": VISION}
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    judge = build_model(VLMConfig(**sizes, image_token_id=tokenizer.convert_tokens_to_ids("<image>")))
+    processor = processor_for(judge.config, tokenizer)
+    saved = reward_model(judge, pad_token_id=0)
+    for name in ("judge", "other"):
+        saved.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+
+    def described(name: str) -> TrainConfig:
+        section = GRPOConfig(group_size=2, gen_max_seq_len=4, reward_model_checkpoint=str(tmp_path / name))
+        return asked(folder, tmp_path, grpo_config=section)
+
+    trainer = GRPOTrainer(train_config=described("judge"))
+    values = trainer.train()
+    assert trainer.judge is not None and trainer.judge.takes_images
+    assert values["grad_norm"] > 0 and values["rewards/model_reward"] == pytest.approx(values["reward"])
+    other = (
+        f"the processor of {tmp_path / 'other'} differs from that of this run (the pixel_values of an image of 64 x 64 "
+    )
+    with pytest.raises(ValueError, match=re.escape(f"reward_model_checkpoint: {other}pixels are other numbers)")):
+        GRPOTrainer(train_config=described("other"))
+    reward_model(build_model(ModelConfig(**TEXT, vocab_size=291)), 0).save_pretrained(tmp_path / "blind")
+    tokenizer.save_pretrained(tmp_path / "blind")
+    with pytest.raises(
+        ValueError, match="prompts show images, and the reward model reads text alone; expected one that"
+    ):
+        GRPOTrainer(train_config=described("blind"))
 
 
 def test_prompts_with_images_need_a_model_that_sees(folder: Path, tmp_path: Path) -> None:

@@ -185,8 +185,12 @@ def moved(engine: str, ranks: int) -> dict[str, Any]:
 
 
 def seen(engine: str, ranks: int) -> dict[str, Any]:
-    """Two rollouts of prompts that show none, one and two pictures, in small micro-batches: the steps, and what was made."""
+    """Two rollouts of prompts that show none, one and two pictures, in small micro-batches: the steps, and what was made.
+
+    A function judges them, and a reward model that sees.
+    """
     import seeing_policies
+    from llm_trainer.models.rewarding import reward_model
 
     report: dict[str, Any] = {}
 
@@ -201,6 +205,7 @@ def seen(engine: str, ranks: int) -> dict[str, Any]:
     options |= {"num_samples_per_prompt": 2, "gen_max_seq_len": 6, "stop_token_ids": [*range(0, 290, 20)]}
     options |= {
         "ref_model": seeing_policies.tiny(seed=1),
+        "reward_model": reward_model(seeing_policies.tiny(seed=2)),
         "ptx_loader": None,
         "ptx_coef": 0.0,
         "micro_batch_tokens": 40,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_trainer.builder.model import bits_to_read, leave_out, make_model, prepare_bits, refuse_changes
-from llm_trainer.builder.seeing import image_tags, make_image_format, make_processor, refuse_tags
+from llm_trainer.builder.seeing import check_same_images, image_tags, make_image_format, make_processor, refuse_tags
 from llm_trainer.builder.streams import make_streams, options_of_reading, paths_of
 from llm_trainer.checkpoint import load_checkpoint, load_weights
 from llm_trainer.config.adapters import LORA
@@ -153,6 +153,10 @@ class Builder:
 
     def tokenizer_of(self, source: str) -> Any:
         return load_tokenizer(source)
+
+    def check_images(self, source: str, key: str) -> None:
+        if self.images is not None:
+            check_same_images(self.images, source, self.tokenizer, key)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
 """What a run makes of images: the processor of its model, their tokens, and the files that name them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llm_trainer.builder.streams import paths_of
 from llm_trainer.config.algorithms import SFTConfig
-from llm_trainer.config.errors import counted
+from llm_trainer.config.errors import ConfigError, counted
 from llm_trainer.config.model import VLMConfig
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.data.provided import ProvidedImages
@@ -44,6 +45,29 @@ def make_image_format(config: TrainConfig, section: Any, policy: Any, processor:
     if isinstance(section, SFTConfig) and section.pixel_values_provider is not None:
         return ProvidedImages(processor, section.pixel_values_provider, patch)
     return ImageFormat(processor, patch, config.data_loader_config.max_pixels)
+
+
+def check_same_images(images: ImageFormat, source: str, tokenizer: Any, key: str) -> None:
+    """
+    Args:
+        images: of the run.
+        source: of another model, which is to see the same; one that reads text sees nothing.
+        tokenizer: of the run.
+        key: of the configuration that names it.
+
+    Raises:
+        ConfigError: it was trained on other tokens, or on other numbers, of an image.
+    """
+    found = find_pretrained(source, (Found.LANGUAGE_MODEL, *REWARD_MODELS), key=key)
+    if not sees_images(SimpleNamespace(**found.config)):
+        return
+    theirs = ImageFormat(read_processor(found.model_source, tokenizer), max_pixels=images.max_pixels)
+    difference = images.difference(theirs)
+    if difference:
+        raise ConfigError(
+            f"{key}: the processor of {source} differs from that of this run ({difference}), so the model would be shown what "
+            f"it was not trained on; expected a model of the policy's family with the same processor"
+        )
 
 
 def image_tags(config: TrainConfig, section: Any) -> dict[str, str]:

@@ -29,6 +29,7 @@ OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _ASKING = Lock()
 _BLANK = (64, 64)  # height and width of an image that every processor takes
 _FIX = "use the tokenizer in the folder of the model (tokenizer: null takes it)"
+_COMPARED = (_BLANK, (48, 80))  # height and width of pictures by which two formats are compared
 _PATCH = 14  # pixels of a patch's side where nobody says it: that of CLIP's and SigLIP's towers
 
 
@@ -225,6 +226,27 @@ class ImageFormat:
         described = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
         return [type(self.processor).__name__, described, self.max_pixels]
 
+    def difference(self, other: "ImageFormat") -> str:
+        """What `other` makes otherwise of a picture, in words; empty: nothing."""
+        import torch
+
+        for height, width in _COMPARED:
+            where = f"of {height} x {width} pixels"
+            ours, theirs = self.ids(height, width), other.ids(height, width)
+            if ours != theirs:
+                return f"an image {where} becomes {len(theirs)} tokens, which are not the {len(ours)} of the run"
+            picture = _picture(height, width)
+            numbers, others = self.numbers([picture]), other.numbers([picture])
+            if numbers.keys() != others.keys():
+                return f"an image becomes {', '.join(sorted(others))} and not {', '.join(sorted(numbers))}"
+            for name, values in numbers.items():
+                found = others[name]
+                if found.shape != values.shape:
+                    return f"the {name} of an image {where} have the shape {list(found.shape)} and not {list(values.shape)}"
+                if not torch.allclose(found.float(), values.float(), atol=1e-4):
+                    return f"the {name} of an image {where} are other numbers"
+        return ""
+
     def _processed(self, images: Sequence["Image"]) -> dict[str, Any]:
         """What the processor makes of some images, each in a text of its own."""
         how = {"return_tensors": "pt", "padding": True, "add_special_tokens": False}
@@ -253,3 +275,11 @@ class ImageFormat:
         if pixels.ndim > 2:
             tower = pixels.size // (3 * self.patch_size**2)
         return ImageTokens(text, tuple(runs), ids, tower)
+
+
+def _picture(height: int, width: int) -> "Image":
+    """A picture whose pixels differ, the same at every call."""
+    from PIL import Image
+
+    values = np.arange(height * width * 3) * 7919 % 251
+    return Image.fromarray(values.astype(np.uint8).reshape(height, width, 3))

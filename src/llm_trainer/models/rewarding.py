@@ -15,7 +15,7 @@ from llm_trainer.models.attention import knows_branches
 from llm_trainer.models.build import attention_of
 from llm_trainer.models.inside import adapted_model, auto_class, language_config, sees_images
 from llm_trainer.models.pretrained import ENDINGS, REWARD_MODELS, Kind, Pretrained, find_pretrained
-from llm_trainer.models.seeing import Seeing
+from llm_trainer.models.seeing import Seeing, accepted_inputs
 from llm_trainer.models.vision import Images
 
 if TYPE_CHECKING:
@@ -33,11 +33,15 @@ class Rewarding(Seeing, nn.Module):
     `transformers` itself looks for the last token that is not the padding id, which is another one where padding and
     end of text share an id.
 
+    Args:
+        model: of sequences or of tokens.
+        num_labels: that it has to have; None: any number, and of several each reward is a row of them.
+
     Raises:
         ValueError: the model gives another number of labels.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, num_labels: int | None = 1) -> None:
         super().__init__()
         from transformers import PreTrainedModel
 
@@ -46,8 +50,10 @@ class Rewarding(Seeing, nn.Module):
         labels = getattr(head, "out_features", None)  # also of a copy that is trained and saved beside adapters
         if head is None or labels is None:
             raise ValueError(f"{type(model).__name__} is no reward model; make one with models.rewarding.reward_model")
-        if labels != 1:
-            raise ValueError(f"{type(model).__name__} has {labels} labels, expected 1: num_labels=1")
+        if num_labels is not None and labels != num_labels:
+            raise ValueError(
+                f"{type(model).__name__} has {labels} labels, expected {num_labels}: num_labels={num_labels}"
+            )
         self.body = cast("PreTrainedModel", inner.base_model)
         self.head = head
         self._look(self.body)
@@ -88,7 +94,9 @@ class Rewarding(Seeing, nn.Module):
         hidden = self._run(input_ids, **inputs).last_hidden_state  # (B, T, D)
         if not every_token:
             hidden = _last_tokens(hidden, attention_mask, document_lengths)  # (B, D)
-        rewards = self.head(hidden).squeeze(-1).float()
+        rewards = self.head(hidden).float()  # (..., labels)
+        if rewards.shape[-1] == 1:
+            rewards = rewards.squeeze(-1)
         return rewards if zero is None else rewards + zero
 
 
@@ -277,9 +285,39 @@ def _check_judge(name: str, is_of_steps: bool, judges_steps: bool) -> None:
         )
 
 
-class Judge(nn.Module):
+class AnyJudge(nn.Module):
+    """What judges what a policy writes, called alike whatever it is.
+
+    Attributes:
+        model: a `Rewarding`, or what was given.
+    """
+
+    model: nn.Module
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The placeholder of images of a model that sees; None: it reads text, or is a module that knows what it is shown."""
+        seen = self.model.vision if isinstance(self.model, Rewarding) else None
+        return None if seen is None or seen.model is None else seen.image_token_id
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether it may be shown images: a model that sees, or a module whose forward names `images`."""
+        if isinstance(self.model, Rewarding):
+            return self.image_token_id is not None
+        return "images" in (accepted_inputs(self.model) or ())
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Of a model that sees its language model alone (`Seeing.compile`)."""
+        if self.image_token_id is None:
+            super().compile(*args, **options)
+        else:
+            self.model.compile(*args, **options)
+
+
+class Judge(AnyJudge):
     """A reward model, called alike whatever it is: a `transformers` classifier with one label, or any module that gives one
-    number for each row of ids `[B, T]` under a mask `[B, T]`.
+    number for each row of ids `[B, T]` under a mask `[B, T]`, and perhaps `images`.
 
     Raises:
         ValueError: it judges steps, and not whole completions.
@@ -310,9 +348,10 @@ class Judge(nn.Module):
         return rewards.reshape(-1).float()
 
 
-class StepJudge(nn.Module):
+class StepJudge(AnyJudge):
     """A process reward model, called alike whatever it is: a `transformers` token classifier, or any module that gives one
-    number for each token of ids `[B, T]` under a mask `[B, T]`. Whoever calls it reads the numbers at the steps' last tokens.
+    number for each token of ids `[B, T]` under a mask `[B, T]`, and perhaps `images`. Whoever calls it reads the numbers at
+    the steps' last tokens.
 
     Two labels are the logits of wrong and right, and the number is the probability of right (`label_of_right`). One label is
     the logit of right, as `process_reward_model` has it, and the number its probability; where the configuration says
@@ -332,19 +371,22 @@ class StepJudge(nn.Module):
             _check_judge(type(model).__name__, type(model).__name__.endswith(OF_STEPS), judges_steps=True)
             self._right = label_of_right(_labels_of(model.config.to_dict()))
             self._is_probability = getattr(model.config, "problem_type", None) != "regression"
+            if sees_images(model.config):
+                self.model = Rewarding(model, num_labels=None)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores `[B, T]` of the tokens of rows padded on the right.
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, images: Images | None = None) -> Tensor:
+        """Scores `[B, T]` of the tokens of rows padded on the right, which may show `images`.
 
         Raises:
             ValueError: the module gives something else.
         """
-        found = self.model(input_ids, attention_mask=attention_mask)
         if self._is_classifier:
-            logits = found.logits.float()  # (B, T, labels)
+            logits = self._logits(input_ids, attention_mask, images)
             if self._right is not None:
                 return logits.softmax(-1)[..., self._right]
             return logits[..., 0].sigmoid() if self._is_probability else logits[..., 0]
+        shown = {} if images is None else {"images": images}
+        found = self.model(input_ids, attention_mask=attention_mask, **shown)
         if not isinstance(found, Tensor) or found.shape != input_ids.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
@@ -352,3 +394,11 @@ class StepJudge(nn.Module):
                 f"each token: a transformers model for token classification, or a module that gives {list(input_ids.shape)}"
             )
         return found.float()
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor, images: Images | None) -> Tensor:
+        """`[B, T, labels]` of a token classifier."""
+        if not isinstance(self.model, Rewarding):
+            logits: Tensor = self.model(input_ids, attention_mask=attention_mask).logits
+            return logits.float()
+        found = self.model.per_token(input_ids, attention_mask=attention_mask, images=images)
+        return found.reshape(*input_ids.shape, -1)

@@ -59,6 +59,16 @@ class Build(Protocol):
     def tokenizer_of(self, source: str) -> Any:
         """The tokenizer in a Hugging Face folder."""
 
+    def check_images(self, source: str, key: str) -> None:
+        """
+        Args:
+            source: of a model beside the policy, as `key` of the configuration names it.
+            key: for messages.
+
+        Raises:
+            ConfigError: it sees images, and its processor makes something else of them than that of the run does.
+        """
+
     def frozen(self, source: Any) -> "nn.Module":
         """A model that is only compared with.
 

@@ -10,9 +10,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from llm_trainer.config.errors import ConfigError
-from llm_trainer.data.collate import collate_padded
+from llm_trainer.data.collate import collate_padded, lay_with_images
+from llm_trainer.data.kinds import Lay
 from llm_trainer.data.rollouts import JUDGED, STEP_REWARDS, Rollout, collate_rollout
+from llm_trainer.data.vision import ImageFormat
 from llm_trainer.generation.verify import hashes_of, joint_hash
+from llm_trainer.image_batch import moved
 from llm_trainer.machine import Machine
 from llm_trainer.models.frozen import freeze
 from llm_trainer.models.rewarding import Judge, StepJudge
@@ -46,6 +49,27 @@ def judge_of(model: nn.Module | None, steps: str | None, has_turns: bool) -> Jud
     if model is None:
         return None
     return Judge(freeze(model)) if steps is None else StepJudge(freeze(model))
+
+
+def shown_nothing(judge: Judge | StepJudge, images: ImageFormat) -> str:
+    """Why a judge cannot be shown the images of prompts, and what to do; empty: it can.
+
+    Args:
+        judge: of the run.
+        images: what makes tokens and numbers of them.
+    """
+    if not judge.takes_images:
+        return (
+            "the reward model reads text alone; expected one that sees (reward_config on pairs that show images), reward "
+            "functions, or prompts of text"
+        )
+    theirs = judge.image_token_id
+    if theirs is not None and theirs != images.image_token_id:
+        return (
+            f"the reward model's placeholder of an image is token {theirs}, the policy's {images.image_token_id}; expected a "
+            f"reward model that was made of the policy's family"
+        )
+    return ""
 
 
 def model_facts(model: nn.Module) -> dict[str, str]:
@@ -136,7 +160,12 @@ def step_ends_of(separator: str | None, tokenizer: Any) -> StepEnds | None:
 
 
 def judged_columns(
-    rollout: Rollout, judge: Judge | StepJudge, machine: Machine, pad_id: int, ends: StepEnds | None
+    rollout: Rollout,
+    judge: Judge | StepJudge,
+    machine: Machine,
+    pad_id: int,
+    ends: StepEnds | None,
+    images: ImageFormat | None = None,
 ) -> dict[str, list[np.ndarray]]:
     """What a reward model gives: the column `model_reward`, of steps their mean; and of steps `step_rewards`.
 
@@ -146,13 +175,16 @@ def judged_columns(
         machine: of the run.
         pad_id: of rows that are padded.
         ends: of the steps that it judges; None: it judges whole completions.
+        images: what opens those that prompts show; None: the rollout shows none.
     """
 
     def rewards(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        inputs = {name: batch[name].to(machine.device) for name in ("input_ids", "attention_mask")}
-        return {JUDGED: judge(**inputs)}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "images") if name in batch}
+        return {JUDGED: judge(**moved(inputs, machine.device))}
 
-    lay = partial(collate_padded, pad_id=pad_id)
+    lay: Lay = partial(collate_padded, pad_id=pad_id)
+    if images is not None:
+        lay = partial(lay_with_images, lay=lay, images=images)
     found = machine.score(rollout, partial(collate_rollout, lay=lay), rewards)[JUDGED]
     if ends is None:
         return {JUDGED: [np.atleast_1d(value).astype(np.float64) for value in found]}

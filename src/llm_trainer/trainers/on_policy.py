@@ -33,6 +33,7 @@ from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.inside import model_context, vocab_size_of
 from llm_trainer.models.rewarding import load_judge
 from llm_trainer.models.scored import TokenScores
+from llm_trainer.models.seeing import see_in_every_batch
 from llm_trainer.rewards.functions import RewardFunctions
 from llm_trainer.rewards.named import several
 from llm_trainer.trainers.agreement import Agreement
@@ -41,7 +42,7 @@ from llm_trainer.trainers.answers import Batch, score
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.drawing import drawing, service_of
 from llm_trainer.trainers.given import pad_id_of
-from llm_trainer.trainers.judging import judge_of, judged_columns, model_facts, step_ends_of
+from llm_trainer.trainers.judging import judge_of, judged_columns, model_facts, shown_nothing, step_ends_of
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
 from llm_trainer.trainers.prompt_images import PromptImages, format_of, never_drawn
@@ -163,6 +164,8 @@ class OnPolicyTrainer(BaseTrainer):
         is_own = how.rollouts is None and how.gen_repetition_penalty == 1 and not how.max_staleness
         self._agreement = Agreement(self.machine.precision_name, how.max_logp_difference, is_own)
         if self.judge is not None:
+            if self.machine.shows_images:
+                see_in_every_batch(self.judge)
             self.machine.place(self.judge)
         if self.rewards is not None:
             self.rewards.say = self.machine.say
@@ -185,6 +188,7 @@ class OnPolicyTrainer(BaseTrainer):
                     f"reward_model_checkpoint: {source} has another tokenizer than the policy, so its ids mean other tokens; "
                     f"expected a reward model made of the policy's family"
                 )
+            build.check_images(source, "reward_model_checkpoint")
             attention = resolve_attention(config.run_config.attention, build.device)
             options["reward_model"] = load_judge(source, section.reward_model_steps is not None, attention)
         judges = (section.rewards, source, section.rollouts, Partners.are_in(section))
@@ -277,8 +281,10 @@ class OnPolicyTrainer(BaseTrainer):
             return "rollout_servers are sent ids alone; expected none of them: the process that trains then draws"
         if self.partners is not None:
             return "environments, tools and agents speak in text alone; expected reward functions, or prompts of text"
-        if self.judge is not None:
-            return "the reward model reads text alone; expected reward functions, or prompts of text"
+        if self.judge is not None and self._images is not None:
+            why = shown_nothing(self.judge, self._images)
+            if why:
+                return why
         if self._route_columns:
             return "replay_routes knows the routes of text alone; expected replay_routes: false, or prompts of text"
         return ""
@@ -456,7 +462,8 @@ class OnPolicyTrainer(BaseTrainer):
         """The columns of the reward model, if there is one."""
         if self.judge is None:
             return {}
-        return judged_columns(rollout, self.judge, self.machine, self._pad_id, self._step_ends)
+        images = None if rollout.tower_tokens is None else self._images
+        return judged_columns(rollout, self.judge, self.machine, self._pad_id, self._step_ends, images)
 
     def _note(self, rollout: Rollout, is_missing: np.ndarray, is_level: bool) -> None:
         """Say what will teach nothing, however long it goes on.

@@ -11,7 +11,7 @@ from vision_families import family_model
 from llm_trainer.image_batch import ImageBatch
 from llm_trainer.models import seeing
 from llm_trainer.models.attention import resolve_attention
-from llm_trainer.models.rewarding import Rewarding, reward_model
+from llm_trainer.models.rewarding import Judge, Rewarding, reward_model
 from llm_trainer.models.scored import scored
 from llm_trainer.models.vision import Vision
 
@@ -67,8 +67,13 @@ def test_images_of_any_number_and_size_take_one_graph(
         model = reward_model(model, pad_token_id=0)
     make = Rewarding if rewards else scored
     plain, compiled = make(model), make(model)
+    if rewards:  # as a run compiles what judges
+        judge = Judge(model)
+        judge.compile(dynamic=True)
+        compiled = judge.model
+    else:
+        compiled.compile(dynamic=True)
     plain.with_images = compiled.with_images = True
-    compiled.compile(dynamic=True)
     graphs = []
     for seed, counts in enumerate(SHOWN):
         batch = micro_batch(plain.vision, counts, seed)

@@ -1,6 +1,7 @@
 """GRPO on prompts that show images: sampler and trainer see the same, whatever shares a micro-batch, and rollouts keep it."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llm_trainer.data.rollout_prompts import in_groups, rows_of
 from llm_trainer.data.rollouts import Plan, Rollout
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.image_batch import ImageBatch
+from llm_trainer.models.rewarding import Rewarding, StepJudge, process_reward_model, reward_model
 from llm_trainer.models.vision import Vision
 from llm_trainer.trainers.ppo import PPOTrainer
 from vision_data import file_of, picture
@@ -110,6 +112,91 @@ def test_each_image_of_a_micro_batch_is_encoded_once(tmp_path: Path, monkeypatch
     # The probe is text; prompts 1 and 2 show a picture and two to the sampler; 12 rows are scored, once for policy and
     # reference, and then learned from twice, in two micro-batches each time.
     assert seen[:4] == [0, 1, 2, 3] and len(seen) == 8 and all(0 <= count <= 3 for count in seen[4:])
+
+
+# Reward models that see what prompts show.
+
+
+@pytest.mark.parametrize("judges_steps", [False, True], ids=["answers", "steps"])
+def test_a_reward_model_sees_what_prompts_show(judges_steps: bool, tmp_path: Path) -> None:
+    """Its numbers are those of each row alone with its own pictures, whatever shares a micro-batch."""
+    make = process_reward_model if judges_steps else reward_model
+    judge = make(seeing.tiny(seed=1), pad_token_id=0).eval()
+    alone = Rewarding(copy.deepcopy(judge))
+    how: dict[str, Any] = {"reward_func": None, "reward_model": judge, "micro_batch_tokens": 45}
+    if judges_steps:
+        how["reward_model_steps"] = "e"
+    _, seen = seeing.train("grpo", tmp_path, **how)
+    assert all(values["grad_norm"] > 0 for values in seen)
+    images, shown, others = ImageFormat(seeing.processor()), 0, []
+    for rollout in policies.rollouts_of(tmp_path):
+        judged = rollout.step_rewards() if judges_steps else rollout.column("model_reward")
+        for row in range(len(rollout)):
+            ids = torch.from_numpy(rollout.store["input_ids"][row].astype(np.int64))[None]
+            opened = images.opened([(rollout.images(row), "here")])
+            expected = of_row(alone, ids, opened, judged[row])
+            assert np.nanmax(np.abs(judged[row] - expected)) < 1e-5
+            if opened is not None:
+                shown += 1
+                unlit = {name: value * 0 for name, value in opened.inputs.items()}
+                dark = of_row(alone, ids, replace(opened, inputs=unlit), judged[row])
+                others.append(np.nanmax(np.abs(judged[row] - dark)))
+    assert shown == 16 and min(others) > 1e-5 and max(others) > 1e-2
+
+
+@torch.no_grad()
+def of_row(model: Rewarding, ids: torch.Tensor, images: Any, judged: Any) -> Any:
+    """The number of a row, or those of the steps that were judged, by a model that is shown this row alone."""
+    if np.ndim(judged) == 0:
+        return float(model(ids, torch.ones_like(ids), images=images))
+    scores = model.per_token(ids, attention_mask=torch.ones_like(ids), images=images)[0].sigmoid()
+    return np.where(np.isnan(judged), np.nan, scores.numpy())
+
+
+def test_a_judge_with_two_labels_sees_the_steps() -> None:
+    from transformers import LlavaConfig
+
+    from llm_trainer.models.pretrained import Kind
+    from llm_trainer.models.rewarding import classifier_class
+
+    config = copy.deepcopy(seeing.tiny().config)
+    assert isinstance(config, LlavaConfig)
+    config.id2label = {0: "wrong", 1: "right"}
+    torch.manual_seed(3)
+    model = classifier_class(Kind.STEP_REWARD_MODEL, config)._from_config(config).eval()
+    judge, ids = StepJudge(model), torch.randint(10, 250, (2, 9))
+    ids[:, 2:6] = seeing.image_id()
+    refs = [count_image(data, None, Location("here")) for data in seeing.pictures()[:2]]
+    opened = ImageFormat(seeing.processor()).opened([([ref], "here") for ref in refs])
+    with torch.no_grad():
+        found = judge(ids, torch.ones_like(ids), opened)
+        logits = model(ids, attention_mask=torch.ones_like(ids), pixel_values=opened.inputs["pixel_values"]).logits
+    torch.testing.assert_close(found, logits.softmax(-1)[..., 1])
+    assert judge.takes_images and not StepJudge(process_reward_model(policies.tiny())).takes_images
+
+
+def test_a_judge_with_another_placeholder_is_refused(tmp_path: Path) -> None:
+    other = seeing.tiny(seed=1)
+    other.config.image_token_id = 7
+    trainer = policies.make("grpo", tmp_path, seeing.tiny(), **seeing.options(reward_model=reward_model(other)))
+    expected = (
+        f"the reward model's placeholder of an image is token 7, the policy's {seeing.image_id()}; expected a reward"
+    )
+    with pytest.raises(ValueError, match=expected):
+        trainer._rollout_maker().images.check()
+
+
+class Uses(torch.nn.Module):
+    """Of the user: how many images a row shows."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, images: Any = None) -> torch.Tensor:
+        return torch.zeros(len(input_ids)) if images is None else images.counts.float()
+
+
+def test_a_module_of_the_user_may_take_images(tmp_path: Path) -> None:
+    seeing.train("grpo", tmp_path, reward_func=None, reward_model=Uses())
+    found = [rollout.column("model_reward").tolist() for rollout in policies.rollouts_of(tmp_path)]
+    assert found == [[0.0] * 4 + [1.0] * 4, [2.0] * 4 + [0.0] * 4, [1.0] * 4 + [2.0] * 4]
 
 
 def test_the_sampler_gets_the_weights_of_tower_and_projector(tmp_path: Path) -> None:
