@@ -45,7 +45,7 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
     """
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(path_or_name)
+    path = _home(Path(path_or_name))
     tokenizer: PreTrainedTokenizerBase
     if path.is_file():
         tokenizer = _from_json(path)
@@ -63,17 +63,32 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
     elif _names_no_special_class(path):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
     else:
-        tokenizer = _from_pretrained(path_or_name)
+        tokenizer = _from_pretrained(path)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(
             f"{path_or_name}: the tokenizer is a {type(tokenizer).__name__}; expected a fast one, which knows the "
             "characters of each token; convert it and save its tokenizer.json"
+        )
+    # transformers makes one of nothing but control tokens for the model_type of a folder that has none
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise TokenizerError(
+            f"{path_or_name}: found a model without a tokenizer; expected its tokenizer.json beside it; copy the files of the "
+            "tokenizer there, or name another folder (`tokenizer` in the configuration, or TOKEN_DIR)"
         )
     _complete(tokenizer, path_or_name)
     beside = path / "chat_template.json"  # of a processor, as older ones of vision-language models were saved
     if tokenizer.chat_template is None and beside.is_file():
         tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8")).get("chat_template")
     return tokenizer
+
+
+def _home(path: Path) -> Path:
+    """Where the tokenizer of a folder lies: of the base that a checkpoint holds under its adapters, beside these."""
+    above = path.parent
+    is_under_adapters = path.name == "base" and (above / "adapter_config.json").is_file()
+    if is_under_adapters and (above / "tokenizer.json").is_file() and not (path / "tokenizer.json").is_file():
+        return above
+    return path
 
 
 def _names_no_special_class(folder: Path) -> bool:

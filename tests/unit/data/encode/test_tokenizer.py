@@ -91,6 +91,20 @@ def test_nothing_to_load_is_an_error_that_says_what_is_there(tmp_path: Path) -> 
         load_tokenizer(tmp_path)
 
 
+def test_a_model_without_a_tokenizer_has_no_empty_one(tmp_path: Path) -> None:
+    """transformers makes one of nothing for families that it knows; rows would lose all their words."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    with pytest.raises(TokenizerError, match=r"base: found a model without a tokenizer; expected its tokenizer.json"):
+        load_tokenizer(tmp_path / "base")
+    made = train_tokenizer(["a b"], 300)
+    made.save_pretrained(tmp_path)
+    with pytest.raises(TokenizerError, match="found a model without a tokenizer"):
+        load_tokenizer(tmp_path / "base")
+    (tmp_path / "adapter_config.json").write_text("{}")  # the base that a checkpoint of adapters holds
+    assert load_tokenizer(tmp_path / "base").get_vocab() == made.get_vocab()
+
+
 def test_vocabulary_must_fit_the_embedding(trained: Any) -> None:
     check_vocabulary(trained, 300)
     with pytest.raises(TokenizerError, match=r"ids up to 299, .* embedding has 299 rows; expected at least 300"):
