@@ -14,7 +14,7 @@ from llm_trainer.config.adapters import ALL_LINEAR, INITS, LORA, OF_FIRST_ROWS, 
 from llm_trainer.config.errors import require
 from llm_trainer.models.inside import has_adapters, sees_images, transformers_model
 from llm_trainer.models.pretrained import ENDINGS, Kind
-from llm_trainer.models.quantize import is_quantized
+from llm_trainer.models.quantize import hush, is_quantized
 from llm_trainer.models.targets import Targets, find_targets, tables_of
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def _check_first_rows(model: nn.Module, config: AdapterConfig, new_tokens: Seque
 
 
 def library() -> Any:
-    """`peft`, without what it warns of while it is imported."""
+    """`peft`, without what it and bitsandbytes, where that is installed, warn of while they are imported."""
+    hush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports
         import peft
@@ -351,9 +352,14 @@ def _check_base(adapted: "PeftModel", stands_on: Base, folder: Path) -> None:
         ValueError: other weights than those that the adapter was trained on, bit for bit.
     """
     own = fingerprint_of(adapted)
-    if own != stands_on.fingerprint:
-        where = stands_on.source or folder / BASE_FOLDER
-        raise ValueError(
-            f"adapter_config.path: the adapter in {folder} was trained on {stands_on}, and this model has {own}: other "
-            f"weights, or other bits of the same ones. Expected model_config: {where}"
-        )
+    if own == stands_on.fingerprint:
+        return
+    expected = f"model_config: {stands_on.source or folder / BASE_FOLDER}"
+    if is_quantized(adapted) and stands_on.quantization is None:
+        own, expected = f"{own} in few bits", f"{expected}, and no quantization_config"
+    if stands_on.quantization is not None and not is_quantized(adapted):
+        expected += ", and the quantization_config of that run"
+    raise ValueError(
+        f"adapter_config.path: the adapter in {folder} was trained on {stands_on}, and this model has {own}: other weights, or "
+        f"other bits of the same ones. Expected {expected}"
+    )

@@ -2,6 +2,7 @@
 ours than `inside`, so that every room may import it.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from llm_trainer.models.inside import is_kind_of
 
 # How far scales may be from each other that were rounded to 8 bits around means that differ in their last bit.
 SCALES_ROUNDED = 0.02
+# They warn of a kernel that is only for inference, and of every product in 8 bits, which is in fp16 as it has to be.
+_TALKS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+
+
+def hush() -> None:
+    """Keep bitsandbytes quiet of what concerns nobody here; before anything imports it, as peft does by itself."""
+    for name in _TALKS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _state_of(parameter: Tensor) -> Any:

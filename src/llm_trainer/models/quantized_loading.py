@@ -1,6 +1,5 @@
 """How a model is loaded with weights in 4 or 8 bits, by bitsandbytes."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +9,13 @@ import torch
 from llm_trainer.config.errors import ConfigError, require
 from llm_trainer.config.quantization import QuantizationConfig
 from llm_trainer.models.inside import auto_class
-from llm_trainer.models.quantize import is_quantized
+from llm_trainer.models.quantize import hush, is_quantized
 from llm_trainer.models.targets import ends_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STORAGE = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# They warn of a kernel that is only for inference, and of every product in 8 bits, which is in fp16 as it has to be.
-_TALKS = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 WITHOUT = "leave quantization_config out, which keeps the weights as they are"
 
 
@@ -98,8 +95,7 @@ def loading_again(described: Mapping[str, Any]) -> dict[str, Any]:
 def _require(what: str, instead: str) -> None:
     for package in ("bitsandbytes", "accelerate"):
         require(package, what, instead)
-    for name in _TALKS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()
 
 
 def check_quantized(model: torch.nn.Module) -> None:

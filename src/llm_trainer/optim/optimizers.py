@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.models.quantize import hush
 from llm_trainer.optim.multipliers import multiplied
 from llm_trainer.optim.shards import block_of
 
@@ -210,6 +211,7 @@ class InPackage:
         Raises:
             ValueError: the package is not installed.
         """
+        hush()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what torchao deprecates in itself

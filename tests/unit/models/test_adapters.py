@@ -1,5 +1,6 @@
 """Adapters: which layers get them, that they are peft's own, what the table says, and what is refused."""
 
+import logging
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -391,6 +392,12 @@ def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ConfigError, match="adapter_config needs the package peft.*pip install peft, or leave the sect"):
         adapt(tiny_model(), AdapterConfig())
+
+
+def test_what_bitsandbytes_says_of_kernels_is_not_heard() -> None:
+    """peft imports it where it is installed, and on some CPUs it then advises another package for inference."""
+    adapt(tiny_model(), AdapterConfig())
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 # Going on.
