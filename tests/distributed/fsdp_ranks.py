@@ -258,11 +258,15 @@ def in_few_bits(folder: Path, engine: str) -> dict[str, Any]:
     accumulation = {"gradient_accumulation_steps": 2 // dist.world_size()}
     found = {}
     for kind, sections in FEW_BITS.items():
+        if engine == "deepspeed" and kind == "float8":
+            continue
         name = "dpo" if "dpo" in kind else "sft"
         sections = {"sft_config": {}, **sections, **quiet}
         sections[f"{name}_config"] = sections[f"{name}_config"] | accumulation
         rows = "pairs.jsonl" if name == "dpo" else "chat.jsonl"
         sections["file_dataset"] = str(folder.parent / rows)
+        if engine == "deepspeed":
+            sections["ds_config"] = {"zero_config": {"stage": 3}}
         precision = "bf16" if kind == "float8" else "fp32"
         run = {"save_dir": str(folder / kind), "engine": engine, "precision": precision, "log_interval": 1}
         sections["run_config"] = run | {"progress": False, "max_steps": 3}
@@ -304,6 +308,8 @@ def begun(folder: Path, engine: str) -> dict[str, Any]:
         adapters = {"rank": 4, "target": ["q_proj", "down_proj"], "init": init}
         sections: dict[str, Any] = {"adapter_config": adapters, "run_config": how, "vocabulary_config": {}}
         sections |= {"batch_size": 4 // dist.world_size(), "eval_dataset": None, "eval_prompts": []}
+        if engine == "deepspeed":
+            sections["ds_config"] = {"zero_config": {"stage": 3}}
         found[init] = described(run, engine, **sections)["curve"]
     return found
 
@@ -339,7 +345,7 @@ def main(folder: Path) -> None:
     pairs = [{"prompt": row[:1], "chosen": row[1:], "rejected": [row[1] | {"content": "none"}]} for row in rows]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     if is_installed("torchao"):
-        for ranks, engine in ((1, "torch"), (2, "torch"), (2, "fsdp")):
+        for ranks, engine in ((1, "torch"), (2, "torch"), (2, "fsdp"), (2, "deepspeed")):
             scenarios[f"few bits {engine} {ranks}"] = (ranks, partial(in_few_bits, engine=engine))
     if is_installed("peft"):
         for engine in ("torch", "fsdp", "deepspeed"):

@@ -26,6 +26,8 @@ from llm_trainer.models.quantized_loading import loading_options
 from llm_trainer.models.vision import unreached_if_known
 from llm_trainer.models.vocabulary import Pieces, check_rows, extend_rows, num_ids
 
+TRIED = {"qat": ("torch", "fsdp", "deepspeed"), "float8": ("torch", "fsdp")}  # engines, by what is in few bits
+
 
 def make_model(
     config: TrainConfig,
@@ -132,10 +134,10 @@ def prepare_bits(model: Any, config: TrainConfig, engine: str) -> None:
         qat.forget(model)
     if wanted is None or not name:
         return
-    if engine not in ("torch", "fsdp"):
+    if engine not in TRIED[name]:
         raise ConfigError(
-            f"quantization_config.{name}: got engine {engine}, and it was tried out with torch (one process and DDP) and fsdp; "
-            f"expected one of them"
+            f"quantization_config.{name}: got engine {engine}, and it was tried out with {', '.join(TRIED[name])} (torch: one "
+            f"process and DDP); expected one of them"
         )
     if engine == "fsdp" and config.fsdp_config is not None and config.fsdp_config.tensor_parallel_size > 1:
         raise ConfigError(
