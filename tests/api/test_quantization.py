@@ -241,6 +241,22 @@ def test_another_base_is_refused_where_adapters_are_opened(base: Path, tmp_path:
         SFTTrainer(train_config=again)
 
 
+def test_adapters_of_bits_and_of_plain_weights_are_not_confused(
+    base: Path, tmp_path: Path, reference_dir: Path
+) -> None:
+    trained(config(tmp_path / "bits", base, reference_dir))
+    trained(config(tmp_path / "plain", base, reference_dir, quantization_config=None))
+    of_bits, of_plain = ({"path": str(tmp_path / run / "model")} for run in ("bits", "plain"))
+    again = config(tmp_path / "on", base, reference_dir, quantization_config=None, adapter_config=of_bits)
+    with pytest.raises(
+        ValueError, match=f"in few bits, with .* Expected model_config: {base}, and the quantization_co"
+    ):
+        SFTTrainer(train_config=again)
+    again = config(tmp_path / "on", base, reference_dir, adapter_config=of_plain)
+    with pytest.raises(ValueError, match=f"in few bits: other .* Expected model_config: {base}, and no quantization_c"):
+        SFTTrainer(train_config=again)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no adapters": (
         {"adapter_config": None},

@@ -68,6 +68,8 @@ class Base:
             place = f"'{self.source}'"
             if self.revision is not None:
                 place += f" (revision {self.revision})"
+        if self.quantization is not None:
+            place += " in few bits,"
         return f"{place} with the fingerprint {self.fingerprint}"
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from llm_trainer.checkpoint.tensor_files import Shard, TensorFile, TensorFolder, write_files
 from llm_trainer.checkpoint.valid import CheckpointError
 from llm_trainer.model_group import MODEL
-from llm_trainer.models.inside import unwrapped
+from llm_trainer.models.inside import has_adapters, unwrapped
 
 MODEL_FILE_BYTES = 5 * 10**9  # larger models are several files, which several threads write and verify
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}  # of this machine, not of the run
@@ -235,7 +235,15 @@ def load_weights(
         "of another shape": of_another_shape(weights, {name: tensor.shape for name, tensor in own.items()}),
     }
     if any(problems.values()):
-        raise CheckpointError(f"the weights in '{source}' do not fit a {type(model).__name__}: {first_few(problems)}")
+        hint = ""
+        if has_adapters(model) and not any(name.startswith("base_model.") for name in weights):
+            hint = (
+                ". They are those of a whole model, and this run trains adapters (adapter_config): expected a save_dir of its "
+                "own, or the run as it was"
+            )
+        raise CheckpointError(
+            f"the weights in '{source}' do not fit a {type(model).__name__}: {first_few(problems)}{hint}"
+        )
     sharded = {names[name]: shard_like(tensor, own[name]) for name, tensor in weights.items()}
     model.load_state_dict(sharded, strict=False)
 

@@ -71,6 +71,7 @@ def _others(given: list[str]) -> dict[str, float]:
             raise typer.BadParameter(
                 f"got {item!r}, expected DIR:WEIGHT, such as runs/other:0.5", param_hint="--with"
             ) from None
+        _refuse_again(folder, found, "--with")
         found[folder] = weight
     return found
 
@@ -81,10 +82,17 @@ def _weights(given: str | None) -> dict[str, float]:
         if not item.strip():
             continue
         name, _, number = item.partition("=")
+        name = name.strip()
+        _refuse_again(name, found, "--weights")
         try:
-            found[name.strip()] = float(number)
+            found[name] = float(number)
         except ValueError:
             raise typer.BadParameter(
                 f"got {item!r}, expected NAME=WEIGHT, such as default=0.7", param_hint="--weights"
             ) from None
     return found
+
+
+def _refuse_again(name: str, found: dict[str, float], option: str) -> None:
+    if name in found:
+        raise typer.BadParameter(f"got {name!r} twice, expected one weight for each", param_hint=option)

@@ -252,7 +252,7 @@ class TrainConfig:
         if self.adapter_config.changes_the_base:
             raise ConfigError(
                 f"adapter_config.init: {self.adapter_config.init} takes what it begins with out of the weights, which are in 4 "
-                f"or 8 bits (quantization_config); expected default, gaussian or orthogonal"
+                f"or 8 bits (quantization_config); expected default, gaussian, orthogonal, or eva, which looks at the rows too"
             )
 
     def _check_whole_weights(self, name: str) -> None:

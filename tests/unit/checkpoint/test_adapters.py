@@ -163,6 +163,9 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "run", model=adapted(tmp_path / "other"))
     with pytest.raises(CheckpointError, match=r"holds the adapters of a model, and this Qwen3ForCausalLM has none"):
         load_checkpoint(tmp_path / "run", model=base_model())
+    trainer_of(base_model(), tmp_path / "whole").train()
+    with pytest.raises(CheckpointError, match="are those of a whole model, and this run trains adapters .*save_dir of"):
+        load_checkpoint(tmp_path / "whole", model=adapted(base))
 
 
 def test_a_base_that_is_configured_otherwise_is_kept(base: Path, tmp_path: Path) -> None:

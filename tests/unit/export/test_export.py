@@ -161,6 +161,20 @@ def test_adapters_of_several_runs_are_merged_with_weights(
     assert "by weight: rslora (0.5); its own: 1. How: sum." in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("option", "values", "name"),
+    [("--with", ["run:0.5", "run:1"], "run"), ("--weights", ["default=1, default=0.5"], "default")],
+)
+def test_two_adapters_of_one_name_are_refused(
+    option: str, values: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word for value in values for word in (option, value)]
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tmp_path), "--to", "merged", *given])
+    assert ended.value.code == 2
+    assert f"{option}: got '{name}' twice, expected one weight for each" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["linear", "svd", "ties"])
 def test_adapters_are_combined_as_peft_does(how: str, made: Made, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
