@@ -13,10 +13,12 @@ from transformers import AutoModelForImageTextToText
 
 from exported_vision import Seen
 from llm_trainer.checkpoint.tensor_files import TensorFolder
+from llm_trainer.checkpoint.weights import tensors_by_name
 from llm_trainer.export.door import export
 from llm_trainer.export.gate import Limits, compare
 from llm_trainer.export.pictures import PICTURES, SHOWINGS, draw, other_numbers, sampled
 from llm_trainer.export.probe import ANSWER_TOKENS, read_probe, write_probe
+from llm_trainer.export.source import find_source
 from llm_trainer.models.pretrained import find_pretrained
 from llm_trainer.models.vision_build import processor_class
 from vision_data import PROCESSORS
@@ -98,6 +100,29 @@ def test_weights_have_the_names_of_the_folder_that_the_model_came_from(seen: See
     assert TensorFolder(out).shapes == TensorFolder(Path(base)).shapes
     card = (out / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "AutoModelForImageTextToText" in card
+
+
+def test_adapters_of_another_run_are_added_in_the_tower_too(seen: Seen, tmp_path: Path) -> None:
+    """Of one run on the language model alone, and of another one on all parts: pictures are shown to both merged."""
+    pytest.importorskip("peft", reason="needs peft")
+    run, other = seen.run("lora"), seen.run("lora everywhere")
+    said: list[str] = []
+    out = export(run, "merged", tmp_path / "out", others={str(other): 0.5}, say=said.append)
+    assert said[-1].startswith("gate: log-probabilities of ") and "not compared" not in said[-1]
+    source = find_pretrained(run).model_source
+    base, merged = (tensors_by_name(AutoModelForImageTextToText.from_pretrained(folder)) for folder in (source, out))
+    alone = [tensors_by_name(find_source(one, lambda line: None).whole()) for one in (run, other)]
+    found, first, second = (changed(weights, base) for weights in (merged, *alone))
+    assert set(found) == set(second) > set(first) > set()
+    for name, change in found.items():
+        own = first.get(name, torch.zeros_like(change))
+        torch.testing.assert_close(change, own + 0.5 * second[name], atol=1e-6, rtol=0)
+
+
+def changed(weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """How far weights are from those of a base, where they are."""
+    found = {name: weight.detach() - base[name].detach() for name, weight in weights.items()}
+    return {name: change for name, change in found.items() if change.abs().max() > 1e-4}
 
 
 def test_a_model_that_was_shown_nothing_in_training_is_shown_pictures_now(seen: Seen, tmp_path: Path) -> None:
