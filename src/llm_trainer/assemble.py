@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llm_trainer.builder.objects import Builder
+from llm_trainer.builder.seeing import eval_tags
 from llm_trainer.checkpoint import CheckpointManager
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.load import dump_config
@@ -89,7 +90,7 @@ def _objects(config: TrainConfig, trainer_class: Any, given: dict[str, Any], bui
         "save_dir": run.save_dir,
         "tokenizer": build.processor or build.tokenizer,
         "eval_prompts": config.eval_prompts,
-        "eval_image_tags": config.eval_image_tags,
+        "eval_image_tags": eval_tags(config, build.section),
         "image_format": build.images,
         **_settings(config, build.engine, [*train.dataset.ledgers, *build.further_ledgers]),
         "choices": _choices(config, given, build, optimizer),

@@ -276,8 +276,13 @@ def test_prompts_show_their_images_during_training(folder: Path, trained: tuple[
                 break
     assert len(answers) == 3
     speaker = Speaker(save_dir / "model", max_new_tokens=4, temperature=0.0)
-    said = "".join(speaker.answer("?", [folder / "0.png"]))
+    said = "".join(speaker.answer("?", [str(folder / "0.png")]))
     assert repr(said) in answers["<image>?"]
+    for source, found in {"https://some.where/0.png": "the address", "9.png": "no file at"}.items():
+        with pytest.raises(ValueError, match=f"--image: found {found}.*; fix: (fetch|name an image)"):
+            list(speaker.answer("?", [source]))
+    with pytest.raises(ValueError, match=r"--image: 0 images and 1 <image> marker in '<image>\?'"):
+        list(speaker.answer("<image>?"))
 
 
 def test_what_prompts_show_must_be_there(folder: Path, tmp_path: Path) -> None:
@@ -293,6 +298,15 @@ def test_what_prompts_show_must_be_there(folder: Path, tmp_path: Path) -> None:
         run("<image>?", [[str(folder / "0.png")] * 2])
     with pytest.raises(ValueError, match="eval_image_tags: found no file at"):
         run("<image>?", [str(folder / "9.png")])
+    with pytest.raises(ValueError, match=r"eval_image_tags: 0 images and 1 <image> marker in '<image>\?'"):
+        run("<image>?", [])
+    loader = DataLoaderConfig(image_root=str(folder / "nowhere"), cache_dir=str(folder / "cache"))
+    below = {"data_loader_config": loader, "sft_config": SFTConfig(), "file_dataset": [str(folder / "text.jsonl")]}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "cat"}]
+    (folder / "text.jsonl").write_text(json.dumps(turns) + "\n")
+    for tags in (["0.png"], [["0.png"]]):
+        with pytest.raises(ValueError, match=r"no file at .*nowhere/0\.png; expected an image; fix: name an image"):
+            run("<image>?", tags, **below)
 
 
 PAIRS = [

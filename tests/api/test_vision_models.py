@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from llm_trainer import SFTTrainer
 from llm_trainer.builder.objects import Builder
 from llm_trainer.checkpoint import CheckpointManager
+from llm_trainer.checkpoint.valid import CheckpointError
+from llm_trainer.checkpoint.weights import read_weights
 from llm_trainer.cli.main import main
 from llm_trainer.config.load import dump_config, parse
 from llm_trainer.data.encode.templates import has_default_template
-from llm_trainer.models.build import flops_per_token, num_parameters
+from llm_trainer.models.build import build_model, flops_per_token, num_parameters
 from llm_trainer.models.freezing import describe_frozen
 from llm_trainer.models.inside import beside_language
 from llm_trainer.models.vision import Vision
+from llm_trainer.train_configs import VLMConfig
 
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 SHAPE: dict[str, Any] = {
@@ -67,6 +70,13 @@ def test_the_folder_of_a_run_opens_in_transformers(first: Path) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]  # as other tools say it
     printed = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
     assert "<image>What?" in printed and has_default_template(processor.tokenizer)
+
+
+def test_weights_of_another_family_are_refused(first: Path) -> None:
+    """transformers reads them too, and makes anew what it does not find."""
+    shape = SHAPE | {"vocab_size": 300, "image_token_id": 299, "tokens_per_image": 1}
+    with pytest.raises(CheckpointError, match="holds a model of type llava, the run trains one of type internvl"):
+        read_weights(build_model(VLMConfig(**shape)), first)
 
 
 @pytest.mark.parametrize("adapters", [False, True])

@@ -9,6 +9,7 @@ from llm_trainer.config.algorithms import SFTConfig
 from llm_trainer.config.errors import ConfigError, counted
 from llm_trainer.config.model import VLMConfig
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.data.images import is_address
 from llm_trainer.data.provided import ProvidedImages
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.models.inside import sees_images, transformers_model
@@ -68,6 +69,25 @@ def check_same_images(images: ImageFormat, source: str, tokenizer: Any, key: str
             f"{key}: the processor of {source} differs from that of this run ({difference}), so the model would be shown what "
             f"it was not trained on; expected a model of the policy's family with the same processor"
         )
+
+
+def eval_tags(config: TrainConfig, section: Any) -> list[str | list[str]]:
+    """`eval_image_tags`; paths among them begin where those of rows do, if a folder is named for that."""
+    root = config.data_loader_config.image_root
+    is_provided = isinstance(section, SFTConfig) and section.pixel_values_provider is not None
+    if root is None or is_provided:
+        return config.eval_image_tags
+    found: list[str | list[str]] = []
+    for tag in config.eval_image_tags:
+        if isinstance(tag, str):
+            found.append(_below(root, tag))
+        else:
+            found.append([_below(root, one) for one in tag])
+    return found
+
+
+def _below(root: str, tag: str) -> str:
+    return tag if is_address(tag) else str(Path(root) / tag)
 
 
 def image_tags(config: TrainConfig, section: Any) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Model weights, optimizer state by parameter name, and the state of random generators."""
 
+import json
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -202,12 +203,28 @@ def read_weights(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
         dtype = max([torch.float32, *dtypes], key=lambda dtype: dtype.itemsize)
     # NOTE: sharding makes a class of its own of it.
     model_class: Any = next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
+    _check_family(model, folder)
     with without_progress_bars():
         loaded, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         raise CheckpointError(f"the weights in '{folder}' do not fit a {model_class.__name__}: {first_few(problems)}")
     return loaded.state_dict()
+
+
+def _check_family(model: nn.Module, folder: Path) -> None:
+    """transformers reads the weights of another family too, renames what it can, and makes the rest anew.
+
+    Raises:
+        CheckpointError: the folder has a model of another family.
+    """
+    described = folder / "config.json"
+    if not described.is_file():
+        return  # its own reader says what is missing
+    found = json.loads(described.read_text(encoding="utf-8")).get("model_type")
+    expected = cast(Any, model).config.model_type
+    if found not in (None, expected):
+        raise CheckpointError(f"'{folder}' holds a model of type {found}, the run trains one of type {expected}")
 
 
 def load_weights(

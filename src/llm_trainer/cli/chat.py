@@ -59,7 +59,7 @@ class Speaker:
             self.start.append({"role": "system", "content": system})
         self.turns: list[dict[str, Any]] = []
 
-    def answer(self, text: str, images: Sequence[Path] = ()) -> Iterator[str]:
+    def answer(self, text: str, images: Sequence[str] = ()) -> Iterator[str]:
         """What the model writes after `text`; a conversation remembers it, as far as it was written.
 
         Args:
@@ -68,7 +68,7 @@ class Speaker:
         """
         if images and IMAGE not in text:
             text = IMAGE * len(images) + text
-        refs = counted_images(self.format, text, [str(path) for path in images], "--image")
+        refs = counted_images(self.format, text, images, "--image")
         if self.raw:
             prompt = ask_text(self.format, text, refs, "--image")
         else:
@@ -138,8 +138,8 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0, help="the same seed gives the same answer")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="continue plain text, as a pretrained model does")] = False,
     image: Annotated[
-        list[Path] | None,
-        typer.Option(help="an image that the first prompt shows, where its <image> stands; repeatable"),
+        list[str] | None,
+        typer.Option(help="an image that the first prompt shows, where its <image> stands; repeatable", metavar="FILE"),
     ] = None,
 ) -> None:
     """Talk to a saved model. Ctrl-C ends an answer, Ctrl-D the conversation; triple quotes enclose several lines."""

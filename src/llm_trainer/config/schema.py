@@ -164,7 +164,7 @@ class TrainConfig:
     eval_prompts: list[str] = Field(default_factory=list, description="prompts answered at each evaluation")
     eval_image_tags: list[str | list[str]] = Field(
         default_factory=list,
-        description="for each of these prompts the image that its <image> shows, or several in a list",
+        description="for each of these prompts the image that its <image> shows, or several in a list; paths below image_root",
     )
     plugins: list[str] = Field(
         default_factory=list, description="modules or .py files imported first, which register algorithms"

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from llm_trainer.config.errors import counted
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.images import ImageRef
-from llm_trainer.data.read.errors import Location
+from llm_trainer.data.read.errors import DataError, Location
 from llm_trainer.data.read.messages import IMAGE
+from llm_trainer.data.vision import ImageFormat
 from llm_trainer.image_batch import ImageBatch
 
 
@@ -55,16 +56,16 @@ def counted_images(chat: ChatFormat, text: str, sources: Sequence[str], where: s
     Args:
         chat: of the model.
         text: of the prompt.
-        sources: paths, or tags of a provider.
+        sources: paths, or tags of a provider; none: the prompt shows nothing.
         where: they come from, for messages.
 
     Raises:
         ValueError: the model sees nothing, or there are more or fewer `<image>`s than images.
         DataError: one is missing or damaged.
     """
-    if not sources:
-        return []
     if chat.images is None:
+        if not sources:
+            return []
         raise ValueError(f"{where}: {counted(len(sources), 'image')} for a model that reads text; expected none")
     markers = text.count(IMAGE)
     if markers != len(sources):
@@ -72,4 +73,12 @@ def counted_images(chat: ChatFormat, text: str, sources: Sequence[str], where: s
             f"{where}: {counted(len(sources), 'image')} and {counted(markers, f'{IMAGE} marker')} in {text!r}; expected one "
             f"marker per image, such as {IMAGE * len(sources) + text.replace(IMAGE, '')!r}"
         )
-    return [chat.images.count(source, None, Location(where)) for source in sources]
+    return [_counted(chat.images, source, where) for source in sources]
+
+
+def _counted(images: ImageFormat, source: str, where: str) -> ImageRef:
+    try:
+        return images.count(source, None, Location(where))
+    except DataError as error:
+        location, found, expected, _, reason = error.said  # the fix is one for rows of a file
+        raise DataError(location, found, expected, "name an image that can be opened", reason) from error

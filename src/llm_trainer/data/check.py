@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -353,9 +352,26 @@ def _encode(chat: ChatFormat, kind: str, sample: Sample, location: Location) -> 
 
 
 def _pieces(chat: ChatFormat, encoded: EncodedChat) -> list[Piece]:
-    pairs = list(zip(encoded.input_ids, encoded.trained, strict=True))[:EXAMPLE_TOKENS]
-    pieces = []
-    for trained, run in groupby(pairs, key=itemgetter(1)):
+    """The beginning of a sequence as text; of placeholders of images one and their number, or nothing else would be seen."""
+    placeholder, placeholder_text = -1, ""
+    if chat.images is not None:
+        placeholder, placeholder_text = chat.images.image_token_id, chat.images.placeholder
+
+    def kind_of(pair: tuple[int, bool]) -> tuple[bool, bool]:
+        token, trained = pair
+        return trained, token == placeholder
+
+    pieces, left = [], EXAMPLE_TOKENS
+    for (trained, is_image), run in groupby(zip(encoded.input_ids, encoded.trained, strict=True), key=kind_of):
         ids = [token for token, _ in run]
-        pieces.append((str(chat.tokenizer.decode(ids)), trained))
+        if is_image:
+            left -= 1
+            text = f"{placeholder_text} x {len(ids):,} "
+        else:
+            ids = ids[:left]
+            left -= len(ids)
+            text = str(chat.tokenizer.decode(ids))
+        pieces.append((text, trained))
+        if left <= 0:
+            break
     return pieces

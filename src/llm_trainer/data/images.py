@@ -28,6 +28,7 @@ _ORIENTATION = 0x0112  # EXIF 2.3, table 4
 _UPRIGHT_BY = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> Pillow's Transpose that undoes it
 _ON_THEIR_SIDE = (5, 6, 7, 8)  # orientations that swap height and width
 _SCHEME = re.compile(r"(?i)(data:|[a-z][a-z0-9+.-]*://)")
+_SET_ROOT = "set data_loader_config.image_root (of a command: --image-root)"
 _END_OF_JPEG, _SCAN_OF_JPEG = b"\xff\xd9", b"\xff\xda"
 # Counting asks this; what only decoding finds is found in the middle of a run, where no row can be left out any more.
 REPAIR = "repair or remove the row, or set data_loader_config.bad_images: drop"
@@ -65,6 +66,11 @@ class ImageRef(NamedTuple):
     digest: str
 
 
+def is_address(source: str) -> bool:
+    """Whether it is a URL or a `data:` URI, and no path."""
+    return _SCHEME.match(source) is not None
+
+
 def image_file(source: str, root: Path | None, location: Location) -> Path:
     """Where an image lies.
 
@@ -76,7 +82,7 @@ def image_file(source: str, root: Path | None, location: Location) -> Path:
     Raises:
         DataError: a URL, a path out of the folder, or nothing there.
     """
-    if _SCHEME.match(source):
+    if is_address(source):
         found = f"the address {source[:60]!r}"
         fix = "fetch the images first and name files; nothing is downloaded in training"
         raise DataError(location, found, "a path, or bytes", fix, "image_address")
@@ -90,11 +96,11 @@ def image_file(source: str, root: Path | None, location: Location) -> Path:
         raise DataError(location, found, "a path", fix, "image_missing") from error
     if root is not None and not target.is_relative_to(root.resolve()):
         found = f"the path {source!r}, which leads to {target}"
-        fix = "set data_loader_config.image_root to a folder above all images"
+        fix = f"{_SET_ROOT} to a folder above all images"
         raise DataError(location, found, f"a file in {root.resolve()}", fix, "image_outside")
     if not is_file:
         found = f"no file at {path}"
-        fix = "set data_loader_config.image_root to the folder that paths begin in; or " + REPAIR
+        fix = f"{_SET_ROOT} to the folder that paths begin in; or {REPAIR}"
         raise DataError(location, found, "an image", fix, "image_missing")
     return path
 

@@ -390,7 +390,8 @@ class Run:
         hooks = [Hook("log", lambda run: self._log(), self.log_interval, at_end=True)]
         if self.val_sources:
             hooks.append(Hook("evaluate", lambda run: self._evaluate(), eval_steps, eval_epochs, at_end=True))
-        if self.trainer.eval_image_tags:
+        may_show = self.trainer.eval_prompts and self.trainer.processor is not None
+        if self.trainer.eval_image_tags or may_show:
             prompts_of(self.trainer, chat_of(self.trainer))  # what is wrong with them is an error now
         if self.trainer.eval_prompts:
             hooks.append(Hook("sample", lambda run: self.sample(), eval_steps, eval_epochs, at_end=True))

@@ -491,6 +491,8 @@ def test_the_report_of_a_file_says_sizes_tokens_and_problems(tmp_path: Path, cha
     assert report.usable_as == ["conversations"] and report.schema == "messages"
     assert report.image_sizes == {(20, 30): 2, (21, 30): 1, (22, 30): 1, (23, 30): 1} and report.distinct_images == 4
     assert report.image_tokens == [NUM] * 5
+    shown = "".join(text for text, _ in report.examples[0])
+    assert f"<image> x {NUM} " in shown and "<image><image>" not in shown
     assert [error.location.row for error in report.problems] == [5, 6]
     assert "a damaged image" in str(report.problems[0]) and "no file at" in str(report.problems[1])
 
