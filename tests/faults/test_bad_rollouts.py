@@ -69,6 +69,36 @@ STOPS = [
         lambda: {"train_loader": ids(4, largest=90)},
     ),
     Mistake(
+        "an id below 0",
+        ("prompt 0 of a rollout has the id -1", "the model knows 24 ids"),
+        lambda: {"train_loader": [{"prompts": torch.tensor([[4, -1], [4, 5]])}]},
+    ),
+    Mistake(
+        "prompts that are not padded",
+        ("prompts: found no table of ids", "expected integers [B, L]", "prompt_attention_mask"),
+        lambda: {"train_loader": [{"prompts": [[4, 5, 6], [7, 8]]}]},
+    ),
+    Mistake(
+        "prompts that are no ids",
+        ("prompts: found torch.float32 of the shape (2, 4)", "expected integers [B, L]"),
+        lambda: {"train_loader": [{"prompts": torch.rand(2, 4)}]},
+    ),
+    Mistake(
+        "a prompt that is no row",
+        ("prompts: found torch.int64 of the shape (4,)", "a row of ids for each prompt"),
+        lambda: {"train_loader": [{"prompts": torch.tensor([4, 5, 6, 7])}]},
+    ),
+    Mistake(
+        "nothing judges",
+        ("nothing judges completions", "expected a reward_func (or reward_model), or rollouts"),
+        lambda: {"reward_func": None},
+    ),
+    Mistake(
+        "a weight that is no number",
+        ("reward weights: got [nan] for even_share, expected finite numbers",),
+        lambda: {"reward_weights": [float("nan")]},
+    ),
+    Mistake(
         "suppressed ids that the model does not know",
         ("gen_suppress_tokens: found the id 99", "0 to 23", "tokenizer"),
         lambda: {"gen_suppress_tokens": [3, 99]},
@@ -136,6 +166,30 @@ STOPS = [
         "log-probs of another length",
         ("old_logprobs: found the shape (1, 2)", "(1, 3)", "Cut and pad both alike"),
         lambda: {"train_loader": [GIVEN | {"old_logprobs": torch.zeros(2, 2)}]},
+    ),
+    Mistake(
+        "log-probs that are no numbers",
+        ("old_logprobs: found nan", "expected its log-probability, a finite number of at most 0"),
+        lambda: {"train_loader": [GIVEN | {"old_logprobs": torch.full((2, 3), torch.nan)}]},
+    ),
+    Mistake(
+        "probabilities for log-probs",
+        ("old_logprobs: found 0.5", "expected its log-probability, a finite number of at most 0"),
+        lambda: {"train_loader": [GIVEN | {"old_logprobs": torch.full((2,), 0.5)}]},
+    ),
+    Mistake(
+        "responses that the model does not know",
+        ("responses: found the id 99, and the model knows the ids 0 to 23", "its own tokenizer"),
+        lambda: {"train_loader": [GIVEN | {"responses": torch.full((2, 3), 99)}]},
+    ),
+    Mistake(
+        "responses with rewards that the model does not know",
+        ("responses: found the id 99, and the model knows the ids 0 to 23", "its own tokenizer"),
+        lambda: {
+            "reward_func": None,
+            "train_loader": [GIVEN | {"responses": torch.full((2, 3), 99), "rewards": torch.ones(2)}],
+        },
+        ("grpo",),
     ),
     Mistake(
         "rewards for other functions",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llm_trainer.config.errors import counted
 from llm_trainer.data.images import ImageRef
@@ -168,7 +169,7 @@ def rows_of(
             "where they are padded; let the loader's collate_fn return them"
         )
     _require_files(batch)
-    ids = torch.as_tensor(batch[name])
+    ids = _ids_of(name, batch[name])
     mask_name = next((mask for mask in MASKS if mask in batch), None)
     mask = torch.ones_like(ids) if mask_name is None else torch.as_tensor(batch[mask_name])
     if mask.shape != ids.shape:
@@ -188,6 +189,26 @@ def rows_of(
             made[IMAGES] = _counted(others[IMAGES][row], row, images)
         rows.append(made)
     return rows
+
+
+def _ids_of(name: str, value: Any) -> Tensor:
+    """`[B, L]`.
+
+    Raises:
+        ValueError: it is no table of ids.
+    """
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: found no table of ids ({error}); expected integers [B, L], shorter prompts padded on either side as "
+            f"prompt_attention_mask [B, L] says"
+        ) from error
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(
+            f"{name}: found {ids.dtype} of the shape {tuple(ids.shape)}; expected integers [B, L], a row of ids for each prompt"
+        )
+    return ids
 
 
 def _require_files(batch: Mapping[str, Any]) -> None:

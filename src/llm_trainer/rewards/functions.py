@@ -293,7 +293,10 @@ def _weights(weights: Sequence[float] | Mapping[str, float] | None, names: Seque
         raise ConfigError(
             f"got {len(weights)} reward weights for {len(names)} functions ({', '.join(names)}), expected one each"
         )
-    return np.array(weights, dtype=np.float64)
+    table = np.array(weights, dtype=np.float64)
+    if not np.isfinite(table).all():
+        raise ConfigError(f"reward weights: got {list(weights)} for {', '.join(names)}, expected finite numbers")
+    return table
 
 
 def _too_many(name: str, recent: Sequence[Returned], failed: int, rows: int, most: float) -> str:

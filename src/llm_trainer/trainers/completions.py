@@ -26,7 +26,7 @@ from llm_trainer.data.rollouts import (
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion
 from llm_trainer.losses.advantages import level_share, weighted_rewards
-from llm_trainer.trainers.given import mask_of_responses, per_token
+from llm_trainer.trainers.given import check_known, mask_of_responses, per_token
 
 Row = dict[str, np.ndarray]
 GIVEN = -1  # the version of the weights of a completion that was not drawn
@@ -103,17 +103,22 @@ def decoding_of(how: GenerateConfig, seed: int, stop_token_ids: Sequence[int], t
     )
 
 
-def given_with(prompt: Prompt, pad_id: int | None, pad_ends: bool) -> list[Written]:
+def given_with(prompt: Prompt, pad_id: int | None, pad_ends: bool, vocab_size: int | None = None) -> list[Written]:
     """The completions that came with a prompt, without their padding; nobody knows how probable they were when drawn.
 
     Args:
         pad_id: of padding, where no mask says what is; None: nothing is.
         pad_ends: it is also the token that ends a completion.
+        vocab_size: how many ids the model knows; None: it does not say.
+
+    Raises:
+        ValueError: the model does not know their ids, or what came with them is of another shape or no log-probability.
     """
     written = []
     for given in prompt.given:
         one = {name: torch.tensor([values]) for name, values in given.items()}  # a batch of one
         mask = mask_of_responses(one, one["responses"], pad_id, pad_ends)
+        check_known("responses", one["responses"][mask], vocab_size)
         numbers = {name: per_token(name, one[name], mask)[mask].tolist() for name in _LOGPROBS if name in one}
         ids = one["responses"][mask].tolist()
         sampled = numbers.get("sampled_logprobs", [math.nan] * len(ids))

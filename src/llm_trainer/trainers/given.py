@@ -16,6 +16,7 @@ from llm_trainer.models.inside import language_config, transformers_model
 from llm_trainer.trainers.answers import IGNORE, OF_TOKENS, Batch, compact
 
 _PROMPTS, _RESPONSES = ("prompts", "input_ids"), "responses"
+MOST_LOGPROB = 0.01  # 0, and what rounding adds to it
 
 
 def is_given(batch: Any) -> bool:
@@ -123,12 +124,30 @@ def _require_prompts(mask: Tensor) -> None:
         )
 
 
+def check_known(name: str, ids: Tensor, vocab_size: int | None) -> None:
+    """
+    Raises:
+        ValueError: one of `ids` is none of the model's; None: it does not say how many it has.
+    """
+    if vocab_size is None or not len(ids):
+        return
+    smallest, largest = int(ids.min()), int(ids.max())
+    if smallest < 0 or largest >= vocab_size:
+        found = smallest if smallest < 0 else largest
+        raise ValueError(
+            f"{name}: found the id {found}, and the model knows the ids 0 to {vocab_size - 1}; expected tokens that its own "
+            f"tokenizer has made, and a mask of 0 where there are none"
+        )
+
+
 def per_token(name: str, values: Tensor, mask: Tensor) -> Tensor:
     """Numbers `[B, L]` of completions' tokens. A sum over the completion is spread evenly over its tokens."""
     values = values.detach().cpu().float()
     if values.shape == mask.shape:
+        _check_logprobs(name, values[mask])
         return values
     if values.shape == (len(mask),):
+        _check_logprobs(name, values)
         if name != "advantages":
             values = values / mask.sum(1).clamp(min=1)
         return values[:, None].expand(mask.shape)
@@ -136,6 +155,19 @@ def per_token(name: str, values: Tensor, mask: Tensor) -> Tensor:
         f"{name}: found the shape {tuple(values.shape)} beside responses {tuple(mask.shape)}; expected {tuple(mask.shape)}, "
         f"one number for each token of the responses, or ({len(mask)},), one for each response. Cut and pad both alike"
     )
+
+
+def _check_logprobs(name: str, values: Tensor) -> None:
+    """
+    Raises:
+        ValueError: they are to be log-probabilities, and one is none.
+    """
+    is_wrong = ~values.isfinite() | (values > MOST_LOGPROB)
+    if name.endswith("logprobs") and is_wrong.any():
+        raise ValueError(
+            f"{name}: found {float(values[is_wrong][0]):g} for a token of a response; expected its log-probability, a finite "
+            f"number of at most 0"
+        )
 
 
 def _rewards(rewards: Tensor, count: int) -> Tensor:

@@ -27,10 +27,11 @@ from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.freezing import see_alike
 from llm_trainer.models.frozen import choose_reference
+from llm_trainer.models.inside import vocab_size_of
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts
 from llm_trainer.trainers.completions import given_logprobs, has_given, has_given_logprobs
-from llm_trainer.trainers.given import compare, is_given, join_responses, pad_id_of, without_missing
+from llm_trainer.trainers.given import check_known, compare, is_given, join_responses, pad_id_of, without_missing
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.moving import MovingReference
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
@@ -225,6 +226,12 @@ class GRPOTrainer(OnPolicyTrainer):
     def _joined(self, batch: Batch) -> Batch:
         """The batch as rows whose labels are the tokens to learn from."""
         if not is_given(batch):
+            if "labels" not in batch:
+                raise ValueError(
+                    f"a batch with the keys {', '.join(batch)}: nothing judges completions of its prompts; expected a "
+                    f"reward_func (or reward_model), or rollouts, the folder of another run's, or responses [B, L] and rewards "
+                    f"[B] beside the prompts"
+                )
             return with_cuts(without_missing(batch))
         for one, rows in self._given:
             if one is batch:
@@ -235,6 +242,8 @@ class GRPOTrainer(OnPolicyTrainer):
                 "taken. Set kl_in='loss', or take it from them and leave kl_coef out"
             )
         rows = join_responses(batch, *pad_id_of(self.tokenizer, self.base_model))
+        is_token = rows["attention_mask"].bool()
+        check_known("prompts and responses", rows["input_ids"][is_token], vocab_size_of(self.base_model))
         self._given.append((batch, rows))
         return rows
 

@@ -213,7 +213,7 @@ class RolloutMaker:
         """
         written: list[Written] = []
         for prompt in prompts:
-            written += given_with(prompt, *self.padding)
+            written += given_with(prompt, *self.padding, self.vocab_size)
         written += self._drawn(plan, [prompt for prompt in prompts if not prompt.given], attempt)
         if self.draws_greedy and plan.training:
             written = [one._replace(is_greedy=False) for one in written]
@@ -262,10 +262,12 @@ class RolloutMaker:
         Raises:
             ValueError: the model does not know its ids, or it leaves no room for a completion.
         """
-        length, longest, largest = len(prompt.ids), self.how.gen_max_seq_len, int(prompt.ids.max())
-        if self.vocab_size is not None and largest >= self.vocab_size:
+        length, longest = len(prompt.ids), self.how.gen_max_seq_len
+        extremes = int(prompt.ids.min()), int(prompt.ids.max())
+        unknown = [token for token in extremes if self.vocab_size is not None and not 0 <= token < self.vocab_size]
+        if unknown:
             raise ValueError(
-                f"prompt {prompt.number} of a rollout has the id {largest}, and the model knows {self.vocab_size} ids; "
+                f"prompt {prompt.number} of a rollout has the id {unknown[0]}, and the model knows {self.vocab_size} ids; "
                 f"expected prompts that its own tokenizer has made"
             )
         if self.context is None or length + longest <= self.context:
