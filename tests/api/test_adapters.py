@@ -312,7 +312,7 @@ def test_new_rows_get_the_gradients_that_they_have_in_the_whole_table(base: Path
     for key, value in adapted.named_parameters():
         if "trainable_tokens_delta" in key:
             table = whole.model.embed_tokens if "embed" in key else whole.lm_head
-            assert value.grad == pytest.approx(table.weight.grad[NEW], rel=1e-5, abs=1e-8)
+            assert value.grad == pytest.approx(table.weight.grad[NEW], rel=1e-5, abs=1e-7)
 
 
 def test_a_run_with_new_rows_goes_on_bit_for_bit_and_is_that_of_objects(

@@ -500,14 +500,14 @@ def number_of(batch: dict[str, torch.Tensor]) -> int:
 
 
 def differences(a: Curve, b: Curve) -> tuple[float, float]:
-    """Largest difference of losses and of gradient norms (relative).
+    """Largest difference of losses (relative, of those above 1) and of gradient norms (relative).
 
     Raises:
         AssertionError: a step had other rows.
     """
     pairs = [(StepSeen(*x), StepSeen(*y)) for x, y in zip(a, b, strict=True)]
     assert [x.rows for x, _ in pairs] == [y.rows for _, y in pairs]
-    losses = max(abs(x.loss - y.loss) for x, y in pairs)
+    losses = max(abs(x.loss - y.loss) / max(1.0, abs(y.loss)) for x, y in pairs)
     norms = max(abs(x.grad_norm - y.grad_norm) / y.grad_norm for x, y in pairs)
     return losses, norms
 
