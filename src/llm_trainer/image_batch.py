@@ -105,5 +105,5 @@ def require_text(batch: Mapping[str, Any], who: str) -> None:
     if images:
         raise ValueError(
             f"{who}; found a batch with {', '.join(images)}, expected batches of text. SFTTrainer, Trainer, DPOTrainer, "
-            "KTOTrainer, RewardTrainer and GRPOTrainer take images"
+            "KTOTrainer, RewardTrainer, GRPOTrainer and PPOTrainer take images"
         )

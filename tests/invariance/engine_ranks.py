@@ -20,6 +20,7 @@ from table import (
     ENGINES,
     GATHER,
     OF_SEEING_REWARDS,
+    OF_SEEN,
     PACKAGES,
     STEPS,
     TRAINERS,
@@ -51,7 +52,8 @@ def curves(folder: Path, engine: str, ended_early: Path) -> dict[str, Any]:
     if engine in OF_SEEING_REWARDS:
         found["asked"] = asked(engine, RANKS, ended_early.parent / "files", ended_early.parent / f"asked-{engine}")
     if engine in GATHER:
-        found |= {"made ahead": made_ahead(engine, RANKS), "seen": seen(engine, RANKS)}
+        found |= {"made ahead": made_ahead(engine, RANKS)}
+        found["seen"] = {name: seen(engine, RANKS, name) for name in OF_SEEN}
     return found
 
 

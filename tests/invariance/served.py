@@ -184,26 +184,35 @@ def moved(engine: str, ranks: int) -> dict[str, Any]:
     return report
 
 
-def seen(engine: str, ranks: int) -> dict[str, Any]:
+def seen(engine: str, ranks: int, name: str = "grpo") -> dict[str, Any]:
     """Two rollouts of prompts that show none, one and two pictures, in small micro-batches: the steps, and what was made.
 
     A function judges them, and a reward model that sees.
+
+    Args:
+        engine: of the table.
+        ranks: processes.
+        name: 'grpo', or 'ppo', whose critic has a body of its own that sees.
     """
     import seeing_policies
     from llm_trainer.models.rewarding import reward_model
 
     report: dict[str, Any] = {}
+    of_trainer, last = dict[str, Any](num_samples_per_prompt=2), "kl"
+    if name == "ppo":
+        of_trainer = {"completions_per_prompt": 2, "ppo_epochs": 1, "kl_beta": 0.1, "critic_warmup_steps": 0}
+        of_trainer["value_model"] = reward_model(seeing_policies.tiny(seed=3))
+        last = "loss/value"
 
     def watch(trainer: Any) -> None:
-        note_steps(trainer, report, "kl")
+        note_steps(trainer, report, last)
 
     options: dict[str, Any] = {
         "reward_func": by_length,
         "reward_in_process": True,
         "tokenizer": seeing_policies.processor(),
-    }
-    options |= {"num_samples_per_prompt": 2, "gen_max_seq_len": 6, "stop_token_ids": [*range(0, 290, 20)]}
-    options |= {
+        "gen_max_seq_len": 6,
+        "stop_token_ids": [*range(0, 290, 20)],
         "ref_model": seeing_policies.tiny(seed=1),
         "reward_model": reward_model(seeing_policies.tiny(seed=2)),
         "ptx_loader": None,
@@ -211,7 +220,8 @@ def seen(engine: str, ranks: int) -> dict[str, Any]:
         "micro_batch_tokens": 40,
     }
     loader, model = seeing_policies.prompts(8, 4 // ranks), seeing_policies.tiny()
-    run(Cell("grpo", 4 // ranks, 1, ranks, engine=engine), model=model, loader=loader, ready=watch, **options)
+    cell = Cell(name, 4 // ranks, 1, ranks, engine=engine)
+    run(cell, model=model, loader=loader, ready=watch, **(options | of_trainer))
     return report
 
 

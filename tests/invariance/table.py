@@ -55,6 +55,7 @@ ENGINES: dict[str, dict[str, Any]] = {  # name -> the options that ask for it
 }
 GATHER = ("torch", "fsdp", "zero2", "zero3")  # engines whose steps have other collectives each
 OF_SEEING_REWARDS = ("torch", "fsdp", "zero3")  # engines on which a reward model that sees is tried
+OF_SEEN = ("grpo", "ppo")  # trainers of policies whose prompts show images
 # trainers of models that see, and what they are without images
 SEEING = {"vlm": "sft", "vlm-dpo": "dpo", "vlm-reward": "reward"}
 MIXTURES = {"moe": "qwen3_moe", "bias": "glm4_moe"}  # trainers of mixtures of experts, and of which
@@ -190,6 +191,8 @@ def trainer_class_of(cell: Cell) -> Any:
         takes_flat = True
 
         def _build_source(self, source: Any, training: bool) -> Any:
+            if self._judges:
+                return super()._build_source(source, training)
             return self._with_further(source, training)
 
     if cell.trainer in SEEING:

@@ -17,6 +17,7 @@ from table import (
     ENGINES,
     GATHER,
     OF_SEEING_REWARDS,
+    OF_SEEN,
     PACKAGES,
     ROWS_PER_STEP,
     STEPS,
@@ -37,7 +38,11 @@ AUTOMATIC = 2e-6  # where the machine chooses: losses are about 6, where the las
 # The gradients of a new critic and of A are small at first, and Adam divides them by themselves: rounding is amplified.
 AUTOMATIC_OF = {"ppo": TOLERANCE, "lora": TOLERANCE, "qlora": TOLERANCE, "vlm-dpo": TOLERANCE}
 IN_BF16: dict[str, Any] = {"use_amp": True, "precision": "bf16"}
-ROUNDED = ("sampled_logprobs", "old_logprobs", "ref_logprobs", "advantages")  # columns of a rollout that a forward made
+# Columns of a rollout that a forward made.
+ROUNDED = (
+    *("sampled_logprobs", "old_logprobs", "ref_logprobs", "advantages"),
+    *("model_reward", "values", "returns"),
+)
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for them waits for the processes of all engines
 
 
@@ -206,8 +211,8 @@ def made_alone() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def seen_alone() -> dict[str, Any]:
-    """By one process."""
-    return seen("torch", 1)
+    """By one process, for each trainer."""
+    return {name: seen("torch", 1, name) for name in OF_SEEN}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -299,16 +304,17 @@ def test_rollouts_are_the_same_on_every_engine(
     assert finishes == {0, 1} and len(lengths) > 2
 
 
+@pytest.mark.parametrize("name", OF_SEEN)
 @pytest.mark.parametrize("engine", GATHER)
 def test_prompts_that_show_images_are_answered_and_learned_from_alike_on_every_engine(
-    engine: str, seen_alone: dict[str, Any], played: dict[str, Any]
+    engine: str, name: str, seen_alone: dict[str, Any], played: dict[str, Any]
 ) -> None:
-    """Token for token; in micro-batches of text and of images, of which ranks have different numbers."""
-    report = ended_well(engine, played)["seen"]
-    check_rollouts(report["rollouts"], seen_alone["rollouts"])
-    shown = [{len(row) for row in rollout["columns"]["image_places"]} for rollout in seen_alone["rollouts"]]
+    """Token for token, judge and critic too; in micro-batches of text and of images, of which ranks have different numbers."""
+    report, alone = ended_well(engine, played)["seen"][name], seen_alone[name]
+    check_rollouts(report["rollouts"], alone["rollouts"])
+    shown = [{len(row) for row in rollout["columns"]["image_places"]} for rollout in alone["rollouts"]]
     assert shown == [{0, 6, 12}, {0, 6, 12}]
-    for found, expected in zip(report["steps"], seen_alone["steps"], strict=True):
+    for found, expected in zip(report["steps"], alone["steps"], strict=True):
         assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 

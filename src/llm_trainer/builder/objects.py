@@ -158,6 +158,9 @@ class Builder:
         if self.images is not None:
             check_same_images(self.images, source, self.tokenizer, key)
 
+    def leave_out(self, model: nn.Module) -> None:
+        leave_out(model, (), None)
+
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         return tuple(ChatFormat(self.tokenizer).stop_token_ids())

@@ -70,8 +70,8 @@ def make_streams(
         if source.shows_images and not takes_images(trainer_class):
             raise ValueError(
                 f"file_dataset: its rows show images, and {trainer_class.__name__} takes none yet, so that it would "
-                "learn without them; expected rows of text. SFTTrainer, Trainer, DPOTrainer, KTOTrainer, RewardTrainer and "
-                "GRPOTrainer take images"
+                "learn without them; expected rows of text. SFTTrainer, Trainer, DPOTrainer, KTOTrainer, RewardTrainer, "
+                "GRPOTrainer and PPOTrainer take images"
             )
         return source
 

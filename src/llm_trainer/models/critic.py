@@ -9,11 +9,16 @@ from torch.nn import functional as F
 
 from llm_trainer.losses.experts import Routing
 from llm_trainer.losses.language import IGNORE
+from llm_trainer.models.freezing import see_alike
 from llm_trainer.models.heads import logits_of
 from llm_trainer.models.inside import adapted_model, has_adapters, language_config, transformers_model, vocab_size_of
 from llm_trainer.models.rewarding import Rewarding, process_reward_model
 from llm_trainer.models.scored import ScoredModel, TokenScores
 from llm_trainer.models.seeing import accepted_inputs
+from llm_trainer.models.vision import SeenOnce
+
+# What of a batch a critic with a body of its own is given, beside the ids.
+_OF_A_CRITIC = ("attention_mask", "position_ids", "document_lengths", "images", "rope_positions")
 
 
 class Acted(NamedTuple):
@@ -46,6 +51,10 @@ class ActorCritic(nn.Module):
         policy: a language model with scores.
         critic: of the policy (`critic_of`); where both have one body, it runs once for both.
 
+    Attributes:
+        shares_body: whether they have.
+        sees_once: the critic takes what the policy's tower makes of images: neither learns to see, and both see alike.
+
     Raises:
         ValueError: the critic is on the policy's body, and the policy does not come apart into body and head.
     """
@@ -60,6 +69,17 @@ class ActorCritic(nn.Module):
                 f"the critic is a head on the body of the policy, a {type(policy.base).__name__}, whose logits are not "
                 f"those of a linear head on that body; expected a critic with a body of its own (value_model)"
             )
+        own = not self.shares_body and isinstance(self.critic, Rewarding)
+        self.sees_once = own and see_alike(policy.base, critic) and see_alike(critic, policy.base)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Of models that see their language models alone (`Seeing.compile`)."""
+        if self.policy.vision.model is None:
+            super().compile(*args, **options)
+            return
+        self.policy.compile(*args, **options)
+        if not self.shares_body:
+            self.critic.compile(*args, **options)
 
     def forward(self, labels: Tensor, detach_body: bool = False, **inputs: Any) -> Acted:
         """Score `labels`, and value what stands before each.
@@ -81,13 +101,15 @@ class ActorCritic(nn.Module):
             spread = scores.distance.new_zeros(supervised.shape).masked_scatter(supervised, scores.distance)
             return Acted(scores._replace(distance=None), F.pad(spread, (1, 0)))
 
+        seen = inputs.get("images")
+        if self.sees_once and not isinstance(seen, SeenOnce):
+            seen = inputs["images"] = SeenOnce(seen)
         scores = self.policy(labels=labels, **inputs)
-        layout = {
-            name: inputs[name] for name in ("attention_mask", "position_ids", "document_lengths") if name in inputs
-        }
-        after = self.critic(
-            inputs["input_ids"], every_token=True, **layout
-        )  # (B, T), of each token and those before it
+        layout = {name: inputs[name] for name in _OF_A_CRITIC if name in inputs}
+        if isinstance(seen, SeenOnce) and not self.sees_once:  # the critic sees for itself
+            layout["images"] = seen.images
+        # (B, T), of each token and those before it
+        after = self.critic(inputs["input_ids"], every_token=True, **layout)
         return Acted(scores, F.pad(torch.where(supervised, after[:, :-1], 0.0), (1, 0)))
 
 
@@ -96,7 +118,8 @@ class OwnCritic(nn.Module):
 
     Args:
         model: its forward takes `input_ids [B, T]`, and `attention_mask` and `position_ids` where it has these, and returns
-            `[B, T]` or `[B, T, 1]`, as a tensor, as `.logits` or as `["logits"]`.
+            `[B, T]` or `[B, T, 1]`, as a tensor, as `.logits` or as `["logits"]`. Where rows show some, `images`
+            (`image_batch.ImageBatch`), which it has to have.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -104,11 +127,11 @@ class OwnCritic(nn.Module):
         self.body = model
         self._accepted = accepted_inputs(model)
 
-    def per_token(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+    def per_token(self, input_ids: Tensor, **layout: Any) -> Tensor:
         """The numbers of `input_ids [B, T]` or `[1, N]`, of the same shape."""
         return self(input_ids, **layout)
 
-    def forward(self, input_ids: Tensor, every_token: bool = True, **layout: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, every_token: bool = True, **layout: Any) -> Tensor:
         """Values `[B, T]` of `input_ids [B, T]`.
 
         Raises:
@@ -167,7 +190,7 @@ def critic_of(policy: nn.Module, value_model: nn.Module | None = None, on_policy
     model = transformers_model(value_model)
     if model is not value_model or model.get_output_embeddings() is None:
         return value_model
-    return process_reward_model(model, model.config.pad_token_id)
+    return process_reward_model(model, language_config(model.config).pad_token_id)
 
 
 def _made_of(policy: nn.Module, shares_body: bool) -> nn.Module:

@@ -15,7 +15,7 @@ from llm_trainer.models.attention import knows_branches
 from llm_trainer.models.build import attention_of
 from llm_trainer.models.inside import adapted_model, auto_class, language_config, sees_images
 from llm_trainer.models.pretrained import ENDINGS, REWARD_MODELS, Kind, Pretrained, find_pretrained
-from llm_trainer.models.seeing import Seeing, accepted_inputs
+from llm_trainer.models.seeing import Seeing, placeholder_of
 from llm_trainer.models.vision import Images
 
 if TYPE_CHECKING:
@@ -294,22 +294,9 @@ class AnyJudge(nn.Module):
 
     model: nn.Module
 
-    @property
-    def image_token_id(self) -> int | None:
-        """The placeholder of images of a model that sees; None: it reads text, or is a module that knows what it is shown."""
-        seen = self.model.vision if isinstance(self.model, Rewarding) else None
-        return None if seen is None or seen.model is None else seen.image_token_id
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether it may be shown images: a model that sees, or a module whose forward names `images`."""
-        if isinstance(self.model, Rewarding):
-            return self.image_token_id is not None
-        return "images" in (accepted_inputs(self.model) or ())
-
     def compile(self, *args: Any, **options: Any) -> None:
         """Of a model that sees its language model alone (`Seeing.compile`)."""
-        if self.image_token_id is None:
+        if placeholder_of(self.model) is None:
             super().compile(*args, **options)
         else:
             self.model.compile(*args, **options)

@@ -80,6 +80,20 @@ class Seeing:
         return None, None
 
 
+def placeholder_of(reader: nn.Module) -> int | None:
+    """The id of the placeholders of a `Seeing` whose model sees; None: it reads text, or is a module of the user's."""
+    if not isinstance(reader, Seeing) or reader.vision.model is None:
+        return None
+    return reader.vision.image_token_id
+
+
+def may_be_shown_images(reader: nn.Module) -> bool:
+    """Whether it is a `Seeing` whose model sees, or a module of the user's whose forward names `images`."""
+    if isinstance(reader, Seeing):
+        return reader.vision.model is not None
+    return "images" in (accepted_inputs(reader) or ())
+
+
 @contextmanager
 def _called_by(module: Any, call: Callable[..., Any]) -> Iterator[None]:
     """The context in which a module is called by `call`; samplers, with caches that grow, call it as it is."""

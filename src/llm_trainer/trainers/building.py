@@ -69,6 +69,9 @@ class Build(Protocol):
             ConfigError: it sees images, and its processor makes something else of them than that of the run does.
         """
 
+    def leave_out(self, model: "nn.Module") -> None:
+        """Freeze what of a model beside the policy no loss reaches, of a tower of images; the rest learns."""
+
     def frozen(self, source: Any) -> "nn.Module":
         """A model that is only compared with.
 

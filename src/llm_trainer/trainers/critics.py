@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llm_trainer.trainers.building import Build
 
 
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 CRITIC = "critic"  # its name in checkpoints, and the mark of its groups of parameters
 
 
@@ -39,10 +40,14 @@ def critic_of_folder(source: str | None, config: "TrainConfig", build: "Build") 
                 f"{key}: {source} has another tokenizer than the policy: {different}. Expected the same tokens under the same "
                 f"ids: train a reward model on this policy's family, or leave it out, and the critic is made of the policy"
             )
+    if any((Path(found.model_source) / name).exists() for name in PROCESSORS):  # nor a processor
+        build.check_images(source, key)
     if found.kind is Kind.LANGUAGE_MODEL:
         model: nn.Module = build.model(str(found.source))
-        return model
-    return load_reward_model(found.source, resolve_attention(config.run_config.attention, build.device))
+    else:
+        model = load_reward_model(found.source, resolve_attention(config.run_config.attention, build.device))
+    build.leave_out(model)
+    return model
 
 
 def group_options(section: OptimConfig) -> dict[str, Any]:

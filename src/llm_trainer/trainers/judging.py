@@ -51,27 +51,6 @@ def judge_of(model: nn.Module | None, steps: str | None, has_turns: bool) -> Jud
     return Judge(freeze(model)) if steps is None else StepJudge(freeze(model))
 
 
-def shown_nothing(judge: Judge | StepJudge, images: ImageFormat) -> str:
-    """Why a judge cannot be shown the images of prompts, and what to do; empty: it can.
-
-    Args:
-        judge: of the run.
-        images: what makes tokens and numbers of them.
-    """
-    if not judge.takes_images:
-        return (
-            "the reward model reads text alone; expected one that sees (reward_config on pairs that show images), reward "
-            "functions, or prompts of text"
-        )
-    theirs = judge.image_token_id
-    if theirs is not None and theirs != images.image_token_id:
-        return (
-            f"the reward model's placeholder of an image is token {theirs}, the policy's {images.image_token_id}; expected a "
-            f"reward model that was made of the policy's family"
-        )
-    return ""
-
-
 def model_facts(model: nn.Module) -> dict[str, str]:
     """What tells a model that judges a rollout, or scores it, from any other one. It is not sharded yet."""
     # Where a configuration came from, and by which version it was written, changes no number.

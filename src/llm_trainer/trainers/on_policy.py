@@ -42,10 +42,10 @@ from llm_trainer.trainers.answers import Batch, score
 from llm_trainer.trainers.base import BaseTrainer
 from llm_trainer.trainers.drawing import drawing, service_of
 from llm_trainer.trainers.given import pad_id_of
-from llm_trainer.trainers.judging import judge_of, judged_columns, model_facts, shown_nothing, step_ends_of
+from llm_trainer.trainers.judging import judge_of, judged_columns, model_facts, step_ends_of
 from llm_trainer.trainers.learned import drawn_from_of, of_learning, with_cuts
 from llm_trainer.trainers.played import Partners
-from llm_trainer.trainers.prompt_images import PromptImages, format_of, never_drawn
+from llm_trainer.trainers.prompt_images import PromptImages, format_of, never_drawn, why_not_shown
 from llm_trainer.trainers.ptx import PTX, ptx_of
 from llm_trainer.trainers.references import seen_once
 from llm_trainer.trainers.rollouts import RolloutMaker
@@ -276,13 +276,14 @@ class OnPolicyTrainer(BaseTrainer):
     def _takes_no_images(self) -> str:
         """Who of a run takes none, and what to do; empty: everybody does."""
         if not takes_images(type(self)):
-            return f"{type(self).__name__} takes none; expected GRPOTrainer, or prompts of text"
+            return f"{type(self).__name__} takes none; expected GRPOTrainer or PPOTrainer, or prompts of text"
         if isinstance(self._service, Servers):
             return "rollout_servers are sent ids alone; expected none of them: the process that trains then draws"
         if self.partners is not None:
             return "environments, tools and agents speak in text alone; expected reward functions, or prompts of text"
         if self.judge is not None and self._images is not None:
-            why = shown_nothing(self.judge, self._images)
+            sees = "one that sees (reward_config on pairs that show images), reward functions"
+            why = why_not_shown(self.judge.model, "the reward model", sees, self._images)
             if why:
                 return why
         if self._route_columns:
@@ -335,7 +336,8 @@ class OnPolicyTrainer(BaseTrainer):
         if rollout.tower_tokens is not None and not sees:
             raise RolloutError(
                 f"rollouts: {rollout.store.folder} has prompts that show images, and this run sees none; expected "
-                f"GRPOTrainer of a vision-language model with its processor, and a file_dataset whose prompts show images"
+                f"GRPOTrainer or PPOTrainer of a vision-language model with its processor, and a file_dataset whose prompts "
+                f"show images"
             )
         largest, vocab_size = int(rollout.store["input_ids"].values.max(initial=0)), vocab_size_of(self.base_model)
         if vocab_size is not None and largest >= vocab_size:

@@ -20,7 +20,8 @@ from llm_trainer.losses.language import mean_over
 from llm_trainer.losses.policy import PolicyLoss, PolicyTokens
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.losses.value import value_loss
-from llm_trainer.models.critic import Acted, ActorCritic, critic_of, reader_of
+from llm_trainer.models.critic import Acted, ActorCritic, OwnCritic, critic_of, reader_of
+from llm_trainer.models.freezing import see_alike
 from llm_trainer.models.frozen import choose_reference
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.scored import scored
@@ -30,8 +31,9 @@ from llm_trainer.trainers.completions import given_logprobs
 from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder, group_options, let_critic_alone
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
+from llm_trainer.trainers.prompt_images import why_not_shown
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
-from llm_trainer.trainers.references import describe_reference, reference_of
+from llm_trainer.trainers.references import describe_reference, reference_of, seen_once
 from llm_trainer.trainers.shaping import Followed, Shaping, refuse_norm
 from llm_trainer.trainers.shaping import scored as scored_rollout
 
@@ -71,6 +73,7 @@ class PPOTrainer(OnPolicyTrainer):
 
     section = "ppo_config"
     takes_flat = True
+    takes_images = True
     no_variance = (
         "the rewards of all completions were equal, so that nothing was learned but the KL: look at the completions "
         "(llm-trainer rollouts), take easier or harder prompts, a higher gen_temperature, or a reward with more steps"
@@ -89,6 +92,7 @@ class PPOTrainer(OnPolicyTrainer):
         reference = None
         if how.kl_beta:  # before the critic puts a head on the policy
             reference, self.starts_at_reference = choose_reference(model, ref_model, how.reference)
+            self._sees_once = see_alike(model, reference)
         check_learns(value_model, ref_model=ref_model, reward_model=options.get("reward_model"))
         self.critic = critic_of(model, value_model, how.critic_on_policy)
         self.loss = PolicyLoss("bnpo", clip_eps=how.clip_eps, entropy_coef=how.entropy_coef)
@@ -213,12 +217,22 @@ class PPOTrainer(OnPolicyTrainer):
             )
         return self._with_further(built, training)
 
+    def _takes_no_images(self) -> str:
+        why = super()._takes_no_images()
+        if why or self._images is None:
+            return why
+        critic: nn.Module = reader_of(self.critic)
+        if isinstance(critic, OwnCritic):
+            critic = critic.body
+        sees = "a value_model that sees, a module whose forward takes images, or none, and the critic is made of the policy"
+        return why_not_shown(critic, "the critic", sees, self._images)
+
     def _learned_columns(self) -> tuple[str, ...]:
         return ("advantages", "returns", "values", "old_logprobs")
 
     def _finish(self, rollout: Rollout) -> Finished:
         judged = self._judged(rollout)
-        _, lay = laying(self.machine.layout, self._pad_id)
+        _, lay = laying(self.machine.layout, self._pad_id, self._images)
         columns = self.machine.score(rollout, partial(collate_rollout, lay=lay), self._say_of)
         columns |= given_logprobs(rollout, columns)
         if columns.pop("has_sums", None) is not None:
@@ -241,6 +255,8 @@ class PPOTrainer(OnPolicyTrainer):
     def _say_of(self, batch: Batch) -> dict[str, Tensor]:
         """What policy, critic and reference say about each token of a batch of a rollout."""
         rows = moved(of_learning(with_cuts(batch)), self.device)
+        if self._sees_once:
+            rows = seen_once(rows)
         acted = self._act(rows)
         found = {"old_logprobs": acted.scores.logprobs, "values": acted.values}
         if self.reference is not None:

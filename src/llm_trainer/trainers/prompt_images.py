@@ -12,6 +12,7 @@ from llm_trainer.data.encode.templates import ChatTemplateError
 from llm_trainer.data.rollouts import Prompt
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.image_batch import ImageBatch
+from llm_trainer.models.seeing import may_be_shown_images, placeholder_of
 from llm_trainer.models.vision import Vision
 
 Row = dict[str, np.ndarray]
@@ -64,6 +65,26 @@ class PromptImages:
             return find_places(prompt.ids, prompt.images, self.images)
         except ChatTemplateError as error:
             raise ValueError(f"{prompt.place}, number {prompt.number} of a rollout: {error}") from error
+
+
+def why_not_shown(reader: nn.Module, who: str, expected: str, images: ImageFormat) -> str:
+    """Why a model beside the policy cannot be shown the images of prompts, and what to do; empty: it can.
+
+    Args:
+        reader: the model, as `models.seeing.may_be_shown_images` takes it.
+        who: it is, for messages.
+        expected: in place of one that reads text.
+        images: what makes tokens and numbers of them.
+    """
+    if not may_be_shown_images(reader):
+        return f"{who} reads text alone; expected {expected}, or prompts of text"
+    theirs = placeholder_of(reader)
+    if theirs is not None and theirs != images.image_token_id:
+        return (
+            f"the placeholder of an image is token {theirs} for {who}, and {images.image_token_id} for the policy; expected "
+            f"models of one family"
+        )
+    return ""
 
 
 def format_of(images: Any, processor: Any, model: nn.Module) -> ImageFormat | None:

@@ -21,8 +21,8 @@ from llm_trainer.data.rollouts import Plan, Rollout
 from llm_trainer.data.vision import ImageFormat
 from llm_trainer.image_batch import ImageBatch
 from llm_trainer.models.rewarding import Rewarding, StepJudge, process_reward_model, reward_model
+from llm_trainer.models.seeing import may_be_shown_images
 from llm_trainer.models.vision import Vision
-from llm_trainer.trainers.ppo import PPOTrainer
 from vision_data import file_of, picture
 
 LEARNED = ("loss", "grad_norm", "reward")
@@ -172,7 +172,8 @@ def test_a_judge_with_two_labels_sees_the_steps() -> None:
         found = judge(ids, torch.ones_like(ids), opened)
         logits = model(ids, attention_mask=torch.ones_like(ids), pixel_values=opened.inputs["pixel_values"]).logits
     torch.testing.assert_close(found, logits.softmax(-1)[..., 1])
-    assert judge.takes_images and not StepJudge(process_reward_model(policies.tiny())).takes_images
+    assert may_be_shown_images(judge.model)
+    assert not may_be_shown_images(StepJudge(process_reward_model(policies.tiny())).model)
 
 
 def test_a_judge_with_another_placeholder_is_refused(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_judge_with_another_placeholder_is_refused(tmp_path: Path) -> None:
     other.config.image_token_id = 7
     trainer = policies.make("grpo", tmp_path, seeing.tiny(), **seeing.options(reward_model=reward_model(other)))
     expected = (
-        f"the reward model's placeholder of an image is token 7, the policy's {seeing.image_id()}; expected a reward"
+        f"the placeholder of an image is token 7 for the reward model, and {seeing.image_id()} for the policy; expected"
     )
     with pytest.raises(ValueError, match=expected):
         trainer._rollout_maker().images.check()
@@ -197,6 +198,88 @@ def test_a_module_of_the_user_may_take_images(tmp_path: Path) -> None:
     seeing.train("grpo", tmp_path, reward_func=None, reward_model=Uses())
     found = [rollout.column("model_reward").tolist() for rollout in policies.rollouts_of(tmp_path)]
     assert found == [[0.0] * 4 + [1.0] * 4, [2.0] * 4 + [0.0] * 4, [1.0] * 4 + [2.0] * 4]
+
+
+# A critic that sees what prompts show.
+
+CRITICS: dict[str, Any] = {
+    "on the policy": lambda: {"critic_on_policy": True},
+    "a copy": dict,
+    "a model": lambda: {"value_model": seeing.tiny(seed=3)},
+    "a reward model": lambda: {"value_model": reward_model(seeing.tiny(seed=3), pad_token_id=0)},
+}
+CUTS: list[dict[str, Any]] = [
+    {"packing": "none"},
+    {"micro_batch_tokens": 45},
+    {"packing": "none", "micro_batch_tokens": 60},
+]
+
+
+@pytest.mark.parametrize("which", CRITICS)
+def test_policy_and_critic_see_the_same_however_rows_are_laid(which: str, tmp_path: Path) -> None:
+    """Flat, padded, and cut by tokens; what the critic says of a row is what it says of the row alone."""
+    own: dict[str, Any] = {"kl_beta": 0.1, "reward_in_process": True}
+    torch.manual_seed(4)  # of the new head
+    trainer, seen = seeing.train("ppo", tmp_path / "flat", **own, **CRITICS[which]())
+    assert trainer.machine.layout.flat and len(seen) == 6 and trainer._acting.shares_body is (which == "on the policy")
+    assert max(values["sampling/sampling_logp_difference/max"] for values in seen) < 1e-5
+    for number, how in enumerate(CUTS):
+        torch.manual_seed(4)
+        _, other = seeing.train("ppo", tmp_path / str(number), **own, **how, **CRITICS[which]())
+        for found, expected in zip(of_ppo(other), of_ppo(seen), strict=True):
+            assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+def of_ppo(seen: list[dict[str, float]]) -> list[list[float]]:
+    return [[values[name] for name in ("loss", "loss/value", "grad_norm", "reward")] for values in seen]
+
+
+def test_values_are_those_of_each_row_alone(tmp_path: Path) -> None:
+    critic = reward_model(seeing.tiny(seed=3), pad_token_id=0).eval()
+    alone = Rewarding(copy.deepcopy(critic))
+    seeing.train("ppo", tmp_path, value_model=critic, reward_in_process=True, micro_batch_tokens=45, max_steps=1)
+    (rollout, *_), images = policies.rollouts_of(tmp_path), ImageFormat(seeing.processor())
+    differences = []
+    for row in range(len(rollout)):
+        ids = torch.from_numpy(rollout.store["input_ids"][row].astype(np.int64))[None]
+        opened, trained = images.opened([(rollout.images(row), "here")]), rollout.store["trained"][row]
+        with torch.no_grad():
+            values = alone.per_token(ids, attention_mask=torch.ones_like(ids), images=opened)[0]
+        expected = np.where(trained[1:], values[:-1].numpy(), 0.0)  # of what stands before each token
+        np.testing.assert_allclose(rollout.store["values"][row][1:], expected, atol=1e-5)
+        if opened is not None:
+            unlit = {name: value * 0 for name, value in opened.inputs.items()}
+            with torch.no_grad():
+                dark = alone.per_token(ids, attention_mask=torch.ones_like(ids), images=replace(opened, inputs=unlit))[
+                    0
+                ]
+            differences.append(float((dark - values).abs().max()))
+    assert len(differences) == 2 and min(differences) > 1e-2
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_policy_reference_and_critic_that_do_not_learn_to_see_encode_once(
+    learns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A critic that was made of the policy; where eyes learn, each sees for itself."""
+    seen: list[int] = []
+    encode = Vision.encode
+
+    def counting(self: Any, images: Any) -> Any:
+        seen.append(len(images.lengths))
+        return encode(self, images)
+
+    monkeypatch.setattr(Vision, "encode", counting)
+    monkeypatch.setattr("llm_trainer.train.run.probe_file", lambda *given: {})
+    model = seeing.tiny()
+    for parameter in (*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()):
+        parameter.requires_grad_(learns)
+    how = {"kl_beta": 0.1, "ppo_batch_size": None, "train_loader": seeing.prompts(3, 3), "reward_in_process": True}
+    trainer = policies.make("ppo", tmp_path, model, **seeing.options(**how))
+    del seen[:]  # of what was tried out
+    trainer.train()
+    # The sampler sees prompts 1 and 2; six rows are scored by all three models, and learned from twice by two of them.
+    assert seen == ([1, 2, *3 * [3], *4 * [3]] if learns else [1, 2, 3, 3, 3])
 
 
 def test_the_sampler_gets_the_weights_of_tower_and_projector(tmp_path: Path) -> None:
@@ -342,10 +425,37 @@ def test_who_takes_no_images_is_named(changes: dict[str, Any], who: str, tmp_pat
         trainer._rollout_maker()._drawn(PLAN, [prompt], 0)
 
 
-def test_ppo_says_that_it_takes_none(tmp_path: Path) -> None:
-    critic = policies.tiny(vocab_size=300, max_position_embeddings=64)
+class Values(torch.nn.Module):
+    """A critic of the user's, which counts the images of the first row where it is shown some."""
+
+    def __init__(self, sees: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.counts: list[int] = []
+        if sees:
+            self.forward = self.seeing  # type: ignore[method-assign]
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.weight * input_ids
+
+    def seeing(self, input_ids: torch.Tensor, images: Any = None) -> torch.Tensor:
+        self.counts.append(0 if images is None else len(images.order))
+        return self.weight * input_ids / 300
+
+
+@pytest.mark.parametrize("kind", ["model", "module"])
+def test_a_critic_that_reads_text_is_refused(kind: str, tmp_path: Path) -> None:
+    critic: Any = policies.tiny(vocab_size=300, max_position_embeddings=64)
+    if kind == "module":
+        critic = Values(sees=False)
     found = refused(tmp_path, "ppo", value_model=critic, ppo_batch_size=None)
-    assert f"prompts show images, and {PPOTrainer.__name__} takes none; expected GRPOTrainer" in found
+    assert "prompts show images, and the critic reads text alone; expected a value_model that sees" in found
+
+
+def test_a_critic_of_the_user_may_take_images(tmp_path: Path) -> None:
+    critic = Values(sees=True)
+    seeing.train("ppo", tmp_path, value_model=critic, reward_in_process=True, packing="none", ppo_batch_size=None)
+    assert 6 in critic.counts and critic.counts.count(0) < len(critic.counts)
 
 
 def test_stored_rollouts_with_images_are_for_models_that_see(run: tuple[Path, Any, Any], tmp_path: Path) -> None:
