@@ -20,6 +20,7 @@ from llm_trainer.data.encode.tokenizer import load_tokenizer, train_tokenizer
 from llm_trainer.export.door import export
 from llm_trainer.models.build import build_model
 from llm_trainer.models.rewarding import reward_model
+from llm_trainer.models.seeing import may_be_shown_images
 from llm_trainer.models.vision_build import processor_for
 from llm_trainer.train.metrics import Clock, Shares
 from llm_trainer.train_configs import (
@@ -433,10 +434,14 @@ def test_a_reward_model_without_eyes_is_not_given_images(
 
 
 def test_who_takes_no_images_says_so(folder: Path, tmp_path: Path) -> None:
+    class Own(PPOTrainer):
+        def _forward(self, batch: Any) -> Any:
+            return super()._forward(batch)
+
     described = asked(folder, tmp_path, ppo_config=PPOConfig(), grpo_config=None)
     how: dict[str, Any] = {"train_config": described, "reward_func": lambda completions, **_: [0.0] * len(completions)}
-    with pytest.raises(ValueError, match="its rows show images, and PPOTrainer takes none yet"):
-        PPOTrainer(**how)
+    with pytest.raises(ValueError, match="its rows show images, and Own takes none yet"):
+        Own(**how)
 
 
 def asked(folder: Path, tmp_path: Path, **changes: Any) -> TrainConfig:
@@ -479,15 +484,7 @@ def test_prompts_of_files_show_their_images(
 
 def test_the_folder_of_a_reward_model_that_sees_judges_prompts_with_images(folder: Path, tmp_path: Path) -> None:
     """With the processor of the policy; another one, and a model that reads text, are refused before any step."""
-    sizes: dict[str, Any] = {**TEXT, "vocab_size": 291, "vision": VISION}
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    judge = build_model(VLMConfig(**sizes, image_token_id=tokenizer.convert_tokens_to_ids("<image>")))
-    processor = processor_for(judge.config, tokenizer)
-    saved = reward_model(judge, pad_token_id=0)
-    for name in ("judge", "other"):
-        saved.save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
-        processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    save_seeing_models(folder, tmp_path)
 
     def described(name: str) -> TrainConfig:
         section = GRPOConfig(group_size=2, gen_max_seq_len=4, reward_model_checkpoint=str(tmp_path / name))
@@ -495,19 +492,68 @@ def test_the_folder_of_a_reward_model_that_sees_judges_prompts_with_images(folde
 
     trainer = GRPOTrainer(train_config=described("judge"))
     values = trainer.train()
-    assert trainer.judge is not None and trainer.judge.takes_images
+    assert trainer.judge is not None and may_be_shown_images(trainer.judge.model)
     assert values["grad_norm"] > 0 and values["rewards/model_reward"] == pytest.approx(values["reward"])
     other = (
         f"the processor of {tmp_path / 'other'} differs from that of this run (the pixel_values of an image of 64 x 64 "
     )
     with pytest.raises(ValueError, match=re.escape(f"reward_model_checkpoint: {other}pixels are other numbers)")):
         GRPOTrainer(train_config=described("other"))
-    reward_model(build_model(ModelConfig(**TEXT, vocab_size=291)), 0).save_pretrained(tmp_path / "blind")
-    tokenizer.save_pretrained(tmp_path / "blind")
     with pytest.raises(
         ValueError, match="prompts show images, and the reward model reads text alone; expected one that"
     ):
         GRPOTrainer(train_config=described("blind"))
+
+
+def save_seeing_models(folder: Path, into: Path) -> None:
+    """Reward models that see, `judge` and, with another processor, `other`; `language`, whose tower has a head that no loss
+    reaches; and `blind`, which reads text.
+    """
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {**TEXT, "vocab_size": 291, "vision": VISION}
+    model = build_model(VLMConfig(**sizes, image_token_id=tokenizer.convert_tokens_to_ids("<image>")))
+    processor = processor_for(model.config, tokenizer)
+    described = LlavaConfig.from_dict(model.config.to_dict())
+    described.vision_config.vision_use_head = True
+    language = LlavaForConditionalGeneration(described)
+    for name, saved in (("language", language), ("judge", reward_model(model, 0)), ("other", reward_model(model, 0))):
+        if name == "other":
+            processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+        saved.save_pretrained(into / name)
+        processor.save_pretrained(into / name)
+    reward_model(build_model(ModelConfig(**TEXT, vocab_size=291)), 0).save_pretrained(into / "blind")
+    tokenizer.save_pretrained(into / "blind")
+
+
+def test_ppo_learns_from_files_of_prompts_with_images(folder: Path, tmp_path: Path) -> None:
+    """With a critic made of the policy, on its body, of a language model that sees, and of a reward model that does."""
+    save_seeing_models(folder, tmp_path)
+
+    def values_of(**how: Any) -> tuple[Any, dict[str, float]]:
+        section = PPOConfig(gen_max_seq_len=4, completions_per_prompt=2, kl_beta=0.0, **how)
+        described = asked(folder, tmp_path, grpo_config=None, ppo_config=section)
+        described.run_config.resume = "never"
+        trainer = PPOTrainer(
+            train_config=described, reward_in_process=True, reward_func=lambda completions, **_: [len(text) for text in completions]
+        )
+        return trainer, trainer.train()
+
+    critics = [{"value_model_checkpoint": str(tmp_path / name)} for name in ("language", "judge")]
+    for how in ({}, {"critic_on_policy": True}, *critics):
+        trainer, values = values_of(**how)
+        assert values["grad_norm"] > 0 and values["loss/value"] > 0, how
+        frozen = [name for name, parameter in trainer.critic.named_parameters() if not parameter.requires_grad]
+        heads = [name for name in frozen if "vision_tower.head." in name]  # no loss reaches them
+        assert bool(heads) is (how == critics[0])
+        assert len(frozen) == len(heads) + 2 and all("post_layernorm" in name for name in set(frozen) - set(heads))
+        assert type(trainer.critic).__name__.startswith("LlavaFor")
+    with pytest.raises(ValueError, match=r"value_model_checkpoint: the processor of .*other differs"):
+        values_of(value_model_checkpoint=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="prompts show images, and the critic reads text alone"):
+        values_of(value_model_checkpoint=str(tmp_path / "blind"))
 
 
 def test_prompts_with_images_need_a_model_that_sees(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
-"""Kills GRPO or PPO with a real policy, and prints what happened: `policy_lives.py FOLDER KILLS {grpo,ppo,episodes,images}`.
+"""Kills GRPO or PPO with a real policy, and prints what happened: `policy_lives.py FOLDER KILLS NAME`.
+
+NAME is 'grpo', 'ppo', 'episodes', 'images' or 'ppo-images'.
 
 As rollout_lives.py, whose fakes it does without: completions are drawn by the sampler, judged in a process of their own.
-'episodes' is GRPO with an environment of several turns, which draws random numbers; 'images' with prompts that show pictures.
+'episodes' is GRPO with an environment of several turns, which draws random numbers; 'images' with prompts that show pictures,
+'ppo-images' PPO with such prompts, a critic with a body of its own and a reward model that sees.
 """
 
 import importlib
@@ -33,12 +36,14 @@ from llm_trainer.data.rollouts import Rollout
 from llm_trainer.engine import dist
 from llm_trainer.episodes.players import Players
 from llm_trainer.generation.in_process import InProcess
+from llm_trainer.models.rewarding import reward_model
 from llm_trainer.rewards.functions import RewardFunctions
 from llm_trainer.train import saving
 from llm_trainer.trainers.ppo import PPOTrainer
 from llm_trainer.trainers.rollouts import RolloutMaker
 
 PHASES = {"generating": 40, "rewarding": 4, "scoring": 4, "updating": 12, "syncing": 4}
+OF_PPO = ("ppo", "ppo-images")
 LEARNED = ("step", "loss", "grad_norm", "reward", "learning_rate", "num_tokens", "epoch")  # no times
 
 
@@ -81,8 +86,13 @@ def make(name: str, folder: Path, **options: Any) -> Any:
     }
     own: dict[str, Any] = {"num_samples_per_prompt": 2, "kl_coef": 0.05, "grpo_steps": 2}
     shape: dict[str, Any] = {"hidden_size": 16}
-    if name == "ppo":
+    if name in OF_PPO:
         own = {"ppo_batch_size": None, "normalize_rewards": True}
+    if name == "ppo-images":
+        own |= {"train_loader": seeing_policies.prompts(6, 2), "tokenizer": seeing_policies.processor()}
+        own["reward_model"] = reward_model(seeing_policies.tiny(seed=1))
+        given["reward_func"] = seeing_policies.even_share
+        return policies.make("ppo", folder, seeing_policies.tiny(), **(given | own | options))
     if name == "images":
         own |= {"train_loader": seeing_policies.prompts(6, 2), "tokenizer": seeing_policies.processor()}
         given["reward_func"] = seeing_policies.even_share
@@ -153,7 +163,7 @@ def start(name: str, folder: Path, aim: str, count: int, **options: Any) -> int:
         if aim in FILES:
             sys.addaudithook(Killer(folder, FILES[aim][0], count, 0.0))
         if aim in PHASES:
-            aim_at(aim, Kill(count), PPOTrainer if name == "ppo" else GRPOTrainer)
+            aim_at(aim, Kill(count), PPOTrainer if name in OF_PPO else GRPOTrainer)
         make(name, folder, **options).train()
 
     return fork_life(folder, live)

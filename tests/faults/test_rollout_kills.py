@@ -56,7 +56,7 @@ def test_eighty_kills_of_which_some_change_the_number_of_ranks(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", "ppo", "episodes", "images"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "episodes", "images", "ppo-images"])
 def test_thirty_five_kills_of_a_real_policy(name: str, tmp_path: Path) -> None:
     """Sampler, reward processes or environments, scoring, critic, reference and statistics: all go on bit for bit."""
     command = [sys.executable, str(LIVES.with_name("policy_lives.py")), str(tmp_path), "5", name]
