@@ -532,13 +532,14 @@ def test_ppo_learns_from_files_of_prompts_with_images(folder: Path, tmp_path: Pa
     """With a critic made of the policy, on its body, of a language model that sees, and of a reward model that does."""
     save_seeing_models(folder, tmp_path)
 
+    def lengths(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
     def values_of(**how: Any) -> tuple[Any, dict[str, float]]:
         section = PPOConfig(gen_max_seq_len=4, completions_per_prompt=2, kl_beta=0.0, **how)
         described = asked(folder, tmp_path, grpo_config=None, ppo_config=section)
         described.run_config.resume = "never"
-        trainer = PPOTrainer(
-            train_config=described, reward_in_process=True, reward_func=lambda completions, **_: [len(text) for text in completions]
-        )
+        trainer = PPOTrainer(train_config=described, reward_in_process=True, reward_func=lengths)
         return trainer, trainer.train()
 
     critics = [{"value_model_checkpoint": str(tmp_path / name)} for name in ("language", "judge")]

@@ -158,6 +158,11 @@ class StartingPoint(nn.Module):
             self._as_it_was = hold(trained, self)
             self.description = "the policy where the run began"
 
+    @property
+    def policy(self) -> nn.Module:
+        """What is called, as the engine has wrapped it."""
+        return self._models[1]
+
     def forward(self, **inputs: Any) -> Any:
         """What the policy returned then, without dropout and without gradients.
 

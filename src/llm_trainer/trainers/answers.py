@@ -18,6 +18,7 @@ from llm_trainer.image_batch import of_images
 from llm_trainer.layout import Layout
 from llm_trainer.losses.language import IGNORE, mean_over
 from llm_trainer.losses.pairs import num_shared
+from llm_trainer.models.frozen import StartingPoint
 from llm_trainer.models.seeing import Seeing
 
 if TYPE_CHECKING:
@@ -290,13 +291,15 @@ def model_inputs(others: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
     Args:
         others: of a ready-made batch, by name.
-        model: a module that is or holds a `Seeing`: scores or rewards.
+        model: a module that is or holds a `Seeing`, scores or rewards; or the policy as it was, whose reader is the policy's.
 
     Raises:
         ValueError: the model does not read one of them, so that it would be lost.
     """
     if not others:
         return {}
+    if isinstance(model, StartingPoint):
+        model = model.policy
     reader = next(module for module in model.modules() if isinstance(module, Seeing))
     unread = [] if reader.named_inputs is None else sorted(others.keys() - reader.named_inputs)
     if unread:

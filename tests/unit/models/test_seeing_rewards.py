@@ -11,10 +11,13 @@ from vision_families import FAMILIES, family_model
 from vision_rows import flat, gradients, images, padded
 
 from llm_trainer.checkpoint.weights import write_model
+from llm_trainer.models import seeing
 from llm_trainer.models.attention import resolve_attention
+from llm_trainer.models.critic import ActorCritic, critic_of
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind, find_pretrained
 from llm_trainer.models.rewarding import Judge, Rewarding, load_reward_model, process_reward_model, reward_model
+from llm_trainer.models.scored import scored
 
 CPU = torch.device("cpu")
 NOT_PACKED = ("gemma3",)
@@ -115,6 +118,37 @@ def test_a_judge_is_shown_images() -> None:
             return images.counts.float()
 
     assert Judge(Own())(**batch, images=shown).tolist() == [2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("on_policy", "expected"), [(True, 1), (False, 2)])
+def test_policy_and_critic_that_see_have_their_language_models_compiled(
+    on_policy: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their towers and what puts images among tokens run plain; the numbers are the same."""
+    asked: list[Any] = []
+
+    def compiled(function: Any, **options: Any) -> Any:
+        asked.append(function)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            asked.append("called")
+            return function(*args, **kwargs)
+
+        return call
+
+    policy = tiny_vlm()
+    together = ActorCritic(scored(policy), critic_of(policy, on_policy=on_policy))
+    shown = images(together.policy)
+    before = together(**padded(4), images=shown)
+    monkeypatch.setattr(seeing, "compiled", compiled)
+    together.compile(dynamic=True)
+    decoders = [function.__self__ for function in asked]
+    assert decoders[0] is policy.model.language_model and len(decoders) == expected
+    after = together(**padded(4), images=shown)
+    assert asked.count("called") == expected
+    assert torch.equal(after.values, before.values) and torch.equal(after.logprobs, before.logprobs)
+    other = together(**padded(4), images=of_order(shown, 1 - shown.order))
+    assert float((other.values - after.values).detach().abs().max()) > 1e-4
 
 
 def test_steps_are_judged_on_the_same_bodies(tmp_path: Path) -> None:

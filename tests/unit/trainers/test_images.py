@@ -135,6 +135,15 @@ def test_an_image_of_a_prompt_is_seen_before_both_answers(tmp_path: Path) -> Non
     assert trainer.train()["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
+def test_a_policy_with_adapters_is_compared_with_its_base_that_sees_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from llm_trainer.config.adapters import AdapterConfig
+    from llm_trainer.models.adapters import adapt
+
+    values = made(DPOTrainer, adapt(llava(), AdapterConfig(), []), preference_batch(), tmp_path).train()
+    assert values["loss"] == pytest.approx(0.6931, abs=1e-4) and values["grad_norm"] > 0
+
+
 def test_the_images_of_judged_answers_are_seen(tmp_path: Path) -> None:
     pairs = preference_batch()
     del pairs["rejected_input_ids"], pairs["rejected_attention_mask"]

@@ -234,6 +234,29 @@ def of_ppo(seen: list[dict[str, float]]) -> list[list[float]]:
     return [[values[name] for name in ("loss", "loss/value", "grad_norm", "reward")] for values in seen]
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("grpo", {"kl_coef": 0.1}), ("ppo", {"kl_beta": 0.1}), ("ppo", {"kl_beta": 0.1, "critic_on_policy": False})],
+)
+def test_a_policy_with_adapters_is_held_to_itself_and_sees(name: str, how: dict[str, Any], tmp_path: Path) -> None:
+    """The reference is the policy with its adapters off, or as they began, shown the same."""
+    pytest.importorskip("peft")
+    from llm_trainer.config.adapters import AdapterConfig
+    from llm_trainer.models.adapters import adapt
+
+    torch.manual_seed(5)
+    model = adapt(seeing.tiny(), AdapterConfig(), [])
+    trainer, seen = seeing.train(name, tmp_path, model, max_steps=3, reward_in_process=True, **how)
+    assert len(seen) == 3 and min(values["grad_norm"] for values in seen) > 0
+    if name == "ppo":
+        assert trainer._acting.shares_body is ("critic_on_policy" not in how)
+    for rollout in policies.rollouts_of(tmp_path)[:1]:
+        for row in range(len(rollout)):
+            old, held_to = (rollout.store[f"{which}_logprobs"][row] for which in ("sampled", "ref"))
+            drawn = rollout.store["trained"][row]
+            np.testing.assert_allclose(held_to[drawn], old[drawn], atol=1e-5)
+
+
 def test_values_are_those_of_each_row_alone(tmp_path: Path) -> None:
     critic = reward_model(seeing.tiny(seed=3), pad_token_id=0).eval()
     alone = Rewarding(copy.deepcopy(critic))
