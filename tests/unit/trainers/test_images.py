@@ -140,7 +140,8 @@ def test_a_policy_with_adapters_is_compared_with_its_base_that_sees_the_same(tmp
     from llm_trainer.config.adapters import AdapterConfig
     from llm_trainer.models.adapters import adapt
 
-    values = made(DPOTrainer, adapt(llava(), AdapterConfig(), []), preference_batch(), tmp_path).train()
+    model = adapt(llava(), AdapterConfig(), [])
+    values = made(DPOTrainer, model, preference_batch(), tmp_path, reference="base").train()
     assert values["loss"] == pytest.approx(0.6931, abs=1e-4) and values["grad_norm"] > 0
 
 
