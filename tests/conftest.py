@@ -14,6 +14,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from reference_cases import ...` in every room
 
+# Whatever the shell says: each worker compiles 200 files of tests otherwise, and each process that a test starts this package.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 _tests = count()
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -51,8 +51,20 @@ def commands(folder: Path, of: str = "commands") -> Iterator[Path]:
         server.communicate()
 
 
+# What transformers imports at the first tokenizer and the first model, half of the time of a command that trains.
+OF_TRANSFORMERS = (
+    "tokenizers.trainers",
+    "transformers.tokenization_utils_tokenizers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+)
+
+
 def import_commands() -> None:
     """What commands need."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
     import torch
 
     with warnings.catch_warnings():
@@ -60,12 +72,22 @@ def import_commands() -> None:
         import llm_trainer.cli.chat
         import llm_trainer.cli.compare
         import llm_trainer.cli.data
+        import llm_trainer.cli.main
         import llm_trainer.cli.plan
         import llm_trainer.cli.plots
         import llm_trainer.cli.score
-        import llm_trainer.cli.training  # noqa: F401
+        import llm_trainer.cli.training
+        import llm_trainer.data.kinds.language  # noqa: F401
         from llm_trainer.engine.device import DTYPES, choose_precision
         from llm_trainer.train import preflight
+        from llm_trainer.trainers import TRAINERS, get_trainer_class
+
+        for trainer in TRAINERS:
+            get_trainer_class(trainer)
+        for name in OF_TRANSFORMERS:
+            import_module(name)
+        if find_spec("peft") is not None:
+            import_module("peft")
 
     cpu = torch.device("cpu")
     for precision in (

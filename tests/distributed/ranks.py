@@ -281,23 +281,37 @@ def import_once() -> None:
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
     import torch.distributed.tensor.parallel
-    from transformers import PreTrainedModel  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
+    import llm_trainer.assemble
+    import llm_trainer.data.encode.from_ids
+    import llm_trainer.data.kinds.pairs
+    import llm_trainer.data.kinds.unpaired
     import llm_trainer.engine.deepspeed
     import llm_trainer.engine.fsdp
+    import llm_trainer.models.qat
+    import llm_trainer.models.vocabulary
+    import llm_trainer.plan.memory
     import llm_trainer.train.run
-    import llm_trainer.trainers.language  # noqa: F401
+    import llm_trainer.train_configs  # noqa: F401
     from llm_trainer.train import preflight
+    from llm_trainer.trainers import TRAINERS, get_trainer_class
 
     never_wait()
     torch.set_num_threads(1)
+    for name in TRAINERS:
+        get_trainer_class(name)
     if find_spec("deepspeed") is not None:
         # What it logs goes to stdout as it is now, and there is the report.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")  # of the parts of torch that it imports
-            import deepspeed.module_inject
+            import deepspeed.module_inject.auto_ep_layer
+            import deepspeed.runtime.superoffload.superoffload_stage3
+            import deepspeed.runtime.zero.muon.muon_optimizer
             import deepspeed.runtime.zero.stage3
-            import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+            import deepspeed.runtime.zero.stage_1_and_2
+
+            assert deepspeed.ops.__compatible_ops__  # found out with a C compiler, by every process that asks first
     preflight.measured_peak(torch.device("cpu"), torch.float32)  # what every rank would measure for its MFU
     gc.freeze()  # DeepSpeed's stage 3 collects when it is made: half a second for what was imported here
 

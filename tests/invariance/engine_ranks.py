@@ -21,7 +21,6 @@ from table import (
     GATHER,
     OF_SEEING_REWARDS,
     OF_SEEN,
-    PACKAGES,
     STEPS,
     TRAINERS,
     Cell,
@@ -76,7 +75,9 @@ def main(out: Path, only_left_out: bool = False) -> None:
     import_once()
     import transformers.trainer  # noqa: F401  # of the engine 'hf'
 
-    for trainer in PACKAGES.keys() & TRAINERS.keys():
+    import seeing_policies  # noqa: F401  # of `seen`
+
+    for trainer in TRAINERS:
         model_of(Cell(trainer, 8, 1))  # imports what makes it
     gc.freeze()
 

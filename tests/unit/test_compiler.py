@@ -1,13 +1,18 @@
 """A cache of compiled code that CPUs with vectors of several widths share."""
 
+import inspect
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from llm_trainer import compiler
 
 SCRIPT = """
 import torch
@@ -22,6 +27,24 @@ torch.testing.assert_close(compiled(entropy, dynamic=True)(values), entropy(valu
 """
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the parts of torch that its compiler imports
+def test_the_width_of_vectors_is_in_the_key_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config, cpu_vec_isa
+    from torch._inductor.codecache import FxGraphHashDetails
+
+    hashed = inspect.getsource(FxGraphHashDetails.__init__)
+    assert "config.save_config_portable" in hashed  # what the key is made of
+    keys = set()
+    for width in (256, 512):
+        monkeypatch.setattr(config.cpp, "simdlen", None)
+        isa = SimpleNamespace(bit_width=lambda width=width: width)
+        monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda isa=isa: isa)
+        compiler.compiled(abs)
+        keys.add(pickle.dumps(config.save_config_portable()))
+    assert len(keys) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="vectors of one width only")
 def test_a_narrower_cpu_does_not_run_the_kernels_of_a_wider_one(tmp_path: Path) -> None:
