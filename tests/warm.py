@@ -194,6 +194,8 @@ def _llm_trainer(arguments: list[str]) -> None:
 
 def _python(arguments: list[str]) -> None:
     """`python -c CODE`, `python -m MODULE` or `python FILE`; anything else by the real one."""
+    if arguments[0] == "-u":  # as torchrun starts ranks; what a fork has printed is flushed at its end
+        arguments = arguments[1:]
     first, rest = arguments[0], arguments[1:]
     if first == "-m" and rest[0] == "llm_trainer.cli.main":
         sys.path.insert(0, os.getcwd())

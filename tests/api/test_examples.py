@@ -41,9 +41,9 @@ def test_three_stages(tmp_path: Path) -> None:
     assert (tmp_path / "sft" / "model" / "model.safetensors").exists()
 
 
-def start(save_dir: Path, launcher: Sequence[str]) -> subprocess.Popen:
+def start(save_dir: Path, launcher: Sequence[str], python_of_ranks: str) -> subprocess.Popen:
     command = [*launcher, str(EXAMPLES / "distributed_train_example.py"), "--rows", "128", "--save-dir", str(save_dir)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python_of_ranks}  # torchrun's own variable
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen([sys.executable, *command], text=True, env=environment, **pipes)  # type: ignore[call-overload]
 
@@ -56,13 +56,15 @@ def curve(save_dir: Path, *processes: subprocess.Popen) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_distributed(tmp_path: Path) -> None:
+def test_distributed(tmp_path: Path, warm_python: str) -> None:
     """Plain python, two processes by torchrun, and two "nodes" of one process each."""
     torchrun = ["-m", "torch.distributed.run"]
     place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    alone = curve(tmp_path / "1", start(tmp_path / "1", []))
-    together = curve(tmp_path / "2", start(tmp_path / "2", [*torchrun, "--standalone", "--nproc_per_node=2"]))
-    nodes = [start(tmp_path / "nodes", [*torchrun, *place, f"--node_rank={rank}"]) for rank in (0, 1)]
+    alone = curve(tmp_path / "1", start(tmp_path / "1", [], warm_python))
+    together = curve(
+        tmp_path / "2", start(tmp_path / "2", [*torchrun, "--standalone", "--nproc_per_node=2"], warm_python)
+    )
+    nodes = [start(tmp_path / "nodes", [*torchrun, *place, f"--node_rank={rank}"], warm_python) for rank in (0, 1)]
     apart = curve(tmp_path / "nodes", *nodes)
     assert len(alone) == 4 and alone[-1] < alone[0] - 1
     assert together == pytest.approx(alone, abs=1e-5) and apart == pytest.approx(alone, abs=1e-5)
