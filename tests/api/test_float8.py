@@ -3,7 +3,6 @@
 No machine of these tests has such products: torchao computes the same rounding with plain ones.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import small_runs
 from llm_trainer import SFTTrainer
-from llm_trainer.config.load import parse
 from llm_trainer.config.model import ModelConfig, MoeConfig
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.engine import device
@@ -22,18 +21,10 @@ from llm_trainer.export.door import export
 from llm_trainer.models import float8
 from llm_trainer.models.build import build_model
 from llm_trainer.models.inside import is_kind_of
-from llm_trainer.train.hooks import Hook
 from llm_trainer.train_configs import ConfigError
+from small_runs import losses, train_in_two_lives
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
-ROWS = [[{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3" + " 4" * n}] for n in range(4)]
+SHAPE = small_runs.SHAPE | {"num_hidden_layers": 2}
 SCALINGS = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
@@ -45,27 +36,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(folder: Path, reference_dir: Path, scaling: str | None, **sections: Any) -> TrainConfig:
-    folder.mkdir(exist_ok=True, parents=True)
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    run = {"save_dir": str(folder / "run"), "log_interval": 1, "progress": False, "precision": "bf16", "device": "cpu"}
-    values: dict[str, Any] = {
-        "model_config": SHAPE,
-        "tokenizer": str(reference_dir / "tokenizer"),
-        "file_dataset": str(data),
-        "batch_size": 2,
-        "n_epochs": 2,
-        "quantization_config": None if scaling is None else {"float8": scaling},
-        "optim_config": {"initial_lr": 1e-2},
-        "run_config": run | sections.pop("run_config", {}),
-        "sft_config": {},
-    }
-    return parse(values | sections, "test")
-
-
-def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "run" / "log" / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    bits = None if scaling is None else {"float8": scaling}
+    sections = {"model_config": SHAPE, "quantization_config": bits} | sections
+    return small_runs.config(folder, reference_dir, "bf16", **sections)
 
 
 def rounded(model: nn.Module) -> list[str]:
@@ -101,15 +74,9 @@ def test_it_learns_and_what_is_saved_are_plain_weights(
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_goes_on_bit_for_bit_and_recomputes(tmp_path: Path, reference_dir: Path, emulated: None) -> None:
-    def breaks(view: Any) -> None:
-        raise RuntimeError("broken off")
-
     SFTTrainer(train_config=config(tmp_path / "whole", reference_dir, "rowwise")).train()
     again = {"run_config": {"save_interval_steps": 1, "gradient_checkpointing": True}}
-    described = config(tmp_path / "in two", reference_dir, "rowwise", **again)
-    with pytest.raises(RuntimeError, match="broken off"):
-        SFTTrainer(train_config=described, hooks=[Hook("breaks", breaks, every_steps=3)]).train()
-    SFTTrainer(train_config=described).train()
+    train_in_two_lives(config(tmp_path / "in two", reference_dir, "rowwise", **again))
     assert losses(tmp_path / "in two") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 4
 
 

@@ -1,6 +1,5 @@
 """Weights that are trained as they will be rounded: what they become, that nothing changes then, and what is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,52 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
+import small_runs
 from llm_trainer import SFTTrainer
 from llm_trainer.builder.model import prepare_bits
 from llm_trainer.config import errors
-from llm_trainer.config.load import parse
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.export.door import export
 from llm_trainer.models import qat
 from llm_trainer.models.build import build_model
 from llm_trainer.plan.describe import describe
-from llm_trainer.train.hooks import Hook
 from llm_trainer.train_configs import ConfigError
+from small_runs import SHAPE, losses, train_in_two_lives
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
-ROWS = [[{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3" + " 4" * n}] for n in range(4)]
 IDS = torch.arange(3, 35)[None]
 
 
 def config(folder: Path, reference_dir: Path, **sections: Any) -> TrainConfig:
-    folder.mkdir(exist_ok=True, parents=True)
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    run = {"save_dir": str(folder / "run"), "log_interval": 1, "progress": False, "precision": "fp32", "device": "cpu"}
-    values: dict[str, Any] = {
-        "model_config": SHAPE,
-        "tokenizer": str(reference_dir / "tokenizer"),
-        "file_dataset": str(data),
-        "batch_size": 2,
-        "n_epochs": 2,
-        "quantization_config": {"qat": "int4"},
-        "optim_config": {"initial_lr": 1e-2},
-        "run_config": run,
-        "sft_config": {},
-    }
-    return parse(values | sections, "test")
-
-
-def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "run" / "log" / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    sections = {"quantization_config": {"qat": "int4"}} | sections
+    return small_runs.config(folder, reference_dir, "fp32", **sections)
 
 
 def logits(model: Any) -> Tensor:
@@ -92,16 +63,10 @@ def test_what_it_becomes_computes_what_was_trained(kind: str, tmp_path: Path, re
 @pytest.mark.filterwarnings("ignore")
 def test_it_goes_on_bit_for_bit(tmp_path: Path, reference_dir: Path) -> None:
     pytest.importorskip("torchao", reason="needs torchao, which is not among the packages of the tests")
-
-    def breaks(view: Any) -> None:
-        raise RuntimeError("broken off")
-
     SFTTrainer(train_config=config(tmp_path / "whole", reference_dir)).train()
     described = config(tmp_path / "in two", reference_dir)
     described.run_config.save_interval_steps = 1
-    with pytest.raises(RuntimeError, match="broken off"):
-        SFTTrainer(train_config=described, hooks=[Hook("breaks", breaks, every_steps=3)]).train()
-    SFTTrainer(train_config=described).train()
+    train_in_two_lives(described)
     assert losses(tmp_path / "in two") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 4
 
 
