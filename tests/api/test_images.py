@@ -24,6 +24,7 @@ from llm_trainer.models.seeing import may_be_shown_images
 from llm_trainer.models.vision_build import processor_for
 from llm_trainer.train.metrics import Clock, Shares
 from llm_trainer.train_configs import (
+    AdapterConfig,
     DataLoaderConfig,
     DPOConfig,
     EvalConfig,
@@ -526,6 +527,33 @@ def save_seeing_models(folder: Path, into: Path) -> None:
         processor.save_pretrained(into / name)
     reward_model(build_model(ModelConfig(**TEXT, vocab_size=291)), 0).save_pretrained(into / "blind")
     tokenizer.save_pretrained(into / "blind")
+
+
+def test_a_reward_model_with_adapters_sees_is_scored_with_and_judges(folder: Path, tmp_path: Path) -> None:
+    """On the body of a language model and on a reward model; the processor lies beside the adapters, and not by the base."""
+    pytest.importorskip("peft")
+    save_seeing_models(folder, tmp_path)
+    file, out = pairs_file(tmp_path), tmp_path / "scores.jsonl"
+    loader = DataLoaderConfig(cache_dir=str(tmp_path / "cache"), image_root=str(folder))
+    changes: dict[str, Any] = {"sft_config": None, "reward_config": RewardConfig(), "data_loader_config": loader}
+    changes |= {"file_dataset": str(file), "eval_dataset": str(file), "adapter_config": AdapterConfig()}
+    for name in ("language", "judge"):
+        run = tmp_path / f"{name}-run"
+        changes |= {"model_config": str(tmp_path / name), "tokenizer": str(tmp_path / name)}
+        trainer = RewardTrainer(train_config=config(folder, run, **changes))
+        values = trainer.train()
+        learned = [key for key, parameter in trainer.base_model.named_parameters() if parameter.requires_grad]
+        assert values["grad_norm"] > 0 and all("lora_" in key or ".score." in key for key in learned)
+        assert score(run / "model", file, "--out", out, "--image-root", folder) == 0
+        scores = [json.loads(line) for line in out.read_text().splitlines()]
+        margins = [one["chosen"] - one["rejected"] for one in scores]
+        assert sum(margins) / 6 == pytest.approx(trainer.evaluate()["eval_margin"], abs=1e-6)
+        assert not (run / "model" / "base" / "processor_config.json").exists()
+
+    section = GRPOConfig(group_size=2, gen_max_seq_len=4, reward_model_checkpoint=str(run / "model"))
+    policy = GRPOTrainer(train_config=asked(folder, tmp_path, grpo_config=section))
+    assert policy.judge is not None and may_be_shown_images(policy.judge.model)
+    assert policy.train()["grad_norm"] > 0
 
 
 def test_ppo_learns_from_files_of_prompts_with_images(folder: Path, tmp_path: Path) -> None:

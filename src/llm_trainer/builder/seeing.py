@@ -1,7 +1,6 @@
 """What a run makes of images: the processor of its model, their tokens, and the files that name them."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from llm_trainer.builder.streams import paths_of
@@ -26,7 +25,7 @@ def make_processor(config: TrainConfig, policy: Any, tokenizer: Any) -> Any:
     if isinstance(wanted, VLMConfig):
         return processor_for(model.config, tokenizer, wanted.vision_path)
     found = find_pretrained(str(wanted), (Found.LANGUAGE_MODEL, *REWARD_MODELS), key="model_config")
-    return read_processor(found.model_source, tokenizer)
+    return read_processor(found.processor_source, tokenizer)
 
 
 def make_image_format(config: TrainConfig, section: Any, policy: Any, processor: Any) -> ImageFormat:
@@ -60,9 +59,9 @@ def check_same_images(images: ImageFormat, source: str, tokenizer: Any, key: str
         ConfigError: it was trained on other tokens, or on other numbers, of an image.
     """
     found = find_pretrained(source, (Found.LANGUAGE_MODEL, *REWARD_MODELS), key=key)
-    if not sees_images(SimpleNamespace(**found.config)):
+    if not found.sees_images:
         return
-    theirs = ImageFormat(read_processor(found.model_source, tokenizer), max_pixels=images.max_pixels)
+    theirs = ImageFormat(read_processor(found.processor_source, tokenizer), max_pixels=images.max_pixels)
     difference = images.difference(theirs)
     if difference:
         raise ConfigError(

@@ -48,7 +48,7 @@ class Speaker:
         config = AutoConfig.from_pretrained(found.model_source)
         images = None
         if sees_images(config):
-            images = ImageFormat(read_processor(found.model_source, tokenizer))
+            images = ImageFormat(read_processor(found.processor_source, tokenizer))
             settings = {"suppress_tokens": (images.image_token_id,)} | settings  # it stands for images alone
         self.format: ChatFormat = ChatFormat(tokenizer, images=images)
         self.model: Any = load_pretrained(auto_class(config), found, merged=False)

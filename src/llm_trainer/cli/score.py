@@ -83,7 +83,7 @@ class Judge:
         loaded = load_tokenizer(tokenizer or found.source)
         self.images: ImageFormat | None = None
         if sees_images(model.config) and not self.judges_steps:
-            self.images = ImageFormat(read_processor(found.model_source, loaded), max_pixels=max_pixels)
+            self.images = ImageFormat(read_processor(found.processor_source, loaded), max_pixels=max_pixels)
         self.chat: ChatFormat = ChatFormat(loaded, images=self.images)
         self.steps = ProcessFormat(self.chat)
         check_vocabulary(self.chat.tokenizer, model.get_input_embeddings().num_embeddings)

@@ -17,9 +17,9 @@ from llm_trainer.data.vision import OF_TEXT
 from llm_trainer.export.asking import margin_of, stops_of
 from llm_trainer.export.gate import Refused
 from llm_trainer.export.pictures import Look, Numbers, Showing, Shown, draw, sampled, scored_places
+from llm_trainer.models.pretrained import PROCESSOR_FILES
 from llm_trainer.models.vision_build import processor_class
 
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Of a processor's settings those that change no number, or that are compared otherwise.
 _NO_NUMBER = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map", "chat_template"}
 # A damaged processor or model may fail in many ways, none of which is an error of ours.

@@ -11,12 +11,12 @@ from llm_trainer.export.asking import special_tokens_of
 from llm_trainer.export.gate import FP32, ROUNDED, Comparison, Limits, Refused, compare
 from llm_trainer.export.opened import Opened, tokenizer_in
 from llm_trainer.export.probe import Probe, Questions, questions_for, read_probe, record, with_pictures
-from llm_trainer.export.seeing import PROCESSOR_FILES, processor_in
+from llm_trainer.export.seeing import processor_in
 from llm_trainer.models import qat
 from llm_trainer.models.adapter_folder import beside, in_dtype, load_pretrained, merge
 from llm_trainer.models.adapter_sums import SUM, combine
 from llm_trainer.models.inside import context_of, language_config
-from llm_trainer.models.pretrained import Kind, Pretrained, find_pretrained
+from llm_trainer.models.pretrained import PROCESSOR_FILES, Kind, Pretrained, find_pretrained
 
 STATE_FILE = "trainer_state.json"
 

@@ -27,6 +27,7 @@ class Kind(Enum):
 # ends of the names of transformers' classes; what ends otherwise is taken for a language model
 ENDINGS = {"ForSequenceClassification": Kind.ANSWER_REWARD_MODEL, "ForTokenClassification": Kind.STEP_REWARD_MODEL}
 REWARD_MODELS = tuple(ENDINGS.values())
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # one of which a processor has
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Pretrained:
         return self.source if self.base is None else self.place
 
     @property
+    def has_processor(self) -> bool:
+        """Whether a processor lies in `processor_source`; of names of the hub nobody looks."""
+        return _holds_processor(self.processor_source)
+
+    @property
+    def processor_source(self) -> Path | str:
+        """What a processor is read from: the folder of adapters, which has that of their training, or the model's."""
+        return self.source if _holds_processor(self.source) else self.model_source
+
+    @property
     def sees_images(self) -> bool:
         """Whether it is a vision-language model."""
         return inside.sees_images(SimpleNamespace(**self.config))
@@ -65,6 +76,10 @@ class Pretrained:
 
     def __str__(self) -> str:
         return ", ".join(self.config.get("architectures") or [self.kind.value])
+
+
+def _holds_processor(folder: Path | str) -> bool:
+    return any((Path(folder) / name).is_file() for name in PROCESSOR_FILES)
 
 
 def find_pretrained(

@@ -303,8 +303,8 @@ class AnyJudge(nn.Module):
 
 
 class Judge(AnyJudge):
-    """A reward model, called alike whatever it is: a `transformers` classifier with one label, or any module that gives one
-    number for each row of ids `[B, T]` under a mask `[B, T]`, and perhaps `images`.
+    """A reward model, called alike whatever it is: a `transformers` classifier with one label, which may have adapters, or
+    any module that gives one number for each row of ids `[B, T]` under a mask `[B, T]`, and perhaps `images`.
 
     Raises:
         ValueError: it judges steps, and not whole completions.
@@ -314,9 +314,12 @@ class Judge(AnyJudge):
         super().__init__()
         from transformers import PreTrainedModel
 
-        if isinstance(model, PreTrainedModel):
-            _check_judge(type(model).__name__, type(model).__name__.endswith(OF_STEPS), judges_steps=False)
-        self.model = Rewarding(model) if isinstance(model, PreTrainedModel) else model
+        inner = adapted_model(model)
+        self.model = model
+        if isinstance(inner, PreTrainedModel):
+            name = type(inner).__name__
+            _check_judge(name, name.endswith(OF_STEPS), judges_steps=False)
+            self.model = Rewarding(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, images: Images | None = None) -> Tensor:
         """Rewards `[B]` of rows padded on the right, which may show `images`.
@@ -352,13 +355,15 @@ class StepJudge(AnyJudge):
         super().__init__()
         from transformers import PreTrainedModel
 
+        inner = adapted_model(model)
         self.model = model
-        self._is_classifier = isinstance(model, PreTrainedModel)
-        if isinstance(model, PreTrainedModel):
-            _check_judge(type(model).__name__, type(model).__name__.endswith(OF_STEPS), judges_steps=True)
-            self._right = label_of_right(_labels_of(model.config.to_dict()))
-            self._is_probability = getattr(model.config, "problem_type", None) != "regression"
-            if sees_images(model.config):
+        self._is_classifier = isinstance(inner, PreTrainedModel)
+        if isinstance(inner, PreTrainedModel):
+            name = type(inner).__name__
+            _check_judge(name, name.endswith(OF_STEPS), judges_steps=True)
+            self._right = label_of_right(_labels_of(inner.config.to_dict()))
+            self._is_probability = getattr(inner.config, "problem_type", None) != "regression"
+            if sees_images(inner.config):
                 self.model = Rewarding(model, num_labels=None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, images: Images | None = None) -> Tensor:

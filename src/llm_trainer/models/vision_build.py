@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_trainer.checkpoint.weights import without_progress_bars
 from llm_trainer.config.vision import check_tokens
-from llm_trainer.models.pretrained import Kind, find_pretrained
+from llm_trainer.models.pretrained import PROCESSOR_FILES, Kind, find_pretrained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -248,7 +248,7 @@ def _named_processor(folder: Path) -> str:
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    for name in PROCESSOR_FILES:
         if (folder / name).is_file():
             said = json.loads((folder / name).read_text(encoding="utf-8")).get("processor_class")
             if said:

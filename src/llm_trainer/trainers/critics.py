@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from llm_trainer.trainers.building import Build
 
 
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 CRITIC = "critic"  # its name in checkpoints, and the mark of its groups of parameters
 
 
@@ -40,7 +39,7 @@ def critic_of_folder(source: str | None, config: "TrainConfig", build: "Build") 
                 f"{key}: {source} has another tokenizer than the policy: {different}. Expected the same tokens under the same "
                 f"ids: train a reward model on this policy's family, or leave it out, and the critic is made of the policy"
             )
-    if any((Path(found.model_source) / name).exists() for name in PROCESSORS):  # nor a processor
+    if found.has_processor:  # nor has it a processor
         build.check_images(source, key)
     if found.kind is Kind.LANGUAGE_MODEL:
         model: nn.Module = build.model(str(found.source))

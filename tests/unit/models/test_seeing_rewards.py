@@ -16,8 +16,16 @@ from llm_trainer.models.attention import resolve_attention
 from llm_trainer.models.critic import ActorCritic, critic_of
 from llm_trainer.models.packing import packing_of
 from llm_trainer.models.pretrained import Kind, find_pretrained
-from llm_trainer.models.rewarding import Judge, Rewarding, load_reward_model, process_reward_model, reward_model
+from llm_trainer.models.rewarding import (
+    Judge,
+    Rewarding,
+    StepJudge,
+    load_reward_model,
+    process_reward_model,
+    reward_model,
+)
 from llm_trainer.models.scored import scored
+from llm_trainer.models.seeing import may_be_shown_images
 
 CPU = torch.device("cpu")
 NOT_PACKED = ("gemma3",)
@@ -149,6 +157,30 @@ def test_policy_and_critic_that_see_have_their_language_models_compiled(
     assert torch.equal(after.values, before.values) and torch.equal(after.logprobs, before.logprobs)
     other = together(**padded(4), images=of_order(shown, 1 - shown.order))
     assert float((other.values - after.values).detach().abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("of_steps", [False, True])
+def test_a_judge_with_adapters_sees(of_steps: bool) -> None:
+    """Given as an object: what its adapters add is there, and it is no module of the user's."""
+    pytest.importorskip("peft")
+    from llm_trainer.config.adapters import AdapterConfig
+    from llm_trainer.models.adapters import adapt
+
+    make = process_reward_model if of_steps else reward_model
+    adapted = adapt(make(tiny_vlm(), pad_token_id=0), AdapterConfig(), []).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    judge: Any = StepJudge(adapted) if of_steps else Judge(adapted)
+    assert may_be_shown_images(judge.model)
+    shown, batch = images(judge.model), inputs_of(padded(4))
+    with torch.no_grad():
+        found = judge(**batch, images=shown)
+        rewards = Rewarding(adapted)(**batch, images=shown, every_token=of_steps)
+        with adapted.disable_adapter():
+            plain = judge(**batch, images=shown)
+    torch.testing.assert_close(found, rewards.sigmoid() if of_steps else rewards)
+    assert float((found - plain).abs().max()) > 1e-3
 
 
 def test_steps_are_judged_on_the_same_bodies(tmp_path: Path) -> None:
