@@ -20,7 +20,7 @@ from llm_trainer.compiler import CompiledLayers, compile_module
 from llm_trainer.config.env import environment
 from llm_trainer.disk import whole_file
 from llm_trainer.engine import dist
-from llm_trainer.engine.layers import layers_of
+from llm_trainer.engine.layers import language_layers_of
 from llm_trainer.state import Choice, Horizon, Progress, StepDone
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ class Compiling:
         if self._configured is True:
             compile_module(module)
         elif self._is_automatic:
-            self._layers.add(_outermost(layers_of(module)))
+            # Towers run plain: transformers looks into their layers, which tracing cannot follow (`Seeing.compile`).
+            self._layers.add(_outermost(language_layers_of(module)))
 
     def choice(self, steps_left: int | None) -> Choice | None:
         """What is to be said before the first step; None where the machine has nothing to choose."""

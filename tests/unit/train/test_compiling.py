@@ -16,7 +16,7 @@ from torch import nn
 
 from llm_trainer import SFTTrainer, compiler
 from llm_trainer.config.model import ModelConfig
-from llm_trainer.data.collate import collate_flat, collate_padded
+from llm_trainer.data.collate import collate_flat, collate_padded, lay_with_images
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.torch import TorchEngine
 from llm_trainer.models import seeing
@@ -26,7 +26,8 @@ from llm_trainer.train import compiling
 from llm_trainer.train.compiling import Compiling, Estimate
 from llm_trainer.train.hooks import Hook
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
+sys.path += [str(Path(__file__).parents[2] / "faults"), str(Path(__file__).parents[2] / "invariance")]
+from pictures import Pictured, Shades, vision_model
 from victim import Rows
 
 SHAPE = ModelConfig(vocab_size=512, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
@@ -187,7 +188,11 @@ class Losses:
         torch.manual_seed(0)
         model = build_model(SHAPE)
         collate: Callable[..., Any] = collate_flat if options.pop("flat", True) else collate_padded
-        streams = [SampleStream(Rows(n), collate, rows_per_step=8, batch_size=4) for n in (62, 6)]
+        rows: list[Any] = [Rows(62), Rows(6)]
+        if options.pop("sees", False):  # none to two images in a row
+            model, collate = vision_model(), partial(lay_with_images, lay=collate, images=Shades())
+            rows = [Pictured(one, 8) for one in rows]
+        streams = [SampleStream(one, collate, rows_per_step=8, batch_size=4) for one in rows]
         trainer = SFTTrainer(
             model=model,
             optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
@@ -235,6 +240,17 @@ def test_layers_compile_once_for_rows_of_all_lengths(flat: bool, losses: Losses)
     """One graph for training, one for evaluation: of three layers, in two epochs of batches of other sizes."""
     plain = losses(flat=flat, compile=False)
     np.testing.assert_array_equal(losses(flat=flat), plain)
+    assert losses.choices["compile"].value == "on"
+    assert num_graphs() == 2 and not torch._dynamo.utils.counters["graph_break"]
+
+
+@TRACERS_WARN
+@pytest.mark.parametrize("flat", [True, False])
+def test_language_models_that_see_compile_once_for_any_number_of_images(flat: bool, losses: Losses) -> None:
+    """Their towers run plain."""
+    pytest.importorskip("PIL")
+    plain = losses(flat=flat, sees=True, compile=False)
+    np.testing.assert_array_equal(losses(flat=flat, sees=True), plain)
     assert losses.choices["compile"].value == "on"
     assert num_graphs() == 2 and not torch._dynamo.utils.counters["graph_break"]
 
@@ -300,11 +316,14 @@ def test_where_compiling_fails_nothing_is_lost(fails: str, losses: Losses, monke
 
 @pytest.mark.slow
 @TRACERS_WARN
-def test_compiled_code_gives_the_curve_of_plain_code(losses: Losses, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sees", [False, True])
+def test_compiled_code_gives_the_curve_of_plain_code(
+    sees: bool, losses: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(compiling, "SHORTEST_S", 0.0)
     monkeypatch.setattr(compiling, "EXPECTED", {("cpu", "fp32"): Estimate(0.0, 1e9)})
     monkeypatch.setattr(compiling, "WORTH_KEEPING", 0.0)
-    plain = losses(compile=False)
-    np.testing.assert_allclose(losses(), plain, rtol=1e-5)
+    plain = losses(sees=sees, compile=False)
+    np.testing.assert_allclose(losses(sees=sees), plain, rtol=1e-5)
     assert losses.choices["compile"].value == "on"
