@@ -18,7 +18,7 @@ from reinforcement import Experiment
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from llm_trainer import GRPOTrainer, SFTTrainer
+from llm_trainer import GRPOTrainer, PPOTrainer, SFTTrainer
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.models.build import build_model
 
@@ -122,7 +122,7 @@ class Task:
         return float(won.double().mean())
 
 
-def played_by(trainer: Any, **options: Any) -> Experiment:
+def played_by(trainer: Any, lr: float = 1e-3, **options: Any) -> Experiment:
     """Games with the environment; it alone gives rewards."""
     shared = {
         "environment": Guessing,
@@ -131,12 +131,24 @@ def played_by(trainer: Any, **options: Any) -> Experiment:
         "stop_token_ids": [END],
         "max_turns": TURNS,
     }
-    return Experiment(Task, trainer, shared | options, rollouts=60, prompts=32, accuracy=(0.85, 1.0))
+    return Experiment(Task, trainer, shared | options, rollouts=60, prompts=32, lr=lr, accuracy=(0.85, 1.0))
 
 
 # without a bonus for entropy the first guess settles before the others are learned, and six or five numbers are found
 EXPERIMENTS = {
     "GRPO, a number guessed in three turns": played_by(
         GRPOTrainer, num_samples_per_prompt=8, rows_per_update=64, entropy_coef=0.1
+    ),
+    "PPO, a number guessed in three turns": played_by(
+        PPOTrainer,
+        lr=7e-4,
+        completions_per_prompt=8,
+        ppo_batch_size=64,
+        ppo_epochs=2,
+        clip_eps=0.2,
+        kl_beta=0.0,
+        lam=1.0,  # the reward comes after all turns, and the critic is late
+        entropy_coef=0.1,
+        packing="none",
     ),
 }

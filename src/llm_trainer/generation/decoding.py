@@ -151,10 +151,10 @@ class Decoding:
             place = _invert(cut.logprobs.exp().cumsum(-1), target)
             return Draw(cut.ids.gather(1, place)[:, 0], cut.logprobs.gather(1, place)[:, 0], cut)
         # In place from here on: over a whole vocabulary new memory takes longer than the arithmetic.
-        highest, likeliest = logits.max(-1, keepdim=True)
+        highest = logits.amax(-1, keepdim=True)
         cumulative = (logits - highest).exp_().cumsum_(-1)
         total = cumulative[:, -1:]
-        chosen = likeliest if self.temperature == 0 else _invert(cumulative, target)
+        chosen = logits.argmax(-1, keepdim=True) if self.temperature == 0 else _invert(cumulative, target)
         logprobs = logits.gather(1, chosen) - highest - total.log()
         return Draw(chosen[:, 0], logprobs[:, 0])
 
