@@ -178,14 +178,14 @@ MUTATIONS = (
     ),
     Mutation(
         "Lion's betas change places",
-        "optim/optimizers.py",
+        "optim/own.py",
         "lr, (beta1, beta2) = group",
         "lr, (beta2, beta1) = group",
         ("tests/unit/optim/test_optimizers.py", "tests/parity/test_optim.py"),
     ),
     Mutation(
         "biases and norms decay",
-        "optim/optimizers.py",
+        "optim/groups.py",
         "is_exempt = param.ndim < 2 or",
         "is_exempt = param.ndim < 1 or",
         ("tests/unit/optim/test_optimizers.py",),

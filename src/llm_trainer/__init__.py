@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from llm_trainer.config.registry import register_algorithm as register_algorithm
     from llm_trainer.config.section import config_section as config_section
     from llm_trainer.models.adapters import adapt as adapt
+    from llm_trainer.optim.groups import get_parameter_groups as get_parameter_groups
     from llm_trainer.optim.optimizers import configure_optimizer as configure_optimizer
     from llm_trainer.optim.optimizers import create_optimizer as create_optimizer
-    from llm_trainer.optim.optimizers import get_parameter_groups as get_parameter_groups
     from llm_trainer.train.hooks import Hook as Hook
     from llm_trainer.trainers import create_trainer as create_trainer
     from llm_trainer.trainers import get_trainer_class as get_trainer_class
@@ -51,7 +51,7 @@ _WHERE = {  # public name -> its module; imported on first use (PEP 562), so tha
     "adapt": "llm_trainer.models.adapters",
     "configure_optimizer": "llm_trainer.optim.optimizers",
     "create_optimizer": "llm_trainer.optim.optimizers",
-    "get_parameter_groups": "llm_trainer.optim.optimizers",
+    "get_parameter_groups": "llm_trainer.optim.groups",
     "get_trainer_class": "llm_trainer.trainers",
     "create_trainer": "llm_trainer.trainers",
     "register_algorithm": "llm_trainer.config.registry",

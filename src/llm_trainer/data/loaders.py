@@ -2,55 +2,20 @@
 
 import math
 import types
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
-from itertools import chain, islice
-from typing import Any, Literal, NamedTuple
+from itertools import chain
+from typing import Any, Literal
 
-import torch
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from llm_trainer.data.collate import can_be_cut, row_lengths, take_rows
-from llm_trainer.data.loader_workers import WorkerLife, signals_held
-from llm_trainer.data.order import (
-    Order,
-    Randomness,
-    drawers_of,
-    fingerprint,
-    is_indexed,
-    ranks_of,
-    samplers_in,
-    undealt,
-)
+from llm_trainer.data.draws import Drawn, Draws
+from llm_trainer.data.order import fingerprint
 from llm_trainer.data.packing import cut_by_length, cut_by_tokens
-from llm_trainer.data.stream import Batch, RowOfStep, StepSource, mix_seeds
+from llm_trainer.data.stream import Batch, RowOfStep, StepSource
 from llm_trainer.layout import AS_IT_CAME, Layout
 from llm_trainer.state import MicroBatch
-
-
-class _Drawn(NamedTuple):
-    """A step as its loader gives it."""
-
-    batches: list[Any]  # this rank's micro-batches, or their indices
-    counts: bool  # False: this rank has none in this step, and `batches` keeps it in step with the others
-    number: int  # of micro-batches, over the ranks among which the loader is dealt
-    fingerprint: int  # of everything that was drawn in the epoch so far
-
-
-class _Indices:
-    """The sampler of a copy of a loader: it says what is to be loaded next.
-
-    NOTE: no reference leads back from it. Workers whose iterator waits in a cycle for the garbage collector live on, and
-    later workers, which are forked with it, try to end them.
-    """
-
-    def __init__(self) -> None:
-        self.next: Iterator[Any] = iter(())
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.next
 
 
 @dataclass(eq=False, repr=False)
@@ -101,27 +66,17 @@ class LoaderSteps:
         self._must_cut = isinstance(self.micro_batch_tokens, int)  # the user said so: what cannot be cut is an error
         if not self.read_once:
             _require_rereadable(self.loader, self.name)
-        drawers = drawers_of(self.loader)
-        self._indexed = is_indexed(self.loader)
-        if self._indexed:
-            self._sampler = undealt(drawers[0], self.world_size)
-            if self._sampler is not drawers[0]:
-                drawers = samplers_in(self._sampler) + drawers
-        self._order = Order(drawers, self.seed)
+        self._draws = Draws(self.loader, self.rank, self.world_size, self.seed, self.is_sharded, self.deals)
+        self._order = self._draws.order
         self._order.seed = self.largest(self._order.seed)  # generators may be seeded otherwise on every rank
-        deals = any(ranks_of(drawer) > 1 for drawer in samplers_in(self._sampler)) if self._indexed else False
-        self.deals_itself = self.world_size > 1 and (self.is_sharded or deals)
-        self._ranks = 1 if self.deals_itself else self.world_size  # among which it is dealt here
-        self._copy: DataLoader | None = None  # of the loader, loading `_indices`; kept while its workers are to be kept
-        self._indices = _Indices()
-        self._epochs_drawn = 0
+        self.deals_itself, self._ranks = self._draws.deals_itself, self._draws.dealt_among
         self._has_given = False
         self._drawn = (0, 0)  # position, and the fingerprint of what was drawn up to it
         # Of the checkpoint that this run goes on from: position, and the fingerprints of all ranks.
         self._expected = (0, 0, 0)
 
     def size(self) -> int | None:
-        loader: Any = self._sampler if self._indexed else self.loader
+        loader: Any = self.loader if self._draws.sampler is None else self._draws.sampler
         try:
             return len(loader)
         except TypeError:
@@ -133,7 +88,7 @@ class LoaderSteps:
 
     def num_rows(self) -> tuple[int, int] | None:
         """Rows of an epoch, and of each of its steps over all ranks; None where the loader does not say."""
-        batch_sampler = self._sampler if self._indexed else None
+        batch_sampler = self._draws.sampler
         if not isinstance(batch_sampler, BatchSampler) or self.deals_itself:
             return None
         sampler: Any = batch_sampler.sampler
@@ -153,7 +108,7 @@ class LoaderSteps:
         return {**self._facts(), "order": self._order.seed, "drawn": [position, *self._of_all_ranks(printed)]}
 
     def _facts(self) -> dict[str, int | None]:
-        batch_sampler = self._sampler if self._indexed else None
+        batch_sampler = self._draws.sampler
         rows = batch_sampler.batch_size if isinstance(batch_sampler, BatchSampler) else None
         return {"rows": rows, "ranks": self.world_size if self.deals_itself else None}
 
@@ -194,7 +149,7 @@ class LoaderSteps:
     # Steps.
 
     def steps(self, epoch: int, position: int = 0) -> Iterator[tuple[list[MicroBatch], int]]:
-        steps = self._own_steps(epoch, position)
+        steps = self._draws.steps(epoch, position, self.accumulation, self._check_seek)
         try:
             drawn = next(steps, None)
             self._check_beginning(drawn, position)
@@ -202,7 +157,7 @@ class LoaderSteps:
             while self._goes_on(drawn):
                 if drawn is None:  # other ranks of a loader that deals by itself have more
                     last = self._any_batch() if last is None else last
-                    drawn = _Drawn([last], False, self.accumulation, self._drawn[1])
+                    drawn = Drawn([last], False, self.accumulation, self._drawn[1])
                 last = drawn.batches[-1]
                 position += self.accumulation if self.deals_itself else drawn.number
                 self._drawn = (position, drawn.fingerprint)
@@ -214,115 +169,12 @@ class LoaderSteps:
         finally:
             self._order.end()
 
-    def _goes_on(self, drawn: _Drawn | None) -> bool:
+    def _goes_on(self, drawn: Drawn | None) -> bool:
         """Whether there is another step, for this rank or for others of a loader that deals by itself."""
         has_more = int(drawn is not None)
         if self.deals_itself and self.in_step:
             has_more = self.largest(has_more)
         return bool(has_more)
-
-    def _own_steps(self, epoch: int, position: int) -> Iterator[_Drawn]:
-        """The steps of an epoch from a position on, with this rank's micro-batches."""
-        if self._indexed and self._order.may_remember:
-            for earlier in range(self._epochs_drawn, epoch):  # in this process the samplers have not seen them
-                with self._order.begin(earlier).drawn_from():
-                    deque(iter(self._sampler), maxlen=0)
-        self._epochs_drawn = epoch + 1
-        randomness = self._order.begin(epoch)
-        if self._indexed:
-            return self._loaded(epoch, position, randomness)
-        return self._cut(self._readable(epoch), randomness, position)
-
-    def _cut(self, source: Iterable[Any], randomness: Randomness, position: int) -> Iterator[_Drawn]:
-        """Steps of what `source` gives from a position on: micro-batches, or their indices."""
-        printed = 0
-        # 1. what comes before the position
-        starts_workers = isinstance(source, DataLoader)
-        with randomness.drawn_from(), signals_held() if starts_workers else nullcontext():
-            items = map(_itself, source)  # NOTE: `islice` would ask an iterator of the user to begin anew
-        with randomness.drawn_from():
-            for item in islice(items, position):
-                printed = fingerprint(item, printed)
-        self._check_seek(position, printed)
-        # 2. one step after the other
-        first = self.rank if self._ranks > 1 else 0
-        while True:
-            with randomness.drawn_from():
-                step = list(islice(items, self.accumulation * self._ranks))
-            if not step:
-                return
-            for item in step:
-                printed = fingerprint(item, printed)
-            mine = step[first :: self._ranks] if self.deals else step
-            yield _Drawn(mine or step[:1], bool(mine), len(step), printed)
-
-    def _loaded(self, epoch: int, position: int, randomness: Randomness) -> Iterator[_Drawn]:
-        """Steps of a map-style DataLoader: a copy of it loads what is drawn here, ahead and in its workers."""
-        loader: Any = self.loader
-        steps: deque[_Drawn] = deque()
-
-        def indices() -> Generator[Any, None, None]:
-            for step in self._cut(self._sampler, randomness, position):
-                steps.append(step)
-                yield from step.batches
-
-        self._indices.next = drawn = indices()
-        if self._copy is None or not loader.persistent_workers:
-            how: dict[str, Any] = {"batch_sampler": self._indices}
-            if loader.batch_sampler is None:
-                how = {"batch_size": None, "sampler": self._indices}
-            self._copy = self._copied(persistent_workers=loader.persistent_workers, **how)
-        self._copy.generator.manual_seed(mix_seeds(self._order.seed, epoch, position, self.rank))
-        nothing_more = object()
-        try:
-            with signals_held():
-                batches = iter(self._copy)
-            while True:
-                # NOTE: what a dataset draws in this process, as for augmentation, must not depend on what else does.
-                noise = Randomness(mix_seeds(self._order.seed, epoch, position, self.rank))
-                with nullcontext() if loader.num_workers else noise.drawn_from():
-                    first = next(batches, nothing_more)
-                    if first is nothing_more:
-                        return
-                    step = steps.popleft()
-                    rest = [next(batches) for _ in step.batches[1:]]
-                position += step.number
-                yield step._replace(batches=[first, *rest])
-        finally:
-            drawn.close()
-            self._indices.next = iter(())
-
-    def _readable(self, epoch: int) -> Iterable[Batch]:
-        """What is read from its beginning to its end in every epoch.
-
-        The workers of a loader of an IterableDataset are new in each, so that none remembers anything.
-        """
-        loader = self.loader
-        if not isinstance(loader, DataLoader):
-            return loader
-        if type(loader).__iter__ is not DataLoader.__iter__:  # it does something of its own with its batches
-            if not isinstance(loader.worker_init_fn, WorkerLife):
-                loader.worker_init_fn = WorkerLife(loader.worker_init_fn)
-            return loader
-        copy = self._copied(batch_size=loader.batch_size, drop_last=loader.drop_last)
-        copy.generator.manual_seed(mix_seeds(self._order.seed, epoch))
-        return copy
-
-    def _copied(self, **how: Any) -> DataLoader:
-        """The user's loader with another order, a generator of its own, and workers that live as long as they should."""
-        loader: Any = self.loader
-        if loader.num_workers:
-            how |= {"prefetch_factor": loader.prefetch_factor, "timeout": loader.timeout}
-            how["multiprocessing_context"] = loader.multiprocessing_context
-        return DataLoader(
-            loader.dataset,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=WorkerLife(loader.worker_init_fn),
-            generator=torch.Generator(),
-            **how,
-        )
 
     def _any_batch(self) -> Batch:
         """A batch for a rank that has had none since it went on, while others have more."""
@@ -335,7 +187,7 @@ class LoaderSteps:
 
     # What is refused.
 
-    def _check_beginning(self, drawn: _Drawn | None, position: int) -> None:
+    def _check_beginning(self, drawn: Drawn | None, position: int) -> None:
         """
         Raises:
             ValueError: there is nothing, or not the same for all ranks among which it is to be dealt.
@@ -439,10 +291,6 @@ class LoaderSteps:
 
 def _dealing(ranks: int | None) -> str:
     return "dealt out by position" if ranks is None else f"dealt to {ranks} ranks by itself"
-
-
-def _itself(item: Any) -> Any:
-    return item
 
 
 def _some_rows_of(loader: Any) -> list[Any]:

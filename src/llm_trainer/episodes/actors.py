@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from llm_trainer.episodes.player import Call, failed
-from llm_trainer.rewards.keeper import end_with_parent, limit_memory, pass_over_signals
+from llm_trainer.rewards.processes import end_with_parent, limit_memory, pass_over_signals
 
 SIZE = struct.Struct(">Q")  # before every message
 LOOK_S = 0.05  # between two looks at processes that say nothing
@@ -25,7 +25,7 @@ _READ = 1 << 20
 
 
 class Stage:
-    """Asks the environments of several episodes at once; what a worker serves (`rewards.keeper.Kept.serve`).
+    """Asks the environments of several episodes at once; what a worker serves (`rewards.serving.Kept.serve`).
 
     Args:
         player: makes what plays an episode.

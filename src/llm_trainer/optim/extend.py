@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.optim.groups import get_parameter_groups
 from llm_trainer.optim.multipliers import MULTIPLIER, factor_of
-from llm_trainer.optim.optimizers import Muon, get_parameter_groups, separate, vocabulary_tables
+from llm_trainer.optim.own import Muon, separate, vocabulary_tables
 from llm_trainer.optim.schedules import Scheduler
 
 _OF_A_GROUP = ("params", "param_names", "initial_lr", MULTIPLIER)

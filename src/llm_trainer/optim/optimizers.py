@@ -1,194 +1,32 @@
-"""Optimizers: one visible table from names to builders, and which parameters decay.
+"""Optimizers: one visible table from names to builders.
 
 `OPTIMIZERS` lists what `create_optimizer` knows; a new optimizer is one function and one line there. Memory plans and the
 engines' checks ask the line.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_trainer.models.quantize import hush
+from llm_trainer.optim.groups import Params, as_groups, get_parameter_groups
 from llm_trainer.optim.multipliers import multiplied
-from llm_trainer.optim.shards import block_of
-
-Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
-Closure: TypeAlias = Callable[[], float]
-
-
-class Lion(torch.optim.Optimizer):
-    """Lion: the sign of an interpolated momentum, one state tensor per parameter (Chen et al. 2023, arXiv 2302.06675).
-
-    With momentum m and gradient g of the parameter's shape, and sign(0) = 0::
-
-        p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g)
-        m <- b2 m + (1 - b2) g
-
-    Every entry moves by `lr`, so a good `lr` is 3 to 10 times smaller than AdamW's and `weight_decay` as much larger.
-    """
-
-    def __init__(
-        self, params: Params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; `closure`, if given, recomputes the loss that is returned."""
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["momentum"] = torch.zeros_like(param)
-                momentum = state["momentum"]
-                direction = momentum.lerp(param.grad, 1 - beta1).sign_()
-                param.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr)
-                momentum.lerp_(param.grad, 1 - beta2)
-        return loss
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for hidden matrices and AdamW for the rest, as one optimizer with one `state_dict`.
-
-    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix. Its update is scaled
-    by 0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one
-    `lr` and one `weight_decay`, tuned for AdamW, serve both halves.
-
-    A parameter goes to Muon if it has two dimensions and its group does not say `"use_muon": False`, as
-    `configure_optimizer` does for embeddings and the LM head.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        fused: bool = False,
-    ) -> None:
-        matrices, rest = _split_for_muon(params)
-        inner: list[torch.optim.Optimizer] = []
-        if matrices:
-            inner.append(
-                torch.optim.Muon(matrices, lr, weight_decay, momentum, nesterov, adjust_lr_fn="match_rms_adamw")
-            )
-        if rest:
-            inner.append(torch.optim.AdamW(rest, lr, betas, eps, weight_decay, fused=fused))
-        super().__init__(sum((half.param_groups for half in inner), []), {})
-        self._halves = inner
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; `closure`, if given, recomputes the loss that is returned."""
-        loss = _evaluate(closure)
-        for half in self._halves:
-            # Groups and state live here and are only lent: loading a state or re-pointing parameters replaces them.
-            of_muon = isinstance(half, torch.optim.Muon)
-            half.param_groups = [group for group in self.param_groups if group["use_muon"] == of_muon]
-            half.state = self.state
-            half.step()
-        return loss
-
-
-def _evaluate(closure: Closure | None) -> float | None:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def _split_for_muon(params: Params) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Split parameters or groups into (groups of matrices for Muon, groups of everything else)."""
-    matrices: list[dict[str, Any]] = []
-    rest: list[dict[str, Any]] = []
-    for group in _as_groups(params):
-        not_matrices = {param for param in group["params"] if not _is_for_muon(param, group)}
-        for part in separate(group, not_matrices):
-            (matrices if part["use_muon"] else rest).append(part)
-    return matrices, rest
-
-
-def _is_for_muon(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    return bool(group.get("use_muon", True)) and parameter.ndim == 2
-
-
-def _as_groups(params: Params) -> list[dict[str, Any]]:
-    """Parameters, or groups of them, as a list of groups whose `params` are lists."""
-    entries = list(params)
-    groups = [entry for entry in entries if isinstance(entry, dict)]
-    if not groups:
-        return [{"params": entries}]
-    listed = []
-    for group in groups:
-        members = group["params"]
-        members = [members] if isinstance(members, Tensor) else list(members)
-        listed.append({**group, "params": members})
-    return listed
-
-
-Group: TypeAlias = Mapping[str, Any]  # a parameter group with its hyperparameters
-
-
-def _adam_state(parameter: Tensor, group: Group) -> int:
-    """First and second moment, and with amsgrad the largest second moment so far."""
-    return (3 if group.get("amsgrad") else 2) * parameter.numel()
-
-
-def _one_moment(parameter: Tensor, group: Group) -> int:
-    return parameter.numel()
-
-
-def _sgd_state(parameter: Tensor, group: Group) -> int:
-    return parameter.numel() if group["momentum"] else 0
-
-
-def _muon_state(parameter: Tensor, group: Group) -> int:
-    """A momentum for each hidden matrix; the rest is AdamW's."""
-    state = _one_moment if _is_for_muon(parameter, group) else _adam_state
-    return state(parameter, group)
-
-
-def _adafactor_state(parameter: Tensor, group: Group) -> int:
-    """A row and a column of statistics for each matrix `[..., R, C]`."""
-    if parameter.ndim < 2:
-        return parameter.numel()
-    return sum(parameter.shape[-2:]) * parameter.shape[:-2].numel()
-
-
-# bitsandbytes keeps a moment of a small parameter in 32 bits; of others it keeps a byte per value and a scale per block.
-_SMALL, _BLOCK, _SCALE_BYTES = 4096, 256, 4
-
-
-def _in_eight_bits(moments: int) -> Callable[[Tensor, Group], float]:
-    """What so many moments in 8 bits are, in values of the parameter (Dettmers et al. 2021, arXiv 2110.02861)."""
-
-    def state(parameter: Tensor, group: Group) -> float:
-        count = parameter.numel()
-        num_bytes = 4 * count
-        if count >= _SMALL:
-            num_bytes = count + _SCALE_BYTES * -(-count // _BLOCK)
-        return moments * num_bytes / parameter.element_size()
-
-    return state
-
-
-def _rows_in_eight_bits(parameter: Tensor, group: Group) -> float:
-    """Both moments of `AdamW8bitOfShards`, in values of the parameter."""
-    count, block = parameter.numel(), block_of(parameter)
-    num_bytes = 4 * count if block is None else count + _SCALE_BYTES * count // block
-    return 2 * num_bytes / parameter.element_size()
+from llm_trainer.optim.own import Lion, Muon, separate, vocabulary_tables
+from llm_trainer.optim.state_size import (
+    Group,
+    adafactor_state,
+    adam_state,
+    in_eight_bits,
+    muon_state,
+    one_moment,
+    rows_in_eight_bits,
+    sgd_state,
+)
 
 
 @dataclass(frozen=True)
@@ -256,7 +94,7 @@ class Recipe:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.0
-    state: Callable[[Tensor, Group], float] = _adam_state
+    state: Callable[[Tensor, Group], float] = adam_state
     scratch: int = 0
     takes_pieces: bool = True
     takes_shards: bool = True
@@ -276,22 +114,22 @@ OPTIMIZERS: dict[str, Recipe] = {
     "adamw": Recipe(torch.optim.AdamW, _ADAM, frozenset({"amsgrad"})),
     "adam": Recipe(torch.optim.Adam, _ADAM, frozenset({"amsgrad"})),
     # Not fused: sharded tensors (DTensor) have the fused kernels of Adam only.
-    "sgd": Recipe(torch.optim.SGD, ("momentum",), frozenset({"nesterov", "dampening"}), state=_sgd_state),
+    "sgd": Recipe(torch.optim.SGD, ("momentum",), frozenset({"nesterov", "dampening"}), state=sgd_state),
     # A decay ten times AdamW's, for a learning rate a tenth of it (Chen et al. 2023, section 5).
-    "lion": Recipe(Lion, ("betas",), weight_decay=0.1, betas=(0.9, 0.99), state=_one_moment),
+    "lion": Recipe(Lion, ("betas",), weight_decay=0.1, betas=(0.9, 0.99), state=one_moment),
     "muon": Recipe(
         Muon,
         (*_ADAM, "momentum"),
         frozenset({"nesterov"}),
         momentum=0.95,
-        state=_muon_state,
+        state=muon_state,
         takes_pieces=False,
         also=(torch.optim.Muon,),
     ),
     "adafactor": Recipe(
         torch.optim.Adafactor,
         options=frozenset({"beta2_decay", "d"}),
-        state=_adafactor_state,
+        state=adafactor_state,
         takes_pieces=False,
         takes_shards=False,  # torch does not offer its sums over rows and columns for DTensors
     ),
@@ -299,7 +137,7 @@ OPTIMIZERS: dict[str, Recipe] = {
     "adamw8bit": Recipe(
         InPackage("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
         ("betas", "eps"),
-        state=_in_eight_bits(2),
+        state=in_eight_bits(2),
         scratch=5,  # gradient, both moments, and the root of one before and after its correction
         takes_pieces=False,
         takes_shards=False,
@@ -308,7 +146,7 @@ OPTIMIZERS: dict[str, Recipe] = {
     "adamw8bit_fsdp": Recipe(
         InPackage("llm_trainer.optim.shards", "AdamW8bitOfShards", "torchao"),
         ("betas", "eps"),
-        state=_rows_in_eight_bits,
+        state=rows_in_eight_bits,
         scratch=7,  # weight and gradient in fp32, both moments, the root of one, and what is divided
         takes_pieces=False,
     ),
@@ -317,7 +155,7 @@ OPTIMIZERS: dict[str, Recipe] = {
         ("betas",),
         weight_decay=0.1,
         betas=(0.9, 0.99),
-        state=_in_eight_bits(1),
+        state=in_eight_bits(1),
         scratch=4,  # gradient, momentum, and two on the way to the direction
         takes_pieces=False,
         takes_shards=False,
@@ -341,7 +179,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     if recipe is not None:
         state = recipe.state
     else:
-        state = _adam_state if "betas" in optimizer.defaults else _one_moment
+        state = adam_state if "betas" in optimizer.defaults else one_moment
     num_bytes = 0.0
     for group in optimizer.param_groups:
         trained = [parameter for parameter in group["params"] if parameter.requires_grad]
@@ -426,7 +264,7 @@ def create_optimizer(
     if unknown:
         known = ", ".join(sorted(recipe.options)) or "none of its own"
         raise ValueError(f"{optimizer_type!r} has no option {', '.join(sorted(unknown))}; its options: {known}")
-    groups = _as_groups(params)
+    groups = as_groups(params)
     tensors: list[Tensor] = sum((group["params"] for group in groups), [])
     if not tensors:
         raise ValueError("there is no parameter to optimize: is every parameter of the model frozen?")
@@ -464,29 +302,6 @@ def _check(hyper: dict[str, Any]) -> None:
         raise ValueError(f"betas is {hyper['betas']!r}, expected two numbers in [0, 1), such as (0.9, 0.999)")
 
 
-def get_parameter_groups(
-    model: nn.Module, weight_decay: float = 0.01, no_decay: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """Two groups: what decays and what does not. Matrices decay; biases and norm weights (1-D) do not.
-
-    Embeddings and the LM head are matrices and decay, as in transformers. Frozen parameters are left out, tied ones
-    come once, and a group without parameters is left out.
-
-    Args:
-        model: the model whose trainable parameters are grouped.
-        weight_decay: of the first group; the second has 0.
-        no_decay: pieces of parameter names that must not decay either, such as `("embed",)`.
-    """
-    decaying: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, param in model.named_parameters():  # yields a tied parameter once
-        if param.requires_grad:
-            is_exempt = param.ndim < 2 or any(piece in name for piece in no_decay)
-            (plain if is_exempt else decaying).append(param)
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def configure_optimizer(
     model: nn.Module,
     optimizer_type: str = "adamw",
@@ -513,21 +328,3 @@ def configure_optimizer(
         tables = vocabulary_tables(model)
         groups = sum((separate(group, tables) for group in groups), [])
     return create_optimizer(groups, optimizer_type, lr=lr, weight_decay=weight_decay, **options)
-
-
-def vocabulary_tables(model: nn.Module) -> set[Tensor]:
-    """Embedding weights, and linear weights shaped [V, D] like the tallest of them: the LM head when it is not tied."""
-    tables: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    if not tables:
-        return set()
-    shape = max((table.shape for table in tables), key=lambda shape: shape[0])
-    heads = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == shape]
-    return {*tables, *heads}
-
-
-def separate(group: dict[str, Any], tables: set[Tensor]) -> list[dict[str, Any]]:
-    """Split one group into (the rest, for Muon) and (`tables`, for AdamW), dropping an empty part."""
-    matrices = [parameter for parameter in group["params"] if parameter not in tables]
-    others = [parameter for parameter in group["params"] if parameter in tables]
-    parts = [{**group, "params": matrices, "use_muon": True}, {**group, "params": others, "use_muon": False}]
-    return [part for part in parts if part["params"]]

@@ -5,12 +5,13 @@ many processes there are, and its state is a tensor of a kind of its own. Here a
 scales are plain tensors with a row for each row of the parameter. So a checkpoint holds the same on any number of processes.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llm_trainer.optim.own import Closure, evaluate
 
 SMALLEST = 4096  # values; the moments of smaller parameters stay in fp32
 BLOCKS = (256, 128, 64)  # values with one scale: the first that divides a row
@@ -56,12 +57,9 @@ class AdamW8bitOfShards(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; `closure`, if given, recomputes the loss that is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

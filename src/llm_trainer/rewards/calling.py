@@ -85,7 +85,7 @@ def arguments(name: str, function: Callable[..., Any], judged: Judged) -> tuple[
 
 
 def answer_call(name: str, function: Callable[..., Any], judged: Judged) -> dict[str, Any]:
-    """`call_function` as a process answers it (`keeper.Kept`): what holds the memory that has run out ends with it."""
+    """`call_function` as a process answers it (`serving.Kept`): what holds the memory that has run out ends with it."""
     returned = call_function(name, function, judged)
     return {**returned._asdict(), "ends": any(cause == "memory" for cause, _ in returned.errors.values())}
 

@@ -1,63 +1,39 @@
-"""The processes behind a user's function: a keeper, which holds its limits, and the worker that calls it.
+"""The keeper of a user's function: the process that holds its limits, between the trainer and the worker that calls it.
 
-The trainer forks the keeper as early as it can, and the keeper forks the worker, again whenever one had to be killed: so
-functions need not be pickled, closures and lambdas work. The keeper never runs the function and has one thread, so it is
-there to kill. Requests travel in memory files, answers and what the function prints through pipes that the keeper empties:
-nobody waits for somebody who does not read. Linux only.
+The trainer forks the keeper as early as it can, and the keeper forks the worker (`serving.py`), again whenever one had to be
+killed: so functions need not be pickled, closures and lambdas work. The keeper never runs the function and has one thread,
+so it is there to kill. Requests travel in memory files, answers and what the function prints through pipes that the keeper
+empties: nobody waits for somebody who does not read. Linux only.
 """
 
-import ctypes
 import gc
 import json
-import mmap
 import os
-import pickle
-import resource
 import select
 import signal
 import socket
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
-from llm_trainer.config import env
+from llm_trainer.rewards.processes import (
+    OF_JOBS,
+    PR_SET_CHILD_SUBREAPER,
+    Process,
+    all_processes,
+    descendants,
+    end_processes,
+    prctl,
+)
 from llm_trainer.rewards.returned import Answer
+from llm_trainer.rewards.serving import CALL, FRAME, Kept, work
 
-CALL = struct.Struct(">Qd")  # bytes of the request, seconds that it may take
-FRAME = struct.Struct(">Q")  # bytes of an answer
 MOST_OUTPUT = 2000  # bytes of what a call prints that are kept
 MOST_ANSWER = 1 << 30  # bytes
-MOST_PROCESSES = 64 + (os.cpu_count() or 1)  # of a function at a time: pools have one per core
 LOOK_S = 0.2  # between two looks at the processes of a call
 DISMISS_S = 0.3  # for what is told to end, before it is killed
-SWEEP_S = 5.0  # to kill processes that fork meanwhile
 _READ = 1 << 20
-_QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # sent to whole groups or jobs
-_LIBC = ctypes.CDLL(None)  # found before there is a fork: a lock of the loader may stay locked in it
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-
-
-class Kept(NamedTuple):
-    """A function and its limits.
-
-    Attributes:
-        name: In messages.
-        serve: Called in the worker, with each request; its answer is in JSON types. A worker whose answer has a true `ends`
-            ends with it.
-        memory: Bytes that it may take beyond what its process begins with, its own processes included; None: no limit.
-        processes: That it may have at a time.
-    """
-
-    name: str
-    serve: Callable[[Any], Mapping[str, Any]]
-    memory: int | None
-    processes: int = MOST_PROCESSES
-
-
-# --- the keeper
 
 
 def keep(kept: Kept, channel: socket.socket, trainer: int) -> NoReturn:
@@ -66,7 +42,7 @@ def keep(kept: Kept, channel: socket.socket, trainer: int) -> NoReturn:
     try:
         _become_quiet()
         os.setsid()  # Ctrl-C in a terminal is for the trainer
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the function leaves behind becomes this process's
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # what the function leaves behind becomes this process's
         Keeper(kept, channel, trainer).run()
         status = 0
     except (BrokenPipeError, ConnectionResetError):
@@ -75,8 +51,19 @@ def keep(kept: Kept, channel: socket.socket, trainer: int) -> NoReturn:
         print(f"the keeper of {kept.name!r} failed: {error!r}", file=sys.stderr, flush=True)
     finally:
         with suppress(BaseException):
-            _end_processes()
+            end_processes()
         os._exit(status)  # nothing that was inherited is cleaned up, closed or flushed a second time
+
+
+def _become_quiet() -> None:
+    """Make a keeper of a fork: no signals of others, no handlers, no collection of what belongs to the trainer."""
+    signal.set_wakeup_fd(-1)
+    for number in OF_JOBS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    gc.disable()
+    gc.freeze()
 
 
 class Keeper:
@@ -84,7 +71,7 @@ class Keeper:
 
     def __init__(self, kept: Kept, channel: socket.socket, trainer: int) -> None:
         self.kept, self.channel, self.trainer = kept, channel, trainer
-        self.first_rss = _processes().get(os.getpid(), _Process(0, 0)).rss  # pages that are shared with the trainer
+        self.first_rss = all_processes().get(os.getpid(), Process(0, 0)).rss  # pages that are shared with the trainer
         self._start_worker()
 
     def run(self) -> None:
@@ -155,7 +142,7 @@ class Keeper:
         """Let an idle worker end, and what it has started clean up behind itself, before they are killed."""
         self.requests.close()
         deadline = time.monotonic() + DISMISS_S
-        while _descendants(os.getpid(), _processes()) and time.monotonic() < deadline:
+        while descendants(os.getpid(), all_processes()) and time.monotonic() < deadline:
             self._is_alive()
             time.sleep(0.005)
 
@@ -163,7 +150,7 @@ class Keeper:
         """Kill the worker and all processes that come from it."""
         if not self.is_open:
             return
-        _end_processes(self.worker)
+        end_processes(self.worker)
         self.is_open, self.ended = False, self.ended or 0
         self.requests.close()
         os.close(self.results)
@@ -251,8 +238,8 @@ class Keeper:
 
     def _look(self) -> tuple[str, str]:
         """Cause and words, if the function's processes are too many or take too much memory together."""
-        processes = _processes()
-        family = _descendants(os.getpid(), processes)
+        processes = all_processes()
+        family = descendants(os.getpid(), processes)
         if len(family) > self.kept.processes:
             return "processes", f"started {len(family)} processes, more than {self.kept.processes}, and was ended"
         taken = sum(max(0, processes[pid].rss - self.first_rss) for pid in family)
@@ -281,113 +268,6 @@ def _ending(status: int) -> str:
     return f"exit code {os.waitstatus_to_exitcode(status)}"
 
 
-# --- the worker
-
-
-def work(kept: Kept, requests: socket.socket, results: int, output: int, keeper: int) -> NoReturn:
-    """The life of a worker, in a process that was forked for it: calls the function until the keeper hangs up."""
-    status = 1
-    try:
-        end_with_parent()
-        os.setsid()  # a group of its own, which is killed at once
-        _prepare(kept, output, keeper)
-        _write(results, FRAME.pack(0))
-        pid = os.getpid()
-        while True:
-            message, files, *_ = socket.recv_fds(requests, CALL.size, 1)
-            if not files:
-                status = 0
-                break
-            size, _ = CALL.unpack(message)
-            answer, goes_on = _answer(kept, files[0], size)
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(BaseException):
-                    stream.flush()
-            if os.getpid() != pid:
-                break  # a child that the function has forked, and that came back from it
-            _write(results, FRAME.pack(len(answer)) + answer)
-            if not goes_on:
-                break
-    except BaseException as error:
-        with suppress(BaseException):
-            print(f"the worker failed: {error!r}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(status)
-
-
-def _prepare(kept: Kept, output: int, keeper: int) -> None:
-    """Make a worker of a fork: streams, signals, memory, threads."""
-    # 1. what it prints goes to the keeper, whatever stood in place of the streams (a notebook's use sockets and threads)
-    nowhere = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nowhere, 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="replace", closefd=False)
-    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)
-
-    # 2. signals
-    pass_over_signals()
-
-    # 3. the memory; where the machine runs out of it, this process goes before the trainer
-    if kept.memory is not None:
-        limit_memory(kept.memory)
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-
-    # 4. threads did not come along with the fork, but libraries believe that theirs are there
-    env.override("TOKENIZERS_PARALLELISM", "false")
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(1)
-    gc.enable()
-    if os.getppid() != keeper:
-        os._exit(1)  # it died before the signal for that was asked for
-
-
-def pass_over_signals() -> None:
-    """Signals that whole jobs are sent are the trainer's; what this process starts gets them as ever."""
-    pid = os.getpid()
-
-    def pass_over(number: int, frame: Any) -> None:
-        if os.getpid() != pid:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    for number in _QUIET:
-        signal.signal(number, pass_over)
-
-
-def limit_memory(more: int) -> None:
-    """Let this process take so many bytes more: of what can be written to.
-
-    Address space would count libraries too, and what is reserved and never used.
-    """
-    limit = _writable() + more
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def _answer(kept: Kept, request: int, size: int) -> tuple[bytes, bool]:
-    """Call the function for a request; `size` bytes in a memory file, which other functions read too.
-
-    Returns:
-        The answer, and whether this worker goes on: what holds the memory that has run out goes with it.
-    """
-    try:
-        try:
-            with mmap.mmap(request, size, access=mmap.ACCESS_READ) as data:
-                asked = pickle.loads(data)
-        finally:
-            os.close(request)
-        answer = kept.serve(asked)
-        return json.dumps(answer).encode(), not answer.get("ends")
-    except MemoryError:
-        return b'{"failed": ["memory", "ran out of memory"]}', False
-    except BaseException as error:  # what is no Exception: the function may raise KeyboardInterrupt itself
-        what = f"raised {type(error).__name__}"
-        return json.dumps({"failed": ["raised", what]}).encode(), True
-
-
 def answer_of(answer: bytes, output: bytes) -> Answer:
     """What `Keeper.run` sent for a call."""
     text, fields = output.decode(errors="replace"), json.loads(answer)
@@ -395,98 +275,3 @@ def answer_of(answer: bytes, output: bytes) -> Answer:
         cause, what = fields["failed"]
         return Answer({}, cause, what, text)
     return Answer(fields, output=text)
-
-
-def _write(end: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(end, rest) :]
-
-
-# --- processes
-
-
-class _Process(NamedTuple):
-    parent: int
-    rss: int  # bytes
-
-
-def _processes() -> dict[int, _Process]:
-    """All processes that can be seen, by their number."""
-    page, found = resource.getpagesize(), {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdecimal():
-            continue
-        try:
-            with open(f"/proc/{entry}/stat") as file:
-                stat = file.read()
-        except OSError:
-            continue  # it has ended meanwhile
-        fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-        found[int(entry)] = _Process(int(fields[1]), int(fields[21]) * page)
-    return found
-
-
-def _descendants(pid: int, processes: dict[int, _Process]) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for number, process in processes.items():
-        children.setdefault(process.parent, []).append(number)
-    found, open_ends = [], [pid]
-    while open_ends:
-        those = children.get(open_ends.pop(), [])
-        found += those
-        open_ends += those
-    return found
-
-
-def _end_processes(group: int | None = None) -> None:
-    """Kill all processes below this one, first a whole group at once, and take note of their ends."""
-    if group is not None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)  # between its forks nothing gets away
-    deadline = time.monotonic() + SWEEP_S
-    while time.monotonic() < deadline:
-        _reap()
-        family = _descendants(os.getpid(), _processes())
-        if not family:
-            return
-        _kill(family)
-        time.sleep(0.002)
-
-
-def _kill(pids: Iterable[int]) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _reap() -> None:
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def _become_quiet() -> None:
-    """Make a keeper of a fork: no signals of others, no handlers, no collection of what belongs to the trainer."""
-    signal.set_wakeup_fd(-1)
-    for number in _QUIET:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    gc.disable()
-    gc.freeze()
-
-
-def end_with_parent() -> None:
-    """Let this process be killed when the one ends that forked it."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _prctl(option: int, value: int) -> None:
-    _LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0)
-
-
-def _writable() -> int:
-    """Bytes of private memory that this process may write to; most of it is shared with the trainer still."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[5]) * resource.getpagesize()

@@ -57,7 +57,7 @@ class Worker:
         name: of the function, for messages.
         serve: any callable, from a request to an answer in JSON types; it is not pickled.
         memory: bytes that it may take; None: no limit.
-        processes: that it may have at a time; None: as many as `keeper.MOST_PROCESSES`.
+        processes: that it may have at a time; None: as many as `serving.MOST_PROCESSES`.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class Worker:
         self._fork()
 
     def _fork(self) -> None:
-        from llm_trainer.rewards import keeper
+        from llm_trainer.rewards.keeper import keep
+        from llm_trainer.rewards.serving import MOST_PROCESSES, Kept
 
         mine, theirs = socket.socketpair()
         for stream in (sys.stdout, sys.stderr):
@@ -81,8 +82,8 @@ class Worker:
             pid = os.fork()
         if pid == 0:
             mine.close()
-            most = self.processes or keeper.MOST_PROCESSES
-            keeper.keep(keeper.Kept(self.name, self.serve, self.memory, most), theirs, trainer)
+            most = self.processes or MOST_PROCESSES
+            keep(Kept(self.name, self.serve, self.memory, most), theirs, trainer)
         theirs.close()
         self._channel, self._pid = mine, pid
         self._end = weakref.finalize(self, _end, trainer, pid, mine)
@@ -110,7 +111,7 @@ class Worker:
             size: its bytes.
             seconds: that it may take.
         """
-        from llm_trainer.rewards.keeper import CALL
+        from llm_trainer.rewards.serving import CALL
 
         self._deadline = time.monotonic() + seconds + GRACE_S
         self._received.clear()
