@@ -16,7 +16,7 @@ class Stopped(Exception):
 
 
 class Choice(NamedTuple):
-    """Something that the machine chose because the user left it open. It never changes what is learned.
+    """Something that the machine chose because the user left it open. It changes rounding at most.
 
     Attributes:
         name: what was chosen, such as 'layout'.

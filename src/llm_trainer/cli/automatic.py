@@ -10,6 +10,7 @@ from llm_trainer.config.registry import options_of
 from llm_trainer.config.schema import TrainConfig
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.kinds import get_kind
+from llm_trainer.engine.device import precision_choice
 from llm_trainer.layout import choose_layout, is_open, takes_flat
 from llm_trainer.models.attention import best_attention
 from llm_trainer.models.experts import describe_experts, experts_of
@@ -61,8 +62,12 @@ class Automatic:
 
     def choices(self, way: Way, precision: str, steps: float | None) -> list[Choice]:
         """What the run will choose when it is trained in this way, so many steps. Threads depend on that machine's cores."""
+        found = []
+        if self.config.run_config.precision == "auto":
+            found.append(precision_choice(precision, DEVICE))
         layout = self.layout()
-        found = [] if layout is None else [layout]
+        if layout is not None:
+            found.append(layout)
         if way.why_tokens:
             found.append(choice_of(way.micro_tokens, way.why_tokens))
         if self.config.run_config.attention == "auto":

@@ -4,6 +4,7 @@ import torch
 
 from llm_trainer.config.env import CPU_ISAS_WITHOUT_BF16, environment, set_default
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.state import Choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,6 +69,18 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"precision: fp16 needs a GPU, this run is on {device}; use bf16 or fp32")
     return name
+
+
+def precision_choice(chosen: str, device: str) -> Choice:
+    """What `run_config.precision: auto` has come to, for the screen before training.
+
+    Args:
+        chosen: 'bf16', 'fp16' or 'fp32'.
+        device: its kind, such as 'cuda'.
+    """
+    if chosen == "fp32":
+        return Choice("precision", chosen, f"this {device} has no fast products in bf16", "run_config.precision: bf16")
+    return Choice("precision", chosen, f"{device} has hardware for such products", "run_config.precision: fp32")
 
 
 def compute_capability(device: torch.device) -> tuple[int, int]:

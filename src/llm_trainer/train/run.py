@@ -15,7 +15,7 @@ from llm_trainer.data.stream import StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
-from llm_trainer.engine.device import detect_device
+from llm_trainer.engine.device import choose_precision, detect_device, precision_choice
 from llm_trainer.engine.out_of_memory import release
 from llm_trainer.engine.recompute import recompute_activations
 from llm_trainer.engine.threads import settle_threads
@@ -135,7 +135,11 @@ class Run:
             for name, val_source in val_sources.items():
                 self.val_sources[name] = trainer._build_source(val_source, training=False)
             machine = sizing.describe_machine(self.engine, self._is_together)
-        for choice in (*settings.choices, threads):
+        precision = None
+        is_open = settings.precision == "auto" and use_amp
+        if is_open and choose_precision("auto", place) == self.engine.precision_name:  # not what a DeepSpeed JSON says
+            precision = precision_choice(self.engine.precision_name, place.type)
+        for choice in (precision, *settings.choices, threads):
             if choice is not None:
                 self.chosen(choice)
         sources = [self.source, *self.val_sources.values()]

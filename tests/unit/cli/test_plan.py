@@ -300,6 +300,7 @@ def test_what_is_left_open_is_what_the_run_would_find(run, capsys):
     assert budget == {"value": f"{MOST:,} tokens", "why": "more gains nothing", "key": KEY}
     assert told["recommendation"]["choice"]["micro_rows"] * 64 == MOST
     assert told["recommendation"]["choice"]["accumulation"] == 4
+    assert told["automatic"]["precision"]["value"] == "bf16"
     assert told["automatic"]["attention"]["value"] == "sdpa"
     assert told["automatic"]["layout"]["value"] == "flat"
     shown = said(capsys, run(), *cluster)
@@ -321,13 +322,14 @@ def test_what_is_left_open_is_what_the_run_would_find(run, capsys):
         run(),
         *(
             told["automatic"][name]["key"].replace(": ", "=")
-            for name in ("layout", "attention", "optimizer", "compile")
+            for name in ("precision", "layout", "attention", "optimizer", "compile")
         ),
         *cluster,
     )
     assert list(given["automatic"]) == ["micro-batches"]
     given = planned(capsys, run("pretrain_config"), "data_loader_config.micro_batch_tokens=2048", *cluster)
     assert list(given["automatic"]) == [
+        "precision",
         "attention",
         "optimizer",
         "compile",

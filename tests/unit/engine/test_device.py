@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from llm_trainer.engine.device import choose_precision, detect_device, has_fast_bf16
+from llm_trainer.engine.device import choose_precision, detect_device, has_fast_bf16, precision_choice
 
 CPU = torch.device("cpu")
 
@@ -47,4 +47,7 @@ def test_the_cpu_has_what_is_there_and_not_hidden(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
     expected = left and machine != "neither"
     assert has_fast_bf16(CPU) == expected
-    assert choose_precision("auto", CPU) == ("bf16" if expected else "fp32")
+    chosen = "bf16" if expected else "fp32"
+    assert choose_precision("auto", CPU) == chosen
+    said = precision_choice(chosen, "cpu")
+    assert said.value == chosen and said.key == f"run_config.precision: {'fp32' if expected else 'bf16'}"

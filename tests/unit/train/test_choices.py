@@ -82,6 +82,12 @@ def test_choices_are_logged_once_before_training_and_under_way(
     assert "choices" not in read_curves(tmp_path / "log" / "metrics.jsonl")
 
 
+def test_the_precision_is_said_where_it_was_left_open(tmp_path: Path) -> None:
+    left_open = make_trainer(tmp_path / "open", precision="auto").run
+    assert left_open.choices["precision"].value == left_open.engine.precision_name
+    assert "precision" not in make_trainer(tmp_path / "said", precision="fp32").run.choices
+
+
 def test_without_a_configuration_the_key_is_a_keyword(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.run.chosen(LAYOUT)
