@@ -35,6 +35,8 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     "trl-images": [
         ["transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0", "peft==0.21.2", "datasets>=5,<6", "pillow"]
     ],
+    # This package as pip installs it: what transformers finds beside it (scipy, accelerate, ...) it imports too.
+    "plain": [["-e", str(REPO)]],
     # Its requirement deepspeed is optional in its code, so dependencies are named here.
     "pypi": [
         ["numpy", "packaging", "safetensors"],
@@ -257,10 +259,11 @@ def print_first_step(rounds: int) -> None:
         | {"log_interval": 1, "device": "cpu"},
     }
     (folder / "run.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    train = [sys.executable, "-m", "llm_trainer.cli.main", "train", str(folder / "run.yaml")]
+    python = python_of("plain")
+    train = [python, "-m", "llm_trainer.cli.main", "train", str(folder / "run.yaml")]
     programs = {
-        "imports": [sys.executable, "-c", f"{IMPORTS}; print('done')"],
-        "imports and a model's class": [sys.executable, "-c", f"{IMPORTS}; {MODEL_CLASS}; print('done')"],
+        "imports": [python, "-c", f"{IMPORTS}; print('done')"],
+        "imports and a model's class": [python, "-c", f"{IMPORTS}; {MODEL_CLASS}; print('done')"],
         "llm-trainer train": train,
     }
     seconds_until(train, MARKS)  # encodes the rows
