@@ -290,6 +290,8 @@ def seconds_until(command: list[str], marks: dict[str, str]) -> dict[str, tuple[
     found = {}
     began = time.perf_counter()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # With it our modules, unlike those that pip installs, would be compiled at each start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
