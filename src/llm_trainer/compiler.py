@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_trainer.config.errors import ConfigError
-
 
 def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
     """`torch.compile`, without the warnings of the parts of torch that the compiler imports and torch deprecates."""
@@ -20,19 +18,9 @@ def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Calla
 
 
 def compile_module(module: nn.Module) -> None:
-    """Compile a module in place, once for rows of all lengths: its parameters keep their names.
-
-    Raises:
-        ConfigError: there is no C++ compiler.
-    """
-    try:
-        with _ready_compiler():
-            module.compile(dynamic=True)
-    except compiler_errors() as error:
-        raise ConfigError(
-            f"run_config.compile: got true, which needs a C++ compiler ({error}); install one, such as g++, or set "
-            "run_config.compile=auto, which goes on without"
-        ) from error
+    """Compile a module in place, once for rows of all lengths: its parameters keep their names."""
+    with _ready_compiler():
+        module.compile(dynamic=True)
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

@@ -1,4 +1,4 @@
-"""A cache of compiled code that CPUs with vectors of several widths share; a machine without a compiler."""
+"""A cache of compiled code that CPUs with vectors of several widths share."""
 
 import inspect
 import os
@@ -11,10 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-
-from llm_trainer.compiler import compile_module, compiler_errors
-from llm_trainer.config.errors import ConfigError
 
 from llm_trainer import compiler
 
@@ -58,16 +54,3 @@ def test_a_narrower_cpu_does_not_run_the_kernels_of_a_wider_one(tmp_path: Path) 
         environment = os.environ | cheap | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{capability}: {done.stderr[-2000:]}"
-
-
-def test_without_a_compiler_one_message_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    *_, no_compiler = compiler_errors()
-    from torch._inductor import config, cpu_vec_isa
-
-    def look_for_one() -> None:
-        raise no_compiler
-
-    monkeypatch.setattr(config.cpp, "simdlen", None)
-    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", look_for_one)
-    with pytest.raises(ConfigError, match="compile: got true, which needs a C.. compiler .*run_config.compile=auto"):
-        compile_module(nn.Linear(2, 2))

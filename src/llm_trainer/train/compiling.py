@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from llm_trainer.compiler import CompiledLayers, compile_module
+from llm_trainer.compiler import CompiledLayers, compile_module, compiler_errors
 from llm_trainer.config.env import environment
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.disk import whole_file
 from llm_trainer.engine import dist
 from llm_trainer.engine.layers import language_layers_of
@@ -137,9 +138,19 @@ class Compiling:
         return self._configured is True or self._layers.is_on
 
     def add(self, module: nn.Module) -> None:
-        """A model that is trained, or one that it is compared with: both must round alike."""
+        """A model that is trained, or one that it is compared with: both must round alike.
+
+        Raises:
+            ConfigError: it is to be compiled at once, and there is no C++ compiler.
+        """
         if self._configured is True:
-            compile_module(module)
+            try:
+                compile_module(module)
+            except compiler_errors() as error:
+                raise ConfigError(
+                    f"run_config.compile: got true, which needs a C++ compiler ({error}); install one, such as g++, or set "
+                    "run_config.compile=auto, which goes on without"
+                ) from error
         elif self._is_automatic:
             # Towers run plain: transformers looks into their layers, which tracing cannot follow (`Seeing.compile`).
             self._layers.add(_outermost(language_layers_of(module)))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llm_trainer import SFTTrainer, compiler
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import ModelConfig
 from llm_trainer.data.collate import collate_flat, collate_padded, lay_with_images
 from llm_trainer.data.stream import SampleStream
@@ -312,6 +313,20 @@ def test_where_compiling_fails_nothing_is_lost(fails: str, losses: Losses, monke
     if fails != "in a later call":
         said = losses.choices["compile"]
         assert said.value == "off" and "training goes on without" in said.why
+
+
+@TRACERS_WARN
+def test_the_whole_model_needs_a_compiler_and_one_message_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config, cpu_vec_isa
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def look_for_one() -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(config.cpp, "simdlen", None)
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", look_for_one)
+    with pytest.raises(ConfigError, match="compile: got true, which needs a C.. compiler .*run_config.compile=auto"):
+        Clocked(monkeypatch, configured=True)
 
 
 @pytest.mark.slow
