@@ -1,4 +1,4 @@
-"""DPO on pairs that show images, against TRL: the same weights, pairs, optimizer and precision, in alternating rounds.
+"""DPO and SFT on rows that show images, against TRL: the same weights, rows, optimizer and precision, in alternating rounds.
 
 `python benchmarks/vision_throughput.py` runs every peer once per round, each in a process of its own, and prints real tokens
 per second, ratios within a round, and how many images the towers were run on. The model is a LLaVA of 20 M parameters, the
@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peers.seen import CONTEXT, IMAGE, NUM_PAIRS, prepare
 from peers.steady import LONG, Pace
 from train_throughput import (
     BENCH,
-    SHARED,
     add_machine_options,
     environment_of,
     print_goal,
@@ -28,156 +28,13 @@ from train_throughput import (
     spread,
 )
 
-PAIRS_PER_STEP, PAIRS_PER_MICRO_BATCH, NUM_PAIRS = 8, 4, 80
-CONTEXT, VOCABULARY, SIDE = 512, 6400, 64
+ROWS = {"dpo": (8, 4), "sft": (16, 8)}  # in a step and in a micro-batch: pairs, and their better answers alone
 LEARNING_RATE, BETA = 5e-5, 0.1
 GOAL = 1.5  # of TRL's real tokens per second
 # TRL recomputes activations by default; `stored` does not. Of `frozen` the tower is not trained, here and there.
 PEERS = {"ours": "", "trl": "trl-images", "trl-stored": "trl-images", "ours-frozen": "", "trl-frozen": "trl-images"}
 BASELINES = {"ours": ("trl", "trl-stored"), "ours-frozen": ("trl-frozen",)}
-IMAGE, END, FROZEN = "<image>", "<|im_end|>", ("vision",)
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-# --- what all read
-
-
-def prepare() -> Path:
-    """Images, pairs and weights, made once."""
-    work = BENCH / "work-images"
-    ready = work / "ready"
-    if ready.is_file() and ready.read_text(encoding="utf-8") == Path(__file__).read_text(encoding="utf-8"):
-        return work
-    work.mkdir(parents=True, exist_ok=True)
-    pairs = write_pairs(work)
-    write_model(work, pairs)
-    measure_rows(work)
-    ready.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    return work
-
-
-def write_pairs(work: Path) -> list[dict[str, Any]]:
-    """Rows with an image, and two answers of different lengths, of which the second is wrong."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    images, asked = questions(work)
-    words = sorted({answer for found in asked for _, answer in found})
-
-    def said(found: list[tuple[str, str]], is_right: bool) -> str:
-        number = int(np.clip(rng.lognormal(np.log(6), 0.8), 1, 40))
-        sentences = []
-        for question, answer in (found * 40)[:number]:
-            word = answer if is_right else str(rng.choice(words))
-            sentences.append(f"To the question {question} I say {word}.")
-        return " ".join(sentences)
-
-    pairs = []
-    for number in range(NUM_PAIRS):
-        which = number % len(images)
-        found = asked[which]
-        question = found[number % len(found)][0]
-        pairs.append(
-            {
-                "prompt": [{"role": "user", "content": IMAGE + question}],
-                "chosen": [{"role": "assistant", "content": said(found, True)}],
-                "rejected": [{"role": "assistant", "content": said(found, False)}],
-                "images": [str(images[which])],
-            }
-        )
-    lines = [json.dumps(pair) + "\n" for pair in pairs]
-    (work / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-    return pairs
-
-
-def questions(work: Path) -> tuple[list[Path], list[list[tuple[str, str]]]]:
-    """Images, and of each the questions about it with their answers."""
-    folder = SHARED / "vlm" / "easy_vqa_train"
-    if not folder.is_dir():
-        return noise(work)
-    by_image: dict[int, list[tuple[str, str]]] = {}
-    for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
-        by_image.setdefault(image, []).append((question, answer))
-    numbers = sorted(by_image)
-    # Beside the rows, as paths may not lead out of their folder.
-    images = []
-    for number in numbers:
-        path = work / f"{number}.png"
-        path.write_bytes((folder / "images" / f"{number}.png").read_bytes())
-        images.append(path)
-    return images, [by_image[number] for number in numbers]
-
-
-def noise(work: Path) -> tuple[list[Path], list[list[tuple[str, str]]]]:
-    """The same without the data: noise, and questions that nobody can answer."""
-    import numpy as np
-    from PIL import Image
-
-    images = []
-    for number in range(NUM_PAIRS):
-        path = work / f"{number}.png"
-        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-        images.append(path)
-    return images, [[("what color is the shape?", "blue"), ("is there a circle?", "no")]] * NUM_PAIRS
-
-
-def write_model(work: Path, pairs: list[dict[str, Any]]) -> None:
-    """The folder of a LLaVA with its processor, as a user would have it."""
-    import torch
-
-    from llm_trainer.config.vision import VisionConfig
-    from llm_trainer.data.encode.tokenizer import train_tokenizer
-    from llm_trainer.models.build import build_model, num_parameters
-    from llm_trainer.models.vision_build import processor_for
-    from llm_trainer.train_configs import VLMConfig
-
-    texts = [turn["content"] for pair in pairs for turn in (*pair["prompt"], *pair["chosen"], *pair["rejected"])]
-    tokenizer = train_tokenizer(texts, 400, [IMAGE])
-    tokenizer.chat_template = TEMPLATE
-    tower = VisionConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, image_size=SIDE, patch_size=8)
-    shape = VLMConfig(
-        hidden_size=384,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=CONTEXT,
-        vision=tower,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-    )
-    torch.manual_seed(0)
-    model = build_model(shape)
-    print(f"a LLaVA of {num_parameters(model):,} parameters", flush=True)
-    model.save_pretrained(work / "model")
-    processor_for(model.config, tokenizer).save_pretrained(work / "model")
-
-
-def measure_rows(work: Path) -> None:
-    """Of every row the tokens of both sides together, those that are trained on, and the sum of their ids."""
-    from transformers import AutoProcessor
-
-    from llm_trainer.data.encode.chat import ChatFormat
-    from llm_trainer.data.kinds import DataOptions, get_kind
-    from llm_trainer.data.load import load
-    from llm_trainer.data.vision import ImageFormat
-
-    processor = AutoProcessor.from_pretrained(work / "model", use_fast=False)
-    chat = ChatFormat(processor.tokenizer, images=ImageFormat(processor))
-    rows = load([str(work / "pairs.jsonl")], get_kind("pairs"), chat, DataOptions(block_size=CONTEXT), work / "cache")
-    found = []
-    for number in range(NUM_PAIRS):
-        sides = [rows[number][side] for side in ("chosen", "rejected")]
-        tokens = sum(len(side["input_ids"]) for side in sides)
-        trained = sum(int(side["trained"].sum()) for side in sides)
-        ids = sum(int(side["input_ids"][side["trained"]].sum()) for side in sides)
-        found.append([tokens, trained, ids])
-    (work / "rows.json").write_text(json.dumps(found), encoding="utf-8")
+FROZEN = ("vision",)
 
 
 # --- one run, in a process of its own
@@ -190,8 +47,9 @@ class Job:
         ticks: after each step: by the clock, processor time, and images that towers have been run on.
     """
 
-    def __init__(self, peer: str, precision: str, warmup: int, steps: int, work: str) -> None:
-        self.peer, self.precision, self.warmup, self.steps = peer, precision, warmup, steps
+    def __init__(self, peer: str, stage: str, precision: str, warmup: int, steps: int, work: str) -> None:
+        self.peer, self.stage, self.precision, self.warmup, self.steps = peer, stage, precision, warmup, steps
+        self.per_step, self.per_micro_batch = ROWS[stage]
         self.work, self.is_frozen = Path(work), peer.endswith("frozen")
         self.ticks: list[tuple[float, float, int]] = []
         self.num_seen, self.first, self.pace = 0, 0, Pace()
@@ -214,12 +72,12 @@ class Job:
         self.ticks.append((time.perf_counter(), time.process_time(), self.num_seen))
 
     def tick_and_stop(self, run: Any) -> None:
-        """A step of ours is done; the run ends with the last timed one, which are of the same pairs as TRL's.
+        """A step of ours is done; the run ends with the last timed one, which are of the same rows as TRL's.
 
         Timing begins when the run goes as it will go on.
         """
         self.tick()
-        step, per_epoch = len(self.ticks), NUM_PAIRS // PAIRS_PER_STEP
+        step, per_epoch = len(self.ticks), NUM_PAIRS // self.per_step
         at_the_place = step >= self.warmup and (step - self.warmup) % per_epoch == 0
         is_steady = self.pace.is_steady(run)
         if not self.first and at_the_place and is_steady:
@@ -238,10 +96,10 @@ class Job:
 
 
 def run_trl(job: Job) -> None:
-    """TRL's `DPOTrainer` with its collator for images."""
+    """TRL's `DPOTrainer` or `SFTTrainer` with its collator for images."""
     from datasets import Dataset, Image, List
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     job.count_images()
     seen = []  # of every step tokens, those trained on, and the sum of their ids
@@ -250,12 +108,19 @@ def run_trl(job: Job) -> None:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             job.tick()
 
-    class Looked(DPOTrainer):
+    def look(inputs: Any, is_trained: Any) -> None:
+        ids = inputs["input_ids"][is_trained]
+        seen.append([int(inputs["attention_mask"].sum()), int(is_trained.sum()), int(ids.sum())])
+
+    class LookedDPO(DPOTrainer):
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: Any) -> Any:
-            is_trained = inputs["completion_mask"].bool()
-            ids = inputs["input_ids"][is_trained]
-            seen.append([int(inputs["attention_mask"].sum()), int(is_trained.sum()), int(ids.sum())])
+            look(inputs, inputs["completion_mask"].bool())
             return super()._compute_loss(model, inputs, return_outputs)
+
+    class LookedSFT(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            look(inputs, inputs["labels"] != -100)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def model() -> Any:
         made = AutoModelForImageTextToText.from_pretrained(job.work / "model", dtype="float32")
@@ -263,21 +128,24 @@ def run_trl(job: Job) -> None:
             made.model.vision_tower.requires_grad_(False)
         return made
 
-    rows = [json.loads(line) for line in (job.work / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (job.work / f"{job.stage}.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows:  # it puts the marker there itself
         row["prompt"][0]["content"] = row["prompt"][0]["content"].removeprefix(IMAGE)
     total_steps = job.warmup + job.steps + 1
+    trainer_class, config_class, own, more = LookedSFT, SFTConfig, {}, {}
+    if job.stage == "dpo":
+        trainer_class, config_class, own, more = LookedDPO, DPOConfig, {"beta": BETA}, {"ref_model": model()}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Looked(
+        trainer = trainer_class(
             model=model(),
-            ref_model=model(),
-            args=DPOConfig(
+            **more,
+            args=config_class(
+                **own,
                 output_dir=folder,
-                beta=BETA,
                 max_length=CONTEXT,
                 max_steps=total_steps,
-                per_device_train_batch_size=PAIRS_PER_MICRO_BATCH,
-                gradient_accumulation_steps=PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH,
+                per_device_train_batch_size=job.per_micro_batch,
+                gradient_accumulation_steps=job.per_step // job.per_micro_batch,
                 gradient_checkpointing=job.peer == "trl",
                 learning_rate=LEARNING_RATE,
                 lr_scheduler_type="constant",
@@ -298,7 +166,7 @@ def run_trl(job: Job) -> None:
             callbacks=[Clock()],
         )
         trainer.train()
-    per_step, rows_seen = PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH, []
+    per_step, rows_seen = job.per_step // job.per_micro_batch, []
     for start in range(0, len(seen), per_step):
         columns = zip(*seen[start : start + per_step], strict=True)
         rows_seen.append([sum(column) for column in columns])
@@ -307,23 +175,27 @@ def run_trl(job: Job) -> None:
 
 def run_ours(job: Job) -> None:
     """Files and a model in a configuration, with what is learned and how; nothing about the machine."""
-    from llm_trainer import DPOTrainer
+    from llm_trainer import DPOTrainer, SFTTrainer
     from llm_trainer.train.hooks import Hook
-    from llm_trainer.train_configs import DataLoaderConfig, DPOConfig, OptimConfig, RunConfig, TrainConfig
+    from llm_trainer.train_configs import DataLoaderConfig, DPOConfig, OptimConfig, RunConfig, SFTConfig, TrainConfig
 
     job.count_images()
     freeze = list(FROZEN) if job.is_frozen else []
+    accumulation = {"gradient_accumulation_steps": job.per_step // job.per_micro_batch}
+    trainer_class, section = SFTTrainer, {"sft_config": SFTConfig(**accumulation)}
+    if job.stage == "dpo":
+        trainer_class, section = DPOTrainer, {"dpo_config": DPOConfig(loss_beta=BETA, **accumulation)}
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             model_config=str(job.work / "model"),
-            file_dataset=[str(job.work / "pairs.jsonl")],
+            file_dataset=[str(job.work / f"{job.stage}.jsonl")],
             dataset_block_size=CONTEXT,
-            batch_size=PAIRS_PER_MICRO_BATCH,
+            batch_size=job.per_micro_batch,
             n_epochs=LONG,
             freeze=freeze,
             data_loader_config=DataLoaderConfig(data_loader_shuffle=False, cache_dir=f"{folder}/cache"),
             optim_config=OptimConfig(initial_lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=1.0),
-            dpo_config=DPOConfig(loss_beta=BETA, gradient_accumulation_steps=PAIRS_PER_STEP // PAIRS_PER_MICRO_BATCH),
+            **section,
             run_config=RunConfig(
                 save_dir=folder,
                 save_interval_steps=LONG,  # nobody saves while it is timed
@@ -333,7 +205,7 @@ def run_ours(job: Job) -> None:
                 precision=job.precision,
             ),
         )
-        DPOTrainer(train_config=config, hooks=[Hook("clock", job.tick_and_stop, every_steps=1)]).train()
+        trainer_class(train_config=config, hooks=[Hook("clock", job.tick_and_stop, every_steps=1)]).train()
         lines = (Path(folder) / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = [values for values in map(json.loads, lines) if "loss" in values]
     tokens = [values["num_tokens"] for values in found]
@@ -353,12 +225,12 @@ def run_job(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     return printed(job["peer"], command, environment)
 
 
-def by_step(work: Path) -> list[list[int]]:
+def by_step(work: Path, stage: str) -> list[list[int]]:
     """Tokens, trained tokens and the sum of their ids of every step of an epoch, as ours are."""
-    rows = json.loads((work / "rows.json").read_text(encoding="utf-8"))
+    rows, per_step = json.loads((work / "rows.json").read_text(encoding="utf-8"))[stage], ROWS[stage][0]
     steps = []
-    for start in range(0, NUM_PAIRS, PAIRS_PER_STEP):
-        columns = zip(*rows[start : start + PAIRS_PER_STEP], strict=True)
+    for start in range(0, NUM_PAIRS, per_step):
+        columns = zip(*rows[start : start + per_step], strict=True)
         steps.append([sum(column) for column in columns])
     return steps
 
@@ -405,7 +277,8 @@ def main() -> None:
     parser.add_argument("--peers", default=list(PEERS), type=lambda text: text.split(","))
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help=f"timed optimizer steps of {PAIRS_PER_STEP} pairs")
+    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps")
+    parser.add_argument("--stage", default="dpo", choices=list(ROWS))
     parser.add_argument("--warmup", type=int, default=2)
     add_machine_options(parser)
     parser.add_argument("--job", help=argparse.SUPPRESS)  # what the driver gives to the processes it starts
@@ -416,8 +289,9 @@ def main() -> None:
     if unknown := set(options.peers) - set(PEERS):
         parser.error(f"--peers: {', '.join(sorted(unknown))} is unknown; known: {', '.join(PEERS)}")
     work = prepare()
-    steps = by_step(work)
-    plan = {"precision": options.precision, "warmup": options.warmup, "steps": options.steps, "work": str(work)}
+    steps = by_step(work, options.stage)
+    plan = {"stage": options.stage, "precision": options.precision, "work": str(work)}
+    plan |= {"warmup": options.warmup, "steps": options.steps}
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in options.peers}
     with (BENCH / "vision.jsonl").open("a", encoding="utf-8", buffering=1) as kept:
         for _ in range(options.rounds):
@@ -427,7 +301,7 @@ def main() -> None:
                 runs[peer].append(found)
                 kept.write(json.dumps({**plan, **found}) + "\n")
     timed = steps[options.warmup : options.warmup + options.steps]
-    print_table(runs, sum(tokens for tokens, *_ in timed), options.steps * PAIRS_PER_STEP, options.clock)
+    print_table(runs, sum(tokens for tokens, *_ in timed), options.steps * ROWS[options.stage][0], options.clock)
 
 
 if __name__ == "__main__":
