@@ -108,7 +108,7 @@ def bits_to_read(config: TrainConfig, engine: str, device: torch.device, precisi
     """How the weights of the model to train are read, beside plainly: keywords of `from_pretrained`.
 
     Raises:
-        ValueError: the engine cannot shard such weights.
+        ValueError: the engine cannot shard such weights, or they are those of adapters.
     """
     wanted, source = config.quantization_config, config.model_config
     if wanted is None or wanted.of_whole_weights or not isinstance(source, str):
@@ -119,6 +119,12 @@ def bits_to_read(config: TrainConfig, engine: str, device: torch.device, precisi
             "deepspeed)"
         )
     found = find_pretrained(source, (Found.LANGUAGE_MODEL,), key="model_config")
+    if found.base is not None:
+        raise ConfigError(
+            f"model_config: {source} holds adapters on {found.base}, which cannot be merged into weights in few bits "
+            f"(quantization_config); expected a model: that one, with adapter_config.path: {source} to go on from them, or what "
+            f"`llm-trainer export {source} --to merged` writes"
+        )
     return loading_options(wanted, found.source, device, DTYPES[precision])
 
 
