@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table import Cell, run
+from table import Cell, quantized_model, run
 
 # trainers of the table, and their options
-SCOPES: dict[str, dict[str, Any]] = {"moe": {"aux_loss_scope": "previous_step"}, "bias": {}, "vlm": {}, "vlm-dpo": {}}
+SCOPES: dict[str, dict[str, Any]] = {
+    "moe": {"aux_loss_scope": "previous_step"},
+    **{name: {} for name in ("bias", "lora", "qlora", "vlm", "vlm-dpo")},
+}
 
 
 def main(folder: str, trainer: str, last_step: int, out: str) -> None:
@@ -19,6 +22,8 @@ def main(folder: str, trainer: str, last_step: int, out: str) -> None:
 
     torch.set_num_threads(1)
     ranks = environment().world_size
+    if trainer == "qlora":
+        quantized_model()  # which writes a folder, as the main rank alone does among several
     if ranks > 1:
         dist.start(detect_device("cpu"), 60)
     cell = Cell(trainer, 2, 4 // ranks, ranks, flat=True, micro_batch_tokens=40)

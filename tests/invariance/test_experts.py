@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from elastic_ranks import SCOPES
-from table import STEPS, Cell, differences, experts_model, run, tiny_model
+from table import PACKAGES, STEPS, Cell, differences, experts_model, run, tiny_model
 
 TOLERANCE = 1e-5
 BALANCED: dict[str, Any] = {"aux_loss_coef": 0.5, "router_z_loss_coef": 0.01}
@@ -79,6 +79,8 @@ def wholes() -> dict[str, Any]:
 @pytest.mark.parametrize("trainer", SCOPES)
 def test_two_processes_one_and_two_again_are_one_run(trainer: str, tmp_path: Path) -> None:
     """No row and no image is lost or repeated (`differences` compares them), and what is remembered of experts comes along."""
+    for package in PACKAGES.get(trainer, ()):
+        pytest.importorskip(package, reason=f"needs {package}")
     curve: list[Any] = []
     for step, ranks in enumerate((2, 1, 2), start=1):
         out = tmp_path / f"{step}.json"
