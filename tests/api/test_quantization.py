@@ -253,7 +253,9 @@ def test_adapters_of_bits_and_of_plain_weights_are_not_confused(
     ):
         SFTTrainer(train_config=again)
     merged = config(tmp_path / "on", tmp_path / "plain" / "model", reference_dir)
-    with pytest.raises(ConfigError, match=f"plain/model holds adapters on '{base}' .* cannot be merged into weights in f"):
+    with pytest.raises(
+        ConfigError, match=f"plain/model holds adapters on '{base}' .* cannot be merged into weights in f"
+    ):
         SFTTrainer(train_config=merged)
     again = config(tmp_path / "on", base, reference_dir, adapter_config=of_plain)
     with pytest.raises(ValueError, match=f"in few bits: other .* Expected model_config: {base}, and no quantization_c"):

@@ -122,8 +122,8 @@ def bits_to_read(config: TrainConfig, engine: str, device: torch.device, precisi
     if found.base is not None:
         raise ConfigError(
             f"model_config: {source} holds adapters on {found.base}, which cannot be merged into weights in few bits "
-            f"(quantization_config); expected a model: that one, with adapter_config.path: {source} to go on from them, or what "
-            f"`llm-trainer export {source} --to merged` writes"
+            f"(quantization_config); expected a model: that one, with adapter_config.path: {source} to go on from them, or "
+            f"what `llm-trainer export {source} --to merged` writes"
         )
     return loading_options(wanted, found.source, device, DTYPES[precision])
 
