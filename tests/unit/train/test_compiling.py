@@ -323,9 +323,10 @@ def test_the_whole_model_needs_a_compiler_and_one_message_says_so(monkeypatch: p
     def look_for_one() -> None:
         raise InvalidCxxCompiler
 
-    monkeypatch.setattr(config.cpp, "simdlen", None)
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", look_for_one)
-    with pytest.raises(ConfigError, match="compile: got true, which needs a C.. compiler .*run_config.compile=auto"):
+    message = "compile: got true, which needs a C.. compiler .*run_config.compile=auto"
+    # Trap: `monkeypatch` would take the setting away at the end, as it finds none in the class's own dict.
+    with config.patch({"cpp.simdlen": None}), pytest.raises(ConfigError, match=message):
         Clocked(monkeypatch, configured=True)
 
 
