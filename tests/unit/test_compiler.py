@@ -36,11 +36,12 @@ def test_the_width_of_vectors_is_in_the_key_of_a_compiled_graph(monkeypatch: pyt
     assert "config.save_config_portable" in hashed  # what the key is made of
     keys = set()
     for width in (256, 512):
-        monkeypatch.setattr(config.cpp, "simdlen", None)
         isa = SimpleNamespace(bit_width=lambda width=width: width)
         monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda isa=isa: isa)
-        compiler.compiled(abs)
-        keys.add(pickle.dumps(config.save_config_portable()))
+        # Trap: `monkeypatch` would take the setting away at the end, as it finds none in the class's own dict.
+        with config.patch({"cpp.simdlen": None}):
+            compiler.compiled(abs)
+            keys.add(pickle.dumps(config.save_config_portable()))
     assert len(keys) == 2
 
 
