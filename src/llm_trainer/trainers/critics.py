@@ -39,7 +39,7 @@ def critic_of_folder(source: str | None, config: "TrainConfig", build: "Build") 
                 f"{key}: {source} has another tokenizer than the policy: {different}. Expected the same tokens under the same "
                 f"ids: train a reward model on this policy's family, or leave it out, and the critic is made of the policy"
             )
-    if found.has_processor:  # nor has it a processor
+    if found.has_processor:  # such a critic has none of its own either
         build.check_images(source, key)
     if found.kind is Kind.LANGUAGE_MODEL:
         model: nn.Module = build.model(str(found.source))

@@ -162,8 +162,10 @@ def _check_logprobs(name: str, values: Tensor) -> None:
     Raises:
         ValueError: they are to be log-probabilities, and one is none.
     """
+    if not name.endswith("logprobs"):
+        return
     is_wrong = ~values.isfinite() | (values > MOST_LOGPROB)
-    if name.endswith("logprobs") and is_wrong.any():
+    if is_wrong.any():
         raise ValueError(
             f"{name}: found {float(values[is_wrong][0]):g} for a token of a response; expected its log-probability, a finite "
             f"number of at most 0"
