@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llm_trainer.models.document_attention import document_attention
 from llm_trainer.models.gpu_attention import FLASH_ROWS, gpu_attention
-from llm_trainer.models.inside import language_config
+from llm_trainer.models.inside import language_config, transformers_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,6 +63,22 @@ def describe_attention(config: "PretrainedConfig", device: str | torch.device) -
     if found != best:
         return str(found), f"{config.model_type} has no {best}"
     return best, why
+
+
+def slow_attention(model: nn.Module, device: torch.device) -> str:
+    """What is slow about the attention of a model that the user has made; empty: nothing.
+
+    It stays as it is. transformers gives a model `sdpa` unless it is told otherwise.
+    """
+    inner = transformers_model(model)
+    best, why = best_attention(device)
+    if inner is None or best != "blocked":
+        return ""
+    config = language_config(inner.config)
+    if config._attn_implementation != "sdpa" or config.model_type not in KNOWN:
+        return ""
+    faster = "model.set_attn_implementation(llm_trainer.models.attention.resolve_attention())"
+    return f"sdpa, as the model came; {best} is faster here ({why}): {faster}"
 
 
 def resolve_attention(name: str = "auto", device: str | torch.device = "cpu") -> str:

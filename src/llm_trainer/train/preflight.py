@@ -23,6 +23,7 @@ from llm_trainer.engine.base import Engine
 from llm_trainer.engine.choose import left_out
 from llm_trainer.model_group import MODEL, members_of
 from llm_trainer.models.adapter_table import AdaptersTable
+from llm_trainer.models.attention import slow_attention
 from llm_trainer.models.float8 import describe_rounded
 from llm_trainer.models.inside import adapted_model, has_adapters, language_config
 from llm_trainer.models.quantize import num_values
@@ -409,6 +410,9 @@ def facts(work: Work, size: Size, settings: "Settings", accumulation: int) -> di
         "precision": f"{engine.precision_name} on {engine.device}",
         "memory": describe_memory(memory),
     }
+    is_described = bool(settings.description)  # then attention is an option of the configuration
+    if not is_described and (slow := slow_attention(model, engine.device)):
+        found["attention"] = slow
     if rounded := describe_rounded(model):
         found["float8"] = rounded
     if balance := trainer.regulariser.describe():

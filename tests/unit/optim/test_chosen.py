@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_trainer.models.attention import best_attention, describe_attention
+from llm_trainer.models.attention import best_attention, describe_attention, slow_attention
 from llm_trainer.models.scored import scored
 from llm_trainer.optim.optimizers import create_optimizer, describe_kernel, slow_kernel
 
@@ -72,6 +72,12 @@ def test_what_is_said_of_them() -> None:
     config._attn_implementation = "eager"
     assert describe_attention(config, "cpu") == ("eager", "gpt_neox has no blocked")
     assert best_attention("mps") == ("sdpa", "torch's own kernels")
+
+    cpu = torch.device("cpu")
+    assert "set_attn_implementation" in slow_attention(tiny_model("sdpa"), cpu)
+    assert slow_attention(tiny_model("blocked"), cpu) == ""
+    assert slow_attention(tiny_model("eager"), cpu) == ""  # somebody asked for it
+    assert slow_attention(tiny_model("sdpa"), torch.device("meta")) == ""
 
     weight = nn.Parameter(torch.zeros(2, 2))
     assert describe_kernel(create_optimizer([weight])) == ("AdamW, fused", "one kernel for the whole update on cpu")
