@@ -20,7 +20,7 @@ Sort = Literal["order", "reward", "advantage", "length"]
 def rollouts(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="save_dir of a run, or a rollout in it")],
     step: Annotated[
-        int | None, typer.Option(min=0, help="the rollout that was learned from at this optimizer step; else the last")
+        int | None, typer.Option(min=1, help="the rollout that the log's line of this step is about; else the last")
     ] = None,
     sort: Annotated[Sort, typer.Option(help="what comes first; of rewards and advantages the largest")] = "order",
     ascending: Annotated[bool, typer.Option("--ascending", help="the smallest first")] = False,
@@ -69,8 +69,8 @@ def _rollout_of(folder: Path, step: int | None) -> Path:
     paths = list(begins)
     if step is None:
         return paths[-1]
-    # Those before the oldest kept checkpoint are removed; the first that is there began at some step.
-    before = [path for path in paths if begins[path] <= step]
+    # Those before the oldest kept checkpoint are removed. Step 1, the first line of the log, learns from what begins at 0.
+    before = [path for path in paths if begins[path] < step]
     if not before:
         raise ValueError(
             f"{folder}: the rollout of step {step} has been removed, the first that is kept began at step "

@@ -39,6 +39,8 @@ def test_the_last_rollout_with_its_rewards(folder: Path, run: Any, capsys: Any) 
 def test_a_rollout_by_step_sorted_by_reward(folder: Path, run: Any, capsys: Any) -> None:
     text = shown(capsys, run, folder, "--step", 5, "--sort", "reward")
     assert "made at optimizer step 4" in text
+    for step, begun in ((1, 0), (4, 0), (8, 4), (9, 8)):  # as the log counts them: four updates on each
+        assert f"made at optimizer step {begun}\n" in shown(capsys, run, folder, "--step", step, "--rows", 1)
     rewards = [float(value) for value in re.findall(r"^reward (\S+) \(", text, re.MULTILINE)]
     assert len(rewards) == 8 and rewards == sorted(rewards, reverse=True)
     smallest = shown(capsys, run, folder / "rollouts" / "00000001", "--sort", "advantage", "--ascending")
@@ -58,7 +60,7 @@ def test_what_is_not_there_is_said(folder: Path, tmp_path: Path, run: Any, capsy
     file = next((folder / "rollouts" / "00000000").glob("trained*.npy"))
     content = file.read_bytes()
     file.write_bytes(content[:-1] + b"\xff")
-    assert run("rollouts", folder, "--step", 0) == 2
+    assert run("rollouts", folder, "--step", 1) == 2
     assert "damaged" in capsys.readouterr().err
     file.write_bytes(content)
 
