@@ -202,7 +202,7 @@ def seen(engine: str, ranks: int, name: str = "grpo") -> dict[str, Any]:
     if name == "ppo":
         of_trainer = {"completions_per_prompt": 2, "ppo_epochs": 1, "kl_beta": 0.1, "critic_warmup_steps": 0}
         of_trainer["value_model"] = reward_model(seeing_policies.tiny(seed=3))
-        last = "loss/value"
+        last = "loss/value_avg"
 
     def watch(trainer: Any) -> None:
         note_steps(trainer, report, last)

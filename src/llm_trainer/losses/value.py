@@ -117,7 +117,7 @@ def value_loss(
         clip: how far from them a value counts; None: no clipping.
 
     Returns:
-        Losses `[B, T]`, 0 outside the mask, and as (total, count) "val/clipfrac" and "val/mean".
+        Losses `[B, T]`, 0 outside the mask, and as (total, count) "val/clipfrac_avg" and "val/mean".
     """
     mask = mask.bool()
     values = torch.where(mask, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
@@ -129,7 +129,7 @@ def value_loss(
         assert old_values is not None, "clipping needs the values when the update began"
         old = torch.where(mask, old_values.to(values.dtype), 0.0)
         clipped = (values.clamp(old - clip, old + clip) - returns).square()
-        metrics["val/clipfrac"] = ((clipped > losses).detach().sum(), count)
+        metrics["val/clipfrac_avg"] = ((clipped > losses).detach().sum(), count)
         losses = torch.maximum(losses, clipped)
     return 0.5 * losses, metrics
 

@@ -49,6 +49,13 @@ _OBJECTS = (
     "gradient_accumulation_steps",
     *PTX_OBJECTS,
 )
+# What PPO's metrics are called in TRL, and here, by the names of `PolicyLoss.metrics`.
+NAMES = {
+    "approx_kl": "policy/approxkl_avg",
+    "clip_ratio/region_mean": "policy/clipfrac_avg",
+    "entropy": "policy/entropy_avg",
+    "ratio": "val/ratio",
+}
 
 
 class PPOTrainer(OnPolicyTrainer):
@@ -316,11 +323,11 @@ class PPOTrainer(OnPolicyTrainer):
 
         # 3. both
         metrics |= of_critic | {
-            "loss/policy": (scores.loss_sum.detach(), num_tokens),
-            "loss/value": (errors.detach().sum(), num_tokens),
+            "loss/policy_avg": (scores.loss_sum.detach(), num_tokens),
+            "loss/value_avg": (errors.detach().sum(), num_tokens),
         }
         for name, (total, count) in metrics.items():
-            self.record(name, total, count)
+            self.record(NAMES.get(name, name), total, count)
         weight = 0.0 if self._policy_waits else 1.0  # not left out: engines want a gradient of every parameter
         return weight * policy_loss + self.how.vf_coef * critic_loss
 

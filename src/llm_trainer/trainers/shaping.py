@@ -194,6 +194,8 @@ class Shaping:
             in_all = float(kl.sum())
             found["objective/kl"] = (in_all, rows)
             found["objective/non_score_reward"] = (-self.kl.coef * in_all, rows)
+            scores = float(rollout.rewards[present & (sequences.counts > 0)].sum())
+            found["objective/rlhf_reward"] = (scores - self.kl.coef * in_all, rows)
             found["objective/kl_coef"] = (self.kl.coef, 1.0)
         explained = explained_variance(rollout.values, returns, sequences.mask)
         if not math.isnan(explained):  # nothing varies

@@ -117,7 +117,7 @@ def test_the_first_update_is_that_of_the_papers(tmp_path: Path, flat: bool, on_p
     before = [parameter.detach().clone() for parameter in parameters]
     values = trainer.train()
     assert values["loss"] == pytest.approx(loss, rel=1e-5)
-    assert values["loss"] == pytest.approx(values["loss/policy"] + 0.5 * values["loss/value"], rel=1e-5)
+    assert values["loss"] == pytest.approx(values["loss/policy_avg"] + 0.5 * values["loss/value_avg"], rel=1e-5)
     for was, gradient, parameter in zip(before, gradients, parameters, strict=True):
         torch.testing.assert_close(parameter.detach(), was - 0.1 * gradient, rtol=1e-4, atol=1e-6)
 

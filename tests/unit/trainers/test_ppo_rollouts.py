@@ -63,13 +63,18 @@ def test_it_draws_judges_scores_and_learns(tmp_path: Path) -> None:
     updates = sum(2 * -(-len(rollout.used) // 4) for rollout in rollouts)
     assert trainer.run.progress.step == updates == len(seen)
     first = seen[0]
-    assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-5)
+    assert first["policy/approxkl_avg"] == pytest.approx(0, abs=1e-6)
+    assert first["objective/rlhf_reward"] == pytest.approx(first["reward"] + first["objective/non_score_reward"])
     assert first["objective/kl"] == pytest.approx(0, abs=1e-4)  # policy and reference begin equal
     assert {
         "reward",
         "val/explained_variance",
         "objective/kl_coef",
-        "loss/value",
+        "loss/value_avg",
+        "policy/clipfrac_avg",
+        "policy/entropy_avg",
+        "val/clipfrac_avg",
         "completions/mean_length",
     } <= first.keys()
 

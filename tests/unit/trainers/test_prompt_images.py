@@ -226,7 +226,7 @@ def test_policy_and_critic_see_the_same_however_rows_are_laid(which: str, tmp_pa
 
 
 def of_ppo(seen: list[dict[str, float]]) -> list[list[float]]:
-    return [[values[name] for name in ("loss", "loss/value", "grad_norm", "reward")] for values in seen]
+    return [[values[name] for name in ("loss", "loss/value_avg", "grad_norm", "reward")] for values in seen]
 
 
 @pytest.mark.parametrize(
