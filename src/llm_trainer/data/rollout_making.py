@@ -106,13 +106,11 @@ class Making:
         return Rollout(path)
 
     def _record(self, sampled: int) -> None:
-        """How long the phases have taken this process, how many tokens all have sampled meanwhile, what else was noted."""
+        """How long the phases have taken this process, and how many tokens all have sampled meanwhile."""
         for phase, seconds in self.plan.seconds.items():
             self.machine.record(f"seconds/{phase}", seconds)
             if seconds and phase in OF_TOKENS:
                 self.machine.record(f"tokens_per_second/{phase}", sampled, seconds)
-        for name, (total, count) in self.plan.metrics.items():
-            self.machine.record(name, total, count)
 
 
 def staleness(rollout: Rollout, step: int) -> np.ndarray:

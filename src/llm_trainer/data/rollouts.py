@@ -335,7 +335,6 @@ class Plan:
         training: False: for an evaluation.
         stop: whether any process has been asked to stop; to be asked at every token.
         seconds: by phase, see `timed`.
-        metrics: name -> (sum, number of terms), see `record`.
     """
 
     number: int
@@ -344,12 +343,6 @@ class Plan:
     training: bool
     stop: Callable[[], bool]
     seconds: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def record(self, name: str, total: float, count: float) -> None:
-        """Add to a metric that is logged when the rollout is finished: it may be made while steps record theirs."""
-        before, terms = self.metrics.get(name, (0.0, 0.0))
-        self.metrics[name] = before + total, terms + count
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -365,7 +358,7 @@ class Maker(Protocol):
     """What makes rollouts: `trainers/rollouts.py`.
 
     `make` may be called in a thread, while the main one learns from the rollout before: it draws from no generator of random
-    numbers but its own, records into the plan, and waits for no other process.
+    numbers but its own, counts its seconds in the plan, and waits for no other process.
 
     Attributes:
         updates_in_flight: whether `begin` may be called meanwhile: what is being sampled goes on with the weights of then, and

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Rewards:
         names: Of the functions.
         values: `[n, F]`; NaN where a value is missing, or a function does not apply.
         errors: Of each completion: what went wrong, by function. Empty where all values are there or do not apply.
-        causes: How many values are missing, by cause (`returned.CAUSES`).
+        cause_of: Of each completion: the cause of each error (`returned.CAUSES`), by function.
         tokens: By function that judges tokens: the numbers of each completion, NaN at tokens that it does not judge; None
             where it does not apply, or gave one number.
         seconds: That each function took.
@@ -44,9 +45,14 @@ class Rewards:
     names: tuple[str, ...]
     values: np.ndarray
     errors: list[dict[str, str]]
-    causes: dict[str, int]
+    cause_of: list[dict[str, str]]
     tokens: dict[str, list[np.ndarray | None]]
     seconds: dict[str, float]
+
+    @property
+    def causes(self) -> dict[str, int]:
+        """How many values are missing, by cause."""
+        return dict(Counter(chain.from_iterable(causes.values() for causes in self.cause_of)))
 
 
 class RewardFunctions:
@@ -227,20 +233,20 @@ class RewardFunctions:
     def _together(self, returned: Mapping[str, Returned], count: int) -> Rewards:
         values = np.full((count, len(self.names)), math.nan)
         errors: list[dict[str, str]] = [{} for _ in range(count)]
-        causes: Counter[str] = Counter()
+        cause_of: list[dict[str, str]] = [{} for _ in range(count)]
         tokens: dict[str, list[np.ndarray | None]] = {}
         for number, (name, said) in enumerate(returned.items()):
             values[:, number] = said.values
             for row, (cause, message) in said.errors.items():
                 errors[row][name] = message
-                causes[cause] += 1
+                cause_of[row][name] = cause
             if said.tokens:
                 of_rows: list[np.ndarray | None] = [None] * count
                 for row, numbers in said.tokens.items():
                     of_rows[row] = np.array(numbers, dtype=np.float64)
                 tokens[name] = of_rows
         seconds = {name: said.seconds for name, said in returned.items()}
-        return Rewards(self.names, values, errors, dict(causes), tokens, seconds)
+        return Rewards(self.names, values, errors, cause_of, tokens, seconds)
 
     def close(self) -> None:
         """End the processes; they also end with this process, however that ends."""

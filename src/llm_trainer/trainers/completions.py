@@ -174,12 +174,15 @@ def count_redrawn(rows: Sequence[Row], earlier: Sequence[Row]) -> None:
         rows[0][REDRAWN] += before[REDRAWN] + num_sampled(len(before["input_ids"]), before["versions"])
 
 
-def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_cuts: bool) -> Row:
+def row_of(
+    one: Written, rewards: np.ndarray, errors: Mapping[str, str], causes: Mapping[str, str], keeps_cuts: bool
+) -> Row:
     """A row of a rollout (`data.rollouts.COLUMNS`).
 
     Args:
         rewards: `[F]`.
         errors: by reward function that has failed.
+        causes: of these, by reward function.
         keeps_cuts: it says what ids each token was drawn from, as `RolloutMaker` does.
     """
     prompt, completion = one.prompt, one.completion
@@ -197,6 +200,8 @@ def row_of(one: Written, rewards: np.ndarray, errors: Mapping[str, str], keeps_c
         "errors": errors,
         "attempt": one.attempt,
     }
+    if causes:
+        facts["causes"] = causes
     if one.old_logprobs is not None:
         facts |= {"old_logprobs": one.old_logprobs, "has_sum": one.has_sum}
     if one.played is not None:
@@ -278,7 +283,10 @@ def metrics_of(
     if REDRAWN in rollout.store.columns:
         redrawn = np.unique(rollout.column("group")[rollout.column(REDRAWN) > 0])
         found["frac_groups_resampled"] = float(len(redrawn)), float(len(groups.unique()))
-    found["rewards/failed"] = float((rollout.column("failed")[last][drawn] != 0).sum()), float(rows)
+    failed = last[(rollout.column("failed")[last] != 0) & drawn]
+    found["rewards/failed"] = float(len(failed)), float(rows)
+    for cause, completions in _causes_of(rollout, failed).items():
+        found[f"rewards/failed/{cause}"] = float(completions), float(rows)
 
     # 2. completions
     lengths = np.bincount(of_row, [trained.sum() for trained in rollout.column("trained")], minlength=len(last))[drawn]
@@ -292,6 +300,15 @@ def metrics_of(
     found["completions/failed"] = float((finish >= FINISHES.index("aborted")).sum()), float(rows)
     if EPISODE in rollout.store.columns:
         found |= _metrics_of_episodes([rollout.facts(row)["episode"] for row in last.tolist()])
+    return found
+
+
+def _causes_of(rollout: Rollout, failed: np.ndarray) -> Counter[str]:
+    """Of the rows `failed`, for how many each cause is one why a reward function gave nothing."""
+    found: Counter[str] = Counter()
+    for row in failed.tolist():
+        causes = rollout.facts(row).get("causes", {})
+        found.update(dict.fromkeys(causes.values(), 1))
     return found
 
 

@@ -297,16 +297,15 @@ class RolloutMaker:
         """
         values = np.full((len(written), len(self.names)), np.nan)
         errors: list[Mapping[str, str]] = [{}] * len(written)
+        causes: list[Mapping[str, str]] = [{}] * len(written)
         of_tokens: dict[int, dict[str, np.ndarray]] = {}  # by completion and function
         asked = [number for number, one in enumerate(written) if _is_judged(one)]
         if self.rewards is not None and asked:
             with plan.timed("reward"):
                 found = self._judged([written[number] for number in asked], plan)
             values[asked, values.shape[1] - found.values.shape[1] :] = found.values
-            for cause, count in found.causes.items():
-                plan.record(f"rewards/failed/{cause}", count, found.values.size)
-            for number, said in zip(asked, found.errors, strict=True):
-                errors[number] = said
+            for number, said, why in zip(asked, found.errors, found.cause_of, strict=True):
+                errors[number], causes[number] = said, why
             for name, numbers in found.tokens.items():
                 for number, earned_here in zip(asked, numbers, strict=True):
                     if earned_here is not None:
@@ -319,12 +318,13 @@ class RolloutMaker:
                 values[number] = self._given_rewards(one.reward)
             if one.played is not None and not one.played.is_first:
                 values[number], errors[number] = values[number - 1], errors[number - 1]
+                causes[number] = causes[number - 1]
             elif one.played is not None and one.played.error is not None:
                 assert self.partners is not None
                 errors[number] = {self.partners.label: one.played.error[1]}
             elif one.played is not None and one.played.reward is not None:
                 values[number, 0] = one.played.reward
-            row = row_of(one, values[number], errors[number], keeps_cuts)
+            row = row_of(one, values[number], errors[number], causes[number], keeps_cuts)
             if self.route_columns:
                 row |= route_columns(one.completion.routes, len(row["input_ids"]), self.route_columns)
             if self.rewards is not None and self.partners is None:  # of an episode the sum alone counts

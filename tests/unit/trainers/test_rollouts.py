@@ -70,6 +70,24 @@ def test_reward_functions_by_name_within_limits(tmp_path: Path, capsys: pytest.C
     assert "reward function 'long' printed: judged " in capsys.readouterr().out
 
 
+def test_failures_by_cause_are_shares_of_all_completions(tmp_path: Path) -> None:
+    """Also where another part of the rollout has none of them."""
+
+    def sometimes(prompts: Any, completions: Any, answers: Any) -> Any:
+        return ["good", *[float(number) for number in range(1, len(answers))]]
+
+    def fails(prompts: Any, completions: Any, answers: Any) -> Any:
+        if "0" in answers:
+            raise KeyError("level")
+        return [None] * len(answers)
+
+    functions = {"sometimes": sometimes, "fails": fails}
+    options = {"max_failed_rewards": 1.0, "reward_in_process": True, "prompts_per_part": 1, "max_steps": 1}
+    _, (seen,) = train(tmp_path, reward_func=functions, **options)
+    shares = {name: value for name, value in seen.items() if name.startswith("rewards/failed")}
+    assert shares == {"rewards/failed": 5 / 8, "rewards/failed/type": 2 / 8, "rewards/failed/raised": 4 / 8}
+
+
 def test_too_many_failures_stop_the_run_with_their_cause(tmp_path: Path) -> None:
     def fails(prompts: Any, completions: Any, answers: Any) -> Any:
         raise KeyError("level")
