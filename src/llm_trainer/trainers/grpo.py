@@ -117,6 +117,7 @@ class GRPOTrainer(OnPolicyTrainer):
         if reference is not None and how.ref_sync_steps is not None:
             self._moving = MovingReference(reference, model, how.reference, how.ref_sync_steps, how.mixup_alpha)
         self._of_correction: dict[str, tuple[Tensor, Tensor]] = {}  # what to watch of a micro-batch
+        self._said_constant = False  # that rewards which are given in validation data say nothing about weights
         self._given: list[tuple[Batch, Batch]] = []  # batches of this step that carry completions, and their rows
         super().__init__(
             model,
@@ -265,7 +266,18 @@ class GRPOTrainer(OnPolicyTrainer):
         unknown = [one for one in rows if "advantages" not in one]
         # Ranks ask together, whatever each of them has.
         if any(map(is_given, batches)):
-            compare(unknown, self.advantages, self.device, self.machine.rank, sum_over_ranks, self.record)
+            compare(unknown, self.advantages, self.device, self.machine.rank, sum_over_ranks, self._record_given)
+
+    def _record_given(self, name: str, value: float) -> None:
+        """Record what one watches of rewards that are given, in training: those of validation data no weights change."""
+        if self.model.training:
+            self.record(name, value)
+        elif not self._said_constant:
+            self._said_constant = True
+            self.machine.say(
+                "WARNING: the validation data carries completions with their rewards, which are the same for any weights, so "
+                "that no best model is known, and nothing stops early; expected prompts, and a reward_func"
+            )
 
     def _policy_rows(self, batch: Batch) -> Batch:
         rows = self._joined(batch)

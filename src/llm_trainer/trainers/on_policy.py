@@ -294,6 +294,11 @@ class OnPolicyTrainer(BaseTrainer):
         """Rollouts around a source of prompts; batches that carry completions and rewards are steps as they are."""
         if not self._judges and self.how.rollouts is None:
             return source
+        if not self._judges and not training:
+            raise ConfigError(
+                "rollouts: the stored rollouts bring their rewards along, and nothing judges completions of the validation "
+                "data's prompts; expected a reward_func (rewards in a configuration) or a reward model too, or no validation data"
+            )
         if isinstance(source, SampleStream) and source.knows_images and source.shows_images:
             assert self._images is not None  # the rows were encoded with it
             PromptImages(self._images, self._takes_no_images()).check()
