@@ -197,14 +197,24 @@ class Sketch:
             "frozen_flops_per_token": flops_per_token(model, self.length) / 3 * forwards,  # a step is three forwards
         }
 
-    def sampled(self, completions: int, new_tokens: int, columns: int) -> dict[str, float]:
+    def judge(self, source: str) -> dict[str, float]:
+        model = model_of_config(_of_folder(source, "reward_model_checkpoint", REWARD_MODELS), empty=True)
+        with torch.device("meta"):
+            judge = reward_model(model)
+        forward = _flops(judge, self.length, has_head=False) / 3
+        return {
+            "frozen_bytes": float(_BYTES["fp32"] * shape_of(judge).num_parameters),
+            "frozen_flops_per_token": forward,
+        }
+
+    def sampled(self, completions: int, new_tokens: int, columns: int, only_compared: int = 0) -> dict[str, float]:
         shape, each = shape_of(self.model), _BYTES[self.precision]
         longest = self.length + new_tokens
         row_tokens = min(longest, model_context(self.model) or longest)
-        rows = self.rows * completions
+        rows, drawn = self.rows * completions, self.rows * (completions + only_compared)
         per_token = 2 * each * shape.num_layers * shape.num_kv_heads * shape.head_dim
         copy_bytes = float(each * shape.num_parameters)
-        cache_bytes = float(min(MAX_CACHE_BYTES, min(rows, MAX_ROWS) * row_tokens * per_token))
+        cache_bytes = float(min(MAX_CACHE_BYTES, min(drawn, MAX_ROWS) * row_tokens * per_token))
         if self.section.rollout_servers:  # they have the weights, and the cache
             copy_bytes = cache_bytes = 0.0
         return {
@@ -213,7 +223,7 @@ class Sketch:
             "completions": completions,
             "copy_bytes": copy_bytes,
             "cache_bytes": cache_bytes,
-            "disk_bytes": float(rows * row_tokens * (ON_DISK + 4 * columns)),
+            "disk_bytes": float(drawn * row_tokens * (ON_DISK + 4 * columns)),
         }
 
     def critic(self, source: str | None = None) -> dict[str, "PreTrainedModel"]:

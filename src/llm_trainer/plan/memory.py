@@ -58,7 +58,7 @@ class Memory:
         images: the same of what sees images.
         head: logits, which become their gradient, and the gradient of the vocabulary matrix.
         buffers: what is gathered from other devices or on its way to them.
-        frozen: a reference or a teacher.
+        frozen: a reference, a teacher or a reward model.
         sampler: what completions are sampled with: a copy of the weights, and its cache.
     """
 

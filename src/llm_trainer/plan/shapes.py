@@ -276,8 +276,8 @@ class Job:
         completions: of each row of data, where they are sampled; each is a row of its own.
         rows_per_sample: sequences per row of data: 2 for pairs of answers.
         flops_per_token: of training, forward and backward of the trained model.
-        frozen_flops_per_token: of the forward of reference or teacher.
-        frozen_bytes: weights of reference or teacher, which every device holds in full.
+        frozen_flops_per_token: of the forward of reference, teacher or reward model.
+        frozen_bytes: weights of reference, teacher and reward model, which every device holds in full.
         moving_bytes: those of a reference that moves, which every checkpoint holds too.
         state_bytes: of the optimizer, for all parameters.
         update_bytes: that the optimizer makes besides on a CPU, while it updates the largest parameter.

@@ -146,13 +146,21 @@ class Sketch(Protocol):
             key: of the configuration that names the folder, for messages.
         """
 
-    def sampled(self, completions: int, new_tokens: int, columns: int) -> dict[str, float]:
+    def judge(self, source: str) -> dict[str, float]:
+        """The costs of a reward model beside the trained one.
+
+        Args:
+            source: its Hugging Face folder.
+        """
+
+    def sampled(self, completions: int, new_tokens: int, columns: int, only_compared: int = 0) -> dict[str, float]:
         """The costs of completions that are sampled: rows of a step, a copy of the weights, its cache, rollouts on disk.
 
         Args:
             completions: of each prompt, which has `dataset_block_size` tokens.
             new_tokens: of a completion, at most.
             columns: numbers per token that a rollout gets when it is scored.
+            only_compared: further completions of each prompt, which nothing is learned from.
         """
 
     def critic(self, source: str | None = None) -> "dict[str, Any]":

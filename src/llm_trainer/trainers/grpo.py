@@ -155,10 +155,11 @@ class GRPOTrainer(OnPolicyTrainer):
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         section: GRPOConfig = sketch.section
-        reference = cls._reference_costs(section.loss_beta, section.ref_sync_steps is not None, sketch)
+        frozen = cls._frozen_costs(section.loss_beta, section.ref_sync_steps is not None, sketch)
         columns = 1 + bool(section.loss_beta)  # advantages, and the reference's log-probabilities
-        sampled = sketch.sampled(section.group_size, section.gen_max_seq_len, columns)
-        return {**reference, **sampled, "further_share": further_share(section)}
+        only_compared = int(_advantage_of(section) == "remax")  # the greedy one
+        sampled = sketch.sampled(section.group_size, section.gen_max_seq_len, columns, only_compared)
+        return {**frozen, **sampled, "further_share": further_share(section)}
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)

@@ -209,12 +209,16 @@ class OnPolicyTrainer(BaseTrainer):
         return {"ref_model": build.frozen(source)}
 
     @staticmethod
-    def _reference_costs(weight: float, moves: bool, sketch: "Sketch") -> dict[str, float]:
-        """What it costs that the policy is held to something, for `llm-trainer plan`."""
-        if not weight:
-            return {}
-        costs = sketch.frozen(sketch.section.ref_model_checkpoint, key="ref_model_checkpoint")
-        return costs | {"moving_bytes": costs["frozen_bytes"] * moves}
+    def _frozen_costs(weight: float, moves: bool, sketch: "Sketch") -> dict[str, float]:
+        """What it costs that the policy is held to something, and that a model judges it, for `llm-trainer plan`."""
+        section, costs = sketch.section, dict[str, float]()
+        if weight:
+            costs = sketch.frozen(section.ref_model_checkpoint, key="ref_model_checkpoint")
+            costs["moving_bytes"] = costs["frozen_bytes"] * moves
+        if section.reward_model_checkpoint is not None:
+            for name, cost in sketch.judge(section.reward_model_checkpoint).items():
+                costs[name] = costs.get(name, 0.0) + cost
+        return costs
 
     # Further rows.
 
@@ -296,8 +300,8 @@ class OnPolicyTrainer(BaseTrainer):
             return source
         if not self._judges and not training:
             raise ConfigError(
-                "rollouts: the stored rollouts bring their rewards along, and nothing judges completions of the validation "
-                "data's prompts; expected a reward_func (rewards in a configuration) or a reward model too, or no validation data"
+                "rollouts: the stored rollouts bring their rewards along, and nothing judges completions of the prompts of the "
+                "validation data; expected a reward_func (rewards in a configuration) or a reward model, or no such data"
             )
         if isinstance(source, SampleStream) and source.knows_images and source.shows_images:
             assert self._images is not None  # the rows were encoded with it

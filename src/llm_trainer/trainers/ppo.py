@@ -152,7 +152,7 @@ class PPOTrainer(OnPolicyTrainer):
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         section: PPOConfig = sketch.section
         costs: dict[str, Any] = {"further_share": further_share(section)}
-        costs |= cls._reference_costs(section.kl_beta, moves=False, sketch=sketch)
+        costs |= cls._frozen_costs(section.kl_beta, moves=False, sketch=sketch)
         shares_body = section.critic_on_policy
         if shares_body is None:  # as `critic_of` decides
             shares_body = config.adapter_config is not None and section.value_model_checkpoint is None

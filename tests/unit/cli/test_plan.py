@@ -171,6 +171,13 @@ def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, caps
     lines = said(capsys, run("grpo_config", options), "--gpus", "4", "--gpu", "a100-40")
     assert "sampler" in lines.splitlines()[5] and "disk  0.00024 GB for each rollout" in lines
     assert "batch_size=4 grpo_config.gradient_accumulation_steps=2" in lines.splitlines()[-1]
+    judge = reward_model(build_model(ModelConfig(**MODEL | {"num_hidden_layers": 3})))
+    judge.save_pretrained(tmp_path / "judge")
+    judged = job_of(run("grpo_config", f"{options}, loss_beta: 0.1, reward_model_checkpoint: {tmp_path}/judge"), "grpo")
+    assert judged.frozen_bytes == held.frozen_bytes + 4 * num_parameters(judge)
+    assert judged.frozen_flops_per_token > held.frozen_flops_per_token
+    compared = job_of(run("remax_config", "gen_max_seq_len: 32"), "remax")  # with the greedy completion of each prompt
+    assert (compared.rows, compared.cache_bytes, compared.disk_bytes) == (4, 8 * 96 * 256, 8 * 96 * (9 + 4))
 
 
 def test_ppo_trains_a_critic_beside_the_policy(run, tmp_path):

@@ -151,7 +151,7 @@ def test_a_reward_that_is_missing_leaves_the_loss_and_its_group(tmp_path: Path) 
 def test_rewards_that_are_given_say_nothing_about_a_best_model(tmp_path: Path, capsys: Any) -> None:
     """They are those of the validation data, whatever is learned: it would stop early, and keep the first model."""
     options: dict[str, Any] = {"val_loader": [given_batch(seed=1)], "eval_interval": 1, "early_stopping_patience": 1}
-    trainer, seen = train(tmp_path, [given_batch(seed=seed) for seed in range(3)], **options)
+    _, seen = train(tmp_path, [given_batch(seed=seed) for seed in range(3)], **options)
     assert len(seen) == 3 and "reward" in seen[-1] and "eval_loss" in seen[-1]
     assert not any(name.startswith("eval_reward") for name in seen[-1])
     assert capsys.readouterr().out.count("so that no best model is known") == 1
