@@ -223,6 +223,7 @@ class Sketch:
             "completions": completions,
             "copy_bytes": copy_bytes,
             "cache_bytes": cache_bytes,
+            "samples_meanwhile": self.section.max_staleness > 0,
             "disk_bytes": float(drawn * row_tokens * (ON_DISK + 4 * columns)),
         }
 

@@ -280,7 +280,8 @@ def _buffers(shape: Shape, job: Job, strategy: Strategy, devices: int, accumulat
 
 def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step) -> Iterator[Memory]:
     """The moments of a step at which memory may peak: the head, the backward of the last layer, that of the first layer,
-    that of the embedding, the update; and before, where completions are sampled, when their cache is full.
+    that of the embedding, the update; and before, where completions are sampled, when their cache is full, which it may be at
+    any of these in asynchronous mode.
     """
     w = Widths.of(strategy, job.precision)
     states, gradients = _states(shape, job, strategy, devices)
@@ -302,9 +303,12 @@ def moments(shape: Shape, job: Job, strategy: Strategy, devices: int, step: Step
     head, after_head = _head(shape, job, w, step)
     there = gradients if step.accumulates or strategy.is_zero or strategy is DDP else 0.0  # DDP's buckets stay
     seen, in_tower = _images(shape, w, step)
+    sampler = job.copy_bytes
+    if job.samples_meanwhile:
+        sampler += job.cache_bytes
 
     def at(activations: float, head: float, gradients: float, buffers: float) -> Memory:
-        fixed = (states.frozen, job.copy_bytes)
+        fixed = (states.frozen, sampler)
         return Memory(states.weights + copies, gradients, states.optimizer, activations, seen, head, buffers, *fixed)
 
     yield at(kept + outer, head, there, in_head)

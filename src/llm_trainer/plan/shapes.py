@@ -286,6 +286,7 @@ class Job:
         teacher_chunk: elements of the logits at a time that a student is compared with a teacher on; 0: no teacher.
         copy_bytes: of the weights that completions are sampled with, beside the trained ones; every device has all of them.
         cache_bytes: of keys and values, while completions are sampled.
+        samples_meanwhile: they are sampled while steps are taken (asynchronous mode).
         disk_bytes: of a rollout, the share of one device.
         images, patches: that a row of data shows, the same image once, and the tower sees; means.
         image_flops: of training, for these.
@@ -308,6 +309,7 @@ class Job:
     completions: int = 1
     copy_bytes: float = 0.0
     cache_bytes: float = 0.0
+    samples_meanwhile: bool = False
     disk_bytes: float = 0.0
     images: float = 0.0
     patches: float = 0.0

@@ -218,6 +218,8 @@ def test_a_sampler_keeps_its_copy_and_fills_its_cache_between_steps():
         sampling = peak(BIG, replace(JOB, copy_bytes=15e9, cache_bytes=900e9), strategy, 8, few)
         assert sampling.sampler == 915e9 and sampling.activations == sampling.head == 0
         assert sampling.optimizer == plain.optimizer and sampling.frozen == plain.frozen
+        meanwhile = replace(JOB, copy_bytes=15e9, cache_bytes=900e9, samples_meanwhile=True)
+        assert peak(BIG, meanwhile, strategy, 8, few).total == pytest.approx(plain.total + 915e9)
     assert peak(BIG, replace(JOB, copy_bytes=15e9, cache_bytes=1.0), FSDP2, 8, few).sampler == 15e9  # no peak
 
 
