@@ -75,7 +75,7 @@ def run(case: str, how: dict[str, Any], out: Path) -> None:
     from llm_trainer.models.attention import resolve_attention
     from llm_trainer.models.build import build_model
     from llm_trainer.train.hooks import Hook
-    from llm_trainer.train.preflight import peak_flops
+    from llm_trainer.train.size import peak_flops
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

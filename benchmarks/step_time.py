@@ -118,7 +118,7 @@ def measure(precision: str, steps: int, clock: str) -> dict[str, Any]:
     from ours import described
     from workload import Job
 
-    from llm_trainer.train.preflight import peak_flops
+    from llm_trainer.train.size import peak_flops
 
     job = Job("ours-default", "alpaca", precision, 0, LONG, str(BENCH / "work"))
     clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}

@@ -149,9 +149,12 @@ LICENSED = {
     ("train/probing_sight.py", "export"): "what a model is shown, and how what it sees is written down",
     ("train/snapshot.py", "data"): "the protocol of a step source",
     ("train/preflight.py", "data"): "shows the ledger and the batch equation",
-    ("train/preflight.py", "models"): "FLOPs of a token",
-    ("train/preflight.py", "optim"): "shows the schedule and what an optimizer's state takes",
-    ("train/preflight.py", "plan"): "expected memory and the peak of a device",
+    ("train/preflight.py", "models"): "shows adapters, what is frozen, attention and the head",
+    ("train/preflight.py", "optim"): "shows the schedule",
+    ("train/preflight.py", "plan"): "expected memory",
+    ("train/size.py", "models"): "parameters and FLOPs of a token",
+    ("train/size.py", "optim"): "what an optimizer's state takes",
+    ("train/size.py", "plan"): "the shape of a model and the peak of a device",
 }
 # Look into what other libraries have made and import nothing else of ours, so that every room may import them.
 FOR_ALL = {"llm_trainer.models.experts", "llm_trainer.models.inside", "llm_trainer.models.quantize"}

@@ -294,7 +294,7 @@ def import_once() -> None:
     import llm_trainer.plan.memory
     import llm_trainer.train.run
     import llm_trainer.train_configs  # noqa: F401
-    from llm_trainer.train import preflight
+    from llm_trainer.train import size
     from llm_trainer.trainers import TRAINERS, get_trainer_class
 
     never_wait()
@@ -312,7 +312,7 @@ def import_once() -> None:
             import deepspeed.runtime.zero.stage_1_and_2
 
             assert deepspeed.ops.__compatible_ops__  # found out with a C compiler, by every process that asks first
-    preflight.measured_peak(torch.device("cpu"), torch.float32)  # what every rank would measure for its MFU
+    size.measured_peak(torch.device("cpu"), torch.float32)  # what every rank would measure for its MFU
     gc.freeze()  # DeepSpeed's stage 3 collects when it is made: half a second for what was imported here
 
 

@@ -42,6 +42,7 @@ from llm_trainer.train.retry import one_message, recall
 from llm_trainer.train.rows import LaidOut
 from llm_trainer.train.saving import Wanted
 from llm_trainer.train.signals import EXIT_INTERRUPTED, Signals, TrainingInterrupted
+from llm_trainer.train.size import Size, shares_of_peak
 from llm_trainer.train.sources import open_sources
 from llm_trainer.train.work import Work
 
@@ -162,7 +163,7 @@ class Run:
         with self._on_duty():
             saved_bytes = self.checkpoints.bases.look_at(model)
         lengths = preflight.mean_row_length(self.source), preflight.mean_patches(self.source)
-        self.size = preflight.Size.of(model, self.trainer.optimizer, lengths[0], saved_bytes, lengths[1])
+        self.size = Size.of(model, self.trainer.optimizer, lengths[0], saved_bytes, lengths[1])
         with self._on_duty():
             prepared = self.engine.prepare(module, model, self.trainer.optimizer)
         self._configured = ConfiguredOptimizer(self.trainer)
@@ -411,7 +412,7 @@ class Run:
             return
         if self.size.flops_per_pixel:
             (self._clock.pixels,) = dist.sum_numbers([self._clock.pixels], self.engine.device)  # of all ranks
-        shares = preflight.shares_of_peak(self.size, self.engine)
+        shares = shares_of_peak(self.size, self.engine)
         self.write(values | self._clock.read(self.progress, self.source.size(), shares))
         words = "" if self._last_batch is None else self.trainer._get_extra_log_info(self._last_batch)
         if words:

@@ -16,7 +16,8 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.room import room_on
 from llm_trainer.train.budget import Budget, may_cut, size_below
-from llm_trainer.train.preflight import Size, human
+from llm_trainer.train.preflight import human
+from llm_trainer.train.size import Size
 from llm_trainer.train.trial import bytes_per_token
 from llm_trainer.train.work import Work
 

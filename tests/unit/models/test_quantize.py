@@ -12,7 +12,7 @@ from llm_trainer.models.build import check_finite, num_parameters
 from llm_trainer.models.quantize import dequantized, num_values
 from llm_trainer.models.scored import scored
 from llm_trainer.train.guards import broken_tensor
-from llm_trainer.train.preflight import Size
+from llm_trainer.train.size import Size
 
 ROWS, COLUMNS = 8, 64
 

@@ -21,7 +21,7 @@ from llm_trainer.plan.gpus import GB, GPUS, Gpu, find_gpu, half_peak
 from llm_trainer.plan.memory import DDP, FSDP2, ONE, STRATEGIES, ZERO1, ZERO2, ZERO3, Step, moments, peak
 from llm_trainer.plan.shapes import Adapters, Job, Shape, optimizer_bytes, shape_of
 from llm_trainer.plan.speed import LINK_SHARE, Cluster, estimate
-from llm_trainer.train.preflight import Size
+from llm_trainer.train.size import Size
 
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan_error.py"
 # 7.5 billion parameters, most of them in layers, as in the figure of the ZeRO paper.

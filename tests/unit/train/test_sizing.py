@@ -24,8 +24,8 @@ from llm_trainer.models.rewarding import reward_model
 from llm_trainer.state import Progress
 from llm_trainer.train import sizing
 from llm_trainer.train.budget import Budget
-from llm_trainer.train.preflight import Size
 from llm_trainer.train.retry import Steps
+from llm_trainer.train.size import Size
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 from victim import Rows, make_model
