@@ -18,18 +18,26 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 CLIENT = """#!{python} -SE
-import json, os, socket, sys
+import json, os, signal, socket, sys
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({address!r})
 request = {{"name": {name!r}, "arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
 socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
 connection.shutdown(socket.SHUT_WR)
-sys.exit(int(connection.recv(16) or b"1"))
+process = int(connection.recv(10))
+def pass_on(number, frame):
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        pass  # it has just ended
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, pass_on)
+sys.exit(int(connection.recv(10) or b"1"))
 """
 
 
@@ -79,7 +87,7 @@ def import_commands() -> None:
         import llm_trainer.cli.training
         import llm_trainer.data.kinds.language  # noqa: F401
         from llm_trainer.engine.device import DTYPES, choose_precision
-        from llm_trainer.train import preflight
+        from llm_trainer.train import size
         from llm_trainer.trainers import TRAINERS, get_trainer_class
 
         for trainer in TRAINERS:
@@ -94,7 +102,7 @@ def import_commands() -> None:
         "fp32",
         choose_precision("auto", cpu),
     ):  # what every command that trains would measure for its MFU
-        preflight.measured_peak(cpu, DTYPES[precision])
+        size.measured_peak(cpu, DTYPES[precision])
 
 
 def import_ranks() -> None:
@@ -127,7 +135,7 @@ def serve(address: str, of: str) -> None:
     torch.set_num_threads(1)
     WARM[of]()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, _reap)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -138,6 +146,13 @@ def serve(address: str, of: str) -> None:
             listener.close()
             _answer(connection)
         connection.close()
+
+
+def _reap(number: int, frame: object) -> None:
+    """Wait for the processes that have ended: the processor time of ignored ones, and of their forks, counts nowhere."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _answer(connection: socket.socket) -> None:
@@ -153,8 +168,9 @@ def _answer(connection: socket.socket) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         os._exit(_run(request))
+    connection.sendall(b"%10d" % child)  # whom signals are for
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    connection.sendall(str(code if code >= 0 else 128 - code).encode())
+    connection.sendall(b"%10d" % (code if code >= 0 else 128 - code))
     os._exit(0)
 
 
@@ -193,13 +209,17 @@ def _llm_trainer(arguments: list[str]) -> None:
 
 
 def _python(arguments: list[str]) -> None:
-    """`python -c CODE`, `python -m MODULE` or `python FILE`; anything else by the real one."""
+    """`python -c CODE`, `python FILE`, the command and torchrun as modules; anything else by the real one."""
     if arguments[0] == "-u":  # as torchrun starts ranks; what a fork has printed is flushed at its end
         arguments = arguments[1:]
     first, rest = arguments[0], arguments[1:]
     if first == "-m" and rest[0] == "llm_trainer.cli.main":
         sys.path.insert(0, os.getcwd())
         _llm_trainer(rest[1:])
+    elif first == "-m" and rest[0] == "torch.distributed.run":
+        from torch.distributed.run import main
+
+        main(rest[1:])
     elif first == "-c":
         sys.path.insert(0, "")
         sys.argv = ["-c", *rest[1:]]

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -41,11 +40,11 @@ def test_three_stages(tmp_path: Path) -> None:
     assert (tmp_path / "sft" / "model" / "model.safetensors").exists()
 
 
-def start(save_dir: Path, launcher: Sequence[str], python_of_ranks: str) -> subprocess.Popen:
+def start(save_dir: Path, launcher: Sequence[str], python: str) -> subprocess.Popen:
     command = [*launcher, str(EXAMPLES / "distributed_train_example.py"), "--rows", "128", "--save-dir", str(save_dir)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python_of_ranks}  # torchrun's own variable
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}  # torchrun's, for its ranks
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, *command], text=True, env=environment, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen([python, *command], text=True, env=environment, **pipes)  # type: ignore[call-overload]
 
 
 def curve(save_dir: Path, *processes: subprocess.Popen) -> list[float]:

@@ -1,9 +1,9 @@
 """A rank that dies stops the others with an error that names it, soon, and the run goes on from its last checkpoint."""
 
 import json
+import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,12 @@ def test_a_rank_that_fails_is_named(played: dict[str, Any]) -> None:
     assert "rank 1 has had enough" in fails["texts"][1] and "rank 1 (pid " in fails["texts"][0]
 
 
-def test_torchrun_starts_everybody_again_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_torchrun_starts_everybody_again_and_the_run_goes_on(tmp_path: Path, warm_python: str) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     script = str(Path(__file__).parent / "lost_rank.py")
-    command = [sys.executable, *torchrun, script, "--restarted", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    command = [warm_python, *torchrun, script, "--restarted", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHON_EXEC": warm_python}  # torchrun's, for its ranks
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = re.search(r"continuing from .*: step (\d+),", done.stdout)  # killed soon after step 11
     assert resumed is not None and 10 <= int(resumed[1]) < 20

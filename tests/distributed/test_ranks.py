@@ -1,6 +1,7 @@
 """Two real processes over gloo: one set of weights, one voice, one checkpoint, and no one left hanging."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -116,11 +117,13 @@ def test_changing_the_number_of_ranks_loses_and_repeats_no_sample(played: dict[s
     assert len(set(sum(seen[:2], []))) == 48  # six steps of the first epoch, with two ranks and with one
 
 
-def test_sigterm_to_torchrun_saves_once(tmp_path: Path) -> None:
+def test_sigterm_to_torchrun_saves_once(tmp_path: Path, warm_python: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(RANKS), "--train", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHON_EXEC": warm_python}  # torchrun's, for its ranks
     log, began = tmp_path / "run" / "log" / "metrics.jsonl", time.monotonic()
     with (tmp_path / "out").open("w") as out:
-        launcher = subprocess.Popen([*command, str(RANKS), "--train", str(tmp_path / "run")], stdout=out, stderr=out)
+        launcher = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
         while not (log.exists() and log.stat().st_size):
             assert time.monotonic() - began < 60, (tmp_path / "out").read_text()
             time.sleep(0.05)

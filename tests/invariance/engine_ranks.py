@@ -27,6 +27,7 @@ from table import (
     automatic_cells,
     cells,
     engine_cells,
+    is_fast,
     left_out,
     model_of,
     run,
@@ -42,6 +43,7 @@ def curves(folder: Path, engine: str, ended_early: Path) -> dict[str, Any]:
     make = cells if engine == "torch" else partial(engine_cells, engine=engine)
     wanted = [cell for trainer in TRAINERS for cell in make(trainer, ranks=RANKS)]
     wanted += [cell for trainer in TRAINERS for cell in automatic_cells(trainer, engine, RANKS)]
+    wanted = [cell for cell in wanted if is_fast(cell)]
     if engine in OF_SEEING_REWARDS:
         wanted.append(seeing_reward_cell(engine, RANKS))
     chosen = Cell("sft", 2, 2, RANKS, flat=True, engine=engine, automatic=True)
