@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from textwrap import shorten
 from typing import Any
@@ -15,6 +15,18 @@ def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Calla
     """`torch.compile`, without the warnings of the parts of torch that the compiler imports and torch deprecates."""
     with _ready_compiler():
         return torch.compile(function, dynamic=dynamic)
+
+
+def sizes_by_themselves() -> AbstractContextManager[Any]:
+    """The context in which a function is called that is compiled for all sizes.
+
+    Trap: torch takes sizes that are equal in the first call, such as 256 queries and 256 keys, for one size, and compiles
+    again where they are not.
+    """
+    from torch.fx.experimental import _config
+
+    each_by_itself: AbstractContextManager[Any] = _config.patch(use_duck_shape=False)
+    return each_by_itself
 
 
 def compile_module(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_trainer.compiler import compiled, compiler_errors
+from llm_trainer.compiler import compiled, compiler_errors, sizes_by_themselves
 
 # Below this many elements neither blocks nor a compiled kernel save anything.
 LARGE = 2**18
@@ -74,7 +74,8 @@ class Kernel:
             if self.compiled is None:
                 # The number of rows differs from batch to batch: one kernel for all of them.
                 self.compiled = compiled(self.function, dynamic=True)
-            return self.compiled(first, *rest)
+            with sizes_by_themselves():
+                return self.compiled(first, *rest)
         except compiler_errors() as error:
             self.can_compile = False
             warnings.warn(

@@ -1,7 +1,7 @@
 """Element-wise kernels: in blocks they give the same bits, and whether they are compiled follows from the run."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,24 @@ def test_a_run_is_long_enough_by_what_it_has_computed() -> None:
     assert compile_after(float(kernels.REPAID_FLOPS)) is False and kernels._compiles  # has begun before
     assert compile_after(0.0) is False and not kernels._compiles  # another run
     assert compile_after(None) is True
+
+
+def test_a_kernel_is_traced_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where two of them were equal in its first call."""
+
+    def traced(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+        return torch.compile(function, backend="eager", dynamic=dynamic)  # compiling takes too long for a fast test
+
+    monkeypatch.setattr(kernels, "compiled", traced)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_after(None)
+    kernel = Kernel(attention._probabilities, per_row=4)
+    for heads, queries, keys in ((4, 8, 8), (4, 8, 16), (8, 4, 12), (2, 6, 6)):
+        scores, on_probs = torch.ones(heads, queries, keys), torch.ones(heads, queries, keys)
+        statistics = torch.ones(heads, keys + queries, 1)[:, queries // 2 :][:, :queries]
+        kernel(scores, on_probs, statistics, statistics, torch.ones(queries, keys), 0.5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_without_a_compiler_the_kernels_run_uncompiled() -> None:
