@@ -25,7 +25,8 @@ def sizes_by_themselves() -> AbstractContextManager[Any]:
     """
     from torch.fx.experimental import _config
 
-    each_by_itself: AbstractContextManager[Any] = _config.patch(use_duck_shape=False)
+    config: Any = _config
+    each_by_itself: AbstractContextManager[Any] = config.patch(use_duck_shape=False)
     return each_by_itself
 
 
