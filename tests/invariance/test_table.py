@@ -112,7 +112,7 @@ def test_two_processes(cell: Cell, base: dict[str, list], played: dict[str, Any]
 ON_OTHERS = [c for e in ENGINES if e != "torch" for t in TRAINERS for c in engine_cells(t, e, 2)]
 
 
-@pytest.mark.parametrize("cell", filter(is_fast, ON_OTHERS), ids=str)
+@pytest.mark.parametrize("cell", [cell for cell in ON_OTHERS if is_fast(cell)], ids=str)
 def test_two_processes_on_other_engines(cell: Cell, base: dict[str, list], played: dict[str, Any]) -> None:
     assert max(differences(curve_of(cell, played), base[cell.trainer])) < TOLERANCE
 
@@ -138,7 +138,7 @@ def test_what_the_machine_chooses_in_one_process(cell: Cell, base: dict[str, lis
 LEFT_TO_THE_MACHINE = [c for e in ENGINES for t in TRAINERS for c in automatic_cells(t, e, 2)]
 
 
-@pytest.mark.parametrize("cell", filter(is_fast, LEFT_TO_THE_MACHINE), ids=str)
+@pytest.mark.parametrize("cell", [cell for cell in LEFT_TO_THE_MACHINE if is_fast(cell)], ids=str)
 def test_what_the_machine_chooses_in_two(cell: Cell, base: dict[str, list], played: dict[str, Any]) -> None:
     limit = AUTOMATIC_OF.get(cell.trainer, AUTOMATIC)
     assert max(differences(curve_of(cell, played), base[cell.trainer])) < limit
