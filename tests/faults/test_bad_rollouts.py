@@ -12,6 +12,7 @@ import torch
 
 from llm_trainer.disk import DiskError
 from llm_trainer.models.rewarding import reward_model
+from llm_trainer.rewards.functions import RewardFunctions
 from llm_trainer.trainers.on_policy import OnPolicyTrainer
 from policies import even_share, make, prompts, rollouts_of, tiny, train
 from small_disk import SmallDisk, fill
@@ -97,6 +98,26 @@ STOPS = [
         "a weight that is no number",
         ("reward weights: got [nan] for even_share, expected finite numbers",),
         lambda: {"reward_weights": [float("nan")]},
+    ),
+    Mistake(
+        "weights beside functions that have some",
+        ("reward_weights: got [2.0]", "expected RewardFunctions(..., weights=[2.0])"),
+        lambda: {"reward_weights": [2.0], "reward_func": RewardFunctions(even_share, in_process=True)},
+    ),
+    Mistake(
+        "limits beside functions that have some",
+        ("reward_seconds: got 9.0", "expected RewardFunctions(..., seconds=9.0)"),
+        lambda: {"reward_seconds": 9.0, "reward_func": RewardFunctions(even_share, in_process=True)},
+    ),
+    Mistake(
+        "weights beside functions by name",
+        ("reward_weights: got [2.0]", "expected rewards: [{name: ..., weight: 0.5}"),
+        lambda: {"reward_weights": [2.0], "reward_func": None, "rewards": ["exact_match"]},
+    ),
+    Mistake(
+        "weights of a reward model alone",
+        ("reward_weights: got [2.0]", "no reward function that they could be of"),
+        lambda: {"reward_weights": [2.0], "reward_func": None, "reward_model": reward_model(tiny(seed=1))},
     ),
     Mistake(
         "suppressed ids that the model does not know",
@@ -232,6 +253,11 @@ SAYS = [  # the run goes on
         "rewards that are equal for ever",
         ("in 3 rollouts in a row the rewards of", "were equal", "easier or harder prompts"),
         lambda: {"reward_func": equal},
+    ),
+    Mistake(
+        "functions by name, and one that is passed",
+        ("rewards of the section are not called: a reward_func is passed",),
+        lambda: {"rewards": ["exact_match"]},
     ),
     Mistake(
         "a model that never stops",

@@ -75,7 +75,7 @@ class GRPOTrainer(OnPolicyTrainer):
         temperature: of sampling; the policy that learns is this distribution.
         ref_model: what the policy is held to; None: it is held to itself as it is now. With
             `ref_sync_steps` it moves between rollouts: reference <- mixup_alpha * policy + (1 - mixup_alpha) * reference.
-        reward_weights: of each reward function; None: 1.
+        reward_weights: of each reward function, or of each column of rewards `[B, F]` that are given; None: 1.
         **options: the other fields of `GRPOConfig`, by their names; the rest are those of `BaseTrainer`.
 
     Raises:
@@ -129,6 +129,9 @@ class GRPOTrainer(OnPolicyTrainer):
             ref_model=ref_model,
             **options,
         )
+        self._of_given = self.advantages
+        if self.rewards is None and options.get("reward_weights") is not None:
+            self._of_given = replace(self.advantages, weights=torch.tensor(options["reward_weights"]))
         if how.max_resamplings and self.judge is not None:
             raise ValueError(WITH_JUDGE.format(how.max_resamplings))
         self.reference = None if reference is None else reference_of(reference, self, self._policy, how.reference)
@@ -267,7 +270,7 @@ class GRPOTrainer(OnPolicyTrainer):
         unknown = [one for one in rows if "advantages" not in one]
         # Ranks ask together, whatever each of them has.
         if any(map(is_given, batches)):
-            compare(unknown, self.advantages, self.device, self.machine.rank, sum_over_ranks, self._record_given)
+            compare(unknown, self._of_given, self.device, self.machine.rank, sum_over_ranks, self._record_given)
 
     def _record_given(self, name: str, value: float) -> None:
         """Record what one watches of rewards that are given, in training: those of validation data no weights change."""

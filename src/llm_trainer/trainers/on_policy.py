@@ -34,8 +34,7 @@ from llm_trainer.models.inside import model_context, vocab_size_of
 from llm_trainer.models.rewarding import load_judge
 from llm_trainer.models.scored import TokenScores
 from llm_trainer.models.seeing import see_in_every_batch
-from llm_trainer.rewards.functions import RewardFunctions
-from llm_trainer.rewards.named import several
+from llm_trainer.rewards.of_run import functions_of
 from llm_trainer.trainers.agreement import Agreement
 from llm_trainer.trainers.ahead import ahead_of
 from llm_trainer.trainers.answers import Batch, score
@@ -73,7 +72,7 @@ class OnPolicyTrainer(BaseTrainer):
         passes: over each rollout.
         rows_per_update: completions of an optimizer step, over all ranks; None: all of a rollout.
         reward_func: judges completions: a function, several, several by name, or `RewardFunctions`.
-        reward_weights: of each function, in their order or by name; None: 1.
+        reward_weights: of each function, in their order or by name, or of rewards that come with completions; None: 1.
         reward_model: judges them too: a `transformers` classification model with one label, or any module that gives one
             number for each row of ids `[B, T]` under a mask `[B, T]`. With `reward_model_steps` it judges steps: a token
             classifier with one label or two, or a module that gives `[B, T]`. It has the policy's tokenizer.
@@ -118,20 +117,10 @@ class OnPolicyTrainer(BaseTrainer):
         self.how = how
         self._ptx = ptx_of(self, how.ptx_coef, ptx_loader, lambda: self._policy_waits)
         self.samples, self.passes, self.rows_per_update = samples, passes, rows_per_update
-        self.rewards: RewardFunctions | None = None
-        if reward_func is None and how.rewards:
-            reward_func, reward_weights = several(how.rewards)
-        if isinstance(reward_func, RewardFunctions):
-            self.rewards = reward_func
-        elif reward_func is not None:  # its processes are forked before there are threads and devices
-            self.rewards = RewardFunctions(
-                reward_func,
-                reward_weights,
-                seconds=how.reward_seconds,
-                memory_gb=how.reward_memory_gb,
-                in_process=how.reward_in_process,
-                max_failed=how.max_failed_rewards,
-            )
+        notes: list[str] = []
+        # Their processes are forked before there are threads and devices.
+        are_alone = reward_model is None and how.rollouts is None and not Partners.are_in(how)
+        self.rewards = functions_of(how, reward_func, reward_weights, notes.append, are_alone)
         self.partners = Partners(how) if Partners.are_in(how) else None  # forks too
         self.judge = judge_of(reward_model, how.reward_model_steps, self.partners is not None)
         self._frozen_facts = {}  # of models that say something about a rollout, before an engine shards them
@@ -169,7 +158,7 @@ class OnPolicyTrainer(BaseTrainer):
             self.machine.place(self.judge)
         if self.rewards is not None:
             self.rewards.say = self.machine.say
-            for note in self.rewards.notes:
+            for note in (*notes, *self.rewards.notes):
                 self.machine.say(note)
 
     @classmethod

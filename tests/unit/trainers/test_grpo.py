@@ -148,6 +148,17 @@ def test_a_reward_that_is_missing_leaves_the_loss_and_its_group(tmp_path: Path) 
     assert math.isclose(missing["grad_norm"], without["grad_norm"], rel_tol=1e-5)
 
 
+def test_rewards_of_several_functions_that_are_given_are_weighted(tmp_path: Path) -> None:
+    batch, other = given_batch(), given_batch(seed=1)
+    table = torch.stack([batch["rewards"], other["rewards"]], 1)
+    _, (weighted,) = train(tmp_path / "a", [batch | {"rewards": table}], reward_weights=[0.5, 2.0])
+    _, (summed,) = train(tmp_path / "b", [batch | {"rewards": table @ torch.tensor([0.5, 2.0])}])
+    assert weighted["reward"] == pytest.approx(summed["reward"])
+    assert weighted["grad_norm"] == pytest.approx(summed["grad_norm"], rel=1e-5)
+    with pytest.raises(ValueError, match="found 1 weights for 2 reward functions"):
+        train(tmp_path / "c", [batch | {"rewards": table}], reward_weights=[0.5])
+
+
 def test_rewards_that_are_given_say_nothing_about_a_best_model(tmp_path: Path, capsys: Any) -> None:
     """They are those of the validation data, whatever is learned: it would stop early, and keep the first model."""
     options: dict[str, Any] = {"val_loader": [given_batch(seed=1)], "eval_interval": 1, "early_stopping_patience": 1}
