@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.config.reinforcement import GRPOConfig
 from llm_trainer.image_batch import require_text
 from llm_trainer.losses.advantages import Advantages, level_share, weighted_rewards
 from llm_trainer.models.inside import language_config, transformers_model
@@ -17,11 +18,34 @@ from llm_trainer.trainers.answers import IGNORE, OF_TOKENS, Batch, compact
 
 _PROMPTS, _RESPONSES = ("prompts", "input_ids"), "responses"
 MOST_LOGPROB = 0.01  # 0, and what rounding adds to it
+# Options that do nothing without rollouts, and what they are where they are left out.
+OF_ROLLOUTS = {
+    "ref_sync_steps": None,
+    "grpo_steps": 1,
+    "rows_per_update": None,
+    "max_resamplings": 0,
+    "overlong": "train",
+}
 
 
 def is_given(batch: Any) -> bool:
     """Whether a batch carries the completions to learn from, which are not joined to their prompts yet."""
     return isinstance(batch, dict) and _RESPONSES in batch
+
+
+def refuse_of_rollouts(how: GRPOConfig) -> None:
+    """
+    Raises:
+        ValueError: an option is of rollouts, and there are none.
+    """
+    for name, unset in OF_ROLLOUTS.items():
+        value = getattr(how, name)
+        if value != unset:
+            raise ValueError(
+                f"{name}: got {value}, but nothing makes rollouts, since nothing judges completions: those that batches carry "
+                f"are learned from as they come. Expected a reward_func (or reward_model), or leave {name} out; more epochs "
+                f"(max_epochs) take the batches again"
+            )
 
 
 def join_responses(batch: Batch, pad_id: int | None, pad_ends: bool = False) -> Batch:

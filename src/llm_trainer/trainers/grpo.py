@@ -31,7 +31,15 @@ from llm_trainer.models.inside import vocab_size_of
 from llm_trainer.models.scored import TokenScores, scored
 from llm_trainer.trainers.answers import Batch, count_tokens, lay_flat, share_prompts
 from llm_trainer.trainers.completions import given_logprobs, has_given, has_given_logprobs
-from llm_trainer.trainers.given import check_known, compare, is_given, join_responses, pad_id_of, without_missing
+from llm_trainer.trainers.given import (
+    check_known,
+    compare,
+    is_given,
+    join_responses,
+    pad_id_of,
+    refuse_of_rollouts,
+    without_missing,
+)
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.moving import MovingReference
 from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
@@ -185,11 +193,8 @@ class GRPOTrainer(OnPolicyTrainer):
 
     def _build_source(self, source: Any, training: bool) -> Any:
         built = super()._build_source(source, training)
-        if self._moving is not None and not isinstance(built, RolloutSource):
-            raise ValueError(
-                "ref_sync_steps: the reference moves between rollouts, and nothing makes any, since nothing judges "
-                "completions; expected a reward_func (or reward_model), or leave ref_sync_steps out"
-            )
+        if not isinstance(built, RolloutSource):
+            refuse_of_rollouts(self.how)
         return self._with_further(built, training)
 
     @property

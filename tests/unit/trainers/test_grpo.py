@@ -159,6 +159,15 @@ def test_rewards_of_several_functions_that_are_given_are_weighted(tmp_path: Path
         train(tmp_path / "c", [batch | {"rewards": table}], reward_weights=[0.5])
 
 
+@pytest.mark.parametrize(
+    "option", [{"grpo_steps": 2}, {"rows_per_update": 4}, {"max_resamplings": 1}, {"overlong": "mask"}]
+)
+def test_options_of_rollouts_are_refused_where_completions_are_given(option: dict[str, Any], tmp_path: Path) -> None:
+    [(name, value)] = option.items()
+    with pytest.raises(ValueError, match=f"{name}: got {value}, but nothing makes rollouts"):
+        train(tmp_path, [given_batch()], **option)
+
+
 def test_rewards_that_are_given_say_nothing_about_a_best_model(tmp_path: Path, capsys: Any) -> None:
     """They are those of the validation data, whatever is learned: it would stop early, and keep the first model."""
     options: dict[str, Any] = {"val_loader": [given_batch(seed=1)], "eval_interval": 1, "early_stopping_patience": 1}
