@@ -152,6 +152,16 @@ POLICY_LOSSES: dict[str, LossType] = {
 }
 
 
+def unread_settings(loss_type: str) -> tuple[str, ...]:
+    """Settings of `PolicyLoss` that a loss type does not look at."""
+    formula = POLICY_LOSSES[loss_type].formula
+    if formula is clipped_loss:
+        return ()
+    if formula is cispo_loss:
+        return ("delta",)
+    return ("clip_eps", "clip_eps_high", "delta")
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
     """A policy loss with its settings; None: what `POLICY_LOSSES` says.

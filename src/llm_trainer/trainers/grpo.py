@@ -23,7 +23,7 @@ from llm_trainer.losses.advantages import (
 )
 from llm_trainer.losses.chunked import Objective
 from llm_trainer.losses.language import mean_over
-from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens
+from llm_trainer.losses.policy import KL_ESTIMATORS, PolicyLoss, PolicyTokens, unread_settings
 from llm_trainer.losses.sequences import Sequences
 from llm_trainer.models.freezing import see_alike
 from llm_trainer.models.frozen import choose_reference
@@ -167,7 +167,8 @@ class GRPOTrainer(OnPolicyTrainer):
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
         section: GRPOConfig = sketch.section
         frozen = cls._frozen_costs(section.loss_beta, section.ref_sync_steps is not None, sketch)
-        columns = 1 + bool(section.loss_beta)  # advantages, and the reference's log-probabilities
+        several = section.grpo_steps > 1 or section.rows_per_update is not None
+        columns = 1 + bool(section.loss_beta) + several  # advantages, the reference's log-probabilities, and older ones
         only_compared = int(_advantage_of(section) == "remax")  # the greedy one
         sampled = sketch.sampled(section.group_size, section.gen_max_seq_len, columns, only_compared)
         return {**frozen, **sampled, "further_share": further_share(section)}
@@ -441,8 +442,19 @@ def _section(trainer: type[GRPOTrainer], said: dict[str, Any], options: dict[str
 
 
 def loss_of(how: GRPOConfig) -> PolicyLoss:
-    """The loss that a section says."""
+    """The loss that a section says.
+
+    Raises:
+        ValueError: its type does not look at something that is said.
+    """
     kl_coef = how.loss_beta if how.kl_in == "loss" else 0.0
+    for name in unread_settings(how.loss_type):
+        value = getattr(how, f"loss_{name}")
+        if value is not None:
+            raise ValueError(
+                f"loss_{name}: got {value:g}, but loss_type {how.loss_type} does not look at it; expected null, or another "
+                f"loss_type, such as grpo"
+            )
     return PolicyLoss(
         loss_type=how.loss_type,
         clip_eps=how.loss_clip_eps,

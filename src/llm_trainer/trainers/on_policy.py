@@ -554,8 +554,22 @@ class OnPolicyTrainer(BaseTrainer):
 
 
 def correction_of(how: RolloutOptions) -> Correction | None:
-    """How a section corrects what was drawn otherwise than it is scored."""
+    """How a section corrects what was drawn otherwise than it is scored.
+
+    Raises:
+        ConfigError: it says more of the correction than that looks at.
+    """
     mode = how.off_policy_correction or how.default_correction
+    unset, unread = RolloutOptions(), () if mode == "mask" else ("off_policy_floor",)
+    if mode == "none":
+        unread = ("off_policy_level", "off_policy_cap", "off_policy_floor")
+    for name in unread:
+        value = getattr(how, name)
+        if value != getattr(unset, name):
+            raise ConfigError(
+                f"{name}: got {value}, but off_policy_correction is {mode}, which does not look at it; expected "
+                f"off_policy_correction: mask (of cap and level also truncate), or leave {name} out"
+            )
     if mode == "none":
         return None
     return Correction(mode, how.off_policy_level, how.off_policy_cap, how.off_policy_floor)

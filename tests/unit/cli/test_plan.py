@@ -166,6 +166,9 @@ def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, caps
     other = job_of(run("grpo_config", beside), "grpo")
     assert other.frozen_bytes == 4 * num_parameters(larger) and other.moving_bytes == 0
     assert job_of(run("grpo_config", "group_size: 1000"), "grpo").cache_bytes == 64 * (64 + 256) * 256
+    assert job_of(run("grpo_config", options + ", grpo_steps: 2"), "grpo").disk_bytes == 48 * 96 * (
+        9 + 8
+    )  # older log-probs
     assert not job.samples_meanwhile
     assert job_of(run("grpo_config", "max_staleness: 1, grpo_steps: 2"), "grpo").samples_meanwhile
     elsewhere = job_of(run("grpo_config", "rollout_servers: ['http://a:1']"), "grpo")

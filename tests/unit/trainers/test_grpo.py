@@ -287,6 +287,10 @@ def test_what_does_not_fit_is_said(change: dict[str, Any], message: str) -> None
         ({"loss_type": "grop"}, "loss_type"),
         ({"loss_delta": 1.1}, "delta"),
         ({"temperature": 0.0}, "gen_temperature"),
+        ({"loss_type": "sapo", "clip_eps": 0.1}, "loss_clip_eps: got 0.1, but loss_type sapo does not look at it"),
+        ({"loss_type": "cispo", "loss_delta": 2.0}, "loss_delta: got 2, but loss_type cispo does not look at it"),
+        ({"off_policy_cap": 3.0}, "off_policy_cap: got 3.0, but off_policy_correction is none"),
+        ({"off_policy_correction": "truncate", "off_policy_floor": 0.5}, "off_policy_floor: got 0.5, .* is truncate"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str, tmp_path: Path) -> None:
