@@ -168,7 +168,19 @@ def _summary(path: Path, rollout: Rollout) -> list[str]:
         lines.append(f"reward {there.mean():.4g} on average, from {there.min():.4g} to {there.max():.4g}")
     if len(there) < len(rollout):
         lines.append(f"{len(rollout) - len(there)} completions have no reward")
-    return lines
+    return [*lines, _ledger(rollout)]
+
+
+def _ledger(rollout: Rollout) -> str:
+    """Where every token went that was sampled."""
+    ledger = rollout.ledger
+    parts = [f"{ledger['trained']:,} trained"]
+    if ledger["environment"]:
+        parts.append(f"{ledger['environment']:,} said by others")
+    for how in ("masked", "dropped"):
+        for why, tokens in ledger[how].items():
+            parts.append(f"{tokens:,} {how} ({why})")
+    return f"tokens: {ledger['sampled']:,} sampled = {' + '.join(parts)}"
 
 
 def _facts(rollout: Rollout, index: int, worth: str, advantages: np.ndarray | None) -> list[str]:

@@ -30,6 +30,7 @@ def test_the_last_rollout_with_its_rewards(folder: Path, run: Any, capsys: Any) 
     text = shown(capsys, run, folder, "--rows", 3)
     assert "00000002: 8 completions of 4 prompts, made at optimizer step 8" in text
     assert text.count("--- completion") == 3
+    assert re.search(r"^tokens: (\d+) sampled = \1 trained$", text, re.MULTILINE)
     assert re.search(r"--- completion 1 of prompt 0: \d tokens, ended by (stop|length)", text)
     assert re.search(r"reward \S+ \(reward 0 \S+\), advantage -?\d", text)
     assert "reference answer: answer " in text

@@ -102,6 +102,7 @@ def test_the_ledger_has_the_words_of_the_environment(tmp_path: Path, capsys: pyt
     assert seen["episodes/turns"] > 1 and seen["rewards/environment"] == rollout.column("rewards").mean()
     show(tmp_path, None, "length", False, 1, None)
     text = capsys.readouterr().out
+    assert f"tokens: {said + wrote} sampled = {wrote} trained + {said} said by others\n" in text
     assert "]]{{" in text and "}}[[" in text and "others said in {{ }}" in text and "an episode of 3 turns" in text
 
 
