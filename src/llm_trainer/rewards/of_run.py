@@ -51,8 +51,14 @@ def functions_of(
         )
     if given is None:
         return None
-    limits = {theirs: getattr(how, ours) for ours, theirs in LIMITS.items()}
-    return RewardFunctions(given, weights, **limits)
+    return RewardFunctions(
+        given,
+        weights,
+        seconds=how.reward_seconds,
+        memory_gb=how.reward_memory_gb,
+        in_process=how.reward_in_process,
+        max_failed=how.max_failed_rewards,
+    )
 
 
 def _check_alone(how: RolloutOptions, weights: Any) -> None:
