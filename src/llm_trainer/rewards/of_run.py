@@ -69,9 +69,11 @@ def _check_alone(how: RolloutOptions, weights: Any) -> None:
     unset, said = RolloutOptions(), {}
     if weights is not None:
         said["reward_weights"] = "weights", weights
+    has_episodes = how.environment is not None or how.agent is not None or bool(how.tools)
     for ours, theirs in LIMITS.items():
         value = getattr(how, ours)
-        if value != getattr(unset, ours):
+        is_of_episodes = ours == "max_failed_rewards" and has_episodes  # it is their share too
+        if value != getattr(unset, ours) and not is_of_episodes:
             said[ours] = theirs, value
     for name, (theirs, value) in said.items():
         raise ConfigError(
