@@ -560,10 +560,13 @@ def correction_of(how: RolloutOptions) -> Correction | None:
         ConfigError: it says more of the correction than that looks at.
     """
     mode = how.off_policy_correction or how.default_correction
-    unset, unread = RolloutOptions(), () if mode == "mask" else ("off_policy_floor",)
-    if mode == "none":
-        unread = ("off_policy_level", "off_policy_cap", "off_policy_floor")
-    for name in unread:
+    unset = RolloutOptions()
+    unread: dict[str, tuple[str, ...]] = {
+        "none": ("off_policy_level", "off_policy_cap", "off_policy_floor"),
+        "truncate": ("off_policy_floor",),
+        "mask": (),
+    }
+    for name in unread[mode]:
         value = getattr(how, name)
         if value != getattr(unset, name):
             raise ConfigError(
