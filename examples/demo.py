@@ -1,18 +1,21 @@
 """`make demo`: from Python's own documentation to a small model that answers, in a few minutes on two cores.
 
 Reads `pydoc_data.topics` and the docstrings of the standard library, trains a tokenizer, pretrains a model, fine-tunes it
-on question-answer pairs made from the docstrings, teaches it to prefer the right answer, and shows what each stage
-changed. Nothing is downloaded.
+on question-answer pairs made from the docstrings, teaches it to prefer the right answer, rewards answers of its own for
+the words they share with the right one, and shows what each stage changed. Nothing is downloaded.
 """
 
 import ast
 import json
 import random
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from llm_trainer.cli.executable import typed
 from llm_trainer.cli.plots import plot_run
@@ -20,6 +23,7 @@ from llm_trainer.data.encode.tokenizer import train_tokenizer
 from llm_trainer.train_configs import (
     DPOConfig,
     EvalConfig,
+    GRPOConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
@@ -31,6 +35,12 @@ from llm_trainer.trainers import get_trainer_class
 
 CONTEXT = 256
 QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?", "What does random.shuffle do?")
+SHOWN = {  # in the closing table
+    "pretrain": ("eval_loss", "eval_mean_token_accuracy"),
+    "sft": ("eval_loss", "eval_mean_token_accuracy"),
+    "dpo": ("eval_loss", "eval_rewards/accuracies"),
+    "grpo": ("eval_reward",),
+}
 FORMS = ("What does {} do?", "Explain {}.", "What is {} for?")
 
 
@@ -75,7 +85,9 @@ def write_data(folder: Path) -> tuple[int, int]:
         {"chosen": [question, answer], "rejected": [question, other]}
         for (question, answer), other in zip(asked, others, strict=True)
     ]
-    for name, rows in (("corpus", texts), ("answers", asked), ("preferences", preferred[:1000])):
+    questions = [{"question": p["prompt"], "answer": p["completion"]} for p in pairs]
+    files = {"corpus": texts, "answers": asked, "preferences": preferred[:1000], "questions": questions}
+    for name, rows in files.items():
         held_out = len(rows) // 20
         for part, selected in ((name, rows[held_out:]), (f"{name}_held_out", rows[:held_out])):
             lines = "".join(json.dumps(row) + "\n" for row in selected)
@@ -144,9 +156,41 @@ def dpo_config(folder: Path) -> TrainConfig:
     )
 
 
-def train(name: str, config: TrainConfig) -> dict[str, float]:
+def grpo_config(folder: Path) -> TrainConfig:
+    """Answers of its own that share more words with the right one, starting from the model that prefers the right one."""
+    return TrainConfig(
+        model_config=str(folder / "dpo" / "model"),
+        file_dataset=str(folder / "data" / "questions.jsonl"),
+        eval_dataset=str(folder / "data" / "questions_held_out.jsonl"),
+        batch_size=64,
+        eval_prompts=list(QUESTIONS),
+        optim_config=OptimConfig(enable_lr_scheduler=True, initial_lr=4e-4, warmup_iters=3),
+        eval_config=EvalConfig(eval_batch_interval=100, max_seq_len=32, temperature=1.0),  # as rollouts are drawn
+        run_config=RunConfig(save_dir=str(folder / "grpo"), log_dir=None, log_interval=2, max_steps=16),
+        grpo_config=GRPOConfig(
+            group_size=4,  # answers to each question, compared with each other
+            gen_max_seq_len=32,
+            loss_type="bnpo",  # all tokens weigh alike; in a mean for each answer those of long bad ones weigh less
+            loss_beta=0.05,  # stay near the model it starts from: else most answers begin with "Return", whatever is asked
+            eval_samples=4,
+        ),
+    )
+
+
+def shared_words(prompts: list[str], completions: list[str], answers: list[str]) -> list[float]:
+    """What each completion is worth, from 0 to 1: F1 of its words and those of the reference answer."""
+    rewards = []
+    for completion, answer in zip(completions, answers, strict=True):
+        ours = Counter(re.findall(r"\w+", completion.lower()))
+        theirs = Counter(re.findall(r"\w+", answer.lower()))
+        shared = (ours & theirs).total()
+        rewards.append(2 * shared / max(1, ours.total() + theirs.total()))
+    return rewards
+
+
+def train(name: str, config: TrainConfig, **objects: Any) -> dict[str, float]:
     """One stage, with sample answers before and after; its last metrics, and those it started from as `before_...`."""
-    trainer = get_trainer_class(name)(train_config=config)
+    trainer = get_trainer_class(name)(train_config=config, **objects)
     trainer.run.sample()
     before = {f"before_{metric}": value for metric, value in trainer.evaluate().items()}
     return before | trainer.train()
@@ -163,14 +207,15 @@ def main(folder: Path = Path("runs/demo")) -> None:
     results = {"pretrain": train("pretrain", pretrain_config(folder, folder / "tokenizer"))}
     results["sft"] = train("sft", sft_config(folder))
     results["dpo"] = train("dpo", dpo_config(folder))
+    results["grpo"] = train("grpo", grpo_config(folder), reward_func=shared_words)
     print(f"\n{'stage':<12}{'held out':<18}{'before':>10}{'after':>10}")
     for stage, values in results.items():
-        for metric in ("eval_loss", "eval_rewards/accuracies" if stage == "dpo" else "eval_mean_token_accuracy"):
+        for metric in SHOWN[stage]:
             label = metric.removeprefix("eval_").removeprefix("mean_").removeprefix("rewards/")
             print(f"{stage:<12}{label:<18}{values[f'before_{metric}']:>10.3f}{values[metric]:>10.3f}")
         print(f"{'':<12}curves: {plot_run(folder / stage / 'log', folder / stage / 'curves.png')}")
-    print(f"\nmodel: {folder / 'dpo' / 'model'}    ({time.monotonic() - started:.0f} s in all)")
-    print(f"talk to it: {typed()} chat {folder / 'dpo'}")
+    print(f"\nmodel: {folder / 'grpo' / 'model'}    ({time.monotonic() - started:.0f} s in all)")
+    print(f"talk to it: {typed()} chat {folder / 'grpo'}")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,9 @@ def test_configurations_run_on_the_demos_data(tmp_path: Path, monkeypatch: pytes
     from llm_trainer.data.encode.tokenizer import train_tokenizer
 
     monkeypatch.chdir(tmp_path)
+    demo = load("demo")
     data = tmp_path / "runs" / "demo" / "data"
-    load("demo").write_data(data)
+    demo.write_data(data)
     for file in data.iterdir():
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:40]))
     texts = [json.loads(line)["text"] for line in (data / "corpus.jsonl").read_text().splitlines()]
@@ -95,3 +96,19 @@ def test_configurations_run_on_the_demos_data(tmp_path: Path, monkeypatch: pytes
         trainer = create_trainer(stage, train_config=config)
         assert trainer.train()["eval_loss"] > 0 and trainer.run.progress.step == 1
         assert (tmp_path / "runs" / stage / "model" / "config.json").exists()
+
+    (data.parent / "dpo").symlink_to(tmp_path / "runs" / "sft")
+    rewarded = demo.grpo_config(data.parent)
+    rewarded.batch_size = 2
+    rewarded.run_config.max_steps, rewarded.grpo_config.gen_max_seq_len = 1, 2
+    results = demo.train("grpo", rewarded, reward_func=demo.shared_words)
+    assert 0 <= results["before_eval_reward"] <= 1 and 0 <= results["eval_reward"] <= 1
+    assert (data.parent / "grpo" / "model" / "config.json").exists()
+
+
+def test_shared_words() -> None:
+    """The demo's reward: F1 of words, however they are written, and each as often as it is there."""
+    completions = ["Return the name.", "the the the the", "", "nothing of it"]
+    answers = ["return the path, a name", "the end", "an end", "Serialize obj"]
+    rewards = load("demo").shared_words(["?"] * 4, completions, answers)
+    assert rewards == pytest.approx([6 / 8, 2 / 6, 0, 0])
