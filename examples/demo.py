@@ -173,6 +173,7 @@ def grpo_config(folder: Path) -> TrainConfig:
             loss_type="bnpo",  # all tokens weigh alike; in a mean for each answer those of long bad ones weigh less
             loss_beta=0.05,  # stay near the model it starts from: else most answers begin with "Return", whatever is asked
             eval_samples=4,
+            reward_in_process=True,  # a few lines of our own, which need no limits of time and memory
         ),
     )
 
