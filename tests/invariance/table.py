@@ -497,6 +497,7 @@ def run(
             )  # a fifth of a short run; every engine saves every trainer in automatic cells
         ready(trainer)
         trainer.train()
+        dist.gather_objects(None)  # nobody looks into the folder any more, which goes with the main process
     return curve
 
 
