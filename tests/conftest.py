@@ -19,6 +19,7 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 _tests = count()
+_frozen = 0  # modules that are there since garbage was last collected
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,8 +52,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def imported_for_good() -> None:
     """What was imported is looked through by no collection of the garbage after: transformers asks for one in every run."""
-    gc.collect()
-    gc.freeze()
+    global _frozen
+    if len(sys.modules) > _frozen:
+        _frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -96,7 +96,7 @@ def test_sigterm_reaches_all_machines_which_save_before_the_job_is_queued_again(
     assert log(cluster, "scontrol")[-1].startswith("requeue")
 
 
-def test_two_machines_meet_through_torchrun(cluster, tmp_path):
+def test_two_machines_meet_through_torchrun(cluster, tmp_path, warm_python):
     """The real launcher: c10d from the environment, one group of two processes, their exit code at the end."""
     (tmp_path / "ddp_train").write_text(
         f'#!/bin/bash\nexec {sys.executable} -c "from llm_trainer.cli.launch import ddp_train; ddp_train()" "$@"\n'
@@ -111,7 +111,7 @@ def test_two_machines_meet_through_torchrun(cluster, tmp_path):
         "torch.distributed.destroy_process_group()\n"
         f"sys.exit({EXIT_INTERRUPTED})\n"
     )
-    process = begin(cluster, str(script))
+    process = begin(cluster | {"PYTHON_EXEC": warm_python}, str(script))  # torchrun's, for its ranks
     process.communicate(timeout=120)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
     assert process.returncode == EXIT_INTERRUPTED

@@ -70,8 +70,15 @@ def run(*arguments: object) -> int:
     return exit.value.code
 
 
-def test_ours_give_the_same_curve_and_a_model(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_ours_give_the_same_curve_and_a_model(
+    run_yaml: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    warm_commands: Path,
+) -> None:
     """Each in a process of its own, through the command that compares them."""
+    monkeypatch.setattr(sys, "executable", str(warm_commands / "python"))
     out = tmp_path / "compared"
     assert run("compare", run_yaml, "--engines", "torch,hf,lowmem", "--steps", 4, "--out", out) == 0
     curves = {way: read_curves(out / way / "log" / "metrics.jsonl") for way in ("torch", "hf", "lowmem")}
