@@ -39,8 +39,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options
     "tensor-2": (2, {"engine": "fsdp", "fsdp": Fsdp(tensor_parallel_size=2)}),
     "zero3-2": (2, {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 3}}}),
 }
-PAIRS = [(first, second) for first in list(LAYOUTS)[:4] for second in list(LAYOUTS)[:4]]
-PAIRS += [("tensor-2", "one"), ("fsdp-3", "tensor-2"), ("zero3-2", "fsdp-2"), ("fsdp-3", "zero3-2")]  # slow on CPUs
+ALL = [(first, second) for first in list(LAYOUTS)[:4] for second in list(LAYOUTS)[:4]]
+# Each goes on from itself, from one other and before one other.
+PAIRS = [(layout, layout) for layout in list(LAYOUTS)[:4]]
+PAIRS += [("one", "ddp-2"), ("ddp-2", "fsdp-2"), ("fsdp-2", "fsdp-3"), ("fsdp-3", "one")]
+OF_MATRICES = [
+    ("tensor-2", "one"),
+    ("fsdp-3", "tensor-2"),
+    ("zero3-2", "fsdp-2"),
+    ("fsdp-3", "zero3-2"),
+]  # slow on CPUs
 RELAY = ["one", "fsdp-2", "zero3-2", "ddp-2"]  # of a run of two models, or with adapters; each takes two steps
 FIRST, LAST = 3, 5  # steps; an epoch has two
 
@@ -169,20 +177,29 @@ def run(layout: str, folder: Path, max_steps: int, **options: Any) -> dict[str, 
     }
 
 
-def main(folder: Path) -> None:
+def in_turn(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     """Layouts by themselves, and going on from one another."""
-    import_once()
-    make_trainer(folder / "unused", 1)  # imports the rest
-
     report: dict[str, Any] = {}
-    for first in LAYOUTS:
-        if (first, first) in PAIRS:
+    for first in dict.fromkeys(first for first, _ in pairs):
+        if (first, first) in pairs:
             report[first] = run(first, folder / first, LAST)
         run(first, folder / f"{first}-half", FIRST, **ONE_SAVE)
-    for first, second in PAIRS:
+    for first, second in pairs:
         both = folder / f"{first}-{second}"
         shutil.copytree(folder / f"{first}-half", both, symlinks=True)
         report[f"{first} {second}"] = run(second, both, LAST, **ONE_SAVE)
+    return report
+
+
+def main(folder: Path, every_pair: bool = False) -> None:
+    """Everything, or every pair of layouts."""
+    import_once()
+    make_trainer(folder / "unused", 1)  # imports the rest
+
+    if every_pair:
+        print(json.dumps(in_turn(folder, ALL)))
+        return
+    report = in_turn(folder, PAIRS + OF_MATRICES)
     for name, shares_body in (("body of its own", False), ("body shared", True)):
         folders = folder / f"{name} whole", folder / f"{name} relay"
         steps = 2 * len(RELAY)
@@ -222,4 +239,4 @@ def run_file(layout: str, folder: Path, path: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), every_pair="every-pair" in sys.argv[2:])

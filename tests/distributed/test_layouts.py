@@ -14,18 +14,38 @@ TOLERANCE = 1e-5  # sums over ranks are added in another order
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, Any]:
     """The curves of all layouts, uninterrupted and in two legs."""
-    script, folder = Path(__file__).parent / "layouts.py", tmp_path_factory.mktemp("layouts")
-    done = subprocess.run([warm_python, str(script), str(folder)], capture_output=True, text=True, timeout=400)
+    return play(warm_python, tmp_path_factory.mktemp("layouts"))
+
+
+def play(python: str, folder: Path, *which: str) -> dict[str, Any]:
+    """What `layouts.py` prints."""
+    command = [python, str(Path(__file__).parent / "layouts.py"), str(folder), *which]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-PAIRS = [(first, second) for first in LAYOUTS for second in LAYOUTS]
+PAIRS = [(layout, layout) for layout in LAYOUTS]
+PAIRS += [("one", "ddp-2"), ("ddp-2", "fsdp-2"), ("fsdp-2", "fsdp-3"), ("fsdp-3", "one")]
 PAIRS += [("tensor-2", "one"), ("fsdp-3", "tensor-2"), ("zero3-2", "fsdp-2"), ("fsdp-3", "zero3-2")]
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_one_layout_goes_on_from_another(played: dict[str, Any], first: str, second: str) -> None:
+    check(played, first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_every_layout_goes_on_from_every_other(tmp_path: Path, warm_python: str) -> None:
+    played = play(warm_python, tmp_path, "every-pair")
+    for first in LAYOUTS:
+        for second in LAYOUTS:
+            check(played, first, second)
+
+
+def check(played: dict[str, Any], first: str, second: str) -> None:
+    """The curve of two legs is that of one process, uninterrupted."""
     whole, both = played["one"]["curve"], played[f"{first} {second}"]["curve"]
     assert [step for step, *_ in both] == [1, 2, 3, 4, 5]
     for expected, found in zip(whole, both, strict=True):

@@ -149,11 +149,14 @@ def is_fast(cell: Cell) -> bool:
     """Whether the fast suite runs a cell; `left_out` has the others, of which nothing is known that these do not have.
 
     ZeRO-0 and ZeRO-1 share their code with ZeRO-2 but for the collectives, of which one model, two, adapters and images
-    have all. In one process single rows, two rows, flat rows and a budget are every way in which a trainer is cut;
-    adapters have the forward of 'sft'.
+    have all. ZeRO-2 and transformers' driver have each kind of model and of step once; DDP, FSDP2 and ZeRO-3 have every
+    trainer. In one process single rows, two rows, flat rows and a budget are every way in which a trainer is cut; adapters
+    have the forward of 'sft'.
     """
     if cell.engine in ("zero0", "zero1"):
         return cell.trainer in ("sft", "dpo", "ppo", "lora", "vlm")
+    if cell.engine in ("zero2", "hf"):
+        return cell.trainer not in ("pretrain", "kto", "reward", "qlora", "vlm-dpo")
     if cell.ranks > 1 or cell.automatic or cell.trainer == "sft":
         return True
     if cell.trainer in PACKAGES:
