@@ -10,7 +10,7 @@ from pathlib import Path
 
 SYNC = os.fsync
 MEMORY = Path("/dev/shm")
-ENOUGH = 4 << 30  # bytes; a run of all fast tests holds some hundred MB at a time
+ENOUGH = 4 << 30  # bytes; the folders of passed tests are removed at once
 
 
 def never_wait() -> None:
