@@ -126,8 +126,13 @@ def few(found: list[Cell]) -> list[Cell]:
     if trainer in MIXTURES:
         return found[-1:]
     if trainer in SEEING:  # padded, and cut most unevenly
-        return [found[0], found[-1]] if ranks > 1 else found[-3:]
-    return [found[0], found[-1]] if trainer in PACKAGES and ranks > 1 else found
+        return ends(found) if ranks > 1 else found[-3:]
+    return ends(found) if trainer in PACKAGES and ranks > 1 else found
+
+
+def ends(found: list[Cell]) -> list[Cell]:
+    """The first and the last, which may be one."""
+    return list(dict.fromkeys((found[0], found[-1])))
 
 
 def engine_cells(trainer: str, engine: str, ranks: int, every: bool = False) -> list[Cell]:
