@@ -47,6 +47,14 @@ def compiler_errors() -> tuple[type[Exception], ...]:
     return TorchDynamoException, InvalidCxxCompiler
 
 
+def reason_of(error: Exception) -> str:
+    """Why something cannot be compiled, in one line: of what a C++ compiler says, its first error."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith("backend=")] or [""]
+    first = next((line for line in told if "error: " in line), told[0])
+    return shorten(f"{type(error).__name__}: {first}", 300)
+
+
 class CompiledLayers:
     """The layers of models, which may be switched between plain and compiled from one call to the next.
 
@@ -102,8 +110,7 @@ class CompiledLayers:
             return _call(layer, args, kwargs)
 
     def _give_up(self, error: Exception) -> None:
-        first_line = str(error).strip().partition("\n")[0]
-        self.failure, self.is_on = shorten(f"{type(error).__name__}: {first_line}", 200), False
+        self.failure, self.is_on = reason_of(error), False
 
 
 def _call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -113,10 +113,11 @@ class Progress:
         self.step += 1
         self.position, self.rollout, self.updates = InRollout.at(position)
 
-    def next_epoch(self) -> None:
-        """Count a finished epoch; the next one begins at its first sample."""
+    def next_epoch(self, rollout: int = 0) -> None:
+        """Count a finished epoch; the next one begins at its first sample, and not before that `rollout`."""
         self.epoch += 1
         self.position = 0
+        self.rollout = max(self.rollout, rollout)
 
     def note_loss(self, loss: float, min_delta: float, highest: bool = False) -> bool:
         """Note a validation loss; whether it is the lowest so far, by more than `min_delta`. `highest`: a reward's highest."""

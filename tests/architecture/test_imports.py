@@ -115,6 +115,7 @@ LICENSED = {
     ("trainers/completions.py", "data"): "completions become rows of a rollout",
     ("trainers/ahead.py", "data"): "says whether rollouts can be made ahead",
     ("trainers/on_policy.py", "data"): "puts the source of rollouts around that of prompts",
+    ("trainers/updates.py", "data"): "counts the updates of a rollout",
     ("trainers/grpo.py", "data"): "adds columns to a rollout",
     ("trainers/ppo.py", "data"): "adds columns to a rollout",
     ("trainers/judging.py", "data"): "adds columns to a rollout",

@@ -107,6 +107,16 @@ CASES = [
     Case(
         "wrong override", ("optim_config.initial_lrr is not", "initial_lr?"), overrides=("optim_config.initial_lrr=3",)
     ),
+    Case(
+        "a key of another section",
+        ("run.yaml: sft_config.max_steps is not a known key; max_steps is a key of run_config (RunConfig)",),
+        config={"sft_config": {"max_steps": 3}},
+    ),
+    Case(
+        "an override in another section",
+        ("run.yaml: run_config.n_epochs is not a known key; n_epochs is a key of the top level (TrainConfig)",),
+        overrides=("run_config.n_epochs=2",),
+    ),
     Case("batch size 0", ("run.yaml: batch_size: got 0, expected an integer of at least 1",), config={"batch_size": 0}),
     Case(
         "negative learning rate",

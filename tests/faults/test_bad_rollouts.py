@@ -19,6 +19,11 @@ from small_disk import SmallDisk, fill
 
 Options = dict[str, Any]
 GIVEN = {"prompts": torch.full((2, 4), 5), "responses": torch.full((2, 3), 7)}
+MASKED = {
+    "prompts": torch.full((4, 4), 5),
+    "responses": torch.full((4, 3), 7),
+    "response_attention_mask": torch.zeros(4, 3),
+}
 
 
 def ids(length: int, largest: int = 23) -> list[dict[str, torch.Tensor]]:
@@ -28,6 +33,13 @@ def ids(length: int, largest: int = 23) -> list[dict[str, torch.Tensor]]:
 
 def equal(prompts: Any, completions: Any, answers: Any) -> list[float]:
     return [1.0] * len(completions)
+
+
+def _level_of_the_last(prompts: Any, completions: Any, answers: Any) -> list[float]:
+    """Of the last two prompts all rewards are equal."""
+    if answers[0] in ("4", "5"):
+        return [1.0] * len(completions)
+    return even_share(prompts, completions, answers)
 
 
 def nothing(prompts: Any, completions: Any, answers: Any) -> list[None]:
@@ -229,6 +241,72 @@ STOPS = [
         lambda: {"gen_repetition_penalty": 1.2},
     ),
     Mistake(
+        "updates that do not divide a rollout",
+        ("rows_per_update: got 3, which does not divide the 8 completions of a rollout", "expected a divisor, or null"),
+        lambda: {"rows_per_update": 3},
+        ("grpo", "rloo"),
+    ),
+    Mistake(
+        "updates of PPO that do not divide a rollout",
+        ("ppo_batch_size: got 3, which does not divide the 4 completions of a rollout", "expected a divisor, or null"),
+        lambda: {"ppo_batch_size": 3},
+        ("ppo",),
+    ),
+    Mistake(
+        "no completions",
+        ("num_samples_per_prompt: got 0", "expected an integer of at least 1"),
+        lambda: {"num_samples_per_prompt": 0},
+        ("grpo",),
+    ),
+    Mistake(
+        "a reward function by name",
+        ("reward function: got the name 'exact_match'", "rewards: [exact_match]"),
+        lambda: {"reward_func": "exact_match"},
+    ),
+    Mistake(
+        "a reward function that is none",
+        ("reward function int: got a int, expected a function f(prompts, completions, answers)",),
+        lambda: {"reward_func": 3},
+    ),
+    Mistake(
+        "an end that is no list",
+        ("stop_token_ids: got 2, expected a list of token ids",),
+        lambda: {"stop_token_ids": 2},
+    ),
+    Mistake(
+        "an end by its text",
+        ("stop_token_ids: got ['</s>'], expected a list of token ids",),
+        lambda: {"stop_token_ids": ["</s>"]},
+    ),
+    Mistake(
+        "a batch without a row",
+        ("prompts: found (0, 4), a batch without a row", "expected at least one prompt"),
+        lambda: {"train_loader": [{"prompts": torch.zeros(0, 4).long()}]},
+    ),
+    Mistake(
+        "responses that are no ids",
+        ("responses: found torch.float32 of the shape (1, 3)", "expected integers, the ids of tokens"),
+        lambda: {"train_loader": [GIVEN | {"responses": torch.rand(2, 3)}]},
+    ),
+    Mistake(
+        "rewards that are no numbers",
+        ("rewards: found no numbers", "expected a tensor, or lists of one length"),
+        lambda: {"train_loader": [GIVEN | {"rewards": ["good", "bad"]}]},
+    ),
+    Mistake(
+        "rewards that are infinite",
+        ("rewards: found an infinite one beside a response", "expected finite numbers, NaN where there is none"),
+        lambda: {"train_loader": [GIVEN | {"rewards": torch.tensor([1.0, torch.inf])}]},
+    ),
+    Mistake(
+        "rewards that are all missing",
+        (
+            "no completion of rollout 00000000 has a reward",
+            "expected numbers as the rewards of responses that are given",
+        ),
+        lambda: {"train_loader": [GIVEN | {"rewards": torch.full((2,), torch.nan)}]},
+    ),
+    Mistake(
         "a correction of a sequence without its floor",
         ("off_policy_floor: got 2", "below 1"),
         lambda: {"off_policy_correction": "mask", "off_policy_floor": 2.0},
@@ -248,6 +326,94 @@ def test_the_message_says_what_where_and_how_to_mend_it(case: Mistake, name: str
     assert not rollouts_of(tmp_path)
 
 
+# Runs that would end well, and have learned nothing.
+
+
+class Vain(NamedTuple):
+    """A run that learns nothing, what the message says, in this order, and how many rollouts it made."""
+
+    name: str
+    says: tuple[str, ...]
+    options: Options
+    rollouts: int = 3
+    trainers: tuple[str, ...] = ("grpo", "ppo")
+
+
+VAIN = [
+    Vain(
+        "all responses are masked",
+        (
+            "nothing was learned: all of the run (1 rollout) gave no update",
+            "rollout 00000000 (4 completions of 1 prompt; all rewards 0), left out because: nothing was written (4)",
+            "response_attention_mask is 1 on them",
+        ),
+        {"train_loader": [MASKED]},
+        rollouts=1,
+    ),
+    Vain(
+        "rewards that stay equal however often groups are drawn",
+        (
+            "nothing was learned: all of the run (3 rollouts) gave no update",
+            "rollout 00000002 (8 completions of 2 prompts; all rewards 1, every group drawn up to 3 times)",
+            "all rewards of its group are equal (8)",
+            "easier or harder prompts",
+        ),
+        {"reward_func": equal, "max_resamplings": 2},
+        trainers=("grpo", "rloo"),
+    ),
+    Vain(
+        "the same for ever",
+        (
+            "nothing was learned: the first 10 rollouts gave no update",
+            "rollout 00000009 (8 completions of 2 prompts; all rewards 1",
+        ),
+        {"reward_func": equal, "max_resamplings": 1, "max_epochs": 40},
+        rollouts=10,
+        trainers=("grpo",),
+    ),
+    Vain(
+        "no completion ends, and such ones are masked",
+        ("nothing was learned in", "nothing in their rows counts in the loss", "overlong: mask"),
+        {"overlong": "mask", "stop_token_ids": []},
+    ),
+    Vain(
+        "responses with their rewards are masked",
+        ("nothing was learned in 2 steps: nothing in their rows counts", "response_attention_mask"),
+        {"reward_func": None, "train_loader": [MASKED | {"rewards": torch.rand(4)}] * 2},
+        rollouts=0,
+        trainers=("grpo",),
+    ),
+]
+CASES = [pytest.param(case, name, id=f"{name}: {case.name}") for case in VAIN for name in case.trainers]
+
+
+@pytest.mark.parametrize(("case", "name"), CASES)
+def test_a_run_that_has_learned_nothing_ends_with_the_reason(case: Vain, name: str, tmp_path: Path) -> None:
+    """The rollouts are there to be looked at, none of them made twice; no model is published."""
+    with pytest.raises(ValueError) as stop:
+        train(name, tmp_path, **({"reward_in_process": True} | case.options))
+    message, position = str(stop.value), 0
+    for part in case.says:
+        assert part in message[position:], message
+        position = message.index(part, position)
+    assert len(rollouts_of(tmp_path)) == case.rollouts
+    assert not list(tmp_path.glob("rollouts/set-aside-*")) and not (tmp_path / "model").exists()
+
+
+def test_rollouts_that_gave_no_update_are_not_made_again(tmp_path: Path) -> None:
+    """Those at the end of an epoch count, though no step followed them; a run that goes on from there makes the same ones."""
+    how: Options = {"reward_in_process": True, "max_resamplings": 1, "save_interval": 1, "prompts_per_part": 2}
+    trainer, seen = train("grpo", tmp_path / "level", max_epochs=2, reward_func=_level_of_the_last, **how)
+    assert len(seen) == 4 and trainer.run.progress.rollout == 6
+    assert len(rollouts_of(tmp_path / "level")) == 6 and not list((tmp_path / "level" / "rollouts").glob("set-aside-*"))
+    first, _ = train("grpo", tmp_path / "cut", reward_func=_level_of_the_last, **how)
+    assert first.run.progress.rollout == 3
+    again, seen = train("grpo", tmp_path / "cut", max_epochs=2, resume="auto", reward_func=_level_of_the_last, **how)
+    assert len(seen) == 2 and not list((tmp_path / "cut" / "rollouts").glob("set-aside-*"))
+    for name, value in trainer.base_model.state_dict().items():
+        assert torch.equal(value, again.base_model.state_dict()[name])
+
+
 SAYS = [  # the run goes on
     Mistake(
         "rewards that are equal for ever",
@@ -258,6 +424,16 @@ SAYS = [  # the run goes on
         "functions by name, and one that is passed",
         ("rewards of the section are not called: a reward_func is passed",),
         lambda: {"rewards": ["exact_match"]},
+    ),
+    Mistake(
+        "rewards that are equal in a short run",
+        (
+            "the gradient of 3 steps, all of the run, was 0",
+            "rewards are all equal teach nothing",
+            "frac_reward_zero_std",
+        ),
+        lambda: {"reward_func": equal},
+        ("grpo", "rloo"),
     ),
     Mistake(
         "a model that never stops",

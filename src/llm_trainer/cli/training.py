@@ -8,15 +8,27 @@ from llm_trainer.checkpoint import CheckpointError
 from llm_trainer.cli.errors import RunFailed
 from llm_trainer.cli.executable import typed
 from llm_trainer.config.schema import TrainConfig
+from llm_trainer.data.rollout_unlearned import NothingLearned
 from llm_trainer.engine import dist
 from llm_trainer.engine.out_of_memory import OutOfMemoryError
 from llm_trainer.generation.verify import WrongWeights
 from llm_trainer.rewards.functions import RewardError
 from llm_trainer.train.guards import NonFiniteError
+from llm_trainer.train.learning import NothingCounts
 from llm_trainer.train.signals import TrainingInterrupted
 from llm_trainer.trainers import create_trainer
 from llm_trainer.trainers.base import BaseTrainer
 
+# They explain themselves.
+FAILURES = (
+    NonFiniteError,
+    NothingCounts,
+    NothingLearned,
+    CheckpointError,
+    OutOfMemoryError,
+    RewardError,
+    WrongWeights,
+)
 OUT_OF_MEMORY = (
     "the device is out of memory: lower batch_size, set data_loader_config.micro_batch_tokens, or "
     "run_config.gradient_checkpointing=true"
@@ -36,7 +48,7 @@ def run_training(config: TrainConfig, name: str) -> None:
     except TrainingInterrupted:
         dist.stop()
         raise
-    except (NonFiniteError, CheckpointError, OutOfMemoryError, RewardError, WrongWeights) as error:
+    except FAILURES as error:
         raise RunFailed(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise RunFailed(f"{OUT_OF_MEMORY}. {error}") from error

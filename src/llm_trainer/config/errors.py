@@ -54,6 +54,10 @@ ELSEWHERE = {
 }
 
 
+# The class of a whole configuration, which `schema` puts here: a key in a wrong section is looked for in all of it.
+WHOLE: list[type] = []
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message has one line per mistake."""
 
@@ -181,7 +185,7 @@ def _explain_one(section: type, mistake: ErrorDetails) -> str:
             section = next(iter(members), section)
     key = ".".join(path)
     if kind == "unexpected_keyword_argument":
-        return _unknown_key(".".join([*path, str(location[-1])]), str(location[-1]), list(fields_of(section)))
+        return _unknown_key(".".join([*path, str(location[-1])]), str(location[-1]), section)
     if kind == "value_error":
         return ": ".join([*filter(None, [key]), str(mistake["ctx"]["error"])])
     if field is None:
@@ -194,9 +198,31 @@ def _explain_one(section: type, mistake: ErrorDetails) -> str:
     return f"{key}: got {found}, expected {expectation(field)}{example}"
 
 
-def _unknown_key(path: str, key: str, known: list[str]) -> str:
-    if ELSEWHERE.get(key) in known:
-        return f"{path} is not a known key; it is {ELSEWHERE[key]} here"
+def _unknown_key(path: str, key: str, section: type) -> str:
+    """What to say of a key that `section` does not have."""
+    known, name = list(fields_of(section)), ELSEWHERE.get(key, key)
+    if name in known:
+        return f"{path} is not a known key; it is {name} here"
+    homes = _homes(key) or _homes(name)
+    if homes:
+        places = [f"{place or 'the top level'} ({owner.__name__})" for place, owner in homes.items()]
+        wanted = key if all(key in fields_of(owner) for owner in homes.values()) else name
+        return f"{path} is not a known key; {wanted} is a key of {' or '.join(places)}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
     return f"{path} is not a known key; {advice}"
+
+
+def _homes(key: str) -> dict[str, type]:
+    """The sections of a whole configuration that have a key, by their paths (of the top: ""); those nearest to it alone."""
+    places, found = [("", section) for section in WHOLE], dict[str, type]()
+    while places and not found:
+        below = []
+        for place, section in places:
+            if key in fields_of(section):
+                found.setdefault(place, section)
+            for name, field in fields_of(section).items():
+                members = [member for member in _members(field.annotation) if _is_section(member)]
+                below += [(f"{place}.{name}".lstrip("."), member) for member in members]
+        places = below
+    return found

@@ -6,7 +6,7 @@ trainer takes as keywords.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from typing import Annotated, Any, Literal, Self, TypeGuard
@@ -351,8 +351,8 @@ class Settings(MicroBatches, EarlyStopping, Balancing, Execution):
     description: str = Field(default="", description="the configuration as YAML, stored with the run")
 
     @classmethod
-    def of(cls, trainer: str, options: dict[str, Any]) -> Self:
-        """Settings from a trainer's further keywords.
+    def of(cls, trainer: str, options: dict[str, Any], others: Callable[[], Iterable[str]] = tuple) -> Self:
+        """Settings from a trainer's further keywords; `others` gives its other ones, which may have been meant.
 
         Raises:
             TypeError: an option is not known; the message names the nearest known one.
@@ -361,7 +361,7 @@ class Settings(MicroBatches, EarlyStopping, Balancing, Execution):
         known = list(fields_of(cls))
         for name in options:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
+                near = get_close_matches(name, [*known, *others()], n=1)
                 hint = f"; did you mean {near[0]}?" if near else f"; known options: {', '.join(known)}"
                 raise TypeError(f"{trainer} has no option {name!r}{hint}")
         return cls(**options)

@@ -15,7 +15,7 @@ from llm_trainer.config.adapters import LORA, AdapterConfig, refuse_tensor_paral
 from llm_trainer.config.algorithms import DPOConfig, KTOConfig, PretrainConfig, RewardConfig, SFTConfig
 from llm_trainer.config.deepspeed import DsConfig
 from llm_trainer.config.env import environment
-from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.errors import WHOLE, ConfigError
 from llm_trainer.config.files import Files
 from llm_trainer.config.model import AnyModel, VLMConfig, VocabularyConfig
 from llm_trainer.config.optim import OptimConfig
@@ -301,3 +301,6 @@ class TrainConfig:
                 f"ds_config.gradient_clipping: got {theirs}, but optim_config.max_grad_norm is {ours}; give one of them"
             )
         self.optim_config.max_grad_norm = theirs if ours == default else ours
+
+
+WHOLE.append(TrainConfig)

@@ -322,6 +322,11 @@ def as_step_source(loader: Any, **options: Any) -> StepSource:
         ValueError: it cannot be read as it must be.
     """
     if not isinstance(loader, StepSource):
+        name = options.get("name", "train_loader")
+        if not hasattr(type(loader), "__iter__") and not hasattr(type(loader), "__getitem__"):
+            raise TypeError(
+                f"{name}: got {type(loader).__name__}, expected an iterable of micro-batches, such as a DataLoader or a list"
+            )
         return LoaderSteps(loader, **options)
     if options.get("is_sharded"):
         raise ValueError(

@@ -163,7 +163,9 @@ def rows_of(
         count = min(len(value) for value in batch.values())
         return rows_of({"prompts": torch.zeros(count, 0, dtype=torch.long), **batch}, images=images)
     if name is None:
-        found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        found = type(batch).__name__
+        if isinstance(batch, Mapping):
+            found = ", ".join(map(str, batch)) or "nothing in it"
         raise ValueError(
             f"a batch of prompts: found {found}; expected prompts [B, L] (or input_ids), with prompt_attention_mask [B, L] "
             "where they are padded; let the loader's collate_fn return them"
@@ -176,6 +178,10 @@ def rows_of(
         raise ValueError(
             f"{mask_name}: found the shape {tuple(mask.shape)}, expected that of {name}, {tuple(ids.shape)}: 1 on tokens "
             "and 0 on padding"
+        )
+    if not len(ids):
+        raise ValueError(
+            f"{name}: found {tuple(ids.shape)}, a batch without a row; expected at least one prompt: look at filters"
         )
     others = {key: value for key, value in batch.items() if key not in (name, mask_name)}
     for key, value in others.items():

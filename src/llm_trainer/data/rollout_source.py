@@ -6,10 +6,12 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, Literal
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.collate import laying
 from llm_trainer.data.loaders import LoaderSteps
 from llm_trainer.data.rollout_making import staleness
 from llm_trainer.data.rollout_supply import RolloutSupply
+from llm_trainer.data.rollout_unlearned import NothingLearned, Unlearned
 from llm_trainer.data.rollouts import Rollout, Used, collate_rollout
 from llm_trainer.data.stream import RowOfStep, SampleStream, StepSource, mix_seeds
 from llm_trainer.data.vision import ImageFormat
@@ -36,6 +38,10 @@ class RolloutSource:
         shares_prompts: says, when a rollout is there, whether the trainer runs the prompt of a group once per micro-batch, so
             that a token budget counts it once; None: it does not.
         images: what opens those that prompts show; None: rows show none.
+
+    Attributes:
+        unlearned: rollouts of the training in a row that gave no update.
+        following: number of the rollout behind those of the epoch that ended last.
     """
 
     supply: RolloutSupply
@@ -54,6 +60,7 @@ class RolloutSource:
         self.machine, self.training, self.ahead = self.supply.machine, self.supply.training, self.supply.ahead
         if not self.training:  # one pass, in order
             self.passes, self.rows_per_update = 1, None
+        self.unlearned, self.following = Unlearned(self.machine.say), 0
         self._opened: tuple[int, int, Rollout] | None = None  # epoch and number of it
         self._logged: tuple[int, int] | None = None  # number and step of the rollout whose metrics were recorded last
         self._cut_before: tuple[int, int | None] | None = None  # passes and rows per update of a checkpoint
@@ -120,6 +127,7 @@ class RolloutSource:
         Raises:
             Stopped: a process was asked to stop while a rollout was made; on all of them.
             RolloutError: a stored rollout that is needed is not there, or damaged.
+            NothingLearned: the first rollouts of the training gave no update.
         """
         place = InRollout.at(position)
         if not self.training:
@@ -129,6 +137,7 @@ class RolloutSource:
         while True:
             rollout = self._rollout(epoch, place)
             if rollout is None:
+                self.following = place.number
                 return
             yield from self._updates(rollout, epoch, place)
             place = InRollout(rollout.after, place.number + 1)
@@ -139,7 +148,10 @@ class RolloutSource:
         stream = self._stream(place.number, rollout, rows_per_update)
         per_pass = stream.num_steps()
         if not per_pass:  # nothing of it can be learned from
+            if self.training:
+                self.unlearned.add(rollout, has_learned=self.machine.step > 0)
             return
+        self.unlearned.forget()
         following = InRollout(rollout.after, place.number + 1)
         done = place.updates
         first, before = divmod(done, per_pass)
@@ -205,6 +217,15 @@ class RolloutSource:
             ages = staleness(rollout, self.machine.step)
             self.machine.record("staleness/mean", float(ages.sum()), len(ages))
             self.machine.record("staleness/max", float(ages.max(initial=0)), 1)
+
+
+def nothing_learned(source: StepSource) -> NothingLearned:
+    """What ends a run in which `source` gave no optimizer step."""
+    if isinstance(source, RolloutSource) and source.unlearned.count:
+        return source.unlearned.error(f"all of the run ({counted(source.unlearned.count, 'rollout')})")
+    return NothingLearned(
+        f"nothing was learned: {type(source).__name__} gave no optimizer step in any epoch; expected at least one"
+    )
 
 
 def num_updates(source: StepSource, samples: int, rows_per_update: int | None, passes: int) -> int | None:

@@ -52,7 +52,9 @@ LEFT_OUT = "left_out"  # [1] 0: learned from; else why not, as `meta.json` numbe
 EPISODE = "episode"  # [1] where conversations have several turns: its number in the group, the same for all of its rows
 PER_ROW = ("group", "row_index", "finish", "rewards", GREEDY, LEFT_OUT, EPISODE)
 REDRAWN = "redrawn"  # [1] tokens of completions that were drawn in this one's place before, and are not there any more
-NOTHING_WRITTEN, FAILED = "nothing was written", "the completion failed"  # why rows are dropped
+# Why rows are dropped.
+NOTHING_WRITTEN, FAILED, NO_REWARD = "nothing was written", "the completion failed", "no reward"
+LEVEL = "all rewards of its group are equal"
 DRAWN_AGAIN = "its group was drawn again"
 NOT_IN_BATCHES = (
     "input_ids",

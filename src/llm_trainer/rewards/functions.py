@@ -3,7 +3,7 @@
 import math
 import pickle
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -259,14 +259,20 @@ def _named(functions: Function | Sequence[Function] | Mapping[str, Function]) ->
     if isinstance(functions, Mapping):
         found = dict(functions)
     else:
-        several = [functions] if callable(functions) else list(functions)
-        found = {}
+        if callable(functions) or isinstance(functions, str) or not isinstance(functions, Iterable):
+            functions = [functions]
+        several, found = list(functions), {}
         for function in several:
             name = first = _name_of(function)
             while name in found:
                 name = f"{first}_{len(found) + 1}"
             found[name] = function
     for name, function in found.items():
+        if isinstance(function, str):
+            raise ConfigError(
+                f"reward function: got the name {function!r}, expected a function f(prompts, completions, answers); a name "
+                f"belongs in the option rewards: [{function}]"
+            )
         if not callable(function):
             raise ConfigError(
                 f"reward function {name}: got a {type(function).__name__}, expected a function f(prompts, completions, answers)"

@@ -1,15 +1,19 @@
 """Reward functions by name, as a configuration gives them: those that are built in, and those of a file of the user."""
 
+import difflib
 import importlib
 import importlib.util
 import inspect
+import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.rewards.answers import ExactMatch, MathVerify, Numeric
+from llm_trainer.rewards.calling import in_words, place_of
 from llm_trainer.rewards.code import CodeTests
 from llm_trainer.rewards.judge import Judge
 from llm_trainer.rewards.shape import Format, Overlong
@@ -97,7 +101,13 @@ def _imported(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     """A function of the user; options are keywords of a function, or of the class that makes one."""
     found = imported("rewards", name)
     if isinstance(found, type):
-        return found(**options)
+        try:
+            return found(**options)  # type: ignore[no-any-return]
+        except Exception as error:
+            said = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            raise ConfigError(
+                f"rewards: {name}({said}) raised {in_words(error)}; expected the keywords that the class takes"
+            ) from error
     if options:
         raise ConfigError(
             f"rewards: {name}: got options ({', '.join(options)}); only a class, which makes the function, takes them"
@@ -116,8 +126,12 @@ def imported(key: str, name: str) -> Any:
         raise ConfigError(f"{key}: got {name!r}, expected file.py:{name} or module:{name}")
     module = _file(key, Path(place)) if place.endswith(".py") else _module(key, place)
     found = getattr(module, attribute, None)
+    if found is None:
+        near = difflib.get_close_matches(attribute, vars(module), n=1)
+        hint = "".join(f"; did you mean {place}:{other}?" for other in near)
+        raise ConfigError(f"{key}: {name}: {place} has no function {attribute}{hint}")
     if not callable(found):
-        raise ConfigError(f"{key}: {name}: {place} has no function {attribute}")
+        raise ConfigError(f"{key}: {name}: found {reprlib.repr(found)}, expected a function, or a class that makes one")
     return found
 
 
@@ -128,12 +142,34 @@ def _file(key: str, path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    with _explained(key, str(path)):
+        spec.loader.exec_module(module)
     return module
 
 
 def _module(key: str, name: str) -> Any:
+    with _explained(key, name):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # it is there, and something that it imports is not
+    raise ConfigError(
+        f"{key}: there is no module {name}; expected one that Python finds (PYTHONPATH), or the path of a .py file"
+    )
+
+
+@contextmanager
+def _explained(key: str, name: str) -> Iterator[None]:
+    """The context in which the user's code is imported.
+
+    Raises:
+        ConfigError: it raises.
+    """
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{key}: there is no module {name} ({error})") from None
+        yield
+    except SyntaxError as error:
+        where = f"{error.filename}, line {error.lineno}"
+        raise ConfigError(f"{key}: {name} is no Python that can be read: {error.msg} ({where})") from error
+    except Exception as error:
+        raise ConfigError(f"{key}: {name} cannot be imported: it raised {in_words(error)}{place_of(error)}") from error

@@ -8,7 +8,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from llm_trainer.compiler import CompiledLayers, compile_module, compiler_errors
+from llm_trainer.compiler import CompiledLayers, compile_module, compiler_errors, reason_of
 from llm_trainer.config.env import environment
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.disk import whole_file
@@ -154,6 +155,26 @@ class Compiling:
         elif self._is_automatic:
             # Towers run plain: transformers looks into their layers, which tracing cannot follow (`Seeing.compile`).
             self._layers.add(_outermost(language_layers_of(module)))
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """The context of all calls of what was added: a model is compiled in its first one, and again where inputs differ.
+
+        Raises:
+            ConfigError: it is to be compiled, and cannot be.
+        """
+        if self._configured is not True:  # else what cannot be compiled runs plain
+            yield
+            return
+        try:
+            yield
+        except compiler_errors() as error:
+            raise ConfigError(
+                f"run_config.compile: got true, and the model could not be compiled ({reason_of(error)}); expected one that "
+                "torch.compile takes, and a C++ compiler that works: run_config.compile=auto runs plain what cannot be "
+                "compiled, run_config.compile=false compiles nothing. --traceback, and TORCH_LOGS=inductor in the "
+                "environment, show all that torch says"
+            ) from error
 
     def choice(self, steps_left: int | None) -> Choice | None:
         """What is to be said before the first step; None where the machine has nothing to choose."""

@@ -10,7 +10,7 @@ from torch import nn
 from llm_trainer.algorithm import Algorithm
 from llm_trainer.config.env import environment
 from llm_trainer.data.loader_workers import workers_needed
-from llm_trainer.data.rollout_source import RolloutSource
+from llm_trainer.data.rollout_source import RolloutSource, nothing_learned
 from llm_trainer.data.stream import StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
@@ -34,6 +34,7 @@ from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, chat_of, evaluate, prompts_of, unmeasured
 from llm_trainer.train.first_rows import begin_adapters
 from llm_trainer.train.hooks import Hook, with_names_of_their_own
+from llm_trainer.train.learning import Learning
 from llm_trainer.train.machine import RunMachine
 from llm_trainer.train.metrics import Clock, Metrics
 from llm_trainer.train.probing import probe_file
@@ -104,6 +105,7 @@ class Run:
         self._last_batch: Any = None
         self._metrics = Metrics(self.engine.device)
         self._clock = Clock()
+        self._learning = Learning(self.say, lambda terms: dist.sum_numbers([terms], self.engine.device)[0])
         self._reporter = Reporter(dist.is_main(), self.progress)
         keep = settings.checkpoints_to_keep
         self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)
@@ -197,8 +199,8 @@ class Run:
 
     def fit(self) -> dict[str, float]:
         """Train to the end: see `BaseTrainer.train`."""
-        folder, on_duty = self.checkpoints, self._on_duty()
-        with folder.alone(), self.signals.listening(), workers_needed(), folder.saved_at_the_end(), on_duty:
+        folder, on_duty, explained = self.checkpoints, self._on_duty(), self.compiling.explained()
+        with folder.alone(), self.signals.listening(), workers_needed(), folder.saved_at_the_end(), on_duty, explained:
             self._resume()
             self._choose_kernels()
             recall(self.budget, self.save_dir)
@@ -256,14 +258,26 @@ class Run:
         Raises:
             NonFiniteError: `max_bad_steps` steps in a row were not finite. Nothing was updated by any of them.
             TrainingInterrupted: a signal came; the state is saved.
+            NothingLearned: the last epoch ends, and there was no step in any.
+            NothingCounts: the run is over, and nothing counted in any of its steps.
         """
         if done is None:
-            self.progress.next_epoch()
+            self._end_epoch()
         else:
             self._account(done)
             self._choose_kernels()
+        if self.finished():
+            self._learning.check(self.progress.step, is_over=True)
         self._call_hooks()
         return self.finished()
+
+    def _end_epoch(self) -> None:
+        source, rollout = innermost(self.source), 0
+        if isinstance(source, RolloutSource):
+            rollout = source.following  # the last ones of the epoch may have given no step, and are not made again
+        self.progress.next_epoch(rollout)
+        if self.finished() and not self.progress.step:
+            raise nothing_learned(source)
 
     def _account(self, done: StepDone) -> None:
         """Note a finished step, in `progress`, in the metrics and in the schedule."""
@@ -280,6 +294,7 @@ class Run:
         if isinstance(innermost(self.source), RolloutSource):
             self._metrics.add("seconds/learn", done.seconds)
             self._metrics.add("tokens_per_second/learn", done.tokens, done.seconds)
+        self._learning.note(done)
         self._last_batch = done.batches[-1].batch
         self.new_best = False
         self.stop_requested = self.stop_requested or done.stop
@@ -407,6 +422,7 @@ class Run:
 
     def _log(self) -> None:
         """Write the metrics since the last call."""
+        self._learning.check(self.progress.step, is_over=False)
         values = self._metrics.reduce(dist.all_reduce)
         if not values:
             return
@@ -501,7 +517,8 @@ class Run:
         """
         if not self.val_sources:
             raise ValueError("nothing to evaluate: give a val_loader (or eval_dataset)")
-        values, interrupted = evaluate(self.work)
+        with self.compiling.explained():
+            values, interrupted = evaluate(self.work)
         self.stop_requested = self.stop_requested or interrupted
         return values
 

@@ -1,14 +1,18 @@
 """BaseTrainer: an algorithm (`algorithm.py` says what that is) with everything that a user calls."""
 
+import inspect
 from abc import ABCMeta
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from llm_trainer.algorithm import Algorithm
+from llm_trainer.config.errors import fields_of
 from llm_trainer.config.options import Settings
+from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.layout import Packing, takes_images
 from llm_trainer.models.inside import is_kind_of
 from llm_trainer.models.packing import packing_of
@@ -113,7 +117,7 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
                 f"{type(self).__name__}: got {type(optimizer).__name__} as optimizer, expected a torch.optim.Optimizer, as "
                 "configure_optimizer makes; by position come model, optimizer, train_loader, val_loader"
             )
-        settings = Settings.of(type(self).__name__, options)
+        settings = Settings.of(type(self).__name__, options, partial(_keywords, type(self)))
         self.regulariser = regulariser_for(self, model, settings, self.balances_experts)
         self.base_model = model
         self.optimizer, self.scheduler = optimizer, scheduler
@@ -253,3 +257,13 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
     def load_checkpoint(self, path: str) -> None:
         """Restore weights, optimizer, scheduler, progress and data position from a checkpoint folder or `.pt` file."""
         self.run.load(path)
+
+
+def _keywords(kind: type[BaseTrainer]) -> set[str]:
+    """What the constructor of a trainer takes by name, beside `Settings`."""
+    found = set[str]()
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            found.update(inspect.signature(vars(base)["__init__"]).parameters)
+    entry = ALGORITHMS.get(kind.section.removesuffix("_config"))
+    return found if entry is None else found.union(fields_of(entry.section))

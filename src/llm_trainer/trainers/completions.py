@@ -26,7 +26,7 @@ from llm_trainer.data.rollouts import (
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.service import Completion
 from llm_trainer.losses.advantages import level_share, weighted_rewards
-from llm_trainer.trainers.given import check_known, mask_of_responses, per_token
+from llm_trainer.trainers.given import as_table, check_known, mask_of_responses, per_token
 
 Row = dict[str, np.ndarray]
 GIVEN = -1  # the version of the weights of a completion that was not drawn
@@ -116,7 +116,7 @@ def given_with(prompt: Prompt, pad_id: int | None, pad_ends: bool, vocab_size: i
     """
     written = []
     for given in prompt.given:
-        one = {name: torch.tensor([values]) for name, values in given.items()}  # a batch of one
+        one = {name: as_table(name, [values]) for name, values in given.items()}  # a batch of one
         mask = mask_of_responses(one, one["responses"], pad_id, pad_ends)
         check_known("responses", one["responses"][mask], vocab_size)
         numbers = {name: per_token(name, one[name], mask)[mask].tolist() for name in _LOGPROBS if name in one}

@@ -93,6 +93,35 @@ def join_responses(batch: Batch, pad_id: int | None, pad_ends: bool = False) -> 
     return rows
 
 
+def as_table(name: str, values: Any) -> Tensor:
+    """What came with responses, as a tensor; ids are integers.
+
+    Raises:
+        ValueError: they are no numbers, or numbers that are no ids.
+    """
+    try:
+        table = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: found no numbers ({error}); expected a tensor, or lists of one length") from None
+    if name in (*_PROMPTS, _RESPONSES) and table.is_floating_point() and table.numel():
+        raise ValueError(
+            f"{name}: found {table.dtype} of the shape {tuple(table.shape)}; expected integers, the ids of tokens"
+        )
+    return table
+
+
+def check_rewards(rewards: Tensor) -> Tensor:
+    """
+    Raises:
+        ValueError: one that came with a response is infinite.
+    """
+    if rewards.isinf().any():
+        raise ValueError(
+            "rewards: found an infinite one beside a response; expected finite numbers, NaN where there is none"
+        )
+    return rewards
+
+
 def _tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     """`prompts [B, P]`, `responses [B, L]`."""
     name = next((key for key in _PROMPTS if key in batch), None)
@@ -101,7 +130,7 @@ def _tokens(batch: Batch) -> tuple[Tensor, Tensor]:
             f"a batch with the keys {', '.join(batch)}: expected prompts [B, P] (or input_ids), responses [B, L], and rewards "
             f"[B] (or advantages); leave responses out and give a reward_func, and completions are sampled"
         )
-    prompts, responses = batch[name].cpu(), batch[_RESPONSES].cpu()
+    prompts, responses = as_table(name, batch[name]).cpu(), as_table(_RESPONSES, batch[_RESPONSES]).cpu()
     if prompts.dim() != 2 or responses.dim() != 2 or len(prompts) != len(responses):
         raise ValueError(
             f"{name} {tuple(prompts.shape)} and responses {tuple(responses.shape)}: expected [B, P] and [B, L], a prompt for "
@@ -198,7 +227,7 @@ def _check_logprobs(name: str, values: Tensor) -> None:
 
 def _rewards(rewards: Tensor, count: int) -> Tensor:
     """`[B, F]`."""
-    table = torch.as_tensor(rewards).detach().cpu().float()
+    table = check_rewards(as_table("rewards", rewards).detach().cpu().float())
     if table.dim() == 1:
         table = table[:, None]
     if table.dim() != 2 or len(table) != count:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llm_trainer.config.errors import fields_of
 from llm_trainer.config.reinforcement import WITH_JUDGE, GRPOConfig
 from llm_trainer.data.rollout_source import RolloutSource
-from llm_trainer.data.rollouts import FINISHES, JUDGED, Finished, Rollout
+from llm_trainer.data.rollouts import FINISHES, JUDGED, LEVEL, NO_REWARD, Finished, Rollout
 from llm_trainer.image_batch import moved
 from llm_trainer.losses.advantages import (
     OF_TOKENS,
@@ -42,9 +42,10 @@ from llm_trainer.trainers.given import (
 )
 from llm_trainer.trainers.learned import of_learning, with_cuts
 from llm_trainer.trainers.moving import MovingReference
-from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
+from llm_trainer.trainers.on_policy import OnPolicyTrainer
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import describe_reference, reference_of
+from llm_trainer.trainers.updates import updates_per_epoch
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -108,8 +109,9 @@ class GRPOTrainer(OnPolicyTrainer):
         ref_model: nn.Module | None = None,
         **options: Any,
     ) -> None:
+        samples = self.default_samples if num_samples_per_prompt is None else num_samples_per_prompt
         said = {
-            "group_size": num_samples_per_prompt or self.default_samples,
+            "group_size": samples,
             "loss_clip_eps": clip_eps,
             "loss_beta": kl_coef,
             "gen_temperature": temperature,
@@ -382,9 +384,9 @@ class GRPOTrainer(OnPolicyTrainer):
         if self.how.overlong == "mask":
             masked["it has no end"] = rollout.column("finish") == FINISHES.index("length")
         dropped = {BASELINE: rollout.is_greedy} if self._draws_greedy else {}
-        dropped["no reward"] = is_missing.numpy()
+        dropped[NO_REWARD] = is_missing.numpy()
         if self.how.max_resamplings:
-            dropped["all rewards of its group are equal"] = is_level
+            dropped[LEVEL] = is_level
         return Finished(columns | judged | {"advantages": learned}, masked, dropped)
 
     def _logprobs(self, rollout: Rollout) -> dict[str, list[np.ndarray]]:

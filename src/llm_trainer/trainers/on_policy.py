@@ -16,7 +16,7 @@ from llm_trainer.config.reinforcement import RolloutOptions
 from llm_trainer.data.collate import collate_padded, laying
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.rollout_prompts import PromptSource
-from llm_trainer.data.rollout_source import RolloutSource, num_updates
+from llm_trainer.data.rollout_source import RolloutSource
 from llm_trainer.data.rollout_store import RolloutError
 from llm_trainer.data.rollout_supply import RolloutSupply
 from llm_trainer.data.rollouts import FINISHES, Finished, Maker, Rollout, collate_rollout
@@ -39,6 +39,7 @@ from llm_trainer.trainers.agreement import Agreement
 from llm_trainer.trainers.ahead import ahead_of
 from llm_trainer.trainers.answers import Batch, score
 from llm_trainer.trainers.base import BaseTrainer
+from llm_trainer.trainers.completions import has_given
 from llm_trainer.trainers.drawing import drawing, service_of
 from llm_trainer.trainers.given import pad_id_of
 from llm_trainer.trainers.judging import judge_of, judged_columns, model_facts, step_ends_of
@@ -50,6 +51,7 @@ from llm_trainer.trainers.references import seen_once
 from llm_trainer.trainers.rollouts import RolloutMaker
 from llm_trainer.trainers.routes import ROUTES, check_replay, num_route_columns, routes_of
 from llm_trainer.trainers.said import RowsOfIds, check_ids, check_vocabulary, stop_tokens_of
+from llm_trainer.trainers.updates import check_divides
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -94,6 +96,9 @@ class OnPolicyTrainer(BaseTrainer):
         "the rewards of every group were equal, so that nothing was learned: look at the completions (llm-trainer rollouts), "
         "take easier or harder prompts, a larger group_size or a higher gen_temperature, or a reward with more steps"
     )
+    update_option: ClassVar[str] = (
+        "rows_per_update"  # what the argument of this name is called in the trainer's section
+    )
     _sees_once = False  # whether policy and reference make the same of every image
     starts_at_reference = False  # whether the policy and what it is held to are the same model at the start
 
@@ -135,6 +140,7 @@ class OnPolicyTrainer(BaseTrainer):
             self._route_columns = num_route_columns(model)
         self._stop_token_ids = stop_token_ids
         self._verified: Verified | None = None
+        self._cuts_loader = False
         self._in_a_row: dict[str, int] = {}  # rollouts without anything to learn from, by what is said of them
         self._evaluation = options.get("sampling") or Sampling()
         self._maker: RolloutMaker | None = None
@@ -295,6 +301,8 @@ class OnPolicyTrainer(BaseTrainer):
         if isinstance(source, SampleStream) and source.knows_images and source.shows_images:
             assert self._images is not None  # the rows were encoded with it
             PromptImages(self._images, self._takes_no_images()).check()
+        if training:
+            self._cuts_loader = not isinstance(source, SampleStream)  # which says how many rows a rollout has
         supply = RolloutSupply(
             PromptSource(source, self.machine, needs_ids=self.partners is None, images=self._images),
             self._maker_of(training),
@@ -322,6 +330,7 @@ class OnPolicyTrainer(BaseTrainer):
         Raises:
             RolloutError: a rollout of another run cannot be learned from as this one is set up.
         """
+        self._check_first(rollout)
         needed = [*self._learned_columns(), *(f"{ROUTES}{number}" for number in range(self._route_columns))]
         missing = [name for name in needed if name not in rollout.store.columns]
         if missing:
@@ -343,6 +352,17 @@ class OnPolicyTrainer(BaseTrainer):
                 f"rollouts: {rollout.store.folder} has the id {largest}, and the model knows {vocab_size} ids; expected "
                 f"rollouts of a policy with the same tokenizer"
             )
+
+    def _check_first(self, rollout: Rollout) -> None:
+        """
+        Raises:
+            ConfigError: it is the first one of a loader, and cannot be cut into the updates that are asked for.
+        """
+        if not self._cuts_loader or rollout.store.meta["made_of"]["step"]:  # later ones may have fewer prompts
+            return
+        last, _ = rollout.episodes()
+        rows = int((~rollout.is_greedy[last]).sum())
+        check_divides(self.update_option, self.rows_per_update, rows, "the completions of a step of the loader")
 
     @abstractmethod
     def _learned_columns(self) -> tuple[str, ...]:
@@ -479,7 +499,9 @@ class OnPolicyTrainer(BaseTrainer):
             name = rollout.store.folder.name.partition(".")[0]
             unanswered = sum(rollout.facts(row)["answer"] is None for row in range(len(rollout)))
             fix = "expected functions that give numbers: None, and NaN, mean that one does not apply"
-            if unanswered:
+            if has_given(rollout):
+                fix = "expected numbers as the rewards of responses that are given, or functions that give some"
+            elif unanswered:
                 fix = (
                     f"{unanswered} of {len(rollout)} have no reference answer in the data; expected an answer where a reward "
                     f"function compares with one: look at the rows' columns (data_loader_config.columns: {{answer: ...}}), or "
@@ -488,6 +510,7 @@ class OnPolicyTrainer(BaseTrainer):
             raise ValueError(f"no completion of rollout {name} has a reward: no reward function applies to any; {fix}")
         if not rollout.is_of_training:
             return
+        self._check_first(rollout)
         has_no_end = (rollout.column("finish") == FINISHES.index("length")).all()
         for what, is_so in ((self.no_variance, is_level), (NO_END, has_no_end)):
             count = (self._in_a_row.get(what, 0) + 1) * bool(is_so)
@@ -576,27 +599,3 @@ def correction_of(how: RolloutOptions) -> Correction | None:
     if mode == "none":
         return None
     return Correction(mode, how.off_policy_level, how.off_policy_cap, how.off_policy_floor)
-
-
-def updates_per_epoch(stream: Any, section: Any, samples: str, update: str, passes: str) -> int:
-    """Optimizer steps of an epoch.
-
-    Args:
-        stream: of prompts.
-        section: of the algorithm.
-        samples, update, passes: its fields: completions of a prompt, of an update, and passes over a rollout.
-
-    Raises:
-        ConfigError: updates do not divide a rollout.
-    """
-    per_prompt, per_update = getattr(section, samples), getattr(section, update)
-    rows = stream.rows_per_step * per_prompt
-    if per_update is not None and rows % per_update:
-        raise ConfigError(
-            f"{update}: got {per_update}, which does not divide the {rows} completions of a rollout: the last update of each "
-            f"pass would be smaller than the others. Expected a divisor, or null for one update per pass; a rollout has "
-            f"batch_size x gradient_accumulation_steps x devices x {samples}"
-        )
-    steps = num_updates(stream, per_prompt, per_update, getattr(section, passes))
-    assert steps is not None, "a stream of rows says how many it has"
-    return steps

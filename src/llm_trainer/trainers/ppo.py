@@ -12,7 +12,7 @@ from llm_trainer.config.errors import fields_of
 from llm_trainer.config.ppo import PPOConfig
 from llm_trainer.data.collate import laying
 from llm_trainer.data.rollout_source import RolloutSource
-from llm_trainer.data.rollouts import FINISHES, Finished, Maker, Rollout, collate_rollout
+from llm_trainer.data.rollouts import FINISHES, NO_REWARD, Finished, Maker, Rollout, collate_rollout
 from llm_trainer.image_batch import moved
 from llm_trainer.losses.advantages import weighted_rewards
 from llm_trainer.losses.chunked import Objective
@@ -30,12 +30,13 @@ from llm_trainer.trainers.answers import Batch, count_tokens
 from llm_trainer.trainers.completions import given_logprobs
 from llm_trainer.trainers.critics import CRITIC, check_learns, critic_of_folder, group_options, let_critic_alone
 from llm_trainer.trainers.learned import of_learning, with_cuts
-from llm_trainer.trainers.on_policy import OnPolicyTrainer, updates_per_epoch
+from llm_trainer.trainers.on_policy import OnPolicyTrainer
 from llm_trainer.trainers.prompt_images import why_not_shown
 from llm_trainer.trainers.ptx import PTX_OBJECTS, further_share, ptx_from_config
 from llm_trainer.trainers.references import describe_reference, reference_of, seen_once
 from llm_trainer.trainers.shaping import Followed, Shaping, refuse_norm
 from llm_trainer.trainers.shaping import scored as scored_rollout
+from llm_trainer.trainers.updates import updates_per_epoch
 
 if TYPE_CHECKING:
     from llm_trainer.config.schema import TrainConfig
@@ -79,6 +80,7 @@ class PPOTrainer(OnPolicyTrainer):
     """
 
     section = "ppo_config"
+    update_option = "ppo_batch_size"
     takes_flat = True
     takes_images = True
     no_variance = (
@@ -257,7 +259,7 @@ class PPOTrainer(OnPolicyTrainer):
         masked = {}
         if self.how.overlong == "mask":
             masked["it has no end"] = rollout.column("finish") == FINISHES.index("length")
-        return Finished(columns | judged, masked, {"no reward": shaped.is_missing.numpy()})
+        return Finished(columns | judged, masked, {NO_REWARD: shaped.is_missing.numpy()})
 
     def _say_of(self, batch: Batch) -> dict[str, Tensor]:
         """What policy, critic and reference say about each token of a batch of a rollout."""

@@ -36,6 +36,7 @@ from llm_trainer.trainers.completions import (
     row_of,
     shown_of,
 )
+from llm_trainer.trainers.given import as_table, check_rewards
 from llm_trainer.trainers.played import Partners, played
 from llm_trainer.trainers.prompt_images import PromptImages
 from llm_trainer.trainers.routes import route_columns
@@ -340,6 +341,7 @@ class RolloutMaker:
         Raises:
             ValueError: there are more or fewer.
         """
+        check_rewards(as_table("rewards", given))
         if isinstance(given, Sequence):
             if len(given) != len(self.names):
                 raise ValueError(

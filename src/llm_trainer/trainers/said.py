@@ -1,6 +1,6 @@
 """What a model and a tokenizer say of themselves, as far as they do: their context, their ids, what ends a completion."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ def check_ids(policy: nn.Module, **ids: Sequence[int]) -> None:
     if vocab_size is None:
         return
     for name, numbers in ids.items():
+        if not isinstance(numbers, Iterable) or not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"{name}: got {numbers!r}, expected a list of token ids, such as [{vocab_size - 1}]")
         wrong = [number for number in numbers if not 0 <= number < vocab_size]
         if wrong or len(set(numbers)) == vocab_size:
             found = f"the id {wrong[0]}" if wrong else f"all {vocab_size} ids"

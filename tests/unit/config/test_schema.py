@@ -118,6 +118,18 @@ def test_file_dataset_takes_paths_lists_and_objects():
         (lambda: OptimConfig(initail_lr=1), "OptimConfig: initail_lr is not a known key; did you mean initial_lr?"),
         (lambda: GRPOConfig(num_generations=4), "num_generations is not a known key; it is group_size here"),
         (lambda: GRPOConfig(rewards="numeric"), "rewards: got 'numeric', expected a list of values: [numeric]"),
+        (
+            lambda: RunConfig(n_epochs=1),
+            "n_epochs is not a known key; n_epochs is a key of the top level (TrainConfig)",
+        ),
+        (
+            lambda: SFTConfig(learning_rate=1),
+            "learning_rate is not a known key; initial_lr is a key of optim_config (Opt",
+        ),
+        (
+            lambda: TrainConfig(model_config="m", file_dataset="a", run_config={"group_size": 4}),
+            "TrainConfig: run_config.group_size is not a known key; group_size is a key of grpo_config (GRPOConfig) or rloo",
+        ),
         (lambda: SFTConfig(zzz=1), "zzz is not a known key; known here: mask_prompt, train_on, thinking"),
         (
             lambda: TrainConfig(model_config="m", file_dataset="a", batch_size=0),

@@ -58,12 +58,29 @@ def test_built_in_and_own(tmp_path: Path) -> None:
         ("missing.py:f", "there is no file missing.py"),
         ("no_such_module:f", "there is no module no_such_module"),
         ("os.path:nothing", "os.path has no function nothing"),
+        ("os.path:basenam", "has no function basenam; did you mean os.path:basename?"),
+        ("os.path:sep", "os.path:sep: found '/', expected a function, or a class that makes one"),
         ({"name": "os.path:basename", "x": 1}, r"got options \(x\); only a class"),
     ],
 )
 def test_what_does_not_fit_is_said(entry: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         named(entry)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(prompts:\n    return 1\n", r"mine.py is no Python that can be read: .* \(.*mine.py, line 1\)"),
+        ("\nimport nowhere_at_all\n", r"cannot be imported: it raised ModuleNotFoundError: .* \(mine.py, line 2\)"),
+        ("x = {}['a']\n", r"mine.py cannot be imported: it raised KeyError: 'a' \(mine.py, line 1\)"),
+        ("class f:\n    def __init__(self, high): pass\n", r"f\(low=3\) raised TypeError: .*; expected the keywords"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_said(code: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(ConfigError, match=message):
+        named({"name": f"{tmp_path / 'mine.py'}:f", "low": 3})
 
 
 def test_labels_differ() -> None:

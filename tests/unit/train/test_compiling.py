@@ -330,6 +330,34 @@ def test_the_whole_model_needs_a_compiler_and_one_message_says_so(monkeypatch: p
         Clocked(monkeypatch, configured=True)
 
 
+@TRACERS_WARN
+@pytest.mark.parametrize("call", [1, 30])
+def test_a_whole_model_that_cannot_be_compiled_ends_in_one_message(
+    call: int, losses: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first forward, and in that of an evaluation."""
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    calls = 0
+
+    def broken(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise InductorError(CppCompileError(["g++", "a.cpp"], "a.cpp:3:1: error: no such type"), None)
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(seeing, "compiled", broken)
+    with pytest.raises(
+        ConfigError, match=r"could not be compiled \(InductorError: a.cpp:3:1: error: no such type\)"
+    ) as told:
+        losses(compile=True)
+    assert "run_config.compile=auto runs plain what cannot" in str(told.value)
+
+
 @pytest.mark.slow
 @TRACERS_WARN
 @pytest.mark.parametrize("sees", [False, True])

@@ -174,7 +174,7 @@ def test_what_cannot_be_meant(tmp_path: Path) -> None:
         make(tmp_path, model, value_model=critic, optimizer=both, critic_warmup_steps=1)
     with pytest.raises(TypeError, match="got list as optimizer"):
         make(tmp_path, model, optimizer=[])
-    with pytest.raises(TypeError, match="has no option 'clip_epss'"):
+    with pytest.raises(TypeError, match="has no option 'clip_epss'; did you mean clip_eps?"):
         make(tmp_path, model, clip_epss=0.1)
 
 

@@ -113,7 +113,7 @@ def test_sigterm_while_completions_are_judged(tmp_path: Path) -> None:
 def test_prompts_once_change_nothing_also_where_the_distribution_was_cut(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    how = {"rows_per_update": 5, **options}
+    how = {"rows_per_update": 4, **options}
     trainer, shared = train(tmp_path / "shared", **how)
     assert trainer.shares_prompts and trainer.run.source.shares_prompts()
     _, repeated = train(tmp_path / "repeated", share_prompts=False, **how)
