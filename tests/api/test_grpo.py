@@ -1,6 +1,7 @@
 """GRPO from a configuration: the same curve as with the same objects, evaluation by reward, what is refused at once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,30 @@ def test_a_model_that_judges_steps(prompts: Path, reference_dir: Path, tmp_path:
             GRPOTrainer(train_config=config(prompts, reference_dir, tmp_path / "run", grpo_config=GRPOConfig(**own)))
     with pytest.raises(ConfigError, match="reward_model_steps"):
         GRPOConfig(reward_model_steps="")
+
+
+def test_a_reference_of_another_tokenizer(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
+    """Tokens that one of them has more are none of the other's; a folder without a tokenizer is named by its key."""
+    tokenizer = load_tokenizer(reference_dir / "tokenizer")
+    tokenizer.add_tokens(["<b>"])
+    write_model(build_model(replace(SHAPE, vocab_size=520)), tmp_path / "reference", tokenizer)
+    changes: dict[str, Any] = {"model_config": replace(SHAPE, vocab_size=520)}
+    section = GRPOConfig(
+        ref_model_checkpoint=str(tmp_path / "reference"), loss_beta=0.1, gen_max_seq_len=4, group_size=2
+    )
+    described = config(prompts, reference_dir, tmp_path / "run", grpo_config=section, **changes)
+    GRPOTrainer(train_config=described, reward_func=shorter)
+    described.vocabulary_config.add_tokens = ["<a>"]
+    with pytest.raises(
+        ConfigError, match="reference has another tokenizer than the policy: id 512 is '<a>' here and '<b>'"
+    ):
+        GRPOTrainer(train_config=described, reward_func=shorter)
+    (tmp_path / "none").mkdir()
+    section = GRPOConfig(reward_model_checkpoint=str(tmp_path / "none"))
+    with pytest.raises(
+        ConfigError, match=r"reward_model_checkpoint: .*none: no tokenizer in this folder .* with its token"
+    ):
+        GRPOTrainer(train_config=config(prompts, reference_dir, tmp_path / "run", grpo_config=section))
 
 
 def test_a_reward_model_of_another_tokenizer(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def _level_of_the_last(prompts: Any, completions: Any, answers: Any) -> list[flo
     return even_share(prompts, completions, answers)
 
 
+def where_answered(prompts: Any, completions: Any, answers: Any) -> list[float | None]:
+    shares = even_share(prompts, completions, answers)
+    return [None if answer is None else share for answer, share in zip(answers, shares, strict=True)]
+
+
 def nothing(prompts: Any, completions: Any, answers: Any) -> list[None]:
     return [None] * len(completions)
 
@@ -242,19 +247,19 @@ STOPS = [
     ),
     Mistake(
         "updates that do not divide a rollout",
-        ("rows_per_update: got 3, which does not divide the 8 completions of a rollout", "expected a divisor, or null"),
+        ("rows_per_update: got 3, which does not divide the 8 completions of a rollout", "Expected a divisor, or null"),
         lambda: {"rows_per_update": 3},
         ("grpo", "rloo"),
     ),
     Mistake(
         "updates of PPO that do not divide a rollout",
-        ("ppo_batch_size: got 3, which does not divide the 4 completions of a rollout", "expected a divisor, or null"),
+        ("ppo_batch_size: got 3, which does not divide the 4 completions of a rollout", "Expected a divisor, or null"),
         lambda: {"ppo_batch_size": 3},
         ("ppo",),
     ),
     Mistake(
         "no completions",
-        ("num_samples_per_prompt: got 0", "expected an integer of at least 1"),
+        ("group_size: got 0", "expected an integer of at least 1"),
         lambda: {"num_samples_per_prompt": 0},
         ("grpo",),
     ),
@@ -436,6 +441,12 @@ SAYS = [  # the run goes on
         ("grpo", "rloo"),
     ),
     Mistake(
+        "held-out prompts without answers",
+        ("in the evaluation no completion of rollout 00000000 has a reward", "2 of 2 have no reference answer"),
+        lambda: {"reward_func": where_answered, "val_loader": ids(4)},
+        ("grpo", "ppo"),
+    ),
+    Mistake(
         "a model that never stops",
         ("in 3 rollouts in a row no completion ended before gen_max_seq_len", "stop tokens"),
         lambda: {"stop_token_ids": []},
@@ -474,12 +485,15 @@ def test_what_teaches_nothing_is_said_once(
 # Stored rollouts.
 
 
-def test_rollouts_that_cannot_be_given(tmp_path: Path) -> None:
+def test_rollouts_that_cannot_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The folder of a run is as good as its folder rollouts; what is missing or damaged in it is named."""
     train("grpo", tmp_path / "run")
     options: Options = {"reward_func": None, "rollouts": str(tmp_path / "run")}
     _, seen = train("grpo", tmp_path / "again", **options)
-    assert len(seen) == 3
+    assert len(seen) == 3 and "WARNING" not in capsys.readouterr().out
+    train("grpo", tmp_path / "judged", **(options | {"reward_func": equal}))
+    said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(said) == 1 and "was rewarded by even_share" in said[0] and "equal of this run will judge eval" in said[0]
     shutil.rmtree(tmp_path / "run" / "rollouts" / "00000000")
     with pytest.raises(ValueError, match=r"found no .*00000000; expected .* kept all of them \(keep_rollouts: true\)"):
         train("grpo", tmp_path / "a", **options)

@@ -17,13 +17,14 @@ from llm_trainer.builder.streams import make_streams, options_of_reading, paths_
 from llm_trainer.checkpoint import load_checkpoint, load_weights
 from llm_trainer.config.adapters import LORA
 from llm_trainer.config.env import environment
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import VLMConfig
 from llm_trainer.config.registry import options_of
 from llm_trainer.config.schema import DataLoaderConfig, TrainConfig
 from llm_trainer.data.encode.chat import ChatFormat
 from llm_trainer.data.encode.store import save_array
 from llm_trainer.data.encode.templates import default_template, has_default_template, template_of
-from llm_trainer.data.encode.tokenizer import load_tokenizer
+from llm_trainer.data.encode.tokenizer import TokenizerError, load_tokenizer
 from llm_trainer.data.kinds import DataOptions, Kind
 from llm_trainer.data.load import choose_kind
 from llm_trainer.data.packing import PACKERS
@@ -151,8 +152,12 @@ class Builder:
             return None
         return make_image_format(self.config, self.section, self.policy, self.processor)
 
-    def tokenizer_of(self, source: str) -> Any:
-        return load_tokenizer(source)
+    def tokenizer_of(self, source: str, key: str) -> Any:
+        try:
+            return load_tokenizer(source)
+        except TokenizerError as error:
+            found, _, _ = str(error).partition("; expected")
+            raise ConfigError(f"{key}: {found}; expected the folder of a model with its tokenizer") from error
 
     def check_images(self, source: str, key: str) -> None:
         if self.images is not None:
@@ -206,6 +211,7 @@ class Builder:
         if isinstance(source, str):
             found = find_pretrained(source, (Found.LANGUAGE_MODEL, Found.WEIGHTS), key="ref_model_checkpoint")
             if found.kind is Found.LANGUAGE_MODEL:
+                self._compare_ids(Path(found.source), "ref_model_checkpoint")
                 return freeze(self.model(str(found.source)))
             reference = frozen_copy(self.policy)
             load_checkpoint(found.source, model=reference)
@@ -213,6 +219,21 @@ class Builder:
         reference = frozen_copy(self.policy)
         load_weights(reference, source, "ref_model_checkpoint")
         return reference
+
+    def _compare_ids(self, folder: Path, key: str) -> None:
+        """
+        Raises:
+            ConfigError: a model that is compared with the policy reads other tokens than it under the same ids.
+        """
+        if self.tokenizer is None or not (folder / "tokenizer_config.json").is_file():  # such as that of a run of ours
+            return
+        theirs = {number: token for token, number in self.tokenizer_of(str(folder), key).get_vocab().items()}
+        for token, number in self.tokenizer.get_vocab().items():
+            if theirs.get(number, token) != token:
+                raise ConfigError(
+                    f"{key}: {folder} has another tokenizer than the policy: id {number} is {token!r} here and "
+                    f"{theirs[number]!r} there; expected a model of the policy's family"
+                )
 
     # Data.
 

@@ -194,7 +194,8 @@ def _explain_one(section: type, mistake: ErrorDetails) -> str:
         return f"{key} is missing: {field.description}"
     example = ""
     if kind == "list_type" and isinstance(mistake["input"], str | int | float):
-        example = f": [{mistake['input']}]"
+        text = str(mistake["input"])
+        example = f": [{text if text.isprintable() else repr(text)}]"
     return f"{key}: got {found}, expected {expectation(field)}{example}"
 
 

@@ -56,8 +56,12 @@ class Build(Protocol):
             in_half: weights in the precision of products, for a model that is only read.
         """
 
-    def tokenizer_of(self, source: str) -> Any:
-        """The tokenizer in a Hugging Face folder."""
+    def tokenizer_of(self, source: str, key: str) -> Any:
+        """The tokenizer in a Hugging Face folder, which `key` of the configuration names.
+
+        Raises:
+            ConfigError: there is none.
+        """
 
     def check_images(self, source: str, key: str) -> None:
         """

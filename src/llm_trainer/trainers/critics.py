@@ -32,7 +32,7 @@ def critic_of_folder(source: str | None, config: "TrainConfig", build: "Build") 
     key = "value_model_checkpoint"
     found = find_pretrained(source, (Kind.LANGUAGE_MODEL, *REWARD_MODELS), key=key)
     if (Path(found.source) / "tokenizer_config.json").exists():  # the critic of a run of ours has none of its own
-        theirs = build.tokenizer_of(str(found.source)).get_vocab()
+        theirs = build.tokenizer_of(str(found.source), "value_model_checkpoint").get_vocab()
         different = different_ids(build.tokenizer.get_vocab(), theirs)
         if different:
             raise ValueError(

@@ -188,7 +188,7 @@ def distillation_from_config(kd: "KDConfig", build: "Build") -> Distillation:
     if "teacher_model" in build.given:
         teacher = None
     elif isinstance(teacher, str):
-        theirs = build.tokenizer_of(teacher).get_vocab()
+        theirs = build.tokenizer_of(teacher, "teacher_model").get_vocab()
         check_same_tokenizer(build.tokenizer.get_vocab(), theirs, teacher)
         teacher = build.model(teacher, in_half=True)  # it is only read: no need for more
     return Distillation(**vars(kd) | {"teacher_model": teacher, "stop_token_ids": build.stop_token_ids})

@@ -141,6 +141,7 @@ class OnPolicyTrainer(BaseTrainer):
         self._stop_token_ids = stop_token_ids
         self._verified: Verified | None = None
         self._cuts_loader = False
+        self._compared: list[str] = []  # reward functions that do not judge the rollouts of another run
         self._in_a_row: dict[str, int] = {}  # rollouts without anything to learn from, by what is said of them
         self._evaluation = options.get("sampling") or Sampling()
         self._maker: RolloutMaker | None = None
@@ -178,7 +179,7 @@ class OnPolicyTrainer(BaseTrainer):
         options: dict[str, Any] = {"stop_token_ids": build.stop_token_ids}
         source = section.reward_model_checkpoint
         if source is not None and "reward_model" not in build.given:
-            if build.tokenizer_of(source).get_vocab() != build.tokenizer.get_vocab():
+            if build.tokenizer_of(source, "reward_model_checkpoint").get_vocab() != build.tokenizer.get_vocab():
                 raise ConfigError(
                     f"reward_model_checkpoint: {source} has another tokenizer than the policy, so its ids mean other tokens; "
                     f"expected a reward model made of the policy's family"
@@ -331,6 +332,7 @@ class OnPolicyTrainer(BaseTrainer):
             RolloutError: a rollout of another run cannot be learned from as this one is set up.
         """
         self._check_first(rollout)
+        self._compare_rewards(rollout)
         needed = [*self._learned_columns(), *(f"{ROUTES}{number}" for number in range(self._route_columns))]
         missing = [name for name in needed if name not in rollout.store.columns]
         if missing:
@@ -351,6 +353,17 @@ class OnPolicyTrainer(BaseTrainer):
             raise RolloutError(
                 f"rollouts: {rollout.store.folder} has the id {largest}, and the model knows {vocab_size} ids; expected "
                 f"rollouts of a policy with the same tokenizer"
+            )
+
+    def _compare_rewards(self, rollout: Rollout) -> None:
+        """Say once that rollouts of another run are learned from as they were rewarded there."""
+        theirs = rollout.store.meta["made_of"]["settings"].get("rewards", {})
+        ours = [] if self.rewards is None else [name for name in self.rewards.names if name not in theirs]
+        if ours and ours != self._compared:
+            self._compared = ours
+            self.machine.say(
+                f"WARNING: rollouts: {rollout.store.folder} was rewarded by {', '.join(theirs)}, and is learned from so; "
+                f"{', '.join(ours)} of this run will judge evaluations alone"
             )
 
     def _check_first(self, rollout: Rollout) -> None:
@@ -493,21 +506,13 @@ class OnPolicyTrainer(BaseTrainer):
             is_level: the rewards of all groups are equal.
 
         Raises:
-            ValueError: no completion has a reward, and no function has failed.
+            ValueError: no completion of the training has a reward, and no function has failed.
         """
-        if is_missing.all() and not rollout.column("failed").any():
-            name = rollout.store.folder.name.partition(".")[0]
-            unanswered = sum(rollout.facts(row)["answer"] is None for row in range(len(rollout)))
-            fix = "expected functions that give numbers: None, and NaN, mean that one does not apply"
-            if has_given(rollout):
-                fix = "expected numbers as the rewards of responses that are given, or functions that give some"
-            elif unanswered:
-                fix = (
-                    f"{unanswered} of {len(rollout)} have no reference answer in the data; expected an answer where a reward "
-                    f"function compares with one: look at the rows' columns (data_loader_config.columns: {{answer: ...}}), or "
-                    f"take rewards that need none"
-                )
-            raise ValueError(f"no completion of rollout {name} has a reward: no reward function applies to any; {fix}")
+        has_none = is_missing.all() and not rollout.column("failed").any()
+        if has_none and rollout.is_of_training:
+            raise ValueError(_no_reward(rollout))
+        if has_none:  # an evaluation, which a run need not end for
+            self.machine.say(f"WARNING: in the evaluation {_no_reward(rollout)}")
         if not rollout.is_of_training:
             return
         self._check_first(rollout)
@@ -599,3 +604,19 @@ def correction_of(how: RolloutOptions) -> Correction | None:
     if mode == "none":
         return None
     return Correction(mode, how.off_policy_level, how.off_policy_cap, how.off_policy_floor)
+
+
+def _no_reward(rollout: Rollout) -> str:
+    """That no completion has a reward, and what to look at."""
+    name = rollout.store.folder.name.partition(".")[0]
+    unanswered = sum(rollout.facts(row)["answer"] is None for row in range(len(rollout)))
+    fix = "expected functions that give numbers: None, and NaN, mean that one does not apply"
+    if has_given(rollout):
+        fix = "expected numbers as the rewards of responses that are given, or functions that give some"
+    elif unanswered:
+        fix = (
+            f"{unanswered} of {len(rollout)} have no reference answer in the data; expected an answer where a reward function "
+            f"compares with one: look at the rows' columns (data_loader_config.columns: {{answer: ...}}), or take rewards that "
+            f"need none"
+        )
+    return f"no completion of rollout {name} has a reward: no reward function applies to any; {fix}"
