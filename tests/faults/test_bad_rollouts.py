@@ -47,6 +47,10 @@ def where_answered(prompts: Any, completions: Any, answers: Any) -> list[float |
     return [None if answer is None else share for answer, share in zip(answers, shares, strict=True)]
 
 
+def fails(prompts: Any, completions: Any, answers: Any) -> list[float]:
+    raise KeyError("level")
+
+
 def nothing(prompts: Any, completions: Any, answers: Any) -> list[None]:
     return [None] * len(completions)
 
@@ -365,6 +369,18 @@ VAIN = [
         ),
         {"reward_func": equal, "max_resamplings": 2},
         trainers=("grpo", "rloo"),
+    ),
+    Vain(
+        "a reward function that fails, in a run too short to be stopped for that",
+        (
+            "nothing was learned: all of the run (1 rollout) gave no update",
+            "no rewards, 4 errors, the first: reward function 'fails' raised KeyError: 'level'",
+            "left out because: no reward (4)",
+            "look at what the reward functions give",
+        ),
+        {"reward_func": fails, "max_steps": 1, "train_loader": prompts(2, 1)[:1], "max_failed_rewards": 1.0},
+        rollouts=1,
+        trainers=("grpo",),
     ),
     Vain(
         "the same for ever",

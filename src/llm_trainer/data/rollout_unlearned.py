@@ -90,12 +90,13 @@ def described(rollout: Rollout) -> tuple[str, str]:
         facts = f"rewards from {low:g} to {high:g}"
         if low == high:
             facts = f"all rewards {low:g}"
-    drawn = 1 + max(rollout.facts(row)["attempt"] for row in range(len(rollout)))
+    rows = [rollout.facts(row) for row in range(len(rollout))]
+    drawn = 1 + max(row.get("attempt", 0) for row in rows)
     if drawn > 1:
         facts += f", every group drawn up to {drawn} times"
-    errors = [said for row in range(len(rollout)) for said in rollout.facts(row)["errors"].values()]
+    errors = [said for row in rows for said in row.get("errors", {}).values()]
     if errors:
         facts += f", {counted(len(errors), 'error')}, the first: {errors[0]}"
     name = rollout.store.folder.name.partition(".")[0]
-    rows = f"{counted(len(rollout), 'completion')} of {counted(groups, 'prompt')}"
-    return why.most_common(1)[0][0], f"rollout {name} ({rows}; {facts}), left out because: {', '.join(causes)}"
+    size = f"{counted(len(rollout), 'completion')} of {counted(groups, 'prompt')}"
+    return why.most_common(1)[0][0], f"rollout {name} ({size}; {facts}), left out because: {', '.join(causes)}"

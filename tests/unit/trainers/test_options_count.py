@@ -58,7 +58,7 @@ OF_PPO: dict[str, tuple[Any, Options]] = {
     **ROLLOUTS,
     "ppo_epochs": (1, {}),
     "ppo_batch_size": (2, {}),
-    "completions_per_prompt": (3, {}),
+    "completions_per_prompt": (4, {}),
     "clip_eps": (1e-4, {}),
     "entropy_coef": (0.1, {}),
     "gamma": (0.5, {}),
