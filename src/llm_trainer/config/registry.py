@@ -57,15 +57,29 @@ def import_plugins(plugins: Iterable[str], where: str) -> None:
         if plugin.endswith(".py"):
             _import_file(Path(plugin), where)
             continue
-        try:
-            import_module(plugin)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{plugin}.".startswith(f"{error.name}."):
-                raise  # it is there, and something that it imports is not
+        _import(plugin, plugin, where)
+
+
+def _import(name: str, plugin: str, where: str) -> Any:
+    """A module.
+
+    Raises:
+        ConfigError: there is none of this name, or it raises while it is imported.
+    """
+    try:
+        return import_module(name)
+    except ConfigError:  # of `register_algorithm`
+        raise
+    except Exception as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+        if is_missing:
             raise ConfigError(
                 f"{where}: plugins: no module {plugin!r} can be imported; expected an installed package, or the path of a "
                 ".py file"
             ) from None
+        raise ConfigError(
+            f"{where}: plugins: {plugin} cannot be imported: it raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _import_file(path: Path, where: str) -> None:
@@ -75,7 +89,7 @@ def _import_file(path: Path, where: str) -> None:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    module = import_module(path.stem)
+    module = _import(path.stem, str(path), where)
     if Path(module.__file__ or "").resolve() != path.resolve():
         raise ConfigError(
             f"{where}: plugins: {path} has the name of another module, {module.__file__}; rename the file"

@@ -87,6 +87,26 @@ def test_plugins_that_are_not_there(tmp_path: Path) -> None:
         import_plugins([str(tmp_path / "json.py")], "run.yaml")
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("plugin_unclosed", "x = (\n", r"plugin_unclosed.py cannot be imported: it raised SyntaxError: .* line 1"),
+        (
+            "plugin_lacking",
+            "import nowhere_at_all\n",
+            "it raised ModuleNotFoundError: No module named 'nowhere_at_all'",
+        ),
+    ],
+)
+def test_plugins_that_cannot_be_imported(
+    name: str, code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / f"{name}.py").write_text(code)
+    with pytest.raises(ConfigError, match=message):
+        import_plugins([str(tmp_path / f"{name}.py")], "run.yaml")
+
+
 def test_the_loss_section_has_the_options_of_the_loss() -> None:
     """`losses` stays free of pydantic, so these two stand twice."""
     section = LossConfig()
