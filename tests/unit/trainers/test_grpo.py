@@ -268,7 +268,7 @@ def test_ranks_see_what_all_have() -> None:
         ),
         ({"old_logprobs": torch.zeros(7)}, r"or \(8,\), one for each response"),
         ({"rewards": torch.zeros(3)}, r"rewards: found the shape \(3,\) for 8 responses"),
-        ({"responses": torch.zeros(7, 6)}, "a prompt for each response"),
+        ({"responses": torch.zeros(7, 6).long()}, "a prompt for each response"),
         ({"rewards": None}, "expected prompts .* and rewards"),
         ({"prompt_attention_mask": torch.zeros(8, 4)}, "prompts: row 0 of a batch has no token .* BOS"),
         ({"response_attention_mask": torch.zeros(8, 4)}, "response_attention_mask .* one number for each token"),
