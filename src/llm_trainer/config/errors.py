@@ -195,7 +195,9 @@ def _explain_one(section: type, mistake: ErrorDetails) -> str:
     example = ""
     if kind == "list_type" and isinstance(mistake["input"], str | int | float):
         text = str(mistake["input"])
-        example = f": [{text if text.isprintable() else repr(text)}]"
+        if not text.isprintable():
+            text = repr(text)
+        example = f": [{text}]"
     return f"{key}: got {found}, expected {expectation(field)}{example}"
 
 

@@ -94,7 +94,9 @@ def described(rollout: Rollout) -> tuple[str, str]:
     drawn = 1 + max(row.get("attempt", 0) for row in rows)
     if drawn > 1:
         facts += f", every group drawn up to {drawn} times"
-    errors = [said for row in rows for said in row.get("errors", {}).values()]
+    errors: list[str] = []
+    for row in rows:
+        errors += row.get("errors", {}).values()
     if errors:
         facts += f", {counted(len(errors), 'error')}, the first: {errors[0]}"
     name = rollout.store.folder.name.partition(".")[0]
