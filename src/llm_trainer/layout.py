@@ -114,6 +114,8 @@ def given_layout(packings: Sequence[Packing], key: str) -> Layout:
 
 # The methods that see micro-batches, and so could count on their rows.
 OF_MICRO_BATCHES = ("_prepare_batch", "_forward", "_compute_loss", "_loss_weight", "_begin_step")
+# Those that see them as they are made, to show something of them.
+OF_MADE_ONES = ("_count_tokens", "_get_extra_log_info")
 
 
 def takes_flat(algorithm: type) -> bool:
@@ -123,6 +125,19 @@ def takes_flat(algorithm: type) -> bool:
     them says it again, or its micro-batches stay as they come.
     """
     return _says(algorithm, "takes_flat", OF_MICRO_BATCHES)
+
+
+def made_flat(algorithm: type) -> Packing:
+    """What an algorithm that `takes_flat` makes of rows that are laid flat before it sees any of them, as our streams do."""
+    for kind in algorithm.__mro__:
+        if "takes_flat" in vars(kind):
+            break
+        own = [name for name in OF_MADE_ONES if name in vars(kind)]
+        if own:
+            return Packing(
+                f"{kind.__name__} has a {own[0]} of its own, and does not say that it takes flat batches (takes_flat)"
+            )
+    return Packing()
 
 
 def takes_images(algorithm: type) -> bool:

@@ -105,6 +105,7 @@ LICENSED = {
     ("trainers/base.py", "train"): "the one trainer file that starts a run",
     ("trainers/base.py", "assemble"): "the door of the config style",
     ("engine/score.py", "data"): "cuts the rows of a dataset into micro-batches as a stream does",
+    ("generation/in_process.py", "engine"): "tells that memory has run out, and lets go of what took it",
     ("generation/seeing.py", "models"): "a tower is run as in training",
     ("plan/describe.py", "data"): "the size of a vocabulary is the tokenizer's",
     ("plan/describe.py", "models"): "counts the parameters of a model without weights",

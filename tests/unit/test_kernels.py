@@ -1,5 +1,6 @@
 """Element-wise kernels: in blocks they give the same bits, and whether they are compiled follows from the run."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,7 +73,6 @@ def test_blocks_give_the_same_bits(dtype: torch.dtype) -> None:
 def test_a_run_is_long_enough_by_what_it_has_computed() -> None:
     assert compile_after(kernels.REPAID_FLOPS - 1.0) is False and not kernels._compiles
     assert compile_after(float(kernels.REPAID_FLOPS)) is True and kernels._compiles
-    assert compile_after(float(kernels.REPAID_FLOPS)) is False and kernels._compiles  # has begun before
     assert compile_after(0.0) is False and not kernels._compiles  # another run
     assert compile_after(None) is True
 
@@ -135,5 +135,10 @@ def test_a_resumed_run_meets_the_kernels_it_would_have_met(tmp_path: Path, monke
     kernels.compile_after(0.0)  # a new process, say
     run(6).train()
     assert seen[-2:] == [(5, True), (6, True)]
-    run(1, resume="never", compile=True).run._choose_kernels()
-    assert kernels._compiles  # asked for, so from the first step on
+    lines = map(json.loads, (tmp_path / "log" / "metrics.jsonl").read_text().splitlines())
+    said = [(line["step"], line["choices"]["kernels"]["key"]) for line in lines if "kernels" in line.get("choices", {})]
+    assert said == [(3, "compile=False"), (4, "compile=False")]  # under way, and on the screen of who goes on
+    for wanted in (True, False):  # asked for, so from the first step on, or never
+        run(1, resume="never", compile=wanted).run._choose_kernels()
+        assert kernels._compiles == wanted
+        kernels.compile_after(None)

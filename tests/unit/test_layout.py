@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, couples_rows, given_layout
+from llm_trainer.layout import AS_IT_CAME, Layout, Packing, choose_layout, couples_rows, given_layout, made_flat
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,19 @@ def test_rows_are_coupled_by_batch_norm_inside_of_a_wrapper() -> None:
 
     assert couples_rows(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
     assert not couples_rows(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+
+
+def test_what_looks_at_rows_as_they_are_made_gets_them_padded_unless_it_says_more() -> None:
+    class Takes:
+        takes_flat = True
+
+        def _count_tokens(self) -> None: ...
+
+    class Counts(Takes):
+        def _count_tokens(self) -> None: ...
+
+    class Says(Counts):
+        takes_flat = True
+
+    assert made_flat(Takes) == made_flat(Says) == Packing()
+    assert made_flat(Counts).fault.startswith("Counts has a _count_tokens of its own, and does not say")

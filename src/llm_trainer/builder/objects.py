@@ -42,6 +42,7 @@ from llm_trainer.layout import (
     choose_layout,
     given_layout,
     is_open,
+    made_flat,
     takes_flat,
 )
 from llm_trainer.models.adapters import adapt
@@ -345,6 +346,7 @@ class Builder:
         if not is_chosen:
             key = f"data_loader_config.packing: {wanted}"
             return wanted, given_layout(tried, key) if is_flat else AS_IT_CAME
+        tried.append(made_flat(self.trainer_class))
         layout = choose_layout(tried, may_be_flat, self.trainer_class.__name__, LAYOUT_KEY)
         return "none" if layout.counts_padding else "flat", layout
 

@@ -11,7 +11,7 @@ from llm_trainer.config.schema import TrainConfig
 from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.kinds import get_kind
 from llm_trainer.engine.device import precision_choice
-from llm_trainer.layout import choose_layout, is_open, takes_flat
+from llm_trainer.layout import choose_layout, is_open, made_flat, takes_flat
 from llm_trainer.models.attention import best_attention
 from llm_trainer.models.experts import describe_experts, experts_of
 from llm_trainer.models.packing import packing_of
@@ -57,7 +57,9 @@ class Automatic:
         if not is_open(self.config.data_loader_config.packing, get_kind(rows[0]).packings):
             return None
         takes = takes_flat(self.trainer_class)
-        tried = [packing_of(self.model, self.trainer_class.reader, torch.device("cpu"))] if takes else []
+        tried = [made_flat(self.trainer_class)]
+        if takes:
+            tried.append(packing_of(self.model, self.trainer_class.reader, torch.device("cpu")))
         return choose_layout(tried, takes, self.trainer_class.__name__, LAYOUT_KEY).choice
 
     def choices(self, way: Way, precision: str, steps: float | None) -> list[Choice]:

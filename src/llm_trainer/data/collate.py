@@ -148,6 +148,9 @@ def can_be_cut(batches: Sequence[Any]) -> bool:
         if "desirable" in batch and "kl_input_ids" not in batch:
             return False
         if "prompt_input_ids" in batch:
+            parts = [name.removesuffix("input_ids") for name in batch if name.endswith("_input_ids")]
+            if not all(f"{part}attention_mask" in batch for part in parts):
+                return False  # whoever joins them says what is missing
             continue
         labels = batch.get("labels", batch.get("step_labels"))
         if "input_ids" not in batch or (labels is None and "attention_mask" not in batch):

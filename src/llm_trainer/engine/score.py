@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.config.errors import counted
 from llm_trainer.data.packing import cut_by_tokens
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
@@ -24,7 +25,8 @@ Function = Callable[[Any], Mapping[str, Tensor]]  # batch -> numbers by name
 class RowsOfKnownLengths(Protocol):
     """A map from index to row."""
 
-    lengths: Any  # [rows], tokens; and `costs`, what a budget counts, where that is more
+    # [rows], tokens; and `costs`, what a budget counts, where that is more; and `place(index)`, for messages, where it has one
+    lengths: Any
 
     def __getitem__(self, index: int) -> Any: ...
 
@@ -35,9 +37,11 @@ class _Failure(NamedTuple):
     rows: int
     tokens: int  # with padding
     said: str
+    place: str = ""  # where a single row comes from, as far as its dataset says
 
     def __str__(self) -> str:
-        return f"{self.rows} rows of {self.tokens:,} tokens with padding ({self.said})"
+        rows = self.place or counted(self.rows, "row")
+        return f"{rows} of {self.tokens:,} tokens with padding ({self.said})"
 
 
 class Scoring:
@@ -125,7 +129,7 @@ class Scoring:
                 raise
             said = let_go(error)
         tokens = len(group) * int(np.asarray(dataset.lengths)[group].max())
-        failure = _Failure(len(group), tokens, said)
+        failure = _Failure(len(group), tokens, said, _place_of(group, dataset))
         if engine.in_lockstep:
             raise OutOfMemoryError(
                 f"scoring ran out of memory: {failure}. With engine {engine.name} the ranks cannot try again; expected a "
@@ -197,6 +201,12 @@ def by_row(values: Mapping[str, Tensor], lengths: Sequence[int]) -> Columns:
                 f"longest {max(lengths)}; expected [rows], [rows, T] with padding on the right, or [1, tokens]"
             )
     return columns
+
+
+def _place_of(group: list[int], dataset: RowsOfKnownLengths) -> str:
+    """Where the row of a micro-batch of one comes from, for messages; empty if there are several, or nobody knows."""
+    place = getattr(dataset, "place", None)
+    return str(place(group[0])) if place is not None and len(group) == 1 else ""
 
 
 def _joined(everywhere: list[list[Columns]], groups: list[list[int]], num_rows: int) -> Columns:

@@ -1,11 +1,13 @@
 """The service that decodes in the process that asks, with a copy of the weights or with the trained ones in place."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from llm_trainer.engine.out_of_memory import OutOfMemoryError, is_out_of_memory, let_go, release
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.readers import all_logits, device_of
 from llm_trainer.generation.sampler import make_batch, sampling
@@ -30,6 +32,7 @@ class InProcess:
         max_cache_bytes: Of keys and values; there are fewer rows where longer ones would need more.
         around: The context in which trained weights compute in place; None: that of the call.
         sees_routes: Whether completions say which experts their tokens were sent to; of a copy that is read from slots.
+        alone: Whether no other process takes part in its forwards, so that what does not fit may be drawn again.
 
     Attributes:
         version: See `GenerationService`.
@@ -47,6 +50,7 @@ class InProcess:
         max_cache_bytes: int = 4 * 2**30,
         around: Callable[[], AbstractContextManager[object]] | None = None,
         sees_routes: bool = False,
+        alone: bool = True,
     ) -> None:
         if max_rows < 1 or max_cache_bytes < 1:
             raise ValueError(f"max_rows={max_rows}, max_cache_bytes={max_cache_bytes}: expected at least 1 of both")
@@ -54,7 +58,7 @@ class InProcess:
         self.copy = None if dtype is None else WeightsCopy(self._trained, dtype, device_of(model))
         decoding = self._trained if self.copy is None else self.copy.model
         self.model = adapted_model(decoding)
-        self.max_rows, self.max_cache_bytes = max_rows, max_cache_bytes
+        self.max_rows, self.max_cache_bytes, self._alone = max_rows, max_cache_bytes, alone
         self._around = around or nullcontext
         self._routes = None
         if sees_routes:
@@ -100,8 +104,47 @@ class InProcess:
     def generate(
         self, requests: Sequence[Request], decoding: Decoding, stop: Callable[[], bool]
     ) -> list[list[Completion]]:
-        """As `GenerationService.generate` says."""
+        """As `GenerationService.generate` says. Where memory runs out, fewer rows are decoded together, which none notices.
+
+        Raises:
+            OutOfMemoryError: A single row does not fit.
+        """
         self._check_loaded()
+        while True:
+            try:
+                return self._written(requests, decoding, stop)
+            except Exception as error:
+                if not (self._alone and is_out_of_memory(error)):
+                    raise
+                said = let_go(error)
+            release(device_of(self.model))
+            self._take_fewer(sum(request.samples for request in requests), said)
+
+    def _take_fewer(self, num_samples: int, said: str) -> None:
+        """
+        Args:
+            num_samples: So many completions were asked for.
+            said: Why they did not fit.
+
+        Raises:
+            OutOfMemoryError: There was one row.
+        """
+        rows = min(self.max_rows, num_samples)
+        if rows == 1:
+            raise OutOfMemoryError(
+                f"drawing a completion ran out of memory ({said}), with a single row. What helps: fewer new tokens "
+                "(gen_max_seq_len, or eval_config.max_seq_len of answers to eval_prompts), shorter prompts, or rollout servers"
+            )
+        self.max_rows = rows // 2
+        warnings.warn(
+            f"drawing completions ran out of memory ({said}). They are drawn again, and from now on at most {self.max_rows:,} "
+            "at a time",
+            stacklevel=3,
+        )
+
+    def _written(
+        self, requests: Sequence[Request], decoding: Decoding, stop: Callable[[], bool]
+    ) -> list[list[Completion]]:
         limits = {"max_rows": self.max_rows, "max_cache_bytes": self.max_cache_bytes}
         with sampling(self.model), self._precision():
             batch = make_batch(

@@ -1,8 +1,11 @@
 """Whether a model keeps documents apart that are laid flat in one row. It is tried out, not read from a list."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +13,7 @@ from llm_trainer.layout import Packing, couples_rows
 from llm_trainer.models.heads import small_sibling
 from llm_trainer.models.inside import adapted_model, evaluating, language_config, transformers_model
 from llm_trainer.models.scored import restarting_positions
-from llm_trainer.models.seeing import Seeing
+from llm_trainer.models.seeing import Seeing, accepted_inputs
 from llm_trainer.models.vision import ImageInputs
 
 # Two documents of ids that every vocabulary has. The second is compared after its first token, which nothing predicts.
@@ -30,9 +33,9 @@ class Reader(Protocol):
 def packing_of(model: nn.Module, reader: Callable[[nn.Module], Any], device: torch.device) -> Packing:
     """Try a model out on two short documents, alone and laid flat, in the precision of the context.
 
-    The model stays as it is: evaluation mode, without gradients, no random number consumed. Where its weights are not on
-    `device` (an engine brings them there, or they come from another process), a model of the same class and configuration
-    is tried there, with one layer of each type.
+    The model stays as it is: evaluation mode, without gradients, no buffer changed and no random number consumed. Where its
+    weights are not on `device` (an engine brings them there, or they come from another process), a model of the same class
+    and configuration is tried there, with one layer of each type.
 
     Args:
         model: any module.
@@ -43,9 +46,8 @@ def packing_of(model: nn.Module, reader: Callable[[nn.Module], Any], device: tor
 
     name = type(model).__name__
     is_elsewhere = any(parameter.device.type != device.type for parameter in model.parameters())
-    cuda = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(cuda), torch.no_grad():
+        with _without_a_trace(model, device), torch.no_grad():
             tried, inner = model, adapted_model(model)
             if is_elsewhere and isinstance(inner, PreTrainedModel):
                 sibling: nn.Module = small_sibling(inner)
@@ -63,8 +65,27 @@ def packing_of(model: nn.Module, reader: Callable[[nn.Module], Any], device: tor
     return Packing(fault, _dense_width(model), couples_rows(model))
 
 
+@contextmanager
+def _without_a_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The context after which random numbers and buffers are as before: a model may count its calls, or draw by itself."""
+    noise = random.getstate(), np.random.get_state()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(noise[0])
+        np.random.set_state(noise[1])
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
 def _fault(reader: Any, model: nn.Module) -> str:
     """What is wrong with documents laid flat, of text and, where the model takes them, with images; empty: nothing."""
+    accepted = accepted_inputs(model)
+    if accepted is not None and "position_ids" not in accepted:
+        return "its forward takes no position_ids"
     parameter = next(model.parameters())
     in_half = torch.is_autocast_enabled(parameter.device.type) or parameter.dtype.itemsize < torch.float32.itemsize
     share = ROUNDING_HALF if in_half else ROUNDING

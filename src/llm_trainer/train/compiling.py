@@ -85,6 +85,9 @@ EXPECTED = {
     ("cpu", "bf16"): Estimate(40.0, 1.25),
 }
 ELSEWHERE = Estimate(90.0, 1.1)
+KERNELS = Choice(
+    "kernels", "compiled", "of head and attention: the run is long enough to earn back a step that takes longer", KEY
+)
 UNDECIDED = Choice("compile", f"decided after {WATCHED} steps", "it takes a long run to earn it back", KEY)
 
 

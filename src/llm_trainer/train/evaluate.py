@@ -179,7 +179,8 @@ def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int
 
     def generate(requests: list[Request]) -> list[list[Completion]]:
         with torch.no_grad(), engine.inference():
-            return InProcess(algorithm.base_model).generate(requests, decoding, stop=lambda: False)
+            sampler = InProcess(algorithm.base_model, alone=not engine.in_lockstep)
+            return sampler.generate(requests, decoding, stop=lambda: False)
 
     # In lockstep all ranks would have to ask equally often, whatever an environment answers to each.
     played = None

@@ -214,8 +214,12 @@ def describe_batch(source: StepSource, accumulation: int) -> str:
         return f"{counted(accumulation, 'micro-batch')} x {ranks} = {in_all} per step{_budget_of(source)}"
     rows, in_all = counted(source.batch_size, "row"), counted(source.rows_per_step, "row")
     tokens = human(source.rows_per_step * float(source.dataset.lengths.mean()), "tokens")
-    equation = f"{rows} x {accumulation} accumulation x {ranks} = {in_all} = {tokens} per step"
-    return equation + _budget_of(source)
+    product = f"{rows} x {accumulation} accumulation x {ranks} = "
+    if (
+        source.batch_size * accumulation * dist.world_size() != source.rows_per_step
+    ):  # a stream of the user's, who says how many
+        product = ""
+    return f"{product}{in_all} = {tokens} per step{_budget_of(source)}"
 
 
 def _budget_of(source: StepSource) -> str:

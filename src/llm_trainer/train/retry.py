@@ -5,12 +5,14 @@ that runs out of memory takes part in that exchange with zeros, and then all ran
 """
 
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +84,7 @@ class Attempt:
         self._work, self._give_up = work, give_up
         self._metrics = work.metrics.copy()
         self._buffers = [(buffer, buffer.clone()) for buffer in _statistics(work)]
+        self._noise = random.getstate(), np.random.get_state()  # torch's is seeded anew as the step begins again
 
     def begin(self, batches: list[MicroBatch]) -> None:
         """Let the algorithm see the micro-batches. Its sums over ranks are where ranks wait for each other."""
@@ -138,6 +141,9 @@ class Attempt:
         with torch.no_grad():
             for buffer, before in self._buffers:
                 buffer.copy_(before)
+        of_python, of_numpy = self._noise
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
         release(work.engine.device)
         raise failure or DoesNotFit()
 
@@ -258,7 +264,7 @@ def shrink(work: Work, rows: list[list[RowOfStep]], failure: DoesNotFit, where: 
         failed = _agreed_size(rows)
     happened = f"{where} ran out of memory: {'; '.join(found)}"
     if not _smaller(work.budget, *failed):
-        raise OutOfMemoryError(f"{happened}. {_no_smaller(work)}. What helps: {HELP}")
+        raise OutOfMemoryError(f"{happened}. {_no_smaller(work, rows)}. What helps: {HELP}")
     work.run.say(
         f"{happened}. It is taken again, and from now on a micro-batch has at most {work.budget.tokens:,} tokens. No row, and "
         "no gradient, depends on that"
@@ -273,7 +279,7 @@ def _stop(work: Work, rows: list[list[RowOfStep]], failure: DoesNotFit, where: s
     """
     happened = f"{where} ran out of memory: {_describe(rows, failure)}"
     if not _smaller(work.budget, *_largest(_that_failed(rows, failure))):
-        raise OutOfMemoryError(f"{happened}. {_no_smaller(work)}. What helps: {HELP}")
+        raise OutOfMemoryError(f"{happened}. {_no_smaller(work, rows)}. What helps: {HELP}")
     path = work.run.save_dir / REMEMBERED
     kept = f"({path} says so)"
     try:
@@ -294,9 +300,14 @@ def _smaller(budget: Budget, cost: int, longest: int) -> bool:
     return budget.shrink(cost, longest)
 
 
-def _no_smaller(work: Work) -> str:
-    """Why a step stays as it is."""
+def _no_smaller(work: Work, rows: list[list[RowOfStep]]) -> str:
+    """Why a step stays as it is; `rows` are those of its micro-batches."""
     kind = type(work.algorithm)
+    if not rows and may_cut(work.algorithm):
+        return (
+            "Its micro-batches are not cut, for they hold something else than padded tensors [B, T] under names that are known "
+            "(input_ids, labels, attention_mask, ...), or labels on padding: put fewer rows into each (batch_size)"
+        )
     if may_cut(work.algorithm) or isinstance(work.budget.configured, int):
         return "It cannot be cut any smaller"
     if takes_flat(kind):

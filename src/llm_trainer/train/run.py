@@ -29,7 +29,7 @@ from llm_trainer.optim.optimizers import slow_kernel
 from llm_trainer.state import Choice, Horizon, Progress, StepDone, Stopped
 from llm_trainer.train import guards, preflight, sizing, snapshot
 from llm_trainer.train.budget import Budget, may_cut
-from llm_trainer.train.compiling import Compiling, steps_left
+from llm_trainer.train.compiling import KERNELS, Compiling, steps_left
 from llm_trainer.train.configured import ConfiguredOptimizer
 from llm_trainer.train.evaluate import answer, chat_of, evaluate, prompts_of, unmeasured
 from llm_trainer.train.first_rows import begin_adapters
@@ -315,12 +315,14 @@ class Run:
             self._note(self.budget.choice())
 
     def _choose_kernels(self) -> None:
-        """Compile the kernels of head and attention as soon as the run is long enough to earn it back."""
-        per_token, flops = self.size.flops_per_token, None
-        if per_token is not None and self.settings.compile is not True:
-            flops = per_token * self.progress.tokens
-        if compile_after(flops) and self.progress.step and self.engine.device.type == "cpu":
-            self.say("compiling the kernels of head and attention: one step takes some seconds longer")
+        """Compile the kernels of head and attention as the user says, or once the run is long enough to earn it back."""
+        per_token, wanted = self.size.flops_per_token, self.settings.compile
+        if wanted != "auto":
+            compile_after(None if wanted else 0.0)
+        elif per_token is None:
+            compile_after(None)
+        elif compile_after(per_token * self.progress.tokens) and self.engine.device.type == "cpu":
+            self.chosen(KERNELS)
 
     def _skip(self, done: StepDone) -> None:
         """Count a step whose gradient was not finite, keep its batches for inspection, stop after too many in a row."""

@@ -15,6 +15,7 @@ from llm_trainer.data.stream import SampleStream, StepSource, innermost
 from llm_trainer.engine import dist
 from llm_trainer.engine.base import Engine
 from llm_trainer.engine.room import room_on
+from llm_trainer.layout import takes_flat
 from llm_trainer.train.budget import Budget, may_cut, size_below
 from llm_trainer.train.preflight import human
 from llm_trainer.train.size import Size
@@ -52,7 +53,11 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
     if budget.is_settled:
         return
     if not may_cut(work.algorithm):
-        return budget.settle(None, f"{type(work.algorithm).__name__} does not say that they may be cut anew")
+        kind = type(work.algorithm)
+        why = "rows of one depend on each other in this model"
+        if not takes_flat(kind):
+            why = f"{kind.__name__} does not say that they may be cut anew"
+        return budget.settle(None, why)
     plain, fastest, why = _fastest(work.engine.device, innermost(work.source))
     if work.algorithm.regulariser.costs_when_cut:
         plain, fastest, why = MOST, MOST, "a step that is cut is routed twice"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_trainer.data.stream import SampleStream
 from llm_trainer.engine.out_of_memory import is_out_of_memory, let_go, release
@@ -77,12 +77,14 @@ def _run(work: Work, micro_batch: MicroBatch) -> None:
 def without_a_trace(work: Work) -> Iterator[None]:
     """The context of a forward and backward between two steps of which nothing is to stay.
 
-    That is: gradients, buffers such as BatchNorm's, random numbers, and what an algorithm remembers in its attributes.
+    That is: gradients, buffers such as BatchNorm's, random numbers, and what an algorithm remembers in its attributes, in
+    modules among them too.
     """
     algorithm, module = work.algorithm, work.algorithm.model
     random = RandomState()
     state, was_training = random.state_dict(), module.training
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    modules = [value for value in vars(algorithm).values() if isinstance(value, nn.Module)]
+    buffers = {buffer: buffer.clone() for one in (module, *modules) for buffer in one.buffers()}
     kept = {name: _copy(value) for name, value in vars(algorithm).items()}
     module.train()
     try:
@@ -91,14 +93,18 @@ def without_a_trace(work: Work) -> Iterator[None]:
         module.train(was_training)
         work.engine.drop_gradients()
         with torch.no_grad():
-            for buffer, before in buffers:
+            for buffer, before in buffers.items():
                 buffer.copy_(before)
         vars(algorithm).update(kept)
         random.load_state_dict(state)
 
 
 def _copy(value: object) -> object:
-    """A number, a tensor or a list as it is now; anything larger itself."""
+    """A number, a tensor, or a list or dict of such as it is now; anything else itself."""
     if isinstance(value, Tensor):
         return value.clone()
+    if type(value) is dict:
+        return {name: _copy(one) for name, one in value.items()}
+    if type(value) is list:
+        return [_copy(one) for one in value]
     return copy.copy(value) if isinstance(value, list | dict | set) else value

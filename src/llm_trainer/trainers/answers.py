@@ -195,8 +195,8 @@ def _documents(values: Tensor, rows: Batch) -> Sequence[Tensor]:
 def lay_flat(rows: Batch, layout: Layout) -> Batch:
     """Padded rows laid end to end without their padding, as `data.collate.collate_flat` does, where the layout says so.
 
-    As they came: rows with padding elsewhere than on the right, with labels on padding, with images, or with keys that are
-    not known; and rows that are laid flat already.
+    As they came: rows with padding elsewhere than on the right, with labels on padding, with images, with a mask of another
+    shape, or with keys that are not known; and rows that are laid flat already. What is no tensor is left as it is.
 
     Args:
         rows: `input_ids [B, T]`, with `attention_mask`, labels and weights of that shape, and numbers per row.
@@ -208,7 +208,8 @@ def lay_flat(rows: Batch, layout: Layout) -> Batch:
     mask = rows["attention_mask"].bool() if "attention_mask" in rows else torch.ones_like(ids, dtype=torch.bool)
     per_token = [name for name in _LAID_FLAT if name in rows]
     per_row = [name for name in rows if name not in per_token and name != "attention_mask"]
-    if any(rows[name].dim() > 1 for name in per_row) or any(rows[name].shape != ids.shape for name in per_token):
+    tables = [name for name in per_row if isinstance(rows[name], Tensor) and rows[name].dim() > 1]
+    if tables or mask.shape != ids.shape or any(rows[name].shape != ids.shape for name in per_token):
         return rows
     lengths = mask.sum(1)
     ends_in_padding = (mask[:, 1:] <= mask[:, :-1]).all() and (lengths > 0).all()
@@ -325,4 +326,6 @@ def score(model: nn.Module, rows: Batch, differentiable: bool = False, **how: An
 def count_tokens(batch: Batch) -> int:
     """Tokens of a joined batch, or of its parts, without padding."""
     masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
-    return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel()
+    if masks:
+        return sum(int(mask.sum()) for mask in masks)
+    return sum(ids.numel() for name, ids in batch.items() if name.endswith("input_ids"))

@@ -325,8 +325,9 @@ def test_joined_pairs_are_cut_between_pairs():
         {"input_ids": torch.ones(2, 3).long()},  # nothing says what is padding
         padded(3, 2) | {"labels": torch.ones(2, 3).long()},  # padding is learned
         padded(3, 2) | {"desirable": torch.tensor([True, False])},  # answers are mismatched inside the batch
+        {f"{part}_input_ids": torch.ones(2, 3).long() for part in ("prompt", "chosen", "rejected")},  # without masks
     ],
-    ids=["tuple", "names", "images", "flat", "no mask", "padding", "kto"],
+    ids=["tuple", "names", "images", "flat", "no mask", "padding", "kto", "parts"],
 )
 def test_what_is_not_certainly_the_same_stays_as_it_came(batch: Any):
     for how in ({"layout": Layout(by_length=True)}, {"layout": Layout(flat=True)}):

@@ -88,9 +88,16 @@ def test_a_row_that_does_not_fit_alone_is_an_error_that_says_so() -> None:
         raise MemoryError("no memory")
 
     with pytest.raises(
-        OutOfMemoryError, match=r"1 rows of 9 tokens .* A single row cannot be cut; expected rows that fit"
+        OutOfMemoryError, match=r"1 row of 9 tokens .* A single row cannot be cut; expected rows that fit"
     ):
         scoring()(Ragged(), collate_padded, starving)
+
+    class Known(Ragged):
+        def place(self, index: int) -> str:
+            return f"rows.jsonl, row {index + 1}"
+
+    with pytest.raises(OutOfMemoryError, match=r"memory: rows.jsonl, row [25] of 9 tokens with padding \(no memory\)"):
+        scoring()(Known(), collate_padded, starving)
 
 
 def test_other_errors_are_not_taken_for_want_of_memory() -> None:

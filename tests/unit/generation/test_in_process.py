@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from decoding_models import MODELS, PROMPTS, SIZES, build_qwen3
+from llm_trainer.engine.out_of_memory import OutOfMemoryError
 from llm_trainer.generation import slots
 from llm_trainer.generation.decoding import Decoding
 from llm_trainer.generation.in_process import InProcess
@@ -50,6 +51,32 @@ def test_a_completion_that_is_asked_for_in_pieces_is_the_same() -> None:
     assert [piece.ids for (piece,) in pieces] == [one.ids[2:5] for one in whole]
     anew = InProcess(model).generate([request._replace(first=0) for request in requests], decoding, never)
     assert [piece.ids for (piece,) in anew] != [piece.ids for (piece,) in pieces]
+
+
+def test_what_does_not_fit_is_drawn_again_with_fewer_rows() -> None:
+    """Token for token the same; a row that does not fit alone is one message, and so is another process's part in it."""
+    model, decoding, most = build_qwen3(), Decoding(max_new_tokens=8, seed=3), 2
+    requests = [Request(prompt, number, samples=2) for number, prompt in enumerate(PROMPTS)]
+    whole = InProcess(model).generate(requests, decoding, never)
+
+    def short(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > most:
+            raise MemoryError("no room")
+
+    model.model.layers[1].register_forward_pre_hook(short)
+    service = InProcess(model)
+    with pytest.warns(UserWarning, match=r"ran out of memory \(no room\).*at most [24] at a time"):
+        found = service.generate(requests, decoding, never)
+    assert [[one.ids for one in group] for group in found] == [[one.ids for one in group] for group in whole]
+    assert service.max_rows == 2
+    with pytest.raises(MemoryError):
+        InProcess(model, alone=False).generate(requests, decoding, never)
+    most = 0
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(OutOfMemoryError, match=r"no room\), with a single row. What helps: fewer"),
+    ):
+        service.generate(requests, decoding, never)
 
 
 def test_a_request_is_interrupted_between_tokens() -> None:

@@ -1,5 +1,8 @@
 """Whether a model keeps documents of a row apart is tried out on it."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
@@ -40,6 +43,20 @@ class Fails(Own):
         raise RuntimeError("out of tune; see the manual")
 
 
+class Counts(Own):
+    """Counts its calls, and draws by itself."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, **ignored: object) -> Tensor:
+        self.calls += 1
+        return self.mixed(input_ids) + 0 * (random.random() + np.random.random() + torch.rand(()))
+
+
 class Bigrams(Own):
     def forward(self, input_ids: Tensor, **ignored: object) -> Tensor:
         return self.head(self.embed(input_ids))
@@ -74,12 +91,12 @@ def test_a_window_of_attention_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("model", "fault"),
     [
-        (Own(), "Own: it cannot be tried: ValueError: Own.forward takes no position_ids, so documents laid flat"),
+        (Own(), "Own: its forward takes no position_ids"),
         (TakesAnything(), "TakesAnything: a document laid behind another is scored otherwise than alone, by "),
         (Fails(), "Fails: it cannot be tried: RuntimeError: out of tune"),
         (Bigrams(), "Bigrams: whether documents in one row see each other does not show in its numbers"),
         (nn.Sequential(Bigrams(), nn.BatchNorm1d(4)), "Sequential: its BatchNorm sees padding as well"),
-        (nn.Linear(2, 2), "Linear: it cannot be tried: "),
+        (nn.Linear(2, 2), "Linear: its forward takes no position_ids"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -130,3 +147,10 @@ def test_the_model_and_the_noise_stay_as_they_are(empty: bool) -> None:
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), noise)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_a_model_counts_and_draws_by_itself_stays_as_it_was() -> None:
+    model = Counts()
+    noise = [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()]
+    assert packing_of(model, ScoredModel, CPU).fault and model.calls == 0
+    assert [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()] == noise

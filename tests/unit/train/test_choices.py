@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llm_trainer import Trainer
+from llm_trainer import SFTTrainer, Trainer
 from llm_trainer.cli.plots import read_curves
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.load import load_config
@@ -22,6 +22,8 @@ from llm_trainer.train.signals import TrainingInterrupted
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
 from victim import make_trainer
+
+from small_runs import config
 
 SOURCE = Path(__file__).resolve().parents[3] / "src" / "llm_trainer"
 LAYOUT = Choice("layout", "flat", "no padding is computed", "data_loader_config.packing: none")
@@ -172,3 +174,17 @@ def test_keys_that_a_run_shows_can_be_followed(tmp_path: Path, reference_dir: Pa
             advice.append(choice["key"].replace(": ", "="))
     left = choices("advised", *advice)
     assert [name for name, choice in left.items() if ": " in choice["key"]] == []
+
+
+def test_what_counts_tokens_of_padded_rows_gets_such(tmp_path: Path, reference_dir: Path) -> None:
+    """A class of the user's that shows something of its batches, and says nothing of flat ones."""
+
+    class Counts(SFTTrainer):
+        def _count_tokens(self, batch: Any) -> int:
+            return int(batch["attention_mask"].sum())
+
+    trainer = Counts(train_config=config(tmp_path, reference_dir, "fp32", n_epochs=1))
+    trainer.train()
+    layout = trainer.run.choices["layout"]
+    assert layout.value == "padded, rows of similar length together" and "_count_tokens of its own" in layout.why
+    assert trainer.run.budget.tokens is not None and trainer.run.progress.tokens > 0

@@ -1,10 +1,12 @@
 """A step that runs out of memory: taken again, cut smaller, to the same curve; and what is said where that cannot help."""
 
 import errno
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -176,6 +178,43 @@ def test_a_row_of_a_loader_is_named_by_its_number(tmp_path: Path) -> None:
     trainer = sft(tmp_path, batches(2))
     FailingMemory(trainer, trainer.base_model.model.layers[0], lambda batch: "backward")
     with pytest.raises(OutOfMemoryError, match=r"row 1 of micro-batch 1 of train_loader after position 0, in epoch 1"):
+        trainer.train()
+
+
+def test_a_step_that_comes_again_draws_the_same_from_other_generators_too(tmp_path: Path) -> None:
+    """Python's and numpy's; torch's are seeded."""
+    drawn: dict[str, list[tuple[float, float]]] = {}
+    for name, fails in (("whole", False), ("cut", True)):
+        random.seed(0)
+        np.random.seed(0)
+        trainer = sft(tmp_path / name, batches(3))
+        own = drawn[name] = []
+        prepare = trainer._prepare_batch
+
+        def draw(batch: Any, own: list = own, prepare: Any = prepare) -> Any:
+            own.append((random.random(), np.random.random()))
+            return prepare(batch)
+
+        trainer._prepare_batch = draw
+        calls = iter(range(1000))  # as a step begins, and for its micro-batch
+        FailingMemory(trainer, trainer.base_model, lambda _, calls=calls, on=fails: "loss" * (on and next(calls) == 3))
+        trainer.train()
+    first, failed, again, *_ = drawn["cut"]
+    assert first == drawn["whole"][0] and failed == again == drawn["whole"][1]
+
+
+def test_batches_that_cannot_be_taken_apart_say_so(tmp_path: Path) -> None:
+    class Takes(SFTTrainer):
+        takes_flat = True
+
+        def _compute_loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+            return super()._compute_loss(outputs, batch)
+
+    trainer = sft(tmp_path, [batch | {"names": [""] * 4} for batch in batches(2)], Takes)
+    FailingMemory(trainer, trainer.base_model.model.layers[0], lambda batch: "loss")
+    with pytest.raises(
+        OutOfMemoryError, match=r"not cut, for they hold something else than padded tensors .*batch_size"
+    ):
         trainer.train()
 
 

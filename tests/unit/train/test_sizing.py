@@ -195,7 +195,7 @@ class Normed(nn.Module):
         return self.head(self.norm(self.embed(input_ids).mT).mT)
 
 
-@pytest.mark.parametrize(("model", "kind", "why"), [(tiny, Own, "Own"), (Normed, SFTTrainer, "may be cut")])
+@pytest.mark.parametrize(("model", "kind", "why"), [(tiny, Own, "Own"), (Normed, SFTTrainer, "depend on each other")])
 def test_what_may_not_be_cut_stays_as_it_comes(tmp_path, model, kind, why):
     trainer = trained(tmp_path, model(), kind)
     assert trainer.run.budget.tokens is None and why in trainer.run.budget.why

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from llm_trainer import SFTTrainer
 from llm_trainer.engine.room import Room, forget_resident_peak
 from llm_trainer.train import sizing, trial
 
@@ -46,8 +47,8 @@ class Long:
         return {"input_ids": np.full(size, index), "trained": np.ones(size, bool), "document_lengths": [size]}
 
 
-def wide(folder: Path, **options: Any) -> Any:
-    from llm_trainer import SFTTrainer, configure_optimizer
+def wide(folder: Path, kind: type[SFTTrainer] = SFTTrainer, **options: Any) -> Any:
+    from llm_trainer import configure_optimizer
     from llm_trainer.data.collate import collate_padded
     from llm_trainer.data.stream import SampleStream
 
@@ -56,7 +57,7 @@ def wide(folder: Path, **options: Any) -> Any:
     source = SampleStream(Long(), collate_padded, rows_per_step=4, batch_size=2)
     optimizer = configure_optimizer(model, lr=0.01)
     how = {"device": "cpu", "precision": "fp32", "progress": False, "max_epochs": 1, "save_interval": 0}
-    return SFTTrainer(model, optimizer, source, save_dir=str(folder), **(how | options))
+    return kind(model, optimizer, source, save_dir=str(folder), **(how | options))
 
 
 def everything(trainer: Any) -> Any:
@@ -97,6 +98,30 @@ def test_nothing_of_it_is_left(tmp_path):
     before = everything(trainer)
     trial.bytes_per_token(trainer.run.work, trainer.run.source)
     assert everything(trainer) == before
+
+
+def test_nor_of_what_a_loss_remembers(tmp_path):
+    """In numbers, in tensors inside of dicts, and in a module beside the model."""
+
+    class Remembers(SFTTrainer):
+        takes_flat = True
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.seen, self.means, self.norm = 0, {"loss": torch.zeros(()), "all": []}, nn.BatchNorm1d(1)
+            super().__init__(*args, **options)
+
+        def _compute_loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+            loss = super()._compute_loss(outputs, batch)
+            self.seen += 1
+            self.means["loss"].add_(loss.detach())
+            self.means["all"].append(float(loss.detach()))
+            self.norm(torch.ones(2, 1))
+            return loss
+
+    trainer = wide(tmp_path, Remembers)
+    trial.bytes_per_token(trainer.run.work, trainer.run.source)
+    assert trainer.seen == 0 and trainer.means == {"loss": 0.0, "all": []}
+    assert trainer.norm.num_batches_tracked == 0 and trainer.norm.running_mean == 0
 
 
 def test_a_run_goes_the_same_way_after_it(tmp_path, monkeypatch):
