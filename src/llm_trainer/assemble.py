@@ -20,7 +20,7 @@ from llm_trainer.engine.device import check_float8, choose_precision
 from llm_trainer.engine.recompute import check_offload
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.lock import lock_of_run
-from llm_trainer.models.attention import describe_attention
+from llm_trainer.models.attention import attends, describe_attention
 from llm_trainer.models.experts import describe_experts
 from llm_trainer.optim.optimizers import OPTIMIZERS, configure_optimizer, describe_kernel, kernel_on
 from llm_trainer.optim.schedules import create_scheduler
@@ -103,7 +103,7 @@ def _choices(
 ) -> list[Choice]:
     """What of the objects made here was left to the machine."""
     choices = []
-    if config.run_config.attention == "auto" and "model" not in given:
+    if config.run_config.attention == "auto" and "model" not in given and attends(build.policy.config):
         choices.append(attention_choice(*describe_attention(build.policy.config, build.device)))
     computed = describe_experts(build.policy) if config.run_config.experts == "auto" else None
     if computed is not None and "model" not in given:
@@ -128,7 +128,7 @@ def _kernel_choice(value: str, why: str) -> Choice:
 
 def attention_choice(value: str, why: str) -> Choice:
     """What `run_config.attention: auto` has come to, for the screen before training."""
-    if value == "sdpa":
+    if value in ("sdpa", "eager"):
         return Choice("attention", value, why, "run_config.attention: eager")
     return Choice("attention", value, why, "run_config.attention: sdpa")
 

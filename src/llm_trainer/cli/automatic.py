@@ -12,7 +12,7 @@ from llm_trainer.config.table import ALGORITHMS
 from llm_trainer.data.kinds import get_kind
 from llm_trainer.engine.device import precision_choice
 from llm_trainer.layout import choose_layout, is_open, made_flat, takes_flat
-from llm_trainer.models.attention import best_attention
+from llm_trainer.models.attention import attends, best_attention, describe_attention
 from llm_trainer.models.experts import describe_experts, experts_of
 from llm_trainer.models.packing import packing_of
 from llm_trainer.plan.choices import Choice as Way
@@ -72,8 +72,11 @@ class Automatic:
             found.append(layout)
         if way.why_tokens:
             found.append(choice_of(way.micro_tokens, way.why_tokens))
-        if self.config.run_config.attention == "auto":
-            found.append(attention_choice(*best_attention(DEVICE)))
+        if self.config.run_config.attention == "auto" and attends(self.model.config):
+            described = describe_attention(self.model.config, DEVICE)
+            if described[0] != "eager":  # the only one it has
+                described = best_attention(DEVICE)
+            found.append(attention_choice(*described))
         computed = describe_experts(self.model) if self.config.run_config.experts == "auto" else None
         if computed is not None:
             found.append(experts_choice(*computed))

@@ -151,8 +151,8 @@ class Scoring:
         said = "; ".join(map(str, failures))
         if min(found.rows for found in failures) == 1:
             raise OutOfMemoryError(
-                f"scoring ran out of memory: {said}. A single row cannot be cut; expected rows that fit: a smaller block_size "
-                f"with truncation, or engine: fsdp, which divides the weights among processes"
+                f"scoring ran out of memory: {said}. A single row cannot be cut; expected rows that fit: a smaller "
+                f"dataset_block_size with truncation, or engine: fsdp, which divides the weights among processes"
             )
         self._tokens = max(1, min(found.tokens for found in failures) // 2)
         self._say(

@@ -45,6 +45,10 @@ FLASH = ("flash_attention_2", "flash_attn is installed")
 ANYWHERE = ("sdpa", "torch's own kernels")
 
 
+class Chosen(str):
+    """An attention that nobody asked for by name: a model that has not got it gets what transformers would choose."""
+
+
 def best_attention(device: str | torch.device) -> tuple[str, str]:
     """What `auto` means on a device, and why. `blocked` on CUDA has to be asked for until benchmarks/gpu.py has shown it."""
     kind = torch.device(device).type
@@ -53,10 +57,17 @@ def best_attention(device: str | torch.device) -> tuple[str, str]:
     return BEST.get(kind, ANYWHERE)
 
 
+def attends(config: "PretrainedConfig") -> bool:
+    """Whether a model of this configuration has attention: those of states alone, such as Mamba, have no heads."""
+    return bool(getattr(language_config(config), "num_attention_heads", None))
+
+
 def describe_attention(config: "PretrainedConfig", device: str | torch.device) -> tuple[str, str]:
     """What a model that was built with `auto` runs on, and why."""
     config = language_config(config)
     found = config._attn_implementation
+    if found == "eager":
+        return "eager", f"transformers has no other for {config.model_type}"
     if found == "blocked" and not _is_ours(config):
         return "sdpa", f"torch's own kernels and the masks that {config.model_type} makes"
     best, why = best_attention(device)
@@ -94,7 +105,7 @@ def resolve_attention(name: str = "auto", device: str | torch.device = "cpu") ->
     if name not in BACKENDS:
         raise ValueError(f"attention is {name!r}; expected one of {', '.join(BACKENDS)}")
     if name == "auto":
-        name, _ = best_attention(device)
+        name = Chosen(best_attention(device)[0])
     if name == "blocked":
         register()
     return name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.config.model import VLMConfig
 from llm_trainer.models.adapter_folder import load_pretrained
-from llm_trainer.models.attention import KNOWN, resolve_attention
+from llm_trainer.models.attention import KNOWN, Chosen, resolve_attention
 from llm_trainer.models.experts import expert_shape, fused_experts, set_experts
 from llm_trainer.models.inside import auto_class, beside_language, language_config, sees_images
 from llm_trainer.models.overrides import check_rope, overridden, with_rope_type
@@ -139,7 +139,10 @@ def refuse_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 def model_of_config(
-    config: "PretrainedConfig", attention: str = "sdpa", dtype: torch.dtype | str = torch.float32, empty: bool = False
+    config: "PretrainedConfig",
+    attention: str = Chosen("sdpa"),
+    dtype: torch.dtype | str = torch.float32,
+    empty: bool = False,
 ) -> "PreTrainedModel":
     """A language model with random weights, or `empty` ones on the meta device; arguments of `build_model`."""
     attends = attention_of(attention, config)
@@ -147,15 +150,27 @@ def model_of_config(
         return auto_class(config).from_config(config, attn_implementation=attends, dtype=dtype)
 
 
-def attention_of(attention: str, config: "PretrainedConfig") -> str | dict[str, str]:
-    """`attention`, in place of which models that do not know the blocked one get sdpa, as do towers of images."""
+def attention_of(attention: str, config: "PretrainedConfig") -> str | dict[str, str] | None:
+    """`attention`, as `resolve_attention` gives it; of models that have not got it None, which is transformers' choice.
+
+    That is sdpa, or eager where a model has no other (Gemma 2), as for towers of images.
+    """
     if attention != "blocked":
-        return attention
+        return None if isinstance(attention, Chosen) and not _offers(config, attention) else attention
     if language_config(config).model_type not in KNOWN:
-        return "sdpa"
+        return None
     if sees_images(config):
         return {"": "sdpa", "text_config": attention, "vision_config": "sdpa"}
     return attention
+
+
+def _offers(config: "PretrainedConfig", attention: str) -> bool:
+    """Whether the class that a configuration names says that it has an attention."""
+    import transformers
+
+    (name, *_) = config.architectures or [""]
+    says = "_supports_flash_attn" if "flash" in attention else "_supports_sdpa"
+    return getattr(getattr(transformers, name, None), says, False)
 
 
 def _load_model(
@@ -222,10 +237,11 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
     if frozen:
         frozen = _in_products(model, frozen, is_frozen=True)
 
-    # 2. attention: every token with every other one, as the paper counts it
-    heads = c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-    return 6.0 * count - 2.0 * frozen + 12.0 * c.num_hidden_layers * heads * head_dim * seq_len
+    # 2. attention, where there is any: every token with every other one, as the paper counts it
+    heads, width = getattr(c, "num_attention_heads", None), 0
+    if heads:
+        width = heads * (getattr(c, "head_dim", None) or c.hidden_size // heads)
+    return 6.0 * count - 2.0 * frozen + 12.0 * c.num_hidden_layers * width * seq_len
 
 
 def _in_products(model: "PreTrainedModel", count: int, is_frozen: bool) -> int:

@@ -70,8 +70,9 @@ def _without_a_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The context after which random numbers and buffers are as before: a model may count its calls, or draw by itself."""
     noise = random.getstate(), np.random.get_state()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    cuda = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(cuda):
             yield
     finally:
         random.setstate(noise[0])

@@ -165,6 +165,8 @@ def shape_of(model: "PreTrainedModel", quantized: Quantized | None = None) -> Sh
             f"model_config: {type(model).__name__} has no single stack of layers; plan cannot describe it"
         )
     values = c.to_dict()
+    if not getattr(c, "num_attention_heads", None):
+        raise ConfigError(f"model_config: {type(model).__name__} has no attention; plan cannot describe it")
     experts = expert_shape(model)
     width, per_token = values.get("intermediate_size") or 4 * c.hidden_size, 0
     if experts is not None:

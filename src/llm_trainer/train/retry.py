@@ -29,8 +29,8 @@ from llm_trainer.train.terms import begin_step
 from llm_trainer.train.work import Work
 
 HELP = (
-    "gradient_checkpointing, which computes activations again in the backward; a smaller block_size with truncation; or "
-    "engine: fsdp, which divides weights and optimizer among processes"
+    "gradient_checkpointing, which computes activations again in the backward; a smaller dataset_block_size with truncation; "
+    "or engine: fsdp, which divides weights and optimizer among processes"
 )
 
 # Where smaller micro-batches do not help.

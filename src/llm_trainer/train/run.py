@@ -317,9 +317,9 @@ class Run:
     def _choose_kernels(self) -> None:
         """Compile the kernels of head and attention as the user says, or once the run is long enough to earn it back."""
         per_token, wanted = self.size.flops_per_token, self.settings.compile
-        if wanted != "auto":
-            compile_after(None if wanted else 0.0)
-        elif per_token is None:
+        if wanted is False:
+            compile_after(0.0)
+        elif wanted is True or per_token is None:
             compile_after(None)
         elif compile_after(per_token * self.progress.tokens) and self.engine.device.type == "cpu":
             self.chosen(KERNELS)

@@ -83,8 +83,10 @@ def without_a_trace(work: Work) -> Iterator[None]:
     algorithm, module = work.algorithm, work.algorithm.model
     random = RandomState()
     state, was_training = random.state_dict(), module.training
-    modules = [value for value in vars(algorithm).values() if isinstance(value, nn.Module)]
-    buffers = {buffer: buffer.clone() for one in (module, *modules) for buffer in one.buffers()}
+    buffers: dict[Tensor, Tensor] = {}
+    for one in (module, *vars(algorithm).values()):
+        if isinstance(one, nn.Module):
+            buffers |= {buffer: buffer.clone() for buffer in one.buffers()}
     kept = {name: _copy(value) for name, value in vars(algorithm).items()}
     module.train()
     try:

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import VOCAB, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, GPT2Config, MambaConfig
 
 from llm_trainer.checkpoint import write_model
+from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import MoeConfig
+from llm_trainer.models.attention import describe_attention, resolve_attention
 from llm_trainer.models.build import build_config, build_model, flops_per_token, num_parameters, set_stops
+from llm_trainer.plan.shapes import shape_of
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe", "glm4_moe"])
@@ -48,6 +51,19 @@ def test_architectures_without_position_ids_below_get_sdpa(tmp_path: Path) -> No
     assert build_model(str(tmp_path)).config._attn_implementation == "sdpa"
 
 
+def test_models_without_the_best_attention_get_what_there_is(tmp_path: Path) -> None:
+    """Gemma 2 has only the eager one; what was asked for by name is an error where there is none."""
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Gemma2Config(**shape, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for device in ("cpu", "cuda"):
+        model = build_model(str(tmp_path), resolve_attention("auto", device))
+        assert describe_attention(model.config, device) == ("eager", "transformers has no other for gemma2")
+    with pytest.raises(ValueError, match="does not support an attention implementation"):
+        build_model(str(tmp_path), "sdpa")
+    assert build_model(str(tmp_path), "eager").config._attn_implementation == "eager"
+
+
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json"):
         build_model(tmp_path)
@@ -77,6 +93,15 @@ def test_flops_count_what_a_token_passes_through() -> None:
     moe = MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1)
     shared = tiny_model(architecture="glm4_moe", moe=moe)
     assert flops_per_token(shared, 0) == 6 * (num_parameters(shared) - 6 * 3 * 32 * 16)  # one layer has experts
+
+
+def test_flops_of_a_model_without_attention_are_those_of_its_products() -> None:
+    model = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
+    assert (
+        flops_per_token(model, 10) == flops_per_token(model, 1000) == 6 * num_parameters(model)
+    )  # the head is the table
+    with pytest.raises(ConfigError, match="MambaForCausalLM has no attention; plan cannot describe it"):
+        shape_of(model)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "glm4_moe"])
