@@ -95,6 +95,11 @@ class Algorithm(StepLoss):
 
     # What an algorithm may say.
 
+    @property
+    def couples_rows(self) -> bool:
+        """Whether what a row contributes to its loss depends on the others of its micro-batch: these stay as they come."""
+        return False
+
     def _further_losses(self) -> Mapping[str, StepLoss]:
         """Losses that are added to its own, by the name of their micro-batches, which `_build_source` puts into steps."""
         return {}

@@ -17,7 +17,7 @@ class Packing(NamedTuple):
         fault: why it does not score them as it would score each alone; empty where it does.
         dense_width: width of a model whose attention computes all pairs of tokens of a row, 1 where nothing is known of it;
             0: only pairs of a document.
-        couples_rows: what a row contributes depends on the others of its micro-batch: BatchNorm.
+        couples_rows: what a row contributes depends on the others of its micro-batch: BatchNorm, or a loss that sorts them.
     """
 
     fault: str = ""

@@ -1,5 +1,6 @@
 """What nobody asked for changes nothing: rows that the machine lays flat, cuts or sorts give the curve of padded ones."""
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import curves
 from table import ROWS_PER_STEP, SEEING, STEPS, TRAINERS, Cell, Curve, data_of, run, tiny_model
 
+from llm_trainer import DPOTrainer
+from llm_trainer.losses.preference import BATCH_COUPLED
 from llm_trainer.train.hooks import Hook
+from llm_trainer.train_configs import DPOConfig
 
 TOLERANCE = 3e-6  # relative, after three updates in float32
 PARTS = {"dpo": ("chosen", "rejected"), "reward": ("chosen", "rejected"), "kto": ("completion",)}
@@ -98,6 +102,21 @@ def with_one_prompt(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch["labels"][other] = batch["input_ids"][other].where(batch["attention_mask"][other] == 1, -100)
         batch["labels"][other, :prompt] = -100
     return batch
+
+
+@pytest.mark.parametrize("loss_type", sorted(BATCH_COUPLED))
+def test_a_loss_that_sorts_the_pairs_of_a_micro_batch_keeps_them_together(loss_type: str) -> None:
+    """However they are laid out; others are put together and cut by a budget."""
+    made: list[Any] = []
+    cell, loader = Cell("dpo", 2, 4), batches_of("dpo", 2)
+    for model in (None, SeesAll()):
+        plain = run(cell, loader=loader, loss_type=loss_type, model=copy.deepcopy(model))
+        left_open = replace(cell, automatic=True)
+        chosen = run(left_open, loader=loader, loss_type=loss_type, model=model, ready=made.append)
+        assert largest_difference(chosen, plain) < TOLERANCE
+    assert made[0].machine.layout.flat and made[0].run.budget.tokens is None and not made[1].machine.layout.by_length
+    assert DPOTrainer._data_from_config(DPOConfig(loss_type=loss_type)).couples_rows
+    assert not DPOTrainer._data_from_config(DPOConfig()).couples_rows
 
 
 class SeesAll(nn.Module):

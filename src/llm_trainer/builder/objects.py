@@ -48,6 +48,7 @@ from llm_trainer.layout import (
 from llm_trainer.models.adapters import adapt
 from llm_trainer.models.attention import knows_branches, resolve_attention
 from llm_trainer.models.build import build_model
+from llm_trainer.models.experts import experts_of
 from llm_trainer.models.frozen import freeze, frozen_copy
 from llm_trainer.models.inside import model_context, transformers_model
 from llm_trainer.models.overrides import check_steady, steady_context
@@ -346,7 +347,9 @@ class Builder:
         if not is_chosen:
             key = f"data_loader_config.packing: {wanted}"
             return wanted, given_layout(tried, key) if is_flat else AS_IT_CAME
-        tried.append(made_flat(self.trainer_class))
+        couples = experts_of(self.policy) is not None and self.config.loss_config.couples_rows
+        of_class = made_flat(self.trainer_class)
+        tried.append(of_class._replace(couples_rows=couples or self._wanted.couples_rows))
         layout = choose_layout(tried, may_be_flat, self.trainer_class.__name__, LAYOUT_KEY)
         return "none" if layout.counts_padding else "flat", layout
 

@@ -40,11 +40,13 @@ class Automatic:
         self.config = config
         self.trainer_class = ALGORITHMS[name].load()
         self.model = without_weights(config)
+        self._wanted = self.trainer_class._data_from_config(options_of(config, self.trainer_class))
 
     def micro_tokens(self, job: Job) -> int | Finding:
         """Positions of a micro-batch as configured, or how they are found."""
         configured = self.config.data_loader_config.micro_batch_tokens
         couples = experts_of(self.model) is not None and self.config.loss_config.couples_rows
+        couples = couples or self._wanted.couples_rows
         if configured == "auto" and not couples and class_may_cut(self.trainer_class, self.model):
             return partial(largest_that_fits, *ON_GPUS, limit="device memory")
         if isinstance(configured, int):
@@ -53,7 +55,7 @@ class Automatic:
 
     def layout(self) -> Choice | None:
         """How rows will be laid out; a small model of the same class is tried out here."""
-        rows = self.trainer_class._data_from_config(options_of(self.config, self.trainer_class)).rows
+        rows = self._wanted.rows
         if not is_open(self.config.data_loader_config.packing, get_kind(rows[0]).packings):
             return None
         takes = takes_flat(self.trainer_class)

@@ -157,7 +157,7 @@ def size_below(tokens: float) -> int:
 
 def may_cut(algorithm: Algorithm) -> bool:
     """Whether cutting micro-batches anew changes nothing but rounding."""
-    couples = algorithm.regulariser.couples_rows
+    couples = algorithm.regulariser.couples_rows or algorithm.couples_rows
     return not couples and class_may_cut(type(algorithm), algorithm.saved_model)
 
 

@@ -311,7 +311,10 @@ def _no_smaller(work: Work, rows: list[list[RowOfStep]]) -> str:
     if may_cut(work.algorithm) or isinstance(work.budget.configured, int):
         return "It cannot be cut any smaller"
     if takes_flat(kind):
-        return "Rows of a micro-batch depend on each other in this model; it is not cut unless micro_batch_tokens is a number"
+        return (
+            "Rows of a micro-batch depend on each other in this model, or in its loss; it is not cut unless micro_batch_tokens "
+            "is a number"
+        )
     return (
         f"{kind.__name__} has methods of its own that see micro-batches, so these are not cut: say `takes_flat = True` in the "
         "class if its loss does not depend on how a step is cut, or make them smaller (batch_size)"

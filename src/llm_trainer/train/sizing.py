@@ -54,7 +54,7 @@ def settle(work: Work, size: Size, settings: "Settings") -> None:
         return
     if not may_cut(work.algorithm):
         kind = type(work.algorithm)
-        why = "rows of one depend on each other in this model"
+        why = "rows of one depend on each other in this model, or in its loss"
         if not takes_flat(kind):
             why = f"{kind.__name__} does not say that they may be cut anew"
         return budget.settle(None, why)

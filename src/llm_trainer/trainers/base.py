@@ -153,7 +153,8 @@ class BaseTrainer(Algorithm, metaclass=TrainerMeta):
 
         def try_out() -> Packing:
             packing = packing_of(model, type(self).reader, self.device)
-            return packing._replace(couples_rows=packing.couples_rows or self.regulariser.couples_rows)
+            couples = self.regulariser.couples_rows or self.couples_rows
+            return packing._replace(couples_rows=packing.couples_rows or couples)
 
         self.machine.reads_rows(try_out)
 

@@ -126,11 +126,13 @@ class DataRequest(NamedTuple):
         rows: kinds of `data/kinds`; of several, the first that the first file fits.
         share_prompts: the prompt of a pair is run once, where attention can do it.
         chat: keywords of `ChatFormat`: what of a conversation is trained on.
+        couples_rows: as `Algorithm.couples_rows` will say.
     """
 
     rows: tuple[str, ...]
     share_prompts: bool = False
     chat: Mapping[str, Any] = {}
+    couples_rows: bool = False
 
 
 class Sketch(Protocol):
