@@ -55,6 +55,7 @@ class Algorithm(StepLoss):
     Attributes:
         takes_flat: whether its methods take batches laid flat (`[1, N]`, without padding) as well as padded ones, and its
             loss does not depend on how a step is cut. Said by, or below, the class that writes them (`layout.takes_flat`).
+        couples_rows: what a row contributes to its loss depends on the others of its micro-batch, which stays as it comes.
         sides: answers of a sample, of which a joined batch holds all first ones, then all second ones.
         base_model: the user's model.
         model: the module that `_forward` calls: `base_model`, or what `_build_module` and the engine put around it.
@@ -81,6 +82,7 @@ class Algorithm(StepLoss):
         None  # (prompts, generate) -> what becomes of `eval_prompts` in several turns; None: they have one
     )
 
+    couples_rows: bool = False
     base_model: nn.Module
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -94,11 +96,6 @@ class Algorithm(StepLoss):
     machine: Machine
 
     # What an algorithm may say.
-
-    @property
-    def couples_rows(self) -> bool:
-        """Whether what a row contributes to its loss depends on the others of its micro-batch: these stay as they come."""
-        return False
 
     def _further_losses(self) -> Mapping[str, StepLoss]:
         """Losses that are added to its own, by the name of their micro-batches, which `_build_source` puts into steps."""

@@ -388,6 +388,11 @@ class PreferenceLoss:
         return frozenset(resolve_loss_type(self.loss_type))
 
     @property
+    def couples_rows(self) -> bool:
+        """Whether a pair's part depends on the others that it is computed with."""
+        return not BATCH_COUPLED.isdisjoint(self.names)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a loss compares with a reference model."""
         return not self.names <= REFERENCE_FREE

@@ -127,13 +127,16 @@ class Reporter:
             if isinstance(writer, TextLog):
                 writer.note(step, words)
 
-    def note_choice(self, choice: Choice) -> None:
-        """Note what the machine chose; one that comes when the logs are open is said, and replaces the one of its name."""
+    def note_choice(self, choice: Choice, is_said: bool = False) -> None:
+        """Note what the machine chose; one that comes when the logs are open is said, unless it was, and replaces the one of
+        its name.
+        """
         if self.choices.get(choice.name) == choice:
             return
         self.choices[choice.name] = choice
         if self._writers:
-            self.say(f"step {self._progress.step:,}  {choice}")
+            if not is_said:
+                self.say(f"step {self._progress.step:,}  {choice}")
             self._write_choices([choice])
 
     def _write_choices(self, choices: Iterable[Choice], **facts: Any) -> None:

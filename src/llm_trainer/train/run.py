@@ -310,9 +310,12 @@ class Run:
         progress.advance(done.position)
         self._reporter.note_learning_rate(progress.step, progress.learning_rate)
         self._note(self.compiling.after(done, steps_left(self.horizon, progress)))
-        if self.budget.compiled(self.compiling.is_on):
+        has_grown = self.budget.compiled(self.compiling.is_on)
+        if has_grown:
             release(self.engine.device)  # buffers of the size of before leave holes that those to come do not fill
-            self._note(self.budget.choice())
+        choice = self.budget.choice()
+        if choice is not None:
+            self.chosen(choice, is_said=not has_grown)  # a smaller one was said when something did not fit
 
     def _choose_kernels(self) -> None:
         """Compile the kernels of head and attention as the user says, or once the run is long enough to earn it back."""
@@ -490,11 +493,15 @@ class Run:
         """What was left to the machine, by name."""
         return self._reporter.choices
 
-    def chosen(self, choice: Choice) -> None:
-        """Show what the machine chose before the first step, or say it at once if training is under way, and log it."""
+    def chosen(self, choice: Choice, is_said: bool = False) -> None:
+        """Show what the machine chose before the first step, or say it at once if training is under way, and log it.
+
+        Args:
+            is_said: it was said in other words.
+        """
         if not self.settings.description:
             choice = choice.as_keyword()
-        self._reporter.note_choice(choice)
+        self._reporter.note_choice(choice, is_said)
 
     def _note(self, choice: Choice | None) -> None:
         if choice is not None:

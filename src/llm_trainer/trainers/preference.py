@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from llm_trainer.image_batch import moved, of_images
 from llm_trainer.losses.pairs import Pairs, pairs_from_tokens
-from llm_trainer.losses.preference import (
-    BATCH_COUPLED,
-    NLL_NORMS,
-    PreferenceLoss,
-    PreferenceTerms,
-    resolve_loss_type,
-)
+from llm_trainer.losses.preference import NLL_NORMS, PreferenceLoss, PreferenceTerms, resolve_loss_type
 from llm_trainer.models.freezing import see_alike
 from llm_trainer.models.frozen import StartingPoint, check_base, choose_reference
 from llm_trainer.models.scored import ScoredModel, TokenScores, scored
@@ -100,6 +94,7 @@ class DPOTrainer(BaseTrainer):
     ) -> None:
         of_loss = {f.name: options.pop(f.name) for f in fields(PreferenceLoss) if f.name in options}
         self.loss = PreferenceLoss(**{name: value for name, value in of_loss.items() if value is not None})
+        self.couples_rows = self.loss.couples_rows
         self.mask_prompt = mask_prompt
         if len(args) > 3 or not isinstance(ref_model, nn.Module | None):
             raise TypeError(
@@ -166,10 +161,8 @@ class DPOTrainer(BaseTrainer):
 
     @classmethod
     def _data_from_config(cls, section: "DPOConfig") -> DataRequest:
-        names = resolve_loss_type(section.loss_type, section.loss_ipo).keys()
-        return DataRequest(
-            cls.rows, share_prompts=section.share_prompts, couples_rows=not BATCH_COUPLED.isdisjoint(names)
-        )
+        loss = PreferenceLoss(resolve_loss_type(section.loss_type, section.loss_ipo))
+        return DataRequest(cls.rows, share_prompts=section.share_prompts, couples_rows=loss.couples_rows)
 
     @classmethod
     def _plan_costs(cls, config: "TrainConfig", sketch: "Sketch") -> dict[str, Any]:
@@ -178,10 +171,6 @@ class DPOTrainer(BaseTrainer):
         keeps_reference = loss.needs_reference and not section.precompute_ref_log_probs
         reference = sketch.frozen() if keeps_reference else {}
         return {"rows_per_sample": len(SIDES), **reference}
-
-    @property
-    def couples_rows(self) -> bool:
-        return not BATCH_COUPLED.isdisjoint(self.loss.names)
 
     def _build_module(self, model: nn.Module) -> nn.Module:
         self._policy = scored(model)

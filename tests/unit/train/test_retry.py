@@ -1,6 +1,7 @@
 """A step that runs out of memory: taken again, cut smaller, to the same curve; and what is said where that cannot help."""
 
 import errno
+import json
 import random
 import sys
 from pathlib import Path
@@ -101,7 +102,10 @@ def test_nothing_of_a_failed_attempt_is_left(tmp_path: Path, capsys: pytest.Capt
         lines[name] = metric_lines(tmp_path / name)
         weights[name] = [p.clone() for p in [*trainer.base_model.parameters(), trainer.base_model.rows_seen]]
     said = capsys.readouterr().out
-    assert said.count("step 2 ran out of memory: micro-batch 3, 2 rows of up to") == 1
+    assert said.count("step 2 ran out of memory: micro-batch 3, 2 rows of up to") == 1 and "step 1  micro-b" not in said
+    written = map(json.loads, (tmp_path / "cut" / "log" / "metrics.jsonl").read_text().splitlines())
+    choices = [line["choices"]["micro-batches"]["why"] for line in written if "choices" in line]
+    assert len(choices) == 1 and choices[0].endswith("did not fit into memory")
     for one, other in zip(lines["cut"], lines["whole"], strict=True):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-7)
     for one, other in zip(weights["cut"], weights["whole"], strict=True):
