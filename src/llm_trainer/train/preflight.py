@@ -215,9 +215,8 @@ def describe_batch(source: StepSource, accumulation: int) -> str:
     rows, in_all = counted(source.batch_size, "row"), counted(source.rows_per_step, "row")
     tokens = human(source.rows_per_step * float(source.dataset.lengths.mean()), "tokens")
     product = f"{rows} x {accumulation} accumulation x {ranks} = "
-    if (
-        source.batch_size * accumulation * dist.world_size() != source.rows_per_step
-    ):  # a stream of the user's, who says how many
+    found = source.batch_size * accumulation * dist.world_size()
+    if found != source.rows_per_step:  # of a stream of the user's, who says the latter
         product = ""
     return f"{product}{in_all} = {tokens} per step{_budget_of(source)}"
 
