@@ -78,9 +78,8 @@ class Algorithm(StepLoss):
     sides: ClassVar[int] = 1
     best_metric: ClassVar[str] = "eval_loss"
     best_is_highest: ClassVar[bool] = False
-    _play: ClassVar[Any] = (
-        None  # (prompts, generate) -> what becomes of `eval_prompts` in several turns; None: they have one
-    )
+    # (prompts, generate) -> what becomes of `eval_prompts` in several turns; None: they have one
+    _play: ClassVar[Any] = None
 
     couples_rows: bool = False
     base_model: nn.Module
