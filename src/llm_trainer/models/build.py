@@ -165,12 +165,16 @@ def attention_of(attention: str, config: "PretrainedConfig") -> str | dict[str, 
 
 
 def _offers(config: "PretrainedConfig", attention: str) -> bool:
-    """Whether the class that a configuration names says that it has an attention."""
+    """Whether the class that a configuration names, or that is made of it, says that it has an attention."""
     import transformers
 
     (name, *_) = config.architectures or [""]
+    models = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if sees_images(config):
+        models = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    made = getattr(transformers, name, None) or models.get(type(config), None)
     says = "_supports_flash_attn" if "flash" in attention else "_supports_sdpa"
-    return getattr(getattr(transformers, name, None), says, False)
+    return getattr(made, says, False)
 
 
 def _load_model(

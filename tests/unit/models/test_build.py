@@ -10,8 +10,15 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, G
 from llm_trainer.checkpoint import write_model
 from llm_trainer.config.errors import ConfigError
 from llm_trainer.config.model import MoeConfig
-from llm_trainer.models.attention import describe_attention, resolve_attention
-from llm_trainer.models.build import build_config, build_model, flops_per_token, num_parameters, set_stops
+from llm_trainer.models.attention import Chosen, describe_attention, resolve_attention
+from llm_trainer.models.build import (
+    attention_of,
+    build_config,
+    build_model,
+    flops_per_token,
+    num_parameters,
+    set_stops,
+)
 from llm_trainer.plan.shapes import shape_of
 
 
@@ -59,6 +66,10 @@ def test_models_without_the_best_attention_get_what_there_is(tmp_path: Path) -> 
     for device in ("cpu", "cuda"):
         model = build_model(str(tmp_path), resolve_attention("auto", device))
         assert describe_attention(model.config, device) == ("eager", "transformers has no other for gemma2")
+    described = build_config(tiny_config())
+    assert described.architectures is None  # nothing has been made of it yet
+    for attention in ("sdpa", "flash_attention_2"):
+        assert attention_of(Chosen(attention), described) == attention
     with pytest.raises(ValueError, match="does not support an attention implementation"):
         build_model(str(tmp_path), "sdpa")
     assert build_model(str(tmp_path), "eager").config._attn_implementation == "eager"
