@@ -70,7 +70,7 @@ def test_what_is_said_of_them() -> None:
     config.model_type = "gpt_neox"
     assert describe_attention(config, "cpu") == ("sdpa", "torch's own kernels and the masks that gpt_neox makes")
     config._attn_implementation = "eager"
-    assert describe_attention(config, "cpu") == ("eager", "gpt_neox has no blocked")
+    assert describe_attention(config, "cpu") == ("eager", "transformers has no other for gpt_neox")
     assert best_attention("mps") == ("sdpa", "torch's own kernels")
 
     cpu = torch.device("cpu")
