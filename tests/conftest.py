@@ -32,14 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The models of the tests are tiny: one thread is faster than several that wait for each other."""
-    import torch
-
+    from one_thread import use_one_thread
     from quick_disk import keep_in_memory, never_wait
 
     never_wait()
     keep_in_memory()
-    torch.set_num_threads(1)
+    use_one_thread()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that tests start
     in_memory = os.environ.get("PYTEST_DEBUG_TEMPROOT")
     os.environ["LLM_TRAINER_CACHE"] = tempfile.mkdtemp(prefix="llm-trainer-tests-", dir=in_memory)  # never the user's

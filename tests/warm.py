@@ -127,12 +127,11 @@ WARM = {"commands": import_commands, "ranks": import_ranks}
 
 def serve(address: str, of: str) -> None:
     """Import what is needed, and fork for each command that comes."""
-    import torch
-
+    from one_thread import use_one_thread
     from quick_disk import never_wait
 
     never_wait()
-    torch.set_num_threads(1)
+    use_one_thread()
     WARM[of]()
     gc.freeze()
     signal.signal(signal.SIGCHLD, _reap)

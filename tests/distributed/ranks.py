@@ -33,6 +33,7 @@ from llm_trainer.engine import dist
 from llm_trainer.lock import LockedError, lock_of_run
 from llm_trainer.train.hooks import Hook
 from machine import free_port
+from one_thread import use_one_thread
 from quick_disk import never_wait
 
 QUIET = {"val_loader": None, "scheduler": None, "max_epochs": 1, "log_interval": 1, "save_interval_steps": None}
@@ -298,7 +299,7 @@ def import_once() -> None:
     from llm_trainer.trainers import TRAINERS, get_trainer_class
 
     never_wait()
-    torch.set_num_threads(1)
+    use_one_thread()
     for name in TRAINERS:
         get_trainer_class(name)
     if find_spec("deepspeed") is not None:
