@@ -203,6 +203,7 @@ class StepDone:
         grad_norm: of the whole gradient, before clipping.
         finite: whether it is finite; otherwise nothing was updated.
         tokens: of all ranks.
+        terms: of all ranks, that each of its losses is a mean of; all 0: nothing counted.
         seconds, cpu_seconds: that the step took by the clock, and of the processor for this process (0: nobody has looked).
         waited: seconds before it, in which its data were awaited; of a rollout's first update, until it was made.
         stop: whether any rank has been asked to stop.
@@ -214,6 +215,7 @@ class StepDone:
     grad_norm: float
     finite: bool
     tokens: int
+    terms: Mapping[str, float]
     seconds: float
     stop: bool
     batches: Sequence[MicroBatch]

@@ -25,25 +25,24 @@ class Learning:
 
     Args:
         say: prints.
-        sum_over_ranks: adds up a number of every rank.
     """
 
-    def __init__(self, say: Callable[[str], None], sum_over_ranks: Callable[[float], float]) -> None:
-        self._say, self._sum_over_ranks = say, sum_over_ranks
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
         self._steps, self._terms = 0, 0.0  # since the last look
         self._looks = 0  # in a row, in which nothing counted
         # Steps of this process in which nothing counted, and those without a gradient.
         self._in_vain = self._flat = 0
 
     def note(self, done: StepDone) -> None:
-        """Note a step of this rank."""
+        """Note a step."""
         self._steps += 1
-        self._terms += sum(batch.weight + batch.added_weight for batch in done.batches)
+        self._terms += sum(done.terms.values())
         if done.finite and done.grad_norm == 0:
             self._flat += 1
 
     def check(self, step: int, is_over: bool) -> None:
-        """Say if nothing has counted since the last look; all ranks call it together.
+        """Say if nothing has counted since the last look: on all ranks alike.
 
         Args:
             step: optimizer steps done.
@@ -52,7 +51,7 @@ class Learning:
         Raises:
             NothingCounts: it ends, and nothing has counted in any of its steps.
         """
-        steps, terms = self._steps, self._sum_over_ranks(self._terms)
+        steps, terms = self._steps, self._terms
         self._steps, self._terms = 0, 0.0
         if terms:
             self._looks = 0

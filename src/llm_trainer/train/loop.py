@@ -71,7 +71,7 @@ def train_step(work: Work, step: int, micro_batches: list[MicroBatch], position:
     # 4. Update the weights, unless the gradient is not finite. The host waits for the device here, and nowhere else.
     grad_norm, finite = engine.step(work.max_grad_norm)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    return StepDone(loss_sum, grad_norm, finite, tokens, seconds, stop, batches, position, cpu_seconds)
+    return StepDone(loss_sum, grad_norm, finite, tokens, totals, seconds, stop, batches, position, cpu_seconds)
 
 
 def add_gradient(work: Work, micro_batch: MicroBatch, totals: Totals, last: bool) -> Tensor:

@@ -105,7 +105,7 @@ class Run:
         self._last_batch: Any = None
         self._metrics = Metrics(self.engine.device)
         self._clock = Clock()
-        self._learning = Learning(self.say, lambda terms: dist.sum_numbers([terms], self.engine.device)[0])
+        self._learning = Learning(self.say)
         self._reporter = Reporter(dist.is_main(), self.progress)
         keep = settings.checkpoints_to_keep
         self.checkpoints = snapshot.Checkpoints(self.engine, self.save_dir, keep, self._reporter.warn)

@@ -61,10 +61,7 @@ def count_terms(
     stop = stops > 0
     if dist.shares_data():  # a signal may come between the reads of neighbours, who count among different processes
         stop = dist.largest(int(stop), engine.device) > 0
-    found = {
-        name: total or 1.0 for name, total in zip(names, totals, strict=True)
-    }  # fractions too: 1 only in place of 0
-    return found, int(all_tokens), stop
+    return dict(zip(names, totals, strict=True)), int(all_tokens), stop
 
 
 @torch.no_grad()

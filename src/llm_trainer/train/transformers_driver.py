@@ -244,7 +244,8 @@ class Driver(transformers.Trainer):
         grad_norm = norm.item()  # the one place in a step where the host waits for the device
         finite = math.isfinite(grad_norm)
         seconds = 0.0  # transformers' update is still to come, see `RunCallback.on_step_end`
-        self.done = StepDone(self.loss_sum, grad_norm, finite, tokens, seconds, stop, self.micro_batches, position)
+        batches, totals = self.micro_batches, self.totals
+        self.done = StepDone(self.loss_sum, grad_norm, finite, tokens, totals, seconds, stop, batches, position)
         return self.loss_sum * dist.world_size()
 
     def _give_up(self, model: nn.Module) -> None:

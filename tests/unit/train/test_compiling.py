@@ -59,9 +59,9 @@ class Clocked:
         said = None
         for _ in range(times):
             batches = [MicroBatch({"input_ids": None})]
-            done = StepDone(
-                torch.zeros(()), 1.0, True, 100, seconds, False, batches, 0, seconds if busy is None else busy
-            )
+            busy_seconds = seconds if busy is None else busy
+            terms = {"": 100.0}
+            done = StepDone(torch.zeros(()), 1.0, True, 100, terms, seconds, False, batches, 0, busy_seconds)
             said = self.compiling.after(done, left)
         return said
 

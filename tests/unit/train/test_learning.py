@@ -7,32 +7,29 @@ import pytest
 import torch
 
 from llm_trainer import SFTTrainer, configure_optimizer
-from llm_trainer.state import MicroBatch, StepDone
+from llm_trainer.state import StepDone
 from llm_trainer.train.learning import Learning, NothingCounts
 from policies import tiny
 
 
-def step(weight: float, grad_norm: float = 1.0) -> StepDone:
-    batches = [MicroBatch({}, weight=weight), MicroBatch({}, counts=False)]
-    return StepDone(torch.zeros(()), grad_norm, True, 8, 0.1, False, batches, 0)
+def step(terms: float, grad_norm: float = 1.0) -> StepDone:
+    return StepDone(torch.zeros(()), grad_norm, True, 8, {"": terms}, 0.1, False, [], 0)
 
 
 def test_what_counts_on_any_rank_counts() -> None:
     said: list[str] = []
-    other = 0.0
-    learning = Learning(said.append, lambda terms: terms + other)
+    learning = Learning(said.append)
     learning.note(step(0.0))
     learning.check(1, is_over=False)
     assert len(said) == 1 and "in 1 step up to step 1 nothing in their rows counts in the loss" in said[0]
-    other = 3.0
-    learning.note(step(0.0))
+    learning.note(step(3.0))  # of all ranks
     learning.check(2, is_over=True)
     assert len(said) == 1
 
 
 def test_it_is_said_now_and_then() -> None:
     said: list[str] = []
-    learning = Learning(said.append, float)
+    learning = Learning(said.append)
     for number in range(1, 22):
         learning.note(step(0.0))
         learning.check(number, is_over=False)
@@ -43,7 +40,7 @@ def test_it_is_said_now_and_then() -> None:
 
 def test_a_run_that_has_learned_before_ends_well() -> None:
     said: list[str] = []
-    learning = Learning(said.append, float)
+    learning = Learning(said.append)
     learning.note(step(0.0, grad_norm=0.0))
     learning.check(5, is_over=True)  # it went on from step 4
     assert len(said) == 1 and "gradient" not in said[0]
@@ -52,7 +49,7 @@ def test_a_run_that_has_learned_before_ends_well() -> None:
 def test_gradients_that_are_all_zero_are_said() -> None:
     for norms, count in (([0.0, 0.0], 1), ([0.0, 1e-9], 0)):
         said: list[str] = []
-        learning = Learning(said.append, float)
+        learning = Learning(said.append)
         for norm in norms:
             learning.note(step(2.0, norm))
         learning.check(2, is_over=True)
