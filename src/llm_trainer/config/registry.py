@@ -71,8 +71,7 @@ def _import(name: str, plugin: str, where: str) -> Any:
     except ConfigError:  # of `register_algorithm`
         raise
     except Exception as error:
-        is_missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
-        if is_missing:
+        if is_missing(name, error):
             raise ConfigError(
                 f"{where}: plugins: no module {plugin!r} can be imported; expected an installed package, or the path of a "
                 ".py file"
@@ -80,6 +79,16 @@ def _import(name: str, plugin: str, where: str) -> Any:
         raise ConfigError(
             f"{where}: plugins: {plugin} cannot be imported: it raised {type(error).__name__}: {error}"
         ) from error
+
+
+def is_missing(name: str, error: Exception) -> bool:
+    """Whether an import failed because there is no such module, and not for one that it imports itself.
+
+    Args:
+        name: what was to be imported, `package.module`.
+        error: that the import raised.
+    """
+    return isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
 
 
 def _import_file(path: Path, where: str) -> None:

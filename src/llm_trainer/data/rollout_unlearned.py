@@ -99,6 +99,5 @@ def described(rollout: Rollout) -> tuple[str, str]:
         errors += row.get("errors", {}).values()
     if errors:
         facts += f", {counted(len(errors), 'error')}, the first: {errors[0]}"
-    name = rollout.store.folder.name.partition(".")[0]
     size = f"{counted(len(rollout), 'completion')} of {counted(groups, 'prompt')}"
-    return why.most_common(1)[0][0], f"rollout {name} ({size}; {facts}), left out because: {', '.join(causes)}"
+    return why.most_common(1)[0][0], f"rollout {rollout.name} ({size}; {facts}), left out because: {', '.join(causes)}"

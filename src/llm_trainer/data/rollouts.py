@@ -232,7 +232,12 @@ class Rollout:
 
     def place(self, index: int) -> str:
         """Where a row comes from, for messages."""
-        return f"completion {index} of rollout {self.store.folder.name.partition('.')[0]}"
+        return f"completion {index} of rollout {self.name}"
+
+    @property
+    def name(self) -> str:
+        """Its number, for messages: the folder's name, also while that is still written."""
+        return self.store.folder.name.partition(".")[0]
 
     @property
     def ledger(self) -> dict[str, Any]:

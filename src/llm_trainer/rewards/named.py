@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_trainer.config.errors import ConfigError
+from llm_trainer.config.registry import is_missing
 from llm_trainer.rewards.answers import ExactMatch, MathVerify, Numeric
 from llm_trainer.rewards.calling import in_words, place_of
 from llm_trainer.rewards.code import CodeTests
@@ -152,7 +153,7 @@ def _module(key: str, name: str) -> Any:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            if not is_missing(name, error):
                 raise  # it is there, and something that it imports is not
     raise ConfigError(
         f"{key}: there is no module {name}; expected one that Python finds (PYTHONPATH), or the path of a .py file"

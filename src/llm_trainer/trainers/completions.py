@@ -367,9 +367,7 @@ def shown_of(
     totals = weighted_rewards(torch.from_numpy(rewards), torch.from_numpy(weights)).numpy()
     order = np.argsort(-totals, kind="stable")
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-    lines = [
-        f"rollout {rollout.store.folder.name}: {len(places)} of {len(rollout)} completions, from the best to the worst"
-    ]
+    lines = [f"rollout {rollout.name}: {len(places)} of {len(rollout)} completions, from the best to the worst"]
     for row in order[places].tolist():
         ids, trained = rollout.store["input_ids"][row], rollout.store["trained"][row]
         start = int(trained.argmax()) if trained.any() else len(ids)

@@ -608,7 +608,6 @@ def correction_of(how: RolloutOptions) -> Correction | None:
 
 def _no_reward(rollout: Rollout) -> str:
     """That no completion has a reward, and what to look at."""
-    name = rollout.store.folder.name.partition(".")[0]
     unanswered = sum(rollout.facts(row)["answer"] is None for row in range(len(rollout)))
     fix = "expected functions that give numbers: None, and NaN, mean that one does not apply"
     if has_given(rollout):
@@ -619,4 +618,4 @@ def _no_reward(rollout: Rollout) -> str:
             f"compares with one: look at the rows' columns (data_loader_config.columns: {{answer: ...}}), or take rewards that "
             f"need none"
         )
-    return f"no completion of rollout {name} has a reward: no reward function applies to any; {fix}"
+    return f"no completion of rollout {rollout.name} has a reward: no reward function applies to any; {fix}"
