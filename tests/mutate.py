@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "a total of fractions is 1",
         "train/terms.py",
-        "name: total or 1.0 for",
-        "name: max(total, 1.0) for",
+        "return dict(zip(names, totals, strict=True))",
+        "return {name: max(total, 1.0) for name, total in zip(names, totals, strict=True)}",
         (f"{LOOP}::test_fractions_as_loss_weights_change_nothing",),
     ),
     Mutation(
