@@ -6,7 +6,6 @@ A leaf of the package: pydantic and the standard library only. A `Field`'s descr
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
@@ -126,9 +125,6 @@ class RunConfig(Execution):
     )
     device: str | None = Field(default=None, description="cpu, cuda, mps; null: the best there is")
     log_interval: StrictInt = Field(default=10, ge=1, description="steps between lines of the log")
-
-    def __post_init__(self) -> None:
-        self.log_dir = self.log_dir or os.path.join(self.save_dir, "log")
 
 
 @config_section

@@ -6,11 +6,15 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
 from llm_trainer.config.errors import counted
 from llm_trainer.disk import FULL_OR_BROKEN, DiskError, cannot_write, storage_failure
+
+LOGS = ("log.txt", "lr.txt", "gen.txt", "metrics.jsonl", "tensorboard")
+OWNER = ".run"  # in a log folder outside save_dir: the way from there to the save_dir whose logs it has
 
 
 class FullDisk:
@@ -35,6 +39,43 @@ class FullDisk:
             self._waiting.remove(path)
             if not self._waiting:
                 self.warn(f"the logs in '{path.parent}' are complete again")
+
+
+def set_aside(folder: Path, save_dir: Path) -> str | None:
+    """Rename the logs in `folder` if they are of another run than the one in `save_dir`: it would cut them off.
+
+    Returns:
+        What to say of it; None: there are none.
+
+    Raises:
+        DiskError: a file cannot be renamed.
+    """
+    folder, save_dir = folder.resolve(), save_dir.resolve()
+    note, own = folder / OWNER, os.path.relpath(save_dir, folder)
+    known = own if folder.is_relative_to(save_dir) else None
+    try:
+        owner = note.read_text(encoding="utf-8") if note.exists() else known
+        if owner == own:
+            return None
+        kept = _renamed([folder / name for name in LOGS if (folder / name).exists()])
+    except OSError as error:
+        raise DiskError(folder, error.strerror or str(error), 0) from error
+    with suppress(OSError):  # of a full disk: they are set aside once more when this run goes on
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(own, encoding="utf-8")
+    if not kept:
+        return None
+    whose = "another run" if owner is None else f"the run in '{os.path.normpath(folder / owner)}'"
+    names = ", ".join(path.name for path in kept)
+    return f"'{folder}' has the logs of {whose}; they are kept there as {names}. Give each run a log_dir of its own, or none"
+
+
+def _renamed(files: list[Path]) -> list[Path]:
+    """Rename files by the smallest number behind their names that is free for all of them."""
+    number = 1
+    while any(file.with_stem(f"{file.stem}-{number}").exists() for file in files):
+        number += 1
+    return [file.rename(file.with_stem(f"{file.stem}-{number}")) for file in files]
 
 
 class LineFile:

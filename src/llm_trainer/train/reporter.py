@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llm_trainer.disk import FULL_OR_BROKEN, storage_failure
 from llm_trainer.state import Choice, Progress
 from llm_trainer.terminal import printable
-from llm_trainer.train.log_files import Answers, FullDisk, JsonLines, LearningRates, TextLog
+from llm_trainer.train.log_files import Answers, FullDisk, JsonLines, LearningRates, TextLog, set_aside
 from llm_trainer.train.writers import ConsoleWriter, Writer, even_on_a_full_disk, open_writers
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Reporter:
         self._learning_rates: LearningRates | None = None
         self._answers: Answers | None = None
 
-    def open(self, folder: Path, settings: Settings, total_steps: int | None) -> None:
+    def open(self, folder: Path, save_dir: Path, settings: Settings, total_steps: int | None) -> None:
         """Give metrics to the writers that `settings` ask for from now on, and messages to the console among them.
 
         The files begin with what was chosen. Lines of the last step are cut off and written again, so that each is there
@@ -39,6 +39,7 @@ class Reporter:
 
         Args:
             folder: of the log files.
+            save_dir: of the run; the logs of another one stay, under other names.
             settings: name further writers.
             total_steps: the run's length.
         """
@@ -48,6 +49,9 @@ class Reporter:
         if progress.hooks_done.get("sample") == progress.step:
             last_answered = progress.step  # the prompts are not asked again
         trouble = FullDisk(self.warn)
+        kept = set_aside(folder, save_dir) if self.is_main else None
+        if kept is not None:
+            self.warn(kept)
         self._writers = open_writers(
             folder,
             is_main=self.is_main,

@@ -403,7 +403,7 @@ class Run:
         self.say(preflight.screen(facts | folders | own, self.settings.ledgers, [*self.choices.values()]))
         if self.size.adapters is not None:
             self._reporter.facts["adapters"] = self.size.adapters.as_dicts()
-        self._reporter.open(self.log_dir, self.settings, self.horizon.total())
+        self._reporter.open(self.log_dir, self.save_dir, self.settings, self.horizon.total())
 
     # The hooks of every run.
 

@@ -104,7 +104,7 @@ def test_dump_is_complete_and_loads_back():
     values = yaml.safe_load(text)  # any YAML reader sees the number
     assert values["optim_config"]["initial_lr"] == 3e-5
     assert values["optim_config"]["eps"] == 1e-8
-    assert values["run_config"]["log_dir"].endswith("log")
+    assert values["run_config"]["log_dir"] is None  # with another save_dir it is another folder
     assert values["pretrain_config"] is None
     assert dump_config(parse(values, "dump")) == text
 

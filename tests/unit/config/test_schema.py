@@ -217,7 +217,7 @@ def test_every_mistake_is_told_at_once():
 def test_defaults_come_from_the_environment(monkeypatch):
     assert (RunConfig().save_dir, RunConfig().log_dir, RunConfig().checkpoints_to_keep) == (
         "./checkpoints",
-        "./checkpoints/log",
+        None,
         2,
     )
     for name, value in {"TOKEN_DIR": "tok", "LOG_DIR": "logs", "CHECKPOINT_DIR": "c", "CKPT_MAX_TO_KEEP": "5"}.items():

@@ -1,5 +1,6 @@
 """A full disk delays the lines of logs: said once, nothing torn, and nothing missing once there is room."""
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from llm_trainer.disk import DiskError
 from llm_trainer.state import Progress
 from llm_trainer.train import run as run_module
 from llm_trainer.train.hooks import Hook
-from llm_trainer.train.log_files import FullDisk, LineFile
+from llm_trainer.train.log_files import FullDisk, LineFile, set_aside
 from llm_trainer.train.reporter import Reporter
 from llm_trainer.train.signals import TrainingInterrupted
 
@@ -64,6 +65,42 @@ def test_a_torn_line_is_cut_off_on_a_full_disk_too(small_disk: SmallDisk) -> Non
         assert (disk / "a.txt").read_text() == "".join(f"step={step} x\n" for step in kept)
     with pytest.raises(DiskError, match="could not be saved: (File exists|Not a directory)"):
         LineFile(disk / "a.txt" / "b.txt")
+
+
+def test_logs_of_another_run_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs that take turns in one folder of logs: each begins its own files, and no line is lost."""
+    logs = tmp_path / "logs"
+    options: dict[str, Any] = {"log_dir": str(logs), "log_interval": 1, "max_epochs": 1, "resume": "auto"}
+
+    def steps_of(name: str) -> list[int]:
+        lines = [json.loads(line) for line in (logs / name).read_text().splitlines()]
+        return [line["step"] for line in lines if "loss" in line]
+
+    make_trainer(tmp_path / "first", **options, max_steps=3).train()
+    assert steps_of("metrics.jsonl") == [1, 2, 3]
+    make_trainer(tmp_path / "first", **options, max_steps=4).train()
+    assert steps_of("metrics.jsonl") == [1, 2, 3, 4] and not (logs / "metrics-1.jsonl").exists()
+    assert "has the logs of" not in capsys.readouterr().out
+
+    make_trainer(tmp_path / "second", **options, max_steps=2).train()
+    assert (steps_of("metrics-1.jsonl"), steps_of("metrics.jsonl")) == ([1, 2, 3, 4], [1, 2])
+    told = f"WARNING: '{logs}' has the logs of the run in '{tmp_path / 'first'}'; they are kept there as log-1.txt, lr-1.txt, "
+    assert told in capsys.readouterr().out
+    make_trainer(tmp_path / "first", **options, max_steps=6).train()
+    assert (steps_of("metrics-1.jsonl"), steps_of("metrics-2.jsonl")) == ([1, 2, 3, 4], [1, 2])
+    assert steps_of("metrics.jsonl") == [4, 5, 6]
+
+
+def test_logs_within_a_run_are_its_own_unless_another_has_written_there(tmp_path: Path) -> None:
+    log, other = tmp_path / "run" / "log", tmp_path / "other"
+    log.mkdir(parents=True)
+    (log / "log.txt").write_text("step=1 x\n")
+    assert set_aside(log, tmp_path / "run") is None
+    assert "has the logs of another run" in str(set_aside(log, other))
+    (log / "log.txt").write_text("step=2 x\n")
+    assert f"the run in '{other}'" in str(set_aside(log, tmp_path / "run"))
+    assert (log / "log-1.txt").read_text() == "step=1 x\n" and (log / "log-2.txt").read_text() == "step=2 x\n"
+    assert set_aside(log, tmp_path / "run") is None
 
 
 def test_a_full_disk_of_the_logs_neither_ends_a_run_nor_loses_a_line(
