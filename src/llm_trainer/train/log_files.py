@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -68,6 +69,17 @@ def set_aside(folder: Path, save_dir: Path) -> str | None:
     whose = "another run" if owner is None else f"the run in '{os.path.normpath(folder / owner)}'"
     names = ", ".join(path.name for path in kept)
     return f"'{folder}' has the logs of {whose}; they are kept there as {names}. Give each run a log_dir of its own, or none"
+
+
+def copy_logs(folder: Path, to: Path) -> None:
+    """Copy the logs in `folder` into a new one: a run that begins before their last step cuts them off."""
+    to.mkdir()
+    for name in LOGS:
+        path = folder / name
+        if path.is_dir():
+            shutil.copytree(path, to / name)
+        elif path.exists():
+            shutil.copy2(path, to / name)
 
 
 def _renamed(files: list[Path]) -> list[Path]:

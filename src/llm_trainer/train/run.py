@@ -386,7 +386,7 @@ class Run:
         guards.check_weights(self.engine, self.trainer.saved_model)
         if self.save_interval or self.settings.save_interval_steps:
             self._may_save_behind()
-        self.checkpoints.set_later_aside(self.progress.step)  # a folder that cannot be written shows here
+        self.checkpoints.set_later_aside(self.progress.step, self.log_dir)  # an unwritable folder shows here
         self.checkpoints.describe(self.settings.description)
         self._note(self.compiling.choice(steps_left(self.horizon, self.progress)))
         facts = preflight.facts(self.work, self.size, self.settings, self.accumulation)

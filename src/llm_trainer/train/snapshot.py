@@ -26,6 +26,7 @@ from llm_trainer.model_group import weights_by_member
 from llm_trainer.state import Progress
 from llm_trainer.train.bases import Bases
 from llm_trainer.train.configured import ConfiguredOptimizer
+from llm_trainer.train.log_files import copy_logs
 from llm_trainer.train.metrics import Metrics
 from llm_trainer.train.model_facts import ModelFacts
 from llm_trainer.train.saving import Saving, Wanted
@@ -231,13 +232,17 @@ class Checkpoints:
         except DiskError as error:
             self._warn(f"{error}. Training goes on without it")
 
-    def set_later_aside(self, step: int) -> None:
-        """Move checkpoints of later steps out of the way: they are of another run, or damaged."""
+    def set_later_aside(self, step: int, log_dir: Path) -> None:
+        """Move checkpoints of later steps out of the way: they are of another run, or damaged. Copies of its logs go along."""
         moved = self.manager.set_aside(after=step) if dist.is_main() else None
         if moved is not None:
             count, folder = moved
             checkpoints = "1 later checkpoint was" if count == 1 else f"{count} later checkpoints were"
             self._warn(f"this run starts at step {step}; {checkpoints} moved to {folder}")
+            try:
+                copy_logs(log_dir, folder / "log")
+            except OSError as error:
+                self._warn(f"the logs of later steps could not be copied there, and are cut off: {error}")
 
     def publish(self) -> None:
         """Let `save_dir`/model be the best model."""

@@ -83,11 +83,14 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_new_run_in_an_old_folder_does_not_mix_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_trainer(tmp_path, max_epochs=2).train()
+    logs = {path.name: path.read_text() for path in (tmp_path / "log").iterdir()}
     make_trainer(tmp_path, max_epochs=1, resume="never").train()
     assert "later checkpoints were moved to" in capsys.readouterr().out
     own = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert max(own) == "checkpoint-00000008" and (tmp_path / "model").resolve().parent.name in own
     assert (tmp_path / "set-aside-1" / "checkpoint-00000016" / "manifest.json").exists()
+    assert {path.name: path.read_text() for path in (tmp_path / "set-aside-1" / "log").iterdir()} == logs
+    assert "step=16" in logs["log.txt"] and "step=16" not in (tmp_path / "log" / "log.txt").read_text()
 
 
 def test_the_published_model_opens_while_a_run_is_continued(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_the_best_file_holds_weights_and_leads_to_the_rest(tmp_path: Path) -> No
     assert trainer.run.progress.step == content["step"] and trainer.optimizer.state
     assert all(torch.equal(value, weights[name]) for name, value in trainer.base_model.state_dict().items())
     other = make_trainer(tmp_path / "run", max_epochs=1, resume="never")
-    other.run.checkpoints.set_later_aside(0)  # a new run in the same folder
+    other.run.checkpoints.set_later_aside(0, other.run.log_dir)  # a new run in the same folder
     other.load_checkpoint(str(file))
     assert other.run.progress.step == content["step"]
     shutil.copy(file, tmp_path / "elsewhere.pt")
