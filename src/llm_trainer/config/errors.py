@@ -7,7 +7,7 @@ import difflib
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from itertools import zip_longest
 from typing import Annotated, Any, Literal
@@ -47,10 +47,47 @@ ELSEWHERE = {
     "epsilon": "loss_clip_eps",
     "num_iterations": "grpo_steps",
     "reward_funcs": "rewards",
+    "kl_coef": "loss_beta",
+    "cliprange": "loss_clip_eps",
     "learning_rate": "initial_lr",
+    "lr": "initial_lr",
+    "lr_scheduler_type": "lr_scheduler",
+    "warmup_steps": "warmup_iters",
+    "optim": "optim_type",
+    "adam_epsilon": "eps",
     "num_train_epochs": "n_epochs",
+    "num_epochs": "n_epochs",
     "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "max_length": "dataset_block_size",
+    "max_seq_length": "dataset_block_size",
+    "cutoff_len": "dataset_block_size",
+    "neat_packing": "packing",
+    "assistant_only_loss": "train_on",
+    "dataloader_num_workers": "data_loader_num_workers",
+    "model_name_or_path": "model_config",
     "output_dir": "save_dir",
+    "save_steps": "save_interval_steps",
+    "save_total_limit": "checkpoints_to_keep",
+    "logging_dir": "log_dir",
+    "logging_steps": "log_interval",
+    "eval_steps": "eval_batch_interval",
+    "report_to": "writers",
+    "resume_from_checkpoint": "resume",
+    "bf16": "precision",
+    "fp16": "precision",
+    "attn_implementation": "attention",
+    "torch_compile": "compile",
+    "deepspeed": "ds_config",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target": "target",
+    "target_modules": "target",
+    "use_dora": "dora",
+    "use_rslora": "rslora",
+    "load_in_4bit": "bits",
+    "load_in_8bit": "bits",
 }
 
 
@@ -206,26 +243,36 @@ def _unknown_key(path: str, key: str, section: type) -> str:
     known, name = list(fields_of(section)), ELSEWHERE.get(key, key)
     if name in known:
         return f"{path} is not a known key; it is {name} here"
-    homes = _homes(key) or _homes(name)
-    if homes:
-        places = [f"{place or 'the top level'} ({owner.__name__})" for place, owner in homes.items()]
-        wanted = key if all(key in fields_of(owner) for owner in homes.values()) else name
-        return f"{path} is not a known key; {wanted} is a key of {' or '.join(places)}"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-    return f"{path} is not a known key; {advice}"
+    for wanted in (key, name):
+        if homes := _homes(wanted):
+            return f"{path} is not a known key; {wanted} is a key of {homes}"
+    for near in difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f"{path} is not a known key; did you mean {near}?"
+    all_keys = set[str]()
+    for level in _levels():
+        all_keys.update(*map(fields_of, level.values()))
+    for near in difflib.get_close_matches(key, sorted(all_keys), n=1, cutoff=0.8):
+        return f"{path} is not a known key; did you mean {near}, a key of {_homes(near)}?"
+    return f"{path} is not a known key; known here: {', '.join(known)}"
 
 
-def _homes(key: str) -> dict[str, type]:
-    """The sections of a whole configuration that have a key, by their paths (of the top: ""); those nearest to it alone."""
-    places, found = [("", section) for section in WHOLE], dict[str, type]()
-    while places and not found:
-        below = []
-        for place, section in places:
-            if key in fields_of(section):
-                found.setdefault(place, section)
+def _homes(key: str) -> str:
+    """The sections of a whole configuration that have a key, the nearest to the top alone; empty: none."""
+    for level in _levels():
+        homes = [(place, owner) for place, owner in level.items() if key in fields_of(owner)]
+        if homes:
+            return " or ".join(f"{place or 'the top level'} ({owner.__name__})" for place, owner in homes)
+    return ""
+
+
+def _levels() -> Iterator[dict[str, type]]:
+    """The sections of a whole configuration by their paths: the top, whose path is empty, those in it, those in these ..."""
+    level = {"": WHOLE[0]} if WHOLE else {}
+    while level:
+        yield level
+        below: dict[str, type] = {}
+        for place, section in level.items():
             for name, field in fields_of(section).items():
                 members = [member for member in _members(field.annotation) if _is_section(member)]
-                below += [(f"{place}.{name}".lstrip("."), member) for member in members]
-        places = below
-    return found
+                below |= {f"{place}.{name}".lstrip("."): member for member in members}
+        level = below

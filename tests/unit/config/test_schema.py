@@ -10,7 +10,7 @@ import pytest
 
 from llm_trainer import train_configs
 from llm_trainer.config import load
-from llm_trainer.config.errors import fields_of, has_choice
+from llm_trainer.config.errors import ELSEWHERE, fields_of, has_choice
 from llm_trainer.config.model import intermediate_size
 from llm_trainer.train_configs import (
     ConfigError,
@@ -130,6 +130,11 @@ def test_file_dataset_takes_paths_lists_and_objects():
             lambda: TrainConfig(model_config="m", file_dataset="a", run_config={"group_size": 4}),
             "TrainConfig: run_config.group_size is not a known key; group_size is a key of grpo_config (GRPOConfig) or rloo",
         ),
+        (
+            lambda: TrainConfig(model_config="m", file_dataset="a", sft_config={"packng": "flat"}),
+            "TrainConfig: sft_config.packng is not a known key; did you mean packing, a key of data_loader_config (DataLoaderC",
+        ),
+        (lambda: OptimConfig(lr=1e-3), "OptimConfig: lr is not a known key; it is initial_lr here"),
         (lambda: SFTConfig(zzz=1), "zzz is not a known key; known here: mask_prompt, train_on, thinking"),
         (
             lambda: TrainConfig(model_config="m", file_dataset="a", batch_size=0),
@@ -227,6 +232,13 @@ def test_defaults_come_from_the_environment(monkeypatch):
     assert TrainConfig(model_config="m", file_dataset="a").tokenizer == "tok"
     assert TrainConfig(model_config="m", file_dataset="a", tokenizer="mine").tokenizer == "mine"
     assert RunConfig(save_dir="s", log_dir="l", checkpoints_to_keep=1).log_dir == "l"
+
+
+@pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
+def test_names_of_other_libraries_lead_to_a_key(theirs, ours):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(model_config="m", file_dataset="a", fsdp_config={theirs: 1})
+    assert re.search(rf"fsdp_config\.{theirs} is not a known key; ({ours}|{theirs}) is a key of ", str(caught.value))
 
 
 def test_every_key_of_every_section_has_one_line_of_meaning():
