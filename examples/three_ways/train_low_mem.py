@@ -266,7 +266,7 @@ def main() -> None:
     is_main = loop.accelerator.is_main_process
     last_step = loop.step or -1  # lines of steps that will be taken again are dropped
     writers = open_writers(
-        Path(str(run.log_dir)), is_main=is_main, total_steps=loop.num_steps, last_step=last_step, live=run.progress
+        Path(run.log_folder), is_main=is_main, total_steps=loop.num_steps, last_step=last_step, live=run.progress
     )
     train(loop, writers)
     for writer in writers:

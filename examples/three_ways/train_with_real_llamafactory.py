@@ -151,7 +151,7 @@ def train(config: TrainConfig, folder: Path, result: Translation, nproc: int) ->
     command = [str(programs / "llamafactory-cli"), "train", str(folder / "train.yaml")]
     code = subprocess.run(command, env=os.environ | variables).returncode
     if code == 0:
-        writer = JsonLines(str(config.run_config.log_dir))
+        writer = JsonLines(config.run_config.log_folder)
         for step, values in translated_log(output_dir):
             writer.write(step, values)
         writer.close()

@@ -6,6 +6,7 @@ A leaf of the package: pydantic and the standard library only. A `Field`'s descr
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
@@ -125,6 +126,11 @@ class RunConfig(Execution):
     )
     device: str | None = Field(default=None, description="cpu, cuda, mps; null: the best there is")
     log_interval: StrictInt = Field(default=10, ge=1, description="steps between lines of the log")
+
+    @property
+    def log_folder(self) -> str:
+        """Where logs lie; `log_dir` stays as it was given, so that a recorded configuration may get another save_dir."""
+        return self.log_dir or os.path.join(self.save_dir, "log")
 
 
 @config_section

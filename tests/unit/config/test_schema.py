@@ -231,7 +231,8 @@ def test_defaults_come_from_the_environment(monkeypatch):
     assert (run.save_dir, run.log_dir, run.checkpoints_to_keep) == ("c", "logs", 5)
     assert TrainConfig(model_config="m", file_dataset="a").tokenizer == "tok"
     assert TrainConfig(model_config="m", file_dataset="a", tokenizer="mine").tokenizer == "mine"
-    assert RunConfig(save_dir="s", log_dir="l", checkpoints_to_keep=1).log_dir == "l"
+    assert RunConfig(save_dir="s", log_dir="l", checkpoints_to_keep=1).log_folder == "l"
+    assert RunConfig(save_dir="s", log_dir=None).log_folder == "s/log"
 
 
 @pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
