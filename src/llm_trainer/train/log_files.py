@@ -52,27 +52,39 @@ def set_aside(folder: Path, save_dir: Path) -> str | None:
         DiskError: a file cannot be renamed.
     """
     folder, save_dir = folder.resolve(), save_dir.resolve()
-    note, own = folder / OWNER, os.path.relpath(save_dir, folder)
-    known = own if folder.is_relative_to(save_dir) else None
     try:
-        owner = note.read_text(encoding="utf-8") if note.exists() else known
-        if owner == own:
+        owner = _owner(folder, save_dir)
+        if owner == save_dir:
             return None
         kept = _renamed([folder / name for name in LOGS if (folder / name).exists()])
     except OSError as error:
         raise DiskError(folder, error.strerror or str(error), 0) from error
     with suppress(OSError):  # of a full disk: they are set aside once more when this run goes on
         folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(own, encoding="utf-8")
+        (folder / OWNER).write_text(os.path.relpath(save_dir, folder), encoding="utf-8")
     if not kept:
         return None
-    whose = "another run" if owner is None else f"the run in '{os.path.normpath(folder / owner)}'"
+    whose = "another run" if owner is None else f"the run in '{owner}'"
     names = ", ".join(path.name for path in kept)
     return f"'{folder}' has the logs of {whose}; they are kept there as {names}. Give each run a log_dir of its own, or none"
 
 
-def copy_logs(folder: Path, to: Path) -> None:
-    """Copy the logs in `folder` into a new one: a run that begins before their last step cuts them off."""
+def _owner(folder: Path, save_dir: Path) -> Path | None:
+    """The `save_dir` whose logs are in `folder`, as far as is known: where nothing is noted there, the one that it lies in."""
+    note = folder / OWNER
+    way = note.read_text(encoding="utf-8") if note.exists() else ""
+    if way:
+        return Path(os.path.normpath(folder / way))
+    return save_dir if folder.is_relative_to(save_dir) else None
+
+
+def copy_logs(folder: Path, save_dir: Path, to: Path) -> None:
+    """Copy the logs in `folder`, if they are of the run in `save_dir`, into a new one: one that begins before their last step
+    cuts them off.
+    """
+    folder, save_dir = folder.resolve(), save_dir.resolve()
+    if _owner(folder, save_dir) != save_dir:  # these stay, under other names
+        return
     to.mkdir()
     for name in LOGS:
         path = folder / name

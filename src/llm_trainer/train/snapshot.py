@@ -240,7 +240,7 @@ class Checkpoints:
             checkpoints = "1 later checkpoint was" if count == 1 else f"{count} later checkpoints were"
             self._warn(f"this run starts at step {step}; {checkpoints} moved to {folder}")
             try:
-                copy_logs(log_dir, folder / "log")
+                copy_logs(log_dir, self.save_dir, folder / "log")
             except OSError as error:
                 self._warn(f"the logs of later steps could not be copied there, and are cut off: {error}")
 

@@ -14,7 +14,7 @@ from llm_trainer.disk import DiskError
 from llm_trainer.state import Progress
 from llm_trainer.train import run as run_module
 from llm_trainer.train.hooks import Hook
-from llm_trainer.train.log_files import FullDisk, LineFile, set_aside
+from llm_trainer.train.log_files import FullDisk, LineFile, copy_logs, set_aside
 from llm_trainer.train.reporter import Reporter
 from llm_trainer.train.signals import TrainingInterrupted
 
@@ -101,6 +101,23 @@ def test_logs_within_a_run_are_its_own_unless_another_has_written_there(tmp_path
     assert f"the run in '{other}'" in str(set_aside(log, tmp_path / "run"))
     assert (log / "log-1.txt").read_text() == "step=1 x\n" and (log / "log-2.txt").read_text() == "step=2 x\n"
     assert set_aside(log, tmp_path / "run") is None
+
+
+def test_logs_of_another_run_are_not_copied_beside_the_checkpoints_of_this_one(tmp_path: Path) -> None:
+    logs, first, second = (tmp_path / name for name in ("logs", "first", "second"))
+    assert set_aside(logs, first) is None
+    (logs / "log.txt").write_text("step=1 of the first\n")
+    copy_logs(logs, second, tmp_path / "of_second")
+    copy_logs(logs, first, tmp_path / "of_first")
+    assert not (tmp_path / "of_second").exists()
+    assert (tmp_path / "of_first" / "log.txt").read_text() == "step=1 of the first\n"
+
+
+def test_a_note_that_a_full_disk_left_empty_names_nobody(tmp_path: Path) -> None:
+    (tmp_path / ".run").touch()
+    (tmp_path / "log.txt").write_text("step=1\n")
+    assert f"'{tmp_path}' has the logs of another run; they are kept" in str(set_aside(tmp_path, tmp_path / "own"))
+    assert (tmp_path / ".run").read_text() == "own"
 
 
 def test_a_full_disk_of_the_logs_neither_ends_a_run_nor_loses_a_line(
