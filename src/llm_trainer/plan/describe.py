@@ -74,7 +74,7 @@ def describe(config: "TrainConfig", name: str, has_bf16: bool = True, shown: Sho
     rows = config.batch_size * accumulation(config, trainer_class)
     adapters = config.adapter_config
     section = options_of(config, trainer_class)
-    sketch = Sketch(section, model, length, rows, precision, adapters is not None)
+    sketch = Sketch(section, model, length, rows, precision, adapters is not None, config.eval_dataset is not None)
     costs: dict[str, Any] = {"rows_per_sample": 1, "has_head": True, "row_tokens": length, "rows": rows}
     costs |= trainer_class._plan_costs(config, sketch)
     critic, further_share = costs.pop("critic", None), costs.pop("further_share", 0.0)
@@ -178,8 +178,9 @@ class Sketch:
         rows: int,
         precision: str,
         has_adapters: bool = False,
+        evaluates: bool = True,
     ) -> None:
-        self.section, self.model, self.has_adapters = section, model, has_adapters
+        self.section, self.model, self.has_adapters, self.evaluates = section, model, has_adapters, evaluates
         self.length, self.rows, self.precision = length, rows, precision
 
     def frozen(
@@ -215,7 +216,8 @@ class Sketch:
         per_token = 2 * each * shape.num_layers * shape.num_kv_heads * shape.head_dim
         copy_bytes = float(each * shape.num_parameters)
         cache_bytes = float(min(MAX_CACHE_BYTES, min(drawn, MAX_ROWS) * row_tokens * per_token))
-        if self.section.rollout_servers:  # they have the weights, and the cache
+        learns_from_given = self.section.rollouts is not None and not self.evaluates
+        if learns_from_given or self.section.rollout_servers:  # these have the weights, and the cache
             copy_bytes = cache_bytes = 0.0
         return {
             "row_tokens": row_tokens,

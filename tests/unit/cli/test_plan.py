@@ -173,6 +173,9 @@ def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, caps
     assert job_of(run("grpo_config", "max_staleness: 1, grpo_steps: 2"), "grpo").samples_meanwhile
     elsewhere = job_of(run("grpo_config", "rollout_servers: ['http://a:1']"), "grpo")
     assert elsewhere.copy_bytes == elsewhere.cache_bytes == 0  # servers have both
+    given = run("grpo_config", f"rollouts: {tmp_path}")
+    assert job_of(given, "grpo").copy_bytes == job_of(given, "grpo").cache_bytes == 0  # nothing is sampled
+    assert job_of(given, "grpo", "eval_dataset=held_out.jsonl").copy_bytes == job.copy_bytes  # but in evaluations
     lines = said(capsys, run("grpo_config", options), "--gpus", "4", "--gpu", "a100-40")
     assert "sampler" in lines.splitlines()[5] and "disk  0.00024 GB for each rollout" in lines
     assert "batch_size=4 grpo_config.gradient_accumulation_steps=2" in lines.splitlines()[-1]
