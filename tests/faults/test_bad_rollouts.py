@@ -463,6 +463,12 @@ SAYS = [  # the run goes on
         ("grpo", "ppo"),
     ),
     Mistake(
+        "one of several functions that applies to nothing",
+        ("in 3 rollouts in a row the reward where_answered applied to no completion", "columns: {answer: ...}"),
+        lambda: {"reward_func": [where_answered, even_share], "train_loader": ids(4) * 3},
+        ("grpo", "ppo"),
+    ),
+    Mistake(
         "a model that never stops",
         ("in 3 rollouts in a row no completion ended before gen_max_seq_len", "stop tokens"),
         lambda: {"stop_token_ids": []},

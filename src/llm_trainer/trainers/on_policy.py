@@ -63,6 +63,10 @@ NO_END = (
     "no completion ended before gen_max_seq_len: look at the completions (llm-trainer rollouts), at the stop tokens of the "
     "tokenizer's chat template, and at gen_max_seq_len"
 )
+APPLIES_TO_NONE = (
+    "the reward {} applied to no completion: where it compares with a reference answer, look at the rows' columns "
+    "(data_loader_config.columns: {{answer: ...}}); or leave it out"
+)
 
 
 class OnPolicyTrainer(BaseTrainer):
@@ -517,11 +521,20 @@ class OnPolicyTrainer(BaseTrainer):
             return
         self._check_first(rollout)
         has_no_end = (rollout.column("finish") == FINISHES.index("length")).all()
-        for what, is_so in ((self.no_variance, is_level), (NO_END, has_no_end)):
+        for what, is_so in ((self.no_variance, is_level), (NO_END, has_no_end), *self._without_effect(rollout)):
             count = (self._in_a_row.get(what, 0) + 1) * bool(is_so)
             self._in_a_row[what] = count
             if count and count % PATIENCE == 0:
                 self.machine.say(f"WARNING: in {count} rollouts in a row {what}")
+
+    def _without_effect(self, rollout: Rollout) -> list[tuple[str, bool]]:
+        """For each of several reward functions: what to say, and whether it applies to no completion of a rollout."""
+        names = () if self.rewards is None else self.rewards.names
+        values = rollout.column("rewards")  # [rows, F]
+        if len(names) < 2 or values.shape[1] != len(names):  # one that applies to none is an error; or they are given
+            return []
+        is_absent = np.isnan(values).all(axis=0) & (not rollout.column("failed").any())
+        return [(APPLIES_TO_NONE.format(name), bool(absent)) for name, absent in zip(names, is_absent, strict=True)]
 
     def _scored(self, rollout: Rollout, old: bool, reference: Any) -> dict[str, list[np.ndarray]]:
         """Log-probs of all tokens: under the policy as it is now, if `old`, and under the `reference`, if there is one."""
