@@ -34,6 +34,7 @@ _HEADLINE = {
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.1%}",
 }
+_TIMES = ("eval_seconds/", "eval_tokens_per_second/")  # of an evaluation; the files have them
 
 
 @contextmanager
@@ -61,9 +62,10 @@ class ConsoleWriter:
             self._progress.start()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the headline metrics of a training step, or all metrics of an evaluation."""
+        """Shows the headline metrics of a training step, or all metrics of an evaluation but its times."""
         label = f"step {step:,}" + (f"/{self.total_steps:,}" if self.total_steps else "")
-        evaluated = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("eval_")]
+        shown = [name for name in values if name.startswith("eval_") and not name.startswith(_TIMES)]
+        evaluated = [f"{name} {values[name]:.4f}" for name in shown]
         if evaluated:
             self.say("  ".join([label, *evaluated]))
         trained = [text.format(values[name]) for name, text in _HEADLINE.items() if name in values]

@@ -157,7 +157,7 @@ def test_console_without_a_terminal_prints_plain_lines(monkeypatch):
     writer = ConsoleWriter(1000, first_step=100, console=screen)
     train = {"loss": 2.34567, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": 12345.6, "mfu": 0.412}
     writer.write(110, train | {"rewards/chosen": 1.0})
-    writer.write(110, {"eval_loss": 2.0, "eval_kl": 0.25})
+    writer.write(110, {"eval_loss": 2.0, "eval_kl": 0.25, "eval_seconds/generate": 0.5})
     writer.close()
     assert screen.file.getvalue().splitlines() == [
         "step 110/1,000  loss 2.3457  lr 1.00e-03  grad 0.500  12,346 tok/s  MFU 41.2%  ETA 0:14:50",
