@@ -248,6 +248,15 @@ def test_a_reference_of_another_tokenizer(prompts: Path, reference_dir: Path, tm
         GRPOTrainer(train_config=config(prompts, reference_dir, tmp_path / "run", grpo_config=section))
 
 
+def test_a_model_that_is_not_there_is_named_by_its_key(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent")
+    described = config(prompts, reference_dir, tmp_path / "run", model_config=absent, tokenizer=absent)
+    with pytest.raises(
+        ConfigError, match=r"model_config: .*absent: no such file or folder, .* expected the folder of a mo"
+    ):
+        GRPOTrainer(train_config=described, reward_func=shorter)
+
+
 def test_a_reward_model_of_another_tokenizer(prompts: Path, reference_dir: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(reference_dir / "tokenizer")
     write_model(reward_model(build_model(SHAPE)), tmp_path / "judge", tokenizer)

@@ -127,8 +127,10 @@ class Builder:
                 "tokenizer: none given; name a tokenizer folder, or set the environment variable TOKEN_DIR"
             )
         vocabulary = self.config.vocabulary_config
-        with waiting(f"loading the tokenizer of {self.config.tokenizer}", dist.is_main()):
-            tokenizer = load_tokenizer(self.config.tokenizer)
+        source = self.config.tokenizer
+        is_missing_model = source == self.config.model_config and not Path(source).exists()
+        with waiting(f"loading the tokenizer of {source}", dist.is_main()):
+            tokenizer = self.tokenizer_of(source, "model_config") if is_missing_model else load_tokenizer(source)
         special, wanted = vocabulary.add_special_tokens, self.config.model_config
         if isinstance(wanted, VLMConfig) and wanted.image_token not in tokenizer.get_vocab():
             special = [*special, wanted.image_token]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llm_trainer.cli.plots import plot_run
+from llm_trainer.cli.plots import LogError, plot_run
 
 
 def plot(
@@ -17,4 +17,8 @@ def plot(
     logs = run / "log"
     if not logs.is_dir():
         logs = run
+    if not (logs / "metrics.jsonl").exists():
+        raise LogError(
+            f"{run}: found no metrics.jsonl; expected the save_dir of a run that has begun, or its folder of logs"
+        )
     typer.echo(plot_run(logs, output or run / "plot.png", smooth))

@@ -17,4 +17,4 @@ def test_a_run_or_its_log_folder_becomes_a_picture(run, tmp_path, capsys):
 
 def test_a_folder_without_curves_is_one_message(run, tmp_path, capsys):
     assert run("plot", tmp_path) == 2
-    assert "metrics.jsonl: cannot be read as a text file" in capsys.readouterr().err
+    assert f"error: {tmp_path}: found no metrics.jsonl; expected the save_dir of a run" in capsys.readouterr().err

@@ -56,9 +56,13 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerFast":
             tokenizer = _from_vocabulary_and_merges(path)
         else:
             found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            fix = "point to the folder that `tokenizer.save_pretrained` wrote"
+            of_run = path / "model"  # in the save_dir of a run
+            if (of_run / "tokenizer.json").is_file():
+                fix = f"did you mean {of_run}?"
             raise TokenizerError(
                 f"{path}: no tokenizer in this folder (found {found}); expected tokenizer.json, or vocab.json and "
-                "merges.txt; point to the folder that `tokenizer.save_pretrained` wrote"
+                f"merges.txt; {fix}"
             )
     elif _names_no_special_class(path):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))

@@ -82,6 +82,10 @@ def test_nothing_to_load_is_an_error_that_says_what_is_there(tmp_path: Path) -> 
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(TokenizerError, match=r"no tokenizer in this folder \(found notes.txt\)"):
         load_tokenizer(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").touch()  # as in the folder of a run
+    with pytest.raises(TokenizerError, match=rf"did you mean {tmp_path}/model\?"):
+        load_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match=r"not a tokenizer\.json"):
         load_tokenizer(tmp_path / "notes.txt")
     with pytest.raises(TokenizerError, match=r"no such file or folder.*TOKEN_DIR"):
