@@ -49,6 +49,8 @@ ELSEWHERE = {
     "reward_funcs": "rewards",
     "kl_coef": "loss_beta",
     "cliprange": "loss_clip_eps",
+    "cliprange_value": "value_clip_eps",
+    "response_length": "gen_max_seq_len",
     "learning_rate": "initial_lr",
     "lr": "initial_lr",
     "lr_scheduler_type": "lr_scheduler",
@@ -89,6 +91,15 @@ ELSEWHERE = {
     "load_in_4bit": "bits",
     "load_in_8bit": "bits",
 }
+# One option, as GRPO's section calls it and as PPO's does.
+_GRPO_AND_PPO = {
+    "loss_beta": "kl_beta",
+    "loss_clip_eps": "clip_eps",
+    "grpo_steps": "ppo_epochs",
+    "rows_per_update": "ppo_batch_size",
+    "group_size": "completions_per_prompt",
+}
+ALIKE = _GRPO_AND_PPO | {ppo: grpo for grpo, ppo in _GRPO_AND_PPO.items()}
 
 
 # The class of a whole configuration, which `schema` puts here: a key in a wrong section is looked for in all of it.
@@ -241,8 +252,9 @@ def _explain_one(section: type, mistake: ErrorDetails) -> str:
 def _unknown_key(path: str, key: str, section: type) -> str:
     """What to say of a key that `section` does not have."""
     known, name = list(fields_of(section)), ELSEWHERE.get(key, key)
-    if name in known:
-        return f"{path} is not a known key; it is {name} here"
+    for same in (name, ALIKE.get(name)):
+        if same in known:
+            return f"{path} is not a known key; it is {same} here"
     for wanted in (key, name):
         if homes := _homes(wanted):
             return f"{path} is not a known key; {wanted} is a key of {homes}"

@@ -20,6 +20,7 @@ from llm_trainer.train_configs import (
     ModelConfig,
     MoeConfig,
     OptimConfig,
+    PPOConfig,
     RunConfig,
     SFTConfig,
     TrainConfig,
@@ -233,6 +234,21 @@ def test_defaults_come_from_the_environment(monkeypatch):
     assert TrainConfig(model_config="m", file_dataset="a", tokenizer="mine").tokenizer == "mine"
     assert RunConfig(save_dir="s", log_dir="l", checkpoints_to_keep=1).log_folder == "l"
     assert RunConfig(save_dir="s", log_dir=None).log_folder == "s/log"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "ours"),
+    [
+        (PPOConfig, "kl_coef", "kl_beta"),
+        (PPOConfig, "cliprange", "clip_eps"),
+        (PPOConfig, "group_size", "completions_per_prompt"),
+        (GRPOConfig, "kl_coef", "loss_beta"),
+        (GRPOConfig, "ppo_epochs", "grpo_steps"),
+    ],
+)
+def test_an_option_that_two_algorithms_name_differently(section, key, ours):
+    with pytest.raises(ConfigError, match=f"{key} is not a known key; it is {ours} here"):
+        section(**{key: 1})
 
 
 @pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
