@@ -216,9 +216,12 @@ class Sketch:
         per_token = 2 * each * shape.num_layers * shape.num_kv_heads * shape.head_dim
         copy_bytes = float(each * shape.num_parameters)
         cache_bytes = float(min(MAX_CACHE_BYTES, min(drawn, MAX_ROWS) * row_tokens * per_token))
+        disk_bytes = float(drawn * row_tokens * (ON_DISK + 4 * columns))
         learns_from_given = self.section.rollouts is not None and not self.evaluates
         if learns_from_given or self.section.rollout_servers:  # these have the weights, and the cache
             copy_bytes = cache_bytes = 0.0
+        if learns_from_given:  # another run's are read where they lie
+            disk_bytes = 0.0
         return {
             "row_tokens": row_tokens,
             "rows": rows,
@@ -226,7 +229,7 @@ class Sketch:
             "copy_bytes": copy_bytes,
             "cache_bytes": cache_bytes,
             "samples_meanwhile": self.section.max_staleness > 0,
-            "disk_bytes": float(drawn * row_tokens * (ON_DISK + 4 * columns)),
+            "disk_bytes": disk_bytes,
         }
 
     def critic(self, source: str | None = None) -> dict[str, "PreTrainedModel"]:

@@ -176,6 +176,8 @@ def test_completions_are_rows_of_their_own_and_are_sampled_with_a_copy(run, caps
     given = run("grpo_config", f"rollouts: {tmp_path}")
     assert job_of(given, "grpo").copy_bytes == job_of(given, "grpo").cache_bytes == 0  # nothing is sampled
     assert job_of(given, "grpo", "eval_dataset=held_out.jsonl").copy_bytes == job.copy_bytes  # but in evaluations
+    assert job_of(given, "grpo").disk_bytes == 0 and "for each rollout" not in said(capsys, given)  # nor written
+    assert job_of(given, "grpo", "eval_dataset=held_out.jsonl").disk_bytes > 0
     lines = said(capsys, run("grpo_config", options), "--gpus", "4", "--gpu", "a100-40")
     assert "sampler" in lines.splitlines()[5] and "disk  0.00024 GB for each rollout" in lines
     assert "batch_size=4 grpo_config.gradient_accumulation_steps=2" in lines.splitlines()[-1]
