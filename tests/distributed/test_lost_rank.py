@@ -49,6 +49,22 @@ def test_a_rank_that_fails_is_named(played: dict[str, Any]) -> None:
     fails = played["fails"]
     assert fails["codes"] == [1, 1] and fails["seconds"] < 30
     assert "rank 1 has had enough" in fails["texts"][1] and "rank 1 (pid " in fails["texts"][0]
+    assert fails["saved"] == []  # rank 0 never came to save
+
+
+@pytest.mark.parametrize("layout", [0, 1], ids=["ddp", "fsdp"])
+def test_an_evaluation_that_fails_on_all_ranks_loses_no_step(played: dict[str, Any], layout: int) -> None:
+    alike = played["alike"][layout]
+    assert alike["codes"] == [1, 1] and "ValueError: the forward is lost" in alike["texts"][1]
+    assert "step 3, hook evaluate, failed with ValueError; all before it is saved in" in alike["texts"][0]
+    assert alike["saved"] == ["checkpoint-00000003"] and alike["same"]
+
+
+def test_a_judge_that_fails_on_one_rank_alone_loses_no_step(played: dict[str, Any]) -> None:
+    """Ranks meet between their parts of a rollout and its end, so the others fail there, and save together."""
+    fails = played["judge_fails"]
+    assert fails["codes"] == [1, 1] and fails["saved"][-1] == "checkpoint-00000003"
+    assert "process 1 could not make its part of a rollout: RewardError: Connection refused" in fails["texts"][0]
 
 
 def test_torchrun_starts_everybody_again_and_the_run_goes_on(tmp_path: Path, warm_python: str) -> None:

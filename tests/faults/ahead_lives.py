@@ -127,7 +127,7 @@ def two_ranks(folder: Path) -> dict[str, Any]:
         "failed": failed,
         "named": [
             "ValueError: the judge is out of its mind" in named,
-            "process 1 could not make its part of the next rollout: ValueError: the judge is out of its mind" in named,
+            "process 1 could not make its part of a rollout: ValueError: the judge is out of its mind" in named,
         ],
     }
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from llm_trainer.data.rollout_making import Making
-from llm_trainer.data.rollout_store import LOOKS_EVERY_S, RolloutError, Stored
+from llm_trainer.data.rollout_making import Making, fail_together
+from llm_trainer.data.rollout_store import LOOKS_EVERY_S, Stored
 from llm_trainer.machine import Machine
 
 # Of what a rollout was made ahead of, what is not known when its making begins: the hash of the weights that have scored it,
@@ -111,13 +111,7 @@ class Ahead:
         """
         self.wait()
         failure, self._failure, self._making = self._failure, None, None
-        said = None if failure is None else f"{type(failure).__name__}: {failure}"
-        of_all = machine.gather(said)
-        if failure is not None:
-            raise failure
-        for process, message in enumerate(of_all):
-            if message is not None:
-                raise RolloutError(f"process {process} could not make its part of the next rollout: {message}")
+        fail_together(machine, failure)
 
     def stop(self) -> None:
         """Give up what is under way, and wait until it has ended; the parts that are finished stay on the disk."""

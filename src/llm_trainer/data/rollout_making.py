@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_trainer.data.rollout_store import AnyAsked, RolloutFolder
+from llm_trainer.data.rollout_store import AnyAsked, RolloutError, RolloutFolder
 from llm_trainer.data.rollouts import LEFT_OUT, Finished, Maker, Plan, Prompt, Rollout, account, checked
 from llm_trainer.data.stream import mix_seeds
 from llm_trainer.machine import Machine
@@ -74,6 +74,16 @@ class Making:
             self._sign.touch()  # the others do not wait for it
             raise
 
+    def make_parts_together(self) -> None:
+        """All processes: the same, and wait for each other; what fails in one fails in all."""
+        failure = None
+        try:
+            self.make_parts()
+        except Exception as error:
+            failure = error
+        with self.plan.timed("wait"):
+            fail_together(self.machine, failure)
+
     def give_up(self) -> None:
         """Let `make_parts`, in another thread, come to its end at the next token."""
         self._stop.give_up()
@@ -111,6 +121,22 @@ class Making:
             self.machine.record(f"seconds/{phase}", seconds)
             if seconds and phase in OF_TOKENS:
                 self.machine.record(f"tokens_per_second/{phase}", sampled, seconds)
+
+
+def fail_together(machine: Machine, failure: BaseException | None) -> None:
+    """All processes: go on if no process has failed to make its parts of a rollout.
+
+    Raises:
+        BaseException: `failure`, what failed in this process.
+        RolloutError: it failed in another one.
+    """
+    said = None if failure is None else f"{type(failure).__name__}: {failure}"
+    of_all = machine.gather(said)
+    if failure is not None:
+        raise failure
+    for process, message in enumerate(of_all):
+        if message is not None:
+            raise RolloutError(f"process {process} could not make its part of a rollout: {message}")
 
 
 def staleness(rollout: Rollout, step: int) -> np.ndarray:

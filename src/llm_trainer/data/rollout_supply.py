@@ -92,17 +92,21 @@ class RolloutSupply:
         self._folder = RolloutFolder(folder, self.machine)
         self._following: _Following | None = None
         self._begun: dict[str, Any] | None = None  # `number` and `made_of` of the rollout that was begun ahead last
+        # `epoch`, `number` and `step` of the rollout that would have been begun ahead if the run went on behind `max_steps`.
+        self._held_back: dict[str, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the source of prompts must remember, and what was begun ahead."""
         state = self.prompts.source.state_dict() if self._following is None else self._following.of_prompts
-        return dict(state) if self._begun is None else {**state, "begun": self._begun}
+        ahead = {"begun": self._begun, "held_back": self._held_back}
+        return {**state, **{name: value for name, value in ahead.items() if value is not None}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the one that gave `state`."""
         self.stop()
         self.prompts.source.load_state_dict(state)
         self._begun = None if self.ahead is None else state.get("begun")
+        self._held_back = None if self.ahead is None else state.get("held_back")
 
     def stop(self) -> None:
         """End what is done meanwhile: a rollout that is made ahead stays on the disk as far as it is made."""
@@ -133,7 +137,7 @@ class RolloutSupply:
         making = self._begin(wanted)
         if making is None:
             return Rollout(self._folder.path(place.number))
-        making.make_parts()
+        making.make_parts_together()
         return self._finished(making, wanted.made_of.get("weights"))
 
     def _look_up(self, epoch: int, place: InRollout, step: int) -> _Wanted:
@@ -181,6 +185,8 @@ class RolloutSupply:
                     f"stopped; {missing} made with those of step {self.machine.step}. From here on the run is not "
                     f"bit-identical to one that was never stopped; its rows say which weights wrote them"
                 )
+        if self.training:
+            self._say_if_held_back(wanted)
         facts = {"made_of": made_of, "after": wanted.taken.after, "parts": parts}
         making = Making(self._folder, self.maker, self.machine, number, wanted.taken.prompts, facts, self.training)
         making.begin()
@@ -214,7 +220,11 @@ class RolloutSupply:
         if self._following is not None:
             return self._bring_weights(self._following.making)
         is_last = machine.max_steps is not None and machine.step + left >= machine.max_steps
-        if left > ahead.max_staleness or is_last:
+        if left > ahead.max_staleness:
+            return
+        if is_last:
+            if self._held_back is None or self._held_back["number"] != place.number:
+                self._held_back = {"epoch": epoch, "number": place.number, "step": machine.step}
             return
         if any(machine.gather(machine.stop_requested())):
             raise Stopped  # a step later these weights would be gone, and nothing made by them
@@ -227,6 +237,17 @@ class RolloutSupply:
             ahead.start(making)
         elif wanted.stored is not None:
             self._begun = {"number": place.number, "made_of": origin(wanted.stored.made_of)}
+
+    def _say_if_held_back(self, wanted: _Wanted) -> None:
+        """Say so if a longer run would have begun a rollout earlier: this one ended by `max_steps`, and was extended."""
+        held, self._held_back = self._held_back, None
+        if held is None or (held["epoch"], held["number"]) != (wanted.epoch, wanted.place.number):
+            return  # the first of an epoch is never begun ahead
+        self.machine.say(
+            f"WARNING: rollout {held['number']} is made with the weights of step {self.machine.step}; a run that did not end "
+            f"by max_steps before would have begun it with those of step {held['step']}, ahead of learning. From here on this "
+            f"run is not bit-identical to such a one"
+        )
 
     def _bring_weights(self, making: Making | None) -> None:
         """Let what makes the rollout go on with the weights of now, if it can take them meanwhile and is not done."""

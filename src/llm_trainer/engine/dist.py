@@ -201,6 +201,31 @@ def _host_or(device: torch.device) -> torch.device:
     return torch.device("cpu") if has_host_backend else device
 
 
+def all_fail(place: str, error: Exception) -> bool:
+    """Whether all processes say so of the same `place` within seconds; one that has failed, with `error`, may ask alone."""
+    if num_processes() == 1:
+        return True
+    if _watch is None or (isinstance(error, RuntimeError) and watch.is_broken_connection(error)):
+        return False  # another process is lost
+    return _watch.all_fail(place)
+
+
+def fail_together(failure: Exception | None) -> None:
+    """Go on if no process has failed, however long one of them takes to come here.
+
+    Raises:
+        Exception: `failure`, what failed in this process.
+        RankLostError: it failed in another one.
+    """
+    said = None if failure is None else watch.in_one_line(failure)
+    of_all = gather_patiently(said)
+    if failure is not None:
+        raise failure
+    for number, words in enumerate(of_all):
+        if words is not None:
+            raise watch.RankLostError(f"rank {number} failed: {words}")
+
+
 def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
     """The `value` of every process, by rank (exchanged in `group`, by default the one of training)."""
     if not dist.is_initialized():

@@ -201,6 +201,12 @@ class FsdpEngine(TorchEngine):
     def _reshard(self) -> None:
         """Free the full weights that a forward without a backward has left."""
         for root in (self._root, *self._placed):
+            for group in _groups_of(cast(nn.Module, root)):
+                states = type(group._training_state)
+                if (
+                    group._training_state == states.FORWARD
+                ):  # it has failed, and would keep what is not freed after forwards
+                    group._training_state = states.IDLE
             for module in cast(nn.Module, root).modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
@@ -231,16 +237,22 @@ class FsdpEngine(TorchEngine):
 def _parameters_of(module: nn.Module) -> list[Any]:
     """What torch keeps of each sharded parameter of `module`."""
     found: list[Any] = []
+    for group in _groups_of(module):
+        found += group.fsdp_params
+    return found
+
+
+def _groups_of(module: nn.Module) -> list[Any]:
+    """What torch keeps of each layer of `module` that is sharded by itself."""
+    found: list[Any] = []
     for inner in module.modules():
         if not isinstance(inner, FSDPModule):
             continue
         state: Any = inner._get_fsdp_state()
         if hasattr(state, "_fsdp_param_groups"):
-            groups = state._fsdp_param_groups
+            found += state._fsdp_param_groups
         else:  # before torch 2.13
-            groups = filter(None, [state._fsdp_param_group])
-        for group in groups:
-            found += group.fsdp_params
+            found += filter(None, [state._fsdp_param_group])
     return found
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ from llm_trainer.engine.peers import connect
 
 GRACE_S = 10.0  # for the main thread to raise, which it does where its collective notices
 STANDSTILL_S = 2.0  # a rank that is in one place for longer says where
+FAIL_ALIKE_S = 10.0  # that a rank which has failed waits for the others to fail in the same place
+LOOKS_EVERY_S = 0.1  # while it waits, whether it has been told to stop
 MOST_PLACES = 1000  # of one stretch, that are kept
 
 
@@ -52,6 +55,8 @@ class Watch:
         self._stretch: list[str] = []  # where this rank has been since the last `reached`
         self._moves = 0
         self._stretches: dict[int, list[str]] = {}  # of ranks that stand still
+        self._failed: dict[int, str] = {}  # places where ranks have failed, on the main process
+        self._all_failed = threading.Event()
         for peer, connection in peers.items():
             threading.Thread(target=self._listen, args=(peer, connection), daemon=True, name=f"watch {peer}").start()
         threading.Thread(target=self._notice_standstill, daemon=True, name="watch standstill").start()
@@ -106,6 +111,27 @@ class Watch:
             f"time, raise ddp_timeout_s"
         )
 
+    # What fails on all ranks alike.
+
+    def all_fail(self, place: str) -> bool:
+        """Whether all ranks fail in `place`. It is no collective, which those that go on would never come to."""
+        self.reached(f"{place}, failed")
+        self._note_failure(self.rank, place)
+        until = time.monotonic() + FAIL_ALIKE_S
+        while not self._all_failed.wait(LOOKS_EVERY_S):
+            if self._heard.is_set() or time.monotonic() > until:
+                return False
+        return True
+
+    def _note_failure(self, rank: int, place: str) -> None:
+        """Let the main process know that a rank has failed; it tells all when they all have."""
+        if self.rank != 0:
+            return self._tell({"failed": place})
+        self._failed[rank] = place
+        if len(self._failed) == len(self.names) and len({*self._failed.values()}) == 1:
+            self._tell({"all_failed": True})
+            self._all_failed.set()
+
     # What others say.
 
     def _listen(self, peer: int, connection: socket) -> None:
@@ -115,6 +141,10 @@ class Watch:
                 said = json.loads(line)
                 if "stretch" in said:
                     self._stands(peer, said["stretch"])
+                elif "failed" in said:
+                    self._note_failure(peer, said["failed"])
+                elif "all_failed" in said:
+                    self._all_failed.set()
                 elif "gave_up" in said:
                     self._give_up()
                 elif "alarm" in said:
@@ -247,6 +277,8 @@ def in_one_line(error: BaseException) -> str:
 
 def is_broken_connection(error: RuntimeError) -> bool:
     """Whether a collective says that a peer is gone or late: gloo has no error class of its own."""
+    if type(error).__module__.startswith("llm_trainer."):
+        return False  # such as that of a judge, whose own connections failed
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "Connection" in str(error)
 
 

@@ -16,7 +16,7 @@ from llm_trainer.engine import dist
 from llm_trainer.engine.buffers import SharedBuffers
 from llm_trainer.engine.choose import choose_driver, choose_engine, engine_of, join_processes
 from llm_trainer.engine.device import choose_precision, detect_device, precision_choice
-from llm_trainer.engine.out_of_memory import release
+from llm_trainer.engine.out_of_memory import is_out_of_memory, let_go, release
 from llm_trainer.engine.recompute import recompute_activations
 from llm_trainer.engine.threads import settle_threads
 from llm_trainer.image_batch import num_pixels
@@ -28,6 +28,7 @@ from llm_trainer.optim.multipliers import rate_of_run
 from llm_trainer.optim.optimizers import slow_kernel
 from llm_trainer.state import Choice, Horizon, Progress, StepDone, Stopped
 from llm_trainer.train import guards, preflight, sizing, snapshot
+from llm_trainer.train.before_hook import BeforeHook
 from llm_trainer.train.budget import Budget, may_cut
 from llm_trainer.train.compiling import KERNELS, Compiling, steps_left
 from llm_trainer.train.configured import ConfiguredOptimizer
@@ -352,15 +353,44 @@ class Run:
         for hook in self._hooks:
             if self.stop_requested or not hook.is_due(self, self.finished()):
                 continue
-            self.progress.hooks_done[hook.name] = self.progress.step
-            dist.reached(f"step {self.progress.step}, hook {hook.name}")
-            hook.call(self)
+            self._call(hook)
             if self.finished() and not was_finished:
                 return self._call_hooks()  # this hook ended the run: those before it may be due at the end
         if self.stop_requested:
             path = self.save(is_best=self.new_best)
             self.say(f"interrupted at step {self.progress.step}: saved {path}; start the same command again to go on")
             raise TrainingInterrupted(EXIT_INTERRUPTED)
+
+    def _call(self, hook: Hook) -> None:
+        """Call a hook. If it fails, on all ranks alike, the step before it is saved; a run that goes on calls it again."""
+        before = BeforeHook(self.progress, self._metrics)
+        place = f"step {self.progress.step}, hook {hook.name}"
+        self.progress.hooks_done[hook.name] = self.progress.step
+        dist.reached(place)
+        try:
+            hook.call(self)
+        except Stopped:
+            raise
+        except Exception as error:
+            if hook.name != "save" and dist.all_fail(place, error):
+                before.go_back()
+                self._save_after(error, place)
+            raise
+
+    def _save_after(self, error: Exception, place: str) -> None:
+        """Save before `error` ends the run; if that fails too, it is a warning, since `error` matters more."""
+        failed = f"{place}, failed with {type(error).__name__}"
+        if is_out_of_memory(error):
+            let_go(error)
+            release(self.engine.device)
+        try:
+            path = self.save(is_best=self.new_best)
+        except Exception as another:
+            why = " ".join(str(another).split())[:300]
+            self._reporter.warn(f"{failed}, and what came before it could not be saved: {why}")
+            return
+        how = snapshot.ways_on(self.settings.resume)
+        self.say(f"{failed}; all before it is saved in {path}: {how}, beginning with this hook")
 
     # Before the first step.
 
@@ -470,8 +500,17 @@ class Run:
 
     def sample(self) -> None:
         """Answer `eval_prompts` with the model as it is now, and show the answers."""
-        if not (dist.is_main() or self.engine.in_lockstep):
-            return
+        if self.engine.in_lockstep:
+            return self._show_answers()
+        failure = None
+        if dist.is_main():
+            try:
+                self._show_answers()
+            except Exception as error:
+                failure = error
+        dist.fail_together(failure)  # the others wait, so that what comes before it can be saved
+
+    def _show_answers(self) -> None:
         answers = answer(self.trainer, self.engine, self.settings.sampling, self.settings.seed)
         for prompt, text in zip(self.trainer.eval_prompts, answers, strict=True):
             self._reporter.note_answer(self.progress.step, prompt, text)

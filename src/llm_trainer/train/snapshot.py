@@ -147,6 +147,11 @@ def state_of(work: Work, progress: Progress, configured: ConfiguredOptimizer, se
     }
 
 
+def ways_on(resume: str) -> str:
+    """How a run goes on from its newest checkpoint, in words; `resume`: the option."""
+    return "the same command goes on from it" if resume == "auto" else "load_checkpoint goes on from it"
+
+
 class Checkpoints:
     """The checkpoints of one run; all ranks call it together, unless said otherwise.
 
@@ -217,10 +222,7 @@ class Checkpoints:
         newest = next(iter(step_folders(self.save_dir)), None) if self.save_dir.is_dir() else None
         if newest is None:
             return "Of this run, no checkpoint yet"
-        how = "load_checkpoint goes on from it"
-        if resume == "auto":
-            how = "the same command goes on from it"
-        return f"Of this run, the newest checkpoint is {newest}; {how}"
+        return f"Of this run, the newest checkpoint is {newest}; {ways_on(resume)}"
 
     def describe(self, configuration: str) -> None:
         """Put the configuration, if there is one, beside the checkpoints, which hold it as well."""

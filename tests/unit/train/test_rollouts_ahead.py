@@ -97,6 +97,34 @@ def test_nothing_is_made_ahead_that_will_not_be_learned_from(tmp_path: Path) -> 
     assert further.maker.begun == [2]
 
 
+def test_a_run_that_is_extended_says_what_a_longer_one_would_have_made_earlier(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it ended between two rollouts or in the middle of one; the first rollout of an epoch is the same anyway."""
+    made: dict[int, bool] = {}
+    for ended in (6, 7, 8, 12):
+        options: dict[str, Any] = {"kind": Ahead, "source_options": keeping()}
+        make_trainer(tmp_path / f"{ended}", max_steps=ended, **options).train()
+        assert "bit-identical" not in capsys.readouterr().out
+        make_trainer(tmp_path / f"{ended}", max_steps=13, **options).train()
+        said = capsys.readouterr().out
+        made[ended] = "bit-identical" in said
+        if ended in (7, 8):
+            number = 2
+            assert (
+                f"rollout {number} is made with the weights of step {ended}; a run that did not end by max_steps"
+                in said
+            )
+            assert "would have begun it with those of step 6" in said and versions(tmp_path / f"{ended}", number) == {
+                ended
+            }
+    assert made == {6: False, 7: True, 8: True, 12: False}
+    make_trainer(tmp_path / "whole", max_steps=13, **options).train()
+    for ended in (6, 12):
+        assert lines(tmp_path / f"{ended}") == lines(tmp_path / "whole")
+    assert lines(tmp_path / "8") != lines(tmp_path / "whole")
+
+
 def test_what_is_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
     class Old(Ahead):
         """Whoever samples says of one row that older weights have written its first token."""

@@ -1,6 +1,7 @@
 """A run is what it was after every kind of stop; nothing of the user is overwritten or lost."""
 
 import os
+import random
 import resource
 import signal
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from llm_trainer import Trainer
 from llm_trainer.checkpoint import CheckpointError
+from llm_trainer.engine.out_of_memory import OutOfMemoryError
 from llm_trainer.lock import LockedError
 from llm_trainer.optim.schedules import create_scheduler
 from llm_trainer.train import run as run_module
@@ -68,6 +70,77 @@ def test_a_hook_is_called_once_for_each_step_however_often_the_run_goes_on(tmp_p
     for last in (3, 5, 6):
         make_trainer(tmp_path, max_steps=last, save_interval_steps=1, hooks=[note]).train()
     assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def frail(folder: Path, place: str = "", step: int = 0, **options: Any) -> Any:
+    """A run that fails after step number `step`: in an evaluation, or in a hook of the user's behind it."""
+
+    def fail(run: Any) -> None:
+        random.random(), np.random.random()  # noise that is drawn again
+        if place == "hook" and run.progress.step == step:
+            raise KeyError("the hook is lost")
+
+    hooks = [Hook("frail", fail, every_steps=4, at_end=True)]
+    trainer = make_trainer(folder, hooks=hooks, max_steps=10, save_interval_steps=7, **options)
+    compute_loss = trainer._compute_loss
+
+    def evaluated(outputs: Any, batch: Any) -> Any:
+        random.random(), np.random.random()
+        if place == "evaluate" and trainer.run.progress.step == step and not trainer.model.training:
+            raise KeyError("the metric is lost")
+        return compute_loss(outputs, batch)
+
+    trainer._compute_loss = evaluated
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    frail(folder).train()
+    return outcome(folder)
+
+
+@pytest.mark.parametrize(("place", "step"), [("evaluate", 4), ("hook", 8), ("evaluate", 10), ("hook", 10)])
+def test_a_hook_that_fails_loses_no_step(
+    place: str, step: int, undisturbed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What came before it is saved, and a run that goes on from there calls it again and ends in the same bits."""
+    name = {"evaluate": "evaluate", "hook": "frail"}[place]
+    with pytest.raises(KeyError, match="is lost"):
+        frail(tmp_path, place, step).train()
+    saved = tmp_path / f"checkpoint-{step:08d}"
+    said = (
+        f"step {step}, hook {name}, failed with KeyError; all before it is saved in {saved}: the same command goes on"
+    )
+    assert said in capsys.readouterr().out
+    frail(tmp_path).train()
+    assert outcome(tmp_path) == undisturbed
+
+
+def test_what_cannot_be_saved_hides_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where memory ran out, whose error is said in one line; a run without a checkpoint begins again."""
+    trainer = frail(tmp_path, "hook", 4)
+
+    def full(*args: Any, **kwargs: Any) -> str:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(trainer.run.checkpoints, "save", full)
+    with pytest.raises(KeyError, match="the hook is lost"):
+        trainer.train()
+    assert (
+        "failed with KeyError, and what came before it could not be saved: the disk is full" in capsys.readouterr().out
+    )
+
+    def exhaust(run: Any) -> None:
+        raise MemoryError("no memory left")
+
+    hungry = make_trainer(tmp_path / "hungry", hooks=[Hook("exhaust", exhaust, every_steps=5)])
+    with pytest.raises(OutOfMemoryError, match="no memory left"):
+        hungry.train()
+    assert (tmp_path / "hungry" / "checkpoint-00000005").is_dir()
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

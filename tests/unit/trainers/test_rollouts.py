@@ -213,3 +213,35 @@ def test_what_the_columns_of_a_rollout_depend_on_is_in_its_settings(tmp_path: Pa
         assert found not in (same, *others), name
         others.append(found)
     assert settings("ppo", ref_model=tiny(seed=5)) != settings("ppo") != settings("ppo", overlong="mask")
+
+
+def test_a_reward_that_fails_in_an_evaluation_loses_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was learned is saved, and a run that goes on when the judge is back ends in the same bits."""
+    broken = tmp_path / "broken"
+
+    def judge(prompts: list[list[int]], completions: list[list[int]], answers: list[str]) -> list[float]:
+        if broken.exists() and len(completions) > 4:
+            raise ConnectionError("the judge is away")
+        return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completions]
+
+    options: dict[str, Any] = {
+        "reward_func": judge,
+        "train_loader": prompts(3, size=1),
+        "val_loader": prompts(4, size=4),
+        "eval_samples": 4,
+        "eval_interval": 2,
+        "resume": "auto",
+    }
+    whole, _ = train(tmp_path / "whole", **options)
+    broken.touch()
+    with pytest.raises(RewardError, match="the judge is away"):
+        train(tmp_path / "cut", **options)
+    saved = tmp_path / "cut" / "checkpoint-00000002"
+    assert (
+        f"step 2, hook evaluate, failed with RewardError; all before it is saved in {saved}" in capsys.readouterr().out
+    )
+    broken.unlink()
+    cut, seen = train(tmp_path / "cut", **options)
+    assert cut.run.progress.step == 3 and "eval_reward" in seen[0]
+    for one, other in zip(whole.base_model.parameters(), cut.base_model.parameters(), strict=True):
+        assert torch.equal(one, other)
