@@ -35,6 +35,10 @@ class TrainerMeta(ABCMeta):
 
             described = assemble(train_config, cast("type[BaseTrainer]", cls), given=kwargs)
             kwargs = {**described, **kwargs}  # explicit keywords win
+
+        from llm_trainer.train.objects import check_objects
+
+        check_objects(cls.__name__, dict(zip(["model"], args, strict=False)) | kwargs)
         return super().__call__(*args, **kwargs)
 
 

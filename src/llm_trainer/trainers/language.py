@@ -59,6 +59,11 @@ def labels_of(batch: Any, name: str) -> torch.Tensor:
             f"{name}: got {found} as a batch; expected a dict with input_ids [B, T], labels [B, T] and, "
             "where rows are padded, attention_mask [B, T]: let the loader's collate_fn return one"
         )
+    for key in ("input_ids", "labels"):
+        if key in batch and batch[key].is_floating_point():
+            raise ValueError(
+                f"{name}: {key}: got {batch[key].dtype}; expected token ids, which are integers: torch.long"
+            )
     if "labels" in batch:
         return batch["labels"]
     labels = batch["input_ids"]
