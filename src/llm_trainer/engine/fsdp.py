@@ -203,9 +203,8 @@ class FsdpEngine(TorchEngine):
         for root in (self._root, *self._placed):
             for group in _groups_of(cast(nn.Module, root)):
                 states = type(group._training_state)
-                if (
-                    group._training_state == states.FORWARD
-                ):  # it has failed, and would keep what is not freed after forwards
+                # A forward that has failed would keep what is not freed after forwards.
+                if group._training_state == states.FORWARD:
                     group._training_state = states.IDLE
             for module in cast(nn.Module, root).modules():
                 if isinstance(module, FSDPModule):

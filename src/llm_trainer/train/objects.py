@@ -1,6 +1,6 @@
 """What a user hands over as objects: each is of the kind that its name says, or the message says what it is instead."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ def _generates(value: Any) -> bool:
 
 
 def _are_hooks(value: Any) -> bool:
-    return _is_no_plain_value(value) and isinstance(value, Iterable) and all(hasattr(hook, "call") for hook in value)
+    return _is_no_plain_value(value) and isinstance(value, Sequence) and all(hasattr(hook, "call") for hook in value)
 
 
 _MODEL = _Kind(_is_model, "a model that is loaded, a torch.nn.Module")
