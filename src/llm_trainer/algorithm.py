@@ -89,6 +89,7 @@ class Algorithm(StepLoss):
     tokenizer: Any
     processor: Any = None
     eval_prompts: list[str]
+    answer_ends: tuple[str, ...] = ()  # texts that end an answer to one of them, besides what the chat template has
     eval_image_tags: "list[str | list[str]]"
     image_format: Any = None
     regulariser: Regulariser = Regulariser()

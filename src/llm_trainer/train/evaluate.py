@@ -172,6 +172,8 @@ def answer(algorithm: Algorithm, engine: Engine, sampling: "Sampling", seed: int
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         stop_token_ids=chat.stop_token_ids(),
+        stop_strings=algorithm.answer_ends,
+        decode=tokenizer.decode,
         pad_token_id=tokenizer.pad_token_id,
         seed=seed,
         suppress_tokens=never_written(chat),

@@ -124,6 +124,7 @@ class OnPolicyTrainer(BaseTrainer):
         **options: Any,
     ) -> None:
         self.how = how
+        self.answer_ends = tuple(how.gen_stop_strings)
         self._ptx = ptx_of(self, how.ptx_coef, ptx_loader, lambda: self._policy_waits)
         self.samples, self.passes, self.rows_per_update = samples, passes, rows_per_update
         notes: list[str] = []
