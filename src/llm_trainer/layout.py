@@ -70,7 +70,9 @@ def is_open(wanted: str, packings: Sequence[str]) -> bool:
     return wanted == "auto" and packings[0] == "none" and "flat" in packings
 
 
-def choose_layout(packings: Sequence[Packing], takes_flat: bool, trainer: str, key: str) -> Layout:
+def choose_layout(
+    packings: Sequence[Packing], takes_flat: bool, trainer: str, key: str, are_loaded: bool = False
+) -> Layout:
     """The layout where the user left it open; it changes neither the rows of a step nor its gradient.
 
     Args:
@@ -78,6 +80,7 @@ def choose_layout(packings: Sequence[Packing], takes_flat: bool, trainer: str, k
         takes_flat: whether the algorithm lets its micro-batches be cut and laid flat (`takes_flat`).
         trainer: name of the algorithm, for the reason.
         key: how the user says it himself.
+        are_loaded: micro-batches come from a loader of the user's, padded as it likes.
     """
 
     def chosen(value: str, why: str, **how: bool | int) -> Layout:
@@ -94,6 +97,8 @@ def choose_layout(packings: Sequence[Packing], takes_flat: bool, trainer: str, k
     why = "rows end to end give the same numbers, tried out on two"
     if dense_width:
         why += "; padded where attention over a flat row would cost more"
+    if are_loaded:
+        why += "; as they come: batches not padded on the right, or with further tensors per token"
     return chosen("flat", why, flat=True, dense_width=dense_width, by_length=may_regroup and dense_width > 0)
 
 

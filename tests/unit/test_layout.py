@@ -28,6 +28,8 @@ def test_what_is_chosen_and_why() -> None:
     flat = choose(Packing())
     assert flat.flat and not flat.by_length and not flat.counts_padding
     assert str(flat.choice) == "layout flat: rows end to end give the same numbers, tried out on two [packing=none]"
+    loaded = choose_layout([Packing()], True, "Own", "packing: none", are_loaded=True)
+    assert "two; as they come: batches not padded on the right" in str(loaded.choice)
     dense = choose(Packing(dense_width=32), Packing(dense_width=64))
     assert (dense.flat, dense.dense_width, dense.by_length, dense.counts_padding) == (True, 64, True, True)
     padded = choose(Packing(), Packing(fault="M: it looks back"))

@@ -80,6 +80,7 @@ class LaidOut:
         elif self._wanted == "flat":
             self.layout = given_layout(self._packings, "packing='flat'")
         elif self._wanted == "auto":
-            self.layout = choose_layout(self._packings, self._takes_flat, self._trainer, KEY)
+            are_loaded = isinstance(self._source, LoaderSteps)
+            self.layout = choose_layout(self._packings, self._takes_flat, self._trainer, KEY, are_loaded)
         if isinstance(self._source, LoaderSteps):
             self._source.layout = self.layout
