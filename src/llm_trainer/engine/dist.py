@@ -40,7 +40,7 @@ def start(device: torch.device, timeout_s: float = 600) -> None:
         backend="gloo", timeout=timedelta(seconds=max(timeout_s, 1800))
     )  # ranks write equally long
     _agreements = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    _watch = watch.start(process_number(), environment().master_addr, gather_objects, num_processes())
+    _watch = watch.start(process_number(), environment().master_addr, gather_objects, num_processes(), timeout_s)
 
 
 def _meeting_point() -> dict[str, Any]:

@@ -6,6 +6,7 @@ Over the same connections ranks say why they fail, and, once they stand still, w
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -42,10 +43,13 @@ class Watch:
         rank: this process.
         names: how every rank is called in messages, by rank.
         peers: connections by rank: to all others on the main process, to rank 0 elsewhere.
+        timeout_s: after which a collective in which a rank is missing fails.
     """
 
-    def __init__(self, rank: int, names: list[str], peers: dict[int, socket]) -> None:
+    def __init__(self, rank: int, names: list[str], peers: dict[int, socket], timeout_s: float = math.inf) -> None:
         self.rank, self.names, self.peers = rank, names, peers
+        # Those that have not failed wait in a collective meanwhile, and must hear of the cause before it fails.
+        self._fail_alike_s = min(FAIL_ALIKE_S, timeout_s / 3)
         self.stopped_by = ""  # what stops this rank: another one and why, or where the ranks part
         self._gone: list[int] = []  # peers whose process has ended
         self._served, self._entered = dict.fromkeys(peers, 0), 0  # times on duty, of each peer to the end; of this rank
@@ -117,7 +121,7 @@ class Watch:
         """Whether all ranks fail in `place`. It is no collective, which those that go on would never come to."""
         self.reached(f"{place}, failed")
         self._note_failure(self.rank, place)
-        until = time.monotonic() + FAIL_ALIKE_S
+        until = time.monotonic() + self._fail_alike_s
         while not self._all_failed.wait(LOOKS_EVERY_S):
             if self._heard.is_set() or time.monotonic() > until:
                 return False
@@ -287,12 +291,13 @@ def is_timeout(error: BaseException) -> bool:
     return "imed out" in str(error) or "timeout" in str(error).lower()
 
 
-def start(rank: int, host: str, exchange: Callable[[object], list], world_size: int) -> Watch | None:
+def start(rank: int, host: str, exchange: Callable[[object], list], world_size: int, timeout_s: float) -> Watch | None:
     """Connect all ranks with the main process; None where they cannot reach it (a firewall), which is no reason to stop.
 
     Args:
         host: address of the main process.
         exchange: gives every rank the values of all ranks, by rank.
+        timeout_s: of the collectives of training.
     """
     names, peers = connect(rank, host, exchange, world_size)
     if peers is None:
@@ -303,7 +308,7 @@ def start(rank: int, host: str, exchange: Callable[[object], list], world_size: 
                 file=sys.stderr,
             )
         return None
-    watch = Watch(rank, names, peers)
+    watch = Watch(rank, names, peers, timeout_s)
     _not_in_children(watch)
     return watch
 

@@ -119,10 +119,13 @@ def test_what_is_not_a_full_disk_stops_the_run(tmp_path: Path, monkeypatch: pyte
         make_trainer(tmp_path, **OPTIONS).train()
 
 
-@pytest.mark.parametrize("error", [ValueError("of a hook"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize(
+    ("error", "last"), [(ValueError("of a hook"), 3), (KeyboardInterrupt(), 2), (SystemExit(3), 2)]
+)
 def test_however_a_run_ends_its_last_save_is_finished(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Step 2 is being saved when a hook after step 3 fails; what fails with an error is saved as well."""
     began, ended = threading.Event(), threading.Event()
 
     def write(folder: Path, files: Any) -> Any:
@@ -139,8 +142,10 @@ def test_however_a_run_ends_its_last_save_is_finished(
     with pytest.raises(type(error)):
         trainer.train()
     ended.set()
-    assert CheckpointManager(tmp_path).load().step == 2 and not list(tmp_path.glob("*.partial-*"))
-    assert (tmp_path / "model").resolve(strict=True).parent.name == "checkpoint-00000002"
+    steps = [path.name for path in sorted(tmp_path.glob("checkpoint-*"))]
+    assert "checkpoint-00000002" in steps and steps[-1] == f"checkpoint-{last:08d}"
+    assert CheckpointManager(tmp_path).load().step == last and not list(tmp_path.glob("*.partial-*"))
+    assert (tmp_path / "model").resolve(strict=True).parent.name == steps[-1]
 
 
 def test_without_memory_for_a_copy_training_waits(
